@@ -1,0 +1,61 @@
+"""The one exception that bad input ends in, and how a command-line program shows it.
+
+Every message has four parts: where the fault is, what was found, what was expected, and what to do next.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+
+class InputError(Exception):
+    """Something that the user gave (a file, a folder, an option) cannot be used."""
+
+    def __init__(self, where: object, found: str, expected: str, next_step: str):
+        """Keep the four parts, and print them as one block of text.
+
+        where: the file, sample or option at fault. found, expected: what is there and what should be.
+        next_step: what the user can do about it, as an imperative.
+        """
+        self.where, self.found = str(where), found
+        self.expected, self.next_step = expected, next_step
+        super().__init__(self.where, found, expected, next_step)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.where}\n  found:    {self.found}\n"
+            f"  expected: {self.expected}\n  next:     {self.next_step}"
+        )
+
+
+def run_main(main: Callable[[], int | None]) -> None:
+    """Run a program's main function and leave with its exit code.
+
+    InputError becomes a message on stderr and exit code 2, a missing permission and a full disk
+    likewise, Ctrl-C one sentence and 130, a closed pipe (`| head`) silence.
+    """
+    try:
+        code = main() or 0
+        sys.stdout.flush()
+    except InputError as error:
+        code = _fail(str(error))
+    except PermissionError as error:
+        code = _fail(
+            f"{error.filename}\n  found:    {error.strerror}\n  expected: a path this user may use\n"
+            "  next:     change its permissions, or name another path"
+        )
+    except KeyboardInterrupt:
+        print("\nInterrupted; what was finished is kept.", file=sys.stderr)
+        code = EXIT_INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code)
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    return EXIT_BAD_INPUT

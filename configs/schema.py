@@ -1,0 +1,289 @@
+"""Everything that a run can be told, as frozen dataclasses: one a concern, a docstring under each field.
+
+`load_config` reads a YAML file and dotted command-line overrides (`--optim.lr 1e-3`) into a Config. An
+unknown key is fatal and the message names the nearest known one. jsonargparse checks the types.
+"""
+
+import dataclasses
+import difflib
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+
+from configs.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the people come from and how they are loaded."""
+
+    shards: str = "data/shards/mpii"
+    """Folder with the splits train and valid, made by tools/make_shards.py."""
+    loader: Literal["auto", "dali", "opencv"] = "auto"
+    """auto: dali on a GPU, opencv on a CPU."""
+    batch_size: int = 16
+    """People per rank and step."""
+    workers: int = 4
+    """Worker processes of the OpenCV path, threads of DALI, per rank."""
+    shuffle_buffer: int = 1024
+    """People whom DALI holds to draw from, per rank."""
+    input_px: int = 256
+    """Side of the square that the network sees."""
+    preset: Literal["princeton", "newell", "hrnet", "mild", "none"] = "hrnet"
+    """Augmentation, by the code it is named after (docs/conventions.md)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeatmapsConfig:
+    """How joints become target heatmaps and back."""
+
+    rule: Literal["exact", "princeton", "hrnet"] = "exact"
+    """Discretisation, for rendering and decoding alike."""
+    sigma: float = 1.0
+    """Heatmap px at 64 x 64; hrnet's own is 2."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The network's size. The number of joints comes with the data."""
+
+    stacks: int = 2
+    """Hourglasses one after another."""
+    width: int = 256
+    """Channels in the hourglasses."""
+    depth: int = 4
+    """How often an hourglass halves the resolution."""
+    stem: tuple[int, int, int] = (64, 128, 128)
+    """Channels after the first convolution and the first two residuals."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Details of the loss."""
+
+    unmarked: Literal["empty", "ignore"] = "empty"
+    """A joint that is not marked counts as an empty map, or not at all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Optimizer and learning rate."""
+
+    name: Literal["adam", "rmsprop"] = "adam"
+    """Optimizer; its fused form where the device has one."""
+    lr: float = 1e-3
+    """Highest learning rate."""
+    weight_decay: float = 0.0
+    """L2 penalty, as torch's Adam and RMSprop define it."""
+    schedule: Literal["constant", "step", "cosine"] = "step"
+    """How the learning rate falls after the warm-up."""
+    milestones: tuple[int, ...] = (100_000,)
+    """Steps at which `step` multiplies the rate by `gamma`."""
+    gamma: float = 0.2
+    """Factor at each milestone."""
+    final_fraction: float = 0.01
+    """What `cosine` leaves of the rate at the last step."""
+    warmup_steps: int = 0
+    """Steps of linear rise from 0."""
+    clip_norm: float = 0.0
+    """Largest norm of the gradient; 0 does not clip."""
+    accumulate: int = 1
+    """Batches per step of the optimizer."""
+    ema_decay: float = 0.0
+    """Decay per step of the averaged weights, which are then those evaluated; 0 keeps none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Length, precision and bookkeeping of a run."""
+
+    name: str = "hourglass"
+    """The run's folder is `out`/`name`."""
+    out: str = "runs"
+    """Folder of runs."""
+    steps: int = 200_000
+    """Steps of the optimizer in all."""
+    steps_per_epoch: int = 1_000
+    """Steps between validations and checkpoints, the same on every rank."""
+    max_minutes: float = 0.0
+    """Stop cleanly after this time, with a validation and a checkpoint; 0 sets no limit."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Type of the network's arithmetic; auto: bf16 on a GPU that has it, else fp16, fp32 on a CPU."""
+    compile: bool = False
+    """Run the network through torch.compile."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto: a GPU where there is one."""
+    seed: int = 0
+    """Of weights, order and draws."""
+    log_every: int = 20
+    """Steps between lines of metrics.jsonl."""
+    max_bad_steps: int = 20
+    """Steps with a loss or gradient that is not finite, in a row, after which the run stops."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Validation during training."""
+
+    batch_size: int = 32
+    """People at a time."""
+    flip: bool = True
+    """Average with the prediction for the mirrored picture."""
+    people: int = 0
+    """Validate on the first so many people of the annotation; 0 takes all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    heatmaps: HeatmapsConfig = field(default_factory=HeatmapsConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+
+
+def add_config_options(parser: ArgumentParser) -> None:
+    """Add `--config FILE` and an option for every field to a parser."""
+    parser.add_argument("--config", action="config", help="YAML file of settings, such as configs/8hg.yaml")
+    parser.add_class_arguments(Config, None)
+
+
+def parse_config(parser: ArgumentParser, arguments: list[str]) -> tuple[Config, dict[str, Any]]:
+    """The Config and the parser's other values. Raises InputError. `--help` prints and leaves."""
+    _check_options(parser, arguments)
+    for path in _config_paths(arguments):
+        check_keys(load_yaml(path), path)
+    try:
+        values = parser.instantiate_classes(parser.parse_args(arguments))
+    except (ArgumentError, TypeError, ValueError) as error:
+        raise _type_error(error, "command line and --config") from error
+    sections = {f.name: getattr(values, f.name) for f in dataclasses.fields(Config)}
+    config = Config(**sections)
+    check_values(config)
+    others = {k: v for k, v in vars(values).items() if k not in sections and k != "config"}
+    return config, others
+
+
+def config_from_dict(raw: dict[str, Any], where: str) -> Config:
+    """The Config of nested plain values, as `as_dict` gives them. Raises InputError."""
+    check_keys(raw, where)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Config, None)
+    try:
+        values = parser.instantiate_classes(parser.parse_object(raw))
+    except (ArgumentError, TypeError, ValueError) as error:
+        raise _type_error(error, where) from error
+    return Config(**{f.name: getattr(values, f.name) for f in dataclasses.fields(Config)})
+
+
+def as_dict(config: Config) -> dict[str, Any]:
+    """Nested plain values, tuples as lists, fit for YAML and for a checkpoint."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return list(value) if isinstance(value, tuple) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def save_yaml(config: Config, path: Path) -> None:
+    """Write every field, so that the file repeats the run by itself."""
+    path.write_text(yaml.safe_dump(as_dict(config), sort_keys=False))
+
+
+def load_yaml(path: str) -> dict[str, Any]:
+    """A YAML file of settings as nested dicts. Raises InputError."""
+    try:
+        raw = yaml.safe_load(Path(path).read_text())
+    except FileNotFoundError as error:
+        raise InputError(path, "no such file", "a YAML file of settings", "see configs/") from error
+    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError, RecursionError) as error:
+        raise InputError(path, f"not YAML: {error}", "a YAML file", "correct it") from error
+    if raw is None:
+        return {}
+    if not isinstance(raw, dict):
+        raise InputError(path, f"a {type(raw).__name__}", "sections such as `optim:`", "see configs/")
+    return raw
+
+
+def check_keys(raw: dict[str, Any], where: str, cls: type = Config, prefix: str = "") -> None:
+    """Raise InputError at the first unknown key; its message names the nearest known one."""
+    types = typing.get_type_hints(cls)
+    for key, value in raw.items():
+        if key not in types:
+            raise _unknown(where, f"{prefix}{key}", [f"{prefix}{name}" for name in types])
+        if dataclasses.is_dataclass(types[key]):
+            if not isinstance(value, dict):
+                names = ", ".join(typing.get_type_hints(types[key]))
+                raise InputError(
+                    f"{where}: {prefix}{key}", repr(value), f"a section of {names}", "indent them below it"
+                )
+            check_keys(value, where, types[key], f"{prefix}{key}.")  # type: ignore[arg-type]
+
+
+def check_values(config: Config) -> None:
+    """Raise InputError at the first value that no run can use."""
+    positive = {
+        "data.batch_size": config.data.batch_size,
+        "model.stacks": config.model.stacks,
+        "model.depth": config.model.depth,
+        "heatmaps.sigma": config.heatmaps.sigma,
+        "optim.lr": config.optim.lr,
+        "optim.accumulate": config.optim.accumulate,
+        "train.steps": config.train.steps,
+        "train.steps_per_epoch": config.train.steps_per_epoch,
+        "train.log_every": config.train.log_every,
+        "eval.batch_size": config.eval.batch_size,
+    }
+    for name, value in positive.items():
+        if not value > 0:
+            raise InputError(name, str(value), "a value above 0", "correct the config")
+    if config.data.workers < 0:
+        raise InputError("data.workers", str(config.data.workers), "0 or more", "correct the config")
+    if config.model.width < 2 or config.model.width % 2:
+        raise InputError("model.width", str(config.model.width), "an even number", "correct the config")
+    if not 0 <= config.optim.ema_decay < 1:
+        raise InputError("optim.ema_decay", str(config.optim.ema_decay), "0 to below 1", "correct it")
+    unit = 4 * 2**config.model.depth
+    if config.data.input_px <= 0 or config.data.input_px % unit:
+        raise InputError(
+            "data.input_px",
+            str(config.data.input_px),
+            f"a multiple of {unit}, which is 4 x 2^model.depth",
+            "change data.input_px or model.depth",
+        )
+    if Path(config.train.name).name != config.train.name or config.train.name in ("", ".", ".."):
+        raise InputError("train.name", config.train.name, "a plain folder name", "put folders in train.out")
+
+
+def _config_paths(arguments: list[str]) -> list[str]:
+    paths = [b for a, b in zip(arguments, arguments[1:], strict=False) if a == "--config"]
+    return paths + [a.split("=", 1)[1] for a in arguments if a.startswith("--config=")]
+
+
+def _check_options(parser: ArgumentParser, arguments: list[str]) -> None:
+    known = [option for action in parser._actions for option in action.option_strings]
+    for argument in arguments:
+        option = argument.split("=", 1)[0]
+        if option.startswith("--") and len(option) > 2 and option not in known:
+            raise _unknown("command line", option, known)
+
+
+def _unknown(where: str, key: str, known: list[str]) -> InputError:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    advice = f"did you mean {near[0]}?" if near else f"the known ones are {', '.join(known)}"
+    return InputError(where, f"unknown setting {key}", "a setting of configs/schema.py", advice)
+
+
+def _type_error(error: Exception, where: str) -> InputError:
+    text = " ".join(str(error).split())
+    return InputError(where, text[:400], "the type in configs/schema.py", "correct this value")

@@ -1,0 +1,140 @@
+"""PCKh: the share of joints found within a fraction of the head's length, by every definition in use.
+
+Errors are distances in image px divided by `normalize`. Joints that are not marked, and people without a
+known `normalize`, are NaN and never count.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from configs.mpii import PIXELS_PER_SCALE
+from configs.skeleton import Skeleton
+from pipelines.annotations import People
+
+Floats = npt.NDArray[np.float64]
+
+THRESHOLDS = (0.5, 0.1)
+_AUC_THRESHOLDS = np.linspace(0.0, 0.5, 51)
+
+
+def normalized_errors(keypoints_NJ2: npt.NDArray, people: People) -> Floats:
+    """(N, J) distances from the annotation over `normalize`; NaN where nothing counts."""
+    if keypoints_NJ2.shape != people.joints.shape:
+        raise ValueError(f"keypoints {keypoints_NJ2.shape}, annotation {people.joints.shape}")
+    distance = np.linalg.norm(keypoints_NJ2 - people.joints, axis=-1)
+    counts = people.marked & (people.normalize > 0)[:, None]
+    length = np.where(people.normalize > 0, people.normalize, 1.0)[:, None]
+    return np.where(counts, distance / length, np.nan)
+
+
+def rates(errors_NJ: Floats, threshold: float, inclusive: bool) -> tuple[Floats, npt.NDArray]:
+    """Per joint the share of errors below the threshold (J,) and how many counted (J,).
+
+    inclusive: an error equal to the threshold counts as found (HRNet, mmpose) or not (princeton, bearpaw).
+    A joint that never counts has the rate NaN.
+    """
+    counts = np.isfinite(errors_NJ).sum(axis=0)
+    with np.errstate(invalid="ignore"):
+        found = errors_NJ <= threshold if inclusive else errors_NJ < threshold
+        return found.sum(axis=0) / np.where(counts > 0, counts, np.nan), counts
+
+
+class Score(NamedTuple):
+    """PCKh at one threshold. All rates are in 0..1."""
+
+    pooled: float
+    """All joints of all people in one pool, `<` (princeton-vl: 16 joints)."""
+    unweighted: float
+    """Mean of the rates of the joints in groups, `<` (bearpaw, anibali: 14 joints)."""
+    weighted: float
+    """The same weighted by how often each joint counts, `<=` (HRNet, mmpose: 14 joints)."""
+    groups: dict[str, float]
+    """Mean of the rates of a group's joints, `<=`, by name."""
+    joints: tuple[float, ...]
+    """(J,) rates, `<`."""
+
+
+def score(errors_NJ: Floats, skeleton: Skeleton, threshold: float) -> Score:
+    """Every mean of PCKh at a threshold."""
+    strict, counts = rates(errors_NJ, threshold, inclusive=False)
+    loose, _ = rates(errors_NJ, threshold, inclusive=True)
+    grouped = sorted({joint for _, joints in skeleton.groups for joint in joints})
+    return Score(
+        pooled=_mean(strict, counts),
+        unweighted=_mean(strict[grouped], (counts[grouped] > 0).astype(float)),
+        weighted=_mean(loose[grouped], counts[grouped]),
+        groups={
+            name: _mean(loose[list(joints)], (counts[list(joints)] > 0).astype(float))
+            for name, joints in skeleton.groups
+        },
+        joints=tuple(strict.tolist()),
+    )
+
+
+def _mean(values: Floats, weights: npt.NDArray) -> float:
+    total = weights.sum()
+    return float(np.nansum(values * weights) / total) if total else float("nan")
+
+
+def auc(errors_NJ: Floats) -> float:
+    """Area under the pooled PCKh over thresholds 0..0.5, as a share of the whole."""
+    errors = errors_NJ[np.isfinite(errors_NJ)]
+    if not errors.size:
+        return float("nan")
+    found = np.searchsorted(np.sort(errors), _AUC_THRESHOLDS, side="left") / errors.size
+    return float(np.trapezoid(found, _AUC_THRESHOLDS) / _AUC_THRESHOLDS[-1])
+
+
+def summary(keypoints_NJ2: npt.NDArray, people: People, skeleton: Skeleton) -> dict[str, Any]:
+    """Everything that evaluate.py prints and writes, as plain values."""
+    errors = normalized_errors(keypoints_NJ2, people)
+    _, counts = rates(errors, 0.5, inclusive=False)
+    visible = np.where(people.visible, errors, np.nan)
+    occluded = np.where(people.visible, np.nan, errors)
+    return {
+        "people": people.count,
+        "people_without_length": int((people.normalize <= 0).sum()),
+        "joints_counted": int(counts.sum()),
+        "joint_names": list(skeleton.names),
+        "joint_counts": counts.tolist(),
+        "pckh": {
+            str(threshold): _plain(score(errors, skeleton, threshold)) for threshold in THRESHOLDS
+        },
+        "auc": auc(errors),
+        "visible": {
+            "pooled": score(visible, skeleton, 0.5).pooled,
+            "joints_counted": int(np.isfinite(visible).sum()),
+        },
+        "occluded": {
+            "pooled": score(occluded, skeleton, 0.5).pooled,
+            "joints_counted": int(np.isfinite(occluded).sum()),
+        },
+    }
+
+
+def _plain(value: Score) -> dict[str, Any]:
+    """Without NaN, which JSON does not have."""
+
+    def clean(item: Any) -> Any:
+        if isinstance(item, dict):
+            return {key: clean(part) for key, part in item.items()}
+        if isinstance(item, tuple):
+            return [clean(part) for part in item]
+        return None if item != item else item
+
+    return clean(value._asdict())
+
+
+def mean_pose(train: People, valid: People) -> Floats:
+    """(N, J, 2) image px: for everybody in `valid` the mean pose of the boxes of `train`.
+
+    The predictor that never looks at the picture. The mean is over marked joints in units of the box.
+    """
+    box_train = PIXELS_PER_SCALE * train.scale[:, None, None]
+    in_box = (train.joints - train.center[:, None]) / box_train
+    weight = train.marked[..., None]
+    pose = (in_box * weight).sum(axis=0) / np.maximum(weight.sum(axis=0), 1)
+    box_valid = PIXELS_PER_SCALE * valid.scale[:, None, None]
+    return valid.center[:, None] + pose * box_valid

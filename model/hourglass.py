@@ -1,0 +1,116 @@
+"""The stacked hourglass network (Newell, Yang, Deng, ECCV 2016), in the layout of princeton-vl.
+
+Any number of stacks, width, depth and joints. Axes: N person, C channel, H row, W column, S stack.
+Inputs are RGB in 0..1 whose sides are multiples of 4 x 2^depth.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class Residual(nn.Module):
+    """Pre-activation bottleneck, (N, inputs, H, W) -> (N, outputs, H, W): 1x1, 3x3, 1x1, plus a skip."""
+
+    def __init__(self, inputs: int, outputs: int):
+        """inputs, outputs: channels. Half of the outputs lie inside; a 1x1 skip where they differ."""
+        super().__init__()
+        inside = outputs // 2
+        self.norm1 = nn.BatchNorm2d(inputs)
+        self.conv1 = nn.Conv2d(inputs, inside, 1)
+        self.norm2 = nn.BatchNorm2d(inside)
+        self.conv2 = nn.Conv2d(inside, inside, 3, padding=1)
+        self.norm3 = nn.BatchNorm2d(inside)
+        self.conv3 = nn.Conv2d(inside, outputs, 1)
+        self.skip = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, inputs, H, W) -> (N, outputs, H, W)."""
+        y = self.conv1(functional.relu(self.norm1(x)))
+        y = self.conv2(functional.relu(self.norm2(y)))
+        y = self.conv3(functional.relu(self.norm3(y)))
+        return y + self.skip(x)
+
+
+class Hourglass(nn.Module):
+    """One hourglass of some depth: half the resolution, recur, double it again, add the way across."""
+
+    def __init__(self, depth: int, width: int):
+        """depth: how often the resolution is halved. width: channels throughout."""
+        super().__init__()
+        self.across = Residual(width, width)
+        self.down = Residual(width, width)
+        self.inner = Hourglass(depth - 1, width) if depth > 1 else Residual(width, width)
+        self.up = Residual(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, width, H, W) -> the same shape."""
+        low = self.up(self.inner(self.down(functional.max_pool2d(x, 2))))
+        return self.across(x) + functional.interpolate(low, scale_factor=2.0, mode="nearest")
+
+
+class ConvNormReLU(nn.Sequential):
+    """Convolution, batch norm, ReLU."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1):
+        """Padded so that a stride of 1 keeps the size."""
+        conv = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2)
+        super().__init__(conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
+
+
+class Stem(nn.Module):
+    """Picture to features at a quarter of the resolution, (N, 3, H, W) -> (N, width, H/4, W/4)."""
+
+    def __init__(self, width: int, channels: tuple[int, int, int]):
+        """channels: after the 7x7 convolution and after the first two residuals."""
+        super().__init__()
+        first, second, third = channels
+        self.conv = ConvNormReLU(3, first, 7, 2)
+        self.residual1 = Residual(first, second)
+        self.residual2 = Residual(second, third)
+        self.residual3 = Residual(third, width)
+
+    def forward(self, images_N3HW: Tensor) -> Tensor:
+        """(N, 3, H, W) -> (N, width, H/4, W/4)."""
+        x = functional.max_pool2d(self.residual1(self.conv(images_N3HW)), 2)
+        return self.residual3(self.residual2(x))
+
+
+class StackedHourglass(nn.Module):
+    """`stacks` hourglasses, each of which refines the heatmaps of the one before."""
+
+    def __init__(
+        self,
+        stacks: int,
+        width: int,
+        joints: int,
+        depth: int = 4,
+        stem: tuple[int, int, int] = (64, 128, 128),
+    ):
+        """width: channels of the hourglasses. joints: heatmaps. depth: halvings in an hourglass.
+
+        stem: channels after the first convolution and the first two residuals.
+        """
+        super().__init__()
+        self.stacks, self.depth = stacks, depth
+        self.stem = Stem(width, stem)
+        self.hourglasses = nn.ModuleList(Hourglass(depth, width) for _ in range(stacks))
+        self.features = nn.ModuleList(
+            nn.Sequential(Residual(width, width), ConvNormReLU(width, width, 1))
+            for _ in range(stacks)
+        )
+        self.heads = nn.ModuleList(nn.Conv2d(width, joints, 1) for _ in range(stacks))
+        self.merge_features = nn.ModuleList(nn.Conv2d(width, width, 1) for _ in range(stacks - 1))
+        self.merge_heatmaps = nn.ModuleList(nn.Conv2d(joints, width, 1) for _ in range(stacks - 1))
+
+    def forward(self, images_N3HW: Tensor) -> Tensor:
+        """RGB in 0..1 -> heatmaps of every stack, (N, S, J, H/4, W/4), the last stack's the best."""
+        x = self.stem(images_N3HW)
+        outputs = []
+        for stack in range(self.stacks):
+            features = self.features[stack](self.hourglasses[stack](x))
+            heat = self.heads[stack](features)
+            outputs.append(heat)
+            if stack < self.stacks - 1:
+                x = x + self.merge_heatmaps[stack](heat) + self.merge_features[stack](features)
+        return torch.stack(outputs, dim=1)

@@ -1,0 +1,38 @@
+"""The training loss: mean squared error of every stack's heatmaps, in float32."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Unmarked = Literal["empty", "ignore"]
+
+
+def stack_losses(
+    heat_NSJHW: Tensor, target_NJHW: Tensor, drawn_NJ: Tensor, unmarked: Unmarked
+) -> Tensor:
+    """(S,) mean over people, joints and pixels of (prediction - target)^2, a value a stack.
+
+    The loss to minimise is their mean: intermediate supervision, every stack weighs the same
+    (princeton-vl/pytorch_stacked_hourglass). unmarked: a joint without a target counts as an empty
+    map ("empty", princeton's rule) or not at all ("ignore", HRNet's).
+    """
+    # autocast would otherwise square in float32 but subtract in the network's type.
+    error_NSJ = (heat_NSJHW.float() - target_NJHW[:, None].float()).square().mean(dim=(3, 4))
+    if unmarked == "empty":
+        return error_NSJ.mean(dim=(0, 2))
+    weight_N1J = drawn_NJ[:, None].float()
+    return (error_NSJ * weight_N1J).sum(dim=(0, 2)) / weight_N1J.sum().clamp_min(1)
+
+
+def peak_height(heat_NJHW: Tensor, drawn_NJ: Tensor) -> Tensor:
+    """Mean height of the highest pixel over the joints that have a target; near 0 in a collapse."""
+    peaks_NJ = heat_NJHW.float().amax(dim=(2, 3))
+    weight_NJ = drawn_NJ.to(peaks_NJ)
+    return (peaks_NJ * weight_NJ).sum() / weight_NJ.sum().clamp_min(1)
+
+
+def pck(joints_NJ2: Tensor, target_NJ2: Tensor, drawn_NJ: Tensor, radius_px: float) -> Tensor:
+    """Share of the joints that have a target which lie within radius_px of it (heatmap px)."""
+    near_NJ = torch.linalg.vector_norm(joints_NJ2 - target_NJ2, dim=-1) < radius_px
+    return (near_NJ & drawn_NJ).sum() / drawn_NJ.sum().clamp_min(1)

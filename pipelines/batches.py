@@ -1,0 +1,190 @@
+"""Crops + joints + heatmaps -> Batch. Picks the loader, and imports DALI only if it is the one."""
+
+import importlib.util
+from collections.abc import Iterator
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+
+from configs.errors import InputError
+from configs.skeleton import Skeleton
+from pipelines import color, heatmaps, opencv_crops, princeton
+from pipelines.augment import PRESETS, Preset, PresetName
+from pipelines.geometry import STRIDE
+from pipelines.opencv_crops import RawBatch
+from pipelines.shards import ShardSet, unpack_records
+
+LoaderName = Literal["auto", "dali", "opencv"]
+
+
+class Batch(NamedTuple):
+    """One training batch on the device. Axes: docs/conventions.md."""
+
+    images_N3HW: torch.Tensor
+    """float32 RGB in 0..1, channels-last in memory."""
+    heat_NJHW: torch.Tensor
+    """float32 targets."""
+    joints_NJ2: torch.Tensor
+    """float32, heatmap px."""
+    drawn_NJ: torch.Tensor
+    """bool, joints that have a target."""
+    rows_N: torch.Tensor
+    """int64 rows of the annotation."""
+
+
+class Target(NamedTuple):
+    """How joints become targets: everything that `finish` needs beside the crops."""
+
+    preset: Preset
+    rule: heatmaps.Rule
+    sigma: float
+    """Heatmap px."""
+    input_px: int
+    skeleton: Skeleton
+
+
+class Loader(Protocol):
+    """Endless RawBatches whose place in the sequence can be kept."""
+
+    def next(self) -> RawBatch: ...
+
+    def state(self) -> bytes:
+        """What continues this sequence; empty where the step alone does."""
+
+
+def finish(raw: RawBatch, target: Target, device: torch.device) -> Batch:
+    """Move a RawBatch to the device, jitter its colours, transform the joints, render the heatmaps."""
+    draws = raw.draws_ND.to(device, non_blocking=True)
+    records = unpack_records(raw.records_NR.to(device, non_blocking=True))
+    images = images_N3HW(raw, device)
+    if target.preset.color != "none":
+        images = color.jitter(images, draws)
+    heat_px = target.input_px // STRIDE
+    mirrored = torch.tensor(target.skeleton.mirrored, device=device)
+    if target.preset.princeton_crop:
+        joints, drawn = princeton.heat_joints(
+            records.joints_NJ2, records.center_N2, records.scale_N, draws, mirrored,
+            target.input_px, heat_px,
+        )  # fmt: skip
+    else:
+        matrices = raw.input_from_image_N23.to(device, non_blocking=True)
+        joints, drawn = heat_joints(
+            records.joints_NJ2, records.marked_NJ, matrices, draws[:, 2] > 0, mirrored, target.rule
+        )
+    heat = heatmaps.render(joints, drawn, heat_px, target.rule, target.sigma)
+    return Batch(images, heat, joints, drawn, records.row_N.long())
+
+
+def images_N3HW(raw: RawBatch, device: torch.device) -> torch.Tensor:
+    """Crops as the network takes them: float32 RGB in 0..1, a channels-last view, no layout copy."""
+    return raw.images_NHW3.to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 255
+
+
+def heat_joints(
+    joints_NJ2: torch.Tensor,
+    marked_NJ: torch.Tensor,
+    input_from_image_N23: torch.Tensor,
+    flip_N: torch.Tensor,
+    mirrored: torch.Tensor,
+    rule: heatmaps.Rule,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Joints image px -> heatmap px (N, J, 2), through the matrix of the pixels; and marked (N, J).
+
+    Where flip_N, left and right joints change places, and their marks with them.
+    """
+    linear, shift = input_from_image_N23[..., :2], input_from_image_N23[..., 2]
+    in_input = joints_NJ2 @ linear.transpose(1, 2) + shift[:, None]
+    to_heat = torch.from_numpy(heatmaps.heat_from_input(rule)).to(in_input)
+    heat = in_input @ to_heat[:2, :2].T + to_heat[:2, 2]
+    heat = torch.where(flip_N[:, None, None], heat[:, mirrored], heat)
+    marked = torch.where(flip_N[:, None], marked_NJ[:, mirrored], marked_NJ)
+    return heat, marked
+
+
+class OpenCVLoader:
+    """The OpenCV path as a Loader; the step says where it stands."""
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        preset: Preset,
+        *,
+        input_px: int,
+        batch_size: int,
+        workers: int,
+        pin: bool,
+        seed: int,
+        rank: int,
+        ranks: int,
+        first_step: int,
+    ):
+        """workers: processes. pin: page-locked batches, for a GPU. first_step: batches to leave out."""
+        dataset = opencv_crops.CropDataset(shards, preset, input_px, seed)
+        sampler = opencv_crops.EndlessSampler(
+            len(shards), batch_size, seed, rank, ranks, first_step
+        )
+        self._batches: Iterator[RawBatch] = iter(
+            opencv_crops.loader(dataset, sampler, workers, pin)
+        )
+
+    def next(self) -> RawBatch:
+        """The next batch."""
+        return next(self._batches)
+
+    def state(self) -> bytes:
+        """Empty: the step is enough."""
+        return b""
+
+
+def choose_loader(name: LoaderName, device: torch.device) -> Literal["dali", "opencv"]:
+    """`auto` is DALI on a GPU and OpenCV on a CPU, where it is several times faster."""
+    available = importlib.util.find_spec("nvidia.dali") if _has("nvidia") else None
+    if name == "dali" and available is None:
+        raise InputError(
+            "data.loader: dali",
+            "NVIDIA DALI is not installed (it exists for Linux alone)",
+            "the package nvidia-dali-cuda120, or nvidia-dali-cuda130 for CUDA 13",
+            "pip install nvidia-dali-cuda120, or set data.loader to opencv",
+        )
+    if name == "auto":
+        return "dali" if device.type == "cuda" and available else "opencv"
+    return name
+
+
+def _has(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def train_loader(
+    shards: ShardSet,
+    preset: PresetName,
+    *,
+    loader: LoaderName,
+    device: torch.device,
+    input_px: int,
+    batch_size: int,
+    workers: int,
+    shuffle_buffer: int,
+    seed: int,
+    rank: int,
+    ranks: int,
+    first_step: int,
+    state: bytes,
+) -> Loader:
+    """The chosen loader of augmented crops, standing at first_step (OpenCV) or at `state` (DALI).
+
+    workers: worker processes of OpenCV, threads of DALI.
+    """
+    if choose_loader(loader, device) == "opencv":
+        return OpenCVLoader(
+            shards, PRESETS[preset], input_px=input_px, batch_size=batch_size, workers=workers,
+            pin=device.type == "cuda", seed=seed, rank=rank, ranks=ranks, first_step=first_step,
+        )  # fmt: skip
+    from pipelines.dali_crops import DaliCrops
+
+    return DaliCrops(
+        shards, PRESETS[preset], input_px=input_px, batch_size=batch_size,
+        device="gpu" if device.type == "cuda" else "cpu", device_id=device.index or 0,
+        threads=max(workers, 1), seed=seed, rank=rank, ranks=ranks,
+        shuffle_buffer=shuffle_buffer, state=state or None,
+    )  # fmt: skip

@@ -1,0 +1,287 @@
+"""Shards -> person crops by NVIDIA DALI, on "gpu" or on "cpu". The only file that imports DALI.
+
+One graph serves both devices: read, decode, draw, build the affine, warp. It draws from the same table
+of presets as the OpenCV path and hands its draws out, so that the other path can repeat them. DALI counts from
+pixel corners, hence the two half-pixel shifts around the affine.
+"""
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from nvidia.dali import fn, math, pipeline_def, types
+from nvidia.dali.pipeline import Pipeline
+
+from configs.errors import InputError
+from configs.mpii import PIXELS_PER_SCALE
+from pipelines import augment
+from pipelines.augment import Distribution, Draw, Preset
+from pipelines.opencv_crops import RawBatch
+from pipelines.shards import HEADER, ShardSet
+
+Node = Any
+"""A DALI data node; one scalar or tensor a sample."""
+
+_READER = "people"
+
+
+class DaliCrops:
+    """Endless batches of one rank's share of a split, as RawBatch on the device.
+
+    state() and the argument of the same name continue the very same sequence.
+    """
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        preset: Preset,
+        *,
+        input_px: int,
+        batch_size: int,
+        device: Literal["gpu", "cpu"],
+        device_id: int = 0,
+        threads: int = 4,
+        prefetch: int = 2,
+        seed: int = 0,
+        rank: int = 0,
+        ranks: int = 1,
+        shuffle_buffer: int = 1024,
+        state: bytes | None = None,
+    ):
+        """Build the graph.
+
+        shuffle_buffer: people held to draw from; 0 keeps the order of the shards. rank, ranks: this
+        process's share of the people. device_id: CUDA device. threads: for the CPU's part.
+        """
+        self.batch_size = batch_size
+        graph = pipeline_def(_graph)(
+            batch_size=batch_size,
+            num_threads=threads,
+            device_id=device_id if device == "gpu" else None,
+            prefetch_queue_depth=prefetch,
+            seed=seed + rank,
+            exec_dynamic=True,
+            enable_checkpointing=True,
+            shards=shards,
+            preset=preset,
+            input_px=input_px,
+            device=device,
+            shuffle_seed=seed,
+            rank=rank,
+            ranks=ranks,
+            shuffle_buffer=shuffle_buffer,
+            **({"checkpoint": state} if state else {}),
+        )
+        self.pipeline: Pipeline = graph
+        try:
+            self.pipeline.build()
+        except RuntimeError as error:
+            raise InputError(
+                shards.folder,
+                f"DALI cannot build the pipeline: {_first_line(error)}",
+                "whole shards and a working DALI",
+                "python tools/make_shards.py packs them again; data.loader: opencv does without DALI",
+            ) from error
+
+    def __iter__(self) -> Iterator[RawBatch]:
+        while True:
+            yield self.next()
+
+    def next(self) -> RawBatch:
+        """The next batch. Raises InputError that names the sample that could not be decoded."""
+        try:
+            outputs = self.pipeline.run(*self._stream())
+        except RuntimeError as error:
+            raise InputError(
+                "DALI",
+                _first_line(error),
+                "samples that decode",
+                "pack the data again with tools/make_shards.py",
+            ) from error
+        return RawBatch(*(torch.from_dlpack(output.as_tensor()) for output in outputs))
+
+    def _stream(self) -> list[torch.cuda.Stream]:
+        """On a GPU, the stream that the outputs are handed over on, so that the host need not wait."""
+        device = self.pipeline.device_id
+        return [] if device is None or device < 0 else [torch.cuda.current_stream(device)]
+
+    def state(self) -> bytes:
+        """Where the sequence stands, after the batches handed out so far."""
+        return self.pipeline.checkpoint()
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    named = [line for line in lines if ".tar" in line]
+    return " ".join(dict.fromkeys([lines[0], *named[:1]]))[:500] if lines else repr(error)
+
+
+def _graph(
+    *,
+    shards: ShardSet,
+    preset: Preset,
+    input_px: int,
+    device: str,
+    shuffle_seed: int,
+    rank: int,
+    ranks: int,
+    shuffle_buffer: int,
+) -> tuple[Node, Node, Node, Node]:
+    """Images NHW3, affines N23, draws ND and records NR, all on the device."""
+    jpeg, record = fn.readers.webdataset(
+        name=_READER,
+        paths=[str(path) for path in shards.tars],
+        index_paths=[str(path) for path in shards.indices],
+        ext=["jpg", "f32"],
+        dtypes=[types.UINT8, types.FLOAT],
+        missing_component_behavior="error",
+        random_shuffle=shuffle_buffer > 0,
+        shuffle_after_epoch=shuffle_buffer > 0,
+        shuffle_after_epoch_seed=shuffle_seed,
+        initial_fill=max(1, min(shuffle_buffer, len(shards))),
+        shard_id=rank,
+        num_shards=ranks,
+    )
+    hints = {}
+    if device == "gpu":
+        hints = {
+            "preallocate_width_hint": shards.manifest.max_width,
+            "preallocate_height_hint": shards.manifest.max_height,
+        }
+    image = fn.decoders.image(
+        jpeg,
+        device="mixed" if device == "gpu" else "cpu",
+        output_type=types.RGB,
+        # Both pinned to OpenCV's behaviour: stored pixels, libjpeg-turbo's chroma upsampling.
+        adjust_orientation=False,
+        jpeg_fancy_upsampling=True,
+        **hints,
+    )
+    drawn = _draw(preset)
+    if preset.princeton_crop:
+        upper_left, lower_right = _princeton_corners(record, input_px)
+        input_from_image = _princeton_affine(upper_left, lower_right, drawn, input_px)
+        image = _cut(image, upper_left, lower_right)
+        image_from_stored = fn.transforms.translation(offset=_float(upper_left))
+    else:
+        input_from_image = _affine(record, drawn, input_px)
+        image_from_stored = fn.reshape(record[7 : len(HEADER)], shape=[2, 3])
+    crops = fn.warp_affine(
+        image,
+        matrix=_from_corners(fn.transforms.combine(image_from_stored, input_from_image)),
+        inverse_map=False,
+        size=(input_px, input_px),
+        interp_type=types.INTERP_LINEAR,
+        fill_value=0,
+        dtype=types.UINT8,
+    )
+    draws = fn.stack(*(fn.cast(value, dtype=types.FLOAT) for value in drawn))
+    small = (input_from_image, draws, record)
+    return (crops, *(node.gpu() if device == "gpu" else node for node in small))
+
+
+def _from_corners(affine: Node) -> Node:
+    """T(+0.5) M T(-0.5): the affine as DALI counts pixels."""
+    to_centers = fn.transforms.translation(offset=[-0.5, -0.5])
+    return fn.transforms.translation(fn.transforms.combine(to_centers, affine), offset=[0.5, 0.5])
+
+
+def _affine(record: Node, drawn: Draw, input_px: int) -> Node:
+    """geometry.input_from_image as a graph."""
+    zoom = input_px / (PIXELS_PER_SCALE * record[3] * drawn.scale)
+    middle = (input_px - 1) / 2
+    affine = fn.transforms.translation(offset=-record[1:3])
+    affine = fn.transforms.scale(affine, scale=fn.stack(zoom, zoom))
+    affine = fn.transforms.rotation(affine, angle=drawn.rotation_deg)
+    affine = fn.transforms.scale(affine, scale=_mirror_scale(drawn))
+    return fn.transforms.translation(affine, offset=[middle, middle])
+
+
+def _princeton_corners(record: Node, input_px: int) -> tuple[Node, Node]:
+    """princeton.box_corners as a graph: (x, y) of both corners, whole numbers in float64."""
+    center = fn.cast(record[1:3], dtype=types.FLOAT64)
+    box_px = PIXELS_PER_SCALE * fn.cast(record[3], dtype=types.FLOAT64)
+    shift = input_px * (-center / box_px + 0.5)
+    upper_left = _truncate(-shift * (box_px / input_px))
+    lower_right = _truncate((input_px - shift) * (box_px / input_px))
+    return upper_left, math.max(lower_right, upper_left + 1.0)
+
+
+def _cut(image: Node, upper_left: Node, lower_right: Node) -> Node:
+    """The box alone, black outside the picture: what lies around it never reaches its input."""
+    start, end = (fn.cast(corner, dtype=types.INT32) for corner in (upper_left, lower_right))
+    return fn.slice(
+        image, start=start, end=end, axis_names="WH", out_of_bounds_policy="pad", fill_values=0
+    )
+
+
+def _princeton_affine(upper_left: Node, lower_right: Node, drawn: Draw, input_px: int) -> Node:
+    """princeton.input_from_image as a graph: its two maps and its flip made one."""
+    size = lower_right - upper_left
+    affine = fn.transforms.translation(offset=_float(0.5 - upper_left))
+    affine = fn.transforms.scale(affine, scale=_float(input_px / size))
+    affine = fn.transforms.translation(affine, offset=[-0.5 - input_px / 2, -0.5 - input_px / 2])
+    zoom = 1.0 / drawn.scale
+    affine = fn.transforms.scale(affine, scale=fn.stack(zoom, zoom))
+    affine = fn.transforms.rotation(affine, angle=drawn.rotation_deg)
+    # It turns about input_px / 2 and mirrors about (input_px - 1) / 2.
+    affine = fn.transforms.translation(affine, offset=[0.5, 0.5])
+    affine = fn.transforms.scale(affine, scale=_mirror_scale(drawn))
+    middle = (input_px - 1) / 2
+    return fn.transforms.translation(affine, offset=[middle, middle])
+
+
+def _mirror_scale(drawn: Draw) -> Node:
+    return fn.stack(1.0 - 2.0 * drawn.flip, types.Constant(1.0, dtype=types.FLOAT))
+
+
+def _truncate(value: Node) -> Node:
+    """Toward zero; a cast to an integer would round."""
+    return math.floor(math.abs(value)) * (1.0 - 2.0 * fn.cast(value < 0, dtype=types.FLOAT64))
+
+
+def _float(node: Node) -> Node:
+    return fn.cast(node, dtype=types.FLOAT)
+
+
+def _draw(preset: Preset) -> Draw:
+    """augment.draw as a graph: a Draw of nodes, one float a sample."""
+    scale = _value(preset.scale)
+    flip = _coin(preset.flip_probability)
+    drawn = Draw(
+        scale=math.pow(2.0, scale) if preset.scale_is_log2 else scale,
+        rotation_deg=_value(preset.rotation_deg) * _coin(preset.rotation_probability),
+        flip=flip,
+        **{name: _constant(getattr(Draw(), name)) for name in Draw._fields[3:]},
+    )
+    if preset.color == "hsv_if_flipped":
+        return drawn._replace(
+            hue=flip * _value(augment.HUE_TURNS),
+            saturation=1.0 + flip * (_value(augment.SATURATION) - 1.0),
+            brightness=flip * _value(augment.BRIGHTNESS),
+            contrast=1.0 + flip * (_value(augment.CONTRAST) - 1.0),
+        )
+    if preset.color == "channel_gain":
+        red, green, blue = (_value(augment.CHANNEL_GAIN) for _ in range(3))
+        return drawn._replace(red=red, green=green, blue=blue)
+    return drawn
+
+
+def _constant(value: float) -> Node:
+    return fn.constant(fdata=value, shape=[], dtype=types.FLOAT)
+
+
+def _coin(probability: float) -> Node:
+    if probability in (0.0, 1.0):
+        return _constant(probability)
+    return _float(fn.random.coin_flip(probability=probability))
+
+
+def _value(distribution: Distribution) -> Node:
+    low, high = distribution.low, distribution.high
+    if low == high:
+        return _constant(low)
+    if distribution.kind == "uniform":
+        return fn.random.uniform(range=[low, high])
+    value = fn.random.normal(mean=distribution.mean, stddev=distribution.std)
+    return math.clamp(value, low, high)

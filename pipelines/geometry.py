@@ -1,0 +1,74 @@
+"""Pure affine maps between image, input and heatmap pixels. Conventions: docs/conventions.md.
+
+Matrices are (3, 3) float64, named target_from_source, for column vectors (x, y, 1) whose pixel
+centres are integers. Nothing here is random, reads a file or chooses a device.
+"""
+
+import numpy as np
+import numpy.typing as npt
+
+from configs.mpii import PIXELS_PER_SCALE
+
+Matrix = npt.NDArray[np.float64]
+
+STRIDE = 4
+"""Input pixels per heatmap pixel: the stem halves the picture twice."""
+
+
+def translation(x: float, y: float) -> Matrix:
+    """(3, 3) matrix that moves points by (x, y) px."""
+    return np.array([[1.0, 0.0, x], [0.0, 1.0, y], [0.0, 0.0, 1.0]])
+
+
+def scaling(x: float, y: float) -> Matrix:
+    """(3, 3) matrix that multiplies the coordinates, about the origin."""
+    return np.diag([x, y, 1.0])
+
+
+def rotation(degrees: float) -> Matrix:
+    """(3, 3) matrix that turns points about the origin, clockwise on the screen."""
+    sine, cosine = np.sin(np.deg2rad(degrees)), np.cos(np.deg2rad(degrees))
+    return np.array([[cosine, -sine, 0.0], [sine, cosine, 0.0], [0.0, 0.0, 1.0]])
+
+
+def mirror(width_px: int) -> Matrix:
+    """(3, 3) matrix that mirrors a picture of that width left to right: x -> W - 1 - x."""
+    return translation(width_px - 1.0, 0.0) @ scaling(-1.0, 1.0)
+
+
+def input_from_image(
+    center: npt.ArrayLike,
+    scale: float,
+    input_px: int,
+    scale_factor: float = 1.0,
+    rotation_deg: float = 0.0,
+    flip: bool = False,
+) -> Matrix:
+    """(3, 3) affine, image px -> input px: the person's box fills the input edge to edge.
+
+    center: (2,) middle of the box, image px. scale: side of the box / 200 px. scale_factor enlarges
+    the box, so the person gets smaller. The picture is turned by rotation_deg about the box's centre
+    and then mirrored if flip.
+    """
+    x, y = np.asarray(center, dtype=np.float64)
+    zoom = input_px / (PIXELS_PER_SCALE * scale * scale_factor)
+    middle = (input_px - 1) / 2
+    matrix = (
+        translation(middle, middle)
+        @ rotation(rotation_deg)
+        @ scaling(zoom, zoom)
+        @ translation(-x, -y)
+    )
+    return mirror(input_px) @ matrix if flip else matrix
+
+
+def dali_from_opencv(matrix: Matrix) -> Matrix:
+    """The same affine counted from pixel corners, as DALI counts: T(+0.5) M T(-0.5)."""
+    return translation(0.5, 0.5) @ matrix @ translation(-0.5, -0.5)
+
+
+def transform(matrix: Matrix, points: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """Apply an affine (..., 2 or 3, 3) to points (..., P, 2); returns (..., P, 2) in the target's px."""
+    matrix = np.asarray(matrix, dtype=np.float64)
+    linear, shift = matrix[..., :2, :2], matrix[..., :2, 2]
+    return np.asarray(points, np.float64) @ np.swapaxes(linear, -1, -2) + shift[..., None, :]

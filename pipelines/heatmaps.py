@@ -1,0 +1,148 @@
+"""Joints -> target heatmaps (render) and heatmaps -> joints (decode): an inverse pair for each rule.
+
+One batched routine on the tensors' own device, no loop over joints. The three rules are set out in
+docs/conventions.md. Axes: N person, J joint, H row, W column; points are (x, y) in heatmap px.
+"""
+
+from typing import Literal
+
+import torch
+
+from pipelines.geometry import STRIDE, Matrix, scaling, translation
+
+Rule = Literal["exact", "princeton", "hrnet"]
+
+_FLOOR = 1e-6
+"""Values are raised to this before the logarithm of the sub-pixel decode."""
+
+
+def heat_from_input(rule: Rule) -> Matrix:
+    """(3, 3) affine, input px -> heatmap px: edge to edge for `exact`, x / 4 for the other two."""
+    if rule == "exact":
+        return translation(-0.5, -0.5) @ scaling(1 / STRIDE, 1 / STRIDE) @ translation(0.5, 0.5)
+    return scaling(1 / STRIDE, 1 / STRIDE)
+
+
+def render(
+    joints_NJ2: torch.Tensor, drawn_NJ: torch.Tensor, heat_px: int, rule: Rule, sigma: float
+) -> torch.Tensor:
+    """(N, J, heat_px, heat_px) float32 Gaussians of peak 1 about the joints; empty where not drawn.
+
+    joints_NJ2: heatmap px. sigma: heatmap px at a heatmap of 64 px; `princeton` and `exact` scale it
+    with the heatmap, `hrnet` takes it as it is. A Gaussian is a product of a row and a column, so its
+    exponentials are computed once per row and column.
+    """
+    grid = torch.arange(heat_px, device=joints_NJ2.device, dtype=torch.float32)
+    if rule != "hrnet":
+        sigma = sigma * heat_px / 64
+    center, drawn, reach = _discretise(joints_NJ2.float(), drawn_NJ, heat_px, rule, sigma)
+    offset_NJ2S = grid - center[..., None]
+    profile = torch.exp(-offset_NJ2S.square() / (2 * sigma**2))
+    if reach is not None:
+        profile = profile * (offset_NJ2S.abs() <= reach)
+    x_NJS, y_NJS = (profile * drawn[..., None, None]).unbind(dim=2)
+    return y_NJS[..., :, None] * x_NJS[..., None, :]
+
+
+def _discretise(
+    joints_NJ2: torch.Tensor, drawn_NJ: torch.Tensor, heat_px: int, rule: Rule, sigma: float
+) -> tuple[torch.Tensor, torch.Tensor, float | None]:
+    """The centres, whether each is drawn, and how many px the window reaches to each side."""
+    finite = torch.isfinite(joints_NJ2).all(dim=-1)
+    drawn = drawn_NJ.bool() & finite
+    joints = torch.where(finite[..., None], joints_NJ2, torch.zeros_like(joints_NJ2))
+    if rule == "exact":
+        return joints, drawn, None
+    if rule == "princeton":
+        center = torch.trunc(joints)
+        inside = ((center >= 0) & (center < heat_px)).all(dim=-1)
+        return center, drawn & (joints_NJ2[..., 0] > 0) & inside, 3 * sigma + 1
+    center = torch.trunc(joints + 0.5)
+    reach = 3 * sigma
+    near = ((center - reach < heat_px) & (center + reach + 1 >= 0)).all(dim=-1)
+    return center, drawn & near, reach
+
+
+def decode(heat_NJHW: torch.Tensor, rule: Rule) -> tuple[torch.Tensor, torch.Tensor]:
+    """Joints in heatmap px (N, J, 2) float32 and their scores (N, J), the height of the peak."""
+    heat = heat_NJHW.float()
+    if rule == "princeton":
+        return _decode_princeton(heat)
+    score, x, y = _peak(heat)
+    if rule == "exact":
+        joints = torch.stack([_vertex(heat, x, y, axis) for axis in (3, 2)], dim=-1)
+        return joints, score
+    width, height = heat.shape[3], heat.shape[2]
+    inner = (x > 1) & (x < width - 1) & (y > 1) & (y < height - 1)
+    steps = torch.stack(
+        [torch.sign(_neighbour(heat, x, y, a, 1) - _neighbour(heat, x, y, a, -1)) for a in (3, 2)],
+        dim=-1,
+    )
+    joints = torch.stack([x, y], dim=-1) + 0.25 * steps * inner[..., None]
+    return joints * (score > 0)[..., None], score
+
+
+def mirror_back(heat_NJHW: torch.Tensor, mirrored: torch.Tensor, rule: Rule) -> torch.Tensor:
+    """Heatmaps of a mirrored input, as heatmaps of the input itself. mirrored: (J,) int64.
+
+    `hrnet` then moves them right by one pixel, as its own test does.
+    """
+    back = heat_NJHW.flip(3).index_select(1, mirrored)
+    if rule == "hrnet":
+        back = torch.cat([back[..., :1], back[..., :-1]], dim=3)
+    return back
+
+
+def _peak(heat_NJHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Value, x and y (int64) of the highest pixel of each map, the first where several are equal."""
+    score, index = heat_NJHW.flatten(2).max(dim=2)
+    # max() does not promise the first of equal values on every device.
+    first = (heat_NJHW.flatten(2) == score[..., None]).to(torch.uint8).argmax(dim=2)
+    index = torch.where(torch.isnan(score), index, first)
+    width = heat_NJHW.shape[3]
+    return score, index % width, index // width
+
+
+def _neighbour(
+    heat_NJHW: torch.Tensor, x: torch.Tensor, y: torch.Tensor, axis: int, step: int
+) -> torch.Tensor:
+    """(N, J) values one pixel away along W (axis 3) or H (axis 2), clamped at the border."""
+    height, width = heat_NJHW.shape[2:]
+    column = (x + step * (axis == 3)).clamp(0, width - 1)
+    row = (y + step * (axis == 2)).clamp(0, height - 1)
+    return heat_NJHW.flatten(2).gather(2, (row * width + column)[..., None])[..., 0]
+
+
+def _vertex(heat: torch.Tensor, x: torch.Tensor, y: torch.Tensor, axis: int) -> torch.Tensor:
+    """Sub-pixel coordinate along one axis: vertex of the parabola through three logarithms.
+
+    The logarithm of a Gaussian is a parabola, so this is exact for one (Zhang et al., DARK, CVPR 2020,
+    use the same fact in two dimensions). No step at the border or where the parabola has no vertex.
+    """
+    position = x if axis == 3 else y
+    here, after, before = (
+        _neighbour(heat, x, y, axis, step).clamp_min(_FLOOR).log() for step in (0, 1, -1)
+    )
+    curvature = after - 2 * here + before
+    step = (before - after) / (2 * torch.where(curvature < 0, curvature, -torch.ones_like(here)))
+    step = torch.where(curvature < 0, step.clamp(-0.5, 0.5), torch.zeros_like(step))
+    inside = (position > 0) & (position < heat.shape[axis] - 1)
+    return position + step * inside
+
+
+def _decode_princeton(heat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """3 x 3 peaks, the first maximum, a quarter step to the higher side (a tie steps back), + 0.5.
+
+    A map with no positive value gives the first zero of the suppressed map, and no step.
+    """
+    is_peak = torch.nn.functional.max_pool2d(heat, 3, 1, 1) == heat
+    score, x, y = _peak(heat * is_peak)
+    steps = torch.stack(
+        [
+            torch.where(_neighbour(heat, x, y, a, 1) > _neighbour(heat, x, y, a, -1), 0.75, 0.25)
+            for a in (3, 2)
+        ],
+        dim=-1,
+    )
+    joints = torch.stack([x, y], dim=-1).float()
+    return joints + steps * (score > 0)[..., None], score

@@ -1,0 +1,213 @@
+"""Pictures -> person crops by OpenCV, in worker processes. The reference path, and that of evaluation.
+
+A source gives the bytes of a picture and the record of a person; `ShardSet` is one and `LooseImages`
+is the other. Everything that is random is in a Draw, so that a crop is a pure function.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from configs.errors import InputError
+from pipelines import geometry, princeton
+from pipelines.annotations import People
+from pipelines.augment import Draw, Preset, draw, draw_rng, draws_array
+from pipelines.shards import Records, pack_record, unpack_records
+
+
+class RawBatch(NamedTuple):
+    """What either loader hands over: crops before colour, and how each was made."""
+
+    images_NHW3: torch.Tensor
+    """RGB in 0..255: uint8, or float32 where the crop is princeton's."""
+    input_from_image_N23: torch.Tensor
+    """float32 affine of the pixels, image px -> input px."""
+    draws_ND: torch.Tensor
+    """float32, columns in the order of augment.Draw."""
+    records_NR: torch.Tensor
+    """float32, layout in pipelines/shards.py."""
+
+
+class Source(Protocol):
+    """People with pictures, numbered from 0."""
+
+    def __len__(self) -> int: ...
+
+    def jpeg(self, sample: int) -> bytes:
+        """The stored picture of one person."""
+
+    def record(self, sample: int) -> npt.NDArray[np.float32]:
+        """(record_length,) of one person."""
+
+    def where(self, sample: int) -> str:
+        """What to call a sample in a message."""
+
+
+class LooseImages:
+    """People of an annotation file with their pictures in a folder."""
+
+    def __init__(self, people: People, folder: Path):
+        """Check that every picture is there. Raises InputError that counts the missing ones."""
+        self.people, self.folder = people, Path(folder)
+        missing = sorted({n for n in people.images if not (self.folder / n).is_file()})
+        if missing:
+            raise InputError(
+                self.folder,
+                f"{len(missing)} of {len(set(people.images))} pictures missing, first {missing[0]}",
+                "the pictures that the annotation file names",
+                "give their folder with --images",
+            )
+
+    def __len__(self) -> int:
+        return self.people.count
+
+    def jpeg(self, sample: int) -> bytes:
+        """The file's bytes."""
+        return (self.folder / self.people.images[sample]).read_bytes()
+
+    def record(self, sample: int) -> npt.NDArray[np.float32]:
+        """The record; the picture's size is left at 0, for it is not decoded here."""
+        return pack_record(self.people, sample, 0, 0)
+
+    def where(self, sample: int) -> str:
+        """The file."""
+        return str(self.folder / self.people.images[sample])
+
+
+def decode(jpeg: bytes, where: str) -> npt.NDArray[np.uint8]:
+    """(H, W, 3) BGR picture as stored, its EXIF orientation ignored. Raises InputError."""
+    flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+    data = np.frombuffer(jpeg, dtype=np.uint8)
+    image = cv2.imdecode(data, flags) if data.size else None
+    if image is None:
+        raise InputError(
+            where, f"{data.size} bytes that are no picture", "a JPEG", "replace or leave it out"
+        )
+    return image  # type: ignore[return-value]
+
+
+def crop_person(
+    image_HW3: npt.NDArray[np.uint8], record: Records, drawn: Draw, preset: Preset, input_px: int
+) -> tuple[npt.NDArray, npt.NDArray[np.float32]]:
+    """Crop one person: (input_px, input_px, 3) RGB in 0..255 and the (2, 3) affine that was applied.
+
+    image_HW3: BGR. record: fields of one person, with a leading axis of 1. The crop is uint8, by one
+    warp; under princeton's rules it is float32, by its own two.
+    """
+    center = record.center_N2[0].astype(np.float64)
+    scale = float(record.scale_N[0])
+    if preset.princeton_crop:
+        crop = princeton.crop(image_HW3, center, scale, input_px)
+        # Without an augmentation there is no second resampling, as in its test.
+        if drawn != Draw():
+            crop = princeton.augment(crop, drawn)
+        matrix = princeton.input_from_image(center, scale, drawn, input_px)
+        return crop[..., ::-1].astype(np.float32), matrix[:2].astype(np.float32)
+    matrix = geometry.input_from_image(
+        center, scale, input_px, drawn.scale, drawn.rotation_deg, bool(drawn.flip)
+    )
+    image_from_stored = np.eye(3)
+    image_from_stored[:2] = record.image_from_stored_N23[0]
+    warp = (matrix @ image_from_stored)[:2]
+    crop = cv2.warpAffine(image_HW3, warp, (input_px, input_px), flags=cv2.INTER_LINEAR)
+    return cv2.cvtColor(crop, cv2.COLOR_BGR2RGB), matrix[:2].astype(np.float32)
+
+
+class CropDataset(Dataset):
+    """Crops by (sample, epoch) keys; the draw follows from the seed and the key alone."""
+
+    def __init__(self, source: Source, preset: Preset, input_px: int, seed: int):
+        """preset: augment.PRESETS[...]. input_px: side of the crop. seed: of the draws."""
+        self.source, self.preset, self.input_px, self.seed = source, preset, input_px, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[npt.NDArray, npt.NDArray, Draw, npt.NDArray]:
+        sample, epoch = key
+        drawn = draw(self.preset, draw_rng(self.seed, epoch, sample))
+        record = self.source.record(sample)
+        image = decode(self.source.jpeg(sample), self.source.where(sample))
+        fields = unpack_records(record[None])
+        crop, matrix = crop_person(image, fields, drawn, self.preset, self.input_px)
+        return crop, matrix, drawn, record
+
+
+def collate(items: list[tuple[npt.NDArray, npt.NDArray, Draw, npt.NDArray]]) -> RawBatch:
+    """Stack the items of CropDataset."""
+    images, matrices, draws, records = zip(*items, strict=True)
+    return RawBatch(
+        torch.from_numpy(np.stack(images)),
+        torch.from_numpy(np.stack(matrices)),
+        torch.from_numpy(draws_array(list(draws))),
+        torch.from_numpy(np.stack(records)),
+    )
+
+
+class EndlessSampler(Sampler[list[tuple[int, int]]]):
+    """Batches of (sample, epoch) keys for one rank, without end, from any step on.
+
+    All ranks walk one endless sequence of shuffled passes over the people; step t of rank r takes
+    positions (t x ranks + r) x batch_size and on. So the sequence depends on the seed and the global
+    batch size alone, and no state but the step is needed to continue it.
+    """
+
+    def __init__(
+        self, people: int, batch_size: int, seed: int, rank: int, ranks: int, first_step: int = 0
+    ):
+        """batch_size: people per rank and step."""
+        self.people, self.batch_size, self.seed = people, batch_size, seed
+        self.rank, self.ranks, self.first_step = rank, ranks, first_step
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, order = -1, np.empty(0, dtype=np.int64)
+        step = self.first_step
+        while True:
+            start = (step * self.ranks + self.rank) * self.batch_size
+            batch = []
+            for position in range(start, start + self.batch_size):
+                if position // self.people != epoch:
+                    epoch = position // self.people
+                    order = np.random.default_rng([self.seed, epoch]).permutation(self.people)
+                batch.append((int(order[position % self.people]), epoch))
+            yield batch
+            step += 1
+
+
+class ListSampler(Sampler[list[tuple[int, int]]]):
+    """Batches of (sample, 0) keys in the given order, the last one shorter if need be."""
+
+    def __init__(self, samples: npt.NDArray[np.int64], batch_size: int):
+        """samples: (N,) sample numbers."""
+        self.samples, self.batch_size = samples, batch_size
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for start in range(0, len(self.samples), self.batch_size):
+            yield [(int(s), 0) for s in self.samples[start : start + self.batch_size]]
+
+    def __len__(self) -> int:
+        return -(-len(self.samples) // self.batch_size)
+
+
+def loader(
+    dataset: CropDataset, sampler: Sampler[list[tuple[int, int]]], workers: int, pin: bool
+) -> DataLoader:
+    """A torch DataLoader of RawBatch. workers: processes; 0 crops in this one. pin: for a GPU."""
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=pin,
+        worker_init_fn=_one_thread,
+        prefetch_factor=4 if workers else None,
+        persistent_workers=False,
+    )
+
+
+def _one_thread(worker: int) -> None:
+    """OpenCV's own threads only get in the way of the other workers."""
+    cv2.setNumThreads(0)

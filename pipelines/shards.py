@@ -1,0 +1,395 @@
+"""People <-> WebDataset tar shards: the record, the index, the manifest, and reading at random.
+
+A split is a folder of NNNNN.tar, each with its wds2idx index NNNNN.idx, and one manifest.json. A
+sample is one person with three components:
+
+    <key>.f32   little-endian float32 record (layout below), which DALI reads without parsing
+    <key>.jpg   the picture
+    <key>.json  the same facts for a person to read, and the name of the picture
+
+Record: HEADER fields, then (x, y, marked, visible) for each of the J joints.
+"""
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import webdataset
+
+from configs.errors import InputError
+from configs.skeleton import Skeleton
+from pipelines.annotations import People
+
+FORMAT = "stacked-hourglass-shards"
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+COMPONENTS = ("f32", "jpg", "json")
+_INDEX_VERSION = "v1.2"
+
+HEADER = (
+    "row",  # place in the annotation file's split, from 0
+    "center_x", "center_y",  # image px
+    "scale",  # box side / 200 px
+    "normalize",  # px, 0 where unknown
+    "width", "height",  # of the stored picture, px
+    "a", "b", "tx", "c", "d", "ty",  # affine, stored picture px -> image px, row by row
+)  # fmt: skip
+IDENTITY_AFFINE = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
+_PACK_AGAIN = "pack the data again with tools/make_shards.py into a new folder"
+
+
+def record_length(joints: int) -> int:
+    """Number of float32 values in the record of a person with that many joints."""
+    return len(HEADER) + 4 * joints
+
+
+def pack_record(people: People, row: int, width: int, height: int) -> npt.NDArray[np.float32]:
+    """(record_length,) '<f4' record of one person whose stored picture is the original."""
+    facts = np.stack([people.marked[row], people.visible[row]], axis=-1)
+    joints = np.concatenate([people.joints[row], facts], axis=-1)
+    header = [row, *people.center[row], people.scale[row], people.normalize[row], width, height]
+    return np.concatenate([header, IDENTITY_AFFINE, joints.ravel()]).astype("<f4")
+
+
+class Records(NamedTuple):
+    """Fields of a batch of records, numpy or torch alike. Units: docs/conventions.md."""
+
+    row_N: Any
+    center_N2: Any
+    scale_N: Any
+    normalize_N: Any
+    size_N2: Any
+    """Width and height of the stored picture, px."""
+    image_from_stored_N23: Any
+    joints_NJ2: Any
+    marked_NJ: Any
+    visible_NJ: Any
+
+
+def unpack_records(records_NR: Any) -> Records:
+    """Name the fields of (N, record_length) records; the results are views where they can be."""
+    count = records_NR.shape[0]
+    joints_NJ4 = records_NR[:, len(HEADER) :].reshape(count, -1, 4)
+    return Records(
+        row_N=records_NR[:, 0],
+        center_N2=records_NR[:, 1:3],
+        scale_N=records_NR[:, 3],
+        normalize_N=records_NR[:, 4],
+        size_N2=records_NR[:, 5:7],
+        image_from_stored_N23=records_NR[:, 7:13].reshape(count, 2, 3),
+        joints_NJ2=joints_NJ4[..., :2],
+        marked_NJ=joints_NJ4[..., 2] > 0,
+        visible_NJ=joints_NJ4[..., 3] > 0,
+    )
+
+
+def describe(people: People, row: int, skeleton: Skeleton, width: int, height: int) -> bytes:
+    """The JSON component: what the record holds, in words, as UTF-8."""
+    joints = {
+        name: {
+            "x": float(people.joints[row, j, 0]),
+            "y": float(people.joints[row, j, 1]),
+            "marked": bool(people.marked[row, j]),
+            "visible": bool(people.visible[row, j]),
+        }
+        for j, name in enumerate(skeleton.names)
+    }
+    facts = {
+        "image": people.images[row],
+        "row": int(row),
+        "index": int(people.index[row]),
+        "person": int(people.person[row]),
+        "center": people.center[row].tolist(),
+        "scale": float(people.scale[row]),
+        "normalize": float(people.normalize[row]),
+        "width": width,
+        "height": height,
+        "joints": joints,
+    }
+    return json.dumps(facts, indent=1).encode()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One tar of a split."""
+
+    tar: str
+    """File name inside the split's folder."""
+    index: str
+    people: int
+    bytes: int
+    sha256: str
+    index_sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a folder of shards holds and how it was made."""
+
+    split: str
+    packing: str
+    people: int
+    joints: int
+    skeleton: Skeleton
+    shards: tuple[Shard, ...]
+    max_width: int
+    """Largest stored picture, px."""
+    max_height: int
+    source: dict[str, str]
+    """Annotation file, its SHA-256, and the folder of pictures."""
+    seed: int
+    """Of the shuffle of people."""
+    left_out: list[str] = field(default_factory=list)
+    """People whose pictures could not be packed."""
+    command: str = ""
+    format: str = FORMAT
+    format_version: int = FORMAT_VERSION
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_shard(
+    folder: Path, number: int, samples: Iterable[tuple[str, bytes, bytes, bytes]]
+) -> Shard:
+    """Write one tar and its index from (key, record, jpeg, json) samples. Same samples, same bytes."""
+    tar, index = folder / f"{number:05d}.tar", folder / f"{number:05d}.idx"
+    people = 0
+    temporary = tar.with_suffix(".tar.tmp")
+    with temporary.open("wb") as stream:
+        with webdataset.TarWriter(stream, encoder=False, mtime=0) as writer:
+            for key, record, jpeg, text in samples:
+                components = zip(COMPONENTS, (record, jpeg, text), strict=True)
+                writer.write({"__key__": key, **dict(components)})
+                people += 1
+        stream.flush()
+        os.fsync(stream.fileno())
+    index.write_text(_index_text(temporary))
+    temporary.rename(tar)
+    return Shard(
+        tar=tar.name,
+        index=index.name,
+        people=people,
+        bytes=tar.stat().st_size,
+        sha256=sha256(tar),
+        index_sha256=sha256(index),
+    )
+
+
+def _index_text(tar: Path) -> str:
+    """A wds2idx index, version 1.2: a line a sample of `extension offset size name` groups."""
+    samples: dict[str, list[str]] = {}
+    with tarfile.open(tar, "r:") as archive:
+        for member in archive:
+            key, extension = member.name.split(".", 1)
+            entry = f"{extension} {member.offset_data} {member.size} {member.name}"
+            samples.setdefault(key, []).append(entry)
+    lines = [f"{_INDEX_VERSION} {len(samples)}", *(" ".join(parts) for parts in samples.values())]
+    return "\n".join(lines) + "\n"
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write manifest.json whole or not at all."""
+    text = json.dumps({**asdict(manifest), "skeleton": manifest.skeleton._asdict()}, indent=1)
+    temporary = folder / (MANIFEST + ".tmp")
+    temporary.write_text(text + "\n")
+    temporary.rename(folder / MANIFEST)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read manifest.json and check what it says of itself. Raises InputError."""
+    path = folder / MANIFEST
+    try:
+        raw = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise InputError(
+            folder,
+            "no manifest.json" if folder.is_dir() else "no such folder",
+            "a folder of shards made by tools/make_shards.py",
+            "pack the data first: python tools/make_shards.py --help",
+        ) from error
+    except (ValueError, NotADirectoryError, RecursionError) as error:
+        raise InputError(path, f"not readable ({error})", "a manifest", _PACK_AGAIN) from error
+    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+        raise InputError(path, "another kind of file", f"format {FORMAT!r}", _PACK_AGAIN)
+    if raw.get("format_version") != FORMAT_VERSION:
+        found = f"format version {raw.get('format_version')}"
+        raise InputError(path, found, f"format version {FORMAT_VERSION}", _PACK_AGAIN)
+    try:
+        raw["shards"] = tuple(Shard(**shard) for shard in raw["shards"])
+        raw["skeleton"] = _skeleton(raw["skeleton"])
+        manifest = Manifest(**raw)
+        if sum(shard.people for shard in manifest.shards) != manifest.people:
+            raise ValueError("the shards' people do not add up to people")
+        if manifest.skeleton.count != manifest.joints or not manifest.people > 0:
+            raise ValueError("joints or people out of range")
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        raise InputError(path, f"a damaged manifest ({error})", "a manifest", _PACK_AGAIN) from error
+    return manifest
+
+
+def _skeleton(raw: dict[str, Any]) -> Skeleton:
+    return Skeleton(
+        name=str(raw["name"]),
+        names=tuple(map(str, raw["names"])),
+        flip_pairs=tuple((int(a), int(b)) for a, b in raw["flip_pairs"]),
+        limbs=tuple((int(a), int(b)) for a, b in raw["limbs"]),
+        groups=tuple((str(name), tuple(map(int, joints))) for name, joints in raw["groups"]),
+    )
+
+
+class _Extents(NamedTuple):
+    """(N,) int64 arrays that say where each sample's components lie."""
+
+    shard: npt.NDArray[np.int64]
+    offset: dict[str, npt.NDArray[np.int64]]
+    size: dict[str, npt.NDArray[np.int64]]
+
+
+class ShardSet:
+    """A split of shards, read at random. Sample i is the i-th person in the order of the tars.
+
+    Files are opened at first use, so that an object may be sent to a worker process.
+    """
+
+    def __init__(self, folder: Path):
+        """Read the manifest and the indices; no tar is read. Raises InputError."""
+        self.folder = Path(folder)
+        self.manifest = read_manifest(self.folder)
+        self.tars = [self._path(shard.tar) for shard in self.manifest.shards]
+        self.indices = [self._path(shard.index) for shard in self.manifest.shards]
+        self._extents = self._read_indices()
+        self._files: dict[int, io.BufferedReader] = {}
+
+    def __len__(self) -> int:
+        return self.manifest.people
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": {}}
+
+    def jpeg(self, sample: int) -> bytes:
+        """The picture of one person, as stored."""
+        return self._component(sample, "jpg")
+
+    def record(self, sample: int) -> npt.NDArray[np.float32]:
+        """(record_length,) the record of one person."""
+        return np.frombuffer(self._component(sample, "f32"), dtype="<f4")
+
+    def records(self) -> npt.NDArray[np.float32]:
+        """(N, record_length) all records, in the order of the samples."""
+        return np.stack([self.record(sample) for sample in range(len(self))])
+
+    def facts(self, sample: int) -> dict[str, Any]:
+        """The JSON of one person."""
+        return json.loads(self._component(sample, "json"))
+
+    def where(self, sample: int) -> str:
+        """Shard and key of a sample, for messages."""
+        return f"{self.tars[self._extents.shard[sample]]}: sample {sample}"
+
+    def people(self) -> tuple[People, npt.NDArray[np.int64]]:
+        """Everybody in the annotation's order, and the sample number of each, (N,)."""
+        fields = unpack_records(self.records())
+        facts = [self.facts(sample) for sample in range(len(self))]
+        people = People(
+            images=tuple(fact["image"] for fact in facts),
+            index=np.array([fact["index"] for fact in facts]),
+            person=np.array([fact["person"] for fact in facts]),
+            center=fields.center_N2.astype(np.float64),
+            scale=fields.scale_N.astype(np.float64),
+            normalize=fields.normalize_N.astype(np.float64),
+            joints=fields.joints_NJ2.astype(np.float64),
+            marked=fields.marked_NJ,
+            visible=fields.visible_NJ,
+        )
+        order = np.argsort(fields.row_N, kind="stable")
+        return people.select(order), order
+
+    def _path(self, name: str) -> Path:
+        if Path(name).name != name:
+            raise InputError(
+                self.folder / MANIFEST, f"file name {name!r}", "a plain name", _PACK_AGAIN
+            )
+        path = self.folder / name
+        if not path.is_file():
+            raise InputError(
+                path, "missing", "every shard with its index beside it", _PACK_AGAIN
+            )
+        return path
+
+    def _component(self, sample: int, extension: str) -> bytes:
+        shard = int(self._extents.shard[sample])
+        if shard not in self._files:
+            self._files[shard] = self.tars[shard].open("rb", buffering=0)  # type: ignore[assignment]
+        size = int(self._extents.size[extension][sample])
+        offset = int(self._extents.offset[extension][sample])
+        data = os.pread(self._files[shard].fileno(), size, offset)
+        if len(data) != size:
+            raise InputError(
+                self.where(sample),
+                f"{len(data)} bytes of {extension}",
+                f"{size} bytes at offset {offset}",
+                "the tar was cut off; " + _PACK_AGAIN,
+            )
+        return data
+
+    def _read_indices(self) -> _Extents:
+        shards, offsets, sizes = [], [], []
+        for number, (shard, path) in enumerate(
+            zip(self.manifest.shards, self.indices, strict=True)
+        ):
+            table = _read_index(path, shard)
+            shards.append(np.full(len(table), number))
+            offsets.append(table[:, :, 0])
+            sizes.append(table[:, :, 1])
+        offset, size = np.concatenate(offsets), np.concatenate(sizes)
+        wanted = 4 * record_length(self.manifest.joints)
+        if (size[:, 0] != wanted).any():
+            bad = int((size[:, 0] != wanted).argmax())
+            raise InputError(
+                f"{self.folder}: sample {bad}",
+                f"a record of {size[bad, 0]} bytes",
+                f"{wanted} bytes for {self.manifest.joints} joints",
+                _PACK_AGAIN,
+            )
+        columns = range(len(COMPONENTS))
+        return _Extents(
+            shard=np.concatenate(shards),
+            offset={COMPONENTS[c]: offset[:, c] for c in columns},
+            size={COMPONENTS[c]: size[:, c] for c in columns},
+        )
+
+
+def _read_index(path: Path, shard: Shard) -> npt.NDArray[np.int64]:
+    """(people, component, 2) offset and size in bytes. Raises InputError unless it fits the shard."""
+    try:
+        header, *lines = path.read_text().splitlines()
+        if header != f"{_INDEX_VERSION} {shard.people}" or len(lines) != shard.people:
+            raise ValueError(f"it begins {header!r} and has {len(lines)} samples")
+        words = np.array([line.split(" ") for line in lines])
+        words = words.reshape(shard.people, len(COMPONENTS), 4)
+        if not (words[:, :, 0] == np.array(COMPONENTS)).all():
+            raise ValueError(f"components other than {', '.join(COMPONENTS)}")
+        table = words[:, :, 1:3].astype(np.int64)
+        tar_bytes = path.with_name(shard.tar).stat().st_size
+        if tar_bytes != shard.bytes:
+            raise ValueError(f"{shard.tar} has {tar_bytes} bytes, the manifest says {shard.bytes}")
+        if (table < 0).any() or (table.sum(axis=2) > tar_bytes).any():
+            raise ValueError("offsets outside the tar")
+    except (ValueError, UnicodeDecodeError) as error:
+        raise InputError(
+            path, f"an index that does not fit its tar ({error})",
+            f"the wds2idx index of {shard.people} people in {shard.tar}", _PACK_AGAIN,
+        ) from error  # fmt: skip
+    return table

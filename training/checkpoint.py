@@ -1,0 +1,142 @@
+"""Checkpoints: tensors and plain values only, written beside and renamed, read without unpickling."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from configs.errors import InputError
+from configs.schema import Config, config_from_dict
+from configs.skeleton import Skeleton
+from model.hourglass import StackedHourglass
+
+FORMAT = "stacked-hourglass-checkpoint"
+FORMAT_VERSION = 1
+
+State = dict[str, Any]
+
+
+def save(path: Path, state: State) -> None:
+    """Write a checkpoint whole or not at all; an older file stays until the new one is on disk."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            torch.save({"format": FORMAT, "format_version": FORMAT_VERSION, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(path: Path) -> State:
+    """Read a checkpoint onto the CPU. Raises InputError; never runs code from the file."""
+    if not path.is_file():
+        raise InputError(path, "no such file", "a checkpoint (last.pt, best.pt)", "give its path")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError:
+        raise
+    except Exception as error:  # torch raises a different type for each kind of damage
+        raise InputError(
+            path,
+            f"not readable as a checkpoint ({type(error).__name__}: {str(error)[:120]})",
+            "a file that training wrote",
+            "use another checkpoint of the run, such as last.pt or best.pt",
+        ) from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise InputError(path, "another kind of file", f"format {FORMAT!r}", "give a checkpoint")
+    if state.get("format_version") != FORMAT_VERSION:
+        found = f"format version {state.get('format_version')}"
+        raise InputError(path, found, f"version {FORMAT_VERSION}", "train with this version")
+    missing = {"config", "skeleton", "model", "step"} - state.keys()
+    if missing:
+        raise InputError(
+            path, f"no {', '.join(sorted(missing))}", "a whole checkpoint", "use another one"
+        )
+    return state
+
+
+def config_of(state: State, path: Path) -> Config:
+    """The resolved config that the checkpoint was trained with."""
+    return config_from_dict(state["config"], f"{path}: config")
+
+
+def skeleton_of(state: State) -> Skeleton:
+    """The joints that the checkpoint was trained on."""
+    raw = state["skeleton"]
+    return Skeleton(
+        name=raw["name"],
+        names=tuple(raw["names"]),
+        flip_pairs=tuple((a, b) for a, b in raw["flip_pairs"]),
+        limbs=tuple((a, b) for a, b in raw["limbs"]),
+        groups=tuple((name, tuple(joints)) for name, joints in raw["groups"]),
+    )
+
+
+def plain_skeleton(skeleton: Skeleton) -> dict[str, Any]:
+    """A Skeleton as lists and strings."""
+    return {
+        "name": skeleton.name,
+        "names": list(skeleton.names),
+        "flip_pairs": [list(pair) for pair in skeleton.flip_pairs],
+        "limbs": [list(limb) for limb in skeleton.limbs],
+        "groups": [[name, list(joints)] for name, joints in skeleton.groups],
+    }
+
+
+def build_network(config: Config, joints: int) -> StackedHourglass:
+    """The network of a config, with fresh weights."""
+    size = config.model
+    return StackedHourglass(size.stacks, size.width, joints, size.depth, size.stem)
+
+
+def evaluation_network(state: State, path: Path, averaged: bool = True) -> StackedHourglass:
+    """The trained network in eval mode. averaged: take the averaged weights where there are some."""
+    network = build_network(config_of(state, path), skeleton_of(state).count)
+    weights = state["ema"] if averaged and state.get("ema") else state["model"]
+    load_weights(network, weights, path)
+    return network.eval()
+
+
+def load_weights(network: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
+    """Load every tensor. Raises InputError that names the first ones that do not fit."""
+    differing = _differences(network.state_dict(), weights)
+    if differing:
+        raise InputError(
+            path,
+            f"weights of another network; {len(differing)} tensors differ: {'; '.join(differing[:3])}",
+            "the architecture of the config",
+            "use the config that the checkpoint was trained with, or --init_from for another size of head",
+        )
+    network.load_state_dict(weights)
+
+
+def _differences(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> list[str]:
+    lines = []
+    for name, tensor in mine.items():
+        if name not in theirs:
+            lines.append(f"{name} is missing")
+        elif theirs[name].shape != tensor.shape:
+            lines.append(f"{name} is {tuple(theirs[name].shape)}, not {tuple(tensor.shape)}")
+    return lines + [f"{name} is not in the network" for name in theirs if name not in mine]
+
+
+def init_weights(network: nn.Module, state: State, path: Path) -> list[str]:
+    """Start from a checkpoint's weights; a new number of joints is allowed. Returns what stayed fresh.
+
+    Only the layers that see the joints (heads, merge_heatmaps) may differ in shape. Raises InputError.
+    """
+    weights = dict(state.get("ema") or state["model"])
+    fresh = [
+        name
+        for name, tensor in network.state_dict().items()
+        if name.startswith(("heads.", "merge_heatmaps."))
+        and name in weights
+        and weights[name].shape != tensor.shape
+    ]
+    own = network.state_dict()
+    load_weights(network, {**weights, **{name: own[name] for name in fresh}}, path)
+    return fresh

@@ -1,0 +1,406 @@
+"""The training run: one object holds its state, and its loop reads from top to bottom.
+
+A step is `optim.accumulate` batches. Every number that decides something is computed on the device and read
+once every `train.log_every` steps, so that the host does not wait for the GPU in between.
+"""
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from configs import schema
+from configs.errors import InputError
+from configs.schema import Config, OptimConfig
+from evaluation import pckh
+from evaluation.inference import Predictions, evaluation_batches, predict
+from model.loss import pck, peak_height, stack_losses
+from pipelines import batches, heatmaps
+from pipelines.augment import PRESETS
+from pipelines.batches import Batch, Target
+from pipelines.shards import ShardSet
+from training import checkpoint, runtime
+from training.checkpoint import State
+from training.log import Log
+from training.runtime import Runtime
+
+COLLAPSED_PEAK = 0.05
+"""Mean peak of the heatmaps under which a network is taken to answer nothing but zeros."""
+TRAINING_PCK_RADIUS = 0.05
+"""Radius of the training PCK as a share of the heatmap's side: about half a head in an MPII box."""
+
+
+def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
+    """The learning rate of a step (counted from 0) in a run of so many steps."""
+    warmup = min(1.0, (step + 1) / optim.warmup_steps) if optim.warmup_steps else 1.0
+    if optim.schedule == "step":
+        return optim.lr * warmup * optim.gamma ** sum(step >= m for m in optim.milestones)
+    if optim.schedule == "cosine":
+        progress = min(1.0, max(0, step - optim.warmup_steps) / max(1, steps - optim.warmup_steps))
+        share = 0.5 * (1 + math.cos(math.pi * progress))
+        return optim.lr * warmup * (optim.final_fraction + (1 - optim.final_fraction) * share)
+    return optim.lr * warmup
+
+
+def make_optimizer(network: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
+    """Adam in its fused form, or RMSprop with the settings of the Torch7 code (alpha 0.99)."""
+    if optim.name == "adam":
+        return torch.optim.Adam(
+            network.parameters(), optim.lr, weight_decay=optim.weight_decay, fused=True
+        )
+    return torch.optim.RMSprop(
+        network.parameters(), optim.lr, alpha=0.99, weight_decay=optim.weight_decay, foreach=True
+    )
+
+
+class Average:
+    """Exponential moving average of a network's weights and batch-norm statistics."""
+
+    def __init__(self, network: nn.Module, decay: float):
+        """decay: per step, approached from below so that the first steps do not weigh for long."""
+        self.decay = decay
+        self.tensors = {name: t.detach().clone() for name, t in network.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, network: nn.Module, step: int) -> None:
+        """Take in the weights after a step, counted from 0."""
+        weight = 1 - min(self.decay, (1 + step) / (10 + step))
+        now = network.state_dict()
+        floats = [name for name, t in now.items() if t.is_floating_point()]
+        torch._foreach_lerp_(
+            [self.tensors[name] for name in floats], [now[name] for name in floats], weight
+        )
+        for name in now.keys() - set(floats):
+            self.tensors[name].copy_(now[name])
+
+
+class Totals:
+    """Sums on the device since the last line of the log."""
+
+    NAMES = ("loss", "last_stack_loss", "peak", "pck", "bad_batches")
+
+    def __init__(self, device: torch.device):
+        """All sums at zero."""
+        self.sums = torch.zeros(len(self.NAMES), device=device)
+        self.count = 0
+        self.waited = 0.0
+        self.started = time.perf_counter()
+
+    @torch.no_grad()
+    def add(self, losses_S: Tensor, heat_NJHW: Tensor, batch: Batch, rule: heatmaps.Rule) -> None:
+        """Take in one batch. heat_NJHW: of the last stack."""
+        heat = heat_NJHW.detach().float()
+        joints, _ = heatmaps.decode(heat, rule)
+        values = [
+            losses_S.detach().mean(),
+            losses_S.detach()[-1],
+            peak_height(heat, batch.drawn_NJ),
+            pck(joints, batch.joints_NJ2, batch.drawn_NJ, TRAINING_PCK_RADIUS * heat.shape[-1]),
+        ]
+        numbers = torch.stack(values)
+        good = torch.isfinite(numbers).all()
+        numbers = torch.where(good, numbers, torch.zeros_like(numbers))
+        self.sums += torch.cat([numbers, (~good).float()[None]])
+        self.count += 1
+
+
+class Run:
+    """A training run on one rank."""
+
+    def __init__(self, config: Config, place: Runtime, folder: Path, state: State | None = None):
+        """Build everything. state: a checkpoint to continue from. folder: of the run, exists."""
+        self.config, self.place, self.folder = config, place, folder
+        self.train_shards = ShardSet(Path(config.data.shards) / "train")
+        self.valid_shards = ShardSet(Path(config.data.shards) / "valid")
+        self.skeleton = self.train_shards.manifest.skeleton
+        self.target = Target(
+            preset=PRESETS[config.data.preset],
+            rule=config.heatmaps.rule,
+            sigma=config.heatmaps.sigma,
+            input_px=config.data.input_px,
+            skeleton=self.skeleton,
+        )
+        self.valid_people, self.valid_samples = self.valid_shards.people()
+        runtime.seed_everything(config.train.seed, 0)  # the same weights on every rank
+        network = checkpoint.build_network(config, self.skeleton.count)
+        self.network = network.to(place.device, memory_format=torch.channels_last)
+        runtime.seed_everything(config.train.seed, place.rank + 1)
+        self.optimizer = make_optimizer(self.network, config.optim)
+        self.scaler = torch.amp.GradScaler(
+            place.device.type, enabled=place.dtype == torch.float16
+        )
+        self.step, self.best, self.seconds = 0, -1.0, 0.0
+        self.average: Average | None = None
+        loader_state = self._restore(state) if state else b""
+        if config.optim.ema_decay and self.average is None:
+            self.average = Average(self.network, config.optim.ema_decay)
+        self.loader = self._make_loader(loader_state)
+        self.forward = self._wrap()
+        self.log = Log(folder, place.is_first, config.train.steps, self.step)
+        self.bad_steps_in_a_row = 0
+        self.good_statistics = self._statistics()
+
+    def restart_average(self) -> None:
+        """Begin the averaged weights anew from the network's, after these were changed."""
+        if self.average:
+            self.average = Average(self.network, self.config.optim.ema_decay)
+
+    def train(self) -> dict[str, Any]:
+        """Train to the last step or to the time limit. Returns the numbers of the last validation."""
+        train, started = self.config.train, time.perf_counter()
+        spent_before, result, timed_out = self.seconds, {}, False
+        totals = Totals(self.place.device)
+        while self.step < train.steps and not timed_out:
+            self.network.train()
+            self._train_step(totals)
+            self.step += 1
+            self.log.advance()
+            self.seconds = spent_before + time.perf_counter() - started
+            at_end = self.step == train.steps
+            at_epoch = self.step % train.steps_per_epoch == 0 or at_end
+            if at_epoch or self.step % train.log_every == 0:
+                self._report(totals)
+                timed_out = self._out_of_time()
+            if at_epoch or timed_out:
+                result = self._finish_epoch()
+            if at_epoch or timed_out or self.step % train.log_every == 0:
+                totals = Totals(self.place.device)
+        if timed_out and self.step < train.steps:
+            self.log.say(
+                f"stopped at step {self.step} of {train.steps}: {train.max_minutes} minutes are over"
+            )
+        self.log.close()
+        return result
+
+    def _train_step(self, totals: Totals) -> None:
+        """One step of the optimizer, skipped on the device if a gradient is not finite."""
+        optim = self.config.optim
+        rate = learning_rate(optim, self.step, self.config.train.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        for part in range(optim.accumulate):
+            before = time.perf_counter()
+            raw = self.loader.next()
+            totals.waited += time.perf_counter() - before
+            batch = batches.finish(raw, self.target, self.place.device)
+            self._backward(batch, totals, last=part == optim.accumulate - 1)
+        self.scaler.unscale_(self.optimizer)
+        self._apply_gradients()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.average:
+            self.average.update(self.network, self.step)
+
+    def _backward(self, batch: Batch, totals: Totals, last: bool) -> None:
+        place, optim = self.place, self.config.optim
+        if isinstance(self.forward, DistributedDataParallel):
+            self.forward.require_backward_grad_sync = last
+        with torch.autocast(place.device.type, place.dtype, enabled=place.dtype != torch.float32):
+            heat = self.forward(batch.images_N3HW)
+        losses = stack_losses(heat, batch.heat_NJHW, batch.drawn_NJ, self.config.loss.unmarked)
+        self.scaler.scale(losses.mean() / optim.accumulate).backward()
+        totals.add(losses, heat[:, -1], batch, self.target.rule)
+
+    def _apply_gradients(self) -> None:
+        """Clip, and step unless the norm of all gradients is not finite. Ranks agree: it is reduced."""
+        gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if self.config.optim.clip_norm:
+            torch.nn.utils.clip_grads_with_norm_(
+                self.network.parameters(), self.config.optim.clip_norm, norm
+            )
+        if self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        elif isinstance(self.optimizer, torch.optim.Adam):
+            # The fused kernel leaves weights and moments alone where this is 1, without a host sync.
+            self.optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
+            self.optimizer.step()
+        elif torch.isfinite(norm):
+            self.optimizer.step()
+
+    def _report(self, totals: Totals) -> None:
+        """Read the sums, log them, and act on what is not finite."""
+        sums = runtime.sum_over_ranks(totals.sums.clone(), self.place) / self.place.ranks
+        seconds = time.perf_counter() - totals.started
+        values = dict(zip(Totals.NAMES, sums.tolist(), strict=True))
+        bad = round(values.pop("bad_batches") * self.place.ranks)
+        good = max(totals.count - bad / self.place.ranks, 1)
+        values = {name: value / good for name, value in values.items()}
+        people = totals.count * self.config.data.batch_size * self.place.ranks
+        values |= {
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "people_per_s": people / seconds,
+            "wait_share": totals.waited / seconds,
+            "bad_batches": float(bad),
+            "epoch": self.step / self.config.train.steps_per_epoch,
+        }
+        self.log.train(self.step, values)
+        self._guard(bad, totals.count * self.place.ranks)
+
+    def _guard(self, bad: int, count: int) -> None:
+        """Count batches whose loss is not finite; mend the statistics they touched; stop past a limit."""
+        if not bad:
+            self.bad_steps_in_a_row = 0
+            self.good_statistics = self._statistics()
+            return
+        self.bad_steps_in_a_row = self.bad_steps_in_a_row + count if bad == count else bad
+        self.log.say(f"step {self.step}: {bad} of {count} losses not finite; those steps were skipped")
+        buffers = dict(self.network.named_buffers())
+        if any(not torch.isfinite(b).all() for b in buffers.values() if b.is_floating_point()):
+            for name, value in self.good_statistics.items():
+                buffers[name].copy_(value)
+                if self.average:
+                    self.average.tensors[name].copy_(value)
+        if self.bad_steps_in_a_row >= self.config.train.max_bad_steps:
+            raise InputError(
+                f"{self.folder}: step {self.step}",
+                f"{self.bad_steps_in_a_row} losses in a row that are not finite",
+                "a loss that is a number",
+                "lower optim.lr, set optim.clip_norm 1.0 or train.precision fp32, and --resume",
+            )
+
+    def _statistics(self) -> dict[str, Tensor]:
+        return {
+            name: b.clone() for name, b in self.network.named_buffers() if b.is_floating_point()
+        }
+
+    def _finish_epoch(self) -> dict[str, Any]:
+        """Validate, say how it went, and write the checkpoints."""
+        result = self.validate()
+        pooled = result["pckh"]["0.5"]["pooled"] or 0.0
+        is_best = pooled > self.best
+        self.best = max(self.best, pooled)
+        numbers = {"pckh@0.5_pooled": pooled, "pckh@0.1_pooled": result["pckh"]["0.1"]["pooled"] or 0.0,
+                   "auc": result["auc"], "peak": result["peak"]}  # fmt: skip
+        self.log.validation(self.step, numbers)
+        self.log.say(
+            f"step {self.step}: PCKh@0.5 {100 * pooled:.2f} % pooled over "
+            f"{result['joints_counted']} joints of {result['people']} people"
+            f"{' (best so far)' if is_best else ''}"
+        )
+        if result["peak"] < COLLAPSED_PEAK:
+            self.log.say(
+                f"step {self.step}: the heatmaps peak at {result['peak']:.3f} on average, so the network "
+                "answers almost nothing but zeros. If this stays, lower optim.lr or raise heatmaps.sigma."
+            )
+        self.save(["last.pt", "best.pt"] if is_best else ["last.pt"])
+        return result
+
+    def validate(self) -> dict[str, Any]:
+        """PCKh of the averaged weights, or of the network where there are none, over all ranks."""
+        place, size = self.place, self.config.eval
+        chosen = np.arange(self.valid_people.count)[: size.people or None]
+        mine = chosen[place.rank :: place.ranks]
+        network = self._evaluated_network()
+        found = self._predict(network, mine)
+        merged = torch.zeros(len(chosen), self.skeleton.count, 3, dtype=torch.float64)
+        merged[place.rank :: place.ranks, :, :2] = torch.from_numpy(found.keypoints_NJ2)
+        merged[place.rank :: place.ranks, :, 2] = torch.from_numpy(found.scores_NJ)
+        merged = runtime.sum_over_ranks(merged.to(place.device), place).cpu()
+        people = self.valid_people.select(chosen)
+        result = pckh.summary(merged[..., :2].numpy(), people, self.skeleton)
+        return {**result, "peak": float(merged[..., 2].mean())}
+
+    def _predict(self, network: nn.Module, rows: np.ndarray) -> Predictions:
+        if not len(rows):
+            empty = np.zeros((0, self.skeleton.count, 2))
+            return Predictions(empty, empty[..., 0])
+        crops = evaluation_batches(
+            self.valid_shards, self.valid_samples[rows], self.target,
+            self.config.eval.batch_size, self.config.data.workers, self.place.device.type == "cuda",
+        )  # fmt: skip
+        return predict(
+            network, crops, self.target, flip=self.config.eval.flip,
+            device=self.place.device, dtype=self.place.dtype,
+        )  # fmt: skip
+
+    def _evaluated_network(self) -> nn.Module:
+        """A network in eval mode with the weights to judge; the same on every rank."""
+        network = checkpoint.build_network(self.config, self.skeleton.count)
+        weights = self.average.tensors if self.average else self.network.state_dict()
+        if self.place.ranks > 1:
+            weights = {name: tensor.clone() for name, tensor in weights.items()}
+            for tensor in weights.values():
+                torch.distributed.broadcast(tensor, 0)
+        network.load_state_dict(weights)
+        return network.to(self.place.device, memory_format=torch.channels_last).eval()
+
+    def save(self, names: list[str]) -> None:
+        """Write a checkpoint under each name, on the first rank; the others give their states."""
+        rng = runtime.gather_bytes(torch.get_rng_state().numpy().tobytes(), self.place)
+        loaders = runtime.gather_bytes(self.loader.state(), self.place)
+        if self.place.is_first:
+            state = {
+                "config": schema.as_dict(self.config),
+                "skeleton": checkpoint.plain_skeleton(self.skeleton),
+                "model": self.network.state_dict(),
+                "ema": self.average.tensors if self.average else {},
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "step": self.step,
+                "best": self.best,
+                "seconds": self.seconds,
+                "ranks": self.place.ranks,
+                "loader": batches.choose_loader(self.config.data.loader, self.place.device),
+                "rng": [_as_tensor(data) for data in rng],
+                "loader_states": [_as_tensor(data) for data in loaders],
+            }
+            for name in names:
+                checkpoint.save(self.folder / name, state)
+        runtime.barrier(self.place)
+
+    def _restore(self, state: State) -> bytes:
+        """Continue from a checkpoint. Returns the state of this rank's loader."""
+        path = self.folder / "last.pt"
+        checkpoint.load_weights(self.network, state["model"], path)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.step, self.best, self.seconds = state["step"], state["best"], state["seconds"]
+        if state["ema"] and self.config.optim.ema_decay:
+            self.average = Average(self.network, self.config.optim.ema_decay)
+            for name, tensor in state["ema"].items():
+                self.average.tensors[name].copy_(tensor)
+        if state["ranks"] != self.place.ranks:
+            raise InputError(
+                path,
+                f"a run of {state['ranks']} rank(s), now {self.place.ranks}",
+                "the same number of ranks, for each has its own place in the data",
+                "start as many, or begin a new run with --init_from",
+            )
+        torch.set_rng_state(state["rng"][self.place.rank])
+        same = state["loader"] == batches.choose_loader(self.config.data.loader, self.place.device)
+        return bytes(state["loader_states"][self.place.rank].numpy()) if same else b""
+
+    def _make_loader(self, loader_state: bytes) -> batches.Loader:
+        data = self.config.data
+        return batches.train_loader(
+            self.train_shards, data.preset, loader=data.loader, device=self.place.device,
+            input_px=data.input_px, batch_size=data.batch_size, workers=data.workers,
+            shuffle_buffer=data.shuffle_buffer, seed=self.config.train.seed, rank=self.place.rank,
+            ranks=self.place.ranks, first_step=self.step * self.config.optim.accumulate,
+            state=loader_state,
+        )  # fmt: skip
+
+    def _wrap(self) -> nn.Module:
+        """The network as the step calls it: over all ranks, and compiled if asked."""
+        forward: nn.Module = self.network
+        if self.place.ranks > 1:
+            ids = [self.place.device.index] if self.place.device.type == "cuda" else None
+            forward = DistributedDataParallel(forward, ids, gradient_as_bucket_view=True)
+        if self.config.train.compile:
+            forward.compile()
+        return forward
+
+    def _out_of_time(self) -> bool:
+        limit = 60 * self.config.train.max_minutes
+        return runtime.any_rank(bool(limit) and self.seconds >= limit, self.place)
+
+
+def _as_tensor(data: bytes) -> Tensor:
+    """Bytes as a uint8 tensor, which a checkpoint may hold."""
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.zeros(0).byte()

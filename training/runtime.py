@@ -1,0 +1,110 @@
+"""Where and how a process computes: its rank, device, precision and seed."""
+
+import os
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from configs.errors import InputError
+
+
+class Runtime(NamedTuple):
+    """One process of a run."""
+
+    rank: int
+    """Among all processes; decides the share of the data."""
+    ranks: int
+    device: torch.device
+    dtype: torch.dtype
+    """Of autocast; float32 switches it off."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that writes and prints."""
+        return self.rank == 0
+
+
+def start(
+    device: Literal["auto", "cuda", "cpu"], precision: Literal["auto", "bf16", "fp16", "fp32"]
+) -> Runtime:
+    """Find the device and join the other ranks, if torchrun started several. Raises InputError.
+
+    The device is the local rank's GPU; ranks meet over nccl on GPUs and over gloo on CPUs.
+    """
+    chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks > 1 and not dist.is_initialized():
+        if chosen.type == "cuda":
+            dist.init_process_group("nccl", device_id=chosen)
+        else:
+            dist.init_process_group("gloo")
+    rank = dist.get_rank() if ranks > 1 else 0
+    return Runtime(rank, ranks, chosen, choose_dtype(precision, chosen))
+
+
+def stop() -> None:
+    """Leave the other ranks."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def choose_device(device: str, local_rank: int = 0) -> torch.device:
+    """The torch device of a name; `auto` is a GPU where there is one. Raises InputError."""
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    found = torch.cuda.device_count()
+    if local_rank >= found:
+        raise InputError(
+            f"local rank {local_rank}",
+            f"{found} CUDA device(s)",
+            "a GPU for each process of this machine",
+            "start fewer processes (torchrun --nproc-per-node), or set train.device to cpu",
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The type of autocast. `auto`: bf16 on a GPU that has it, else fp16; float32 on a CPU."""
+    if precision != "auto":
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+def seed_everything(seed: int, rank: int) -> None:
+    """Seed torch's generators of this rank. Draws and order of the data have seeds of their own."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, rank]).generate_state(1)[0]))
+
+
+def barrier(runtime: Runtime) -> None:
+    """Wait for the other ranks."""
+    if runtime.ranks > 1:
+        dist.barrier()
+
+
+def sum_over_ranks(tensor: torch.Tensor, runtime: Runtime) -> torch.Tensor:
+    """The tensor's sum over all ranks, in place."""
+    if runtime.ranks > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def any_rank(flag: bool, runtime: Runtime) -> bool:
+    """Whether the flag is set on some rank; the same answer everywhere."""
+    if runtime.ranks == 1:
+        return flag
+    count = torch.tensor(float(flag), device=runtime.device)
+    return bool(sum_over_ranks(count, runtime).item() > 0)
+
+
+def gather_bytes(data: bytes, runtime: Runtime) -> list[bytes]:
+    """Every rank's bytes, in the order of the ranks, on every rank."""
+    if runtime.ranks == 1:
+        return [data]
+    gathered: list[bytes] = [b""] * runtime.ranks
+    dist.all_gather_object(gathered, data)
+    return gathered
