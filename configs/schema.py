@@ -35,6 +35,8 @@ class DataConfig:
     """Side of the square that the network sees."""
     preset: Literal["princeton", "newell", "hrnet", "mild", "none"] = "hrnet"
     """Augmentation, by the code it is named after (docs/conventions.md)."""
+    mirror: bool = True
+    """Let the preset mirror pictures; false for people whose left and right differ in looks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +114,7 @@ class TrainConfig:
     max_minutes: float = 0.0
     """Stop cleanly after this time, with a validation and a checkpoint; 0 sets no limit."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Type of the network's arithmetic; auto: bf16 on a GPU that has it, else fp16, fp32 on a CPU."""
+    """Type of the network's arithmetic; auto: bf16 where the device computes in it, else fp16 on a GPU and fp32 on a CPU."""
     compile: bool = False
     """Run the network through torch.compile."""
     device: Literal["auto", "cuda", "cpu"] = "auto"

@@ -267,9 +267,9 @@ def _check(people: People, path: Path) -> None:
         raise InputError(path, "no people in this split", "at least one", "check the file")
     faults: list[str] = []
 
-    def report(rows: npt.NDArray[np.bool_], text: str) -> None:
-        if rows.any():
-            found = np.flatnonzero(rows)
+    def report(rows: npt.ArrayLike, text: str) -> None:
+        found = np.flatnonzero(rows)
+        if len(found):
             more = ", ..." if len(found) > 5 else ""
             faults.append(f"{text} in {len(found)} row(s): {', '.join(map(str, found[:5]))}{more}")
 
@@ -278,7 +278,7 @@ def _check(people: People, path: Path) -> None:
         report(unsafe, f"imgname that leaves the folder ({people.images[unsafe.argmax()]!r})")
     report(~np.isfinite(people.center).all(axis=1), "center not a number")
     report(~np.isfinite(people.scale), "scale not a number")
-    report(np.asarray(people.scale <= 0), "scale not above 0")
+    report(people.scale <= 0, "scale not above 0")
     lengths = np.isfinite(people.normalize) & (people.normalize >= 0)
     report(~lengths, "normalize not a length")
     report(~np.isfinite(people.joints).all(axis=(1, 2)), "joints not a number")

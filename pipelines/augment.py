@@ -80,6 +80,14 @@ PRESETS: dict[str, Preset] = {
     "none": Preset(ONE, False, ZERO, 0.0, 0.0, "none"),
 }
 
+
+
+def preset_of(name: PresetName, mirror: bool) -> Preset:
+    """A row of the table; without mirroring if the data forbid it."""
+    preset = PRESETS[name]
+    return preset if mirror else preset._replace(flip_probability=0.0)
+
+
 # Colour ranges of the two rules that have one (see pipelines/color.py for the formulas).
 HUE_TURNS = Distribution("uniform", -0.2, 0.2)
 SATURATION = Distribution("uniform", 0.5, 1.5)

@@ -9,7 +9,7 @@ import torch
 from configs.errors import InputError
 from configs.skeleton import Skeleton
 from pipelines import color, heatmaps, opencv_crops, princeton
-from pipelines.augment import PRESETS, Preset, PresetName
+from pipelines.augment import Preset
 from pipelines.geometry import STRIDE
 from pipelines.opencv_crops import RawBatch
 from pipelines.shards import ShardSet, unpack_records
@@ -157,7 +157,7 @@ def _has(package: str) -> bool:
 
 def train_loader(
     shards: ShardSet,
-    preset: PresetName,
+    preset: Preset,
     *,
     loader: LoaderName,
     device: torch.device,
@@ -177,13 +177,13 @@ def train_loader(
     """
     if choose_loader(loader, device) == "opencv":
         return OpenCVLoader(
-            shards, PRESETS[preset], input_px=input_px, batch_size=batch_size, workers=workers,
+            shards, preset, input_px=input_px, batch_size=batch_size, workers=workers,
             pin=device.type == "cuda", seed=seed, rank=rank, ranks=ranks, first_step=first_step,
         )  # fmt: skip
     from pipelines.dali_crops import DaliCrops
 
     return DaliCrops(
-        shards, PRESETS[preset], input_px=input_px, batch_size=batch_size,
+        shards, preset, input_px=input_px, batch_size=batch_size,
         device="gpu" if device.type == "cuda" else "cpu", device_id=device.index or 0,
         threads=max(workers, 1), seed=seed, rank=rank, ranks=ranks,
         shuffle_buffer=shuffle_buffer, state=state or None,

@@ -17,6 +17,7 @@ from configs.mpii import PIXELS_PER_SCALE
 from pipelines import augment
 from pipelines.augment import Distribution, Draw, Preset
 from pipelines.opencv_crops import RawBatch
+from pipelines.pictures import PictureError, check_jpeg
 from pipelines.shards import HEADER, ShardSet
 
 Node = Any
@@ -53,7 +54,7 @@ class DaliCrops:
         shuffle_buffer: people held to draw from; 0 keeps the order of the shards. rank, ranks: this
         process's share of the people. device_id: CUDA device. threads: for the CPU's part.
         """
-        self.batch_size = batch_size
+        self.shards = shards
         graph = pipeline_def(_graph)(
             batch_size=batch_size,
             num_threads=threads,
@@ -78,7 +79,7 @@ class DaliCrops:
         except RuntimeError as error:
             raise InputError(
                 shards.folder,
-                f"DALI cannot build the pipeline: {_first_line(error)}",
+                f"DALI cannot build the pipeline: {_reason(error)}",
                 "whole shards and a working DALI",
                 "python tools/make_shards.py packs them again; data.loader: opencv does without DALI",
             ) from error
@@ -93,10 +94,10 @@ class DaliCrops:
             outputs = self.pipeline.run(*self._stream())
         except RuntimeError as error:
             raise InputError(
-                "DALI",
-                _first_line(error),
-                "samples that decode",
-                "pack the data again with tools/make_shards.py",
+                first_bad_picture(self.shards) or self.shards.folder,
+                f"DALI gave up: {_reason(error)}",
+                "pictures that decode",
+                "pack the data again with tools/make_shards.py, which checks every picture",
             ) from error
         return RawBatch(*(torch.from_dlpack(output.as_tensor()) for output in outputs))
 
@@ -110,10 +111,24 @@ class DaliCrops:
         return self.pipeline.checkpoint()
 
 
-def _first_line(error: Exception) -> str:
+def first_bad_picture(shards: ShardSet) -> str:
+    """Where the first picture lies that is damaged, for DALI's message does not say; else empty.
+
+    It checks everybody, which is slow, but the run has ended by then.
+    """
+    for sample in range(len(shards)):
+        try:
+            check_jpeg(shards.jpeg(sample))
+        except PictureError as error:
+            return f"{shards.where(sample)} ({error})"
+    return ""
+
+
+def _reason(error: RuntimeError) -> str:
+    """The line after "encountered:", or the first one."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    named = [line for line in lines if ".tar" in line]
-    return " ".join(dict.fromkeys([lines[0], *named[:1]]))[:500] if lines else repr(error)
+    after = lines.index("encountered:") + 1 if "encountered:" in lines else 0
+    return lines[min(after, len(lines) - 1)][:300] if lines else repr(error)
 
 
 def _graph(
@@ -136,8 +151,7 @@ def _graph(
         dtypes=[types.UINT8, types.FLOAT],
         missing_component_behavior="error",
         random_shuffle=shuffle_buffer > 0,
-        shuffle_after_epoch=shuffle_buffer > 0,
-        shuffle_after_epoch_seed=shuffle_seed,
+        **({"shuffle_after_epoch": True, "shuffle_after_epoch_seed": shuffle_seed} if shuffle_buffer else {}),
         initial_fill=max(1, min(shuffle_buffer, len(shards))),
         shard_id=rank,
         num_shards=ranks,

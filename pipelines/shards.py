@@ -240,13 +240,18 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _skeleton(raw: dict[str, Any]) -> Skeleton:
-    return Skeleton(
+    skeleton = Skeleton(
         name=str(raw["name"]),
         names=tuple(map(str, raw["names"])),
         flip_pairs=tuple((int(a), int(b)) for a, b in raw["flip_pairs"]),
         limbs=tuple((int(a), int(b)) for a, b in raw["limbs"]),
         groups=tuple((str(name), tuple(map(int, joints))) for name, joints in raw["groups"]),
     )
+    used = {joint for pair in skeleton.flip_pairs + skeleton.limbs for joint in pair}
+    used.update(joint for _, joints in skeleton.groups for joint in joints)
+    if not used <= set(range(skeleton.count)):
+        raise ValueError("the skeleton names a joint that it does not have")
+    return skeleton
 
 
 class _Extents(NamedTuple):
@@ -317,7 +322,7 @@ class ShardSet:
         return people.select(order), order
 
     def _path(self, name: str) -> Path:
-        if Path(name).name != name:
+        if not isinstance(name, str) or Path(name).name != name:
             raise InputError(
                 self.folder / MANIFEST, f"file name {name!r}", "a plain name", _PACK_AGAIN
             )
@@ -387,7 +392,9 @@ def _read_index(path: Path, shard: Shard) -> npt.NDArray[np.int64]:
             raise ValueError(f"{shard.tar} has {tar_bytes} bytes, the manifest says {shard.bytes}")
         if (table < 0).any() or (table.sum(axis=2) > tar_bytes).any():
             raise ValueError("offsets outside the tar")
-    except (ValueError, UnicodeDecodeError) as error:
+        if sha256(path) != shard.index_sha256:
+            raise ValueError("its SHA-256 is not the one in the manifest")
+    except (ValueError, OverflowError) as error:
         raise InputError(
             path, f"an index that does not fit its tar ({error})",
             f"the wds2idx index of {shard.people} people in {shard.tar}", _PACK_AGAIN,

@@ -97,7 +97,7 @@ def test_head_length_stands_in_for_the_head_box(shared: Path) -> None:
     a, b = matched(shared)
     known = b.normalize > 0
     assert known.sum() > 2500
-    # The h5 file has 0.6 x the diagonal of the head box, which neck and top were made from.
+    # The h5 file has 0.6 x the diagonal of the head box; for most people that is the same length.
     assert abs(np.median(b.normalize[known] / a.normalize[known]) - 1) < 0.001
 
 

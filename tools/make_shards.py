@@ -313,10 +313,21 @@ def crew(workers: int) -> Iterator[Executor | None]:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, _start_worker) as pool:
         try:
+            _start_all(pool, workers)
             yield pool
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _start_all(pool: Executor, workers: int) -> None:
+    """Start the processes deaf to Ctrl-C, which they inherit; it is for this process alone."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        for _ in range(workers):
+            pool.submit(os.getpid)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def spread(
@@ -327,8 +338,7 @@ def spread(
 
 
 def _start_worker() -> None:
-    """Leave Ctrl-C to the parent, and end with it even where it is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Let this process end with its parent, even where that is killed."""
     cv2.setNumThreads(1)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -21,7 +21,7 @@ from evaluation import pckh
 from evaluation.inference import Predictions, evaluation_batches, predict
 from model.loss import pck, peak_height, stack_losses
 from pipelines import batches, heatmaps
-from pipelines.augment import PRESETS
+from pipelines.augment import preset_of
 from pipelines.batches import Batch, Target
 from pipelines.shards import ShardSet
 from training import checkpoint, runtime
@@ -119,7 +119,7 @@ class Run:
         self.valid_shards = ShardSet(Path(config.data.shards) / "valid")
         self.skeleton = self.train_shards.manifest.skeleton
         self.target = Target(
-            preset=PRESETS[config.data.preset],
+            preset=preset_of(config.data.preset, config.data.mirror),
             rule=config.heatmaps.rule,
             sigma=config.heatmaps.sigma,
             input_px=config.data.input_px,
@@ -379,7 +379,7 @@ class Run:
     def _make_loader(self, loader_state: bytes) -> batches.Loader:
         data = self.config.data
         return batches.train_loader(
-            self.train_shards, data.preset, loader=data.loader, device=self.place.device,
+            self.train_shards, self.target.preset, loader=data.loader, device=self.place.device,
             input_px=data.input_px, batch_size=data.batch_size, workers=data.workers,
             shuffle_buffer=data.shuffle_buffer, seed=self.config.train.seed, rank=self.place.rank,
             ranks=self.place.ranks, first_step=self.step * self.config.optim.accumulate,

@@ -1,6 +1,7 @@
 """Where and how a process computes: its rank, device, precision and seed."""
 
 import os
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -67,12 +68,24 @@ def choose_device(device: str, local_rank: int = 0) -> torch.device:
 
 
 def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The type of autocast. `auto`: bf16 on a GPU that has it, else fp16; float32 on a CPU."""
+    """The type of autocast. `auto`: bf16 where the device computes in it, else fp16 on a GPU.
+
+    On a CPU with bf16 instructions it doubles the speed; without them it would be emulated, so that
+    float32 is taken.
+    """
     if precision != "auto":
         return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
     if device.type == "cpu":
-        return torch.float32
+        return torch.bfloat16 if _cpu_has_bf16() else torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+def _cpu_has_bf16() -> bool:
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def seed_everything(seed: int, rank: int) -> None:

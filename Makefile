@@ -1,0 +1,64 @@
+# make demo       the whole way on synthetic people, from nothing to a picture of predictions
+# make test       lint, types, and the default test suite
+# make test-slow  the tests that take longer
+# make test-gpu PYTHON=python3    the tests that need a GPU, with a Python that is already there
+# make bench      loaders, heatmaps and training step on this machine
+#
+# Without an NVIDIA driver the tested CPU build of torch is installed, with one the newest build. Say what you want with
+#   make install TORCH='torch==2.13.0' PIP_ARGS='--index-url URL'    another build of torch
+#   make install CUDA=13                                             DALI for CUDA 13
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+
+PYTHON ?= .venv/bin/python
+BOOTSTRAP ?= python3
+CUDA ?= 12
+HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
+TORCH ?= $(if $(HAS_GPU),torch>=2.11,torch==2.13.0)
+PIP_ARGS ?=
+DEMO ?= data/synthetic
+
+.PHONY: demo install lint test test-slow test-gpu bench clean-demo
+.DELETE_ON_ERROR:
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml
+	@$(BOOTSTRAP) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo 'error: $(BOOTSTRAP) is older than Python 3.11; name a newer one: make BOOTSTRAP=python3.12'; exit 2; }
+	$(BOOTSTRAP) -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) '$(TORCH)'
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+ifeq ($(CUDA),13)
+	.venv/bin/python -m pip uninstall --quiet --yes nvidia-dali-cuda120
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check nvidia-dali-cuda130
+endif
+	@touch $@
+
+demo: install clean-demo
+	$(PYTHON) tools/make_synthetic.py --output $(DEMO) --train 1500 --valid 300 --max-width 640
+	$(PYTHON) tools/make_shards.py --annotations $(DEMO)/annot --images $(DEMO)/images --output data/shards/synthetic
+	$(PYTHON) train.py --config configs/demo.yaml
+	$(PYTHON) evaluate.py --checkpoint runs/demo/best.pt --no-flip --json runs/demo/pckh.json --picture runs/demo/predictions.png
+
+# The demo's own run alone; a packed data set is kept and packed again only if it changed.
+clean-demo:
+	@rm -rf runs/demo
+
+lint: install
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+
+test: lint
+	$(PYTHON) -m pytest -m 'not slow and not gpu'
+
+test-slow: install
+	$(PYTHON) -m pytest -m 'slow and not gpu'
+
+test-gpu:
+	PYTHONPATH=. $(PYTHON) -m pytest -m gpu
+
+bench: install
+	$(PYTHON) benchmarks/throughput.py

@@ -1,0 +1,109 @@
+"""The presets draw what the code they are named after draws, and colour follows OpenCV's HSV."""
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from pipelines import color
+from pipelines.augment import PRESETS, Draw, draw, draw_rng, draws_array, preset_of
+
+
+def many(name: str, count: int = 4000) -> np.ndarray:
+    rng = np.random.default_rng(1)
+    return draws_array([draw(PRESETS[name], rng) for _ in range(count)])
+
+
+def column(draws: np.ndarray, name: str) -> np.ndarray:
+    return draws[:, Draw._fields.index(name)]
+
+
+def test_princeton_draws_uniform_scale_and_rotation_and_colours_the_flipped_alone():
+    draws = many("princeton")
+    scale, angle, flip = (column(draws, n) for n in ("scale", "rotation_deg", "flip"))
+    assert (scale.min(), scale.max()) == pytest.approx((0.75, 1.25), abs=0.005)
+    assert (angle.min(), angle.max()) == pytest.approx((-30, 30), abs=0.2)
+    assert flip.mean() == pytest.approx(0.5, abs=0.03)
+    neutral = draws_array([Draw()])[0, 3:]
+    assert (draws[flip == 0][:, 3:] == neutral).all()
+    flipped = draws[flip == 1]
+    for name, low, high in (("hue", -0.2, 0.2), ("saturation", 0.5, 1.5), ("brightness", -0.3, 0.3),
+                            ("contrast", 0.5, 1.5)):  # fmt: skip
+        values = column(flipped, name)
+        assert (values.min(), values.max()) == pytest.approx((low, high), abs=0.01)
+
+
+def test_newell_draws_a_clipped_normal_exponent_and_gains():
+    draws = many("newell")
+    exponent = np.log2(column(draws, "scale"))
+    # P(|N| > 2) = 4.55 % of the draws are clipped to the ends.
+    assert np.abs(exponent).max() == pytest.approx(0.5, abs=1e-6)
+    assert (np.abs(exponent) > 0.4999).mean() == pytest.approx(0.0455, abs=0.012)
+    angle = column(draws, "rotation_deg")
+    assert (angle != 0).mean() == pytest.approx(0.4, abs=0.03)
+    assert np.abs(angle).max() == pytest.approx(60, abs=1e-4)
+    red = column(draws, "red")
+    assert (red.min(), red.max()) == pytest.approx((0.6, 1.4), abs=0.01)
+    assert (column(draws, "hue") == 0).all()
+
+
+def test_hrnet_draws_a_clipped_normal_and_no_colour():
+    draws = many("hrnet")
+    scale, angle = column(draws, "scale"), column(draws, "rotation_deg")
+    # One standard deviation is kept, so 31.7 % lie on the ends.
+    assert ((scale == 0.75) | (scale == 1.25)).mean() == pytest.approx(0.317, abs=0.03)
+    assert (angle != 0).mean() == pytest.approx(0.6, abs=0.03)
+    assert (draws[:, 3:] == draws_array([Draw()])[0, 3:]).all()
+
+
+def test_none_draws_nothing():
+    assert (many("none", 50) == draws_array([Draw()])[0]).all()
+
+
+def test_a_draw_follows_from_seed_epoch_and_person_alone():
+    preset = PRESETS["princeton"]
+    assert draw(preset, draw_rng(3, 1, 7)) == draw(preset, draw_rng(3, 1, 7))
+    others = [draw_rng(4, 1, 7), draw_rng(3, 2, 7), draw_rng(3, 1, 8)]
+    assert all(draw(preset, rng) != draw(preset, draw_rng(3, 1, 7)) for rng in others)
+
+
+def test_mirroring_can_be_forbidden():
+    rng = np.random.default_rng(0)
+    draws = [draw(preset_of("princeton", mirror=False), rng) for _ in range(100)]
+    assert {d.flip for d in draws} == {0.0}
+
+
+def princeton_by_opencv(image: np.ndarray, drawn: Draw) -> np.ndarray:
+    """Float RGB in 0..1, by OpenCV's HSV (hue in degrees)."""
+    hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
+    hsv[..., 0] = np.mod(hsv[..., 0] + 360 * drawn.hue + 360, 360)
+    hsv[..., 1] = np.clip(hsv[..., 1] * drawn.saturation, 0, 1)
+    rgb = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB) + drawn.brightness
+    grey = rgb.mean(axis=2, keepdims=True)
+    return np.clip((rgb - grey) * drawn.contrast + grey, 0, 1)
+
+
+def test_princetons_jitter_equals_opencvs_hsv_on_every_hue():
+    rng = np.random.default_rng(2)
+    image = rng.uniform(0, 1, (60, 60, 3)).astype(np.float32)
+    image[:3] = [[0.2, 0.2, 0.2]], [[0, 0, 0]], [[1, 1, 1]]  # greys have no hue
+    drawn = [Draw(flip=1, hue=h, saturation=s, brightness=b, contrast=c) for h, s, b, c in
+             ((0.2, 1.5, 0.3, 0.5), (-0.2, 0.5, -0.3, 1.5), (0.07, 1.2, 0.0, 1.0))]  # fmt: skip
+    batch = torch.from_numpy(np.stack([image] * 3)).permute(0, 3, 1, 2)
+    mine = color.jitter(batch, torch.from_numpy(draws_array(drawn))).permute(0, 2, 3, 1).numpy()
+    for result, one in zip(mine, drawn, strict=True):
+        np.testing.assert_allclose(result, princeton_by_opencv(image, one), atol=2e-5)
+
+
+def test_channel_gain_multiplies_and_clips():
+    image = torch.full((1, 3, 2, 2), 0.8)
+    drawn = torch.from_numpy(draws_array([Draw(red=0.5, green=1.0, blue=1.4)]))
+    result = color.jitter(image, drawn)[0, :, 0, 0]
+    torch.testing.assert_close(result, torch.tensor([0.4, 0.8, 1.0]))
+
+
+def test_a_neutral_draw_changes_no_bit_and_no_layout():
+    image = torch.rand(2, 8, 8, 3).permute(0, 3, 1, 2)
+    result = color.jitter(image, torch.from_numpy(draws_array([Draw(), Draw(hue=0.1)])))
+    assert torch.equal(result[0], image[0]) and not torch.equal(result[1], image[1])
+    assert result.is_contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,81 @@
+"""The network has the size and cost of its published form, and the loss is the mean it says it is."""
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from model.hourglass import StackedHourglass
+from model.loss import pck, peak_height, stack_losses
+
+
+@pytest.mark.parametrize(("stacks", "parameters"), [(2, 6_570_400), (8, 25_434_112)])
+def test_live_parameters_at_width_256(stacks, parameters):
+    network = StackedHourglass(stacks, 256, 16)
+    assert sum(p.numel() for p in network.parameters()) == parameters
+
+
+@pytest.mark.parametrize(("stacks", "gmac"), [(2, 8.335), (8, 27.440)])
+def test_forward_cost_at_256_px(stacks, gmac):
+    with torch.device("meta"):
+        network, image = StackedHourglass(stacks, 256, 16), torch.empty(1, 3, 256, 256)
+    with FlopCounterMode(display=False) as counter:
+        network(image)
+    assert counter.get_total_flops() / 2e9 == pytest.approx(gmac, abs=0.001)
+
+
+def test_any_size_gives_heatmaps_of_a_quarter_for_every_stack():
+    network = StackedHourglass(3, 20, 5, depth=2, stem=(8, 12, 14)).eval()
+    assert network(torch.rand(2, 3, 48, 80)).shape == (2, 3, 5, 12, 20)
+
+
+def test_later_stacks_see_the_heatmaps_of_earlier_ones():
+    network = StackedHourglass(2, 16, 4, depth=1, stem=(8, 8, 8)).eval()
+    image = torch.rand(1, 3, 32, 32)
+    before = network(image)
+    torch.nn.init.zeros_(network.heads[0].weight)
+    after = network(image)
+    assert not torch.equal(before[:, 1], after[:, 1])
+
+
+def test_channels_last_stays_channels_last():
+    network = StackedHourglass(1, 16, 4, depth=1, stem=(8, 8, 8)).to(
+        memory_format=torch.channels_last
+    )
+    image = torch.rand(2, 32, 32, 3).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        features = network.hourglasses[0](network.stem(image))
+    assert features.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_loss_of_a_stack_is_the_mean_over_joints_and_pixels():
+    rng = np.random.default_rng(0)
+    heat = rng.normal(size=(2, 3, 4, 5, 6)).astype(np.float32)
+    target = rng.normal(size=(2, 4, 5, 6)).astype(np.float32)
+    mine = stack_losses(torch.tensor(heat), torch.tensor(target), torch.ones(2, 4), "empty")
+    expected = [((heat[:, s] - target) ** 2).mean() for s in range(3)]
+    np.testing.assert_allclose(mine.numpy(), expected, rtol=1e-5)
+
+
+def test_an_unmarked_joint_counts_as_an_empty_map_or_not_at_all():
+    heat, target = torch.ones(1, 1, 2, 4, 4), torch.zeros(1, 2, 4, 4)
+    target[0, 0] = 3.0
+    drawn = torch.tensor([[True, False]])
+    assert stack_losses(heat, target, drawn, "empty").item() == pytest.approx((4 + 1) / 2)
+    assert stack_losses(heat, target, drawn, "ignore").item() == pytest.approx(4)
+
+
+def test_the_loss_is_float32_under_autocast():
+    heat = torch.full((1, 1, 1, 64, 64), 1.0, dtype=torch.bfloat16)
+    target = torch.full((1, 1, 64, 64), 0.999)
+    loss = stack_losses(heat, target, torch.ones(1, 1), "empty")
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(1e-6, rel=1e-3)
+
+
+def test_peak_height_and_pck_count_drawn_joints_alone():
+    heat = torch.zeros(1, 3, 8, 8)
+    heat[0, 0, 1, 1], heat[0, 1, 2, 2], heat[0, 2, 3, 3] = 0.5, 0.1, 9.0
+    drawn = torch.tensor([[True, True, False]])
+    assert peak_height(heat, drawn).item() == pytest.approx(0.3)
+    found = torch.tensor([[[0.0, 0.0], [9.0, 9.0], [0.0, 0.0]]])
+    assert pck(found, torch.zeros(1, 3, 2), drawn, 1.0).item() == 0.5

@@ -1,0 +1,292 @@
+"""Shards: the record, the index and the manifest, against DALI's and webdataset's own tools."""
+
+import json
+import pickle
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import webdataset
+
+from configs.errors import InputError
+from configs.mpii import MPII
+from pipelines import shards
+from pipelines.annotations import People, read_annotations
+from pipelines.shards import ShardSet, pack_record, read_manifest, unpack_records, write_shard
+
+
+@pytest.fixture
+def packed(tiny_shards: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny training split that a test may damage: 12 people in 3 shards."""
+    return Path(shutil.copytree(tiny_shards / "train", tmp_path / "train"))
+
+
+def train_people(tiny_set: Path) -> People:
+    return read_annotations(tiny_set / "annot", "train")[0]
+
+
+def change_manifest(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    path = folder / "manifest.json"
+    raw = json.loads(path.read_text())
+    change(raw)
+    path.write_text(json.dumps(raw))
+
+
+# The record
+
+
+def test_record_is_little_endian_float32_in_the_documented_order(tiny_set: Path) -> None:
+    people = train_people(tiny_set)
+    data = pack_record(people, 4, 256, 255).tobytes()
+    assert len(data) == 4 * (13 + 4 * 16) == 4 * shards.record_length(16)
+    values = struct.unpack("<77f", data)
+    x, y = people.center[4]
+    head = (4, x, y, people.scale[4], people.normalize[4], 256, 255)
+    assert values[:7] == tuple(np.float32(head))
+    assert values[7:13] == (1, 0, 0, 0, 1, 0)
+    joint = 9
+    expected = (*people.joints[4, joint], people.marked[4, joint], people.visible[4, joint])
+    assert values[13 + 4 * joint : 17 + 4 * joint] == expected
+
+
+def test_unpacked_records_give_the_people_back(tiny_set: Path) -> None:
+    people = train_people(tiny_set)
+    records = np.stack([pack_record(people, row, 100 + row, 50) for row in range(people.count)])
+    fields = unpack_records(records)
+    np.testing.assert_array_equal(fields.row_N, np.arange(12))
+    np.testing.assert_array_equal(fields.center_N2, people.center.astype(np.float32))
+    np.testing.assert_array_equal(fields.scale_N, people.scale.astype(np.float32))
+    np.testing.assert_array_equal(fields.normalize_N, people.normalize.astype(np.float32))
+    np.testing.assert_array_equal(fields.size_N2, [(100 + row, 50) for row in range(12)])
+    np.testing.assert_array_equal(fields.joints_NJ2, people.joints)  # whole numbers in the tiny set
+    np.testing.assert_array_equal(fields.marked_NJ, people.marked)
+    np.testing.assert_array_equal(fields.visible_NJ, people.visible)
+    assert 0 < people.visible.sum() < people.marked.sum() < people.marked.size
+
+
+def test_torch_records_unpack_as_numpy_ones_do(tiny_shards: Path) -> None:
+    torch = pytest.importorskip("torch")
+    records = ShardSet(tiny_shards / "train").records()
+    for ours, theirs in zip(
+        unpack_records(records), unpack_records(torch.from_numpy(records)), strict=True
+    ):
+        np.testing.assert_array_equal(ours, theirs.numpy())
+
+
+# The files
+
+
+def test_index_is_the_one_that_wds2idx_writes(tiny_shards: Path, tmp_path: Path) -> None:
+    wds2idx = pytest.importorskip("wds2idx", reason="nvidia-dali is not installed")
+    tars = sorted(tiny_shards.glob("*/*.tar"))
+    assert len(tars) == 4
+    for tar in tars:
+        with wds2idx.IndexCreator(str(tar), str(tmp_path / "own.idx"), verbose=False) as creator:
+            creator.create_index()
+        assert tar.with_suffix(".idx").read_bytes() == (tmp_path / "own.idx").read_bytes()
+
+
+def test_webdataset_reads_what_shardset_reads(tiny_shards: Path) -> None:
+    ours = ShardSet(tiny_shards / "train")
+    urls = [str(tar) for tar in ours.tars]
+    samples = list(webdataset.WebDataset(urls, shardshuffle=False))
+    assert len(samples) == len(ours) == 12
+    for number, sample in enumerate(samples):
+        assert sample["__key__"] == f"{number:09d}"
+        assert sample["jpg"] == ours.jpeg(number)
+        assert sample["f32"] == ours.record(number).tobytes()
+        assert json.loads(sample["json"]) == ours.facts(number)
+
+
+def test_json_says_what_the_record_holds(tiny_shards: Path) -> None:
+    data = ShardSet(tiny_shards / "train")
+    fields = unpack_records(data.records())
+    for sample in range(12):
+        facts = data.facts(sample)
+        assert facts["row"] == fields.row_N[sample]
+        assert np.float32(facts["scale"]) == fields.scale_N[sample]
+        assert (facts["width"], facts["height"]) == tuple(fields.size_N2[sample])
+        assert list(facts["joints"]) == list(MPII.names)
+        joints = [
+            [joint["x"], joint["y"], joint["marked"], joint["visible"]]
+            for joint in facts["joints"].values()
+        ]
+        np.testing.assert_array_equal(data.record(sample)[13:].reshape(16, 4), joints)
+
+
+def test_random_access_equals_reading_in_order(tiny_shards: Path) -> None:
+    data = ShardSet(tiny_shards / "train")
+    in_order = [(data.jpeg(i), data.record(i).tobytes()) for i in range(len(data))]
+    again = ShardSet(tiny_shards / "train")
+    for sample in [11, 0, 7, 7, 5, 10, 4]:
+        assert (again.jpeg(sample), again.record(sample).tobytes()) == in_order[sample]
+
+
+def test_shardset_can_be_sent_to_a_process_after_use(tiny_shards: Path) -> None:
+    data = ShardSet(tiny_shards / "train")
+    first = data.jpeg(0)
+    assert pickle.loads(pickle.dumps(data)).jpeg(0) == first
+
+
+def test_people_come_back_in_the_annotations_order(tiny_set: Path, tiny_shards: Path) -> None:
+    wanted = train_people(tiny_set)
+    data = ShardSet(tiny_shards / "train")
+    people, samples = data.people()
+    assert people.images == wanted.images
+    np.testing.assert_array_equal(people.joints, wanted.joints)
+    np.testing.assert_array_equal(people.marked, wanted.marked)
+    np.testing.assert_array_equal(people.visible, wanted.visible)
+    np.testing.assert_array_equal(people.index, wanted.index)
+    np.testing.assert_array_equal(people.person, wanted.person)
+    np.testing.assert_allclose(people.center, wanted.center, rtol=1e-7)  # float32 in the record
+    assert sorted(samples) == list(range(12))
+    assert [data.facts(sample)["row"] for sample in samples] == list(range(12))
+
+
+def test_same_samples_give_the_same_bytes(tmp_path: Path) -> None:
+    samples = [(f"{i:09d}", bytes(8), b"\xff\xd8" + bytes(i * 300), b"{}") for i in range(4)]
+    written = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        shard = write_shard(tmp_path / name, 3, iter(samples))
+        written.append((shard, (tmp_path / name / "00003.tar").read_bytes()))
+    assert written[0] == written[1]
+    assert (shard.people, shard.bytes) == (4, len(written[0][1]))
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["00003.idx", "00003.tar"]
+
+
+def test_manifest_digests_are_those_of_the_files(tiny_shards: Path) -> None:
+    manifest = read_manifest(tiny_shards / "train")
+    assert [shard.people for shard in manifest.shards] == [5, 5, 2]
+    for shard in manifest.shards:
+        assert shards.sha256(tiny_shards / "train" / shard.tar) == shard.sha256
+        assert shards.sha256(tiny_shards / "train" / shard.index) == shard.index_sha256
+    assert (manifest.max_width, manifest.max_height) == (400, 310)
+    assert manifest.skeleton == MPII
+
+
+# Bad input
+
+
+def error_of(folder: Path) -> InputError:
+    with pytest.raises(InputError) as caught:
+        data = ShardSet(folder)
+        for sample in range(len(data)):
+            data.record(sample), data.jpeg(sample), data.facts(sample)
+    assert "pack the data" in caught.value.next_step
+    return caught.value
+
+
+def test_whole_shards_raise_nothing(packed: Path) -> None:
+    with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
+        error_of(packed)
+
+
+def test_folder_of_no_shards_is_named(tmp_path: Path) -> None:
+    assert error_of(tmp_path).found == "no manifest.json"
+    assert error_of(tmp_path / "nothing").found == "no such folder"
+    (tmp_path / "file").touch()
+    assert str(tmp_path / "file") in error_of(tmp_path / "file").where
+
+
+@pytest.mark.parametrize("name", ["00001.idx", "00002.tar"])
+def test_missing_file_is_named(packed: Path, name: str) -> None:
+    (packed / name).unlink()
+    error = error_of(packed)
+    assert (error.where, error.found) == (str(packed / name), "missing")
+
+
+def test_index_whose_offsets_are_swapped_is_named(packed: Path) -> None:
+    header, first, second, *rest = (packed / "00001.idx").read_text().splitlines()
+    (packed / "00001.idx").write_text("\n".join([header, second, first, *rest]) + "\n")
+    assert "SHA-256" in error_of(packed).found
+
+
+def test_index_of_another_tar_is_named(packed: Path) -> None:
+    for name in ("00000.idx", "00002.idx"):  # of as many people, and of fewer
+        copy = Path(shutil.copytree(packed, packed.with_name(name)))
+        shutil.copy(packed / name, copy / "00001.idx")
+        assert str(copy) in error_of(copy).where
+
+
+@pytest.mark.parametrize("part", [0, 0.3, 0.95])
+def test_tar_cut_off_is_named(packed: Path, part: float) -> None:
+    data = (packed / "00001.tar").read_bytes()
+    (packed / "00001.tar").write_bytes(data[: int(len(data) * part)])
+    error = error_of(packed)
+    assert "00001.tar has" in error.found
+
+
+def test_tar_cut_off_while_it_is_read_is_named(packed: Path) -> None:
+    data = ShardSet(packed)
+    tar = packed / "00001.tar"
+    tar.write_bytes(tar.read_bytes()[:2000])
+    with pytest.raises(InputError, match="the tar was cut off") as caught:
+        data.jpeg(9)
+    assert str(tar) in caught.value.where
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "\n", "v1.2 5\n", "v1.1 5\nf32", "\x00\x01", "v1.2 5\n" + "f32 a b c\n" * 5,
+     "v1.2 5\n" + "f32 0 9 a jpg 0 9 b json 99999999 9 c\n" * 5,
+     "v1.2 5\n" + "f32 -9 9 a jpg 0 9 b json 0 9 c\n" * 5,
+     "v1.2 5\n" + f"f32 {10**30} 9 a jpg 0 9 b json 0 9 c\n" * 5],
+)  # fmt: skip
+def test_damaged_index_is_named(packed: Path, text: str) -> None:
+    (packed / "00001.idx").write_text(text)
+    assert error_of(packed).where == str(packed / "00001.idx")
+
+
+def test_index_that_is_no_text_is_named(packed: Path) -> None:
+    (packed / "00001.idx").write_bytes(b"\xff\xfe\xc3")
+    assert error_of(packed).where == str(packed / "00001.idx")
+
+
+def test_manifest_of_another_version_is_named(packed: Path) -> None:
+    change_manifest(packed, lambda raw: raw.update(format_version=2))
+    error = error_of(packed)
+    assert (error.found, error.expected) == ("format version 2", "format version 1")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda raw: raw.update(people=13),
+        lambda raw: raw.update(joints=17),
+        lambda raw: raw.update(joints="many"),
+        lambda raw: raw.update(people=0, shards=[]),
+        lambda raw: raw.update(shards=None),
+        lambda raw: raw["shards"].pop(),
+        lambda raw: raw["shards"][0].pop("people"),
+        lambda raw: raw["shards"][0].update(people="5"),
+        lambda raw: raw["shards"][0].update(people=-5, bytes=-1),
+        lambda raw: raw["shards"][0].update(bytes=7),
+        lambda raw: raw["shards"][0].update(surprise=1),
+        lambda raw: raw["shards"][0].update(tar=3),
+        lambda raw: raw["shards"][0].update(tar="../train/00000.tar"),
+        lambda raw: raw["shards"][0].update(index="/etc/passwd"),
+        lambda raw: raw["shards"][0].update(tar=""),
+        lambda raw: raw["shards"][0].update(tar=".."),
+        lambda raw: raw["shards"][0].update(tar="a\0b"),
+        lambda raw: raw.pop("skeleton"),
+        lambda raw: raw["skeleton"]["names"].pop(),
+        lambda raw: raw["skeleton"].update(flip_pairs=[[0]]),
+        lambda raw: raw["skeleton"].update(flip_pairs=[[0, 99]]),
+        lambda raw: raw.update(format="another"),
+        lambda raw: raw.clear(),
+    ],
+)
+def test_manifest_that_lies_is_refused(packed: Path, change: Callable[[dict], Any]) -> None:
+    change_manifest(packed, change)
+    assert str(packed) in error_of(packed).where
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"3", b"\xff\xfe", b"[" * 100_000])
+def test_manifest_that_is_no_manifest_is_refused(packed: Path, data: bytes) -> None:
+    (packed / "manifest.json").write_bytes(data)
+    assert error_of(packed).where == str(packed / "manifest.json")
