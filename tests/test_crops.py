@@ -184,7 +184,7 @@ def test_princetons_joints_are_truncated_and_their_mask_is_not_mirrored(flip):
     joints[[0, 11]] = 0  # right ankle and right elbow are missing; their left twins are not
     center, scale, drawn = np.array([230.0, 210.5]), 1.7, Draw(1.1, -17.0, flip)
     heat, shown = princeton.heat_joints(
-        torch.tensor(joints)[None], torch.tensor(center)[None], torch.tensor([scale]).double(),
+        torch.tensor(joints)[None], torch.tensor(center)[None], torch.tensor([scale], dtype=torch.float64),
         torch.tensor([list(drawn)]), torch.tensor(MPII.mirrored), 256, 64,
     )  # fmt: skip
     expected = princeton_joints_by_hand(joints, center, scale, drawn, MPII.mirrored)
