@@ -70,9 +70,7 @@ def open_folder(folder: Path, resume: str | None, place: Runtime) -> State | Non
             "a new folder",
             "continue it with --resume, or choose another --train.name",
         )
-    runtime.barrier(place)
-    if place.is_first:
-        folder.mkdir(parents=True)
+    # No rank may make the folder (Run does) before every rank has looked for it.
     runtime.barrier(place)
     return None
 

@@ -164,7 +164,7 @@ def parse_config(parser: ArgumentParser, arguments: list[str]) -> tuple[Config, 
     for path in _config_paths(arguments):
         check_keys(load_yaml(path), path)
     try:
-        values = parser.instantiate_classes(parser.parse_args(arguments))
+        values = parser.instantiate(parser.parse_args(arguments))
     except (ArgumentError, TypeError, ValueError) as error:
         raise _type_error(error, "command line and --config") from error
     sections = {f.name: getattr(values, f.name) for f in dataclasses.fields(Config)}
@@ -180,7 +180,7 @@ def config_from_dict(raw: dict[str, Any], where: str) -> Config:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Config, None)
     try:
-        values = parser.instantiate_classes(parser.parse_object(raw))
+        values = parser.instantiate(parser.parse_object(raw))
     except (ArgumentError, TypeError, ValueError) as error:
         raise _type_error(error, where) from error
     return Config(**{f.name: getattr(values, f.name) for f in dataclasses.fields(Config)})

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -568,6 +569,14 @@ def start(arguments: list[str]) -> subprocess.Popen:
     )  # fmt: skip
 
 
+def end_group(run: subprocess.Popen) -> None:
+    """End whatever a run of start() has left behind, so that a failed test leaves nothing."""
+    with suppress(ProcessLookupError):
+        os.killpg(run.pid, signal.SIGKILL)
+    for stream in (run.stdout, run.stderr):
+        stream.close()  # type: ignore[union-attr]
+
+
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks processes up in /proc")
 def test_killed_run_leaves_no_process_and_can_be_continued(tiny_set: Path, tmp_path: Path) -> None:
     root = many_people(tmp_path / "set", tiny_set, 120)
@@ -576,10 +585,13 @@ def test_killed_run_leaves_no_process_and_can_be_continued(tiny_set: Path, tmp_p
     run, first = start(arguments), tmp_path / "out.partial" / "train" / "00003.tar"
     wait_until(first.exists, 30)
     workers = children(run.pid)
-    run.send_signal(signal.SIGKILL)
-    run.communicate()
+    run.kill()
+    run.wait()
     assert len(workers) >= 2
-    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers), 15)
+    try:
+        wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers), 15)
+    finally:
+        end_group(run)
     assert not (tmp_path / "out").exists()
     kept = first.stat().st_mtime_ns
     assert main([*arguments, "--workers", "1"]) == 0
@@ -589,13 +601,24 @@ def test_killed_run_leaves_no_process_and_can_be_continued(tiny_set: Path, tmp_p
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
-def test_ctrl_c_ends_with_130_and_says_how_to_continue(tiny_set: Path, tmp_path: Path) -> None:
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks processes up in /proc")
+@pytest.mark.parametrize("moment", ["workers start", "shards are written"])
+def test_ctrl_c_ends_with_130_and_says_how_to_continue(
+    tiny_set: Path, tmp_path: Path, moment: str
+) -> None:
     root = many_people(tmp_path / "set", tiny_set, 400)
     arguments = pack_arguments(root, tmp_path / "out", "--splits", "train")
     run = start([*arguments, "--people-per-shard", "1", "--workers", "2"])
-    wait_until((tmp_path / "out.partial" / "train" / "00001.tar").exists, 30)
+    if moment == "workers start":
+        wait_until(lambda: len(children(run.pid)) == 3, 30)  # and multiprocessing's own helper
+        time.sleep(0.2)
+    else:
+        wait_until((tmp_path / "out.partial" / "train" / "00001.tar").exists, 30)
     os.killpg(run.pid, signal.SIGINT)  # as a terminal does: to the workers, too
-    _, errors = run.communicate(timeout=20)
+    try:
+        _, errors = run.communicate(timeout=20)
+    finally:
+        end_group(run)
     assert run.returncode == 130
     assert "run the same command again" in errors and "Traceback" not in errors
     assert not (tmp_path / "out").exists()

@@ -113,7 +113,7 @@ class Run:
     """A training run on one rank."""
 
     def __init__(self, config: Config, place: Runtime, folder: Path, state: State | None = None):
-        """Build everything. state: a checkpoint to continue from. folder: of the run, exists."""
+        """Build everything. state: a checkpoint to continue from. folder: of the run; made if need be."""
         self.config, self.place, self.folder = config, place, folder
         self.train_shards = ShardSet(Path(config.data.shards) / "train")
         self.valid_shards = ShardSet(Path(config.data.shards) / "valid")
@@ -141,6 +141,8 @@ class Run:
             self.average = Average(self.network, config.optim.ema_decay)
         self.loader = self._make_loader(loader_state)
         self.forward = self._wrap()
+        if place.is_first:
+            folder.mkdir(parents=True, exist_ok=True)
         self.log = Log(folder, place.is_first, config.train.steps, self.step)
         self.bad_steps_in_a_row = 0
         self.good_statistics = self._statistics()

@@ -1,0 +1,129 @@
+"""PCKh by hand, and against the published predictions of Tompson et al."""
+
+import numpy as np
+import pytest
+
+from configs.mpii import MPII
+from evaluation import pckh
+from pipelines.annotations import People, read_annotations
+
+
+def people_at(joints: np.ndarray, normalize: float = 10.0) -> People:
+    """People of (N, J, 2) joints, all marked."""
+    count = len(joints)
+    ones = np.ones(joints.shape[:2], dtype=bool)
+    index = np.arange(count)
+    return People(
+        images=tuple(f"{i}.jpg" for i in index), index=index, person=index,
+        center=np.full((count, 2), 100.0), scale=np.ones(count),
+        normalize=np.full(count, normalize), joints=joints, marked=ones, visible=ones.copy(),
+    )  # fmt: skip
+
+
+def test_an_error_equal_to_the_threshold_counts_by_one_definition_and_not_by_the_other():
+    errors = np.array([[0.5], [0.4], [0.6], [np.nan]])
+    assert pckh.rates(errors, 0.5, inclusive=False)[0] == pytest.approx(1 / 3)
+    assert pckh.rates(errors, 0.5, inclusive=True)[0] == pytest.approx(2 / 3)
+    assert pckh.rates(errors, 0.5, inclusive=True)[1].tolist() == [3]
+
+
+def test_errors_are_distances_over_the_head_length():
+    people = people_at(np.zeros((1, 16, 2)), normalize=10.0)
+    shifted = np.full((1, 16, 2), [3.0, 4.0])
+    np.testing.assert_allclose(pckh.normalized_errors(shifted, people), 0.5)
+
+
+def test_unmarked_joints_and_people_without_a_length_never_count():
+    people = people_at(np.zeros((2, 16, 2)))
+    people.marked[0, 3] = False
+    people.normalize[1] = 0
+    errors = pckh.normalized_errors(np.zeros((2, 16, 2)), people)
+    assert np.isfinite(errors).sum() == 15
+    result = pckh.summary(np.zeros((2, 16, 2)), people, MPII)
+    assert result["joints_counted"] == 15 and result["people_without_length"] == 1
+
+
+def test_the_three_means_differ_as_defined():
+    # Two people; everything is found but: both ankles of one of them, and its pelvis.
+    people = people_at(np.zeros((2, 16, 2)))
+    found = np.zeros((2, 16, 2))
+    found[1, [0, 5, 6]] = 99.0
+    people.marked[0, [0, 5]] = False  # so that the ankles' rate is 0 of 1
+    errors = pckh.normalized_errors(found, people)
+    score = pckh.score(errors, MPII, 0.5)
+    assert score.pooled == pytest.approx(27 / 30)  # 16 joints, 30 counted, 3 wrong
+    assert score.unweighted == pytest.approx(12 / 14)  # two of 14 joints at 0
+    assert score.weighted == pytest.approx(24 / 26)  # 26 counted without pelvis and thorax
+    assert score.groups["ankle"] == 0 and score.groups["hip"] == 1
+
+
+def test_auc_of_errors_spread_evenly_over_the_range_is_one_half():
+    errors = np.linspace(0, 0.5, 5001)[:, None]
+    assert pckh.auc(errors) == pytest.approx(0.5, abs=0.001)
+
+
+def test_visible_and_occluded_joints_are_told_apart():
+    people = people_at(np.zeros((1, 16, 2)))
+    people.visible[0, :4] = False
+    found = np.zeros((1, 16, 2))
+    found[0, :3] = 99
+    result = pckh.summary(found, people, MPII)
+    assert result["visible"] == {"pooled": 1.0, "joints_counted": 12}
+    assert result["occluded"] == {"pooled": 0.25, "joints_counted": 4}
+
+
+def test_the_mean_pose_is_the_mean_over_marked_joints_in_the_box():
+    joints = np.full((2, 16, 2), 100.0)
+    joints[0] += 20
+    train = people_at(joints)
+    train.marked[1, 5] = False
+    valid = people_at(joints[:1])._replace(center=np.array([[0.0, 0.0]]), scale=np.array([2.0]))
+    pose = pckh.mean_pose(train, valid)[0]
+    np.testing.assert_allclose(pose[0], [20, 20])  # mean 10 px in a box of half the size
+    np.testing.assert_allclose(pose[5], [40, 40])  # the first person's alone
+
+
+def test_the_mean_pose_scores_0_042_on_the_real_photographs(shared):
+    data = shared / "data" / "lspet" / "annot"
+    train, valid = (read_annotations(data, split)[0] for split in ("train", "valid"))
+    errors = pckh.normalized_errors(pckh.mean_pose(train, valid), valid)
+    assert pckh.score(errors, MPII, 0.5).pooled == pytest.approx(0.042, abs=0.001)
+
+
+@pytest.fixture(scope="module")
+def tompson(shared):
+    """Errors of the published predictions against the file's own ground truth, (2958, 16)."""
+    loadmat = pytest.importorskip("scipy.io").loadmat
+    mat = loadmat(shared / "data" / "mpii_annot" / "detections_our_format.mat")
+    truth = mat["pos_gt_src"].transpose(2, 0, 1)
+    people = people_at(truth)._replace(
+        marked=mat["jnt_missing"].T == 0,
+        normalize=np.linalg.norm(mat["headboxes_src"][1] - mat["headboxes_src"][0], axis=0) * 0.6,
+    )
+    return pckh.normalized_errors(mat["pos_pred_src"].transpose(2, 0, 1), people)
+
+
+def test_the_weighted_mean_of_the_published_predictions(tompson):
+    assert len(tompson) == 2958
+    assert 100 * pckh.score(tompson, MPII, 0.5).weighted == pytest.approx(82.337, abs=0.001)
+    assert 100 * pckh.score(tompson, MPII, 0.1).weighted == pytest.approx(28.975, abs=0.001)
+
+
+@pytest.mark.parametrize(
+    ("group", "rate"),
+    [("head", 95.600), ("shoulder", 92.714), ("elbow", 83.365), ("wrist", 76.736),
+     ("hip", 81.929), ("knee", 73.363), ("ankle", 65.446)],
+)  # fmt: skip
+def test_the_groups_of_the_published_predictions(tompson, group, rate):
+    assert 100 * pckh.score(tompson, MPII, 0.5).groups[group] == pytest.approx(rate, abs=0.001)
+
+
+def test_the_pooled_mean_of_the_published_predictions_on_the_h5_file(shared):
+    loadmat = pytest.importorskip("scipy.io").loadmat
+    mat = loadmat(shared / "data" / "mpii_annot" / "detections_our_format.mat")
+    people, _ = read_annotations(shared / "data" / "mpii_annot", "valid")
+    result = pckh.summary(mat["pos_pred_src"].transpose(2, 0, 1), people, MPII)
+    assert result["joints_counted"] == 44_239
+    assert result["pckh"]["0.5"]["pooled"] == pytest.approx(0.71505, abs=5e-6)
+    assert 100 * result["pckh"]["0.5"]["weighted"] == pytest.approx(82.315, abs=0.001)
+    assert 100 * result["pckh"]["0.1"]["weighted"] == pytest.approx(28.910, abs=0.001)

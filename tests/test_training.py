@@ -1,0 +1,406 @@
+"""Training: it learns, it resumes exactly, it skips what is not finite, it says what it does."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train as train_program
+from configs.errors import InputError
+from configs.schema import Config, config_from_dict
+from pipelines.batches import choose_loader
+from training import checkpoint, runtime
+from training.loop import Average, Run, Totals, learning_rate
+from training.runtime import Runtime
+
+ROOT = Path(__file__).parents[1]
+HERE = Runtime(0, 1, torch.device("cpu"), torch.float32)
+GPU = pytest.mark.gpu
+
+
+def tiny_config(shards: Path, **sections: dict) -> Config:
+    raw: dict = {
+        "data": {"shards": str(shards), "batch_size": 4, "workers": 0, "input_px": 64},
+        "heatmaps": {"sigma": 4.0},
+        "model": {"stacks": 1, "width": 16, "depth": 2, "stem": [8, 16, 16]},
+        "optim": {"schedule": "constant", "lr": 3e-3},
+        "train": {"steps": 6, "steps_per_epoch": 6, "log_every": 2, "precision": "fp32"},
+        "eval": {"batch_size": 4},
+    }
+    for name, values in sections.items():
+        raw[name] = {**raw.get(name, {}), **values}
+    return config_from_dict(raw, "test")
+
+
+def make_run(config: Config, folder: Path, state=None, place: Runtime = HERE) -> Run:
+    folder.mkdir(parents=True, exist_ok=True)
+    return Run(config, place, folder, state)
+
+
+def steps(run: Run, count: int) -> list[float]:
+    losses = []
+    for _ in range(count):
+        totals = Totals(run.place.device)
+        run.network.train()
+        run._train_step(totals)
+        run.step += 1
+        losses.append(totals.sums[0].item())
+    return losses
+
+
+def metrics(folder: Path, kind: str) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+@pytest.mark.parametrize("loader", ["opencv", "dali"])
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_a_run_stopped_in_mid_epoch_and_resumed_gives_the_same_weights_bit_for_bit(
+    loader, ema, tiny_shards, tmp_path
+):
+    if loader == "dali":
+        pytest.importorskip("nvidia.dali")
+    config = tiny_config(
+        tiny_shards,
+        data={"loader": loader, "preset": "princeton"},
+        optim={"ema_decay": ema, "accumulate": 2},
+    )
+    whole = make_run(config, tmp_path / "whole")
+    expected = steps(whole, 5)
+    first = make_run(config, tmp_path / "parts")
+    begun = steps(first, 2)
+    first.save(["last.pt"])
+    second = make_run(config, tmp_path / "parts", checkpoint.load(tmp_path / "parts" / "last.pt"))
+    assert begun + steps(second, 3) == expected
+    assert second.step == 5
+    for name, tensor in whole.network.state_dict().items():
+        assert torch.equal(tensor, second.network.state_dict()[name]), name
+    if ema:
+        assert whole.average and second.average
+        for name, tensor in whole.average.tensors.items():
+            assert torch.equal(tensor, second.average.tensors[name]), name
+
+
+def test_it_learns_twelve_people_by_heart(tiny_shards, tmp_path):
+    config = tiny_config(tiny_shards, data={"preset": "none", "batch_size": 12}, optim={"lr": 1e-2})
+    run = make_run(config, tmp_path / "run")
+    losses = steps(run, 80)
+    assert np.mean(losses[-5:]) < 0.5 * np.mean(losses[10:15])
+
+
+def test_twenty_steps_give_the_stored_losses(tiny_shards, tmp_path):
+    """A change that should not change results proves itself here; otherwise store the new losses."""
+    config = tiny_config(
+        tiny_shards,
+        data={"preset": "newell"},
+        model={"stacks": 2},
+        optim={"schedule": "cosine", "warmup_steps": 3},
+        train={"steps": 20, "steps_per_epoch": 20},
+    )
+    losses = steps(make_run(config, tmp_path / "run"), 20)
+    stored = json.loads((ROOT / "tests" / "smoke_losses.json").read_text())
+    assert len(stored) == 20
+    # Other processors and builds of torch round otherwise, and rounding grows over the steps.
+    np.testing.assert_allclose(losses, stored, rtol=0.02)
+    np.testing.assert_allclose(losses[:3], stored[:3], rtol=1e-3)
+
+
+def test_a_run_writes_what_it_says_it_writes(tiny_shards, tmp_path):
+    config = tiny_config(tiny_shards, optim={"ema_decay": 0.9}, train={"steps_per_epoch": 4})
+    folder = tmp_path / "run"
+    result = make_run(config, folder).train()
+    assert {p.name for p in folder.iterdir()} >= {"last.pt", "best.pt", "metrics.jsonl", "tensorboard"}
+    logged = metrics(folder, "train")
+    assert [line["step"] for line in logged] == [2, 4, 6]
+    assert all(line["people_per_s"] > 0 and 0 <= line["wait_share"] <= 1 for line in logged)
+    validated = metrics(folder, "valid")
+    assert [line["step"] for line in validated] == [4, 6]
+    assert validated[-1]["pckh@0.5_pooled"] == result["pckh"]["0.5"]["pooled"]
+    state = checkpoint.load(folder / "last.pt")
+    assert state["step"] == 6 and state["config"]["train"]["steps"] == 6
+    assert list((folder / "tensorboard").glob("events.*"))
+
+
+def test_validation_judges_the_averaged_weights_in_eval_mode(tiny_shards, tmp_path):
+    config = tiny_config(tiny_shards, optim={"ema_decay": 0.9})
+    run = make_run(config, tmp_path / "run")
+    steps(run, 3)
+    network = run._evaluated_network()
+    assert not network.training
+    assert run.average
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(tensor, run.average.tensors[name])
+
+
+def test_the_average_follows_its_formula():
+    network = torch.nn.Linear(1, 1, bias=False)
+    values, decay = [0.0, 1.0, 2.0, 4.0], 0.5
+    torch.nn.init.constant_(network.weight, values[0])
+    average, expected = Average(network, decay), values[0]
+    for step, value in enumerate(values[1:]):
+        torch.nn.init.constant_(network.weight, value)
+        average.update(network, step)
+        d = min(decay, (1 + step) / (10 + step))
+        expected = d * expected + (1 - d) * value
+    assert average.tensors["weight"].item() == pytest.approx(expected)
+
+
+def poison(run: Run, bad_calls: set[int]) -> None:
+    """Make the images of some batches not finite."""
+    from pipelines import batches
+
+    real, calls = batches.finish, [0]
+
+    def finish(raw, target, device):
+        batch = real(raw, target, device)
+        calls[0] += 1
+        if calls[0] - 1 in bad_calls:
+            batch = batch._replace(images_N3HW=batch.images_N3HW * float("nan"))
+        return batch
+
+    run_module = sys.modules["training.loop"]
+    run_module.batches = type("Patched", (), {**vars(batches), "finish": staticmethod(finish)})  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def unpoison():
+    from pipelines import batches
+
+    yield
+    sys.modules["training.loop"].batches = batches  # type: ignore[attr-defined]
+
+
+@pytest.mark.usefixtures("unpoison")
+@pytest.mark.parametrize("optimizer", ["adam", "rmsprop"])
+def test_a_step_whose_loss_is_not_finite_is_skipped_and_counted(
+    optimizer, tiny_shards, tmp_path, capsys
+):
+    config = tiny_config(tiny_shards, optim={"name": optimizer}, train={"log_every": 1})
+    run = make_run(config, tmp_path / "run")
+    steps(run, 1)
+    before = {name: t.clone() for name, t in run.network.named_parameters()}
+    moments = json.dumps([s["step"].item() if "step" in s else 0 for s in run.optimizer.state.values()])
+    poison(run, {0})
+    totals = Totals(run.place.device)
+    run._train_step(totals)
+    for name, tensor in run.network.named_parameters():
+        assert torch.equal(tensor, before[name]), name
+    after = json.dumps([s["step"].item() if "step" in s else 0 for s in run.optimizer.state.values()])
+    assert after == moments
+    run._report(totals)
+    assert "1 of 1 losses not finite" in capsys.readouterr().err
+    assert all(torch.isfinite(b).all() for b in run.network.buffers())
+    assert np.isfinite(steps(run, 1)).all()
+
+
+@pytest.mark.usefixtures("unpoison")
+def test_too_many_such_steps_in_a_row_stop_the_run(tiny_shards, tmp_path):
+    config = tiny_config(
+        tiny_shards, train={"steps": 30, "steps_per_epoch": 30, "max_bad_steps": 4, "log_every": 2}
+    )
+    run = make_run(config, tmp_path / "run")
+    poison(run, set(range(3, 30)))
+    with pytest.raises(InputError, match=r"step 8"):
+        run.train()
+
+
+def test_a_collapse_to_zero_is_said(tiny_shards, tmp_path, capsys):
+    config = tiny_config(tiny_shards, train={"steps": 1, "steps_per_epoch": 1}, optim={"lr": 1e-9})
+    run = make_run(config, tmp_path / "run")
+    torch.nn.init.zeros_(run.network.heads[0].weight)
+    torch.nn.init.zeros_(run.network.heads[0].bias)
+    run.train()
+    assert "nothing but zeros" in capsys.readouterr().err
+
+
+def test_the_time_limit_ends_with_a_validation_and_a_checkpoint(tiny_shards, tmp_path, capsys):
+    config = tiny_config(
+        tiny_shards,
+        train={"steps": 10_000, "steps_per_epoch": 10_000, "max_minutes": 0.01, "log_every": 1},
+    )
+    run = make_run(config, tmp_path / "run")
+    run.train()
+    state = checkpoint.load(tmp_path / "run" / "last.pt")
+    assert 0 < state["step"] < 10_000
+    assert [line["step"] for line in metrics(tmp_path / "run", "valid")] == [state["step"]]
+    assert "minutes are over" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_lower_precisions_train(precision, tiny_shards, tmp_path):
+    config = tiny_config(tiny_shards, train={"precision": precision})
+    place = HERE._replace(dtype=runtime.choose_dtype(precision, HERE.device))
+    run = make_run(config, tmp_path / "run", place=place)
+    before = run.network.heads[0].weight.clone()
+    assert np.isfinite(steps(run, 3)).all()
+    assert not torch.equal(before, run.network.heads[0].weight)
+    assert run.network.heads[0].weight.dtype == torch.float32
+    assert run.scaler.is_enabled() == (precision == "fp16")
+
+
+def test_gradient_clipping_bounds_the_norm(tiny_shards, tmp_path):
+    config = tiny_config(tiny_shards, optim={"clip_norm": 1e-3, "name": "rmsprop"})
+    run = make_run(config, tmp_path / "run")
+    norms = []
+    run.optimizer.register_step_pre_hook(
+        lambda o, *_: norms.append(
+            torch.nn.utils.get_total_norm([p.grad for p in run.network.parameters()]).item()
+        )
+    )
+    steps(run, 2)
+    assert norms == pytest.approx([1e-3, 1e-3], rel=1e-3)
+
+
+def test_learning_rates_by_hand():
+    optim = dataclasses.replace(
+        Config().optim, lr=1.0, warmup_steps=4, milestones=(10, 20), gamma=0.1
+    )
+    step = [learning_rate(optim, s, 100) for s in (0, 3, 9, 10, 20)]
+    assert step == pytest.approx([0.25, 1.0, 1.0, 0.1, 0.01])
+    cosine = dataclasses.replace(optim, schedule="cosine", final_fraction=0.0)
+    assert learning_rate(cosine, 4 + 48, 100) == pytest.approx(0.5)
+    assert learning_rate(cosine, 100, 100) == pytest.approx(0.0, abs=1e-9)
+
+
+def test_weights_alone_may_start_a_run_with_another_number_of_joints(tiny_shards, tmp_path):
+    config = tiny_config(tiny_shards, model={"stacks": 2})
+    run = make_run(config, tmp_path / "run")
+    run.save(["last.pt"])
+    state = checkpoint.load(tmp_path / "run" / "last.pt")
+    network = checkpoint.build_network(config, joints=5)
+    fresh = checkpoint.init_weights(network, state, tmp_path)
+    assert fresh == ["heads.0.weight", "heads.0.bias", "heads.1.weight", "heads.1.bias",
+                     "merge_heatmaps.0.weight"]  # fmt: skip
+    assert torch.equal(network.stem.conv[0].weight, state["model"]["stem.conv.0.weight"])
+
+
+def test_a_checkpoint_of_another_architecture_names_the_tensors(tiny_shards, tmp_path):
+    run = make_run(tiny_config(tiny_shards), tmp_path / "run")
+    run.save(["last.pt"])
+    state = checkpoint.load(tmp_path / "run" / "last.pt")
+    wider = checkpoint.build_network(tiny_config(tiny_shards, model={"width": 32}), 16)
+    with pytest.raises(InputError, match=r"stem\.residual3\.conv1\.weight is \(8, 16, 1, 1\)"):
+        checkpoint.load_weights(wider, state["model"], tmp_path / "last.pt")
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"not a checkpoint", b"PK\x03\x04" + b"\0" * 60], ids=["empty", "text", "zip"]
+)
+def test_a_file_that_is_no_checkpoint_is_refused(content, tmp_path):
+    (tmp_path / "x.pt").write_bytes(content)
+    with pytest.raises(InputError, match=r"x\.pt"):
+        checkpoint.load(tmp_path / "x.pt")
+
+
+def test_a_truncated_checkpoint_and_one_of_another_version_are_refused(tiny_shards, tmp_path):
+    run = make_run(tiny_config(tiny_shards), tmp_path)
+    run.save(["last.pt"])
+    data = (tmp_path / "last.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(data[: len(data) // 2])
+    with pytest.raises(InputError, match=r"cut\.pt"):
+        checkpoint.load(tmp_path / "cut.pt")
+    torch.save({"format": checkpoint.FORMAT, "format_version": 99}, tmp_path / "new.pt")
+    with pytest.raises(InputError, match="version 99"):
+        checkpoint.load(tmp_path / "new.pt")
+
+
+def test_a_checkpoint_never_runs_code(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "exploded"),)
+
+    torch.save({"format": checkpoint.FORMAT, "model": Bomb()}, tmp_path / "bomb.pt")
+    with pytest.raises(InputError):
+        checkpoint.load(tmp_path / "bomb.pt")
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path / "last.pt", {"step": 1})
+    monkeypatch.setattr(torch, "save", lambda *a: (_ for _ in ()).throw(OSError(28, "full")))
+    with pytest.raises(OSError, match="full"):
+        checkpoint.save(tmp_path / "last.pt", {"step": 2})
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_a_run_folder_that_exists_is_refused_without_resume(tmp_path):
+    with pytest.raises(InputError, match="--resume"):
+        train_program.open_folder(tmp_path, None, HERE)
+    with pytest.raises(InputError, match=r"last\.pt"):
+        train_program.open_folder(tmp_path, "", HERE)
+
+
+def test_resuming_with_another_number_of_ranks_is_refused(tiny_shards, tmp_path):
+    config = tiny_config(tiny_shards)
+    make_run(config, tmp_path).save(["last.pt"])
+    state = {**checkpoint.load(tmp_path / "last.pt"), "ranks": 2}
+    with pytest.raises(InputError, match=r"2 rank\(s\), now 1"):
+        make_run(config, tmp_path, state)
+
+
+def command(*words: object, program: str = "train.py") -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, program, *map(str, words)],
+        cwd=ROOT, capture_output=True, text=True, timeout=240, check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+
+
+SMALL = ["--data.batch_size", 4, "--data.workers", 0, "--data.input_px", 64, "--model.width", 16,
+         "--model.depth", 2, "--model.stacks", 1, "--model.stem", "[8,16,16]", "--train.steps", 4,
+         "--train.steps_per_epoch", 2, "--train.log_every", 1]  # fmt: skip
+
+
+def test_train_then_resume_from_the_command_line(tiny_shards, tmp_path):
+    words = ["--data.shards", tiny_shards, "--train.out", tmp_path, "--train.name", "r", *SMALL]
+    first = command(*words)
+    assert first.returncode == 0, first.stderr
+    assert "batch: 4 = 4 per rank x 1 rank(s) x 1" in first.stdout
+    refused = command(*words)
+    assert refused.returncode == 2 and "--resume" in refused.stderr
+    more = [*words, "--train.steps", 6]
+    second = command(*more, "--resume")
+    assert second.returncode == 0, second.stderr
+    assert [m["step"] for m in metrics(tmp_path / "r", "train")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_training_without_shards_says_what_to_do(tmp_path):
+    done = command("--data.shards", tmp_path / "none", "--train.out", tmp_path, *SMALL)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "tools/make_shards.py" in done.stderr
+    assert not (tmp_path / "hourglass").exists(), "a run that never began left a folder"
+
+
+@pytest.mark.slow
+def test_two_ranks_train_validate_and_resume_under_torchrun(tiny_shards, tmp_path):
+    words = ["--data.shards", tiny_shards, "--train.out", tmp_path, "--train.name", "r", *SMALL,
+             "--train.device", "cpu"]  # fmt: skip
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
+    first = command(*launch[1:], *words, program="-m")
+    assert first.returncode == 0, first.stderr
+    assert "batch: 8 = 4 per rank x 2 rank(s) x 1" in first.stdout
+    state = checkpoint.load(tmp_path / "r" / "last.pt")
+    assert state["ranks"] == 2 and len(state["rng"]) == 2
+    second = command(*launch[1:], *words, "--train.steps", 6, "--resume", program="-m")
+    assert second.returncode == 0, second.stderr
+    assert [m["step"] for m in metrics(tmp_path / "r", "train")] == [1, 2, 3, 4, 5, 6]
+
+
+@GPU
+@pytest.mark.parametrize("loader", ["opencv", "dali"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_gpu_trains(loader, compiled, tiny_shards, tmp_path):
+    place = runtime.start("cuda", "auto")
+    config = tiny_config(tiny_shards, data={"loader": loader}, train={"compile": compiled})
+    run = make_run(config, tmp_path / "run", place=place)
+    assert np.isfinite(steps(run, 4)).all()
+    assert np.isfinite(run.validate()["auc"])
+    assert place.dtype in (torch.bfloat16, torch.float16)
+    assert choose_loader("auto", place.device) == "dali"
