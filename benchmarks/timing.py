@@ -1,0 +1,123 @@
+"""Timing that can be trusted on a noisy machine: warm up, synchronise, take turns, give the spread."""
+
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Case(NamedTuple):
+    """Something to time."""
+
+    name: str
+    run: Callable[[], int]
+    """Does a piece of work and returns how many units (people, ...) it was."""
+
+
+class Result(NamedTuple):
+    """Rates of one case over the rounds."""
+
+    name: str
+    median: float
+    """Units per second."""
+    low: float
+    high: float
+    ratio: float
+    """Median over the rounds of this case's rate over that of the first case in the same round."""
+    ratio_low: float
+    ratio_high: float
+
+
+def take_turns(cases: list[Case], rounds: int, device: torch.device) -> list[Result]:
+    """Run every case once per round, one after the other, so that a slow spell hits them all.
+
+    A first round warms up and does not count. The first case is what the ratios divide by.
+    """
+    rates: list[list[float]] = [[] for _ in cases]
+    for number in range(rounds + 1):
+        for case, values in zip(cases, rates, strict=True):
+            synchronize(device)
+            start = time.perf_counter()
+            units = case.run()
+            synchronize(device)
+            if number:
+                values.append(units / (time.perf_counter() - start))
+    return [
+        _result(case.name, values, [v / b for v, b in zip(values, rates[0], strict=True)])
+        for case, values in zip(cases, rates, strict=True)
+    ]
+
+
+def _result(name: str, rates: list[float], ratios: list[float]) -> Result:
+    return Result(
+        name,
+        statistics.median(rates), min(rates), max(rates),
+        statistics.median(ratios), min(ratios), max(ratios),
+    )  # fmt: skip
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the GPU's queue."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def table(title: str, unit: str, results: list[Result]) -> str:
+    """Lines: a case a line, its rate and its ratio to the first."""
+    width = max(len(r.name) for r in results)
+    lines = [f"{title}, {unit}/s: median (lowest to highest), ratio to the first line"]
+    for r in results:
+        spread = f"({r.low:,.0f} to {r.high:,.0f})"
+        ratio = f"{r.ratio:.2f} x ({r.ratio_low:.2f} to {r.ratio_high:.2f})"
+        lines.append(f"  {r.name:<{width}}  {r.median:>10,.0f}  {spread:<22} {ratio}")
+    return "\n".join(lines)
+
+
+def world(device: torch.device) -> dict[str, Any]:
+    """Commit, hardware and versions, to be kept with the numbers."""
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {
+        "commit": _commit(),
+        "device": gpu or "cpu",
+        "processor": _processor(),
+        "cores": len(_affinity()),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "opencv": cv2.__version__,
+        "numpy": np.__version__,
+    }
+
+
+def _commit() -> str:
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=10"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return done.stdout.strip()
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def _affinity() -> set[int]:
+    import os
+
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
