@@ -71,7 +71,9 @@ def make_parser() -> argparse.ArgumentParser:
     what.add_argument("--checkpoint", help="default: best.pt of the newest run")
     what.add_argument("--runs", default="runs", help="folder of runs (default: %(default)s)")
     what.add_argument("--shards", help="a split, or the folder of splits; default: as in training")
-    what.add_argument("--annotations", help="valid.h5 or mpii_annotations.json(.gz), for loose pictures")
+    what.add_argument(
+        "--annotations", help="valid.h5 or mpii_annotations.json(.gz), for loose pictures"
+    )
     what.add_argument("--images", help="folder of the pictures, with --annotations")
     how = parser.add_argument_group("how")
     how.add_argument("--no-flip", dest="flip", action="store_false", help="without the flip test")
@@ -81,9 +83,13 @@ def make_parser() -> argparse.ArgumentParser:
     how.add_argument("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="fp32")
     out = parser.add_argument_group("what to write")
     out.add_argument("--json", metavar="OUT", help="every number")
-    out.add_argument("--save-predictions", metavar="OUT", help="joints in px of the original pictures")
+    out.add_argument(
+        "--save-predictions", metavar="OUT", help="joints in px of the original pictures"
+    )
     out.add_argument("--picture", metavar="OUT", help="PNG or JPEG of predictions")
-    out.add_argument("--people", type=int, default=24, help="people in the picture (default: %(default)s)")
+    out.add_argument(
+        "--people", type=int, default=24, help="people in the picture (default: %(default)s)"
+    )
     return parser
 
 
@@ -134,7 +140,10 @@ def predict_subjects(
     size = options.batch_size or config.eval.batch_size
     if size < 1 or workers < 0:
         raise InputError(
-            "command line", f"batch size {size}, workers {workers}", "1 or more, 0 or more", "correct it"
+            "command line",
+            f"batch size {size}, workers {workers}",
+            "1 or more, 0 or more",
+            "correct it",
         )
     network = checkpoint.evaluation_network(state, path).to(device)
     target = Target(
@@ -166,7 +175,10 @@ def print_results(
     flip: bool,
 ) -> None:
     """The table, and what it counts."""
-    print(f"\n{path} (step {state['step']}) on {subjects.name}, {'flip test' if flip else 'no flip test'}")
+    print(
+        f"\n{path} (step {state['step']}) on {subjects.name}, "
+        f"{'flip test' if flip else 'no flip test'}"
+    )
     print("PCKh in %; < and <= say whether an error equal to the threshold counts as found\n")
     print(report.table(results, subjects.skeleton))
     print()
@@ -198,7 +210,9 @@ def write_files(
         )
         Path(options.picture).parent.mkdir(parents=True, exist_ok=True)
         if not cv2.imwrite(options.picture, sheet):
-            raise InputError(options.picture, "cannot be written", "a .png or .jpg", "name another file")
+            raise InputError(
+                options.picture, "cannot be written", "a .png or .jpg", "name another file"
+            )
         print(f"wrote {options.picture}")
 
 

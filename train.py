@@ -1,4 +1,4 @@
-"""Train a stacked hourglass network: python train.py --config configs/2hg.yaml (or torchrun train.py ...)."""
+"""Train a stacked hourglass network: python (or torchrun) train.py --config configs/2hg.yaml"""
 
 import argparse
 import os
@@ -32,7 +32,9 @@ def main() -> None:
             announce(config, run)
         run.train()
         if place.is_first:
-            print(f"Checkpoints: {folder}/last.pt, {folder}/best.pt (PCKh@0.5 {100 * run.best:.2f} %)")
+            print(
+                f"Checkpoints: {folder}/last.pt, {folder}/best.pt (PCKh@0.5 {100 * run.best:.2f} %)"
+            )
             print(f"Next: python evaluate.py --checkpoint {folder}/best.pt")
     finally:
         runtime.stop()
@@ -53,7 +55,8 @@ def make_parser() -> ArgumentParser:
         help="continue the run in its folder, from last.pt or from this checkpoint",
     )
     parser.add_argument(
-        "--init_from", help="begin a new run with the weights of this checkpoint, nothing else of it"
+        "--init_from",
+        help="begin a new run with the weights of this checkpoint, nothing else of it",
     )
     add_config_options(parser)
     return parser
@@ -85,15 +88,18 @@ def start_from(path: Path, run: Run) -> None:
 
 def announce(config: Config, run: Run) -> None:
     """Say what is about to happen, the global batch size above all."""
-    data, optim, place = config.data, config.optim, run.place
+    data, model, optim, train = config.data, config.model, config.optim, config.train
+    place = run.place
     total = data.batch_size * place.ranks * optim.accumulate
     parameters = sum(p.numel() for p in run.network.parameters())
     facts: dict[str, Any] = {
         "run": run.folder,
-        "network": f"{config.model.stacks} stack(s) of width {config.model.width}, {parameters:,} parameters",
-        "people": f"{len(run.train_shards):,} to train on, {len(run.valid_shards):,} to validate on",
-        "batch": f"{total} = {data.batch_size} per rank x {place.ranks} rank(s) x {optim.accumulate}",
-        "steps": f"{config.train.steps:,}, {config.train.steps_per_epoch:,} an epoch, from {run.step:,}",
+        "network": f"{model.stacks} stack(s) of width {model.width}, {parameters:,} parameters",
+        "people": f"{len(run.train_shards):,} to train on, "
+        f"{len(run.valid_shards):,} to validate on",
+        "batch": f"{total} = {data.batch_size} per rank "
+        f"x {place.ranks} rank(s) x {optim.accumulate}",
+        "steps": f"{train.steps:,}, {train.steps_per_epoch:,} an epoch, from {run.step:,}",
         "device": f"{place.device}, {str(place.dtype).removeprefix('torch.')}",
     }
     for name, fact in facts.items():

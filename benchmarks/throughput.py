@@ -1,7 +1,7 @@
 """Times loaders, heatmaps and the training step: python benchmarks/throughput.py
 
-Prints a table for each, then everything as one JSON line. The data are made here: 1280 x 720 pictures with
-people as large as in MPII.
+Prints a table for each, then everything as one JSON line. The data are made here: 1280 x 720
+pictures with people as large as in MPII.
 """
 
 import argparse
@@ -17,7 +17,10 @@ import cv2
 import numpy as np
 import torch
 
-from benchmarks.timing import Case, Result, take_turns, table, world
+# `python benchmarks/throughput.py` puts benchmarks/ on the path, and not the folder above it.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.timing import Case, Result, table, take_turns, world
 from configs.errors import InputError, run_main
 from configs.mpii import MPII
 from model.hourglass import StackedHourglass
@@ -61,7 +64,7 @@ def main() -> None:
         found[suite] = results
     if device.type == "cpu":
         print("not measured: everything on a GPU (no CUDA device is in use)\n")
-    report = {"world": world(device), "options": vars(options)}
+    report: dict[str, Any] = {"world": world(device), "options": vars(options)}
     report |= {suite: [r._asdict() for r in results] for suite, results in found.items()}
     line = json.dumps(report)
     if options.json:
@@ -83,7 +86,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=5, help="turns that each case takes")
     parser.add_argument("--people", type=int, default=96, help="people in the made data")
     parser.add_argument("--batch-size", type=int, default=16, help="people a batch")
-    parser.add_argument("--workers", type=int, default=2, help="worker processes, or DALI's threads")
+    parser.add_argument(
+        "--workers", type=int, default=2, help="worker processes, or DALI's threads"
+    )
     parser.add_argument("--input-px", type=int, default=256, help="side of the input")
     parser.add_argument("--json", metavar="OUT", help="also write the JSON line to this file")
     return parser
@@ -115,8 +120,9 @@ def make_shards(folder: Path, people: int) -> ShardSet:
 
     shard = write_shard(folder, 0, samples())
     manifest = Manifest(
-        split="train", packing="original", people=people, joints=MPII.count, skeleton=MPII,
-        shards=(shard,), max_width=WIDTH, max_height=HEIGHT, source={"made by": "benchmark"}, seed=0,
+        split="train", packing="original", people=people, joints=MPII.joint_count, skeleton=MPII,
+        shards=(shard,), max_width=WIDTH, max_height=HEIGHT, source={"made by": "benchmark"},
+        seed=0,
     )  # fmt: skip
     write_manifest(folder, manifest)
     return ShardSet(folder)
@@ -127,8 +133,8 @@ def make_people(count: int, rng: np.random.Generator) -> People:
     percent, scales = SCALE_PERCENTILES
     scale = np.interp(rng.uniform(5, 95, count), percent, scales)
     center = rng.uniform([0.3 * WIDTH, 0.4 * HEIGHT], [0.7 * WIDTH, 0.6 * HEIGHT], (count, 2))
-    offsets = rng.uniform(-0.4, 0.4, (count, MPII.count, 2)) * 200 * scale[:, None, None]
-    marked = np.ones((count, MPII.count), dtype=bool)
+    offsets = rng.uniform(-0.4, 0.4, (count, MPII.joint_count, 2)) * 200 * scale[:, None, None]
+    marked = np.ones((count, MPII.joint_count), dtype=bool)
     number = np.arange(count)
     return People(
         images=tuple(f"{i:09d}.jpg" for i in number), index=number, person=np.zeros_like(number),
@@ -149,10 +155,8 @@ def make_jpeg(rng: np.random.Generator) -> bytes:
     return jpeg.tobytes()
 
 
-def loader_cases(
-    shards: ShardSet, options: argparse.Namespace, device: torch.device
-) -> list[Case]:
-    """Augmented batches with heatmaps, on the device. The first case is princeton's way in OpenCV."""
+def loader_cases(shards: ShardSet, options: argparse.Namespace, device: torch.device) -> list[Case]:
+    """Augmented batches with heatmaps, on the device. First comes princeton's way in OpenCV."""
     ways: list[tuple[str, Preset, batches.LoaderName]] = [
         ("opencv, princeton's two resamplings", PRESETS["princeton"], "opencv"),
         ("opencv, one warp, same colour", _one_warp(PRESETS["princeton"]), "opencv"),
@@ -192,7 +196,7 @@ def _loader_run(
 def heatmap_cases(batch_size: int, device: torch.device) -> list[Case]:
     """Targets of a batch: a loop over joints in numpy, and the batched routine."""
     rng = np.random.default_rng(0)
-    joints = rng.uniform(-5, 69, (batch_size, MPII.count, 2))
+    joints = rng.uniform(-5, 69, (batch_size, MPII.joint_count, 2))
     on_device = torch.from_numpy(joints).float().to(device)
     drawn = torch.ones(joints.shape[:2], device=device)
     repeats = 20 if device.type == "cpu" else 500
@@ -215,7 +219,7 @@ def heatmap_cases(batch_size: int, device: torch.device) -> list[Case]:
 
 
 def render_by_loop(joints_J2: np.ndarray) -> np.ndarray:
-    """(J, 64, 64) targets of one person as data loaders make them: paste a 9 x 9 Gaussian a joint."""
+    """(J, 64, 64) targets of one person as loaders make them: a pasted 9 x 9 Gaussian a joint."""
     y, x = np.mgrid[-4:5, -4:5]
     stamp = np.exp(-(x**2 + y**2) / 2)
     maps = np.zeros((len(joints_J2), 64, 64), dtype=np.float32)
@@ -230,7 +234,7 @@ def render_by_loop(joints_J2: np.ndarray) -> np.ndarray:
 
 
 def train_cases(options: argparse.Namespace, device: torch.device) -> list[Case]:
-    """Forward, loss, backward and optimizer of 2 stacks; float32 in torch's own layout comes first."""
+    """Forward, loss, backward and optimizer of 2 stacks; first float32 in torch's own layout."""
     size = options.batch_size if device.type == "cuda" else min(options.batch_size, 2)
     best = runtime.choose_dtype("auto", device)
     ways = [("float32, NCHW", torch.float32, torch.contiguous_format),
@@ -239,7 +243,9 @@ def train_cases(options: argparse.Namespace, device: torch.device) -> list[Case]
         name = str(best).removeprefix("torch.")
         ways.append((f"{name}, channels-last, fused Adam", best, torch.channels_last))
     return [
-        Case(f"2 stacks, batch {size}, {name}", _step(options.input_px, size, dtype, layout, device))
+        Case(
+            f"2 stacks, batch {size}, {name}", _step(options.input_px, size, dtype, layout, device)
+        )
         for name, dtype, layout in ways
     ]
 
@@ -247,12 +253,13 @@ def train_cases(options: argparse.Namespace, device: torch.device) -> list[Case]
 def _step(
     input_px: int, size: int, dtype: torch.dtype, layout: torch.memory_format, device: torch.device
 ) -> Any:
-    network = StackedHourglass(2, 256, MPII.count).to(device, memory_format=layout)
+    network = StackedHourglass(2, 256, MPII.joint_count).to(device)
+    network.to(memory_format=layout)  # type: ignore[call-overload]
     optimizer = torch.optim.Adam(network.parameters(), 1e-3, fused=dtype != torch.float32)
     images = torch.rand(size, 3, input_px, input_px, device=device)
     images = images.contiguous(memory_format=layout)
-    target = torch.rand(size, MPII.count, input_px // 4, input_px // 4, device=device)
-    drawn = torch.ones(size, MPII.count, device=device)
+    target = torch.rand(size, MPII.joint_count, input_px // 4, input_px // 4, device=device)
+    drawn = torch.ones(size, MPII.joint_count, device=device)
     repeats = 1 if device.type == "cpu" else 10
 
     def run() -> int:

@@ -1,4 +1,4 @@
-"""Timing that can be trusted on a noisy machine: warm up, synchronise, take turns, give the spread."""
+"""Timing to be trusted on a noisy machine: warm up, synchronise, take turns, give the spread."""
 
 import platform
 import statistics

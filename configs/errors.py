@@ -1,14 +1,17 @@
 """The one exception that bad input ends in, and how a command-line program shows it.
 
-Every message has four parts: where the fault is, what was found, what was expected, and what to do next.
+Every message has four parts: where the fault is, what was found, what was expected, and what to do
+next.
 """
 
+import errno
 import os
 import sys
 from collections.abc import Callable
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
+_USERS_TO_MEND = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
 
 
 class InputError(Exception):
@@ -17,7 +20,7 @@ class InputError(Exception):
     def __init__(self, where: object, found: str, expected: str, next_step: str):
         """Keep the four parts, and print them as one block of text.
 
-        where: the file, sample or option at fault. found, expected: what is there and what should be.
+        where: the file, sample or option at fault. found, expected: what is there, what should be.
         next_step: what the user can do about it, as an imperative.
         """
         self.where, self.found = str(where), found
@@ -42,17 +45,20 @@ def run_main(main: Callable[[], int | None]) -> None:
         sys.stdout.flush()
     except InputError as error:
         code = _fail(str(error))
-    except PermissionError as error:
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except OSError as error:
+        if error.errno not in _USERS_TO_MEND:
+            raise
         code = _fail(
-            f"{error.filename}\n  found:    {error.strerror}\n  expected: a path this user may use\n"
-            "  next:     change its permissions, or name another path"
+            f"{error.filename or 'writing'}\n  found:    {error.strerror}\n"
+            "  expected: a path that this user may use, with space left\n"
+            "  next:     change its permissions, make room, or name another path"
         )
     except KeyboardInterrupt:
         print("\nInterrupted; what was finished is kept.", file=sys.stderr)
         code = EXIT_INTERRUPTED
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
     sys.exit(code)
 
 

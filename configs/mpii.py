@@ -1,4 +1,4 @@
-"""Facts about MPII Human Pose: joints in the order of its annotation files, pairs, limbs, groups."""
+"""Facts about MPII Human Pose: joints in the order of its files, pairs, limbs, groups."""
 
 from configs.skeleton import Skeleton
 
@@ -10,7 +10,8 @@ MPII = Skeleton(
     name="mpii",
     names=(
         "r_ankle", "r_knee", "r_hip", "l_hip", "l_knee", "l_ankle", "pelvis", "thorax",
-        "upper_neck", "head_top", "r_wrist", "r_elbow", "r_shoulder", "l_shoulder", "l_elbow", "l_wrist",
+        "upper_neck", "head_top", "r_wrist", "r_elbow", "r_shoulder", "l_shoulder", "l_elbow",
+        "l_wrist",
     ),
     flip_pairs=(
         (R_ANKLE, L_ANKLE), (R_KNEE, L_KNEE), (R_HIP, L_HIP),
@@ -34,8 +35,9 @@ MPII = Skeleton(
     ),
 )  # fmt: skip
 
-# Raw annotations (mpii_annotations.json) give the scale of the body and its middle; the h5 files of
-# princeton-vl hold both enlarged so that the box takes in the whole person. See docs/conventions.md.
+# Raw annotations (mpii_annotations.json) give the scale of the body and its middle. The h5 files of
+# princeton-vl hold both enlarged so that the box takes in the whole person.
+# See docs/conventions.md.
 BOX_SCALE = 1.25
 BOX_SHIFT_Y_PX = 15.0
 PIXELS_PER_SCALE = 200.0

@@ -1,11 +1,12 @@
-"""Everything that a run can be told, as frozen dataclasses: one a concern, a docstring under each field.
+"""Everything that a run can be told: a frozen dataclass a concern, a docstring under each field.
 
-`load_config` reads a YAML file and dotted command-line overrides (`--optim.lr 1e-3`) into a Config. An
-unknown key is fatal and the message names the nearest known one. jsonargparse checks the types.
+`load_config` reads a YAML file and dotted command-line overrides (`--optim.lr 1e-3`) into a Config.
+An unknown key is fatal and the message names the nearest known one. jsonargparse checks the types.
 """
 
 import dataclasses
 import difflib
+import itertools
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -114,7 +115,7 @@ class TrainConfig:
     max_minutes: float = 0.0
     """Stop cleanly after this time, with a validation and a checkpoint; 0 sets no limit."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Type of the network's arithmetic; auto: bf16 where the device computes in it, else fp16 on a GPU and fp32 on a CPU."""
+    """Arithmetic; auto: bf16 if the device computes in it, else fp16 on a GPU and fp32 on a CPU."""
     compile: bool = False
     """Run the network through torch.compile."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
@@ -154,7 +155,9 @@ class Config:
 
 def add_config_options(parser: ArgumentParser) -> None:
     """Add `--config FILE` and an option for every field to a parser."""
-    parser.add_argument("--config", action="config", help="YAML file of settings, such as configs/8hg.yaml")
+    parser.add_argument(
+        "--config", action="config", help="YAML file of settings, such as configs/8hg.yaml"
+    )
     parser.add_class_arguments(Config, None)
 
 
@@ -213,7 +216,9 @@ def load_yaml(path: str) -> dict[str, Any]:
     if raw is None:
         return {}
     if not isinstance(raw, dict):
-        raise InputError(path, f"a {type(raw).__name__}", "sections such as `optim:`", "see configs/")
+        raise InputError(
+            path, f"a {type(raw).__name__}", "sections such as `optim:`", "see configs/"
+        )
     return raw
 
 
@@ -227,9 +232,12 @@ def check_keys(raw: dict[str, Any], where: str, cls: type = Config, prefix: str 
             if not isinstance(value, dict):
                 names = ", ".join(typing.get_type_hints(types[key]))
                 raise InputError(
-                    f"{where}: {prefix}{key}", repr(value), f"a section of {names}", "indent them below it"
+                    f"{where}: {prefix}{key}",
+                    repr(value),
+                    f"a section of {names}",
+                    "indent them below it",
                 )
-            check_keys(value, where, types[key], f"{prefix}{key}.")  # type: ignore[arg-type]
+            check_keys(value, where, types[key], f"{prefix}{key}.")
 
 
 def check_values(config: Config) -> None:
@@ -250,11 +258,17 @@ def check_values(config: Config) -> None:
         if not value > 0:
             raise InputError(name, str(value), "a value above 0", "correct the config")
     if config.data.workers < 0:
-        raise InputError("data.workers", str(config.data.workers), "0 or more", "correct the config")
+        raise InputError(
+            "data.workers", str(config.data.workers), "0 or more", "correct the config"
+        )
     if config.model.width < 2 or config.model.width % 2:
-        raise InputError("model.width", str(config.model.width), "an even number", "correct the config")
+        raise InputError(
+            "model.width", str(config.model.width), "an even number", "correct the config"
+        )
     if not 0 <= config.optim.ema_decay < 1:
-        raise InputError("optim.ema_decay", str(config.optim.ema_decay), "0 to below 1", "correct it")
+        raise InputError(
+            "optim.ema_decay", str(config.optim.ema_decay), "0 to below 1", "correct it"
+        )
     unit = 4 * 2**config.model.depth
     if config.data.input_px <= 0 or config.data.input_px % unit:
         raise InputError(
@@ -264,11 +278,13 @@ def check_values(config: Config) -> None:
             "change data.input_px or model.depth",
         )
     if Path(config.train.name).name != config.train.name or config.train.name in ("", ".", ".."):
-        raise InputError("train.name", config.train.name, "a plain folder name", "put folders in train.out")
+        raise InputError(
+            "train.name", config.train.name, "a plain folder name", "put folders in train.out"
+        )
 
 
 def _config_paths(arguments: list[str]) -> list[str]:
-    paths = [b for a, b in zip(arguments, arguments[1:], strict=False) if a == "--config"]
+    paths = [b for a, b in itertools.pairwise(arguments) if a == "--config"]
     return paths + [a.split("=", 1)[1] for a in arguments if a.startswith("--config=")]
 
 

@@ -14,17 +14,17 @@ class Skeleton(NamedTuple):
     limbs: tuple[tuple[int, int], ...]
     """Pairs of joints joined by a line in a drawing."""
     groups: tuple[tuple[str, tuple[int, ...]], ...]
-    """Rows of the PCKh table: a name and its joints. Joints in no group count in the pooled mean only."""
+    """Rows of the PCKh table: a name and its joints. Joints in none count in the pooled mean."""
 
     @property
-    def count(self) -> int:
+    def joint_count(self) -> int:
         """Number of joints, J."""
         return len(self.names)
 
     @property
     def mirrored(self) -> tuple[int, ...]:
         """For each joint the joint that takes its place in a mirrored picture, length J."""
-        order = list(range(self.count))
+        order = list(range(self.joint_count))
         for a, b in self.flip_pairs:
             order[a], order[b] = b, a
         return tuple(order)

@@ -39,7 +39,7 @@ def evaluation_batches(
     still = augment.PRESETS["none"]._replace(princeton_crop=target.preset.princeton_crop)
     dataset = opencv_crops.CropDataset(source, still, target.input_px, seed=0)
     sampler = opencv_crops.ListSampler(samples, batch_size)
-    return opencv_crops.loader(dataset, sampler, workers, pin)
+    return opencv_crops.CropLoader(dataset, sampler, workers, pin)
 
 
 @torch.no_grad()

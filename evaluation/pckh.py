@@ -1,7 +1,7 @@
-"""PCKh: the share of joints found within a fraction of the head's length, by every definition in use.
+"""PCKh: the share of joints found within a fraction of the head length, by each definition in use.
 
-Errors are distances in image px divided by `normalize`. Joints that are not marked, and people without a
-known `normalize`, are NaN and never count.
+Errors are distances in image px divided by `normalize`. Joints that are not marked, and people
+without a known `normalize`, are NaN and never count.
 """
 
 from typing import Any, NamedTuple
@@ -32,8 +32,8 @@ def normalized_errors(keypoints_NJ2: npt.NDArray, people: People) -> Floats:
 def rates(errors_NJ: Floats, threshold: float, inclusive: bool) -> tuple[Floats, npt.NDArray]:
     """Per joint the share of errors below the threshold (J,) and how many counted (J,).
 
-    inclusive: an error equal to the threshold counts as found (HRNet, mmpose) or not (princeton, bearpaw).
-    A joint that never counts has the rate NaN.
+    inclusive: an error equal to the threshold counts as found (HRNet, mmpose) or not (princeton,
+    bearpaw). A joint that never counts has the rate NaN.
     """
     counts = np.isfinite(errors_NJ).sum(axis=0)
     with np.errstate(invalid="ignore"):
@@ -130,7 +130,8 @@ def _plain(value: Score) -> dict[str, Any]:
 def mean_pose(train: People, valid: People) -> Floats:
     """(N, J, 2) image px: for everybody in `valid` the mean pose of the boxes of `train`.
 
-    The predictor that never looks at the picture. The mean is over marked joints in units of the box.
+    The predictor that never looks at the picture. The mean is over marked joints, in units of the
+    box.
     """
     box_train = PIXELS_PER_SCALE * train.scale[:, None, None]
     in_box = (train.joints - train.center[:, None]) / box_train

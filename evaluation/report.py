@@ -18,10 +18,15 @@ TILE_PX = 256
 
 
 def table(rows: dict[str, dict[str, Any]], skeleton: Skeleton) -> str:
-    """Lines of PCKh in per cent. rows: a name and a `pckh.summary` each, printed one below the other."""
+    """Lines of PCKh in per cent, one a row. rows: a name and a `pckh.summary` each."""
     groups = [name for name, _ in skeleton.groups]
     grouped = len({joint for _, joints in skeleton.groups for joint in joints})
-    means = [f"pooled {skeleton.count} (<)", f"mean {grouped} (<)", f"weighted {grouped} (<=)", "AUC"]
+    means = [
+        f"pooled {skeleton.joint_count} (<)",
+        f"mean {grouped} (<)",
+        f"weighted {grouped} (<=)",
+        "AUC",
+    ]
     label = max(len(name) for name in [*rows, "PCKh@0.5"]) + 6
     columns = [*groups, *means]
     lines = [" " * label + "  ".join(f"{c:>8}" for c in columns)]
@@ -47,7 +52,8 @@ def explain(result: dict[str, Any]) -> str:
         f"occluded ones {_percent(hidden['pooled'])} ({hidden['joints_counted']}), pooled @0.5."
     )
     if result["people_without_length"]:
-        text += f"\n{result['people_without_length']} people have no known head length and do not count."
+        unknown = result["people_without_length"]
+        text += f"\n{unknown} people have no known head length and do not count."
     return text
 
 
@@ -63,10 +69,10 @@ def draw_people(
     skeleton: Skeleton,
     columns: int = 6,
 ) -> npt.NDArray[np.uint8]:
-    """A contact sheet (H, W, 3) BGR: a tile a person, prediction in colour over the annotation in white.
+    """A contact sheet (H, W, 3) BGR: a tile a person, predictions in colour on white annotations.
 
-    samples: (N,) of the source; people and keypoints (image px) in the same order. The person's right is
-    red, the left blue.
+    samples: (N,) of the source; people and keypoints (image px) in the same order. The person's
+    right is red, the left blue.
     """
     tiles = [
         _tile(source, int(sample), people, row, keypoints_NJ2[row], skeleton)
@@ -79,7 +85,12 @@ def draw_people(
 
 
 def _tile(
-    source: Source, sample: int, people: People, row: int, keypoints_J2: npt.NDArray, skeleton: Skeleton
+    source: Source,
+    sample: int,
+    people: People,
+    row: int,
+    keypoints_J2: npt.NDArray,
+    skeleton: Skeleton,
 ) -> npt.NDArray[np.uint8]:
     image = opencv_crops.decode(source.jpeg(sample), source.where(sample))
     tile_from_image = geometry.input_from_image(people.center[row], people.scale[row], TILE_PX)
@@ -90,7 +101,7 @@ def _tile(
     truth = geometry.transform(tile_from_image, people.joints[row])
     found = geometry.transform(tile_from_image, keypoints_J2)
     _draw_skeleton(tile, truth, people.marked[row], skeleton, plain=True)
-    _draw_skeleton(tile, found, np.ones(skeleton.count, dtype=bool), skeleton, plain=False)
+    _draw_skeleton(tile, found, np.ones(skeleton.joint_count, dtype=bool), skeleton, plain=False)
     return cv2.copyMakeBorder(tile, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=(255, 255, 255))  # type: ignore[return-value]
 
 

@@ -10,10 +10,10 @@ from torch.nn import functional
 
 
 class Residual(nn.Module):
-    """Pre-activation bottleneck, (N, inputs, H, W) -> (N, outputs, H, W): 1x1, 3x3, 1x1, plus a skip."""
+    """Pre-activation bottleneck: 1x1, 3x3, 1x1, skip; (N, inputs, H, W) to (N, outputs, H, W)."""
 
     def __init__(self, inputs: int, outputs: int):
-        """inputs, outputs: channels. Half of the outputs lie inside; a 1x1 skip where they differ."""
+        """inputs, outputs: channels. Half the outputs inside; a 1x1 skip if the two differ."""
         super().__init__()
         inside = outputs // 2
         self.norm1 = nn.BatchNorm2d(inputs)
@@ -33,7 +33,7 @@ class Residual(nn.Module):
 
 
 class Hourglass(nn.Module):
-    """One hourglass of some depth: half the resolution, recur, double it again, add the way across."""
+    """One hourglass of some depth: halve the resolution, recur, double it, add the way across."""
 
     def __init__(self, depth: int, width: int):
         """depth: how often the resolution is halved. width: channels throughout."""
@@ -104,7 +104,7 @@ class StackedHourglass(nn.Module):
         self.merge_heatmaps = nn.ModuleList(nn.Conv2d(joints, width, 1) for _ in range(stacks - 1))
 
     def forward(self, images_N3HW: Tensor) -> Tensor:
-        """RGB in 0..1 -> heatmaps of every stack, (N, S, J, H/4, W/4), the last stack's the best."""
+        """RGB in 0..1 -> heatmaps of every stack, (N, S, J, H/4, W/4); the last is the best."""
         x = self.stem(images_N3HW)
         outputs = []
         for stack in range(self.stacks):

@@ -27,7 +27,12 @@ from configs.mpii import (
 from configs.skeleton import Skeleton
 
 _LARGEST_JSON_BYTES = 512 << 20
-_H5_COLUMNS = {"center": (2,), "scale": (), "part": (MPII.count, 2), "visible": (MPII.count,)}
+_H5_COLUMNS = {
+    "center": (2,),
+    "scale": (),
+    "part": (MPII.joint_count, 2),
+    "visible": (MPII.joint_count,),
+}
 _FROM_PRINCETON = "an annotation file of princeton-vl/pytorch_stacked_hourglass (data/MPII/annot)"
 
 
@@ -195,7 +200,7 @@ def _read_json(path: Path, split: str) -> People:
                 "fetch the file again",
             ) from error
     images = tuple(row[0] for row in rows)
-    joints = np.array([row[5] for row in rows], dtype=np.float64).reshape(-1, MPII.count, 3)
+    joints = np.array([row[5] for row in rows], dtype=np.float64).reshape(-1, MPII.joint_count, 3)
     raw_scale = np.array([row[4] for row in rows], dtype=np.float64)
     center = np.array([row[3] for row in rows], dtype=np.float64).reshape(-1, 2)
     center = center + np.stack([np.zeros_like(raw_scale), BOX_SHIFT_Y_PX * raw_scale], axis=1)
@@ -233,7 +238,7 @@ def _load_json(path: Path) -> list[Any]:
 
 def _json_row(entry: dict[str, Any]) -> tuple[Any, ...]:
     joints = np.array(entry["joint_self"], dtype=np.float64)
-    if joints.shape != (MPII.count, 3):
+    if joints.shape != (MPII.joint_count, 3):
         raise ValueError(f"joint_self of shape {joints.shape}")
     return (
         str(entry["img_paths"]),

@@ -81,7 +81,6 @@ PRESETS: dict[str, Preset] = {
 }
 
 
-
 def preset_of(name: PresetName, mirror: bool) -> Preset:
     """A row of the table; without mirroring if the data forbid it."""
     preset = PRESETS[name]

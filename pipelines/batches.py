@@ -53,7 +53,7 @@ class Loader(Protocol):
 
 
 def finish(raw: RawBatch, target: Target, device: torch.device) -> Batch:
-    """Move a RawBatch to the device, jitter its colours, transform the joints, render the heatmaps."""
+    """Move a RawBatch to the device, jitter its colours, transform joints, render the heatmaps."""
     draws = raw.draws_ND.to(device, non_blocking=True)
     records = unpack_records(raw.records_NR.to(device, non_blocking=True))
     images = images_N3HW(raw, device)
@@ -76,7 +76,7 @@ def finish(raw: RawBatch, target: Target, device: torch.device) -> Batch:
 
 
 def images_N3HW(raw: RawBatch, device: torch.device) -> torch.Tensor:
-    """Crops as the network takes them: float32 RGB in 0..1, a channels-last view, no layout copy."""
+    """Crops as the network takes them: float32 RGB in 0..1, a channels-last view without a copy."""
     return raw.images_NHW3.to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 255
 
 
@@ -118,13 +118,13 @@ class OpenCVLoader:
         ranks: int,
         first_step: int,
     ):
-        """workers: processes. pin: page-locked batches, for a GPU. first_step: batches to leave out."""
+        """workers: processes. pin: page-locked batches for a GPU. first_step: batches to skip."""
         dataset = opencv_crops.CropDataset(shards, preset, input_px, seed)
         sampler = opencv_crops.EndlessSampler(
             len(shards), batch_size, seed, rank, ranks, first_step
         )
         self._batches: Iterator[RawBatch] = iter(
-            opencv_crops.loader(dataset, sampler, workers, pin)
+            opencv_crops.CropLoader(dataset, sampler, workers, pin)
         )
 
     def next(self) -> RawBatch:

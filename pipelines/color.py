@@ -11,9 +11,9 @@ def jitter(images_N3HW: torch.Tensor, draws_ND: torch.Tensor) -> torch.Tensor:
     """Apply the colour part of the draws to RGB images in 0..1; returns the same shape and range.
 
     Hue, saturation, brightness and contrast follow princeton-vl/pytorch_stacked_hourglass: hue and
-    saturation in HSV, then an added brightness, then contrast about the mean of the pixel's own three
-    channels, then a clip to 0..1. The channel gain follows princeton-vl/pose-hg-train: a factor, then a
-    clip. Images whose draw is neutral come back bit for bit.
+    saturation in HSV, then an added brightness, then contrast about the mean of the pixel's own
+    three channels, then a clip to 0..1. The channel gain follows princeton-vl/pose-hg-train: a
+    factor, then a clip. Images whose draw is neutral come back bit for bit.
     """
     hue, saturation, brightness, contrast = (
         draws_ND[:, _COLUMN[name], None, None]
@@ -32,8 +32,8 @@ def _shift_hsv(
 ) -> torch.Tensor:
     """Turn the hue and scale the saturation (clipped to 0..1); the HSV value stays.
 
-    With sector h in 0..6, value v and saturation s, the hexcone model gives channel n (5, 3, 1 for red,
-    green, blue) as v - v s clip(min(k, 4 - k), 0, 1) where k = (n + h) mod 6.
+    With sector h in 0..6, value v and saturation s, the hexcone model gives channel n (5, 3, 1 for
+    red, green, blue) as v - v s clip(min(k, 4 - k), 0, 1) where k = (n + h) mod 6.
     """
     red, green, blue = images_N3HW.unbind(dim=1)
     value = images_N3HW.amax(dim=1)

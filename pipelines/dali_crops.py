@@ -1,8 +1,8 @@
 """Shards -> person crops by NVIDIA DALI, on "gpu" or on "cpu". The only file that imports DALI.
 
-One graph serves both devices: read, decode, draw, build the affine, warp. It draws from the same table
-of presets as the OpenCV path and hands its draws out, so that the other path can repeat them. DALI counts from
-pixel corners, hence the two half-pixel shifts around the affine.
+One graph serves both devices: read, decode, draw, build the affine, warp. It draws from the same
+table of presets as the OpenCV path and hands its draws out, so that the other path can repeat them.
+DALI counts from pixel corners, hence the two half-pixel shifts around the affine.
 """
 
 from collections.abc import Iterator
@@ -81,7 +81,8 @@ class DaliCrops:
                 shards.folder,
                 f"DALI cannot build the pipeline: {_reason(error)}",
                 "whole shards and a working DALI",
-                "python tools/make_shards.py packs them again; data.loader: opencv does without DALI",
+                "python tools/make_shards.py packs them again; "
+                "data.loader: opencv does without DALI",
             ) from error
 
     def __iter__(self) -> Iterator[RawBatch]:
@@ -102,7 +103,7 @@ class DaliCrops:
         return RawBatch(*(torch.from_dlpack(output.as_tensor()) for output in outputs))
 
     def _stream(self) -> list[torch.cuda.Stream]:
-        """On a GPU, the stream that the outputs are handed over on, so that the host need not wait."""
+        """On a GPU, the stream on which the outputs are handed over, so that the host can go on."""
         device = self.pipeline.device_id
         return [] if device is None or device < 0 else [torch.cuda.current_stream(device)]
 
@@ -151,7 +152,11 @@ def _graph(
         dtypes=[types.UINT8, types.FLOAT],
         missing_component_behavior="error",
         random_shuffle=shuffle_buffer > 0,
-        **({"shuffle_after_epoch": True, "shuffle_after_epoch_seed": shuffle_seed} if shuffle_buffer else {}),
+        **(
+            {"shuffle_after_epoch": True, "shuffle_after_epoch_seed": shuffle_seed}
+            if shuffle_buffer
+            else {}
+        ),
         initial_fill=max(1, min(shuffle_buffer, len(shards))),
         shard_id=rank,
         num_shards=ranks,

@@ -47,8 +47,8 @@ def input_from_image(
     """(3, 3) affine, image px -> input px: the person's box fills the input edge to edge.
 
     center: (2,) middle of the box, image px. scale: side of the box / 200 px. scale_factor enlarges
-    the box, so the person gets smaller. The picture is turned by rotation_deg about the box's centre
-    and then mirrored if flip.
+    the box, so the person gets smaller. The picture is turned by rotation_deg about the box's
+    centre and then mirrored if flip.
     """
     x, y = np.asarray(center, dtype=np.float64)
     zoom = input_px / (PIXELS_PER_SCALE * scale * scale_factor)
@@ -68,7 +68,7 @@ def dali_from_opencv(matrix: Matrix) -> Matrix:
 
 
 def transform(matrix: Matrix, points: npt.ArrayLike) -> npt.NDArray[np.float64]:
-    """Apply an affine (..., 2 or 3, 3) to points (..., P, 2); returns (..., P, 2) in the target's px."""
+    """Apply an affine (..., 2 or 3, 3) to points (..., P, 2); returns (..., P, 2), target px."""
     matrix = np.asarray(matrix, dtype=np.float64)
     linear, shift = matrix[..., :2, :2], matrix[..., :2, 2]
     return np.asarray(points, np.float64) @ np.swapaxes(linear, -1, -2) + shift[..., None, :]

@@ -1,4 +1,4 @@
-"""Joints -> target heatmaps (render) and heatmaps -> joints (decode): an inverse pair for each rule.
+"""Joints -> target heatmaps (render) and heatmaps -> joints (decode): an inverse pair a rule.
 
 One batched routine on the tensors' own device, no loop over joints. The three rules are set out in
 docs/conventions.md. Axes: N person, J joint, H row, W column; points are (x, y) in heatmap px.
@@ -28,9 +28,9 @@ def render(
 ) -> torch.Tensor:
     """(N, J, heat_px, heat_px) float32 Gaussians of peak 1 about the joints; empty where not drawn.
 
-    joints_NJ2: heatmap px. sigma: heatmap px at a heatmap of 64 px; `princeton` and `exact` scale it
-    with the heatmap, `hrnet` takes it as it is. A Gaussian is a product of a row and a column, so its
-    exponentials are computed once per row and column.
+    joints_NJ2: heatmap px. sigma: heatmap px at a heatmap of 64 px; `princeton` and `exact` scale
+    it with the heatmap, `hrnet` takes it as it is. A Gaussian is a product of a row and a column,
+    so its exponentials are computed once per row and column.
     """
     grid = torch.arange(heat_px, device=joints_NJ2.device, dtype=torch.float32)
     if rule != "hrnet":
@@ -94,7 +94,7 @@ def mirror_back(heat_NJHW: torch.Tensor, mirrored: torch.Tensor, rule: Rule) -> 
 
 
 def _peak(heat_NJHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Value, x and y (int64) of the highest pixel of each map, the first where several are equal."""
+    """Value, x and y (int64) of the highest pixel of each map, the first of several equal ones."""
     score, index = heat_NJHW.flatten(2).max(dim=2)
     # max() does not promise the first of equal values on every device.
     first = (heat_NJHW.flatten(2) == score[..., None]).to(torch.uint8).argmax(dim=2)
@@ -116,8 +116,9 @@ def _neighbour(
 def _vertex(heat: torch.Tensor, x: torch.Tensor, y: torch.Tensor, axis: int) -> torch.Tensor:
     """Sub-pixel coordinate along one axis: vertex of the parabola through three logarithms.
 
-    The logarithm of a Gaussian is a parabola, so this is exact for one (Zhang et al., DARK, CVPR 2020,
-    use the same fact in two dimensions). No step at the border or where the parabola has no vertex.
+    The logarithm of a Gaussian is a parabola, so this is exact for one (Zhang et al., DARK, CVPR
+    2020, use the same fact in two dimensions). No step at the border or where the parabola has no
+    vertex.
     """
     position = x if axis == 3 else y
     here, after, before = (

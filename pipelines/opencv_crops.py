@@ -1,7 +1,7 @@
-"""Pictures -> person crops by OpenCV, in worker processes. The reference path, and that of evaluation.
+"""Pictures -> person crops by OpenCV, in worker processes. The reference path, and evaluation's.
 
-A source gives the bytes of a picture and the record of a person; `ShardSet` is one and `LooseImages`
-is the other. Everything that is random is in a Draw, so that a crop is a pure function.
+A source gives the bytes of a picture and the record of a person; `ShardSet` is one and
+`LooseImages` is the other. All that is random is in a Draw, so that a crop is a pure function.
 """
 
 from collections.abc import Iterator
@@ -32,6 +32,10 @@ class RawBatch(NamedTuple):
     """float32, columns in the order of augment.Draw."""
     records_NR: torch.Tensor
     """float32, layout in pipelines/shards.py."""
+
+
+Item = tuple[npt.NDArray, npt.NDArray[np.float32], Draw, npt.NDArray[np.float32]]
+"""One person: crop, affine, draw, record."""
 
 
 class Source(Protocol):
@@ -95,10 +99,10 @@ def decode(jpeg: bytes, where: str) -> npt.NDArray[np.uint8]:
 def crop_person(
     image_HW3: npt.NDArray[np.uint8], record: Records, drawn: Draw, preset: Preset, input_px: int
 ) -> tuple[npt.NDArray, npt.NDArray[np.float32]]:
-    """Crop one person: (input_px, input_px, 3) RGB in 0..255 and the (2, 3) affine that was applied.
+    """Crop one person: (input_px, input_px, 3) RGB in 0..255 and the (2, 3) affine applied.
 
-    image_HW3: BGR. record: fields of one person, with a leading axis of 1. The crop is uint8, by one
-    warp; under princeton's rules it is float32, by its own two.
+    image_HW3: BGR. record: fields of one person, with a leading axis of 1. The crop is uint8, by
+    one warp; under princeton's rules it is float32, by its own two.
     """
     center = record.center_N2[0].astype(np.float64)
     scale = float(record.scale_N[0])
@@ -126,7 +130,7 @@ class CropDataset(Dataset):
         """preset: augment.PRESETS[...]. input_px: side of the crop. seed: of the draws."""
         self.source, self.preset, self.input_px, self.seed = source, preset, input_px, seed
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[npt.NDArray, npt.NDArray, Draw, npt.NDArray]:
+    def __getitem__(self, key: tuple[int, int]) -> Item:
         sample, epoch = key
         drawn = draw(self.preset, draw_rng(self.seed, epoch, sample))
         record = self.source.record(sample)
@@ -136,7 +140,7 @@ class CropDataset(Dataset):
         return crop, matrix, drawn, record
 
 
-def collate(items: list[tuple[npt.NDArray, npt.NDArray, Draw, npt.NDArray]]) -> RawBatch:
+def collate(items: list[Item]) -> RawBatch:
     """Stack the items of CropDataset."""
     images, matrices, draws, records = zip(*items, strict=True)
     return RawBatch(
@@ -151,8 +155,8 @@ class EndlessSampler(Sampler[list[tuple[int, int]]]):
     """Batches of (sample, epoch) keys for one rank, without end, from any step on.
 
     All ranks walk one endless sequence of shuffled passes over the people; step t of rank r takes
-    positions (t x ranks + r) x batch_size and on. So the sequence depends on the seed and the global
-    batch size alone, and no state but the step is needed to continue it.
+    positions (t x ranks + r) x batch_size and on. So the sequence depends on the seed and the
+    global batch size alone, and no state but the step is needed to continue it.
     """
 
     def __init__(
@@ -192,20 +196,51 @@ class ListSampler(Sampler[list[tuple[int, int]]]):
         return -(-len(self.samples) // self.batch_size)
 
 
-def loader(
-    dataset: CropDataset, sampler: Sampler[list[tuple[int, int]]], workers: int, pin: bool
-) -> DataLoader:
-    """A torch DataLoader of RawBatch. workers: processes; 0 crops in this one. pin: for a GPU."""
-    return DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        num_workers=workers,
-        collate_fn=collate,
-        pin_memory=pin,
-        worker_init_fn=_one_thread,
-        prefetch_factor=4 if workers else None,
-        persistent_workers=False,
-    )
+class CropLoader:
+    """RawBatches of a dataset, cropped in worker processes."""
+
+    def __init__(
+        self,
+        dataset: CropDataset,
+        sampler: EndlessSampler | ListSampler,
+        workers: int,
+        pin: bool,
+    ):
+        """workers: processes; 0 crops in this one. pin: page-locked memory, for a GPU."""
+        self._batches = DataLoader(
+            _Careful(dataset),
+            batch_sampler=sampler,
+            num_workers=workers,
+            collate_fn=_collate_careful,
+            pin_memory=pin,
+            worker_init_fn=_one_thread,
+            prefetch_factor=4 if workers else None,
+        )
+
+    def __iter__(self) -> Iterator[RawBatch]:
+        for batch in self._batches:
+            if isinstance(batch, InputError):
+                raise batch
+            yield batch
+
+
+class _Careful(Dataset):
+    """A dataset that hands errors over as values: a DataLoader's worker would turn them to text."""
+
+    def __init__(self, dataset: CropDataset):
+        self.dataset = dataset
+
+    def __getitem__(self, key: tuple[int, int]) -> Item | InputError:
+        try:
+            return self.dataset[key]
+        except InputError as error:
+            return error
+
+
+def _collate_careful(items: list[Item | InputError]) -> RawBatch | InputError:
+    whole = [item for item in items if not isinstance(item, InputError)]
+    errors = [item for item in items if isinstance(item, InputError)]
+    return errors[0] if errors else collate(whole)
 
 
 def _one_thread(worker: int) -> None:

@@ -22,7 +22,9 @@ def crop_from_image(center: npt.ArrayLike, scale: float, crop_px: int) -> Matrix
     return translation(x, y) @ scaling(crop_px / box_px, crop_px / box_px)
 
 
-def box_corners(center: npt.ArrayLike, scale: float, crop_px: int) -> tuple[npt.NDArray, npt.NDArray]:
+def box_corners(
+    center: npt.ArrayLike, scale: float, crop_px: int
+) -> tuple[npt.NDArray, npt.NDArray]:
     """Upper left and lower right corner, (2,) int, image px: truncated toward zero."""
     image_from_crop = np.linalg.inv(crop_from_image(center, scale, crop_px))
     corners = image_from_crop @ np.array([[0.0, crop_px], [0.0, crop_px], [1.0, 1.0]])
@@ -31,7 +33,7 @@ def box_corners(center: npt.ArrayLike, scale: float, crop_px: int) -> tuple[npt.
 
 
 def crop(image_HW3: npt.NDArray, center: npt.ArrayLike, scale: float, crop_px: int) -> npt.NDArray:
-    """(crop_px, crop_px, 3) float64 in the image's range: a zero-padded cut, then a bilinear resize."""
+    """(crop_px, crop_px, 3) float64 in the image's range: a zero-padded cut, resized bilinearly."""
     upper_left, lower_right = box_corners(center, scale, crop_px)
     width, height = np.maximum(lower_right - upper_left, 1)
     canvas = np.zeros((height, width, 3))
@@ -45,7 +47,7 @@ def crop(image_HW3: npt.NDArray, center: npt.ArrayLike, scale: float, crop_px: i
 
 
 def input_from_crop(draw: Draw, crop_px: int) -> Matrix:
-    """(3, 3) affine of the second resampling: scale and rotation about (crop_px / 2, crop_px / 2)."""
+    """(3, 3) affine of the second resampling: scale and rotation about crop_px / 2 in x and y."""
     middle, zoom = crop_px / 2, 1 / draw.scale
     return (
         translation(middle, middle)
@@ -89,8 +91,8 @@ def heat_joints(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Joints in heatmap px by its rules; returns ((N, J, 2), drawn (N, J) bool).
 
-    Joints are truncated to whole crop pixels, those with x <= 0 are not moved into the crop, a flip is
-    x -> heat_px - x, and the mask of joints that are missing (0, 0) is not mirrored with them.
+    Joints are truncated to whole crop pixels, those with x <= 0 are not moved into the crop, a flip
+    is x -> heat_px - x, and the mask of joints that are missing (0, 0) is not mirrored with them.
     joints_NJ2, center_N2: image px. mirrored: (J,) int64, the joint on the other side.
     """
     box_N1 = (PIXELS_PER_SCALE * scale_N.double())[:, None]

@@ -163,7 +163,7 @@ def sha256(path: Path) -> str:
 def write_shard(
     folder: Path, number: int, samples: Iterable[tuple[str, bytes, bytes, bytes]]
 ) -> Shard:
-    """Write one tar and its index from (key, record, jpeg, json) samples. Same samples, same bytes."""
+    """Write a tar and its index of (key, record, jpeg, json) samples; same samples, same bytes."""
     tar, index = folder / f"{number:05d}.tar", folder / f"{number:05d}.idx"
     people = 0
     temporary = tar.with_suffix(".tar.tmp")
@@ -232,10 +232,12 @@ def read_manifest(folder: Path) -> Manifest:
         manifest = Manifest(**raw)
         if sum(shard.people for shard in manifest.shards) != manifest.people:
             raise ValueError("the shards' people do not add up to people")
-        if manifest.skeleton.count != manifest.joints or not manifest.people > 0:
+        if manifest.skeleton.joint_count != manifest.joints or not manifest.people > 0:
             raise ValueError("joints or people out of range")
     except (TypeError, KeyError, ValueError, AttributeError) as error:
-        raise InputError(path, f"a damaged manifest ({error})", "a manifest", _PACK_AGAIN) from error
+        raise InputError(
+            path, f"a damaged manifest ({error})", "a manifest", _PACK_AGAIN
+        ) from error
     return manifest
 
 
@@ -249,7 +251,7 @@ def _skeleton(raw: dict[str, Any]) -> Skeleton:
     )
     used = {joint for pair in skeleton.flip_pairs + skeleton.limbs for joint in pair}
     used.update(joint for _, joints in skeleton.groups for joint in joints)
-    if not used <= set(range(skeleton.count)):
+    if not used <= set(range(skeleton.joint_count)):
         raise ValueError("the skeleton names a joint that it does not have")
     return skeleton
 
@@ -328,9 +330,7 @@ class ShardSet:
             )
         path = self.folder / name
         if not path.is_file():
-            raise InputError(
-                path, "missing", "every shard with its index beside it", _PACK_AGAIN
-            )
+            raise InputError(path, "missing", "every shard with its index beside it", _PACK_AGAIN)
         return path
 
     def _component(self, sample: int, extension: str) -> bytes:
@@ -377,7 +377,7 @@ class ShardSet:
 
 
 def _read_index(path: Path, shard: Shard) -> npt.NDArray[np.int64]:
-    """(people, component, 2) offset and size in bytes. Raises InputError unless it fits the shard."""
+    """(people, component, 2) offset and size in bytes. InputError unless it fits the shard."""
     try:
         header, *lines = path.read_text().splitlines()
         if header != f"{_INDEX_VERSION} {shard.people}" or len(lines) != shard.people:

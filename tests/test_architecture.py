@@ -37,7 +37,12 @@ def place(path: Path) -> str:
 
 def test_the_walk_finds_the_house():
     names = {path.relative_to(ROOT).as_posix() for path in sources()}
-    assert {"pipelines/geometry.py", "training/loop.py", "tools/make_shards.py", "train.py"} <= names
+    assert {
+        "pipelines/geometry.py",
+        "training/loop.py",
+        "tools/make_shards.py",
+        "train.py",
+    } <= names
     assert len(names) > 25
 
 

@@ -39,7 +39,12 @@ def test_the_princeton_recipe(name, stacks):
         "princeton", "princeton", "empty",
     )  # fmt: skip
     optim, train = config.optim, config.train
-    assert (optim.name, optim.lr, optim.weight_decay, config.data.batch_size) == ("adam", 1e-3, 0, 16)
+    assert (optim.name, optim.lr, optim.weight_decay, config.data.batch_size) == (
+        "adam",
+        1e-3,
+        0,
+        16,
+    )
     assert (train.steps, train.steps_per_epoch) == (200_000, 1_000)
     from training.loop import learning_rate
 
@@ -48,7 +53,9 @@ def test_the_princeton_recipe(name, stacks):
 
 
 def test_the_command_line_overrides_the_file(tmp_path):
-    (tmp_path / "c.yaml").write_text("optim:\n  lr: 0.5\n  clip_norm: 2.0\nmodel:\n  stem: [8, 16, 16]\n")
+    (tmp_path / "c.yaml").write_text(
+        "optim:\n  lr: 0.5\n  clip_norm: 2.0\nmodel:\n  stem: [8, 16, 16]\n"
+    )
     config = parse("--config", str(tmp_path / "c.yaml"), "--optim.lr", "1e-3")
     assert (config.optim.lr, config.optim.clip_norm, config.model.stem) == (1e-3, 2.0, (8, 16, 16))
 

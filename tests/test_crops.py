@@ -12,13 +12,13 @@ from pipelines.augment import PRESETS, Draw, preset_of
 from pipelines.batches import Target
 from pipelines.opencv_crops import (
     CropDataset,
+    CropLoader,
     EndlessSampler,
     ListSampler,
     LooseImages,
     collate,
     crop_person,
     decode,
-    loader,
 )
 from pipelines.shards import ShardSet, unpack_records
 
@@ -59,7 +59,9 @@ def compare(split: ShardSet, name: str, device: str, input_px: int, steps: int, 
             crop, matrix = opencv_twin(split, raw, person, preset)
             grey.append(np.abs(crop.astype(float) - raw.images_NHW3[person].numpy()).ravel())
             points = unpack_records(raw.records_NR.numpy()).joints_NJ2[person]
-            two = (geometry.transform(m, points) for m in (matrix, raw.input_from_image_N23[person]))
+            two = (
+                geometry.transform(m, points) for m in (matrix, raw.input_from_image_N23[person])
+            )
             joints.append(np.abs(next(two) - next(two)).max())
     return np.concatenate(grey), max(joints)
 
@@ -123,7 +125,7 @@ def test_a_rotated_flipped_half_outside_case_agrees(tiny_shards, monkeypatch):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_dali_makes_princetons_box_and_matrix_in_one_resampling(device, tiny_shards):
-    """Against OpenCV's single warp of the same zero-padded box; the second resampling is not DALI's."""
+    """Against OpenCV's single warp of the same zero-padded box; DALI resamples once only."""
     need(device)
     split, preset = ShardSet(tiny_shards / "train"), PRESETS["princeton"]
     crops = dali_crops.DaliCrops(
@@ -150,7 +152,7 @@ def test_dali_makes_princetons_box_and_matrix_in_one_resampling(device, tiny_sha
 def test_princetons_crop_is_a_zero_padded_cut_resized():
     """A box whose side is the input's: the resize does nothing and the cut can be seen."""
     image = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
-    # 200 x 0.32 = 64 px about (20.9, 50): corners (-11.1, 18) and (52.9, 82), truncated toward zero.
+    # 200 x 0.32 = 64 px about (20.9, 50): corners (-11.1, 18) and (52.9, 82), cut toward zero.
     upper_left, lower_right = princeton.box_corners((20.9, 50.0), 0.32, 64)
     assert upper_left.tolist() == [-11, 18] and lower_right.tolist() == [52, 82]
     crop = princeton.crop(image, (20.9, 50.0), 0.32, 64)
@@ -184,7 +186,8 @@ def test_princetons_joints_are_truncated_and_their_mask_is_not_mirrored(flip):
     joints[[0, 11]] = 0  # right ankle and right elbow are missing; their left twins are not
     center, scale, drawn = np.array([230.0, 210.5]), 1.7, Draw(1.1, -17.0, flip)
     heat, shown = princeton.heat_joints(
-        torch.tensor(joints)[None], torch.tensor(center)[None], torch.tensor([scale], dtype=torch.float64),
+        torch.tensor(joints)[None], torch.tensor(center)[None],
+        torch.tensor([scale], dtype=torch.float64),
         torch.tensor([list(drawn)]), torch.tensor(MPII.mirrored), 256, 64,
     )  # fmt: skip
     expected = princeton_joints_by_hand(joints, center, scale, drawn, MPII.mirrored)
@@ -200,12 +203,18 @@ def test_a_flip_swaps_left_and_right_and_their_marks():
     marked[:, 0] = False
     matrices = torch.from_numpy(
         np.stack([
-            geometry.input_from_image((50, 50), 0.5, 64, 1.2, 20, flip)[:2] for flip in (False, True)
+            geometry.input_from_image((50, 50), 0.5, 64, 1.2, 20, flip)[:2]
+            for flip in (False, True)
         ])
     ).float()  # fmt: skip
     mirrored = torch.tensor(MPII.mirrored)
     heat, shown = batches.heat_joints(
-        joints[:1].expand(2, -1, -1), marked, matrices, torch.tensor([False, True]), mirrored, "exact"
+        joints[:1].expand(2, -1, -1),
+        marked,
+        matrices,
+        torch.tensor([False, True]),
+        mirrored,
+        "exact",
     )
     assert torch.nonzero(~shown).tolist() == [[0, 0], [1, 5]]
     back = torch.stack([15 - heat[1, :, 0], heat[1, :, 1]], dim=-1)[mirrored]
@@ -246,7 +255,9 @@ def test_dali_draws_by_the_same_table(tiny_shards):
     assert (newell[:, columns["rotation_deg"]] != 0).mean() == pytest.approx(0.4, abs=0.08)
     assert newell[:, columns["red"]].min() == pytest.approx(0.6, abs=0.02)
     assert (hrnet[:, columns["rotation_deg"]] != 0).mean() == pytest.approx(0.6, abs=0.08)
-    ends = np.isclose(hrnet[:, columns["scale"]], 0.75) | np.isclose(hrnet[:, columns["scale"]], 1.25)
+    ends = np.isclose(hrnet[:, columns["scale"]], 0.75) | np.isclose(
+        hrnet[:, columns["scale"]], 1.25
+    )
     assert ends.mean() == pytest.approx(0.317, abs=0.08)
 
 
@@ -325,8 +336,8 @@ def test_the_opencv_loader_continues_from_a_step():
 def test_worker_processes_change_nothing(tiny_shards):
     dataset = CropDataset(ShardSet(tiny_shards / "train"), PRESETS["princeton"], 64, seed=2)
     sampler = ListSampler(np.arange(12), 5)
-    alone = list(loader(dataset, sampler, workers=0, pin=False))
-    helped = list(loader(dataset, sampler, workers=2, pin=False))
+    alone = list(CropLoader(dataset, sampler, workers=0, pin=False))
+    helped = list(CropLoader(dataset, sampler, workers=2, pin=False))
     assert [len(raw.images_NHW3) for raw in helped] == [5, 5, 2]
     for a, b in zip(alone, helped, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
@@ -342,7 +353,7 @@ def test_loose_pictures_give_the_crops_of_the_shards(tiny_set, tiny_shards):
     packed = CropDataset(split, PRESETS["none"], 64, 0)
     assert len(samples) == 5
     for row, sample in enumerate(samples):
-        # float32 centres in the record, float64 ones in the file: a hair's breadth of interpolation.
+        # Centres are float32 in the record, float64 in the file: interpolation differs by a hair.
         difference = loose[(row, 0)][0].astype(int) - packed[(int(sample), 0)][0]
         assert np.abs(difference).max() <= 1
 
@@ -365,7 +376,7 @@ def test_a_finished_batch_has_the_shapes_and_ranges_that_it_promises(preset, tin
     raw = collate([dataset[(i, 3)] for i in range(12)])
     batch = batches.finish(raw, target_of(preset), CPU)
     assert batch.images_N3HW.shape == (12, 3, 64, 64) and batch.heat_NJHW.shape == (12, 16, 16, 16)
-    assert 0 <= batch.images_N3HW.min() and batch.images_N3HW.max() <= 1
+    assert batch.images_N3HW.min() >= 0 and batch.images_N3HW.max() <= 1
     assert batch.images_N3HW.std() > 0.1
     peaks = batch.heat_NJHW.amax(dim=(2, 3))
     assert (peaks[~batch.drawn_NJ] == 0).all() and (peaks > 0.5).any()
@@ -398,4 +409,4 @@ def test_every_preset_but_princetons_needs_one_warp_alone(tiny_shards, monkeypat
         calls.clear()
         CropDataset(split, PRESETS[name], 64, 0)[(0, 0)]
         assert len(calls) == 1, name
-    assert shards.FORMAT_VERSION == split.manifest.format_version
+    assert split.manifest.format_version == shards.FORMAT_VERSION

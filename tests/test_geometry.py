@@ -15,7 +15,7 @@ def asymmetric_picture() -> np.ndarray:
 
 
 def test_the_box_fills_the_input_edge_to_edge():
-    # A box of side 200 about (300, 200) reaches from 200 to 400; input px -0.5 and 255.5 are its edges.
+    # A box of side 200 about (300, 200) reaches from 200 to 400: input px -0.5 and 255.5.
     matrix = geometry.input_from_image((300, 200), 1.0, 256)
     edges = geometry.transform(matrix, [[200, 100], [400, 300], [300, 200]])
     np.testing.assert_allclose(edges, [[-0.5, -0.5], [255.5, 255.5], [127.5, 127.5]], atol=1e-9)
@@ -37,9 +37,7 @@ def test_a_larger_scale_factor_makes_the_person_smaller():
 def test_rotation_agrees_with_opencv():
     # OpenCV's own angle counts the other way round.
     theirs = cv2.getRotationMatrix2D((70, 40), -33, 1.0)
-    mine = (
-        geometry.translation(70, 40) @ geometry.rotation(33) @ geometry.translation(-70, -40)
-    )
+    mine = geometry.translation(70, 40) @ geometry.rotation(33) @ geometry.translation(-70, -40)
     np.testing.assert_allclose(mine[:2], theirs, atol=1e-9)
 
 
@@ -61,9 +59,7 @@ def test_a_bright_spot_lands_where_the_matrix_says():
     crop = cv2.warpAffine(image, matrix[:2], (256, 256))
     rows, columns = np.mgrid[:256, :256]
     centroid = np.array([(columns * crop).sum(), (rows * crop).sum()]) / crop.sum()
-    np.testing.assert_allclose(
-        centroid, geometry.transform(matrix, [[161.3, 70.8]])[0], atol=0.02
-    )
+    np.testing.assert_allclose(centroid, geometry.transform(matrix, [[161.3, 70.8]])[0], atol=0.02)
 
 
 def test_dalis_matrix_moves_pixel_corners_where_opencvs_moves_centres():

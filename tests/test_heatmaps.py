@@ -67,7 +67,7 @@ def test_a_joint_outside_draws_nothing_by_princetons_rule_and_a_tail_by_the_exac
     joint, drawn = torch.tensor([[[-1.5, 30.0]]]), torch.ones(1, 1)
     assert heatmaps.render(joint, drawn, 64, "princeton", 1.0).max() == 0
     tail = heatmaps.render(joint, drawn, 64, "exact", 1.0)
-    assert tail.max().item() == pytest.approx(np.exp(-1.5**2 / 2), rel=1e-5)
+    assert tail.max().item() == pytest.approx(np.exp(-(1.5**2) / 2), rel=1e-5)
 
 
 def test_rendering_equals_a_loop_over_joints():
@@ -109,7 +109,9 @@ def test_princetons_decode_takes_the_first_maximum_and_steps_back_on_a_tie():
 
 def test_princetons_decode_of_a_negative_map_gives_the_first_suppressed_pixel():
     # All values are negative; every pixel but the 3 x 3 peaks becomes 0, and the first 0 wins.
-    heat = -torch.arange(1.0, 26.0).reshape(1, 1, 5, 5)  # falls from the corner: one peak, at (0, 0)
+    heat = -torch.arange(1.0, 26.0).reshape(
+        1, 1, 5, 5
+    )  # falls from the corner: one peak, at (0, 0)
     joints, score = heatmaps.decode(heat, "princeton")
     assert joints[0, 0].tolist() == [1.0, 0.0] and score.item() == 0
 

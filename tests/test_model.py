@@ -1,4 +1,4 @@
-"""The network has the size and cost of its published form, and the loss is the mean it says it is."""
+"""The network has the size and cost of its published form; the loss is the mean it says it is."""
 
 import numpy as np
 import pytest

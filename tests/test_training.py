@@ -95,7 +95,7 @@ def test_it_learns_twelve_people_by_heart(tiny_shards, tmp_path):
 
 
 def test_twenty_steps_give_the_stored_losses(tiny_shards, tmp_path):
-    """A change that should not change results proves itself here; otherwise store the new losses."""
+    """A change that should keep the results proves itself here; otherwise store the new losses."""
     config = tiny_config(
         tiny_shards,
         data={"preset": "newell"},
@@ -115,7 +115,12 @@ def test_a_run_writes_what_it_says_it_writes(tiny_shards, tmp_path):
     config = tiny_config(tiny_shards, optim={"ema_decay": 0.9}, train={"steps_per_epoch": 4})
     folder = tmp_path / "run"
     result = make_run(config, folder).train()
-    assert {p.name for p in folder.iterdir()} >= {"last.pt", "best.pt", "metrics.jsonl", "tensorboard"}
+    assert {p.name for p in folder.iterdir()} >= {
+        "last.pt",
+        "best.pt",
+        "metrics.jsonl",
+        "tensorboard",
+    }
     logged = metrics(folder, "train")
     assert [line["step"] for line in logged] == [2, 4, 6]
     assert all(line["people_per_s"] > 0 and 0 <= line["wait_share"] <= 1 for line in logged)
@@ -185,16 +190,20 @@ def test_a_step_whose_loss_is_not_finite_is_skipped_and_counted(
     run = make_run(config, tmp_path / "run")
     steps(run, 1)
     before = {name: t.clone() for name, t in run.network.named_parameters()}
-    moments = json.dumps([s["step"].item() if "step" in s else 0 for s in run.optimizer.state.values()])
+    moments = json.dumps(
+        [s["step"].item() if "step" in s else 0 for s in run.optimizer.state.values()]
+    )
     poison(run, {0})
     totals = Totals(run.place.device)
     run._train_step(totals)
     for name, tensor in run.network.named_parameters():
         assert torch.equal(tensor, before[name]), name
-    after = json.dumps([s["step"].item() if "step" in s else 0 for s in run.optimizer.state.values()])
+    after = json.dumps(
+        [s["step"].item() if "step" in s else 0 for s in run.optimizer.state.values()]
+    )
     assert after == moments
     run._report(totals)
-    assert "1 of 1 losses not finite" in capsys.readouterr().err
+    assert "skipped 1 of the last 1 steps" in capsys.readouterr().err
     assert all(torch.isfinite(b).all() for b in run.network.buffers())
     assert np.isfinite(steps(run, 1)).all()
 

@@ -417,7 +417,7 @@ def check_space(options: Options, jobs: list[Job], pictures: dict[str, Picture])
     """Raise InputError unless the disk has room for the shards that are not yet written."""
     need = 0
     for job in jobs:
-        parts = [4 * record_length(job.skeleton.count), _JSON_BYTES]
+        parts = [4 * record_length(job.skeleton.joint_count), _JSON_BYTES]
         fixed = sum(map(_in_tar, parts)) + _INDEX_BYTES
         need += sum(fixed + _in_tar(pictures[name].bytes) for name in job.people.images)
         need += (job.people.count // options.people_per_shard + 1) * _TAR_END
@@ -477,7 +477,7 @@ def pack_split(
         split=job.split,
         packing=options.packing,
         people=people,
-        joints=job.skeleton.count,
+        joints=job.skeleton.joint_count,
         skeleton=job.skeleton,
         shards=tuple(shards),
         max_width=max(verdict.width for verdict in used),

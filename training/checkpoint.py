@@ -1,4 +1,4 @@
-"""Checkpoints: tensors and plain values only, written beside and renamed, read without unpickling."""
+"""Checkpoints: tensors and plain values only, written beside, renamed, read without unpickling."""
 
 import os
 from pathlib import Path
@@ -94,8 +94,8 @@ def build_network(config: Config, joints: int) -> StackedHourglass:
 
 
 def evaluation_network(state: State, path: Path, averaged: bool = True) -> StackedHourglass:
-    """The trained network in eval mode. averaged: take the averaged weights where there are some."""
-    network = build_network(config_of(state, path), skeleton_of(state).count)
+    """The trained network in eval mode. averaged: take the averaged weights if there are some."""
+    network = build_network(config_of(state, path), skeleton_of(state).joint_count)
     weights = state["ema"] if averaged and state.get("ema") else state["model"]
     load_weights(network, weights, path)
     return network.eval()
@@ -107,9 +107,11 @@ def load_weights(network: nn.Module, weights: dict[str, Tensor], path: Path) -> 
     if differing:
         raise InputError(
             path,
-            f"weights of another network; {len(differing)} tensors differ: {'; '.join(differing[:3])}",
+            f"weights of another network; {len(differing)} tensors differ: "
+            + "; ".join(differing[:3]),
             "the architecture of the config",
-            "use the config that the checkpoint was trained with, or --init_from for another size of head",
+            "use the config that the checkpoint was trained with, "
+            "or --init_from for another size of head",
         )
     network.load_state_dict(weights)
 
@@ -125,9 +127,10 @@ def _differences(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> list[str
 
 
 def init_weights(network: nn.Module, state: State, path: Path) -> list[str]:
-    """Start from a checkpoint's weights; a new number of joints is allowed. Returns what stayed fresh.
+    """Start from a checkpoint's weights; a new number of joints is allowed. Returns what is fresh.
 
-    Only the layers that see the joints (heads, merge_heatmaps) may differ in shape. Raises InputError.
+    Only the layers that see the joints (heads, merge_heatmaps) may differ in shape, else
+    InputError.
     """
     weights = dict(state.get("ema") or state["model"])
     fresh = [

@@ -14,7 +14,7 @@ class Log:
     """The log of one process; silent unless it is the first rank."""
 
     def __init__(self, folder: Path, enabled: bool, steps: int, first_step: int):
-        """folder: the run's. steps: length of the run. first_step: where this start of it begins."""
+        """folder: the run's. steps: length of the run. first_step: where this start begins."""
         self.enabled = enabled
         if not enabled:
             return
@@ -63,7 +63,12 @@ class Log:
             self._file.close()
 
     def _write(self, kind: str, step: int, values: dict[str, float]) -> None:
-        entry: dict[str, Any] = {"kind": kind, "step": step, "time": round(time.time(), 3), **values}
+        entry: dict[str, Any] = {
+            "kind": kind,
+            "step": step,
+            "time": round(time.time(), 3),
+            **values,
+        }
         self._file.write(json.dumps(entry) + "\n")
         self._file.flush()
         for name, value in values.items():

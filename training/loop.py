@@ -1,7 +1,7 @@
 """The training run: one object holds its state, and its loop reads from top to bottom.
 
-A step is `optim.accumulate` batches. Every number that decides something is computed on the device and read
-once every `train.log_every` steps, so that the host does not wait for the GPU in between.
+A step is `optim.accumulate` batches. Every number that decides something is computed on the device
+and read once every `train.log_every` steps, so that the host does not wait for the GPU in between.
 """
 
 import math
@@ -82,12 +82,15 @@ class Average:
 class Totals:
     """Sums on the device since the last line of the log."""
 
-    NAMES = ("loss", "last_stack_loss", "peak", "pck", "bad_batches")
+    NAMES = ("loss", "last_stack_loss", "peak", "pck")
 
     def __init__(self, device: torch.device):
         """All sums at zero."""
         self.sums = torch.zeros(len(self.NAMES), device=device)
-        self.count = 0
+        self.good_batches = torch.zeros((), device=device)
+        self.bad_steps = torch.zeros((), device=device)
+        self.batches = 0
+        self.steps = 0
         self.waited = 0.0
         self.started = time.perf_counter()
 
@@ -104,16 +107,21 @@ class Totals:
         ]
         numbers = torch.stack(values)
         good = torch.isfinite(numbers).all()
-        numbers = torch.where(good, numbers, torch.zeros_like(numbers))
-        self.sums += torch.cat([numbers, (~good).float()[None]])
-        self.count += 1
+        self.sums += torch.where(good, numbers, torch.zeros_like(numbers))
+        self.good_batches += good
+        self.batches += 1
+
+    def add_step(self, bad: Tensor) -> None:
+        """Take in whether a step was skipped."""
+        self.bad_steps += bad
+        self.steps += 1
 
 
 class Run:
     """A training run on one rank."""
 
     def __init__(self, config: Config, place: Runtime, folder: Path, state: State | None = None):
-        """Build everything. state: a checkpoint to continue from. folder: of the run; made if need be."""
+        """Build everything. state: a checkpoint to continue. folder: the run's, made if need be."""
         self.config, self.place, self.folder = config, place, folder
         self.train_shards = ShardSet(Path(config.data.shards) / "train")
         self.valid_shards = ShardSet(Path(config.data.shards) / "valid")
@@ -127,13 +135,12 @@ class Run:
         )
         self.valid_people, self.valid_samples = self.valid_shards.people()
         runtime.seed_everything(config.train.seed, 0)  # the same weights on every rank
-        network = checkpoint.build_network(config, self.skeleton.count)
-        self.network = network.to(place.device, memory_format=torch.channels_last)
+        network = checkpoint.build_network(config, self.skeleton.joint_count)
+        self.network = network.to(place.device)
+        self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         runtime.seed_everything(config.train.seed, place.rank + 1)
         self.optimizer = make_optimizer(self.network, config.optim)
-        self.scaler = torch.amp.GradScaler(
-            place.device.type, enabled=place.dtype == torch.float16
-        )
+        self.scaler = torch.amp.GradScaler(place.device.type, enabled=place.dtype == torch.float16)
         self.step, self.best, self.seconds = 0, -1.0, 0.0
         self.average: Average | None = None
         loader_state = self._restore(state) if state else b""
@@ -153,7 +160,7 @@ class Run:
             self.average = Average(self.network, self.config.optim.ema_decay)
 
     def train(self) -> dict[str, Any]:
-        """Train to the last step or to the time limit. Returns the numbers of the last validation."""
+        """Train to the last step or to the time limit. Returns the last validation's numbers."""
         train, started = self.config.train, time.perf_counter()
         spent_before, result, timed_out = self.seconds, {}, False
         totals = Totals(self.place.device)
@@ -174,7 +181,8 @@ class Run:
                 totals = Totals(self.place.device)
         if timed_out and self.step < train.steps:
             self.log.say(
-                f"stopped at step {self.step} of {train.steps}: {train.max_minutes} minutes are over"
+                f"stopped at step {self.step} of {train.steps}: "
+                f"{train.max_minutes} minutes are over"
             )
         self.log.close()
         return result
@@ -191,8 +199,7 @@ class Run:
             totals.waited += time.perf_counter() - before
             batch = batches.finish(raw, self.target, self.place.device)
             self._backward(batch, totals, last=part == optim.accumulate - 1)
-        self.scaler.unscale_(self.optimizer)
-        self._apply_gradients()
+        totals.add_step(self._apply_gradients())
         self.optimizer.zero_grad(set_to_none=True)
         if self.average:
             self.average.update(self.network, self.step)
@@ -207,64 +214,77 @@ class Run:
         self.scaler.scale(losses.mean() / optim.accumulate).backward()
         totals.add(losses, heat[:, -1], batch, self.target.rule)
 
-    def _apply_gradients(self) -> None:
-        """Clip, and step unless the norm of all gradients is not finite. Ranks agree: it is reduced."""
-        gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+    def _apply_gradients(self) -> Tensor:
+        """Clip and step. Returns whether the step was skipped because a gradient is not finite.
+
+        Ranks agree, because gradients are reduced. With fp16 a skipped step is the scaler's way to
+        find its scale, and counts as bad only if the scale has no room left.
+        """
+        self.scaler.unscale_(self.optimizer)
+        parameters = list(self.network.parameters())
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        bad = ~torch.isfinite(norm)
         if self.config.optim.clip_norm:
-            torch.nn.utils.clip_grads_with_norm_(
-                self.network.parameters(), self.config.optim.clip_norm, norm
-            )
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.config.optim.clip_norm, norm)
         if self.scaler.is_enabled():
             self.scaler.step(self.optimizer)
             self.scaler.update()
-        elif isinstance(self.optimizer, torch.optim.Adam):
-            # The fused kernel leaves weights and moments alone where this is 1, without a host sync.
-            self.optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
+            return bad & (self.scaler._scale < 1)  # type: ignore[operator]
+        if isinstance(self.optimizer, torch.optim.Adam):
+            # The fused kernel leaves weights and moments alone if this is 1, without a host sync.
+            self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
             self.optimizer.step()
-        elif torch.isfinite(norm):
+        elif not bad:
             self.optimizer.step()
+        return bad
 
     def _report(self, totals: Totals) -> None:
         """Read the sums, log them, and act on what is not finite."""
-        sums = runtime.sum_over_ranks(totals.sums.clone(), self.place) / self.place.ranks
+        place = self.place
+        numbers = torch.cat([totals.sums, totals.good_batches[None], totals.bad_steps[None]])
+        *sums, good, bad = runtime.sum_over_ranks(numbers, place).tolist()
         seconds = time.perf_counter() - totals.started
-        values = dict(zip(Totals.NAMES, sums.tolist(), strict=True))
-        bad = round(values.pop("bad_batches") * self.place.ranks)
-        good = max(totals.count - bad / self.place.ranks, 1)
-        values = {name: value / good for name, value in values.items()}
-        people = totals.count * self.config.data.batch_size * self.place.ranks
+        values = {n: v / max(good, 1) for n, v in zip(Totals.NAMES, sums, strict=True)}
+        bad_steps = math.ceil(bad / place.ranks)
         values |= {
             "lr": self.optimizer.param_groups[0]["lr"],
-            "people_per_s": people / seconds,
+            "people_per_s": totals.batches * self.config.data.batch_size * place.ranks / seconds,
             "wait_share": totals.waited / seconds,
-            "bad_batches": float(bad),
+            "bad_steps": float(bad_steps),
             "epoch": self.step / self.config.train.steps_per_epoch,
         }
         self.log.train(self.step, values)
-        self._guard(bad, totals.count * self.place.ranks)
+        self._guard(bad_steps, totals.steps)
 
-    def _guard(self, bad: int, count: int) -> None:
-        """Count batches whose loss is not finite; mend the statistics they touched; stop past a limit."""
+    def _guard(self, bad: int, steps: int) -> None:
+        """Say how many of the last steps were bad, mend what they touched, stop past a limit."""
         if not bad:
             self.bad_steps_in_a_row = 0
             self.good_statistics = self._statistics()
             return
-        self.bad_steps_in_a_row = self.bad_steps_in_a_row + count if bad == count else bad
-        self.log.say(f"step {self.step}: {bad} of {count} losses not finite; those steps were skipped")
-        buffers = dict(self.network.named_buffers())
-        if any(not torch.isfinite(b).all() for b in buffers.values() if b.is_floating_point()):
-            for name, value in self.good_statistics.items():
-                buffers[name].copy_(value)
-                if self.average:
-                    self.average.tensors[name].copy_(value)
+        self.bad_steps_in_a_row = self.bad_steps_in_a_row + bad if bad == steps else bad
+        self.log.say(
+            f"step {self.step}: skipped {bad} of the last {steps} steps, "
+            "whose loss or gradients were not finite"
+        )
+        self._mend_statistics()
         if self.bad_steps_in_a_row >= self.config.train.max_bad_steps:
             raise InputError(
                 f"{self.folder}: step {self.step}",
-                f"{self.bad_steps_in_a_row} losses in a row that are not finite",
+                f"{self.bad_steps_in_a_row} steps in a row whose loss or gradients are not finite",
                 "a loss that is a number",
                 "lower optim.lr, set optim.clip_norm 1.0 or train.precision fp32, and --resume",
             )
+
+    def _mend_statistics(self) -> None:
+        """Put back batch-norm statistics that a forward pass spoilt, in the average too."""
+        buffers = dict(self.network.named_buffers())
+        if all(torch.isfinite(b).all() for b in buffers.values() if b.is_floating_point()):
+            return
+        for name, value in self.good_statistics.items():
+            buffers[name].copy_(value)
+            if self.average:
+                self.average.tensors[name].copy_(value)
 
     def _statistics(self) -> dict[str, Tensor]:
         return {
@@ -277,7 +297,8 @@ class Run:
         pooled = result["pckh"]["0.5"]["pooled"] or 0.0
         is_best = pooled > self.best
         self.best = max(self.best, pooled)
-        numbers = {"pckh@0.5_pooled": pooled, "pckh@0.1_pooled": result["pckh"]["0.1"]["pooled"] or 0.0,
+        numbers = {"pckh@0.5_pooled": pooled,
+                   "pckh@0.1_pooled": result["pckh"]["0.1"]["pooled"] or 0.0,
                    "auc": result["auc"], "peak": result["peak"]}  # fmt: skip
         self.log.validation(self.step, numbers)
         self.log.say(
@@ -287,8 +308,9 @@ class Run:
         )
         if result["peak"] < COLLAPSED_PEAK:
             self.log.say(
-                f"step {self.step}: the heatmaps peak at {result['peak']:.3f} on average, so the network "
-                "answers almost nothing but zeros. If this stays, lower optim.lr or raise heatmaps.sigma."
+                f"step {self.step}: the heatmaps peak at {result['peak']:.3f} on average, so the "
+                "network answers almost nothing but zeros. If this stays, lower optim.lr or raise "
+                "heatmaps.sigma."
             )
         self.save(["last.pt", "best.pt"] if is_best else ["last.pt"])
         return result
@@ -300,7 +322,7 @@ class Run:
         mine = chosen[place.rank :: place.ranks]
         network = self._evaluated_network()
         found = self._predict(network, mine)
-        merged = torch.zeros(len(chosen), self.skeleton.count, 3, dtype=torch.float64)
+        merged = torch.zeros(len(chosen), self.skeleton.joint_count, 3, dtype=torch.float64)
         merged[place.rank :: place.ranks, :, :2] = torch.from_numpy(found.keypoints_NJ2)
         merged[place.rank :: place.ranks, :, 2] = torch.from_numpy(found.scores_NJ)
         merged = runtime.sum_over_ranks(merged.to(place.device), place).cpu()
@@ -310,7 +332,7 @@ class Run:
 
     def _predict(self, network: nn.Module, rows: np.ndarray) -> Predictions:
         if not len(rows):
-            empty = np.zeros((0, self.skeleton.count, 2))
+            empty = np.zeros((0, self.skeleton.joint_count, 2))
             return Predictions(empty, empty[..., 0])
         crops = evaluation_batches(
             self.valid_shards, self.valid_samples[rows], self.target,
@@ -323,14 +345,16 @@ class Run:
 
     def _evaluated_network(self) -> nn.Module:
         """A network in eval mode with the weights to judge; the same on every rank."""
-        network = checkpoint.build_network(self.config, self.skeleton.count)
+        network = checkpoint.build_network(self.config, self.skeleton.joint_count)
         weights = self.average.tensors if self.average else self.network.state_dict()
         if self.place.ranks > 1:
             weights = {name: tensor.clone() for name, tensor in weights.items()}
             for tensor in weights.values():
                 torch.distributed.broadcast(tensor, 0)
         network.load_state_dict(weights)
-        return network.to(self.place.device, memory_format=torch.channels_last).eval()
+        network.to(self.place.device)
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return network.eval()
 
     def save(self, names: list[str]) -> None:
         """Write a checkpoint under each name, on the first rank; the others give their states."""

@@ -1,0 +1,274 @@
+"""Evaluation: from pixels of the picture and back to them, in the annotation's order."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from test_training import make_run, steps, tiny_config
+from torch import nn
+
+from configs.mpii import MPII
+from evaluation import inference, pckh, report
+from pipelines.augment import preset_of
+from pipelines.batches import Target, heat_joints
+from pipelines.heatmaps import render
+from pipelines.opencv_crops import CropDataset, CropLoader, ListSampler, collate
+from pipelines.shards import ShardSet, unpack_records
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+
+
+def target_of(preset: str = "hrnet", rule="exact", input_px: int = 256) -> Target:
+    return Target(preset_of(preset, True), rule, 1.0, input_px, MPII)
+
+
+class Oracle(nn.Module):
+    """Answers with the perfect heatmaps of the crops that it is told of, mirrored on request."""
+
+    def __init__(self, heat_NJHW: torch.Tensor, target: Target):
+        super().__init__()
+        self.heat, self.target = heat_NJHW, target
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        heat = self.heat
+        if len(images) == 2 * len(heat):  # the flip test: the second half is mirrored
+            mirrored = torch.tensor(self.target.skeleton.mirrored)
+            heat = torch.cat([heat, heat.flip(3)[:, mirrored]])
+        return heat[:, None]
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_perfect_heatmaps_come_back_to_the_annotated_pixels(flip, tiny_shards):
+    """0.5 px on average is asked for; the exact rule loses far less, and has no bias."""
+    split, target = ShardSet(tiny_shards / "train"), target_of()
+    dataset = CropDataset(split, preset_of("none", False), 256, 0)
+    raw = collate([dataset[(i, 0)] for i in range(12)])
+    fields = unpack_records(raw.records_NR)
+    joints, _ = heat_joints(
+        fields.joints_NJ2, fields.marked_NJ, raw.input_from_image_N23,
+        torch.zeros(12, dtype=torch.bool), torch.tensor(MPII.mirrored), "exact",
+    )  # fmt: skip
+    inside = ((joints > 1) & (joints < 62)).all(dim=-1) & fields.marked_NJ
+    heat = render(joints, torch.ones(12, 16), 64, "exact", 1.0)
+    found = inference.predict(
+        Oracle(heat, target).eval(), [raw], target, flip=flip, device=CPU, dtype=torch.float32
+    )
+    error = (found.keypoints_NJ2 - fields.joints_NJ2.double().numpy())[inside.numpy()]
+    assert len(error) > 60
+    assert np.linalg.norm(error, axis=-1).max() < 0.01
+    assert np.abs(error.mean(axis=0)).max() < 0.005
+
+
+def test_the_flip_test_averages_the_mirrored_prediction_with_left_and_right_swapped():
+    target = target_of(input_px=64)
+
+    class Pattern(nn.Module):
+        def forward(self, images):
+            # The right ankle's map is the red channel; all others are empty.
+            heat = torch.zeros(len(images), 1, 16, 16, 16)
+            heat[:, 0, 0] = nn.functional.avg_pool2d(images[:, 0], 4)
+            return heat
+
+    images = torch.rand(2, 3, 64, 64)
+    heat = inference.last_heatmaps(Pattern().eval(), images, target, flip=True)
+    expected = nn.functional.avg_pool2d(images[:, 0], 4) / 2
+    torch.testing.assert_close(heat[:, 0], expected)
+    torch.testing.assert_close(heat[:, 5], expected)  # the left ankle, from the mirrored picture
+    assert heat[:, 1:5].abs().max() == 0
+
+
+def test_princetons_flip_test_is_cut_at_one():
+    class Two(nn.Module):
+        def forward(self, images):
+            return torch.full((len(images), 1, 16, 4, 4), 2.0)
+
+    images = torch.rand(1, 3, 16, 16)
+    for rule, highest in (("princeton", 1.0), ("exact", 2.0)):
+        heat = inference.last_heatmaps(Two().eval(), images, target_of(rule=rule), flip=True)
+        assert heat.max().item() == highest
+
+
+def test_a_network_in_train_mode_is_refused(tiny_shards):
+    with pytest.raises(AssertionError):
+        inference.predict(
+            nn.Linear(1, 1), [], target_of(), flip=False, device=CPU, dtype=torch.float32
+        )
+
+
+def test_evaluation_crops_keep_princetons_rule_without_a_draw(tiny_shards):
+    split = ShardSet(tiny_shards / "valid")
+    batches = inference.evaluation_batches(
+        split, np.arange(5), target_of("princeton"), 3, workers=0, pin=False
+    )
+    raw = list(batches)
+    assert [len(r.images_NHW3) for r in raw] == [3, 2]
+    assert raw[0].images_NHW3.dtype == torch.float32
+    assert (raw[0].draws_ND[:, :3] == torch.tensor([1.0, 0.0, 0.0])).all()
+
+
+def test_the_table_prints_every_mean_with_its_label():
+    people_joints = np.zeros((1, 16, 2))
+    from test_pckh import people_at
+
+    result = pckh.summary(people_joints, people_at(people_joints), MPII)
+    text = report.table({"network": result}, MPII)
+    for label in ("head", "ankle", "pooled 16 (<)", "mean 14 (<)", "weighted 14 (<=)", "AUC"):
+        assert label in text
+    assert text.count("100.00") == 2 * 11
+
+
+def test_the_picture_shows_the_prediction_where_it_is(tiny_shards):
+    split = ShardSet(tiny_shards / "valid")
+    people, samples = split.people()
+    keypoints = np.repeat(people.center[:, None], 16, axis=1)  # all joints at the box's middle
+    sheet = report.draw_people(split, samples[:2], people.select([0, 1]), keypoints[:2], MPII, 2)
+    assert sheet.shape == (258, 516, 3)
+    for column in (0, 258):
+        spot = sheet[128:131, column + 127 : column + 131].reshape(-1, 3)
+        colours = {report.RIGHT_BGR, report.LEFT_BGR, report.MIDDLE_BGR}
+        assert {tuple(map(int, c)) for c in spot} & colours
+
+
+def command(*words: object) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "evaluate.py", *map(str, words)],
+        cwd=ROOT, capture_output=True, text=True, timeout=240, check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_shards, tmp_path_factory) -> Path:
+    """A run with best.pt, barely trained."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    run = make_run(tiny_config(tiny_shards), folder)
+    steps(run, 2)
+    run.save(["best.pt"])
+    return folder
+
+
+def test_evaluate_takes_the_newest_run_and_writes_what_was_asked_for(
+    trained, tiny_shards, tiny_set, tmp_path
+):
+    done = command("--runs", trained.parent, "--json", tmp_path / "n.json",
+                   "--save-predictions", tmp_path / "p.json",
+                   "--picture", tmp_path / "s.png")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "mean pose @0.5" in done.stdout and "flip test" in done.stdout
+    numbers = json.loads((tmp_path / "n.json").read_text())
+    assert numbers["network"]["people"] == 5 and "0.1" in numbers["network"]["pckh"]
+    assert cv2.imread(str(tmp_path / "s.png")).shape[1] == 6 * 258
+    entries = json.loads((tmp_path / "p.json").read_text())
+    assert [e["index"] for e in entries] == [0, 1, 2, 3, 4]
+    assert [e["image"] for e in entries] == [f"{100 + i:09d}.jpg" for i in range(5)]
+    assert np.array([e["keypoints"] for e in entries]).shape == (5, 16, 3)
+
+
+def test_shards_and_loose_pictures_give_the_same_predictions(trained, tiny_set, tmp_path):
+    checkpoint = trained / "best.pt"
+    one = command(
+        "--checkpoint", checkpoint, "--save-predictions", tmp_path / "a.json", "--no-flip"
+    )
+    two = command("--checkpoint", checkpoint, "--save-predictions", tmp_path / "b.json",
+                  "--no-flip", "--annotations", tiny_set / "annot" / "valid.h5",
+                  "--images", tiny_set / "images")  # fmt: skip
+    assert one.returncode == two.returncode == 0, one.stderr + two.stderr
+    a, b = (json.loads((tmp_path / f"{name}.json").read_text()) for name in "ab")
+    found = [np.array([e["keypoints"] for e in entries]) for entries in (a, b)]
+    near = np.abs(found[0] - found[1]).max(axis=-1) < 0.05
+    # An untrained network's maps are nearly flat, so that a hair's breadth can move a maximum.
+    assert near.mean() > 0.9
+
+
+def bad_inputs(trained: Path, tiny_shards: Path, tiny_set: Path, tmp_path: Path) -> dict:
+    """Command lines that must end in one clear error, and what each must name."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "noise.pt").write_bytes(b"noise")
+    (tmp_path / "noise.h5").write_bytes(b"noise")
+    no_index = shutil.copytree(tiny_shards / "valid", tmp_path / "no_index")
+    next(no_index.glob("*.idx")).unlink()
+    old = shutil.copytree(tiny_shards / "valid", tmp_path / "old")
+    manifest = old / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"format_version": 1', '"format_version": 9'))
+    best = ["--checkpoint", trained / "best.pt"]
+    annotations = tiny_set / "annot" / "valid.h5"
+    return {
+        "no run": (["--runs", tmp_path / "empty"], "train first"),
+        "no checkpoint": (["--checkpoint", tmp_path / "nowhere.pt"], "nowhere.pt"),
+        "bad checkpoint": (["--checkpoint", tmp_path / "noise.pt"], "noise.pt"),
+        "no shards": ([*best, "--shards", tmp_path / "empty"], "no manifest.json"),
+        "no index": ([*best, "--shards", no_index], ".idx"),
+        "old manifest": ([*best, "--shards", old], "format version 9"),
+        "bad h5": ([*best, "--annotations", tmp_path / "noise.h5", "--images", tiny_set],
+                   "noise.h5"),
+        "no pictures": ([*best, "--annotations", annotations, "--images", tmp_path / "empty"],
+                        "5 of 5 pictures missing"),
+        "half a pair": ([*best, "--annotations", annotations], "--images"),
+    }  # fmt: skip
+
+
+def test_bad_input_ends_in_one_clear_error(trained, tiny_shards, tiny_set, tmp_path, monkeypatch):
+    import evaluate
+    from configs.errors import run_main
+
+    cases = bad_inputs(trained, tiny_shards, tiny_set, tmp_path)
+    assert len(cases) == 9
+    for name, (words, expected) in cases.items():
+        out = tmp_path / "out.json"
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words), "--json", str(out)])
+        stderr = []
+        monkeypatch.setattr(sys.stderr, "write", stderr.append)
+        with pytest.raises(SystemExit) as left:
+            run_main(evaluate.main)
+        text = "".join(stderr)
+        assert left.value.code == 2, name
+        assert expected in text and "found:" in text and "next:" in text, (name, text)
+        assert "Traceback" not in text and not out.exists(), name
+
+
+def test_a_picture_that_rots_after_packing_is_named(trained, tiny_shards, tmp_path):
+    from test_shards_damage import damage_picture
+
+    bad = damage_picture(tiny_shards / "valid", tmp_path / "bad", sample=1)
+    done = command("--checkpoint", trained / "best.pt", "--shards", bad, "--workers", 1)
+    assert done.returncode == 2
+    assert "00000.tar: sample 1" in done.stderr
+
+
+def test_no_permission_to_write_is_one_clear_error(trained, monkeypatch, tmp_path, capsys):
+    """As root nothing is forbidden, so the operating system's answer is put in its mouth."""
+    import evaluate
+    from configs.errors import run_main
+
+    def forbidden(self, *args, **kwargs):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "write_text", forbidden)
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["evaluate.py", "--checkpoint", str(trained / "best.pt"), "--json", "/x/n.json"],
+    )
+    with pytest.raises(SystemExit) as left:
+        run_main(evaluate.main)
+    assert left.value.code == 2
+    assert "Permission denied" in capsys.readouterr().err
+
+
+def test_the_list_sampler_covers_every_sample_once(tiny_shards):
+    dataset = CropDataset(ShardSet(tiny_shards / "train"), preset_of("none", False), 64, 0)
+    order = np.array([3, 1, 11, 0])
+    rows = [
+        int(row)
+        for raw in CropLoader(dataset, ListSampler(order, 3), 0, False)
+        for row in raw.records_NR[:, 0]
+    ]
+    assert rows == [int(ShardSet(tiny_shards / "train").record(i)[0]) for i in order]

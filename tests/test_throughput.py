@@ -1,0 +1,68 @@
+"""The benchmark runs, measures in turns, and ends in one JSON line."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import throughput, timing
+from benchmarks.timing import Case, take_turns
+from pipelines.heatmaps import render
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_cases_take_turns_after_a_round_that_does_not_count():
+    calls = []
+    cases = [Case(name, lambda name=name: calls.append(name) or 1) for name in "ab"]
+    results = take_turns(cases, 2, torch.device("cpu"))
+    assert calls == ["a", "b"] * 3
+    assert [r.name for r in results] == ["a", "b"]
+    assert results[0].ratio == results[0].ratio_low == results[0].ratio_high == 1
+
+
+def test_ratios_are_taken_within_a_round(monkeypatch):
+    # The clock makes the second round ten times slower for both; the ratio stays 2.
+    times = iter([0, 1, 0, 1, 0, 2, 0, 1, 0, 20, 0, 10])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(times))
+    slow, fast = take_turns(
+        [Case("slow", lambda: 4), Case("fast", lambda: 4)], 2, torch.device("cpu")
+    )
+    assert (fast.ratio, fast.ratio_low, fast.ratio_high) == (2, 2, 2)
+    assert (slow.low, slow.high) == (0.2, 2)
+
+
+def test_the_loop_that_heatmaps_are_measured_against_makes_the_same_maps():
+    joints = np.random.default_rng(0).uniform(1, 63, (16, 2))
+    batched = render(
+        torch.from_numpy(joints)[None].float(), torch.ones(1, 16), 64, "princeton", 1.0
+    )
+    np.testing.assert_allclose(throughput.render_by_loop(joints), batched[0].numpy(), atol=1e-6)
+
+
+def test_people_are_as_large_as_in_mpii():
+    scale = throughput.make_people(4000, np.random.default_rng(0)).scale
+    assert np.percentile(scale, 50) == pytest.approx(3.45, abs=0.15)
+    assert scale.min() >= 1.43 and scale.max() <= 8.58
+
+
+@pytest.mark.slow
+def test_the_benchmark_prints_tables_and_one_json_line(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "benchmarks/throughput.py", "--rounds", "1", "--people", "4",
+         "--batch-size", "2", "--workers", "1", "--input-px", "128", "--device", "cpu",
+         "--json", str(tmp_path / "r.json")],
+        cwd=ROOT, capture_output=True, text=True, timeout=500, check=True,
+        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
+    )  # fmt: skip
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result == json.loads((tmp_path / "r.json").read_text())
+    assert {"world", "loader", "heatmaps", "train"} <= result.keys()
+    assert result["world"]["torch"] == torch.__version__
+    assert all(case["median"] > 0 for suite in throughput.SUITES for case in result[suite])
+    assert "not measured" in done.stdout
