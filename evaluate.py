@@ -42,6 +42,7 @@ def main() -> None:
     path = Path(options.checkpoint) if options.checkpoint else newest_checkpoint(Path(options.runs))
     state = checkpoint.load(path)
     config = checkpoint.config_of(state, path)
+    flip = config.eval.flip if options.flip is None else options.flip
     subjects = find_subjects(options, config)
     if subjects.skeleton != checkpoint.skeleton_of(state):
         raise InputError(
@@ -50,13 +51,13 @@ def main() -> None:
             f"those that {path} was trained on",
             "evaluate on data of the same joints",
         )
-    found = predict_subjects(options, config, state, path, subjects)
+    found = predict_subjects(options, config, state, path, subjects, flip)
     results = {"network": pckh.summary(found.keypoints_NJ2, subjects.people, subjects.skeleton)}
     if subjects.train:
         mean = pckh.mean_pose(subjects.train, subjects.people)
         results["mean pose"] = pckh.summary(mean, subjects.people, subjects.skeleton)
-    print_results(path, state, subjects, results, flip=options.flip)
-    write_files(options, path, subjects, found, results)
+    print_results(path, state, subjects, results, flip=flip)
+    write_files(options, path, subjects, found, {"flip": flip, **results})
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -76,7 +77,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     what.add_argument("--images", help="folder of the pictures, with --annotations")
     how = parser.add_argument_group("how")
-    how.add_argument("--no-flip", dest="flip", action="store_false", help="without the flip test")
+    how.add_argument(
+        "--flip",
+        action=argparse.BooleanOptionalAction,
+        help="average with the prediction for the mirrored picture; default: as in training",
+    )
     how.add_argument("--batch-size", type=int, help="people at a time; default: as in training")
     how.add_argument("--workers", type=int, help="processes that crop; default: as in training")
     how.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
@@ -133,6 +138,7 @@ def predict_subjects(
     state: dict[str, Any],
     path: Path,
     subjects: Subjects,
+    flip: bool,
 ) -> Predictions:
     """Everybody's joints, in the annotation's order."""
     device = runtime.choose_device(options.device)
@@ -161,7 +167,7 @@ def predict_subjects(
         network,
         progress,
         target,
-        flip=options.flip,
+        flip=flip,
         device=device,
         dtype=runtime.choose_dtype(options.precision, device),
     )
@@ -190,11 +196,11 @@ def write_files(
     path: Path,
     subjects: Subjects,
     found: Predictions,
-    results: dict[str, dict[str, Any]],
+    results: dict[str, Any],
 ) -> None:
     """The files that were asked for."""
     if options.json:
-        facts = {"checkpoint": str(path), "data": subjects.name, "flip": options.flip}
+        facts = {"checkpoint": str(path), "data": subjects.name}
         write_text(Path(options.json), json.dumps({**facts, **results}, indent=1))
     if options.save_predictions:
         write_text(Path(options.save_predictions), json.dumps(as_entries(subjects, found)))
