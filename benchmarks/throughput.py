@@ -25,7 +25,7 @@ from configs.errors import InputError, run_main
 from configs.mpii import MPII
 from model.hourglass import StackedHourglass
 from model.loss import stack_losses
-from pipelines import batches, heatmaps
+from pipelines import batches, heatmaps, opencv_crops
 from pipelines.annotations import People
 from pipelines.augment import PRESETS, Preset
 from pipelines.batches import Target
@@ -172,7 +172,7 @@ def loader_cases(shards: ShardSet, options: argparse.Namespace, device: torch.de
             rank=0, ranks=1, first_step=0, state=b"",
         )  # fmt: skip
         target = Target(preset, "exact", 1.0, options.input_px, MPII)
-        cases.append(Case(name, _loader_run(loader, target, device, options)))
+        cases.append(_loader_case(name, loader, target, device, options))
     return cases
 
 
@@ -180,17 +180,26 @@ def _one_warp(preset: Preset) -> Preset:
     return preset._replace(princeton_crop=False)
 
 
-def _loader_run(
-    loader: batches.Loader, target: Target, device: torch.device, options: argparse.Namespace
-) -> Any:
+def _loader_case(
+    name: str,
+    loader: batches.Loader,
+    target: Target,
+    device: torch.device,
+    options: argparse.Namespace,
+) -> Case:
     count = max(1, options.people // options.batch_size)
+    ahead = opencv_crops.PREFETCH * max(options.workers, 1)
+
+    def use_up() -> None:
+        for _ in range(ahead):
+            loader.next()
 
     def run() -> int:
         for _ in range(count):
             batches.finish(loader.next(), target, device)
         return count * options.batch_size
 
-    return run
+    return Case(name, run, use_up)
 
 
 def heatmap_cases(batch_size: int, device: torch.device) -> list[Case]:

@@ -21,6 +21,8 @@ class Case(NamedTuple):
     name: str
     run: Callable[[], int]
     """Does a piece of work and returns how many units (people, ...) it was."""
+    prepare: Callable[[], object] = lambda: None
+    """Runs before each turn, untimed: uses up what was made ahead while others had their turn."""
 
 
 class Result(NamedTuple):
@@ -45,6 +47,7 @@ def take_turns(cases: list[Case], rounds: int, device: torch.device) -> list[Res
     rates: list[list[float]] = [[] for _ in cases]
     for number in range(rounds + 1):
         for case, values in zip(cases, rates, strict=True):
+            case.prepare()
             synchronize(device)
             start = time.perf_counter()
             units = case.run()

@@ -20,6 +20,9 @@ from pipelines.annotations import People
 from pipelines.augment import Draw, Preset, draw, draw_rng, draws_array
 from pipelines.shards import Records, pack_record, unpack_records
 
+PREFETCH = 4
+"""Batches that each worker process makes ahead."""
+
 
 class RawBatch(NamedTuple):
     """What either loader hands over: crops before colour, and how each was made."""
@@ -214,7 +217,7 @@ class CropLoader:
             collate_fn=_collate_careful,
             pin_memory=pin,
             worker_init_fn=_one_thread,
-            prefetch_factor=4 if workers else None,
+            prefetch_factor=PREFETCH if workers else None,
         )
 
     def __iter__(self) -> Iterator[RawBatch]:

@@ -23,6 +23,20 @@ def test_cases_take_turns_after_a_round_that_does_not_count():
     results = take_turns(cases, 2, torch.device("cpu"))
     assert calls == ["a", "b"] * 3
     assert [r.name for r in results] == ["a", "b"]
+
+
+def test_what_was_made_ahead_is_used_up_before_the_clock_starts(monkeypatch):
+    order = []
+    monkeypatch.setattr(
+        timing.time, "perf_counter", lambda: order.append("clock") or 1e-9 * len(order)
+    )
+    case = Case("a", lambda: order.append("run") or 1, lambda: order.append("prepare"))
+    take_turns([case], 1, torch.device("cpu"))
+    assert order[-4:] == ["prepare", "clock", "run", "clock"]
+
+
+def test_the_first_case_is_what_ratios_divide_by():
+    results = take_turns([Case("a", lambda: 1), Case("b", lambda: 1)], 2, torch.device("cpu"))
     assert results[0].ratio == results[0].ratio_low == results[0].ratio_high == 1
 
 
