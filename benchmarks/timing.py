@@ -79,10 +79,14 @@ def table(title: str, unit: str, results: list[Result]) -> str:
     width = max(len(r.name) for r in results)
     lines = [f"{title}, {unit}/s: median (lowest to highest), ratio to the first line"]
     for r in results:
-        spread = f"({r.low:,.0f} to {r.high:,.0f})"
+        spread = f"({_number(r.low)} to {_number(r.high)})"
         ratio = f"{r.ratio:.2f} x ({r.ratio_low:.2f} to {r.ratio_high:.2f})"
-        lines.append(f"  {r.name:<{width}}  {r.median:>10,.0f}  {spread:<22} {ratio}")
+        lines.append(f"  {r.name:<{width}}  {_number(r.median):>10}  {spread:<22} {ratio}")
     return "\n".join(lines)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
 
 
 def world(device: torch.device) -> dict[str, Any]:
