@@ -9,6 +9,7 @@ import cv2
 import h5py
 import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -20,6 +21,15 @@ VALID_SIZES = [(301, 203), (180, 320), (240, 136), (75, 75), (350, 351)]
 # The picture of each person: 12 people in 9 pictures, and 5 in 5.
 TRAIN_PICTURES = [0, 0, 1, 2, 3, 3, 3, 4, 5, 6, 7, 8]
 VALID_PICTURES = [0, 1, 2, 3, 4]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the tests that need a GPU where there is none, and say so."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
 @pytest.fixture(scope="session")

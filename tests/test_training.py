@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -98,17 +99,17 @@ def test_twenty_steps_give_the_stored_losses(tiny_shards, tmp_path):
     """A change that should keep the results proves itself here; otherwise store the new losses."""
     config = tiny_config(
         tiny_shards,
-        data={"preset": "newell"},
+        data={"preset": "newell", "batch_size": 12},
         model={"stacks": 2},
-        optim={"schedule": "cosine", "warmup_steps": 3},
+        optim={"schedule": "cosine", "warmup_steps": 3, "lr": 3e-4},
         train={"steps": 20, "steps_per_epoch": 20},
     )
     losses = steps(make_run(config, tmp_path / "run"), 20)
     stored = json.loads((ROOT / "tests" / "smoke_losses.json").read_text())
     assert len(stored) == 20
     # Other processors and builds of torch round otherwise, and rounding grows over the steps.
-    np.testing.assert_allclose(losses, stored, rtol=0.02)
-    np.testing.assert_allclose(losses[:3], stored[:3], rtol=1e-3)
+    np.testing.assert_allclose(losses, stored, rtol=0.01)
+    np.testing.assert_allclose(losses[:5], stored[:5], rtol=2e-3)
 
 
 def test_a_run_writes_what_it_says_it_writes(tiny_shards, tmp_path):
@@ -400,6 +401,16 @@ def test_two_ranks_train_validate_and_resume_under_torchrun(tiny_shards, tmp_pat
     second = command(*launch[1:], *words, "--train.steps", 6, "--resume", program="-m")
     assert second.returncode == 0, second.stderr
     assert [m["step"] for m in metrics(tmp_path / "r", "train")] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU"
+)
+def test_a_compiled_network_trains_like_a_plain_one(tiny_shards, tmp_path):
+    plain = make_run(tiny_config(tiny_shards), tmp_path / "plain")
+    compiled = make_run(tiny_config(tiny_shards, train={"compile": True}), tmp_path / "compiled")
+    np.testing.assert_allclose(steps(compiled, 3), steps(plain, 3), rtol=1e-3)
 
 
 @GPU
