@@ -65,7 +65,16 @@ def make_parser() -> ArgumentParser:
 def open_folder(folder: Path, resume: str | None, place: Runtime) -> State | None:
     """The checkpoint to continue from, or None in a new folder. Raises InputError."""
     if resume is not None:
-        return checkpoint.load(Path(resume) if resume else folder / "last.pt")
+        path = Path(resume) if resume else folder / "last.pt"
+        state = checkpoint.load(path)
+        if "optimizer" not in state:
+            raise InputError(
+                path,
+                "weights alone",
+                "a checkpoint of a run, with its optimizer and its place in the data",
+                "begin a new run with --init_from",
+            )
+        return state
     if folder.exists():
         raise InputError(
             folder,

@@ -93,7 +93,7 @@ def heat_joints(
     Where flip_N, left and right joints change places, and their marks with them.
     """
     linear, shift = input_from_image_N23[..., :2], input_from_image_N23[..., 2]
-    in_input = joints_NJ2 @ linear.transpose(1, 2) + shift[:, None]
+    in_input = joints_NJ2.to(linear) @ linear.transpose(1, 2) + shift[:, None]
     to_heat = torch.from_numpy(heatmaps.heat_from_input(rule)).to(in_input)
     heat = in_input @ to_heat[:2, :2].T + to_heat[:2, 2]
     heat = torch.where(flip_N[:, None, None], heat[:, mirrored], heat)

@@ -18,7 +18,7 @@ from configs.errors import InputError
 from pipelines import geometry, princeton
 from pipelines.annotations import People
 from pipelines.augment import Draw, Preset, draw, draw_rng, draws_array
-from pipelines.shards import Records, pack_record, unpack_records
+from pipelines.shards import Records, record_of, unpack_records
 
 PREFETCH = 4
 """Batches that each worker process makes ahead."""
@@ -34,10 +34,10 @@ class RawBatch(NamedTuple):
     draws_ND: torch.Tensor
     """float32, columns in the order of augment.Draw."""
     records_NR: torch.Tensor
-    """float32, layout in pipelines/shards.py."""
+    """Layout in pipelines/shards.py: float32 from shards, float64 from loose pictures."""
 
 
-Item = tuple[npt.NDArray, npt.NDArray[np.float32], Draw, npt.NDArray[np.float32]]
+Item = tuple[npt.NDArray, npt.NDArray[np.float32], Draw, npt.NDArray[np.floating]]
 """One person: crop, affine, draw, record."""
 
 
@@ -49,7 +49,7 @@ class Source(Protocol):
     def jpeg(self, sample: int) -> bytes:
         """The stored picture of one person."""
 
-    def record(self, sample: int) -> npt.NDArray[np.float32]:
+    def record(self, sample: int) -> npt.NDArray[np.floating]:
         """(record_length,) of one person."""
 
     def where(self, sample: int) -> str:
@@ -78,9 +78,9 @@ class LooseImages:
         """The file's bytes."""
         return (self.folder / self.people.images[sample]).read_bytes()
 
-    def record(self, sample: int) -> npt.NDArray[np.float32]:
+    def record(self, sample: int) -> npt.NDArray[np.float64]:
         """The record; the picture's size is left at 0, for it is not decoded here."""
-        return pack_record(self.people, sample, 0, 0)
+        return record_of(self.people, sample, 0, 0)
 
     def where(self, sample: int) -> str:
         """The file."""

@@ -51,12 +51,17 @@ def record_length(joints: int) -> int:
     return len(HEADER) + 4 * joints
 
 
-def pack_record(people: People, row: int, width: int, height: int) -> npt.NDArray[np.float32]:
-    """(record_length,) '<f4' record of one person whose stored picture is the original."""
+def record_of(people: People, row: int, width: int, height: int) -> npt.NDArray[np.float64]:
+    """(record_length,) record of one person whose picture is the original, in full precision."""
     facts = np.stack([people.marked[row], people.visible[row]], axis=-1)
     joints = np.concatenate([people.joints[row], facts], axis=-1)
     header = [row, *people.center[row], people.scale[row], people.normalize[row], width, height]
-    return np.concatenate([header, IDENTITY_AFFINE, joints.ravel()]).astype("<f4")
+    return np.concatenate([header, IDENTITY_AFFINE, joints.ravel()])
+
+
+def pack_record(people: People, row: int, width: int, height: int) -> npt.NDArray[np.float32]:
+    """(record_length,) '<f4' record as a shard holds it."""
+    return record_of(people, row, width, height).astype("<f4")
 
 
 class Records(NamedTuple):

@@ -8,8 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from configs.errors import InputError
-from configs.schema import Config, config_from_dict
+from configs.mpii import MPII
+from configs.schema import (
+    Config,
+    DataConfig,
+    HeatmapsConfig,
+    ModelConfig,
+    as_dict,
+    config_from_dict,
+)
 from configs.skeleton import Skeleton
+from model import princeton
 from model.hourglass import StackedHourglass
 
 FORMAT = "stacked-hourglass-checkpoint"
@@ -46,6 +55,9 @@ def load(path: Path) -> State:
             "a file that training wrote",
             "use another checkpoint of the run, such as last.pt or best.pt",
         ) from error
+    theirs = princeton.find_state_dict(state)
+    if theirs is not None:
+        return _from_princeton(theirs, path)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise InputError(path, "another kind of file", f"format {FORMAT!r}", "give a checkpoint")
     if state.get("format_version") != FORMAT_VERSION:
@@ -57,6 +69,33 @@ def load(path: Path) -> State:
             path, f"no {', '.join(sorted(missing))}", "a whole checkpoint", "use another one"
         )
     return state
+
+
+def _from_princeton(theirs: dict[str, Tensor], path: Path) -> State:
+    """A checkpoint of princeton-vl's code as one of ours, weights alone."""
+    try:
+        weights = princeton.our_weights(theirs)
+        size = princeton.size_of(weights)
+        if size.joints != MPII.joint_count:
+            raise ValueError(f"{size.joints} joints")
+    except (KeyError, ValueError) as error:
+        raise InputError(
+            path,
+            f"a network that differs from princeton-vl's ({error})",
+            f"its PoseNet with {MPII.joint_count} joints",
+            "give a checkpoint that its train.py wrote",
+        ) from error
+    model = ModelConfig(stacks=size.stacks, width=size.width, depth=size.depth, stem=size.stem)
+    config = Config(
+        data=DataConfig(preset="princeton"), heatmaps=HeatmapsConfig(rule="princeton"), model=model
+    )
+    return {
+        "config": as_dict(config),
+        "skeleton": plain_skeleton(MPII),
+        "model": weights,
+        "ema": {},
+        "step": 0,
+    }
 
 
 def config_of(state: State, path: Path) -> Config:
