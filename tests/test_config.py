@@ -46,7 +46,7 @@ def test_the_princeton_recipe(name, stacks):
         16,
     )
     assert (train.steps, train.steps_per_epoch) == (200_000, 1_000)
-    from training.loop import learning_rate
+    from training.optimizer import learning_rate
 
     rates = [learning_rate(optim, step, train.steps) for step in (0, 99_999, 100_000, 199_999)]
     assert rates == pytest.approx([1e-3, 1e-3, 2e-4, 2e-4])

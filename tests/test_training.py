@@ -17,7 +17,8 @@ from configs.errors import InputError
 from configs.schema import Config, config_from_dict
 from pipelines.batches import choose_loader
 from training import checkpoint, runtime
-from training.loop import Average, Run, Totals, learning_rate
+from training.loop import Run, Totals
+from training.optimizer import Average, learning_rate
 from training.runtime import Runtime
 
 ROOT = Path(__file__).parents[1]

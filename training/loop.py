@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from configs import schema
 from configs.errors import InputError
-from configs.schema import Config, OptimConfig
+from configs.schema import Config
 from evaluation import pckh
 from evaluation.inference import Predictions, evaluation_batches, predict
 from model.loss import pck, peak_height, stack_losses
@@ -27,56 +27,13 @@ from pipelines.shards import ShardSet
 from training import checkpoint, runtime
 from training.checkpoint import State
 from training.log import Log
+from training.optimizer import Average, learning_rate, make_optimizer
 from training.runtime import Runtime
 
 COLLAPSED_PEAK = 0.05
 """Mean peak of the heatmaps under which a network is taken to answer nothing but zeros."""
 TRAINING_PCK_RADIUS = 0.05
 """Radius of the training PCK as a share of the heatmap's side: about half a head in an MPII box."""
-
-
-def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
-    """The learning rate of a step (counted from 0) in a run of so many steps."""
-    warmup = min(1.0, (step + 1) / optim.warmup_steps) if optim.warmup_steps else 1.0
-    if optim.schedule == "step":
-        return optim.lr * warmup * optim.gamma ** sum(step >= m for m in optim.milestones)
-    if optim.schedule == "cosine":
-        progress = min(1.0, max(0, step - optim.warmup_steps) / max(1, steps - optim.warmup_steps))
-        share = 0.5 * (1 + math.cos(math.pi * progress))
-        return optim.lr * warmup * (optim.final_fraction + (1 - optim.final_fraction) * share)
-    return optim.lr * warmup
-
-
-def make_optimizer(network: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
-    """Adam in its fused form, or RMSprop with the settings of the Torch7 code (alpha 0.99)."""
-    if optim.name == "adam":
-        return torch.optim.Adam(
-            network.parameters(), optim.lr, weight_decay=optim.weight_decay, fused=True
-        )
-    return torch.optim.RMSprop(
-        network.parameters(), optim.lr, alpha=0.99, weight_decay=optim.weight_decay, foreach=True
-    )
-
-
-class Average:
-    """Exponential moving average of a network's weights and batch-norm statistics."""
-
-    def __init__(self, network: nn.Module, decay: float):
-        """decay: per step, approached from below so that the first steps do not weigh for long."""
-        self.decay = decay
-        self.tensors = {name: t.detach().clone() for name, t in network.state_dict().items()}
-
-    @torch.no_grad()
-    def update(self, network: nn.Module, step: int) -> None:
-        """Take in the weights after a step, counted from 0."""
-        weight = 1 - min(self.decay, (1 + step) / (10 + step))
-        now = network.state_dict()
-        floats = [name for name, t in now.items() if t.is_floating_point()]
-        torch._foreach_lerp_(
-            [self.tensors[name] for name in floats], [now[name] for name in floats], weight
-        )
-        for name in now.keys() - set(floats):
-            self.tensors[name].copy_(now[name])
 
 
 class Totals:
