@@ -12,6 +12,8 @@ import cv2
 import numpy as np
 import torch
 
+from pipelines.opencv_crops import usable_cores
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -96,7 +98,7 @@ def world(device: torch.device) -> dict[str, Any]:
         "commit": _commit(),
         "device": gpu or "cpu",
         "processor": _processor(),
-        "cores": len(_affinity()),
+        "cores": usable_cores(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "opencv": cv2.__version__,
@@ -120,11 +122,3 @@ def _processor() -> str:
         return platform.processor()
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
-
-
-def _affinity() -> set[int]:
-    import os
-
-    if hasattr(os, "sched_getaffinity"):
-        return os.sched_getaffinity(0)
-    return set(range(os.cpu_count() or 1))

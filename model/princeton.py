@@ -1,39 +1,47 @@
-"""Weights of princeton-vl/pytorch_stacked_hourglass as weights of this network.
+"""Checkpoints of princeton-vl/pytorch_stacked_hourglass, read and written.
 
-Its checkpoints hold `state_dict` (keys with the prefix `model.module.`, `module.` or none),
-`optimizer` and `epoch`. Every residual of its network owns a 1x1 `skip_layer`, used only where the
-number of channels changes; the others are dead and are dropped.
+They hold `state_dict` (keys with the prefix `model.module.`, `module.` or none), `optimizer` (Adam)
+and `epoch`. Every residual of its network owns a 1x1 `skip_layer`, used only where the number of
+channels changes. The others are dead, without gradient and without optimizer state. They are
+dropped in reading and written as zeros.
 """
 
 import re
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-_PREFIXES = ("model.module.", "module.", "model.", "")
+from model.hourglass import Residual, StackedHourglass
+
+STEPS_PER_EPOCH = 1_000
+"""Of its recipe; its checkpoints count epochs."""
+PREFIX = "model.module."
+"""What its train.py puts before every key."""
+_PREFIXES = (PREFIX, "module.", "model.", "")
 _FIRST = "pre.0.conv.weight"
 
-# Parts of a name, theirs -> ours, tried from left to right at each part of the name.
-_PLACES = (
-    (r"pre\.0\.conv", "stem.conv.0"),
-    (r"pre\.0\.bn", "stem.conv.1"),
-    (r"pre\.1", "stem.residual1"),
-    (r"pre\.3", "stem.residual2"),
-    (r"pre\.4", "stem.residual3"),
-    (r"hgs\.(\d+)\.0", r"hourglasses.\1"),
-    (r"features\.(\d+)\.0", r"features.\1.0"),
-    (r"features\.(\d+)\.1\.conv", r"features.\1.1.0"),
-    (r"features\.(\d+)\.1\.bn", r"features.\1.1.1"),
-    (r"outs\.(\d+)\.conv", r"heads.\1"),
-    (r"merge_features\.(\d+)\.conv\.conv", r"merge_features.\1"),
-    (r"merge_preds\.(\d+)\.conv\.conv", r"merge_heatmaps.\1"),
-    (r"up1", "across"),
-    (r"low1", "down"),
-    (r"low2", "inner"),
-    (r"low3", "up"),
-    (r"conv([123])\.conv", r"conv\1"),
-    (r"bn([123])", r"norm\1"),
-    (r"skip_layer\.conv", "skip"),
+# Parts of a name, theirs and ours; {} is a number.
+_PARTS = (
+    ("pre.0.conv", "stem.conv.0"),
+    ("pre.0.bn", "stem.conv.1"),
+    ("pre.1", "stem.residual1"),
+    ("pre.3", "stem.residual2"),
+    ("pre.4", "stem.residual3"),
+    ("hgs.{}.0", "hourglasses.{}"),
+    ("features.{}.0", "features.{}.0"),
+    ("features.{}.1.conv", "features.{}.1.0"),
+    ("features.{}.1.bn", "features.{}.1.1"),
+    ("outs.{}.conv", "heads.{}"),
+    ("merge_features.{}.conv.conv", "merge_features.{}"),
+    ("merge_preds.{}.conv.conv", "merge_heatmaps.{}"),
+    ("up1", "across"),
+    ("low1", "down"),
+    ("low2", "inner"),
+    ("low3", "up"),
+    ("conv{}.conv", "conv{}"),
+    ("bn{}", "norm{}"),
+    ("skip_layer.conv", "skip"),
 )
 
 
@@ -62,20 +70,29 @@ def find_state_dict(raw: Any) -> dict[str, Tensor] | None:
     return None
 
 
-def our_name(name: str) -> str:
+def our_name(theirs: str) -> str:
     """Our name of one of its tensors; parts that it does not know stay as they are."""
-    done = ""
+    return _translate(theirs, _PARTS)
+
+
+def their_name(ours: str) -> str:
+    """Its name of one of our tensors."""
+    return _translate(ours, tuple((b, a) for a, b in _PARTS))
+
+
+def _translate(name: str, parts: tuple[tuple[str, str], ...]) -> str:
+    done: list[str] = []
     while name:
-        for pattern, replacement in _PLACES:
-            match = re.match(pattern + r"(?=\.)", name)
+        for source, target in parts:
+            match = re.match(re.escape(source).replace(r"\{\}", r"(\d+)") + r"(?:\.|$)", name)
             if match:
-                done += match.expand(replacement) + "."
-                name = name[match.end() + 1 :]
+                done.append(target.format(*match.groups()))
+                name = name[match.end() :]
                 break
         else:
             part, _, name = name.partition(".")
-            done += part + ("." if name else "")
-    return done
+            done.append(part)
+    return ".".join(done)
 
 
 def our_weights(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -89,6 +106,59 @@ def _is_dead(name: str, theirs: dict[str, Tensor]) -> bool:
         return False
     weight = theirs[name.rsplit(".", 1)[0] + ".weight"]
     return weight.shape[0] == weight.shape[1]
+
+
+def their_weights(ours: dict[str, Tensor], network: StackedHourglass) -> dict[str, Tensor]:
+    """Our tensors under its names, in its order, its dead layers as zeros."""
+    theirs: dict[str, Tensor] = {}
+    dead = _dead_layers(network)
+    for name, tensor in ours.items():
+        theirs[their_name(name)] = tensor
+        owner, _, last = name.rpartition(".conv3.")
+        if owner in dead and last == "bias":
+            channels = len(tensor)
+            layer = their_name(owner) + ".skip_layer.conv"
+            theirs[layer + ".weight"] = torch.zeros(channels, channels, 1, 1)
+            theirs[layer + ".bias"] = torch.zeros(channels)
+    return theirs
+
+
+def _dead_layers(network: StackedHourglass) -> set[str]:
+    """Our names of the residuals whose skip layer it would never use."""
+    return {
+        name
+        for name, module in network.named_modules()
+        if isinstance(module, Residual) and isinstance(module.skip, torch.nn.Identity)
+    }
+
+
+def _parameter_places(network: StackedHourglass) -> list[int]:
+    """For each of our parameters its number in its optimizer, which counts dead ones too."""
+    ours = {name: tensor.detach() for name, tensor in network.named_parameters()}
+    order = {name: place for place, name in enumerate(their_weights(ours, network))}
+    return [order[their_name(name)] for name in ours]
+
+
+def our_adam_state(theirs: dict[str, Any], network: StackedHourglass) -> dict[str, Any]:
+    """The state of its Adam for our parameters, as `torch.optim.Adam.load_state_dict` takes it.
+
+    Raises KeyError or ValueError if it belongs to another network.
+    """
+    places = _parameter_places(network)
+    group = theirs["param_groups"][0]
+    state = {n: theirs["state"][place] for n, place in enumerate(places) if theirs["state"]}
+    for moments, parameter in zip(state.values(), network.parameters(), strict=False):
+        if moments["exp_avg"].shape != parameter.shape:
+            raise ValueError("moments of other shapes than the weights")
+    own = {"params": list(range(len(places))), "fused": True}
+    return {"state": state, "param_groups": [{**group, **own}]}
+
+
+def their_adam_state(ours: dict[str, Any], network: StackedHourglass) -> dict[str, Any]:
+    """The state of our Adam for its parameters; dead ones have none, as in its own checkpoints."""
+    places = _parameter_places(network)
+    group = {**ours["param_groups"][0], "params": list(range(max(places) + 1)), "fused": None}
+    return {"state": {places[n]: s for n, s in ours["state"].items()}, "param_groups": [group]}
 
 
 def size_of(weights: dict[str, Tensor]) -> Size:

@@ -4,6 +4,7 @@ A source gives the bytes of a picture and the record of a person; `ShardSet` is 
 `LooseImages` is the other. All that is random is in a Draw, so that a crop is a pure function.
 """
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -209,7 +210,11 @@ class CropLoader:
         workers: int,
         pin: bool,
     ):
-        """workers: processes; 0 crops in this one. pin: page-locked memory, for a GPU."""
+        """workers: processes, no more than there are cores; 0 crops in this one.
+
+        pin: page-locked memory, for a GPU.
+        """
+        workers = min(workers, usable_cores())
         self._batches = DataLoader(
             _Careful(dataset),
             batch_sampler=sampler,
@@ -225,6 +230,13 @@ class CropLoader:
             if isinstance(batch, InputError):
                 raise batch
             yield batch
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 class _Careful(Dataset):

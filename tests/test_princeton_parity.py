@@ -140,10 +140,110 @@ def test_another_kind_of_network_is_refused(tmp_path):
         checkpoint.load(tmp_path / "x.pt")
 
 
-def test_a_run_cannot_be_resumed_from_weights_alone(shared):
+def test_a_run_cannot_be_resumed_from_weights_alone(shared, tmp_path):
     import train
     from training.runtime import Runtime
 
-    path = shared / "golden" / "seed_2hg_dim48_checkpoint.pt"
+    raw = torch.load(shared / "golden" / "seed_2hg_dim48_checkpoint.pt", weights_only=True)
+    torch.save({"state_dict": raw["state_dict"]}, tmp_path / "weights.pt")
+    place = Runtime(0, 1, torch.device("cpu"), torch.float32)
     with pytest.raises(InputError, match="--init_from"):
-        train.open_folder(Path("nowhere"), str(path), Runtime(0, 1, torch.device("cpu"), None))  # type: ignore[arg-type]
+        train.open_folder(Path("nowhere"), str(tmp_path / "weights.pt"), place)
+
+
+@pytest.fixture(scope="module")
+def golden_path(shared) -> Path:
+    return shared / "golden" / "seed_2hg_dim48_checkpoint.pt"
+
+
+def test_weights_and_adam_state_come_back_as_they_were(golden_path, network):
+    raw = torch.load(golden_path, weights_only=True)
+    again = checkpoint.to_princeton(checkpoint.load(golden_path), golden_path)
+    assert list(again["state_dict"]) == list(raw["state_dict"])
+    for name, tensor in raw["state_dict"].items():
+        mine = again["state_dict"][name]
+        assert mine.shape == tensor.shape
+        if ".skip_layer." not in name:
+            assert torch.equal(mine, tensor), name
+    assert again["epoch"] == raw["epoch"] == 3
+    assert again["optimizer"]["state"].keys() == raw["optimizer"]["state"].keys()
+    assert len(again["optimizer"]["state"]) == 396
+    for place, moments in raw["optimizer"]["state"].items():
+        assert torch.equal(again["optimizer"]["state"][place]["exp_avg"], moments["exp_avg"])
+    theirs, mine = (o["optimizer"]["param_groups"][0]["params"] for o in (raw, again))
+    assert theirs == mine == list(range(454))
+
+
+def test_one_step_of_adam_from_the_checkpoint_equals_plain_torch(golden_path, crops, golden):
+    """Reading, loss, fused Adam and the guard against bad gradients, against torch's own loop."""
+    from training.loop import Run
+    from training.optimizer import make_optimizer
+
+    state = checkpoint.load(golden_path)
+    config = checkpoint.config_of(state, golden_path)
+    images = _input(crops[:4])
+    joints = torch.from_numpy(golden["target_keypoints"][:4])
+    target = heatmaps.render(joints, torch.ones(4, 16), 64, "princeton", 1.0)
+
+    plain = checkpoint.build_network(config, 16)
+    plain.load_state_dict(state["model"])
+    adam = torch.optim.Adam(plain.parameters(), lr=1e-3, foreach=False, fused=False)
+    group = {**state["optimizer"]["param_groups"][0], "fused": False, "lr": 1e-3}
+    adam.load_state_dict({**state["optimizer"], "param_groups": [group]})
+    heat = plain.train()(images)
+    (((heat - target[:, None]) ** 2).mean(dim=(2, 3, 4)).mean()).backward()
+    adam.step()
+
+    mine = checkpoint.build_network(config, 16)
+    mine.load_state_dict(state["model"])
+    run = Run.__new__(Run)  # the step alone, without data
+    run.config, run.network = config, mine.train()
+    run.scaler = torch.amp.GradScaler("cpu", enabled=False)
+    run.optimizer = make_optimizer(mine, config.optim)
+    # A fresh copy: torch's optimizers work on the very tensors that they are given.
+    run._restore_optimizer(checkpoint.load(golden_path)["optimizer"], golden_path)
+    stack_losses(mine(images), target, torch.ones(4, 16), "empty").mean().backward()
+    assert not run._apply_gradients()
+    moved = 0.0
+    for (name, a), b in zip(plain.named_parameters(), mine.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=0, msg=name)
+        moved = max(moved, (a - state["model"][name]).abs().max().item())
+    assert moved > 1e-4, "nothing was trained"
+
+
+def test_a_run_continues_from_its_checkpoint_with_optimizer_and_epoch(
+    golden_path, tiny_shards, tmp_path
+):
+    from test_training import HERE, make_run, steps, tiny_config
+
+    state = checkpoint.load(golden_path)
+    size = {"stacks": 2, "width": 48, "depth": 4, "stem": [64, 128, 128]}
+    config = tiny_config(tiny_shards, model=size, train={"steps": 4000, "steps_per_epoch": 1000})
+    run = make_run(config, tmp_path / "run", state, HERE)
+    assert run.step == 3000
+    first = next(iter(run.optimizer.state.values()))
+    assert first["step"].item() == 12
+    assert np.isfinite(steps(run, 1)).all() and first["step"].item() == 13
+
+
+def test_the_converter_goes_both_ways(golden_path, tmp_path, monkeypatch, capsys):
+    import sys
+
+    from tools import convert_checkpoint
+
+    for source, target, to in (
+        (golden_path, tmp_path / "native.pt", "native"),
+        (tmp_path / "native.pt", tmp_path / "theirs.pt", "princeton"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["x", str(source), str(target), "--to", to])
+        convert_checkpoint.main()
+        assert "with the optimizer's state" in capsys.readouterr().out
+    raw, again = (torch.load(p, weights_only=True) for p in (golden_path, tmp_path / "theirs.pt"))
+    assert again["epoch"] == 3
+    assert all(
+        torch.equal(again["state_dict"][name], tensor)
+        for name, tensor in raw["state_dict"].items()
+        if ".skip_layer." not in name
+    )
+    with pytest.raises(InputError, match="a new name"):
+        convert_checkpoint.main()

@@ -29,10 +29,15 @@ State = dict[str, Any]
 
 def save(path: Path, state: State) -> None:
     """Write a checkpoint whole or not at all; an older file stays until the new one is on disk."""
+    write(path, {"format": FORMAT, "format_version": FORMAT_VERSION, **state})
+
+
+def write(path: Path, raw: State) -> None:
+    """The same for a checkpoint in anybody's format."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("wb") as file:
-            torch.save({"format": FORMAT, "format_version": FORMAT_VERSION, **state}, file)
+            torch.save(raw, file)
             file.flush()
             os.fsync(file.fileno())
         temporary.rename(path)
@@ -57,7 +62,7 @@ def load(path: Path) -> State:
         ) from error
     theirs = princeton.find_state_dict(state)
     if theirs is not None:
-        return _from_princeton(theirs, path)
+        return _from_princeton(state, theirs, path)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise InputError(path, "another kind of file", f"format {FORMAT!r}", "give a checkpoint")
     if state.get("format_version") != FORMAT_VERSION:
@@ -71,31 +76,57 @@ def load(path: Path) -> State:
     return state
 
 
-def _from_princeton(theirs: dict[str, Tensor], path: Path) -> State:
-    """A checkpoint of princeton-vl's code as one of ours, weights alone."""
+def _from_princeton(raw: State, theirs: dict[str, Tensor], path: Path) -> State:
+    """A checkpoint of princeton-vl's code as one of ours; it has no place in our data."""
     try:
         weights = princeton.our_weights(theirs)
         size = princeton.size_of(weights)
         if size.joints != MPII.joint_count:
             raise ValueError(f"{size.joints} joints")
-    except (KeyError, ValueError) as error:
+        model = ModelConfig(stacks=size.stacks, width=size.width, depth=size.depth, stem=size.stem)
+        data, rule = DataConfig(preset="princeton"), HeatmapsConfig(rule="princeton")
+        config = Config(data=data, heatmaps=rule, model=model)
+        network = build_network(config, size.joints)
+        load_weights(network, weights, path)
+        optimizer = (
+            princeton.our_adam_state(raw["optimizer"], network) if "optimizer" in raw else None
+        )
+    except (KeyError, ValueError, IndexError, TypeError) as error:
         raise InputError(
             path,
-            f"a network that differs from princeton-vl's ({error})",
+            f"a network that differs from princeton-vl's ({type(error).__name__}: {error})",
             f"its PoseNet with {MPII.joint_count} joints",
             "give a checkpoint that its train.py wrote",
         ) from error
-    model = ModelConfig(stacks=size.stacks, width=size.width, depth=size.depth, stem=size.stem)
-    config = Config(
-        data=DataConfig(preset="princeton"), heatmaps=HeatmapsConfig(rule="princeton"), model=model
-    )
-    return {
+    state = {
         "config": as_dict(config),
         "skeleton": plain_skeleton(MPII),
         "model": weights,
         "ema": {},
-        "step": 0,
+        "step": int(raw.get("epoch", 0)) * princeton.STEPS_PER_EPOCH,
     }
+    return state | ({"optimizer": optimizer} if optimizer else {})
+
+
+def to_princeton(state: State, path: Path) -> State:
+    """A checkpoint of ours as princeton-vl's train.py would write it. Raises InputError.
+
+    Its weights are the averaged ones where there are some; then there is no optimizer state, which
+    belongs to the others.
+    """
+    network = evaluation_network(state, path)
+    weights = princeton.their_weights(network.state_dict(), network)
+    raw: State = {
+        "state_dict": {princeton.PREFIX + name: tensor for name, tensor in weights.items()},
+        "epoch": state["step"] // princeton.STEPS_PER_EPOCH,
+    }
+    if "optimizer" in state and not state["ema"] and _is_adam(state["optimizer"]):
+        raw["optimizer"] = princeton.their_adam_state(state["optimizer"], network)
+    return raw
+
+
+def _is_adam(optimizer: State) -> bool:
+    return all("exp_avg" in moments for moments in optimizer["state"].values())
 
 
 def config_of(state: State, path: Path) -> Config:

@@ -100,6 +100,7 @@ class Run:
         self.scaler = torch.amp.GradScaler(place.device.type, enabled=place.dtype == torch.float16)
         self.step, self.best, self.seconds = 0, -1.0, 0.0
         self.average: Average | None = None
+        self.remarks: list[str] = []
         loader_state = self._restore(state) if state else b""
         if config.optim.ema_decay and self.average is None:
             self.average = Average(self.network, config.optim.ema_decay)
@@ -108,6 +109,8 @@ class Run:
         if place.is_first:
             folder.mkdir(parents=True, exist_ok=True)
         self.log = Log(folder, place.is_first, config.train.steps, self.step)
+        for remark in self.remarks:
+            self.log.say(remark)
         self.bad_steps_in_a_row = 0
         self.good_statistics = self._statistics()
 
@@ -338,26 +341,55 @@ class Run:
         runtime.barrier(self.place)
 
     def _restore(self, state: State) -> bytes:
-        """Continue from a checkpoint. Returns the state of this rank's loader."""
+        """Continue from a checkpoint. Returns the state of this rank's loader, if it has one."""
         path = self.folder / "last.pt"
         checkpoint.load_weights(self.network, state["model"], path)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.step, self.best, self.seconds = state["step"], state["best"], state["seconds"]
-        if state["ema"] and self.config.optim.ema_decay:
-            self.average = Average(self.network, self.config.optim.ema_decay)
-            for name, tensor in state["ema"].items():
-                self.average.tensors[name].copy_(tensor)
-        if state["ranks"] != self.place.ranks:
+        if state.get("ranks", self.place.ranks) != self.place.ranks:
             raise InputError(
                 path,
                 f"a run of {state['ranks']} rank(s), now {self.place.ranks}",
                 "the same number of ranks, for each has its own place in the data",
                 "start as many, or begin a new run with --init_from",
             )
-        torch.set_rng_state(state["rng"][self.place.rank])
-        same = state["loader"] == batches.choose_loader(self.config.data.loader, self.place.device)
-        return bytes(state["loader_states"][self.place.rank].numpy()) if same else b""
+        self._restore_optimizer(state["optimizer"], path)
+        self.step = state["step"]
+        self.best, self.seconds = state.get("best", -1.0), state.get("seconds", 0.0)
+        if state["ema"] and self.config.optim.ema_decay:
+            self.average = Average(self.network, self.config.optim.ema_decay)
+            for name, tensor in state["ema"].items():
+                self.average.tensors[name].copy_(tensor)
+        if state.get("scaler"):
+            self.scaler.load_state_dict(state["scaler"])
+        if "rng" in state:
+            torch.set_rng_state(state["rng"][self.place.rank])
+        return self._loader_state(state)
+
+    def _restore_optimizer(self, saved: State, path: Path) -> None:
+        """Take over the optimizer's moments. Raises InputError if they are another optimizer's."""
+        kind = "exp_avg" if self.config.optim.name == "adam" else "square_avg"
+        if any(kind not in moments for moments in saved["state"].values()):
+            raise InputError(
+                path,
+                "the state of another optimizer",
+                f"that of optim.name: {self.config.optim.name}",
+                "resume with the settings of the run, or begin a new one with --init_from",
+            )
+        self.optimizer.load_state_dict(saved)
+
+    def _loader_state(self, state: State) -> bytes:
+        """DALI's state if it fits these settings; else its sequence begins anew, which is said."""
+        if "loader_states" not in state:
+            return b""
+        mine = schema.as_dict(self.config)["data"]
+        changed = [name for name, value in state["config"]["data"].items() if mine[name] != value]
+        loader = batches.choose_loader(self.config.data.loader, self.place.device)
+        if loader != state["loader"] or set(changed) - {"workers"}:
+            self.remarks.append(
+                f"the order of people is not that of the run before: loader {state['loader']}, now "
+                f"{loader}; changed settings: {', '.join(changed) or 'none'}"
+            )
+            return b""
+        return bytes(state["loader_states"][self.place.rank].numpy())
 
     def _make_loader(self, loader_state: bytes) -> batches.Loader:
         data = self.config.data

@@ -1,0 +1,46 @@
+"""Converts checkpoints between this project and princeton-vl/pytorch_stacked_hourglass."""
+
+import argparse
+import sys
+from pathlib import Path
+
+# `python tools/convert_checkpoint.py` puts tools/ on the path, and not the folder of the packages.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from configs.errors import InputError, run_main
+from training import checkpoint
+
+
+def main() -> None:
+    """Read either format, write the one asked for. Raises InputError."""
+    options = make_parser().parse_args()
+    source, target = Path(options.source), Path(options.target)
+    if target.exists():
+        raise InputError(target, "a file", "a new name", "give another name, or remove the file")
+    state = checkpoint.load(source)
+    if options.to == "princeton":
+        raw = checkpoint.to_princeton(state, source)
+        checkpoint.write(target, raw)
+        what = "with" if "optimizer" in raw else "without"
+    else:
+        checkpoint.save(target, state)
+        what = "with" if "optimizer" in state else "without"
+    print(f"wrote {target} ({options.to}), step {state['step']:,}, {what} the optimizer's state")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="convert_checkpoint.py",
+        description="Convert a checkpoint; what it is is found out, what it becomes is said.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example:\n  python tools/convert_checkpoint.py checkpoint.pt mine.pt --to native",
+    )
+    parser.add_argument("source", metavar="IN", help="a checkpoint of either kind")
+    parser.add_argument("target", metavar="OUT", help="the file to write, which must not exist yet")
+    parser.add_argument("--to", choices=("native", "princeton"), required=True)
+    return parser
+
+
+if __name__ == "__main__":
+    run_main(main)
