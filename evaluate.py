@@ -15,12 +15,17 @@ from configs.schema import Config
 from configs.skeleton import Skeleton
 from evaluation import pckh, report
 from evaluation.inference import Predictions, evaluation_batches, predict
+from evaluation.predictions import as_coco, as_entries, read_predictions, write_mat
 from pipelines.annotations import People, read_annotations
 from pipelines.augment import preset_of
 from pipelines.batches import Target
 from pipelines.opencv_crops import LooseImages, Source
 from pipelines.shards import MANIFEST, ShardSet
 from training import checkpoint, runtime
+
+COMPARISON_LEGEND = (
+    "PCKh in %; < and <= say whether an error equal to the threshold counts as found"
+)
 
 
 class Subjects(NamedTuple):
@@ -39,6 +44,9 @@ class Subjects(NamedTuple):
 def main() -> None:
     """Predict everybody, print the table, write what was asked for."""
     options = make_parser().parse_args()
+    if options.predictions:
+        score_file(options)
+        return
     path = Path(options.checkpoint) if options.checkpoint else newest_checkpoint(Path(options.runs))
     state = checkpoint.load(path)
     config = checkpoint.config_of(state, path)
@@ -60,6 +68,27 @@ def main() -> None:
     write_files(options, path, subjects, found, {"flip": flip, **results})
 
 
+def score_file(options: argparse.Namespace) -> None:
+    """Score predictions that somebody else made. Raises InputError."""
+    if not options.annotations:
+        raise InputError(
+            "command line", "--predictions alone", "--annotations FILE with it", "give both"
+        )
+    people, skeleton = read_annotations(Path(options.annotations), "valid")
+    path = Path(options.predictions)
+    predicted = read_predictions(path, people)
+    own = predicted.truth if options.ground_truth == "file" else None
+    results = {"predictions": pckh.summary(predicted.keypoints_NJ2, own or people, skeleton)}
+    print(f"\n{path} against {'its own ground truth' if own else options.annotations}")
+    print(COMPARISON_LEGEND + "\n")
+    print(report.table(results, skeleton))
+    print()
+    print(report.explain(results["predictions"]))
+    if options.json:
+        facts = {"predictions_file": str(path), "ground_truth": "file" if own else "annotations"}
+        write_text(Path(options.json), json.dumps({**facts, **results}, indent=1))
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -76,6 +105,17 @@ def make_parser() -> argparse.ArgumentParser:
         "--annotations", help="valid.h5 or mpii_annotations.json(.gz), for loose pictures"
     )
     what.add_argument("--images", help="folder of the pictures, with --annotations")
+    what.add_argument(
+        "--predictions",
+        metavar="FILE",
+        help="score this file (.json of this program, COCO results, .mat) against --annotations",
+    )
+    what.add_argument(
+        "--ground-truth",
+        choices=("file", "annotations"),
+        default="file",
+        help="with --predictions: the file's own ground truth where it has one (default), or not",
+    )
     how = parser.add_argument_group("how")
     how.add_argument(
         "--flip",
@@ -90,6 +130,10 @@ def make_parser() -> argparse.ArgumentParser:
     out.add_argument("--json", metavar="OUT", help="every number")
     out.add_argument(
         "--save-predictions", metavar="OUT", help="joints in px of the original pictures"
+    )
+    out.add_argument("--save-coco", metavar="OUT", help="the same as COCO keypoint results")
+    out.add_argument(
+        "--save-mat", metavar="OUT", help="the same as .mat, `preds` counted from 1, as HRNet's"
     )
     out.add_argument("--picture", metavar="OUT", help="PNG or JPEG of predictions")
     out.add_argument(
@@ -185,7 +229,7 @@ def print_results(
         f"\n{path} (step {state['step']}) on {subjects.name}, "
         f"{'flip test' if flip else 'no flip test'}"
     )
-    print("PCKh in %; < and <= say whether an error equal to the threshold counts as found\n")
+    print(COMPARISON_LEGEND + "\n")
     print(report.table(results, subjects.skeleton))
     print()
     print(report.explain(results["network"]))
@@ -202,8 +246,15 @@ def write_files(
     if options.json:
         facts = {"checkpoint": str(path), "data": subjects.name}
         write_text(Path(options.json), json.dumps({**facts, **results}, indent=1))
+    keypoints, scores = found
     if options.save_predictions:
-        write_text(Path(options.save_predictions), json.dumps(as_entries(subjects, found)))
+        entries = as_entries(subjects.people, keypoints, scores)
+        write_text(Path(options.save_predictions), json.dumps(entries))
+    if options.save_coco:
+        write_text(Path(options.save_coco), json.dumps(as_coco(keypoints, scores)))
+    if options.save_mat:
+        write_mat(Path(options.save_mat), keypoints)
+        print(f"wrote {options.save_mat}")
     if options.picture:
         count = min(max(options.people, 1), subjects.people.count)
         rows = np.linspace(0, subjects.people.count - 1, count).astype(int)
@@ -220,15 +271,6 @@ def write_files(
                 options.picture, "cannot be written", "a .png or .jpg", "name another file"
             )
         print(f"wrote {options.picture}")
-
-
-def as_entries(subjects: Subjects, found: Predictions) -> list[dict[str, Any]]:
-    """A dict a person, in the annotation's order, keypoints as [x, y, score] in image px."""
-    joined = np.concatenate([found.keypoints_NJ2, found.scores_NJ[..., None]], axis=-1)
-    return [
-        {"image": image, "index": row, "keypoints": joined[row].tolist()}
-        for row, image in enumerate(subjects.people.images)
-    ]
 
 
 def write_text(path: Path, text: str) -> None:
