@@ -15,10 +15,12 @@ from configs.schema import Config
 from configs.skeleton import Skeleton
 from evaluation import pckh, report
 from evaluation.inference import Predictions, evaluation_batches, predict
+from evaluation.oracle import oracle_keypoints
 from evaluation.predictions import as_coco, as_entries, read_predictions, write_mat
 from pipelines.annotations import People, read_annotations
 from pipelines.augment import preset_of
 from pipelines.batches import Target
+from pipelines.heatmaps import Rule
 from pipelines.opencv_crops import LooseImages, Source
 from pipelines.shards import MANIFEST, ShardSet
 from training import checkpoint, runtime
@@ -44,6 +46,9 @@ class Subjects(NamedTuple):
 def main() -> None:
     """Predict everybody, print the table, write what was asked for."""
     options = make_parser().parse_args()
+    if options.oracle:
+        score_oracle(options)
+        return
     if options.predictions:
         score_file(options)
         return
@@ -66,6 +71,25 @@ def main() -> None:
         results["mean pose"] = pckh.summary(mean, subjects.people, subjects.skeleton)
     print_results(path, state, subjects, results, flip=flip)
     write_files(options, path, subjects, found, {"flip": flip, **results})
+
+
+def score_oracle(options: argparse.Namespace) -> None:
+    """Score perfect heatmaps by every rule: the ceiling of each. Raises InputError."""
+    if not options.annotations:
+        raise InputError(
+            "command line", "--oracle alone", "--annotations FILE with it", "give both"
+        )
+    people, skeleton = read_annotations(Path(options.annotations), "valid")
+    rules: tuple[Rule, ...] = ("exact", "princeton", "hrnet")
+    results: dict[str, dict[str, Any]] = {
+        rule: pckh.summary(oracle_keypoints(people, skeleton, rule, 256), people, skeleton)
+        for rule in rules
+    }
+    print(f"\nperfect heatmaps at 256 px, decoded again: the ceiling on {options.annotations}")
+    print(COMPARISON_LEGEND + "\n")
+    print(report.table(results, skeleton))
+    if options.json:
+        write_text(Path(options.json), json.dumps(results, indent=1))
 
 
 def score_file(options: argparse.Namespace) -> None:
@@ -115,6 +139,11 @@ def make_parser() -> argparse.ArgumentParser:
         choices=("file", "annotations"),
         default="file",
         help="with --predictions: the file's own ground truth where it has one (default), or not",
+    )
+    what.add_argument(
+        "--oracle",
+        action="store_true",
+        help="score perfect heatmaps of --annotations, by each rule of heatmaps.rule",
     )
     how = parser.add_argument_group("how")
     how.add_argument(
