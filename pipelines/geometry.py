@@ -67,8 +67,8 @@ def dali_from_opencv(matrix: Matrix) -> Matrix:
     return translation(0.5, 0.5) @ matrix @ translation(-0.5, -0.5)
 
 
-def transform(matrix: Matrix, points: npt.ArrayLike) -> npt.NDArray[np.float64]:
+def transform(matrix: npt.ArrayLike, points: npt.ArrayLike) -> npt.NDArray[np.float64]:
     """Apply an affine (..., 2 or 3, 3) to points (..., P, 2); returns (..., P, 2), target px."""
-    matrix = np.asarray(matrix, dtype=np.float64)
-    linear, shift = matrix[..., :2, :2], matrix[..., :2, 2]
+    affine = np.asarray(matrix, dtype=np.float64)
+    linear, shift = affine[..., :2, :2], affine[..., :2, 2]
     return np.asarray(points, np.float64) @ np.swapaxes(linear, -1, -2) + shift[..., None, :]
