@@ -62,6 +62,8 @@ class ModelConfig:
     """How often an hourglass halves the resolution."""
     stem: tuple[int, int, int] = (64, 128, 128)
     """Channels after the first convolution and the first two residuals."""
+    input_mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    """RGB in 0..1 that is subtracted from the picture."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -79,6 +79,8 @@ class Stem(nn.Module):
 class StackedHourglass(nn.Module):
     """`stacks` hourglasses, each of which refines the heatmaps of the one before."""
 
+    input_mean: Tensor | None
+
     def __init__(
         self,
         stacks: int,
@@ -86,12 +88,16 @@ class StackedHourglass(nn.Module):
         joints: int,
         depth: int = 4,
         stem: tuple[int, int, int] = (64, 128, 128),
+        input_mean: tuple[float, float, float] = (0.0, 0.0, 0.0),
     ):
         """width: channels of the hourglasses. joints: heatmaps. depth: halvings in an hourglass.
 
-        stem: channels after the first convolution and the first two residuals.
+        stem: channels after the first convolution and the first two residuals. input_mean: RGB in
+        0..1, subtracted from the picture.
         """
         super().__init__()
+        mean = torch.tensor(input_mean).reshape(1, 3, 1, 1) if any(input_mean) else None
+        self.register_buffer("input_mean", mean, persistent=False)
         self.stacks, self.depth = stacks, depth
         self.stem = Stem(width, stem)
         self.hourglasses = nn.ModuleList(Hourglass(depth, width) for _ in range(stacks))
@@ -105,6 +111,8 @@ class StackedHourglass(nn.Module):
 
     def forward(self, images_N3HW: Tensor) -> Tensor:
         """RGB in 0..1 -> heatmaps of every stack, (N, S, J, H/4, W/4); the last is the best."""
+        if self.input_mean is not None:
+            images_N3HW = images_N3HW - self.input_mean
         x = self.stem(images_N3HW)
         outputs = []
         for stack in range(self.stacks):

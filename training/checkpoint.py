@@ -18,7 +18,7 @@ from configs.schema import (
     config_from_dict,
 )
 from configs.skeleton import Skeleton
-from model import princeton
+from model import bearpaw, princeton
 from model.hourglass import StackedHourglass
 
 FORMAT = "stacked-hourglass-checkpoint"
@@ -60,9 +60,9 @@ def load(path: Path) -> State:
             "a file that training wrote",
             "use another checkpoint of the run, such as last.pt or best.pt",
         ) from error
-    theirs = princeton.find_state_dict(state)
-    if theirs is not None:
-        return _from_princeton(state, theirs, path)
+    foreign = _foreign(state, path)
+    if foreign is not None:
+        return foreign
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise InputError(path, "another kind of file", f"format {FORMAT!r}", "give a checkpoint")
     if state.get("format_version") != FORMAT_VERSION:
@@ -76,36 +76,51 @@ def load(path: Path) -> State:
     return state
 
 
-def _from_princeton(raw: State, theirs: dict[str, Tensor], path: Path) -> State:
-    """A checkpoint of princeton-vl's code as one of ours; it has no place in our data."""
-    try:
-        weights = princeton.our_weights(theirs)
-        size = princeton.size_of(weights)
-        if size.joints != MPII.joint_count:
-            raise ValueError(f"{size.joints} joints")
-        model = ModelConfig(stacks=size.stacks, width=size.width, depth=size.depth, stem=size.stem)
+def _foreign(raw: Any, path: Path) -> State | None:
+    """A checkpoint of somebody else's code as one of ours, or None if it is not one we know."""
+    for layout in (princeton, bearpaw):
+        theirs = layout.find_state_dict(raw)
+        if theirs is not None:
+            try:
+                return _from_foreign(raw, layout.our_weights(theirs), layout is princeton, path)
+            except (KeyError, ValueError, IndexError, TypeError) as error:
+                raise InputError(
+                    path,
+                    f"a network that differs from its kind ({type(error).__name__}: {error})",
+                    f"a network of {layout.__name__} with {MPII.joint_count} joints",
+                    "give a checkpoint that its own train.py wrote",
+                ) from error
+    return None
+
+
+def _from_foreign(raw: State, weights: dict[str, Tensor], is_princeton: bool, path: Path) -> State:
+    """Config from the shapes of the tensors, and Adam's state; it has no place in our data."""
+    size = princeton.size_of(weights)
+    if size.joints != MPII.joint_count:
+        raise ValueError(f"{size.joints} joints")
+    model = ModelConfig(
+        stacks=size.stacks,
+        width=size.width,
+        depth=size.depth,
+        stem=size.stem,
+        input_mean=(0.0, 0.0, 0.0) if is_princeton else bearpaw.INPUT_MEAN,
+    )
+    config = Config(model=model)
+    if is_princeton:
         data, rule = DataConfig(preset="princeton"), HeatmapsConfig(rule="princeton")
         config = Config(data=data, heatmaps=rule, model=model)
-        network = build_network(config, size.joints)
-        load_weights(network, weights, path)
-        optimizer = (
-            princeton.our_adam_state(raw["optimizer"], network) if "optimizer" in raw else None
-        )
-    except (KeyError, ValueError, IndexError, TypeError) as error:
-        raise InputError(
-            path,
-            f"a network that differs from princeton-vl's ({type(error).__name__}: {error})",
-            f"its PoseNet with {MPII.joint_count} joints",
-            "give a checkpoint that its train.py wrote",
-        ) from error
-    state = {
+    network = build_network(config, size.joints)
+    load_weights(network, weights, path)
+    state: State = {
         "config": as_dict(config),
         "skeleton": plain_skeleton(MPII),
         "model": weights,
         "ema": {},
-        "step": int(raw.get("epoch", 0)) * princeton.STEPS_PER_EPOCH,
+        "step": int(raw.get("epoch", 0)) * princeton.STEPS_PER_EPOCH if is_princeton else 0,
     }
-    return state | ({"optimizer": optimizer} if optimizer else {})
+    if is_princeton and raw.get("optimizer"):
+        state["optimizer"] = princeton.our_adam_state(raw["optimizer"], network)
+    return state
 
 
 def to_princeton(state: State, path: Path) -> State:
@@ -160,7 +175,7 @@ def plain_skeleton(skeleton: Skeleton) -> dict[str, Any]:
 def build_network(config: Config, joints: int) -> StackedHourglass:
     """The network of a config, with fresh weights."""
     size = config.model
-    return StackedHourglass(size.stacks, size.width, joints, size.depth, size.stem)
+    return StackedHourglass(size.stacks, size.width, joints, size.depth, size.stem, size.input_mean)
 
 
 def evaluation_network(state: State, path: Path, averaged: bool = True) -> StackedHourglass:
