@@ -1,6 +1,6 @@
 """The network on people: flip test, decoding, and back to the pixels of the original picture."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -31,13 +31,14 @@ def evaluation_batches(
     batch_size: int,
     workers: int,
     pin: bool,
+    decoder: Callable[[bytes, str], npt.NDArray[np.uint8]] = opencv_crops.decode,
 ) -> Iterable[RawBatch]:
     """Crops of these samples in this order, without augmentation, by OpenCV.
 
     The preset's crop rule stays: princeton's crop is not the default one even without a draw.
     """
     still = augment.PRESETS["none"]._replace(princeton_crop=target.preset.princeton_crop)
-    dataset = opencv_crops.CropDataset(source, still, target.input_px, seed=0)
+    dataset = opencv_crops.CropDataset(source, still, target.input_px, 0, decoder)
     sampler = opencv_crops.ListSampler(samples, batch_size)
     return opencv_crops.CropLoader(dataset, sampler, workers, pin)
 

@@ -8,6 +8,8 @@ DALI counts from pixel corners, hence the two half-pixel shifts around the affin
 from collections.abc import Iterator
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from nvidia.dali import fn, math, pipeline_def, types
 from nvidia.dali.pipeline import Pipeline
@@ -112,6 +114,42 @@ class DaliCrops:
         return self.pipeline.checkpoint()
 
 
+def decode_pictures(
+    jpegs: list[bytes], device: Literal["gpu", "cpu"]
+) -> list[npt.NDArray[np.uint8]]:
+    """(H, W, 3) RGB of each JPEG, decoded as the crops' graph decodes. Raises InputError."""
+    graph = pipeline_def(_decode_graph)(
+        batch_size=len(jpegs),
+        num_threads=2,
+        device_id=0 if device == "gpu" else None,
+        device=device,
+    )
+    graph.build()
+    graph.feed_input("jpeg", [np.frombuffer(jpeg, dtype=np.uint8) for jpeg in jpegs])
+    try:
+        (images,) = graph.run()
+    except RuntimeError as error:
+        raise InputError("DALI", _reason(error), "JPEGs", "check the pictures") from error
+    images = images.as_cpu() if device == "gpu" else images
+    return [np.array(image) for image in images]
+
+
+def _decode_graph(*, device: str) -> Node:
+    return _decode(fn.external_source(name="jpeg", dtype=types.UINT8, ndim=1), device)
+
+
+def _decode(jpeg: Node, device: str, **hints: int) -> Node:
+    return fn.decoders.image(
+        jpeg,
+        device="mixed" if device == "gpu" else "cpu",
+        output_type=types.RGB,
+        # Both pinned to OpenCV's behaviour: stored pixels, libjpeg-turbo's chroma upsampling.
+        adjust_orientation=False,
+        jpeg_fancy_upsampling=True,
+        **hints,
+    )
+
+
 def first_bad_picture(shards: ShardSet) -> str:
     """Where the first picture lies that is damaged, for DALI's message does not say; else empty.
 
@@ -167,15 +205,7 @@ def _graph(
             "preallocate_width_hint": shards.manifest.max_width,
             "preallocate_height_hint": shards.manifest.max_height,
         }
-    image = fn.decoders.image(
-        jpeg,
-        device="mixed" if device == "gpu" else "cpu",
-        output_type=types.RGB,
-        # Both pinned to OpenCV's behaviour: stored pixels, libjpeg-turbo's chroma upsampling.
-        adjust_orientation=False,
-        jpeg_fancy_upsampling=True,
-        **hints,
-    )
+    image = _decode(jpeg, device, **hints)
     drawn = _draw(preset)
     if preset.princeton_crop:
         upper_left, lower_right = _princeton_corners(record, input_px)

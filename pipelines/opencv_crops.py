@@ -5,7 +5,7 @@ A source gives the bytes of a picture and the record of a person; `ShardSet` is 
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -130,15 +130,26 @@ def crop_person(
 class CropDataset(Dataset):
     """Crops by (sample, epoch) keys; the draw follows from the seed and the key alone."""
 
-    def __init__(self, source: Source, preset: Preset, input_px: int, seed: int):
-        """preset: augment.PRESETS[...]. input_px: side of the crop. seed: of the draws."""
+    def __init__(
+        self,
+        source: Source,
+        preset: Preset,
+        input_px: int,
+        seed: int,
+        decoder: Callable[[bytes, str], npt.NDArray[np.uint8]] = decode,
+    ):
+        """preset: augment.PRESETS[...]. input_px: side of the crop. seed: of the draws.
+
+        decoder: (JPEG, what to call it) -> (H, W, 3) BGR.
+        """
         self.source, self.preset, self.input_px, self.seed = source, preset, input_px, seed
+        self.decoder = decoder
 
     def __getitem__(self, key: tuple[int, int]) -> Item:
         sample, epoch = key
         drawn = draw(self.preset, draw_rng(self.seed, epoch, sample))
         record = self.source.record(sample)
-        image = decode(self.source.jpeg(sample), self.source.where(sample))
+        image = self.decoder(self.source.jpeg(sample), self.source.where(sample))
         fields = unpack_records(record[None])
         crop, matrix = crop_person(image, fields, drawn, self.preset, self.input_px)
         return crop, matrix, drawn, record

@@ -58,7 +58,13 @@ def test_a_layer_imports_itself_and_those_below_alone(path):
 
 
 def test_programs_never_import_each_other():
-    programs = {"tools.make_shards", "tools.make_synthetic", "benchmarks.throughput"}
+    programs = {
+        "tools.make_shards",
+        "tools.make_synthetic",
+        "tools.convert_checkpoint",
+        "tools.compare_decoders",
+        "benchmarks.throughput",
+    }
     for path in sources():
         if place(path) == "program":
             assert not imports(path) & programs, path

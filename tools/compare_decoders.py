@@ -1,0 +1,201 @@
+"""Compares JPEG decoders with each other, in pixels and in PCKh."""
+
+import argparse
+import functools
+import importlib.util
+import io
+import itertools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+# `python tools/compare_decoders.py` puts tools/ on the path, and not the folder of the packages.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from configs.errors import InputError, run_main
+from evaluation import pckh
+from evaluation.inference import evaluation_batches, predict
+from pipelines import opencv_crops
+from pipelines.augment import preset_of
+from pipelines.batches import Target
+from pipelines.shards import ShardSet
+from training import checkpoint
+
+Picture = npt.NDArray[np.uint8]
+Decoder = Callable[[list[bytes]], list[Picture]]
+"""JPEGs -> RGB pictures (H, W, 3)."""
+
+
+class Difference(NamedTuple):
+    """How two decoders differ over all pictures. Units are grey levels of 0..255."""
+
+    pixels: float
+    """Share of pixels with a difference in any channel."""
+    total: int
+    """Sum of absolute differences."""
+    rms: float
+    largest: int
+
+
+def main() -> None:
+    """Decode everything with every decoder at hand, compare, print."""
+    options = make_parser().parse_args()
+    decoders, missing = find_decoders()
+    for name, reason in missing.items():
+        print(f"not compared: {name} ({reason})")
+    shards = ShardSet(Path(options.shards)) if options.shards else None
+    jpegs = read_jpegs(options, shards)
+    pictures = {name: decoder(jpegs) for name, decoder in decoders.items()}
+    print(f"\n{len(jpegs)} pictures, {sum(p.size // 3 for p in pictures['opencv']):,} pixels\n")
+    print(f"{'':24}{'pixels that differ':>20}{'sum':>14}{'RMS':>10}{'largest':>10}")
+    for a, b in itertools.combinations(decoders, 2):
+        d = compare(pictures[a], pictures[b])
+        print(f"{a + ' - ' + b:24}{d.pixels:>20.4%}{d.total:>14,}{d.rms:>10.4f}{d.largest:>10}")
+    if options.checkpoint:
+        if shards is None:
+            raise InputError(
+                "command line", "--checkpoint without --shards", "both", "give --shards DIR"
+            )
+        print_pckh(Path(options.checkpoint), shards, jpegs, pictures)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="compare_decoders.py",
+        description="Compare OpenCV, Pillow, DALI and torchvision as JPEG decoders.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example:\n  python tools/compare_decoders.py --shards data/shards/lspet/valid",
+    )
+    parser.add_argument("--images", metavar="DIR", help="folder of .jpg files")
+    parser.add_argument("--shards", metavar="DIR", help="a split made by tools/make_shards.py")
+    parser.add_argument("--checkpoint", metavar="PATH", help="PCKh through each, with --shards")
+    parser.add_argument("--most", type=int, default=500, help="pictures (default: %(default)s)")
+    return parser
+
+
+def read_jpegs(options: argparse.Namespace, shards: ShardSet | None) -> list[bytes]:
+    """Different pictures of the folder or of the shards, in order. Raises InputError."""
+    if bool(options.images) == bool(options.shards) or options.most < 1:
+        raise InputError(
+            "command line", "no pictures, or too many sources", "--images or --shards", "give one"
+        )
+    if shards is not None:
+        jpegs = [shards.jpeg(sample) for sample in range(len(shards))]
+    else:
+        jpegs = [path.read_bytes() for path in sorted(Path(options.images).glob("*.jpg"))]
+    if not jpegs:
+        raise InputError(
+            options.images, "no .jpg in this folder", "pictures", "name another folder"
+        )
+    # A checkpoint needs every picture of its people.
+    most = None if options.checkpoint else options.most
+    return list(dict.fromkeys(jpegs))[:most]
+
+
+def find_decoders() -> tuple[dict[str, Decoder], dict[str, str]]:
+    """The decoders at hand, OpenCV first, and why the others are not."""
+    decoders: dict[str, Decoder] = {"opencv": decode_opencv}
+    missing = {}
+    if importlib.util.find_spec("PIL"):
+        decoders["pillow"] = decode_pillow
+    else:
+        missing["pillow"] = "pip install pillow"
+    if importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali"):
+        decoders["dali cpu"] = lambda jpegs: decode_dali(jpegs, "cpu")
+        if torch.cuda.is_available():
+            decoders["nvjpeg"] = lambda jpegs: decode_dali(jpegs, "gpu")
+        else:
+            missing["nvjpeg"] = "no CUDA device"
+    else:
+        missing["dali cpu"] = missing["nvjpeg"] = "pip install nvidia-dali-cuda120, on Linux"
+    if importlib.util.find_spec("torchvision"):
+        decoders["torchvision"] = decode_torchvision
+    else:
+        missing["torchvision"] = "pip install torchvision"
+    return decoders, missing
+
+
+def decode_opencv(jpegs: list[bytes]) -> list[Picture]:
+    """By cv2.imdecode, as the OpenCV path does."""
+    return [opencv_crops.decode(jpeg, "picture")[..., ::-1] for jpeg in jpegs]
+
+
+def decode_pillow(jpegs: list[bytes]) -> list[Picture]:
+    """By PIL.Image."""
+    from PIL import Image
+
+    return [np.array(Image.open(io.BytesIO(jpeg)).convert("RGB")) for jpeg in jpegs]
+
+
+def decode_dali(jpegs: list[bytes], device: str) -> list[Picture]:
+    """By DALI, 32 at a time."""
+    from pipelines.dali_crops import decode_pictures
+
+    where = "gpu" if device == "gpu" else "cpu"
+    starts = range(0, len(jpegs), 32)
+    return [p for s in starts for p in decode_pictures(jpegs[s : s + 32], where)]  # type: ignore[arg-type]
+
+
+def decode_torchvision(jpegs: list[bytes]) -> list[Picture]:
+    """By torchvision.io on the CPU."""
+    from torchvision.io import ImageReadMode, decode_jpeg
+
+    tensors = [torch.frombuffer(bytearray(jpeg), dtype=torch.uint8) for jpeg in jpegs]
+    return [decode_jpeg(t, ImageReadMode.RGB).permute(1, 2, 0).numpy() for t in tensors]
+
+
+def compare(first: list[Picture], second: list[Picture]) -> Difference:
+    """Differences over all pictures, which must be of the same sizes."""
+    pixels = differing = total = squares = largest = 0
+    for a, b in zip(first, second, strict=True):
+        difference = np.abs(a.astype(np.int64) - b)
+        pixels += difference.shape[0] * difference.shape[1]
+        differing += int(difference.any(axis=2).sum())
+        total += int(difference.sum())
+        squares += int(np.square(difference).sum())
+        largest = max(largest, int(difference.max()))
+    return Difference(differing / pixels, total, (squares / (3 * pixels)) ** 0.5, largest)
+
+
+def print_pckh(
+    path: Path, shards: ShardSet, jpegs: list[bytes], pictures: dict[str, list[Picture]]
+) -> None:
+    """PCKh of the same people through each decoder."""
+    state = checkpoint.load(path)
+    config = checkpoint.config_of(state, path)
+    network = checkpoint.evaluation_network(state, path)
+    preset = preset_of(config.data.preset, config.data.mirror)
+    skeleton = shards.manifest.skeleton
+    target = Target(
+        preset, config.heatmaps.rule, config.heatmaps.sigma, config.data.input_px, skeleton
+    )
+    people, samples = shards.people()
+    print(f"\n{'PCKh of ' + str(path):40}{'@0.5':>10}{'@0.1':>10}  (pooled, %)")
+    for name, decoded in pictures.items():
+        by_jpeg = dict(zip(jpegs, decoded, strict=True))
+        batches = evaluation_batches(
+            shards, samples, target, config.eval.batch_size, 0, False,
+            functools.partial(_lookup, by_jpeg),
+        )  # fmt: skip
+        found = predict(
+            network, batches, target, flip=config.eval.flip,
+            device=torch.device("cpu"), dtype=torch.float32,
+        )  # fmt: skip
+        errors = pckh.normalized_errors(found.keypoints_NJ2, people)
+        half, tenth = (100 * pckh.score(errors, skeleton, t).pooled for t in (0.5, 0.1))
+        print(f"{name:40}{half:>10.3f}{tenth:>10.3f}")
+
+
+def _lookup(by_jpeg: dict[bytes, Picture], jpeg: bytes, where: str) -> Picture:
+    """A picture that was decoded before, as BGR."""
+    return np.ascontiguousarray(by_jpeg[jpeg][..., ::-1])
+
+
+if __name__ == "__main__":
+    run_main(main)
