@@ -26,7 +26,7 @@ from pipelines.shards import MANIFEST, ShardSet
 from training import checkpoint, runtime
 
 COMPARISON_LEGEND = (
-    "PCKh in %; < and <= say whether an error equal to the threshold counts as found"
+    "PCKh in %; < and <= say whether an error equal to the threshold counts as found (groups: <=)"
 )
 
 
@@ -46,6 +46,7 @@ class Subjects(NamedTuple):
 def main() -> None:
     """Predict everybody, print the table, write what was asked for."""
     options = make_parser().parse_args()
+    check_outputs(options)
     if options.oracle:
         score_oracle(options)
         return
@@ -71,6 +72,17 @@ def main() -> None:
         results["mean pose"] = pckh.summary(mean, subjects.people, subjects.skeleton)
     print_results(path, state, subjects, results, flip=flip)
     write_files(options, path, subjects, found, {"flip": flip, **results})
+
+
+def check_outputs(options: argparse.Namespace) -> None:
+    """Refuse files that cannot be written before the work is done. Raises InputError."""
+    names = (options.json, options.save_predictions, options.save_coco, options.save_mat)
+    for name in [*names, options.picture]:
+        path = Path(name) if name else None
+        if path and (path.is_dir() or any(p.is_file() for p in path.parents)):
+            raise InputError(path, "a folder, or in a file", "a file name", "name another file")
+    if options.picture and Path(options.picture).suffix.lower() not in (".png", ".jpg", ".jpeg"):
+        raise InputError(options.picture, "another kind of file", ".png or .jpg", "rename it")
 
 
 def score_oracle(options: argparse.Namespace) -> None:
@@ -185,9 +197,10 @@ def find_subjects(options: argparse.Namespace, config: Config) -> Subjects:
     """People and pictures, from shards or loose. Raises InputError."""
     if options.annotations or options.images:
         if not (options.annotations and options.images) or options.shards:
+            given = [n for n in ("annotations", "images", "shards") if getattr(options, n)]
             raise InputError(
                 "command line",
-                "--annotations, --images and --shards do not fit together",
+                " and ".join(f"--{name}" for name in given),
                 "--annotations with --images, or --shards alone",
                 "give one of the two",
             )
@@ -216,7 +229,7 @@ def predict_subjects(
     """Everybody's joints, in the annotation's order."""
     device = runtime.choose_device(options.device)
     workers = config.data.workers if options.workers is None else options.workers
-    size = options.batch_size or config.eval.batch_size
+    size = config.eval.batch_size if options.batch_size is None else options.batch_size
     if size < 1 or workers < 0:
         raise InputError(
             "command line",

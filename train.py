@@ -1,6 +1,5 @@
 """Train a stacked hourglass network: python (or torchrun) train.py --config configs/2hg.yaml"""
 
-import argparse
 import os
 import sys
 from pathlib import Path
@@ -8,34 +7,33 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from configs.errors import InputError, run_main
-from configs.schema import Config, add_config_options, parse_config, save_yaml
+from configs.errors import EXIT_INTERRUPTED, InputError, run_main
+from configs.schema import Config, add_config_options, parse_config
 from training import checkpoint, runtime
 from training.checkpoint import State
-from training.loop import Run
+from training.loop import BEST, LAST, Run
 from training.runtime import Runtime
 
 
-def main() -> None:
-    """Read the settings, join the ranks, make or reopen the run's folder, train."""
-    parser = make_parser()
-    config, options = parse_config(parser, sys.argv[1:])
+def main() -> int:
+    """Read the settings, join the ranks, check or reopen the run's folder, train."""
+    config, options = parse_config(make_parser(), sys.argv[1:])
+    if options["resume"] is not None and options["init_from"]:
+        raise InputError("command line", "--resume and --init_from", "one of them", "leave one out")
     place = runtime.start(config.train.device, config.train.precision)
     try:
         folder = Path(config.train.out) / config.train.name
-        state = open_folder(folder, options["resume"], place)
-        run = Run(config, place, folder, state)
-        if options["init_from"] and state is None:
+        source = Path(options["resume"]) if options["resume"] else folder / LAST
+        state = open_folder(folder, options["resume"] is not None, source, place)
+        run = Run(config, place, folder, state, source)
+        if options["init_from"]:
             start_from(Path(options["init_from"]), run)
         if place.is_first:
-            save_yaml(config, folder / "config.yaml")
             announce(config, run)
         run.train()
         if place.is_first:
-            print(
-                f"Checkpoints: {folder}/last.pt, {folder}/best.pt (PCKh@0.5 {100 * run.best:.2f} %)"
-            )
-            print(f"Next: python evaluate.py --checkpoint {folder}/best.pt")
+            conclude(run)
+        return EXIT_INTERRUPTED if run.interrupted else 0
     finally:
         runtime.stop()
 
@@ -45,7 +43,6 @@ def make_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="train.py",
         exit_on_error=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="Train a stacked hourglass network on shards made by tools/make_shards.py.",
     )
     parser.add_argument(
@@ -62,27 +59,28 @@ def make_parser() -> ArgumentParser:
     return parser
 
 
-def open_folder(folder: Path, resume: str | None, place: Runtime) -> State | None:
-    """The checkpoint to continue from, or None in a new folder. Raises InputError."""
-    if resume is not None:
-        path = Path(resume) if resume else folder / "last.pt"
-        state = checkpoint.load(path)
+def open_folder(folder: Path, resume: bool, source: Path, place: Runtime) -> State | None:
+    """The checkpoint to continue from, or None for a new run. Raises InputError."""
+    if resume:
+        state = checkpoint.load(source)
         if "optimizer" not in state:
             raise InputError(
-                path,
+                source,
                 "weights alone",
                 "a checkpoint of a run, with its optimizer and its place in the data",
                 "begin a new run with --init_from",
             )
         return state
     if folder.exists():
+        has_checkpoint = (folder / LAST).exists()
         raise InputError(
             folder,
-            "a run of this name",
+            "a run of this name" + ("" if has_checkpoint else ", which has no checkpoint yet"),
             "a new folder",
-            "continue it with --resume, or choose another --train.name",
+            "choose another --train.name, or "
+            + ("continue it with --resume" if has_checkpoint else "remove this folder"),
         )
-    # No rank may make the folder (Run does) before every rank has looked for it.
+    # No rank may make the folder before every rank has looked for it.
     runtime.barrier(place)
     return None
 
@@ -113,6 +111,16 @@ def announce(config: Config, run: Run) -> None:
     }
     for name, fact in facts.items():
         print(f"{name:>8}: {fact}", flush=True)
+
+
+def conclude(run: Run) -> None:
+    """Say what was written, and the command that comes next."""
+    written = [run.folder / name for name in (LAST, BEST) if (run.folder / name).exists()]
+    print(f"Checkpoints: {', '.join(map(str, written)) or 'none'}")
+    print(f"Steps: {run.step:,} of {run.config.train.steps:,}")
+    if run.best >= 0:
+        print(f"Best PCKh@0.5: {100 * run.best:.2f} %")
+        print(f"Next: python evaluate.py --checkpoint {run.folder / BEST}")
 
 
 if __name__ == "__main__":

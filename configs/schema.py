@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from configs.errors import InputError
 
@@ -115,7 +115,7 @@ class TrainConfig:
     steps_per_epoch: int = 1_000
     """Steps between validations and checkpoints, the same on every rank."""
     max_minutes: float = 0.0
-    """Stop cleanly after this time, with a validation and a checkpoint; 0 sets no limit."""
+    """Stop after this time since the start, with validation and checkpoint; 0 sets no limit."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Arithmetic; auto: bf16 if the device computes in it, else fp16 on a GPU and fp32 on a CPU."""
     compile: bool = False
@@ -155,8 +155,34 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
 
 
+# What a resumed run may not change, for it would be another run. Other changes are remarked on,
+# but for those that only say where and how long.
+FIXED_ON_RESUME = {
+    *(f"model.{f.name}" for f in dataclasses.fields(ModelConfig)),
+    *(f"heatmaps.{f.name}" for f in dataclasses.fields(HeatmapsConfig)),
+    *(f"loss.{f.name}" for f in dataclasses.fields(LossConfig)),
+    "data.batch_size", "data.input_px", "data.preset", "data.mirror",
+    "optim.name", "optim.accumulate", "train.seed",
+}  # fmt: skip
+FREE_ON_RESUME = {
+    "data.shards", "data.workers", "data.loader", "train.name", "train.out", "train.steps",
+    "train.max_minutes", "train.device", "train.log_every", "train.steps_per_epoch",
+}  # fmt: skip
+
+
+def flat(raw: dict[str, Any]) -> dict[str, Any]:
+    """Nested sections as one dict with dotted names, in the order of the schema."""
+    sections = as_dict(Config())
+    return {
+        f"{section}.{name}": raw.get(section, {}).get(name, default)
+        for section, fields in sections.items()
+        for name, default in fields.items()
+    }
+
+
 def add_config_options(parser: ArgumentParser) -> None:
-    """Add `--config FILE` and an option for every field to a parser."""
+    """Add `--config FILE` and an option for every field, with its docstring, to a parser."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser.add_argument(
         "--config", action="config", help="YAML file of settings, such as configs/8hg.yaml"
     )
@@ -255,14 +281,30 @@ def check_values(config: Config) -> None:
         "train.steps_per_epoch": config.train.steps_per_epoch,
         "train.log_every": config.train.log_every,
         "eval.batch_size": config.eval.batch_size,
+        "train.max_bad_steps": config.train.max_bad_steps,
     }
+    not_negative = {
+        "data.workers": config.data.workers,
+        "data.shuffle_buffer": config.data.shuffle_buffer,
+        "optim.weight_decay": config.optim.weight_decay,
+        "optim.warmup_steps": config.optim.warmup_steps,
+        "optim.clip_norm": config.optim.clip_norm,
+        "optim.gamma": config.optim.gamma,
+        "optim.final_fraction": config.optim.final_fraction,
+        "train.seed": config.train.seed,
+        "train.max_minutes": config.train.max_minutes,
+        "eval.people": config.eval.people,
+    }
+    for name, value in not_negative.items():
+        if not value >= 0:
+            raise InputError(name, str(value), "0 or more", "correct the config")
+    if any(channels < 2 or channels % 2 for channels in config.model.stem):
+        raise InputError(
+            "model.stem", str(config.model.stem), "three even numbers", "correct the config"
+        )
     for name, value in positive.items():
         if not value > 0:
             raise InputError(name, str(value), "a value above 0", "correct the config")
-    if config.data.workers < 0:
-        raise InputError(
-            "data.workers", str(config.data.workers), "0 or more", "correct the config"
-        )
     if config.model.width < 2 or config.model.width % 2:
         raise InputError(
             "model.width", str(config.model.width), "an even number", "correct the config"
@@ -299,11 +341,13 @@ def _check_options(parser: ArgumentParser, arguments: list[str]) -> None:
 
 
 def _unknown(where: str, key: str, known: list[str]) -> InputError:
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    advice = f"did you mean {near[0]}?" if near else f"the known ones are {', '.join(known)}"
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+    section = key.split(".")[0] + "."
+    beside = [name for name in known if name.startswith(section)] or known
+    advice = f"did you mean {near[0]}?" if near else f"known are {', '.join(beside)}"
     return InputError(where, f"unknown setting {key}", "a setting of configs/schema.py", advice)
 
 
 def _type_error(error: Exception, where: str) -> InputError:
     text = " ".join(str(error).split())
-    return InputError(where, text[:400], "the type in configs/schema.py", "correct this value")
+    return InputError(where, text[:400], "a value of the field's type", "see train.py --help")

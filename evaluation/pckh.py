@@ -93,14 +93,15 @@ def summary(keypoints_NJ2: npt.NDArray, people: People, skeleton: Skeleton) -> d
     _, counts = rates(errors, 0.5, inclusive=False)
     visible = np.where(people.visible, errors, np.nan)
     occluded = np.where(people.visible, np.nan, errors)
-    return {
+    return plain({
         "people": people.count,
         "people_without_length": int((people.normalize <= 0).sum()),
         "joints_counted": int(counts.sum()),
         "joint_names": list(skeleton.names),
         "joint_counts": counts.tolist(),
         "pckh": {
-            str(threshold): _plain(score(errors, skeleton, threshold)) for threshold in THRESHOLDS
+            str(threshold): score(errors, skeleton, threshold)._asdict()
+            for threshold in THRESHOLDS
         },
         "auc": auc(errors),
         "visible": {
@@ -111,20 +112,16 @@ def summary(keypoints_NJ2: npt.NDArray, people: People, skeleton: Skeleton) -> d
             "pooled": score(occluded, skeleton, 0.5).pooled,
             "joints_counted": int(np.isfinite(occluded).sum()),
         },
-    }
+    })  # fmt: skip
 
 
-def _plain(value: Score) -> dict[str, Any]:
-    """Without NaN, which JSON does not have."""
-
-    def clean(item: Any) -> Any:
-        if isinstance(item, dict):
-            return {key: clean(part) for key, part in item.items()}
-        if isinstance(item, tuple):
-            return [clean(part) for part in item]
-        return None if item != item else item
-
-    return clean(value._asdict())
+def plain(value: Any) -> Any:
+    """Nested values with None in place of NaN, which JSON does not have, and lists for tuples."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [plain(item) for item in value]
+    return None if value != value else value
 
 
 def mean_pose(train: People, valid: People) -> Floats:

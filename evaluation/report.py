@@ -57,8 +57,8 @@ def explain(result: dict[str, Any]) -> str:
     return text
 
 
-def _percent(rate: float) -> str:
-    return "-" if rate != rate else f"{100 * rate:.2f} %"
+def _percent(rate: float | None) -> str:
+    return "-" if rate is None else f"{100 * rate:.2f} %"
 
 
 def draw_people(

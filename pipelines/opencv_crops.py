@@ -5,6 +5,7 @@ A source gives the bytes of a picture and the record of a person; `ShardSet` is 
 """
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -95,7 +96,10 @@ def decode(jpeg: bytes, where: str) -> npt.NDArray[np.uint8]:
     image = cv2.imdecode(data, flags) if data.size else None
     if image is None:
         raise InputError(
-            where, f"{data.size} bytes that are no picture", "a JPEG", "replace or leave it out"
+            where,
+            f"{data.size} bytes that are no picture",
+            "a JPEG",
+            "replace the picture; if it lies in a tar, pack again with tools/make_shards.py",
         )
     return image  # type: ignore[return-value]
 
@@ -232,7 +236,7 @@ class CropLoader:
             num_workers=workers,
             collate_fn=_collate_careful,
             pin_memory=pin,
-            worker_init_fn=_one_thread,
+            worker_init_fn=_start_worker,
             prefetch_factor=PREFETCH if workers else None,
         )
 
@@ -269,6 +273,7 @@ def _collate_careful(items: list[Item | InputError]) -> RawBatch | InputError:
     return errors[0] if errors else collate(whole)
 
 
-def _one_thread(worker: int) -> None:
-    """OpenCV's own threads only get in the way of the other workers."""
+def _start_worker(worker: int) -> None:
+    """Leave Ctrl-C to the main process, and the other cores to the other workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     cv2.setNumThreads(0)

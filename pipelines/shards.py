@@ -299,12 +299,30 @@ class ShardSet:
         return np.frombuffer(self._component(sample, "f32"), dtype="<f4")
 
     def records(self) -> npt.NDArray[np.float32]:
-        """(N, record_length) all records, in the order of the samples."""
-        return np.stack([self.record(sample) for sample in range(len(self))])
+        """(N, record_length) all records, in the order of the samples. Raises InputError."""
+        records = np.stack([self.record(sample) for sample in range(len(self))])
+        scale_N = unpack_records(records).scale_N
+        bad = ~np.isfinite(records).all(axis=1) | ~(scale_N > 0)
+        if bad.any():
+            raise InputError(
+                self.where(int(bad.argmax())),
+                f"{bad.sum()} damaged record(s)",
+                "numbers, and a scale above 0",
+                _PACK_AGAIN,
+            )
+        return records
 
     def facts(self, sample: int) -> dict[str, Any]:
-        """The JSON of one person."""
-        return json.loads(self._component(sample, "json"))
+        """The JSON of one person. Raises InputError."""
+        try:
+            facts = json.loads(self._component(sample, "json"))
+            if not {"image", "index", "person"} <= facts.keys():
+                raise ValueError("fields are missing")
+        except (ValueError, AttributeError, RecursionError) as error:
+            raise InputError(
+                self.where(sample), f"damaged JSON ({error})", "the facts of a person", _PACK_AGAIN
+            ) from error
+        return facts
 
     def where(self, sample: int) -> str:
         """Shard and key of a sample, for messages."""

@@ -148,7 +148,7 @@ def test_a_run_cannot_be_resumed_from_weights_alone(shared, tmp_path):
     torch.save({"state_dict": raw["state_dict"]}, tmp_path / "weights.pt")
     place = Runtime(0, 1, torch.device("cpu"), torch.float32)
     with pytest.raises(InputError, match="--init_from"):
-        train.open_folder(Path("nowhere"), str(tmp_path / "weights.pt"), place)
+        train.open_folder(Path("nowhere"), True, tmp_path / "weights.pt", place)
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,10 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -204,6 +206,7 @@ def test_a_step_whose_loss_is_not_finite_is_skipped_and_counted(
         [s["step"].item() if "step" in s else 0 for s in run.optimizer.state.values()]
     )
     assert after == moments
+    run.log = run._open_log()
     run._report(totals)
     assert "skipped 1 of the last 1 steps" in capsys.readouterr().err
     assert all(torch.isfinite(b).all() for b in run.network.buffers())
@@ -221,7 +224,8 @@ def test_too_many_such_steps_in_a_row_stop_the_run(tiny_shards, tmp_path):
         run.train()
 
 
-def test_a_collapse_to_zero_is_said(tiny_shards, tmp_path, capsys):
+def test_a_collapse_to_zero_is_said(tiny_shards, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("training.loop.COLLAPSE_FROM_STEP", 1)
     config = tiny_config(tiny_shards, train={"steps": 1, "steps_per_epoch": 1}, optim={"lr": 1e-9})
     run = make_run(config, tmp_path / "run")
     torch.nn.init.zeros_(run.network.heads[0].weight)
@@ -240,7 +244,7 @@ def test_the_time_limit_ends_with_a_validation_and_a_checkpoint(tiny_shards, tmp
     state = checkpoint.load(tmp_path / "run" / "last.pt")
     assert 0 < state["step"] < 10_000
     assert [line["step"] for line in metrics(tmp_path / "run", "valid")] == [state["step"]]
-    assert "minutes are over" in capsys.readouterr().err
+    assert "max_minutes 0.01 is over" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -342,10 +346,15 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
 
 
 def test_a_run_folder_that_exists_is_refused_without_resume(tmp_path):
-    with pytest.raises(InputError, match="--resume"):
-        train_program.open_folder(tmp_path, None, HERE)
+    last = tmp_path / "last.pt"
+    with pytest.raises(InputError, match="no checkpoint yet") as caught:
+        train_program.open_folder(tmp_path, False, last, HERE)
+    assert "remove this folder" in caught.value.next_step
     with pytest.raises(InputError, match=r"last\.pt"):
-        train_program.open_folder(tmp_path, "", HERE)
+        train_program.open_folder(tmp_path, True, last, HERE)
+    last.write_bytes(b"")
+    with pytest.raises(InputError, match="--resume"):
+        train_program.open_folder(tmp_path, False, last, HERE)
 
 
 def test_resuming_with_another_number_of_ranks_is_refused(tiny_shards, tmp_path):
@@ -354,6 +363,77 @@ def test_resuming_with_another_number_of_ranks_is_refused(tiny_shards, tmp_path)
     state = {**checkpoint.load(tmp_path / "last.pt"), "ranks": 2}
     with pytest.raises(InputError, match=r"2 rank\(s\), now 1"):
         make_run(config, tmp_path, state)
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "named"),
+    [("optim", {"name": "rmsprop"}, "optim.name was adam, is rmsprop"),
+     ("data", {"batch_size": 6}, "data.batch_size was 4, is 6"),
+     ("heatmaps", {"rule": "hrnet"}, "heatmaps.rule was exact, is hrnet"),
+     ("model", {"width": 32}, "model.width was 16, is 32")],
+)  # fmt: skip
+def test_resuming_with_settings_of_another_run_is_refused(
+    section, values, named, tiny_shards, tmp_path
+):
+    make_run(tiny_config(tiny_shards), tmp_path).save(["last.pt"])
+    other = tiny_config(tiny_shards, **{section: values})
+    with pytest.raises(InputError, match=named):
+        make_run(other, tmp_path, checkpoint.load(tmp_path / "last.pt"))
+
+
+def test_settings_that_may_change_are_remarked_on_and_take_effect(tiny_shards, tmp_path):
+    run = make_run(tiny_config(tiny_shards), tmp_path)
+    steps(run, 1)
+    run.save(["last.pt"])
+    other = tiny_config(tiny_shards, optim={"weight_decay": 0.5, "lr": 1e-4}, train={"steps": 9})
+    again = make_run(other, tmp_path, checkpoint.load(tmp_path / "last.pt"))
+    assert again.remarks == ["changed on resuming: optim.lr was 0.003, is 0.0001",
+                             "changed on resuming: optim.weight_decay was 0.0, is 0.5"]  # fmt: skip
+    assert again.optimizer.param_groups[0]["weight_decay"] == 0.5
+
+
+def test_a_run_resumed_in_another_folder_has_a_best_of_its_own(tiny_shards, tmp_path):
+    first = make_run(tiny_config(tiny_shards), tmp_path / "a")
+    first.best = 0.9
+    first.save(["last.pt"])
+    source = tmp_path / "a" / "last.pt"
+    (tmp_path / "b").mkdir()
+    moved = Run(tiny_config(tiny_shards), HERE, tmp_path / "b", checkpoint.load(source), source)
+    kept = Run(tiny_config(tiny_shards), HERE, tmp_path / "a", checkpoint.load(source), source)
+    assert (moved.best, kept.best) == (-1.0, 0.9)
+
+
+def test_lines_after_the_checkpoint_are_dropped_on_resuming(tiny_shards, tmp_path):
+    config = tiny_config(tiny_shards, train={"log_every": 1})
+    first = make_run(config, tmp_path)
+    first.train()
+    state = {**checkpoint.load(tmp_path / "last.pt"), "step": 3}
+    make_run(config, tmp_path, state).train()
+    assert [line["step"] for line in metrics(tmp_path, "train")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_signal_ends_the_step_and_keeps_it(tiny_shards, tmp_path):
+    words = ["--data.shards", tiny_shards, "--train.out", tmp_path, "--train.name", "r", *SMALL,
+             "--train.steps", 100_000, "--train.steps_per_epoch", 100_000,
+             "--data.workers", 1]  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *map(str, words)], cwd=ROOT, stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL, text=True, start_new_session=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    lines = tmp_path / "r" / "metrics.jsonl"
+    for _ in range(600):
+        if lines.exists() and lines.read_text().count("\n") >= 3:
+            break
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the workers get it too
+    _, text = process.communicate(timeout=60)
+    assert process.returncode == 130, text
+    assert "STOPPED EARLY" in text and "Traceback" not in text
+    state = checkpoint.load(tmp_path / "r" / "last.pt")
+    assert state["step"] >= 3
+    more = [*words, "--train.steps", state["step"] + 2]
+    assert command(*more, "--resume").returncode == 0
 
 
 def command(*words: object, program: str = "train.py") -> subprocess.CompletedProcess:

@@ -18,6 +18,7 @@ class Log:
         self.enabled = enabled
         if not enabled:
             return
+        _cut(folder / "metrics.jsonl", first_step)
         self._file = (folder / "metrics.jsonl").open("a")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
         self._bar = tqdm(
@@ -73,3 +74,14 @@ class Log:
         self._file.flush()
         for name, value in values.items():
             self._board.add_scalar(f"{kind}/{name}", value, step)
+
+
+def _cut(path: Path, step: int) -> None:
+    """Drop the lines after a step: a run resumed from there writes them again."""
+    if not path.exists():
+        return
+    lines = path.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(kept))
+    temporary.rename(path)

@@ -30,8 +30,11 @@ from training.log import Log
 from training.optimizer import Average, learning_rate, make_optimizer
 from training.runtime import Runtime
 
+LAST, BEST = "last.pt", "best.pt"
 COLLAPSED_PEAK = 0.05
 """Mean peak of the heatmaps under which a network is taken to answer nothing but zeros."""
+COLLAPSE_FROM_STEP = 1_000
+"""Before it every network answers little."""
 TRAINING_PCK_RADIUS = 0.05
 """Radius of the training PCK as a share of the heatmap's side: about half a head in an MPII box."""
 
@@ -77,11 +80,23 @@ class Totals:
 class Run:
     """A training run on one rank."""
 
-    def __init__(self, config: Config, place: Runtime, folder: Path, state: State | None = None):
-        """Build everything. state: a checkpoint to continue. folder: the run's, made if need be."""
+    def __init__(
+        self,
+        config: Config,
+        place: Runtime,
+        folder: Path,
+        state: State | None = None,
+        source: Path | None = None,
+    ):
+        """Build everything; nothing is written yet. folder: of the run.
+
+        state: a checkpoint to continue from. source: its file.
+        """
         self.config, self.place, self.folder = config, place, folder
+        runtime.leave_cores_to_workers(place, config.data.workers)
         self.train_shards = ShardSet(Path(config.data.shards) / "train")
         self.valid_shards = ShardSet(Path(config.data.shards) / "valid")
+        self.train_shards.records()  # all of them are sound
         self.skeleton = self.train_shards.manifest.skeleton
         self.target = Target(
             preset=preset_of(config.data.preset, config.data.mirror),
@@ -92,25 +107,20 @@ class Run:
         )
         self.valid_people, self.valid_samples = self.valid_shards.people()
         runtime.seed_everything(config.train.seed, 0)  # the same weights on every rank
-        network = checkpoint.build_network(config, self.skeleton.joint_count)
-        self.network = network.to(place.device)
-        self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        network = checkpoint.build_network(config, self.skeleton.joint_count).to(place.device)
+        self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         runtime.seed_everything(config.train.seed, place.rank + 1)
         self.optimizer = make_optimizer(self.network, config.optim)
         self.scaler = torch.amp.GradScaler(place.device.type, enabled=place.dtype == torch.float16)
         self.step, self.best, self.seconds = 0, -1.0, 0.0
         self.average: Average | None = None
         self.remarks: list[str] = []
-        loader_state = self._restore(state) if state else b""
+        loader_state = self._restore(state, source or folder / LAST) if state else b""
         if config.optim.ema_decay and self.average is None:
             self.average = Average(self.network, config.optim.ema_decay)
         self.loader = self._make_loader(loader_state)
         self.forward = self._wrap()
-        if place.is_first:
-            folder.mkdir(parents=True, exist_ok=True)
-        self.log = Log(folder, place.is_first, config.train.steps, self.step)
-        for remark in self.remarks:
-            self.log.say(remark)
+        self.interrupted = False
         self.bad_steps_in_a_row = 0
         self.good_statistics = self._statistics()
 
@@ -120,32 +130,65 @@ class Run:
             self.average = Average(self.network, self.config.optim.ema_decay)
 
     def train(self) -> dict[str, Any]:
-        """Train to the last step or to the time limit. Returns the last validation's numbers."""
-        train, started = self.config.train, time.perf_counter()
-        spent_before, result, timed_out = self.seconds, {}, False
-        totals = Totals(self.place.device)
-        while self.step < train.steps and not timed_out:
-            self.network.train()
-            self._train_step(totals)
-            self.step += 1
-            self.log.advance()
-            self.seconds = spent_before + time.perf_counter() - started
-            at_end = self.step == train.steps
-            at_epoch = self.step % train.steps_per_epoch == 0 or at_end
-            if at_epoch or self.step % train.log_every == 0:
+        """Train to the last step, the time limit or a signal, and write what came of it.
+
+        Returns the numbers of the last validation. SIGINT and SIGTERM let the step end and write
+        last.pt; `interrupted` is set then.
+        """
+        train, started, spent_before = self.config.train, time.perf_counter(), self.seconds
+        self.log = self._open_log()
+        result: dict[str, Any] = {}
+        totals, stop = Totals(self.place.device), False
+        with runtime.signals_noted() as noted:
+            while self.step < train.steps and not stop:
+                self.network.train()
+                self._train_step(totals)
+                self.step += 1
+                self.log.advance()
+                seconds = time.perf_counter() - started
+                self.seconds = spent_before + seconds
+                at_epoch = self.step % train.steps_per_epoch == 0 or self.step == train.steps
+                at_line = self.step % train.log_every == 0
+                # Ranks agree on stopping where they meet anyway; a rank alone stops at once.
+                if not (at_epoch or at_line or (noted and self.place.ranks == 1)):
+                    continue
                 self._report(totals)
-                timed_out = self._out_of_time()
-            if at_epoch or timed_out:
-                result = self._finish_epoch()
-            if at_epoch or timed_out or self.step % train.log_every == 0:
+                self.interrupted = runtime.any_rank(bool(noted), self.place)
+                timed_out = runtime.any_rank(self._is_late(seconds), self.place)
+                stop = self.interrupted or timed_out
+                if at_epoch or (timed_out and not self.interrupted):
+                    result = self._finish_epoch()
+                elif self.interrupted:
+                    self.save([LAST])
                 totals = Totals(self.place.device)
-        if timed_out and self.step < train.steps:
-            self.log.say(
-                f"stopped at step {self.step} of {train.steps}: "
-                f"{train.max_minutes} minutes are over"
-            )
+        self._say_why_it_ended(stop)
         self.log.close()
         return result
+
+    def _open_log(self) -> Log:
+        """Make the folder, with the settings in it, and the log; say what _restore found."""
+        if self.place.is_first:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            schema.save_yaml(self.config, self.folder / "config.yaml")
+        log = Log(self.folder, self.place.is_first, self.config.train.steps, self.step)
+        for remark in self.remarks:
+            log.say(remark)
+        return log
+
+    def _is_late(self, seconds: float) -> bool:
+        limit = 60 * self.config.train.max_minutes
+        return bool(limit) and seconds >= limit
+
+    def _say_why_it_ended(self, stopped: bool) -> None:
+        train = self.config.train
+        if stopped and self.step < train.steps:
+            why = (
+                "a signal" if self.interrupted else f"train.max_minutes {train.max_minutes} is over"
+            )
+            self.log.say(
+                f"STOPPED EARLY at step {self.step} of {train.steps}: {why}. "
+                "The same command with --resume continues."
+            )
 
     def _train_step(self, totals: Totals) -> None:
         """One step of the optimizer, skipped on the device if a gradient is not finite."""
@@ -222,7 +265,7 @@ class Run:
             self.bad_steps_in_a_row = 0
             self.good_statistics = self._statistics()
             return
-        self.bad_steps_in_a_row = self.bad_steps_in_a_row + bad if bad == steps else bad
+        self.bad_steps_in_a_row = self.bad_steps_in_a_row + bad if bad == steps else 0
         self.log.say(
             f"step {self.step}: skipped {bad} of the last {steps} steps, "
             "whose loss or gradients were not finite"
@@ -259,20 +302,20 @@ class Run:
         self.best = max(self.best, pooled)
         numbers = {"pckh@0.5_pooled": pooled,
                    "pckh@0.1_pooled": result["pckh"]["0.1"]["pooled"] or 0.0,
-                   "auc": result["auc"], "peak": result["peak"]}  # fmt: skip
+                   "auc": result["auc"] or 0.0, "peak": result["peak"]}  # fmt: skip
         self.log.validation(self.step, numbers)
         self.log.say(
             f"step {self.step}: PCKh@0.5 {100 * pooled:.2f} % pooled over "
             f"{result['joints_counted']} joints of {result['people']} people"
             f"{' (best so far)' if is_best else ''}"
         )
-        if result["peak"] < COLLAPSED_PEAK:
+        if result["peak"] < COLLAPSED_PEAK and self.step >= COLLAPSE_FROM_STEP:
             self.log.say(
                 f"step {self.step}: the heatmaps peak at {result['peak']:.3f} on average, so the "
                 "network answers almost nothing but zeros. If this stays, lower optim.lr or raise "
                 "heatmaps.sigma."
             )
-        self.save(["last.pt", "best.pt"] if is_best else ["last.pt"])
+        self.save([LAST, BEST] if is_best else [LAST])
         return result
 
     def validate(self) -> dict[str, Any]:
@@ -340,20 +383,22 @@ class Run:
                 checkpoint.save(self.folder / name, state)
         runtime.barrier(self.place)
 
-    def _restore(self, state: State) -> bytes:
+    def _restore(self, state: State, source: Path) -> bytes:
         """Continue from a checkpoint. Returns the state of this rank's loader, if it has one."""
-        path = self.folder / "last.pt"
-        checkpoint.load_weights(self.network, state["model"], path)
         if state.get("ranks", self.place.ranks) != self.place.ranks:
             raise InputError(
-                path,
+                source,
                 f"a run of {state['ranks']} rank(s), now {self.place.ranks}",
                 "the same number of ranks, for each has its own place in the data",
                 "start as many, or begin a new run with --init_from",
             )
-        self._restore_optimizer(state["optimizer"], path)
-        self.step = state["step"]
-        self.best, self.seconds = state.get("best", -1.0), state.get("seconds", 0.0)
+        if "loader_states" in state:
+            self._compare_settings(state["config"], source)
+        checkpoint.load_weights(self.network, state["model"], source)
+        self._restore_optimizer(state["optimizer"], source)
+        self.step, self.seconds = state["step"], state.get("seconds", 0.0)
+        if source.resolve().parent == self.folder.resolve():
+            self.best = state.get("best", -1.0)  # of this folder's best.pt
         if state["ema"] and self.config.optim.ema_decay:
             self.average = Average(self.network, self.config.optim.ema_decay)
             for name, tensor in state["ema"].items():
@@ -363,6 +408,24 @@ class Run:
         if "rng" in state:
             torch.set_rng_state(state["rng"][self.place.rank])
         return self._loader_state(state)
+
+    def _compare_settings(self, saved: dict[str, Any], source: Path) -> None:
+        """Refuse settings that would make another run of it, and remark on others that changed."""
+        now = schema.flat(schema.as_dict(self.config))
+        changed = {
+            name: (before, now[name])
+            for name, before in schema.flat(saved).items()
+            if before != now[name] and name not in schema.FREE_ON_RESUME
+        }
+        lines = [f"{name} was {old}, is {new}" for name, (old, new) in changed.items()]
+        if changed.keys() & schema.FIXED_ON_RESUME:
+            raise InputError(
+                source,
+                "; ".join(lines),
+                "the settings that the run began with",
+                f"resume with {self.folder}/config.yaml, or begin a new run with --init_from",
+            )
+        self.remarks += [f"changed on resuming: {line}" for line in lines]
 
     def _restore_optimizer(self, saved: State, path: Path) -> None:
         """Take over the optimizer's moments. Raises InputError if they are another optimizer's."""
@@ -375,18 +438,17 @@ class Run:
                 "resume with the settings of the run, or begin a new one with --init_from",
             )
         self.optimizer.load_state_dict(saved)
+        for group in self.optimizer.param_groups:
+            group["weight_decay"] = self.config.optim.weight_decay
 
     def _loader_state(self, state: State) -> bytes:
-        """DALI's state if it fits these settings; else its sequence begins anew, which is said."""
+        """DALI's state, if the run was loaded by it and is again; else its order begins anew."""
         if "loader_states" not in state:
             return b""
-        mine = schema.as_dict(self.config)["data"]
-        changed = [name for name, value in state["config"]["data"].items() if mine[name] != value]
         loader = batches.choose_loader(self.config.data.loader, self.place.device)
-        if loader != state["loader"] or set(changed) - {"workers"}:
+        if loader != state["loader"]:
             self.remarks.append(
-                f"the order of people is not that of the run before: loader {state['loader']}, now "
-                f"{loader}; changed settings: {', '.join(changed) or 'none'}"
+                f"the loader was {state['loader']} and is {loader}: the order of people is another"
             )
             return b""
         return bytes(state["loader_states"][self.place.rank].numpy())
@@ -410,10 +472,6 @@ class Run:
         if self.config.train.compile:
             forward.compile()
         return forward
-
-    def _out_of_time(self) -> bool:
-        limit = 60 * self.config.train.max_minutes
-        return runtime.any_rank(bool(limit) and self.seconds >= limit, self.place)
 
 
 def _as_tensor(data: bytes) -> Tensor:
