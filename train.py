@@ -9,6 +9,7 @@ from jsonargparse import ArgumentParser
 
 from configs.errors import EXIT_INTERRUPTED, InputError, run_main
 from configs.schema import Config, add_config_options, parse_config
+from pipelines.batches import choose_loader
 from training import checkpoint, runtime
 from training.checkpoint import State
 from training.loop import BEST, LAST, Run
@@ -107,6 +108,7 @@ def announce(config: Config, run: Run) -> None:
         "batch": f"{total} = {data.batch_size} per rank "
         f"x {place.ranks} rank(s) x {optim.accumulate}",
         "steps": f"{train.steps:,}, {train.steps_per_epoch:,} an epoch, from {run.step:,}",
+        "loader": choose_loader(config.data.loader, place.device),
         "device": f"{place.device}, {str(place.dtype).removeprefix('torch.')}",
     }
     for name, fact in facts.items():

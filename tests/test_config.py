@@ -93,7 +93,9 @@ def test_an_unknown_option_is_fatal_and_the_nearest_is_named():
      (["--model.stem", "[1, 2]"], "model.stem"), (["--train.steps", "1.5"], "train.steps"),
      (["--optim.lr", "0"], "optim.lr"), (["--optim.lr", "nan"], "optim.lr"),
      (["--model.width", "7"], "model.width"), (["--data.input_px", "100"], "data.input_px"),
-     (["--train.name", "../x"], "train.name"), (["--optim.ema_decay", "1"], "optim.ema_decay")],
+     (["--train.name", "../x"], "train.name"), (["--optim.ema_decay", "1"], "optim.ema_decay"),
+     (["--eval.people", "-1"], "eval.people"), (["--optim.weight_decay", "-1"], "weight_decay"),
+     (["--train.seed", "-1"], "train.seed"), (["--model.stem", "[33, 1, 64]"], "model.stem")],
 )  # fmt: skip
 def test_a_wrong_type_or_value_is_fatal_and_named(arguments, named):
     with pytest.raises(InputError) as caught:
@@ -111,3 +113,11 @@ def test_yaml_that_is_no_config_is_fatal(tmp_path, text):
 def test_a_missing_config_file_is_fatal():
     with pytest.raises(InputError, match="no such file"):
         parse("--config", "configs/nowhere.yaml")
+
+
+def test_help_tells_what_each_field_is(capsys):
+    parser = ArgumentParser(exit_on_error=False)
+    add_config_options(parser)
+    parser.print_help()
+    text = " ".join(capsys.readouterr().out.split())
+    assert "People per rank and step." in text and "Highest learning rate." in text

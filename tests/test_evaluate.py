@@ -212,6 +212,10 @@ def bad_inputs(trained: Path, tiny_shards: Path, tiny_set: Path, tmp_path: Path)
         "no pictures": ([*best, "--annotations", annotations, "--images", tmp_path / "empty"],
                         "5 of 5 pictures missing"),
         "half a pair": ([*best, "--annotations", annotations], "--images"),
+        "no picture": ([*best, "--picture", tmp_path / "p.xyz"], "p.xyz"),
+        "a folder": ([*best, "--save-predictions", tmp_path], str(tmp_path)),
+        "in a file": ([*best, "--save-coco", tmp_path / "noise.pt" / "c.json"], "c.json"),
+        "batch of 0": ([*best, "--batch-size", 0], "batch size 0"),
     }  # fmt: skip
 
 
@@ -220,7 +224,7 @@ def test_bad_input_ends_in_one_clear_error(trained, tiny_shards, tiny_set, tmp_p
     from configs.errors import run_main
 
     cases = bad_inputs(trained, tiny_shards, tiny_set, tmp_path)
-    assert len(cases) == 9
+    assert len(cases) == 13
     for name, (words, expected) in cases.items():
         out = tmp_path / "out.json"
         monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words), "--json", str(out)])

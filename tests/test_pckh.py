@@ -1,5 +1,7 @@
 """PCKh by hand, and against the published predictions of Tompson et al."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -70,6 +72,19 @@ def test_visible_and_occluded_joints_are_told_apart():
     result = pckh.summary(found, people, MPII)
     assert result["visible"] == {"pooled": 1.0, "joints_counted": 12}
     assert result["occluded"] == {"pooled": 0.25, "joints_counted": 4}
+
+
+def test_what_never_counts_is_null_in_json_and_a_dash_in_print():
+    from evaluation import report
+
+    people = people_at(np.zeros((1, 16, 2)))  # everything is visible
+    result = pckh.summary(np.zeros((1, 16, 2)), people, MPII)
+    assert result["occluded"]["pooled"] is None
+    assert "NaN" not in json.dumps(result)
+    assert "occluded ones - (0)" in report.explain(result)
+    nobody = pckh.summary(np.zeros((1, 16, 2)), people_at(np.zeros((1, 16, 2)), 0.0), MPII)
+    assert "NaN" not in json.dumps(nobody) and nobody["auc"] is None
+    assert "-" in report.table({"nobody": nobody}, MPII)
 
 
 def test_the_mean_pose_is_the_mean_over_marked_joints_in_the_box():

@@ -290,3 +290,20 @@ def test_manifest_that_lies_is_refused(packed: Path, change: Callable[[dict], An
 def test_manifest_that_is_no_manifest_is_refused(packed: Path, data: bytes) -> None:
     (packed / "manifest.json").write_bytes(data)
     assert error_of(packed).where == str(packed / "manifest.json")
+
+
+def test_damaged_records_and_facts_are_named(tiny_shards, tmp_path):
+    """What lies inside the tar, with sizes and indices as they were."""
+    import shutil
+
+    for component, method in (("f32", "records"), ("json", "people")):
+        copy = shutil.copytree(tiny_shards / "valid", tmp_path / component)
+        split = ShardSet(copy)
+        offset = int(split._extents.offset[component][3])
+        size = int(split._extents.size[component][3])
+        split.tars[0].chmod(0o644)
+        with split.tars[0].open("r+b") as file:
+            file.seek(offset)
+            file.write(b"\xff" * size)  # as float32: not a number
+        with pytest.raises(InputError, match="sample 3"):
+            getattr(ShardSet(copy), method)()
