@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from model.princeton import without_prefix
+
 INPUT_MEAN = (0.4404, 0.4440, 0.4327)
 """RGB in 0..1, the constant of anibali/pytorch-stacked-hourglass."""
 _PREFIXES = ("module.", "")
@@ -33,13 +35,7 @@ _ROLES = ("across", "down", "up", "inner")
 
 def find_state_dict(raw: Any) -> dict[str, Tensor] | None:
     """The tensors of one of its checkpoints without their prefix, or None if it is not one."""
-    tensors = raw.get("state_dict", raw) if isinstance(raw, dict) else None
-    if not isinstance(tensors, dict):
-        return None
-    for prefix in _PREFIXES:
-        if prefix + _FIRST in tensors:
-            return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-    return None
+    return without_prefix(raw, _FIRST, _PREFIXES)
 
 
 def our_weights(theirs: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -57,11 +57,16 @@ class Size(NamedTuple):
 
 def find_state_dict(raw: Any) -> dict[str, Tensor] | None:
     """The tensors of one of its checkpoints without their prefix, or None if it is not one."""
+    return without_prefix(raw, _FIRST, _PREFIXES)
+
+
+def without_prefix(raw: Any, key: str, prefixes: tuple[str, ...]) -> dict[str, Tensor] | None:
+    """The tensors of a checkpoint under the prefix that `key` has in it, or None if it has none."""
     tensors = raw.get("state_dict", raw) if isinstance(raw, dict) else None
     if not isinstance(tensors, dict):
         return None
-    for prefix in _PREFIXES:
-        if prefix + _FIRST in tensors:
+    for prefix in prefixes:
+        if prefix + key in tensors:
             return {
                 name.removeprefix(prefix): tensor
                 for name, tensor in tensors.items()

@@ -190,7 +190,12 @@ def unpoison():
 def test_a_step_whose_loss_is_not_finite_is_skipped_and_counted(
     optimizer, tiny_shards, tmp_path, capsys
 ):
-    config = tiny_config(tiny_shards, optim={"name": optimizer}, train={"log_every": 1})
+    config = tiny_config(
+        tiny_shards,
+        optim={"name": optimizer, "ema_decay": 0.9},
+        model={"input_mean": [0.4, 0.4, 0.4]},
+        train={"log_every": 1},
+    )
     run = make_run(config, tmp_path / "run")
     steps(run, 1)
     before = {name: t.clone() for name, t in run.network.named_parameters()}
@@ -210,6 +215,7 @@ def test_a_step_whose_loss_is_not_finite_is_skipped_and_counted(
     run._report(totals)
     assert "skipped 1 of the last 1 steps" in capsys.readouterr().err
     assert all(torch.isfinite(b).all() for b in run.network.buffers())
+    assert run.average and all(torch.isfinite(t).all() for t in run.average.tensors.values())
     assert np.isfinite(steps(run, 1)).all()
 
 

@@ -286,7 +286,7 @@ class Run:
             return
         for name, value in self.good_statistics.items():
             buffers[name].copy_(value)
-            if self.average:
+            if self.average and name in self.average.tensors:
                 self.average.tensors[name].copy_(value)
 
     def _statistics(self) -> dict[str, Tensor]:
