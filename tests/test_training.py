@@ -19,7 +19,8 @@ from configs.errors import InputError
 from configs.schema import Config, config_from_dict
 from pipelines.batches import choose_loader
 from training import checkpoint, runtime
-from training.loop import Run, Totals
+from training.log import Totals
+from training.loop import Run
 from training.optimizer import Average, learning_rate
 from training.runtime import Runtime
 

@@ -10,12 +10,15 @@ from torch import Tensor, nn
 from configs.errors import InputError
 from configs.mpii import MPII
 from configs.schema import (
+    FIXED_ON_RESUME,
+    FREE_ON_RESUME,
     Config,
     DataConfig,
     HeatmapsConfig,
     ModelConfig,
     as_dict,
     config_from_dict,
+    flat,
 )
 from configs.skeleton import Skeleton
 from model import bearpaw, princeton
@@ -147,6 +150,27 @@ def _is_adam(optimizer: State) -> bool:
 def config_of(state: State, path: Path) -> Config:
     """The resolved config that the checkpoint was trained with."""
     return config_from_dict(state["config"], f"{path}: config")
+
+
+def compare_settings(saved: dict[str, Any], config: Config, path: Path) -> list[str]:
+    """What a resumed run changes of its settings, a sentence each.
+
+    saved: the config in the checkpoint. Raises InputError for a change that makes it another run.
+    """
+    now = flat(as_dict(config))
+    changed = {
+        name: f"{name} was {before}, is {now[name]}"
+        for name, before in flat(saved).items()
+        if before != now[name] and name not in FREE_ON_RESUME
+    }
+    if changed.keys() & FIXED_ON_RESUME:
+        raise InputError(
+            path,
+            "; ".join(changed.values()),
+            "the settings that the run began with",
+            "resume with the config.yaml in its folder, or begin a new run with --init_from",
+        )
+    return [f"changed on resuming: {line}" for line in changed.values()]
 
 
 def skeleton_of(state: State) -> Skeleton:

@@ -1,4 +1,4 @@
-"""What a run tells: one live line, metrics.jsonl and TensorBoard, on the first rank alone."""
+"""What a run tells: one live line, metrics.jsonl and TensorBoard, and the sums behind them."""
 
 import json
 import sys
@@ -6,8 +6,55 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+from model.loss import pck, peak_height
+from pipelines import heatmaps
+from pipelines.batches import Batch
+
+TRAINING_PCK_RADIUS = 0.05
+"""Radius of the training PCK as a share of the heatmap's side: about half a head in an MPII box."""
+
+
+class Totals:
+    """Sums on the device since the last line of the log."""
+
+    NAMES = ("loss", "last_stack_loss", "peak", "pck")
+
+    def __init__(self, device: torch.device):
+        """All sums at zero."""
+        self.sums = torch.zeros(len(self.NAMES), device=device)
+        self.good_batches = torch.zeros((), device=device)
+        self.bad_steps = torch.zeros((), device=device)
+        self.batches = 0
+        self.steps = 0
+        self.waited = 0.0
+        self.started = time.perf_counter()
+
+    @torch.no_grad()
+    def add(self, losses_S: Tensor, heat_NJHW: Tensor, batch: Batch, rule: heatmaps.Rule) -> None:
+        """Take in one batch. heat_NJHW: of the last stack."""
+        heat = heat_NJHW.detach().float()
+        joints, _ = heatmaps.decode(heat, rule)
+        values = [
+            losses_S.detach().mean(),
+            losses_S.detach()[-1],
+            peak_height(heat, batch.drawn_NJ),
+            pck(joints, batch.joints_NJ2, batch.drawn_NJ, TRAINING_PCK_RADIUS * heat.shape[-1]),
+        ]
+        numbers = torch.stack(values)
+        good = torch.isfinite(numbers).all()
+        self.sums += torch.where(good, numbers, torch.zeros_like(numbers))
+        self.good_batches += good
+        self.batches += 1
+
+    def add_step(self, bad: Tensor) -> None:
+        """Take in whether a step was skipped."""
+        self.bad_steps += bad
+        self.steps += 1
 
 
 class Log:

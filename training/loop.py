@@ -19,14 +19,14 @@ from configs.errors import InputError
 from configs.schema import Config
 from evaluation import pckh
 from evaluation.inference import Predictions, evaluation_batches, predict
-from model.loss import pck, peak_height, stack_losses
-from pipelines import batches, heatmaps
+from model.loss import stack_losses
+from pipelines import batches
 from pipelines.augment import preset_of
 from pipelines.batches import Batch, Target
 from pipelines.shards import ShardSet
 from training import checkpoint, runtime
 from training.checkpoint import State
-from training.log import Log
+from training.log import Log, Totals
 from training.optimizer import Average, learning_rate, make_optimizer
 from training.runtime import Runtime
 
@@ -35,46 +35,6 @@ COLLAPSED_PEAK = 0.05
 """Mean peak of the heatmaps under which a network is taken to answer nothing but zeros."""
 COLLAPSE_FROM_STEP = 1_000
 """Before it every network answers little."""
-TRAINING_PCK_RADIUS = 0.05
-"""Radius of the training PCK as a share of the heatmap's side: about half a head in an MPII box."""
-
-
-class Totals:
-    """Sums on the device since the last line of the log."""
-
-    NAMES = ("loss", "last_stack_loss", "peak", "pck")
-
-    def __init__(self, device: torch.device):
-        """All sums at zero."""
-        self.sums = torch.zeros(len(self.NAMES), device=device)
-        self.good_batches = torch.zeros((), device=device)
-        self.bad_steps = torch.zeros((), device=device)
-        self.batches = 0
-        self.steps = 0
-        self.waited = 0.0
-        self.started = time.perf_counter()
-
-    @torch.no_grad()
-    def add(self, losses_S: Tensor, heat_NJHW: Tensor, batch: Batch, rule: heatmaps.Rule) -> None:
-        """Take in one batch. heat_NJHW: of the last stack."""
-        heat = heat_NJHW.detach().float()
-        joints, _ = heatmaps.decode(heat, rule)
-        values = [
-            losses_S.detach().mean(),
-            losses_S.detach()[-1],
-            peak_height(heat, batch.drawn_NJ),
-            pck(joints, batch.joints_NJ2, batch.drawn_NJ, TRAINING_PCK_RADIUS * heat.shape[-1]),
-        ]
-        numbers = torch.stack(values)
-        good = torch.isfinite(numbers).all()
-        self.sums += torch.where(good, numbers, torch.zeros_like(numbers))
-        self.good_batches += good
-        self.batches += 1
-
-    def add_step(self, bad: Tensor) -> None:
-        """Take in whether a step was skipped."""
-        self.bad_steps += bad
-        self.steps += 1
 
 
 class Run:
@@ -393,7 +353,7 @@ class Run:
                 "start as many, or begin a new run with --init_from",
             )
         if "loader_states" in state:
-            self._compare_settings(state["config"], source)
+            self.remarks += checkpoint.compare_settings(state["config"], self.config, source)
         checkpoint.load_weights(self.network, state["model"], source)
         self._restore_optimizer(state["optimizer"], source)
         self.step, self.seconds = state["step"], state.get("seconds", 0.0)
@@ -408,24 +368,6 @@ class Run:
         if "rng" in state:
             torch.set_rng_state(state["rng"][self.place.rank])
         return self._loader_state(state)
-
-    def _compare_settings(self, saved: dict[str, Any], source: Path) -> None:
-        """Refuse settings that would make another run of it, and remark on others that changed."""
-        now = schema.flat(schema.as_dict(self.config))
-        changed = {
-            name: (before, now[name])
-            for name, before in schema.flat(saved).items()
-            if before != now[name] and name not in schema.FREE_ON_RESUME
-        }
-        lines = [f"{name} was {old}, is {new}" for name, (old, new) in changed.items()]
-        if changed.keys() & schema.FIXED_ON_RESUME:
-            raise InputError(
-                source,
-                "; ".join(lines),
-                "the settings that the run began with",
-                f"resume with {self.folder}/config.yaml, or begin a new run with --init_from",
-            )
-        self.remarks += [f"changed on resuming: {line}" for line in lines]
 
     def _restore_optimizer(self, saved: State, path: Path) -> None:
         """Take over the optimizer's moments. Raises InputError if they are another optimizer's."""
