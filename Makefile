@@ -13,7 +13,9 @@ SHELL := /bin/bash
 
 PYTHON ?= .venv/bin/python
 BOOTSTRAP ?= python3
-CUDA ?= 12
+# The choice is kept with the environment, so that it need be made but once.
+CUDA ?= $(or $(shell cat .venv/cuda 2>/dev/null),12)
+STAMP := .venv/installed-cuda$(CUDA)
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 TORCH ?= $(if $(HAS_GPU),torch>=2.11,torch==2.13.0)
 PIP_ARGS ?=
@@ -22,9 +24,9 @@ DEMO ?= data/synthetic
 .PHONY: demo install lint test test-slow test-gpu bench clean-demo
 .DELETE_ON_ERROR:
 
-install: .venv/installed
+install: $(STAMP)
 
-.venv/installed: pyproject.toml
+$(STAMP): pyproject.toml
 	@$(BOOTSTRAP) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo 'error: $(BOOTSTRAP) is older than Python 3.11; name a newer one: make BOOTSTRAP=python3.12'; exit 2; }
 	$(BOOTSTRAP) -m venv .venv
@@ -32,8 +34,9 @@ install: .venv/installed
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 ifeq ($(CUDA),13)
 	.venv/bin/python -m pip uninstall --quiet --yes nvidia-dali-cuda120
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check nvidia-dali-cuda130
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --force-reinstall nvidia-dali-cuda130
 endif
+	@echo $(CUDA) > .venv/cuda
 	@touch $@
 
 demo: install clean-demo
