@@ -31,11 +31,16 @@ $(STAMP): pyproject.toml
 	  || { echo 'error: $(BOOTSTRAP) is older than Python 3.11; name a newer one: make BOOTSTRAP=python3.12'; exit 2; }
 	$(BOOTSTRAP) -m venv .venv
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) '$(TORCH)'
+	@# Both DALIs are the same module: neither may be there when the other comes or goes.
+	@if [ "$$(cat .venv/cuda 2>/dev/null || echo $(CUDA))" != "$(CUDA)" ]; then \
+	  .venv/bin/python -m pip uninstall --quiet --yes nvidia-dali-cuda120 nvidia-dali-cuda130; fi
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 ifeq ($(CUDA),13)
-	.venv/bin/python -m pip uninstall --quiet --yes nvidia-dali-cuda120
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check --force-reinstall nvidia-dali-cuda130
+	.venv/bin/python -m pip uninstall --quiet --yes nvidia-dali-cuda120 nvidia-dali-cuda130
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check nvidia-dali-cuda130
+	@echo 'DALI for CUDA 13 stands in for nvidia-dali-cuda120; a conflict that pip reports about it is meant.'
 endif
+	@rm -f .venv/installed-cuda*
 	@echo $(CUDA) > .venv/cuda
 	@touch $@
 
