@@ -574,7 +574,11 @@ def summarise(options: Options, manifests: list[Manifest], seconds: float) -> No
         )
     people = sum(manifest.people for manifest in manifests)
     print(f"{seconds:.1f} s, {people / seconds:,.0f} people/s with {options.workers} worker(s)")
-    print(f"next: python train.py --data.shards {shlex.quote(str(options.output))}")
+    folder = shlex.quote(str(options.output))
+    if "train" in options.splits:
+        print(f"next: python train.py --data.shards {folder}")
+    else:
+        print(f"next: python evaluate.py --checkpoint PATH --shards {folder}")
 
 
 if __name__ == "__main__":
