@@ -16,6 +16,8 @@ from model.hourglass import Residual, StackedHourglass
 
 STEPS_PER_EPOCH = 1_000
 """Of its recipe; its checkpoints count epochs."""
+STEM, DEPTH = (64, 128, 128), 4
+"""Fixed in its code."""
 PREFIX = "model.module."
 """What its train.py puts before every key."""
 _PREFIXES = (PREFIX, "module.", "model.", "")

@@ -247,3 +247,11 @@ def test_the_converter_goes_both_ways(golden_path, tmp_path, monkeypatch, capsys
     )
     with pytest.raises(InputError, match="a new name"):
         convert_checkpoint.main()
+
+
+def test_a_network_that_its_code_cannot_build_is_not_written_for_it(tiny_shards, tmp_path):
+    from test_training import make_run, tiny_config
+
+    make_run(tiny_config(tiny_shards), tmp_path).save(["last.pt"])
+    with pytest.raises(InputError, match=r"stem \(8, 16, 16\), depth 2"):
+        checkpoint.to_princeton(checkpoint.load(tmp_path / "last.pt"), tmp_path / "last.pt")

@@ -132,6 +132,14 @@ def to_princeton(state: State, path: Path) -> State:
     Its weights are the averaged ones where there are some; then there is no optimizer state, which
     belongs to the others.
     """
+    size = config_of(state, path).model
+    if size.stem != princeton.STEM or size.depth != princeton.DEPTH or any(size.input_mean):
+        raise InputError(
+            path,
+            f"stem {size.stem}, depth {size.depth}, input mean {size.input_mean}",
+            f"stem {princeton.STEM}, depth {princeton.DEPTH}, no mean: its code has no others",
+            "keep this checkpoint in our format",
+        )
     network = evaluation_network(state, path)
     weights = princeton.their_weights(network.state_dict(), network)
     raw: State = {
