@@ -2,87 +2,112 @@
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import cv2
 import numpy as np
-import numpy.typing as npt
+import torch
 from tqdm import tqdm
 
 from configs.errors import InputError, run_main
 from configs.schema import Config
-from configs.skeleton import Skeleton
 from evaluation import pckh, report
-from evaluation.inference import Predictions, evaluation_batches, predict
+from evaluation.inference import Predictions, choose_batch_size
 from evaluation.oracle import oracle_keypoints
 from evaluation.predictions import as_coco, as_entries, read_predictions, write_mat
-from pipelines.annotations import People, read_annotations
-from pipelines.augment import preset_of
-from pipelines.batches import Target
+from evaluation.subjects import Subjects, from_loose_pictures, from_shards
+from evaluation.submission import read_release, write_submission
+from pipelines.annotations import read_annotations
+from pipelines.batches import Target, target_of
 from pipelines.heatmaps import Rule
-from pipelines.opencv_crops import LooseImages, Source
-from pipelines.shards import MANIFEST, ShardSet
 from training import checkpoint, runtime
+from training.runtime import Runtime
+from training.validation import predict_together
+
+LoaderName = Literal["opencv", "dali"]
 
 COMPARISON_LEGEND = (
     "PCKh in %; < and <= say whether an error equal to the threshold counts as found (groups: <=)"
 )
 
 
-class Subjects(NamedTuple):
-    """Whom to evaluate on."""
+class Question(NamedTuple):
+    """What is to be evaluated, and how."""
 
-    people: People
-    source: Source
-    samples: npt.NDArray[np.int64]
-    """(N,) number in the source of each person."""
-    skeleton: Skeleton
-    train: People | None
-    """The people of the training split, if it is at hand, for the mean pose."""
-    name: str
+    path: Path
+    """Of the checkpoint."""
+    state: checkpoint.State
+    target: Target
+    subjects: Subjects
+    flip: bool
+    loaders: tuple[LoaderName, ...]
+    """One, or both of them for the comparison."""
+    remarks: list[str]
+    """In what this differs from training."""
 
 
 def main() -> None:
     """Predict everybody, print the table, write what was asked for."""
     options = make_parser().parse_args()
-    check_outputs(options)
+    check_options(options)
     if options.oracle:
         score_oracle(options)
-        return
-    if options.predictions:
+    elif options.predictions:
         score_file(options)
+    else:
+        place = runtime.start(options.device, options.precision)
+        try:
+            evaluate_network(options, place)
+        finally:
+            runtime.stop()
+
+
+def evaluate_network(options: argparse.Namespace, place: Runtime) -> None:
+    """The whole way for one checkpoint, over all ranks; the first one prints and writes."""
+    question = find_question(options)
+    subjects = question.subjects
+    release = read_release(Path(options.release), subjects.people) if options.release else None
+    found = predict_everybody(options, question, place)
+    if not place.is_first:
         return
-    path = Path(options.checkpoint) if options.checkpoint else newest_checkpoint(Path(options.runs))
-    state = checkpoint.load(path)
-    config = checkpoint.config_of(state, path)
-    flip = config.eval.flip if options.flip is None else options.flip
-    subjects = find_subjects(options, config)
-    if subjects.skeleton != checkpoint.skeleton_of(state):
-        raise InputError(
-            subjects.name,
-            f"joints of {subjects.skeleton.name}: {', '.join(subjects.skeleton.names[:4])}, ...",
-            f"those that {path} was trained on",
-            "evaluate on data of the same joints",
+    first = found[question.loaders[0]]
+    if release:
+        path = Path(options.save_submission)
+        count = write_submission(path, release, subjects.people, first.keypoints_NJ2)
+        print(f"wrote {path}: {count:,} people of the test set")
+    results = {
+        "network" if len(found) == 1 else f"{name} crops": pckh.summary(
+            keypoints, subjects.people, subjects.skeleton
         )
-    found = predict_subjects(options, config, state, path, subjects, flip)
-    results = {"network": pckh.summary(found.keypoints_NJ2, subjects.people, subjects.skeleton)}
+        for name, (keypoints, _) in found.items()
+    }
     if subjects.train:
         mean = pckh.mean_pose(subjects.train, subjects.people)
         results["mean pose"] = pckh.summary(mean, subjects.people, subjects.skeleton)
-    print_results(path, state, subjects, results, flip=flip)
-    write_files(options, path, subjects, found, {"flip": flip, **results})
+    print_results(options, question, results)
+    facts = {"checkpoint": str(question.path), "data": subjects.name, "flip": question.flip}
+    facts |= {"loaders": list(question.loaders), "remarks": question.remarks}
+    write_files(options, subjects, first, {**facts, **results})
 
 
-def check_outputs(options: argparse.Namespace) -> None:
-    """Refuse files that cannot be written before the work is done. Raises InputError."""
-    names = (options.json, options.save_predictions, options.save_coco, options.save_mat)
-    for name in [*names, options.picture]:
+def check_options(options: argparse.Namespace) -> None:
+    """Refuse what cannot work, before any work is done. Raises InputError."""
+    names = ("json", "save_predictions", "save_coco", "save_mat", "save_submission", "picture")
+    for name in (getattr(options, name) for name in names):
         path = Path(name) if name else None
         if path and (path.is_dir() or any(p.is_file() for p in path.parents)):
             raise InputError(path, "a folder, or in a file", "a file name", "name another file")
     if options.picture and Path(options.picture).suffix.lower() not in (".png", ".jpg", ".jpeg"):
         raise InputError(options.picture, "another kind of file", ".png or .jpg", "rename it")
+    if bool(options.save_submission) != bool(options.release):
+        raise InputError(
+            "command line",
+            "one of --save-submission and --release",
+            "both: the file to write, and MPII's mpii_human_pose_v1_u12_1.mat",
+            "give both",
+        )
 
 
 def score_oracle(options: argparse.Namespace) -> None:
@@ -120,6 +145,8 @@ def score_file(options: argparse.Namespace) -> None:
     print(report.table(results, skeleton))
     print()
     print(report.explain(results["predictions"]))
+    if options.per_joint:
+        print("\n" + report.details_table(results["predictions"]))
     if options.json:
         facts = {"predictions_file": str(path), "ground_truth": "file" if own else "annotations"}
         write_text(Path(options.json), json.dumps({**facts, **results}, indent=1))
@@ -129,12 +156,20 @@ def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="evaluate.py",
-        description="Evaluate a trained network by PCKh, with OpenCV's crops.",
+        description="Evaluate a trained network by PCKh, on one device or (torchrun) on several.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example:\n  python evaluate.py --checkpoint runs/2hg/best.pt --json pckh.json",
     )
-    what = parser.add_argument_group("what to evaluate")
-    what.add_argument("--checkpoint", help="default: best.pt of the newest run")
+    _add_what(parser.add_argument_group("what to evaluate"))
+    _add_how(parser.add_argument_group("how"))
+    _add_output(parser.add_argument_group("what to print and write"))
+    return parser
+
+
+def _add_what(what: argparse._ArgumentGroup) -> None:
+    what.add_argument(
+        "--checkpoint", help="ours or princeton-vl's; default: best.pt of the newest run"
+    )
     what.add_argument("--runs", default="runs", help="folder of runs (default: %(default)s)")
     what.add_argument("--shards", help="a split, or the folder of splits; default: as in training")
     what.add_argument(
@@ -157,30 +192,79 @@ def make_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="score perfect heatmaps of --annotations, by each rule of heatmaps.rule",
     )
-    how = parser.add_argument_group("how")
+
+
+def _add_how(how: argparse._ArgumentGroup) -> None:
     how.add_argument(
         "--flip",
         action=argparse.BooleanOptionalAction,
         help="average with the prediction for the mirrored picture; default: as in training",
     )
-    how.add_argument("--batch-size", type=int, help="people at a time; default: as in training")
-    how.add_argument("--workers", type=int, help="processes that crop; default: as in training")
+    how.add_argument(
+        "--crop",
+        choices=("princeton", "affine"),
+        help="cut people out by princeton-vl's two roundings, or by one affine; "
+        "default: as in training",
+    )
+    how.add_argument(
+        "--loader",
+        choices=("opencv", "dali"),
+        default="opencv",
+        help="who decodes and crops (default: %(default)s, the one that numbers are quoted for)",
+    )
+    how.add_argument(
+        "--compare-loaders", action="store_true", help="evaluate with both, and print the gap"
+    )
+    how.add_argument(
+        "--batch-size", type=_at_least(1), help="people at a time; default: the fastest, measured"
+    )
+    how.add_argument(
+        "--workers",
+        type=_at_least(0),
+        help="processes that crop, or DALI's threads; default: as in training",
+    )
     how.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
-    how.add_argument("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="fp32")
-    out = parser.add_argument_group("what to write")
+    how.add_argument(
+        "--precision",
+        choices=("auto", "bf16", "fp16", "fp32"),
+        default="fp32",
+        help="arithmetic (default: %(default)s)",
+    )
+
+
+def _add_output(out: argparse._ArgumentGroup) -> None:
+    out.add_argument("--per-joint", action="store_true", help="print every joint and pair as well")
     out.add_argument("--json", metavar="OUT", help="every number")
     out.add_argument(
         "--save-predictions", metavar="OUT", help="joints in px of the original pictures"
     )
     out.add_argument("--save-coco", metavar="OUT", help="the same as COCO keypoint results")
+    out.add_argument("--save-mat", metavar="OUT", help="the same as .mat with `preds`, as HRNet's")
     out.add_argument(
-        "--save-mat", metavar="OUT", help="the same as .mat, `preds` counted from 1, as HRNet's"
+        "--save-submission",
+        metavar="OUT",
+        help="pred_keypoints_mpii.mat of MPII's test set, with --release",
+    )
+    out.add_argument(
+        "--release", metavar="FILE", help="MPII's own annotation, mpii_human_pose_v1_u12_1.mat"
     )
     out.add_argument("--picture", metavar="OUT", help="PNG or JPEG of predictions")
     out.add_argument(
-        "--people", type=int, default=24, help="people in the picture (default: %(default)s)"
+        "--people",
+        type=_at_least(1),
+        default=24,
+        help="people in the picture (default: %(default)s)",
     )
-    return parser
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{value} is below {least}")
+        return value
+
+    return number
 
 
 def newest_checkpoint(runs: Path) -> Path:
@@ -193,101 +277,126 @@ def newest_checkpoint(runs: Path) -> Path:
     return found[-1]
 
 
+def find_question(options: argparse.Namespace) -> Question:
+    """Checkpoint, people and pictures, and how they are to be brought together."""
+    path = Path(options.checkpoint) if options.checkpoint else newest_checkpoint(Path(options.runs))
+    state = checkpoint.load(path)
+    config = checkpoint.config_of(state, path)
+    subjects = find_subjects(options, config)
+    if subjects.skeleton != checkpoint.skeleton_of(state):
+        raise InputError(
+            subjects.name,
+            f"joints of {subjects.skeleton.name}: {', '.join(subjects.skeleton.names[:4])}, ...",
+            f"those that {path} was trained on",
+            "evaluate on data of the same joints",
+        )
+    target = target_of(config.data, config.heatmaps, subjects.skeleton)
+    trained_crop = "princeton" if target.preset.princeton_crop else "affine"
+    crop = options.crop or trained_crop
+    loaders: tuple[LoaderName, ...] = (options.loader,)
+    if options.compare_loaders:
+        loaders = ("opencv", "dali")
+    return Question(
+        path=path,
+        state=state,
+        target=target._replace(preset=target.preset._replace(princeton_crop=crop == "princeton")),
+        subjects=subjects,
+        flip=config.eval.flip if options.flip is None else options.flip,
+        loaders=loaders,
+        remarks=differences(trained_crop, crop, state.get("loader"), loaders),
+    )
+
+
+def differences(
+    trained_crop: str, crop: str, trained_loader: str | None, loaders: tuple[LoaderName, ...]
+) -> list[str]:
+    """In what the crops differ from those of training, a sentence each."""
+    remarks = []
+    if crop != trained_crop:
+        remarks.append(f"trained on {trained_crop} crops, evaluated on {crop} ones (--crop)")
+    if trained_loader and trained_loader not in loaders:
+        remarks.append(
+            f"trained on crops of {trained_loader}, evaluated on those of {loaders[0]}; "
+            "--compare-loaders prints the gap"
+        )
+    if crop == "princeton" and "dali" in loaders:
+        remarks.append("dali resamples princeton's box once, where its code resamples it twice")
+    return remarks
+
+
 def find_subjects(options: argparse.Namespace, config: Config) -> Subjects:
     """People and pictures, from shards or loose. Raises InputError."""
-    if options.annotations or options.images:
-        if not (options.annotations and options.images) or options.shards:
-            given = [n for n in ("annotations", "images", "shards") if getattr(options, n)]
-            raise InputError(
-                "command line",
-                " and ".join(f"--{name}" for name in given),
-                "--annotations with --images, or --shards alone",
-                "give one of the two",
-            )
-        people, skeleton = read_annotations(Path(options.annotations), "valid")
-        source = LooseImages(people, Path(options.images))
-        samples = np.arange(people.count)
-        return Subjects(people, source, samples, skeleton, None, options.annotations)
-    folder = Path(options.shards or config.data.shards)
-    if not (folder / MANIFEST).is_file() and (folder / "valid").is_dir():
-        folder = folder / "valid"
-    shards = ShardSet(folder)
-    people, samples = shards.people()
-    beside = folder.parent / "train"
-    train = ShardSet(beside).people()[0] if (beside / MANIFEST).is_file() else None
-    return Subjects(people, shards, samples, shards.manifest.skeleton, train, str(folder))
-
-
-def predict_subjects(
-    options: argparse.Namespace,
-    config: Config,
-    state: dict[str, Any],
-    path: Path,
-    subjects: Subjects,
-    flip: bool,
-) -> Predictions:
-    """Everybody's joints, in the annotation's order."""
-    device = runtime.choose_device(options.device)
-    workers = config.data.workers if options.workers is None else options.workers
-    size = config.eval.batch_size if options.batch_size is None else options.batch_size
-    if size < 1 or workers < 0:
+    if not (options.annotations or options.images):
+        return from_shards(Path(options.shards or config.data.shards))
+    if not (options.annotations and options.images) or options.shards:
+        given = [n for n in ("annotations", "images", "shards") if getattr(options, n)]
         raise InputError(
             "command line",
-            f"batch size {size}, workers {workers}",
-            "1 or more, 0 or more",
-            "correct it",
+            " and ".join(f"--{name}" for name in given),
+            "--annotations with --images, or --shards alone",
+            "give one of the two",
         )
-    network = checkpoint.evaluation_network(state, path).to(device)
-    target = Target(
-        preset=preset_of(config.data.preset, config.data.mirror),
-        rule=config.heatmaps.rule,
-        sigma=config.heatmaps.sigma,
-        input_px=config.data.input_px,
-        skeleton=subjects.skeleton,
-    )
-    batches = evaluation_batches(
-        subjects.source, subjects.samples, target, size, workers, device.type == "cuda"
-    )
-    progress = tqdm(batches, desc="evaluate", unit="batch", total=-(-subjects.people.count // size))
-    return predict(
-        network,
-        progress,
-        target,
-        flip=flip,
-        device=device,
-        dtype=runtime.choose_dtype(options.precision, device),
-    )
+    return from_loose_pictures(Path(options.annotations), Path(options.images))
+
+
+def predict_everybody(
+    options: argparse.Namespace, question: Question, place: Runtime
+) -> dict[LoaderName, Predictions]:
+    """Everybody's joints through each loader, in the annotation's order."""
+    config = checkpoint.config_of(question.state, question.path)
+    network = checkpoint.evaluation_network(question.state, question.path).to(place.device)
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    size = options.batch_size
+    if size is None:
+        size, rates = choose_batch_size(
+            network, question.target, flip=question.flip, device=place.device, dtype=place.dtype
+        )
+        if place.is_first:
+            tried = ", ".join(f"{size}: {rate:,.0f}" for size, rate in rates.items())
+            print(f"batch size {size}, the fastest here (people/s by size: {tried})")
+    share = -(-question.subjects.people.count // place.ranks)
+    found: dict[LoaderName, Predictions] = {}
+    for loader in question.loaders:
+        found[loader] = predict_together(
+            network, question.subjects.source, question.subjects.samples, question.target, place,
+            loader=loader, batch_size=min(size, share), flip=question.flip,
+            workers=config.data.workers if options.workers is None else options.workers,
+            progress=lambda batches, name=loader: tqdm(  # type: ignore[misc]
+                batches, f"evaluate ({name})", -(-share // min(size, share)), unit="batch",
+                disable=not place.is_first,
+            ),
+        )  # fmt: skip
+    return found
 
 
 def print_results(
-    path: Path,
-    state: dict[str, Any],
-    subjects: Subjects,
-    results: dict[str, dict[str, Any]],
-    flip: bool,
+    options: argparse.Namespace, question: Question, results: dict[str, dict[str, Any]]
 ) -> None:
     """The table, and what it counts."""
-    print(
-        f"\n{path} (step {state['step']}) on {subjects.name}, "
-        f"{'flip test' if flip else 'no flip test'}"
-    )
+    first = next(iter(results.values()))
+    flip = "flip test" if question.flip else "no flip test"
+    print(f"\n{question.path} (step {question.state['step']}) on {question.subjects.name}, {flip}")
+    for remark in question.remarks:
+        print(f"note: {remark}")
+    if not first["joints_counted"]:
+        print("No joint is annotated, so that there is nothing to score.")
+        return
     print(COMPARISON_LEGEND + "\n")
-    print(report.table(results, subjects.skeleton))
+    print(report.table(results, question.subjects.skeleton))
     print()
-    print(report.explain(results["network"]))
+    print(report.explain(first))
+    if options.per_joint:
+        print("\n" + report.details_table(first))
+    if len(question.loaders) == 2:
+        print("\n" + report.gap(*list(results.items())[:2]))
 
 
 def write_files(
-    options: argparse.Namespace,
-    path: Path,
-    subjects: Subjects,
-    found: Predictions,
-    results: dict[str, Any],
+    options: argparse.Namespace, subjects: Subjects, found: Predictions, results: dict[str, Any]
 ) -> None:
     """The files that were asked for."""
     if options.json:
-        facts = {"checkpoint": str(path), "data": subjects.name}
-        write_text(Path(options.json), json.dumps({**facts, **results}, indent=1))
+        write_text(Path(options.json), json.dumps(results, indent=1))
     keypoints, scores = found
     if options.save_predictions:
         entries = as_entries(subjects.people, keypoints, scores)
@@ -295,10 +404,10 @@ def write_files(
     if options.save_coco:
         write_text(Path(options.save_coco), json.dumps(as_coco(keypoints, scores)))
     if options.save_mat:
-        write_mat(Path(options.save_mat), keypoints)
+        write_mat(Path(options.save_mat), {"preds": keypoints})
         print(f"wrote {options.save_mat}")
     if options.picture:
-        count = min(max(options.people, 1), subjects.people.count)
+        count = min(options.people, subjects.people.count)
         rows = np.linspace(0, subjects.people.count - 1, count).astype(int)
         sheet = report.draw_people(
             subjects.source,

@@ -1,6 +1,7 @@
 """The network on people: flip test, decoding, and back to the pixels of the original picture."""
 
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -8,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from pipelines import augment, heatmaps, opencv_crops, princeton
+from pipelines import heatmaps, princeton
 from pipelines.batches import Target, images_N3HW
 from pipelines.geometry import STRIDE
 from pipelines.opencv_crops import RawBatch
@@ -22,25 +23,6 @@ class Predictions(NamedTuple):
     """Image px."""
     scores_NJ: npt.NDArray[np.float64]
     """Height of the heatmap's peak."""
-
-
-def evaluation_batches(
-    source: opencv_crops.Source,
-    samples: npt.NDArray[np.int64],
-    target: Target,
-    batch_size: int,
-    workers: int,
-    pin: bool,
-    decoder: Callable[[bytes, str], npt.NDArray[np.uint8]] = opencv_crops.decode,
-) -> Iterable[RawBatch]:
-    """Crops of these samples in this order, without augmentation, by OpenCV.
-
-    The preset's crop rule stays: princeton's crop is not the default one even without a draw.
-    """
-    still = augment.PRESETS["none"]._replace(princeton_crop=target.preset.princeton_crop)
-    dataset = opencv_crops.CropDataset(source, still, target.input_px, 0, decoder)
-    sampler = opencv_crops.ListSampler(samples, batch_size)
-    return opencv_crops.CropLoader(dataset, sampler, workers, pin)
 
 
 @torch.no_grad()
@@ -69,6 +51,56 @@ def predict(
     return Predictions(np.concatenate(keypoints), np.concatenate(scores))
 
 
+_LARGEST_BATCH = 128
+_SECONDS_TO_CHOOSE = 4.0
+_WORTH_DOUBLING = 1.05
+"""A batch of twice the size must be faster by this factor, or it only costs memory."""
+
+
+@torch.no_grad()
+def choose_batch_size(
+    model: nn.Module, target: Target, *, flip: bool, device: torch.device, dtype: torch.dtype
+) -> tuple[int, dict[int, float]]:
+    """The fastest batch size of 1, 2, 4, ..., and the people/s measured for each size tried.
+
+    On a CPU a small network can be slower in large batches, when its tensors leave the cache. The
+    search stops after two sizes in a row that were no faster, or after some seconds.
+    """
+    rates: dict[int, float] = {}
+    began, size, best = time.perf_counter(), 1, 1
+    while size <= min(_LARGEST_BATCH, 4 * best) and (
+        time.perf_counter() - began < _SECONDS_TO_CHOOSE or not rates
+    ):
+        try:
+            rates[size] = _people_per_second(model, size, target, flip, device, dtype)
+        except torch.OutOfMemoryError:
+            break
+        if rates[size] > _WORTH_DOUBLING * rates[best]:
+            best = size
+        size *= 2
+    return best, rates
+
+
+def _people_per_second(
+    model: nn.Module,
+    size: int,
+    target: Target,
+    flip: bool,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> float:
+    shape = (size, 3, target.input_px, target.input_px)
+    images = torch.rand(shape, device=device).contiguous(memory_format=torch.channels_last)
+    seconds = []
+    for _ in range(3):  # the first one warms up
+        start = time.perf_counter()
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            heat = last_heatmaps(model, images, target, flip)
+        heatmaps.decode(heat, target.rule)[0].cpu()
+        seconds.append(time.perf_counter() - start)
+    return size / min(seconds[1:])
+
+
 def last_heatmaps(model: nn.Module, images_N3HW: Tensor, target: Target, flip: bool) -> Tensor:
     """(N, J, H, W) float32 heatmaps of the last stack, with or without the flip test."""
     if not flip:
@@ -84,7 +116,7 @@ def image_keypoints(joints_NJ2: Tensor, raw: RawBatch, target: Target) -> npt.ND
     """Decoded joints, heatmap px -> image px, through the inverse of what made the crop."""
     records = unpack_records(raw.records_NR.numpy())
     joints = joints_NJ2.double().numpy()
-    if target.preset.princeton_crop:
+    if target.preset.princeton_crop and target.rule == "princeton":
         return princeton.image_points(
             joints,
             records.center_N2.astype(np.float64),
@@ -93,7 +125,7 @@ def image_keypoints(joints_NJ2: Tensor, raw: RawBatch, target: Target) -> npt.ND
             target.input_px // STRIDE,
         )
     input_from_image = np.tile(np.eye(3), (len(joints), 1, 1))
-    input_from_image[:, :2] = raw.input_from_image_N23.double().numpy()
+    input_from_image[:, :2] = raw.input_from_image_N23.double().cpu().numpy()
     heat_from_image = heatmaps.heat_from_input(target.rule) @ input_from_image
     image_from_heat = np.linalg.inv(heat_from_image)
     return joints @ image_from_heat[:, :2, :2].transpose(0, 2, 1) + image_from_heat[:, None, :2, 2]

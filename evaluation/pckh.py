@@ -87,6 +87,39 @@ def auc(errors_NJ: Floats) -> float:
     return float(np.trapezoid(found, _AUC_THRESHOLDS) / _AUC_THRESHOLDS[-1])
 
 
+def details(errors_NJ: Floats, visible_NJ: npt.NDArray, skeleton: Skeleton) -> dict[str, Any]:
+    """Rates and counts of every joint (`<`) and every group of joints (`<=`), by name.
+
+    A group's rate is the mean of its joints' rates, as in Score.groups; its AUC is pooled.
+    """
+    parts = {
+        "all": errors_NJ,
+        "visible": np.where(visible_NJ, errors_NJ, np.nan),
+        "occluded": np.where(visible_NJ, np.nan, errors_NJ),
+    }
+    singles = [(name, (j,)) for j, name in enumerate(skeleton.names)]
+    return {
+        "joints": {name: _detail(parts, joints, False) for name, joints in singles},
+        "groups": {name: _detail(parts, joints, True) for name, joints in skeleton.groups},
+    }
+
+
+def _detail(parts: dict[str, Floats], joints: tuple[int, ...], inclusive: bool) -> dict[str, Any]:
+    mine = {name: errors[:, list(joints)] for name, errors in parts.items()}
+
+    def rate(name: str, threshold: float) -> float:
+        values, counts = rates(mine[name], threshold, inclusive)
+        return _mean(values, (counts > 0).astype(float))
+
+    return {
+        "counts": {name: int(np.isfinite(errors).sum()) for name, errors in mine.items()},
+        **{str(threshold): rate("all", threshold) for threshold in THRESHOLDS},
+        "auc": auc(mine["all"]),
+        "visible": rate("visible", THRESHOLDS[0]),
+        "occluded": rate("occluded", THRESHOLDS[0]),
+    }
+
+
 def summary(keypoints_NJ2: npt.NDArray, people: People, skeleton: Skeleton) -> dict[str, Any]:
     """Everything that evaluate.py prints and writes, as plain values."""
     errors = normalized_errors(keypoints_NJ2, people)
@@ -112,6 +145,7 @@ def summary(keypoints_NJ2: npt.NDArray, people: People, skeleton: Skeleton) -> d
             "pooled": score(occluded, skeleton, 0.5).pooled,
             "joints_counted": int(np.isfinite(occluded).sum()),
         },
+        "details": details(errors, people.visible, skeleton),
     })  # fmt: skip
 
 

@@ -85,13 +85,13 @@ def _check_names(names: list[str], rows: list[int], people: People) -> None:
 
 
 def _read_mat(path: Path, people: People) -> Predicted:
-    """Arrays (J, 2, N) of positions, (J, N) of missing joints, (2, 2, N) of head boxes."""
-    scipy_io = _scipy_io(path)
-    names = ["pos_pred_src", "pos_gt_src", "jnt_missing", "headboxes_src"]
-    try:
-        mat = scipy_io.loadmat(path, variable_names=names)
-    except Exception as error:  # SciPy raises a different type for each kind of damage
-        raise ValueError(f"not readable as .mat ({error})") from error
+    """`preds` (N, J, 2); or arrays (J, 2, N) of positions, (J, N) of missing joints, (2, 2, N) of
+    head boxes.
+    """
+    names = ["preds", "pos_pred_src", "pos_gt_src", "jnt_missing", "headboxes_src"]
+    mat = open_mat(path, names, "a .mat of predictions")
+    if "preds" in mat:
+        return Predicted(np.asarray(mat["preds"], dtype=np.float64)[..., :2], None)
     keypoints = np.asarray(mat["pos_pred_src"], dtype=np.float64).transpose(2, 0, 1)
     if "pos_gt_src" not in mat or len(keypoints) != people.count:
         return Predicted(keypoints, None)
@@ -131,12 +131,26 @@ def as_coco(keypoints_NJ2: npt.NDArray, scores_NJ: npt.NDArray) -> list[dict[str
     ]
 
 
-def write_mat(path: Path, keypoints_NJ2: npt.NDArray) -> None:
-    """`preds` (N, J, 2) counted from 1, as HRNet's tools write it. Raises InputError."""
+def open_mat(path: Path, names: list[str], expected: str) -> dict[str, Any]:
+    """These variables of a .mat file. Raises InputError. expected: what it should be, in words."""
     scipy_io = _scipy_io(path)
+    try:
+        return scipy_io.loadmat(path, variable_names=names)
+    except FileNotFoundError as error:
+        raise InputError(path, "no such file", expected, "give its path") from error
+    except Exception as error:  # SciPy raises a different type for each kind of damage
+        raise InputError(
+            path, f"not readable as .mat ({str(error)[:120]})", expected, "fetch the file again"
+        ) from error
+
+
+def write_mat(path: Path, variables: dict[str, Any]) -> None:
+    """Write a .mat file whole or not at all. Raises InputError without SciPy."""
+    scipy_io = _scipy_io(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:
-        scipy_io.savemat(file, {"preds": keypoints_NJ2 + 1.0})
+        scipy_io.savemat(file, variables, long_field_names=True, do_compression=True)
     temporary.rename(path)
 
 

@@ -57,6 +57,40 @@ def explain(result: dict[str, Any]) -> str:
     return text
 
 
+def details_table(result: dict[str, Any]) -> str:
+    """Lines of PCKh in per cent, a joint and then a group of joints a line, with counts."""
+    details = result["details"]
+    width = max(len(name) for part in details.values() for name in part) + 2
+    columns = ("@0.5", "@0.1", "AUC", "visible", "occluded")
+    head = "".join(f"{c:>10}" for c in columns) + f"{'joints':>9}{'visible':>9}{'occluded':>9}"
+    lines = [" " * width + head]
+    for part, sign in (("joints", "<"), ("groups", "<=")):
+        lines.append(f"{part} ({sign})")
+        for name, row in details[part].items():
+            rates = [row[key] for key in ("0.5", "0.1", "auc", "visible", "occluded")]
+            cells = [f"{'-' if r is None else format(100 * r, '.2f'):>10}" for r in rates]
+            counts = [f"{row['counts'][key]:>9}" for key in ("all", "visible", "occluded")]
+            lines.append(f"{name:<{width}}" + "".join(cells + counts))
+    return "\n".join(lines)
+
+
+def gap(first: tuple[str, dict[str, Any]], second: tuple[str, dict[str, Any]]) -> str:
+    """The difference of two summaries in percentage points, a line a threshold."""
+    lines = [f"gap, {second[0]} minus {first[0]}, percentage points:"]
+    for threshold in first[1]["pckh"]:
+        parts = [
+            f"{mean} {_points(second[1], first[1], threshold, mean)}"
+            for mean in ("pooled", "unweighted", "weighted")
+        ]
+        lines.append(f"  @{threshold}  " + ", ".join(parts))
+    return "\n".join(lines)
+
+
+def _points(a: dict[str, Any], b: dict[str, Any], threshold: str, mean: str) -> str:
+    one, other = (result["pckh"][threshold][mean] for result in (a, b))
+    return "-" if one is None or other is None else f"{100 * (one - other):+.3f}"
+
+
 def _percent(rate: float | None) -> str:
     return "-" if rate is None else f"{100 * rate:.2f} %"
 

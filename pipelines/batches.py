@@ -1,15 +1,18 @@
 """Crops + joints + heatmaps -> Batch. Picks the loader, and imports DALI only if it is the one."""
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Literal, NamedTuple, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from configs.errors import InputError
+from configs.schema import DataConfig, HeatmapsConfig
 from configs.skeleton import Skeleton
 from pipelines import color, heatmaps, opencv_crops, princeton
-from pipelines.augment import Preset
+from pipelines.augment import PRESETS, Preset, preset_of
 from pipelines.geometry import STRIDE
 from pipelines.opencv_crops import RawBatch
 from pipelines.shards import ShardSet, unpack_records
@@ -43,6 +46,12 @@ class Target(NamedTuple):
     skeleton: Skeleton
 
 
+def target_of(data: DataConfig, heat: HeatmapsConfig, skeleton: Skeleton) -> Target:
+    """The Target that a config describes."""
+    preset = preset_of(data.preset, data.mirror)
+    return Target(preset, heat.rule, heat.sigma, data.input_px, skeleton)
+
+
 class Loader(Protocol):
     """Endless RawBatches whose place in the sequence can be kept."""
 
@@ -61,7 +70,7 @@ def finish(raw: RawBatch, target: Target, device: torch.device) -> Batch:
         images = color.jitter(images, draws)
     heat_px = target.input_px // STRIDE
     mirrored = torch.tensor(target.skeleton.mirrored, device=device)
-    if target.preset.princeton_crop:
+    if target.preset.princeton_crop and target.rule == "princeton":
         joints, drawn = princeton.heat_joints(
             records.joints_NJ2, records.center_N2, records.scale_N, draws, mirrored,
             target.input_px, heat_px,
@@ -134,6 +143,36 @@ class OpenCVLoader:
     def state(self) -> bytes:
         """Empty: the step is enough."""
         return b""
+
+
+def still_batches(
+    source: opencv_crops.Source,
+    samples: npt.NDArray[np.int64],
+    target: Target,
+    *,
+    loader: Literal["opencv", "dali"],
+    device: torch.device,
+    batch_size: int,
+    workers: int,
+    decoder: Callable[[bytes, str], npt.NDArray[np.uint8]] = opencv_crops.decode,
+) -> Iterable[RawBatch]:
+    """Crops of these samples in this order, without augmentation; the last batch may be shorter.
+
+    The preset's crop rule stays: princeton's crop is not the default one even without a draw.
+    workers: worker processes of OpenCV, threads of DALI. decoder: of OpenCV's path.
+    """
+    still = PRESETS["none"]._replace(princeton_crop=target.preset.princeton_crop)
+    if loader == "opencv":
+        dataset = opencv_crops.CropDataset(source, still, target.input_px, 0, decoder)
+        sampler = opencv_crops.ListSampler(samples, batch_size)
+        return opencv_crops.CropLoader(dataset, sampler, workers, device.type == "cuda")
+    from pipelines.dali_crops import DaliStills
+
+    return DaliStills(
+        source, samples, still, input_px=target.input_px, batch_size=batch_size,
+        device="gpu" if device.type == "cuda" else "cpu", device_id=device.index or 0,
+        threads=max(workers, 1),
+    )  # fmt: skip
 
 
 def choose_loader(name: LoaderName, device: torch.device) -> Literal["dali", "opencv"]:

@@ -18,7 +18,7 @@ from configs.errors import InputError
 from configs.mpii import PIXELS_PER_SCALE
 from pipelines import augment
 from pipelines.augment import Distribution, Draw, Preset
-from pipelines.opencv_crops import RawBatch
+from pipelines.opencv_crops import RawBatch, Source
 from pipelines.pictures import PictureError, check_jpeg
 from pipelines.shards import HEADER, ShardSet
 
@@ -94,7 +94,7 @@ class DaliCrops:
     def next(self) -> RawBatch:
         """The next batch. Raises InputError that names the sample that could not be decoded."""
         try:
-            outputs = self.pipeline.run(*self._stream())
+            outputs = self.pipeline.run(*_stream(self.pipeline))
         except RuntimeError as error:
             raise InputError(
                 first_bad_picture(self.shards) or self.shards.folder,
@@ -104,14 +104,72 @@ class DaliCrops:
             ) from error
         return RawBatch(*(torch.from_dlpack(output.as_tensor()) for output in outputs))
 
-    def _stream(self) -> list[torch.cuda.Stream]:
-        """On a GPU, the stream on which the outputs are handed over, so that the host can go on."""
-        device = self.pipeline.device_id
-        return [] if device is None or device < 0 else [torch.cuda.current_stream(device)]
-
     def state(self) -> bytes:
         """Where the sequence stands, after the batches handed out so far."""
         return self.pipeline.checkpoint()
+
+
+class DaliStills:
+    """People of any source in a given order, without augmentation: training's graph, fed by hand.
+
+    Iterating gives RawBatches on the device, the last one shorter if need be; records stay on the
+    CPU as the source gives them.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        samples: npt.NDArray[np.int64],
+        preset: Preset,
+        *,
+        input_px: int,
+        batch_size: int,
+        device: Literal["gpu", "cpu"],
+        device_id: int = 0,
+        threads: int = 4,
+    ):
+        """samples: (N,) numbers in the source. preset: without randomness. threads: of the CPU."""
+        self.source, self.samples, self.preset = source, samples, preset
+        self.input_px, self.batch_size = input_px, batch_size
+        self.device, self.device_id, self.threads = device, device_id, threads
+
+    def __iter__(self) -> Iterator[RawBatch]:
+        pipeline = pipeline_def(_still_graph)(
+            batch_size=self.batch_size,
+            num_threads=self.threads,
+            device_id=self.device_id if self.device == "gpu" else None,
+            exec_dynamic=True,
+            feed=self._feed(),
+            preset=self.preset,
+            input_px=self.input_px,
+            device=self.device,
+        )
+        pipeline.build()
+        for samples in self._batches():
+            try:
+                outputs = pipeline.run(*_stream(pipeline))
+            except RuntimeError as error:
+                raise InputError(
+                    first_bad_picture(self.source) or "DALI",
+                    f"DALI gave up: {_reason(error)}",
+                    "pictures that decode",
+                    "mend the picture, or evaluate with --loader opencv",
+                ) from error
+            images, matrices, draws, _ = (torch.from_dlpack(o.as_tensor()) for o in outputs)
+            yield RawBatch(images, matrices, draws, torch.from_numpy(self._records(samples)))
+
+    def _batches(self) -> list[npt.NDArray[np.int64]]:
+        starts = range(0, len(self.samples), self.batch_size)
+        return [self.samples[start : start + self.batch_size] for start in starts]
+
+    def _feed(self) -> Iterator[tuple[list[npt.NDArray], list[npt.NDArray]]]:
+        """JPEGs and records of one batch after another, read while DALI works on the last."""
+        for samples in self._batches():
+            jpegs = [np.frombuffer(self.source.jpeg(int(s)), dtype=np.uint8) for s in samples]
+            yield jpegs, list(self._records(samples).astype(np.float32))
+
+    def _records(self, samples: npt.NDArray[np.int64]) -> npt.NDArray[np.floating]:
+        return np.stack([self.source.record(int(s)) for s in samples])
 
 
 def decode_pictures(
@@ -150,7 +208,13 @@ def _decode(jpeg: Node, device: str, **hints: int) -> Node:
     )
 
 
-def first_bad_picture(shards: ShardSet) -> str:
+def _stream(pipeline: Pipeline) -> list[torch.cuda.Stream]:
+    """On a GPU, the stream on which the outputs are handed over, so that the host can go on."""
+    device = pipeline.device_id
+    return [] if device is None or device < 0 else [torch.cuda.current_stream(device)]
+
+
+def first_bad_picture(shards: Source) -> str:
     """Where the first picture lies that is damaged, for DALI's message does not say; else empty.
 
     It checks everybody, which is slow, but the run has ended by then.
@@ -205,6 +269,25 @@ def _graph(
             "preallocate_width_hint": shards.manifest.max_width,
             "preallocate_height_hint": shards.manifest.max_height,
         }
+    return _crops(jpeg, record, preset, input_px, device, **hints)
+
+
+def _still_graph(
+    *, feed: Iterator[tuple[list, list]], preset: Preset, input_px: int, device: str
+) -> tuple[Node, Node, Node, Node]:
+    jpeg, record = fn.external_source(
+        source=feed, num_outputs=2, batch=True, dtype=[types.UINT8, types.FLOAT], ndim=[1, 1]
+    )
+    return _crops(jpeg, record, preset, input_px, device)
+
+
+def _crops(
+    jpeg: Node, record: Node, preset: Preset, input_px: int, device: str, **hints: int
+) -> tuple[Node, Node, Node, Node]:
+    """Images NHW3, affines N23, draws ND and records NR, all on the device.
+
+    hints: of the decoder, about the sizes of the pictures.
+    """
     image = _decode(jpeg, device, **hints)
     drawn = _draw(preset)
     if preset.princeton_crop:

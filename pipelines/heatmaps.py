@@ -65,7 +65,7 @@ def _discretise(
 
 def decode(heat_NJHW: torch.Tensor, rule: Rule) -> tuple[torch.Tensor, torch.Tensor]:
     """Joints in heatmap px (N, J, 2) float32 and their scores (N, J), the height of the peak."""
-    heat = heat_NJHW.float()
+    heat = heat_NJHW.detach().float().contiguous()
     if rule == "princeton":
         return _decode_princeton(heat)
     score, x, y = _peak(heat)
@@ -95,10 +95,15 @@ def mirror_back(heat_NJHW: torch.Tensor, mirrored: torch.Tensor, rule: Rule) -> 
 
 def _peak(heat_NJHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Value, x and y (int64) of the highest pixel of each map, the first of several equal ones."""
-    score, index = heat_NJHW.flatten(2).max(dim=2)
-    # max() does not promise the first of equal values on every device.
-    first = (heat_NJHW.flatten(2) == score[..., None]).to(torch.uint8).argmax(dim=2)
-    index = torch.where(torch.isnan(score), index, first)
+    maps = heat_NJHW.flatten(2)
+    if maps.device.type == "cpu":
+        # numpy promises the first of equal values, and does it in one pass.
+        index = torch.from_numpy(maps.numpy().argmax(axis=2))
+        score = maps.gather(2, index[..., None])[..., 0]
+    else:
+        score, index = maps.max(dim=2)
+        first = (maps == score[..., None]).to(torch.uint8).argmax(dim=2)
+        index = torch.where(torch.isnan(score), index, first)
     width = heat_NJHW.shape[3]
     return score, index % width, index // width
 
@@ -134,10 +139,16 @@ def _vertex(heat: torch.Tensor, x: torch.Tensor, y: torch.Tensor, axis: int) -> 
 def _decode_princeton(heat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """3 x 3 peaks, the first maximum, a quarter step to the higher side (a tie steps back), + 0.5.
 
-    A map with no positive value gives the first zero of the suppressed map, and no step.
+    A map with no positive value gives the first zero of the suppressed map, and no step. In all
+    others the highest pixel is a peak, so that nothing need be suppressed to find it.
     """
-    is_peak = torch.nn.functional.max_pool2d(heat, 3, 1, 1) == heat
-    score, x, y = _peak(heat * is_peak)
+    score, x, y = _peak(heat)
+    empty = score <= 0
+    if heat.device.type != "cpu":  # picking maps would make the host wait for their number
+        found = zip(_peak(_suppress(heat)), (score, x, y), strict=True)
+        score, x, y = (torch.where(empty, a, b) for a, b in found)
+    elif empty.any():
+        score[empty], x[empty], y[empty] = (v[0] for v in _peak(_suppress(heat[empty][None])))
     steps = torch.stack(
         [
             torch.where(_neighbour(heat, x, y, a, 1) > _neighbour(heat, x, y, a, -1), 0.75, 0.25)
@@ -147,3 +158,8 @@ def _decode_princeton(heat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     )
     joints = torch.stack([x, y], dim=-1).float()
     return joints + steps * (score > 0)[..., None], score
+
+
+def _suppress(heat_NJHW: torch.Tensor) -> torch.Tensor:
+    """The maps with zeros in place of all that is no maximum of its 3 x 3 neighbourhood."""
+    return heat_NJHW * (torch.nn.functional.max_pool2d(heat_NJHW, 3, 1, 1) == heat_NJHW)

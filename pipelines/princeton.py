@@ -19,7 +19,8 @@ def crop_from_image(center: npt.ArrayLike, scale: float, crop_px: int) -> Matrix
     # The order of these operations is its own: what follows truncates, so the last bit matters.
     box_px = PIXELS_PER_SCALE * scale
     x, y = crop_px * (-np.asarray(center, dtype=np.float64) / box_px + 0.5)
-    return translation(x, y) @ scaling(crop_px / box_px, crop_px / box_px)
+    zoom = crop_px / box_px
+    return np.array([[zoom, 0.0, x], [0.0, zoom, y], [0.0, 0.0, 1.0]])
 
 
 def box_corners(
@@ -120,8 +121,10 @@ def image_points(
 ) -> npt.NDArray[np.float64]:
     """Decoded heatmap px (N, J, 2) -> image px, truncated to whole pixels toward zero."""
     stride = input_px / heat_px
-    points = np.empty(heat_NJ2.shape, dtype=np.float64)
-    for row, (center, scale) in enumerate(zip(center_N2, scale_N, strict=True)):
-        image_from_crop = np.linalg.inv(crop_from_image(center, float(scale), input_px))
-        points[row] = heat_NJ2[row] * stride @ image_from_crop[:2, :2].T + image_from_crop[:2, 2]
-    return np.trunc(points)
+    crop_from_image_N33 = np.stack([
+        crop_from_image(center, float(scale), input_px)
+        for center, scale in zip(center_N2, scale_N, strict=True)
+    ])  # fmt: skip
+    image_from_crop = np.linalg.inv(crop_from_image_N33)
+    zoom_N12 = image_from_crop[:, None, [0, 1], [0, 1]]
+    return np.trunc(heat_NJ2 * stride * zoom_N12 + image_from_crop[:, None, :2, 2])

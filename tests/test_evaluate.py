@@ -16,10 +16,11 @@ from torch import nn
 
 from configs.mpii import MPII
 from evaluation import inference, pckh, report
+from pipelines.annotations import read_annotations
 from pipelines.augment import preset_of
-from pipelines.batches import Target, heat_joints
-from pipelines.heatmaps import render
-from pipelines.opencv_crops import CropDataset, CropLoader, ListSampler, collate
+from pipelines.batches import Target, finish, heat_joints, still_batches
+from pipelines.heatmaps import decode, render
+from pipelines.opencv_crops import CropDataset, CropLoader, ListSampler, LooseImages, collate
 from pipelines.shards import ShardSet, unpack_records
 
 ROOT = Path(__file__).parents[1]
@@ -105,9 +106,10 @@ def test_a_network_in_train_mode_is_refused(tiny_shards):
 
 def test_evaluation_crops_keep_princetons_rule_without_a_draw(tiny_shards):
     split = ShardSet(tiny_shards / "valid")
-    batches = inference.evaluation_batches(
-        split, np.arange(5), target_of("princeton"), 3, workers=0, pin=False
-    )
+    batches = still_batches(
+        split, np.arange(5), target_of("princeton"), loader="opencv", device=CPU, batch_size=3,
+        workers=0,
+    )  # fmt: skip
     raw = list(batches)
     assert [len(r.images_NHW3) for r in raw] == [3, 2]
     assert raw[0].images_NHW3.dtype == torch.float32
@@ -188,6 +190,104 @@ def test_shards_and_loose_pictures_give_the_same_predictions(trained, tiny_set, 
     assert near.mean() > 0.9
 
 
+def predictions(path: Path) -> np.ndarray:
+    return np.array([entry["keypoints"] for entry in json.loads(path.read_text())])
+
+
+def test_the_gap_between_the_loaders_is_printed(trained, tmp_path):
+    pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed")
+    done = command("--checkpoint", trained / "best.pt", "--compare-loaders", "--workers", 1,
+                   "--json", tmp_path / "n.json")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "gap, dali crops minus opencv crops" in done.stdout
+    numbers = json.loads((tmp_path / "n.json").read_text())
+    assert {"opencv crops", "dali crops", "mean pose"} <= numbers.keys()
+    one, other = (numbers[f"{n} crops"]["pckh"]["0.5"]["pooled"] for n in ("opencv", "dali"))
+    assert f"pooled {100 * (other - one):+.3f}" in done.stdout
+
+
+@pytest.mark.parametrize("preset", ["hrnet", "princeton"])
+def test_dali_makes_the_same_people_in_the_same_order(preset, tiny_set):
+    """From loose pictures, in the order asked for, the last batch shorter."""
+    pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed")
+    people, _ = read_annotations(tiny_set / "annot", "train")
+    source, order = LooseImages(people, tiny_set / "images"), np.array([7, 0, 3, 11, 5])
+    target, raw = target_of(preset, "princeton", 64), {}
+    for loader in ("opencv", "dali"):
+        batches = still_batches(source, order, target, loader=loader, device=CPU,
+                                batch_size=2, workers=1)  # fmt: skip
+        raw[loader] = list(batches)
+    assert [len(b.records_NR) for b in raw["dali"]] == [2, 2, 1]
+    for one, other in zip(raw["opencv"], raw["dali"], strict=True):
+        assert torch.equal(one.records_NR, other.records_NR)
+        torch.testing.assert_close(
+            one.input_from_image_N23, other.input_from_image_N23, atol=1e-3, rtol=1e-5
+        )
+        assert (one.images_NHW3.float() - other.images_NHW3.float()).abs().mean() < 0.6
+
+
+def test_what_differs_from_training_is_said(trained, capsys, monkeypatch):
+    import evaluate
+
+    words = ["--checkpoint", str(trained / "best.pt"), "--workers", "0", "--crop", "princeton"]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *words])
+    evaluate.main()
+    assert "note: trained on affine crops, evaluated on princeton ones" in capsys.readouterr().out
+    differences = evaluate.differences
+    assert differences("affine", "affine", "opencv", ("opencv",)) == []
+    assert "--compare-loaders" in differences("affine", "affine", "dali", ("opencv",))[0]
+    assert differences("affine", "affine", "dali", ("opencv", "dali")) == []
+    assert "twice" in differences("princeton", "princeton", "dali", ("dali",))[0]
+
+
+def test_the_same_joints_come_back_through_either_crop(tiny_shards):
+    """Perfect heatmaps of the exact rule on princeton's crop: its rounding is in the matrix."""
+    split, target = ShardSet(tiny_shards / "train"), target_of("princeton", "exact")
+    (raw,) = still_batches(split, np.arange(12), target, loader="opencv", device=CPU,
+                           batch_size=12, workers=0)  # fmt: skip
+    batch = finish(raw, target, CPU)
+    inside = ((batch.joints_NJ2 > 1) & (batch.joints_NJ2 < 62)).all(dim=-1) & batch.drawn_NJ
+    assert inside.sum() > 60
+    decoded, _ = decode(batch.heat_NJHW, "exact")
+    found = inference.image_keypoints(decoded, raw, target)
+    truth = unpack_records(raw.records_NR).joints_NJ2.numpy()
+    np.testing.assert_allclose(found[inside], truth[inside], atol=0.05)
+
+
+def test_predictions_do_not_depend_on_the_batch_size_or_the_number_of_processes(trained, tmp_path):
+    words = ["--checkpoint", trained / "best.pt", "--workers", 0, "--device", "cpu"]
+    done = command(*words, "--batch-size", 1, "--save-predictions", tmp_path / "one.json")
+    assert done.returncode == 0, done.stderr
+    done = command(*words, "--batch-size", 5, "--save-predictions", tmp_path / "five.json")
+    assert done.returncode == 0, done.stderr
+    torchrun = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         "evaluate.py", *map(str, words), "--save-predictions", str(tmp_path / "two.json")],
+        cwd=ROOT, capture_output=True, text=True, timeout=240, check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert torchrun.returncode == 0, torchrun.stderr
+    assert torchrun.stdout.count("PCKh in %") == 1  # the first rank alone speaks
+    one = predictions(tmp_path / "one.json")
+    assert one.shape == (5, 16, 3)
+    for name in ("five", "two"):
+        other = predictions(tmp_path / f"{name}.json")
+        near = np.abs(other - one)[..., :2].max(axis=-1) < 1e-2
+        # An untrained network's maps are nearly flat, so that a hair's breadth can move a maximum.
+        assert near.mean() > 0.95, name
+        np.testing.assert_allclose(other[..., 2], one[..., 2], atol=1e-5)
+
+
+def test_the_batch_size_is_the_fastest_one_measured(trained, monkeypatch):
+    """Rates are put in its mouth: this is about the choice, not about the clock."""
+    rates = {1: 10.0, 2: 19.0, 4: 19.5, 8: 12.0, 16: 99.0}
+    monkeypatch.setattr(inference, "_people_per_second", lambda model, size, *_: rates[size])
+    size, tried = inference.choose_batch_size(
+        nn.Identity(), target_of(), flip=False, device=CPU, dtype=torch.float32
+    )
+    assert size == 2 and list(tried) == [1, 2, 4, 8]  # 4 is not worth it, and 8 was the last try
+
+
 def bad_inputs(trained: Path, tiny_shards: Path, tiny_set: Path, tmp_path: Path) -> dict:
     """Command lines that must end in one clear error, and what each must name."""
     (tmp_path / "empty").mkdir()
@@ -215,7 +315,9 @@ def bad_inputs(trained: Path, tiny_shards: Path, tiny_set: Path, tmp_path: Path)
         "no picture": ([*best, "--picture", tmp_path / "p.xyz"], "p.xyz"),
         "a folder": ([*best, "--save-predictions", tmp_path], str(tmp_path)),
         "in a file": ([*best, "--save-coco", tmp_path / "noise.pt" / "c.json"], "c.json"),
-        "batch of 0": ([*best, "--batch-size", 0], "batch size 0"),
+        "half a submission": ([*best, "--save-submission", tmp_path / "s.mat"], "--release"),
+        "no release": ([*best, "--save-submission", tmp_path / "s.mat", "--release",
+                        tmp_path / "nowhere.mat"], "nowhere.mat"),
     }  # fmt: skip
 
 
@@ -224,7 +326,7 @@ def test_bad_input_ends_in_one_clear_error(trained, tiny_shards, tiny_set, tmp_p
     from configs.errors import run_main
 
     cases = bad_inputs(trained, tiny_shards, tiny_set, tmp_path)
-    assert len(cases) == 13
+    assert len(cases) == 14
     for name, (words, expected) in cases.items():
         out = tmp_path / "out.json"
         monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words), "--json", str(out)])

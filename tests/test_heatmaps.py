@@ -116,6 +116,28 @@ def test_princetons_decode_of_a_negative_map_gives_the_first_suppressed_pixel():
     assert joints[0, 0].tolist() == [1.0, 0.0] and score.item() == 0
 
 
+def test_princetons_decode_equals_suppressing_every_map():
+    """Its own order of doing things, spelt out; with ties, zeros and maps below zero."""
+    rng = np.random.default_rng(0)
+    heat = np.round(rng.normal(size=(6, 5, 16, 12)), 1).astype(np.float32)  # rounded: many ties
+    heat[1] -= 10  # nothing positive
+    heat[2, 0], heat[2, 1] = -3.0, 0.0  # all peaks, and all zeros
+    found, score = heatmaps.decode(torch.from_numpy(heat), "princeton")
+    padded = np.pad(heat, ((0, 0), (0, 0), (1, 1), (1, 1)), constant_values=-np.inf)
+    around = [padded[..., y : y + 16, x : x + 12] for y in range(3) for x in range(3)]
+    suppressed = heat * (heat == np.max(around, axis=0))
+    for person, joint in np.ndindex(6, 5):
+        one, plain = suppressed[person, joint], heat[person, joint]
+        y, x = divmod(int(one.argmax()), 12)
+        where = np.array([x, y], dtype=float)
+        if one.max() > 0:
+            right, left = plain[y, min(x + 1, 11)], plain[y, max(x - 1, 0)]
+            below, above = plain[min(y + 1, 15), x], plain[max(y - 1, 0), x]
+            where += [0.75 if right > left else 0.25, 0.75 if below > above else 0.25]
+        assert found[person, joint].tolist() == where.tolist()
+        assert score[person, joint].item() == one.max()
+
+
 @pytest.mark.parametrize("rule", ["exact", "hrnet", "princeton"])
 def test_peaks_at_the_border_stay_inside(rule):
     heat = torch.zeros(1, 4, 16, 16)

@@ -74,6 +74,23 @@ def test_visible_and_occluded_joints_are_told_apart():
     assert result["occluded"] == {"pooled": 0.25, "joints_counted": 4}
 
 
+def test_every_joint_and_group_has_its_rates_and_counts():
+    people = people_at(np.zeros((4, 16, 2)))  # the head length is 10 px
+    people.visible[0, 0] = False
+    people.marked[3, 5] = False
+    found = np.zeros((4, 16, 2))
+    found[:, 0, 0] = [5.0, 0.5, 99.0, 0.0]  # right ankle: 0.5, 0.05, far, 0 of the head length
+    rows = pckh.summary(found, people, MPII)["details"]
+    ankle = rows["joints"]["r_ankle"]
+    assert ankle["counts"] == {"all": 4, "visible": 3, "occluded": 1}
+    assert ankle["0.5"] == 0.5 and ankle["0.1"] == 0.5  # an error of 0.5 is not below 0.5
+    assert ankle["visible"] == pytest.approx(2 / 3) and ankle["occluded"] == 0
+    both = rows["groups"]["ankle"]  # the left one is always found
+    assert both["0.5"] == (0.75 + 1) / 2 and both["occluded"] == 1  # here it counts as found
+    assert both["counts"] == {"all": 7, "visible": 6, "occluded": 1}
+    assert rows["joints"]["l_ankle"]["auc"] == pytest.approx(0.99, abs=0.011)
+
+
 def test_what_never_counts_is_null_in_json_and_a_dash_in_print():
     from evaluation import report
 

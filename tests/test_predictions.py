@@ -33,10 +33,14 @@ def test_our_json_and_coco_results_come_back(people, tmp_path):
     assert len(first["keypoints"]) == 48 and first["score"] == 0.25
 
 
-def test_mat_files_count_from_one(people, tmp_path):
+def test_mat_files_keep_the_coordinates_of_the_annotation(people, tmp_path):
+    """HRNet subtracts 1 from MPII's coordinates and adds it again for its .mat; we do neither."""
     loadmat = pytest.importorskip("scipy.io").loadmat
-    write_mat(tmp_path / "p.mat", people.joints)
-    np.testing.assert_allclose(loadmat(tmp_path / "p.mat")["preds"], people.joints + 1)
+    write_mat(tmp_path / "p.mat", {"preds": people.joints})
+    np.testing.assert_allclose(loadmat(tmp_path / "p.mat")["preds"], people.joints)
+    again = read_predictions(tmp_path / "p.mat", people)
+    np.testing.assert_allclose(again.keypoints_NJ2, people.joints)
+    assert again.truth is None
 
 
 def test_the_published_mat_has_a_ground_truth_of_its_own(shared):

@@ -9,13 +9,13 @@ import torch
 
 from configs.errors import InputError
 from configs.mpii import MPII
-from evaluation.inference import evaluation_batches, predict
+from evaluation.inference import predict
 from model import princeton as weights
 from model.loss import stack_losses
 from pipelines import heatmaps, princeton
 from pipelines.annotations import read_annotations
 from pipelines.augment import preset_of
-from pipelines.batches import Target
+from pipelines.batches import Target, still_batches
 from pipelines.opencv_crops import LooseImages
 from training import checkpoint
 
@@ -108,7 +108,10 @@ def test_predictions_are_equal_to_the_pixel(data, network, crops, golden, shared
     """The whole way from the annotation file: only joints that hang on rounding are left out."""
     people, _ = read_annotations(shared / "golden" / f"annot_{data}.h5", "valid")
     source = LooseImages(people, shared / "data" / data / "images")
-    batches = evaluation_batches(source, np.arange(people.count), TARGET, 4, workers=0, pin=False)
+    batches = still_batches(
+        source, np.arange(people.count), TARGET, loader="opencv", device=torch.device("cpu"),
+        batch_size=4, workers=0,
+    )  # fmt: skip
     found = predict(
         network, batches, TARGET, flip=True, device=torch.device("cpu"), dtype=torch.float32
     )
@@ -119,6 +122,33 @@ def test_predictions_are_equal_to_the_pixel(data, network, crops, golden, shared
     np.testing.assert_array_equal(found.keypoints_NJ2[clear], expected[clear][:, :2])
     np.testing.assert_allclose(found.scores_NJ, expected[..., 2], atol=1e-5)
     assert int((~clear).sum()) == LEFT_OUT[data]
+
+
+def test_the_command_of_the_readme_gives_its_predictions(
+    network, crops, golden, shared, tmp_path, monkeypatch, capsys
+):
+    """evaluate.py on the checkpoint as its train.py wrote it; the batch size is free."""
+    import json
+    import sys
+
+    import evaluate
+
+    words = [
+        "--checkpoint", shared / "golden" / "seed_2hg_dim48_checkpoint.pt", "--crop", "princeton",
+        "--annotations", shared / "golden" / "annot_mpii_sample.h5", "--images",
+        shared / "data" / "mpii_sample" / "images", "--save-predictions", tmp_path / "OUT.json",
+        "--device", "cpu", "--workers", 0,
+    ]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words)])
+    evaluate.main()
+    assert "note:" not in capsys.readouterr().out  # trained and evaluated alike
+    entries = json.loads((tmp_path / "OUT.json").read_text())
+    rows = [i for i in range(PEOPLE) if "lsp" not in str(golden["dataset"][i])]
+    found = np.array([entry["keypoints"] for entry in entries])
+    assert found.shape == (9, 16, 3)
+    clear = _margins(network, crops)[rows] > 1e-5
+    assert (~clear).sum() <= 12
+    np.testing.assert_array_equal(found[clear][:, :2], golden["predictions"][rows][clear][:, :2])
 
 
 def test_any_prefix_is_read_and_dead_layers_are_dropped(shared):

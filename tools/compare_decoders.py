@@ -19,10 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.errors import InputError, run_main
 from evaluation import pckh
-from evaluation.inference import evaluation_batches, predict
+from evaluation.inference import predict
 from pipelines import opencv_crops
-from pipelines.augment import preset_of
-from pipelines.batches import Target
+from pipelines.batches import still_batches, target_of
 from pipelines.shards import ShardSet
 from training import checkpoint
 
@@ -170,18 +169,16 @@ def print_pckh(
     state = checkpoint.load(path)
     config = checkpoint.config_of(state, path)
     network = checkpoint.evaluation_network(state, path)
-    preset = preset_of(config.data.preset, config.data.mirror)
     skeleton = shards.manifest.skeleton
-    target = Target(
-        preset, config.heatmaps.rule, config.heatmaps.sigma, config.data.input_px, skeleton
-    )
+    target = target_of(config.data, config.heatmaps, skeleton)
     people, samples = shards.people()
     print(f"\n{'PCKh of ' + str(path):40}{'@0.5':>10}{'@0.1':>10}  (pooled, %)")
     for name, decoded in pictures.items():
         by_jpeg = dict(zip(jpegs, decoded, strict=True))
-        batches = evaluation_batches(
-            shards, samples, target, config.eval.batch_size, 0, False,
-            functools.partial(_lookup, by_jpeg),
+        batches = still_batches(
+            shards, samples, target, loader="opencv", device=torch.device("cpu"),
+            batch_size=config.eval.batch_size, workers=0,
+            decoder=functools.partial(_lookup, by_jpeg),
         )  # fmt: skip
         found = predict(
             network, batches, target, flip=config.eval.flip,

@@ -18,17 +18,16 @@ from configs import schema
 from configs.errors import InputError
 from configs.schema import Config
 from evaluation import pckh
-from evaluation.inference import Predictions, evaluation_batches, predict
 from model.loss import stack_losses
 from pipelines import batches
-from pipelines.augment import preset_of
-from pipelines.batches import Batch, Target
+from pipelines.batches import Batch, target_of
 from pipelines.shards import ShardSet
 from training import checkpoint, runtime
 from training.checkpoint import State
 from training.log import Log, Totals
 from training.optimizer import Average, learning_rate, make_optimizer
 from training.runtime import Runtime
+from training.validation import predict_together
 
 LAST, BEST = "last.pt", "best.pt"
 COLLAPSED_PEAK = 0.05
@@ -58,13 +57,7 @@ class Run:
         self.valid_shards = ShardSet(Path(config.data.shards) / "valid")
         self.train_shards.records()  # all of them are sound
         self.skeleton = self.train_shards.manifest.skeleton
-        self.target = Target(
-            preset=preset_of(config.data.preset, config.data.mirror),
-            rule=config.heatmaps.rule,
-            sigma=config.heatmaps.sigma,
-            input_px=config.data.input_px,
-            skeleton=self.skeleton,
-        )
+        self.target = target_of(config.data, config.heatmaps, self.skeleton)
         self.valid_people, self.valid_samples = self.valid_shards.people()
         runtime.seed_everything(config.train.seed, 0)  # the same weights on every rank
         network = checkpoint.build_network(config, self.skeleton.joint_count).to(place.device)
@@ -280,31 +273,15 @@ class Run:
 
     def validate(self) -> dict[str, Any]:
         """PCKh of the averaged weights, or of the network where there are none, over all ranks."""
-        place, size = self.place, self.config.eval
-        chosen = np.arange(self.valid_people.count)[: size.people or None]
-        mine = chosen[place.rank :: place.ranks]
-        network = self._evaluated_network()
-        found = self._predict(network, mine)
-        merged = torch.zeros(len(chosen), self.skeleton.joint_count, 3, dtype=torch.float64)
-        merged[place.rank :: place.ranks, :, :2] = torch.from_numpy(found.keypoints_NJ2)
-        merged[place.rank :: place.ranks, :, 2] = torch.from_numpy(found.scores_NJ)
-        merged = runtime.sum_over_ranks(merged.to(place.device), place).cpu()
+        chosen = np.arange(self.valid_people.count)[: self.config.eval.people or None]
+        found = predict_together(
+            self._evaluated_network(), self.valid_shards, self.valid_samples[chosen], self.target,
+            self.place, batch_size=self.config.eval.batch_size, workers=self.config.data.workers,
+            flip=self.config.eval.flip,
+        )  # fmt: skip
         people = self.valid_people.select(chosen)
-        result = pckh.summary(merged[..., :2].numpy(), people, self.skeleton)
-        return {**result, "peak": float(merged[..., 2].mean())}
-
-    def _predict(self, network: nn.Module, rows: np.ndarray) -> Predictions:
-        if not len(rows):
-            empty = np.zeros((0, self.skeleton.joint_count, 2))
-            return Predictions(empty, empty[..., 0])
-        crops = evaluation_batches(
-            self.valid_shards, self.valid_samples[rows], self.target,
-            self.config.eval.batch_size, self.config.data.workers, self.place.device.type == "cuda",
-        )  # fmt: skip
-        return predict(
-            network, crops, self.target, flip=self.config.eval.flip,
-            device=self.place.device, dtype=self.place.dtype,
-        )  # fmt: skip
+        result = pckh.summary(found.keypoints_NJ2, people, self.skeleton)
+        return {**result, "peak": float(found.scores_NJ.mean())}
 
     def _evaluated_network(self) -> nn.Module:
         """A network in eval mode with the weights to judge; the same on every rank."""

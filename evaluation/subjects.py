@@ -1,0 +1,43 @@
+"""Whom to evaluate on: a split of shards, or an annotation file with loose pictures."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from configs.skeleton import Skeleton
+from pipelines.annotations import People, read_annotations
+from pipelines.opencv_crops import LooseImages, Source
+from pipelines.shards import MANIFEST, ShardSet
+
+
+class Subjects(NamedTuple):
+    """People with pictures, in the annotation's order."""
+
+    people: People
+    source: Source
+    samples: npt.NDArray[np.int64]
+    """(N,) number in the source of each person."""
+    skeleton: Skeleton
+    train: People | None
+    """The people of the training split, if it is at hand, for the mean pose."""
+    name: str
+
+
+def from_loose_pictures(annotations: Path, images: Path) -> Subjects:
+    """People of an annotation file, pictures in a folder. Raises InputError."""
+    people, skeleton = read_annotations(annotations, "valid")
+    source = LooseImages(people, images)
+    return Subjects(people, source, np.arange(people.count), skeleton, None, str(annotations))
+
+
+def from_shards(folder: Path) -> Subjects:
+    """People of a split, or of the split `valid` in a folder of splits. Raises InputError."""
+    if not (folder / MANIFEST).is_file() and (folder / "valid").is_dir():
+        folder = folder / "valid"
+    shards = ShardSet(folder)
+    people, samples = shards.people()
+    beside = folder.parent / "train"
+    train = ShardSet(beside).people()[0] if (beside / MANIFEST).is_file() else None
+    return Subjects(people, shards, samples, shards.manifest.skeleton, train, str(folder))

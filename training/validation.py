@@ -1,0 +1,49 @@
+"""Everybody of a split predicted by all ranks together."""
+
+from collections.abc import Callable, Iterable
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from evaluation.inference import Predictions, predict
+from pipelines.batches import Target, still_batches
+from pipelines.opencv_crops import RawBatch, Source
+from training import runtime
+from training.runtime import Runtime
+
+
+def predict_together(
+    network: nn.Module,
+    source: Source,
+    samples: npt.NDArray[np.int64],
+    target: Target,
+    place: Runtime,
+    *,
+    loader: Literal["opencv", "dali"] = "opencv",
+    batch_size: int,
+    workers: int,
+    flip: bool,
+    progress: Callable[[Iterable[RawBatch]], Iterable[RawBatch]] = iter,
+) -> Predictions:
+    """Joints of these samples in this order, the same on every rank; each rank predicts its share.
+
+    network: in eval mode, on the device. progress: wraps the batches, to show how far they are.
+    """
+    mine = samples[place.rank :: place.ranks]
+    merged = torch.zeros(len(samples), target.skeleton.joint_count, 3, dtype=torch.float64)
+    if len(mine):
+        batches = still_batches(
+            source, mine, target, loader=loader, device=place.device, batch_size=batch_size,
+            workers=workers,
+        )  # fmt: skip
+        found = predict(
+            network, progress(batches), target, flip=flip, device=place.device, dtype=place.dtype
+        )
+        merged[place.rank :: place.ranks, :, :2] = torch.from_numpy(found.keypoints_NJ2)
+        merged[place.rank :: place.ranks, :, 2] = torch.from_numpy(found.scores_NJ)
+    # Every row is zero but on one rank, so that the sum is exact.
+    merged = runtime.sum_over_ranks(merged.to(place.device), place).cpu()
+    return Predictions(merged[..., :2].numpy(), merged[..., 2].numpy())
