@@ -20,6 +20,7 @@ import torch
 # `python benchmarks/throughput.py` puts benchmarks/ on the path, and not the folder above it.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.evaluation import decode_cases, evaluate_cases
 from benchmarks.timing import Case, Result, table, take_turns, world
 from configs.errors import InputError, run_main
 from configs.mpii import MPII
@@ -39,7 +40,7 @@ from pipelines.shards import (
 )
 from training import runtime
 
-SUITES = ("loader", "heatmaps", "train")
+SUITES = ("loader", "heatmaps", "train", "decode", "evaluate")
 WIDTH, HEIGHT = 1280, 720
 # h5 scale of MPII's people: percentiles 5, 25, 50, 75, 95.
 SCALE_PERCENTILES = ((5, 25, 50, 75, 95), (1.43, 2.38, 3.45, 5.06, 8.58))
@@ -103,6 +104,11 @@ def run_suite(suite: str, options: argparse.Namespace, device: torch.device) -> 
         return take_turns(train_cases(options, device), options.rounds, device)
     with tempfile.TemporaryDirectory(prefix="throughput-") as folder:
         shards = make_shards(Path(folder), options.people)
+        if suite == "decode":
+            return take_turns(decode_cases(shards, device), options.rounds, device)
+        if suite == "evaluate":
+            cases = evaluate_cases(shards, options.workers, device)
+            return take_turns(cases, options.rounds, device)
         return take_turns(loader_cases(shards, options, device), options.rounds, device)
 
 

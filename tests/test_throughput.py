@@ -10,9 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import throughput, timing
+from benchmarks import evaluation, throughput, timing
 from benchmarks.timing import Case, take_turns
-from pipelines.heatmaps import render
+from model.hourglass import StackedHourglass
+from pipelines import princeton
+from pipelines.heatmaps import decode, render
+from pipelines.shards import unpack_records
+from training.runtime import Runtime
+from training.validation import predict_together
 
 ROOT = Path(__file__).parents[1]
 
@@ -49,6 +54,36 @@ def test_ratios_are_taken_within_a_round(monkeypatch):
     )
     assert (fast.ratio, fast.ratio_low, fast.ratio_high) == (2, 2, 2)
     assert (slow.low, slow.high) == (0.2, 2)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return throughput.make_shards(tmp_path_factory.mktemp("made"), 6)
+
+
+def test_decoding_by_a_loop_gives_the_joints_of_the_batched_routine(made):
+    heat = torch.rand(6, 16, 64, 64)
+    heat[0, 0] = -heat[0, 0]  # nothing positive
+    fields = unpack_records(made.records().astype(np.float64))
+    joints, _ = decode(heat, "princeton")
+    center, scale = fields.center_N2, fields.scale_N
+    batched = princeton.image_points(joints.double().numpy(), center, scale, 256, 64)
+    for row in range(6):
+        alone = evaluation.decode_by_loop(heat[row], center[row], float(scale[row]))
+        np.testing.assert_allclose(alone, batched[row], atol=1)  # a truncation may flip
+        assert (alone == batched[row]).mean() > 0.95
+
+
+def test_evaluating_one_by_one_gives_the_joints_of_the_batched_way(made):
+    torch.manual_seed(0)
+    network, cpu = StackedHourglass(1, 16, 16).eval(), torch.device("cpu")
+    alone = [evaluation.predict_by_one(network, made, sample, cpu) for sample in range(6)]
+    together = predict_together(
+        network, made, np.arange(6), evaluation.target_of_princeton(made),
+        Runtime(0, 1, cpu, torch.float32), batch_size=3, workers=0, flip=True,
+    )  # fmt: skip
+    # An untrained network's maps are nearly flat, so that a hair's breadth can move a maximum.
+    assert (np.abs(np.stack(alone) - together.keypoints_NJ2).max(axis=-1) <= 1).mean() > 0.9
 
 
 def test_the_loop_that_heatmaps_are_measured_against_makes_the_same_maps():
