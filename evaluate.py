@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from configs.errors import InputError, run_main
 from configs.schema import Config
-from configs.skeleton import Skeleton
+from configs.skeleton import Skeleton, load_skeleton
 from evaluation import pckh, report
 from evaluation.inference import Predictions, evaluation_batches, predict
 from evaluation.oracle import oracle_keypoints
@@ -57,14 +57,9 @@ def main() -> None:
     state = checkpoint.load(path)
     config = checkpoint.config_of(state, path)
     flip = config.eval.flip if options.flip is None else options.flip
-    subjects = find_subjects(options, config)
-    if subjects.skeleton != checkpoint.skeleton_of(state):
-        raise InputError(
-            subjects.name,
-            f"joints of {subjects.skeleton.name}: {', '.join(subjects.skeleton.names[:4])}, ...",
-            f"those that {path} was trained on",
-            "evaluate on data of the same joints",
-        )
+    trained = checkpoint.skeleton_of(state)
+    subjects = find_subjects(options, config, trained)
+    checkpoint.require_joints(subjects.skeleton, trained, Path(subjects.name), path)
     found = predict_subjects(options, config, state, path, subjects, flip)
     results = {"network": pckh.summary(found.keypoints_NJ2, subjects.people, subjects.skeleton)}
     if subjects.train:
@@ -91,7 +86,7 @@ def score_oracle(options: argparse.Namespace) -> None:
         raise InputError(
             "command line", "--oracle alone", "--annotations FILE with it", "give both"
         )
-    people, skeleton = read_annotations(Path(options.annotations), "valid")
+    people, skeleton = read_annotations(Path(options.annotations), "valid", given_skeleton(options))
     rules: tuple[Rule, ...] = ("exact", "princeton", "hrnet")
     results: dict[str, dict[str, Any]] = {
         rule: pckh.summary(oracle_keypoints(people, skeleton, rule, 256), people, skeleton)
@@ -104,13 +99,23 @@ def score_oracle(options: argparse.Namespace) -> None:
         write_text(Path(options.json), json.dumps(results, indent=1))
 
 
+def given_skeleton(options: argparse.Namespace) -> Skeleton | None:
+    """What --skeleton says, or None. Raises InputError."""
+    if not options.skeleton:
+        return None
+    if not options.annotations:
+        raise InputError("command line", "--skeleton without --annotations",
+                         "both, for shards know their joints", "leave --skeleton out")  # fmt: skip
+    return load_skeleton(Path(options.skeleton))
+
+
 def score_file(options: argparse.Namespace) -> None:
     """Score predictions that somebody else made. Raises InputError."""
     if not options.annotations:
         raise InputError(
             "command line", "--predictions alone", "--annotations FILE with it", "give both"
         )
-    people, skeleton = read_annotations(Path(options.annotations), "valid")
+    people, skeleton = read_annotations(Path(options.annotations), "valid", given_skeleton(options))
     path = Path(options.predictions)
     predicted = read_predictions(path, people)
     own = predicted.truth if options.ground_truth == "file" else None
@@ -138,7 +143,13 @@ def make_parser() -> argparse.ArgumentParser:
     what.add_argument("--runs", default="runs", help="folder of runs (default: %(default)s)")
     what.add_argument("--shards", help="a split, or the folder of splits; default: as in training")
     what.add_argument(
-        "--annotations", help="valid.h5 or mpii_annotations.json(.gz), for loose pictures"
+        "--annotations",
+        help="valid.h5, mpii_annotations.json(.gz) or COCO's JSON, for loose pictures",
+    )
+    what.add_argument(
+        "--skeleton",
+        metavar="YAML",
+        help="joints of --annotations; default: the checkpoint's, and without one MPII's",
     )
     what.add_argument("--images", help="folder of the pictures, with --annotations")
     what.add_argument(
@@ -193,8 +204,9 @@ def newest_checkpoint(runs: Path) -> Path:
     return found[-1]
 
 
-def find_subjects(options: argparse.Namespace, config: Config) -> Subjects:
-    """People and pictures, from shards or loose. Raises InputError."""
+def find_subjects(options: argparse.Namespace, config: Config, trained: Skeleton) -> Subjects:
+    """People and pictures, from shards or loose. trained: the network's joints. InputError."""
+    joints = given_skeleton(options) or (trained if trained.has_names else None)
     if options.annotations or options.images:
         if not (options.annotations and options.images) or options.shards:
             given = [n for n in ("annotations", "images", "shards") if getattr(options, n)]
@@ -204,7 +216,7 @@ def find_subjects(options: argparse.Namespace, config: Config) -> Subjects:
                 "--annotations with --images, or --shards alone",
                 "give one of the two",
             )
-        people, skeleton = read_annotations(Path(options.annotations), "valid")
+        people, skeleton = read_annotations(Path(options.annotations), "valid", joints)
         source = LooseImages(people, Path(options.images))
         samples = np.arange(people.count)
         return Subjects(people, source, samples, skeleton, None, options.annotations)
@@ -214,8 +226,12 @@ def find_subjects(options: argparse.Namespace, config: Config) -> Subjects:
     shards = ShardSet(folder)
     people, samples = shards.people()
     beside = folder.parent / "train"
-    train = ShardSet(beside).people()[0] if (beside / MANIFEST).is_file() else None
-    return Subjects(people, shards, samples, shards.manifest.skeleton, train, str(folder))
+    train = ShardSet(beside) if (beside / MANIFEST).is_file() else None
+    skeleton = shards.manifest.skeleton
+    if train:
+        checkpoint.require_joints(train.manifest.skeleton, skeleton, beside, folder)
+    seen = train.people()[0] if train else None
+    return Subjects(people, shards, samples, skeleton, seen, str(folder))
 
 
 def predict_subjects(
@@ -293,7 +309,7 @@ def write_files(
         entries = as_entries(subjects.people, keypoints, scores)
         write_text(Path(options.save_predictions), json.dumps(entries))
     if options.save_coco:
-        write_text(Path(options.save_coco), json.dumps(as_coco(keypoints, scores)))
+        write_text(Path(options.save_coco), json.dumps(as_coco(subjects.people, keypoints, scores)))
     if options.save_mat:
         write_mat(Path(options.save_mat), keypoints)
         print(f"wrote {options.save_mat}")

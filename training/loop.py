@@ -58,6 +58,8 @@ class Run:
         self.valid_shards = ShardSet(Path(config.data.shards) / "valid")
         self.train_shards.records()  # all of them are sound
         self.skeleton = self.train_shards.manifest.skeleton
+        checkpoint.require_joints(self.valid_shards.manifest.skeleton, self.skeleton,
+                                  self.valid_shards.folder, self.train_shards.folder)  # fmt: skip
         self.target = Target(
             preset=preset_of(config.data.preset, config.data.mirror),
             rule=config.heatmaps.rule,
@@ -326,7 +328,7 @@ class Run:
         if self.place.is_first:
             state = {
                 "config": schema.as_dict(self.config),
-                "skeleton": checkpoint.plain_skeleton(self.skeleton),
+                "skeleton": self.skeleton.plain(),
                 "model": self.network.state_dict(),
                 "ema": self.average.tensors if self.average else {},
                 "optimizer": self.optimizer.state_dict(),
@@ -354,6 +356,9 @@ class Run:
             )
         if "loader_states" in state:
             self.remarks += checkpoint.compare_settings(state["config"], self.config, source)
+        checkpoint.require_joints(
+            checkpoint.skeleton_of(state), self.skeleton, source, self.train_shards.folder
+        )
         checkpoint.load_weights(self.network, state["model"], source)
         self._restore_optimizer(state["optimizer"], source)
         self.step, self.seconds = state["step"], state.get("seconds", 0.0)
