@@ -142,15 +142,8 @@ def make_parser() -> argparse.ArgumentParser:
     what.add_argument("--checkpoint", help="default: best.pt of the newest run")
     what.add_argument("--runs", default="runs", help="folder of runs (default: %(default)s)")
     what.add_argument("--shards", help="a split, or the folder of splits; default: as in training")
-    what.add_argument(
-        "--annotations",
-        help="valid.h5, mpii_annotations.json(.gz) or COCO's JSON, for loose pictures",
-    )
-    what.add_argument(
-        "--skeleton",
-        metavar="YAML",
-        help="joints of --annotations; default: the checkpoint's, and without one MPII's",
-    )
+    what.add_argument("--annotations", help="MPII's .h5 or .json(.gz), or COCO's: loose pictures")
+    what.add_argument("--skeleton", help="YAML of its joints; default: the checkpoint's, or MPII's")
     what.add_argument("--images", help="folder of the pictures, with --annotations")
     what.add_argument(
         "--predictions",

@@ -79,7 +79,12 @@ def test_coco_has_its_17_joints(tmp_path: Path) -> None:
     # Its left joints have the odd places, from the eyes on.
     assert coco.flip_pairs == tuple((j, j + 1) for j in range(1, 17, 2))
     assert coco.sides == ("middle", *("left", "right") * 8)
-    assert len(coco.limbs) == 19
+    # The "skeleton" of COCO's category, which counts from 1 (as in HRNet's lib/dataset/coco.py).
+    theirs = [
+        [16, 14], [14, 12], [17, 15], [15, 13], [12, 13], [6, 12], [7, 13], [6, 7], [6, 8],
+        [7, 9], [8, 10], [9, 11], [2, 3], [1, 2], [1, 3], [2, 4], [3, 5], [4, 6], [5, 7],
+    ]  # fmt: skip
+    assert [[a + 1, b + 1] for a, b in coco.limbs] == theirs
     assert [joint for _, joints in coco.groups for joint in joints] == list(range(17))
 
 
