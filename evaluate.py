@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from configs.errors import InputError, run_main
 from configs.schema import Config
+from configs.skeleton import Skeleton, load_skeleton, require_same_joints
 from evaluation import pckh, report
 from evaluation.inference import Predictions, choose_batch_size
 from evaluation.oracle import oracle_keypoints
@@ -116,7 +117,7 @@ def score_oracle(options: argparse.Namespace) -> None:
         raise InputError(
             "command line", "--oracle alone", "--annotations FILE with it", "give both"
         )
-    people, skeleton = read_annotations(Path(options.annotations), "valid")
+    people, skeleton = read_annotations(Path(options.annotations), "valid", given_skeleton(options))
     rules: tuple[Rule, ...] = ("exact", "princeton", "hrnet")
     results: dict[str, dict[str, Any]] = {
         rule: pckh.summary(oracle_keypoints(people, skeleton, rule, 256), people, skeleton)
@@ -129,13 +130,23 @@ def score_oracle(options: argparse.Namespace) -> None:
         write_text(Path(options.json), json.dumps(results, indent=1))
 
 
+def given_skeleton(options: argparse.Namespace) -> Skeleton | None:
+    """What --skeleton says, or None. Raises InputError."""
+    if not options.skeleton:
+        return None
+    if not options.annotations:
+        raise InputError("command line", "--skeleton without --annotations",
+                         "both, for shards know their joints", "leave --skeleton out")  # fmt: skip
+    return load_skeleton(Path(options.skeleton))
+
+
 def score_file(options: argparse.Namespace) -> None:
     """Score predictions that somebody else made. Raises InputError."""
     if not options.annotations:
         raise InputError(
             "command line", "--predictions alone", "--annotations FILE with it", "give both"
         )
-    people, skeleton = read_annotations(Path(options.annotations), "valid")
+    people, skeleton = read_annotations(Path(options.annotations), "valid", given_skeleton(options))
     path = Path(options.predictions)
     predicted = read_predictions(path, people)
     own = predicted.truth if options.ground_truth == "file" else None
@@ -172,9 +183,8 @@ def _add_what(what: argparse._ArgumentGroup) -> None:
     )
     what.add_argument("--runs", default="runs", help="folder of runs (default: %(default)s)")
     what.add_argument("--shards", help="a split, or the folder of splits; default: as in training")
-    what.add_argument(
-        "--annotations", help="valid.h5 or mpii_annotations.json(.gz), for loose pictures"
-    )
+    what.add_argument("--annotations", help="MPII's .h5 or .json(.gz), or COCO's: loose pictures")
+    what.add_argument("--skeleton", help="YAML of its joints; default: the checkpoint's, or MPII's")
     what.add_argument("--images", help="folder of the pictures, with --annotations")
     what.add_argument(
         "--predictions",
@@ -282,14 +292,9 @@ def find_question(options: argparse.Namespace) -> Question:
     path = Path(options.checkpoint) if options.checkpoint else newest_checkpoint(Path(options.runs))
     state = checkpoint.load(path)
     config = checkpoint.config_of(state, path)
-    subjects = find_subjects(options, config)
-    if subjects.skeleton != checkpoint.skeleton_of(state):
-        raise InputError(
-            subjects.name,
-            f"joints of {subjects.skeleton.name}: {', '.join(subjects.skeleton.names[:4])}, ...",
-            f"those that {path} was trained on",
-            "evaluate on data of the same joints",
-        )
+    trained = checkpoint.skeleton_of(state)
+    subjects = find_subjects(options, config, trained)
+    require_same_joints(subjects.skeleton, trained, subjects.name, path)
     target = target_of(config.data, config.heatmaps, subjects.skeleton)
     trained_crop = "princeton" if target.preset.princeton_crop else "affine"
     crop = options.crop or trained_crop
@@ -324,8 +329,8 @@ def differences(
     return remarks
 
 
-def find_subjects(options: argparse.Namespace, config: Config) -> Subjects:
-    """People and pictures, from shards or loose. Raises InputError."""
+def find_subjects(options: argparse.Namespace, config: Config, trained: Skeleton) -> Subjects:
+    """People and pictures, from shards or loose. trained: the network's joints. InputError."""
     if not (options.annotations or options.images):
         return from_shards(Path(options.shards or config.data.shards))
     if not (options.annotations and options.images) or options.shards:
@@ -336,7 +341,8 @@ def find_subjects(options: argparse.Namespace, config: Config) -> Subjects:
             "--annotations with --images, or --shards alone",
             "give one of the two",
         )
-    return from_loose_pictures(Path(options.annotations), Path(options.images))
+    joints = given_skeleton(options) or (trained if trained.has_names else None)
+    return from_loose_pictures(Path(options.annotations), Path(options.images), joints)
 
 
 def predict_everybody(
@@ -402,7 +408,7 @@ def write_files(
         entries = as_entries(subjects.people, keypoints, scores)
         write_text(Path(options.save_predictions), json.dumps(entries))
     if options.save_coco:
-        write_text(Path(options.save_coco), json.dumps(as_coco(keypoints, scores)))
+        write_text(Path(options.save_coco), json.dumps(as_coco(subjects.people, keypoints, scores)))
     if options.save_mat:
         write_mat(Path(options.save_mat), {"preds": keypoints})
         print(f"wrote {options.save_mat}")

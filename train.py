@@ -88,10 +88,10 @@ def open_folder(folder: Path, resume: bool, source: Path, place: Runtime) -> Sta
 
 def start_from(path: Path, run: Run) -> None:
     """Take over a checkpoint's weights, and say which layers could not be."""
-    fresh = checkpoint.init_weights(run.network, checkpoint.load(path), path)
+    fresh = checkpoint.init_weights(run.network, run.skeleton, checkpoint.load(path), path)
     run.restart_average()
     if run.place.is_first and fresh:
-        print(f"New number of joints: {len(fresh)} tensors start fresh ({fresh[0]}, ...)")
+        print(f"Other joints: {len(fresh)} tensors start fresh ({fresh[0]}, ...)")
 
 
 def announce(config: Config, run: Run) -> None:

@@ -1,6 +1,38 @@
-"""What a set of joints is: names, left-right pairs, limbs to draw, and groups to report."""
+"""What a set of joints is: names, left-right pairs, limbs to draw, groups to report, and a length.
 
-from typing import NamedTuple
+`load_skeleton` reads one from a small YAML file; docs/custom-data.md shows such a file.
+"""
+
+import difflib
+import itertools
+import math
+import re
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import yaml
+
+from configs.errors import InputError
+
+Pairs = tuple[tuple[int, int], ...]
+Groups = tuple[tuple[str, tuple[int, ...]], ...]
+Side = Literal["left", "right", "middle"]
+
+_KEYS = ("name", "joints", "flip_pairs", "limbs", "groups", "normalize")
+_OPTIONAL = ("groups", "normalize")
+_EXAMPLE = "see configs/skeletons/coco.yaml for a whole one"
+# A side as a word of its own, before or after the rest, or in full before a capital: l_knee,
+# knee-right, leftKnee.
+_SIDE_FIRST = re.compile(r"(?:(?i:(left|right|l|r)[ _.-]+)|(left|right|Left|Right)(?=[A-Z]))(.+)")
+_SIDE_LAST = re.compile(r"(.+?)[ _.-]+(left|right|l|r)", re.IGNORECASE)
+
+
+class Length(NamedTuple):
+    """The length in px that errors are divided by: a factor times a distance."""
+
+    joints: tuple[int, ...]
+    """Two joints that are so far apart; none where it is the longer side of the person's box."""
+    factor: float
 
 
 class Skeleton(NamedTuple):
@@ -8,13 +40,15 @@ class Skeleton(NamedTuple):
 
     name: str
     names: tuple[str, ...]
-    """One name per joint."""
-    flip_pairs: tuple[tuple[int, int], ...]
+    """One name per joint; empty ones where nobody knows what the joints are."""
+    flip_pairs: Pairs
     """Pairs of joints that change places when a picture is mirrored."""
-    limbs: tuple[tuple[int, int], ...]
+    limbs: Pairs
     """Pairs of joints joined by a line in a drawing."""
-    groups: tuple[tuple[str, tuple[int, ...]], ...]
+    groups: Groups
     """Rows of the PCKh table: a name and its joints. Joints in none count in the pooled mean."""
+    length: Length | None = None
+    """None where the annotation file itself gives it, as MPII's do."""
 
     @property
     def joint_count(self) -> int:
@@ -28,3 +62,256 @@ class Skeleton(NamedTuple):
         for a, b in self.flip_pairs:
             order[a], order[b] = b, a
         return tuple(order)
+
+    @property
+    def sides(self) -> tuple[Side, ...]:
+        """For each joint the person's side, length J, by the names of its flip pair.
+
+        Where these do not tell, the first of the pair is the left one.
+        """
+        sides: list[Side] = ["middle"] * self.joint_count
+        for a, b in self.flip_pairs:
+            turned = side_of(self.names[a])[0] == "right" or side_of(self.names[b])[0] == "left"
+            sides[a], sides[b] = ("right", "left") if turned else ("left", "right")
+        return tuple(sides)
+
+    @property
+    def has_names(self) -> bool:
+        """Whether it is known what the joints are."""
+        return all(self.names)
+
+    def same_joints(self, other: "Skeleton") -> bool:
+        """Whether a network for one fits people of the other; without names, count decides."""
+        if not (self.has_names and other.has_names):
+            return self.joint_count == other.joint_count
+        return (self.names, self.mirrored) == (other.names, other.mirrored)
+
+    def plain(self) -> dict[str, Any]:
+        """Lists, strings and numbers alone, for manifests and checkpoints."""
+        return {
+            "name": self.name,
+            "names": list(self.names),
+            "flip_pairs": [list(pair) for pair in self.flip_pairs],
+            "limbs": [list(limb) for limb in self.limbs],
+            "groups": [[name, list(joints)] for name, joints in self.groups],
+            "length": [list(self.length.joints), self.length.factor] if self.length else None,
+        }
+
+
+def skeleton_from_plain(raw: dict[str, Any]) -> Skeleton:
+    """The Skeleton that `plain` was called on. Raises KeyError, TypeError or ValueError."""
+    length = raw.get("length")  # files of before there were lengths have none
+    skeleton = Skeleton(
+        name=str(raw["name"]),
+        names=tuple(map(str, raw["names"])),
+        flip_pairs=tuple((int(a), int(b)) for a, b in raw["flip_pairs"]),
+        limbs=tuple((int(a), int(b)) for a, b in raw["limbs"]),
+        groups=tuple((str(name), tuple(map(int, joints))) for name, joints in raw["groups"]),
+        length=Length(tuple(map(int, length[0])), float(length[1])) if length else None,
+    )
+    used = {joint for pair in skeleton.flip_pairs + skeleton.limbs for joint in pair}
+    used.update(joint for _, joints in skeleton.groups for joint in joints)
+    used.update(skeleton.length.joints if skeleton.length else ())
+    if not used <= set(range(skeleton.joint_count)):
+        raise ValueError("the skeleton names a joint that it does not have")
+    return skeleton
+
+
+def unnamed(joints: int) -> Skeleton:
+    """Joints of which nothing but the number is known."""
+    return Skeleton("unnamed", ("",) * joints, (), (), ())
+
+
+def require_same_joints(found: Skeleton, wanted: Skeleton, where: object, other: object) -> None:
+    """Raise InputError unless what lies at `where` has the joints of what lies at `other`."""
+    if not found.same_joints(wanted):
+        raise InputError(
+            where,
+            f"{found.joint_count} joints ({found.name}): {', '.join(found.names[:4])}, ...",
+            f"the {wanted.joint_count} joints of {other} ({wanted.name})",
+            "give data and a checkpoint of the same joints, or begin a new run with --init_from",
+        )
+
+
+def length_in_words(skeleton: Skeleton) -> str | None:
+    """What errors are divided by, or None where the annotation file gives the length."""
+    if skeleton.length is None:
+        return None
+    joints = [skeleton.names[joint] for joint in skeleton.length.joints]
+    what = f"distance of {joints[0]} and {joints[1]}" if joints else "longer side of the box"
+    return f"{skeleton.length.factor:g} x the {what}"
+
+
+def side_of(name: str) -> tuple[Side, str]:
+    """The side that a joint's name begins or ends with, and the rest: l_knee -> left, knee."""
+    if match := _SIDE_FIRST.fullmatch(name):
+        word, rest = match[1] or match[2], match[3]
+    elif match := _SIDE_LAST.fullmatch(name):
+        rest, word = match[1], match[2]
+    else:
+        return "middle", name
+    return ("left" if word[0] in "lL" else "right"), rest
+
+
+def default_groups(names: tuple[str, ...], flip_pairs: Pairs) -> Groups:
+    """A group for each flip pair and for each other joint, in the joints' order.
+
+    A pair is named without the side if both names, and no third one, agree on the rest (l_knee,
+    r_knee: knee), and otherwise with both names.
+    """
+    partner = dict(flip_pairs) | {b: a for a, b in flip_pairs}
+    rests = [side_of(name)[1] for name in names]
+    groups: list[tuple[str, tuple[int, ...]]] = []
+    for joint, name in enumerate(names):
+        other = partner.get(joint)
+        if other is None:
+            groups.append((name, (joint,)))
+        elif joint < other:
+            agreed = rests[joint] == rests[other] and rests.count(rests[joint]) == 2
+            pair = rests[joint] if agreed else f"{name}/{names[other]}"
+            groups.append((pair, (joint, other)))
+    return tuple(groups)
+
+
+def load_skeleton(path: Path) -> Skeleton:
+    """A Skeleton from a YAML file. Raises InputError; its message names the nearest known name."""
+    raw = _read(path)
+    names = _names(raw["joints"], f"{path}: joints")
+    pairs = _pairs(raw["flip_pairs"], names, f"{path}: flip_pairs")
+    _check_sides(names, pairs, f"{path}: flip_pairs")
+    groups = raw.get("groups")
+    return Skeleton(
+        name=_text(raw["name"], f"{path}: name"),
+        names=names,
+        flip_pairs=pairs,
+        limbs=_pairs(raw["limbs"], names, f"{path}: limbs"),
+        groups=default_groups(names, pairs)
+        if groups is None
+        else _groups(groups, names, f"{path}: groups"),
+        length=_length(raw.get("normalize"), names, f"{path}: normalize"),
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        expected = "a YAML file of joints"
+        raise InputError(path, "no such file", expected, "give its path with --skeleton") from error
+    except (yaml.YAMLError, ValueError, IsADirectoryError, RecursionError) as error:
+        text = " ".join(str(error).split())[:300]
+        raise InputError(path, f"not YAML: {text}", "a YAML file of joints", _EXAMPLE) from error
+    if not isinstance(raw, dict):
+        found = f"a {type(raw).__name__}"
+        raise InputError(path, found, f"the keys {', '.join(_KEYS)}", _EXAMPLE)
+    for key in raw:
+        _known(key, _KEYS, str(path), "key")
+    missing = [key for key in _KEYS if key not in raw and key not in _OPTIONAL]
+    if missing:
+        raise InputError(path, f"no {', '.join(missing)}", f"the keys {', '.join(_KEYS)}", _EXAMPLE)
+    return raw
+
+
+def _known(name: Any, known: tuple[str, ...], where: str, what: str) -> int:
+    """The place of a name among those known. Raises InputError that names the nearest."""
+    if isinstance(name, str) and name in known:
+        return known.index(name)
+    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.6)
+    advice = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+    raise InputError(where, f"unknown {what} {name!r}", f"a {what} of this file", advice)
+
+
+def _text(value: Any, where: str) -> str:
+    if isinstance(value, str) and value.strip() and value.isprintable():
+        return value
+    # YAML reads a bare yes, no, on, off as true or false, and digits as a number.
+    raise InputError(where, repr(value), "a name", "write a name; put it in quotes if YAML reads "
+                     "it as something else")  # fmt: skip
+
+
+def _list(value: Any, where: str, expected: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise InputError(where, repr(value)[:100], expected, _EXAMPLE)
+    return value
+
+
+def _names(raw: Any, where: str) -> tuple[str, ...]:
+    entries = _list(raw, where, "a list of the joints' names")
+    names = tuple(_text(name, f"{where}[{i}]") for i, name in enumerate(entries))
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice or not names:
+        found = f"{', '.join(twice)} more than once" if twice else "an empty list"
+        raise InputError(where, found, "at least one joint, each once", "correct the list")
+    return names
+
+
+def _joints(raw: Any, names: tuple[str, ...], where: str) -> tuple[int, ...]:
+    """Different joints by their names, one at least."""
+    entries = _list(raw, where, "a list of joints")
+    joints = tuple(_known(name, names, where, "joint") for name in entries)
+    if not joints or len(set(joints)) < len(joints):
+        raise InputError(where, str(raw), "different joints, one at least", "correct the list")
+    return joints
+
+
+def _pairs(raw: Any, names: tuple[str, ...], where: str) -> Pairs:
+    """Pairs of joints, none twice. An empty list says that there are none."""
+    pairs: list[tuple[int, int]] = []
+    for i, entry in enumerate(_list(raw, where, "a list of pairs of joints, [] for none")):
+        joints = _joints(entry, names, f"{where}[{i}]")
+        if len(joints) != 2:
+            raise InputError(f"{where}[{i}]", str(entry), "two joints", "correct the pair")
+        if set(joints) in map(set, pairs):
+            raise InputError(f"{where}[{i}]", f"{entry} a second time", "it once", "remove one")
+        pairs.append((joints[0], joints[1]))
+    return tuple(pairs)
+
+
+def _check_sides(names: tuple[str, ...], pairs: Pairs, where: str) -> None:
+    """Each joint in one pair at most, a left one with a right one, and none forgotten."""
+    paired = [joint for pair in pairs for joint in pair]
+    for joint in paired:
+        if paired.count(joint) > 1:
+            found = f"{names[joint]} in {paired.count(joint)} pairs"
+            raise InputError(where, found, "a joint in one pair at most", "correct the pairs")
+    sides = [side_of(name) for name in names]
+    for a, b in pairs:
+        if sides[a][0] == sides[b][0] != "middle":
+            found = f"{names[a]} and {names[b]}, both {sides[a][0]}"
+            raise InputError(where, found, "a left joint and a right one", "correct the pair")
+    for a, b in itertools.combinations(range(len(names)), 2):
+        opposite = {sides[a][0], sides[b][0]} == {"left", "right"}
+        if opposite and sides[a][1] == sides[b][1] and not {(a, b), (b, a)} & set(pairs):
+            found = f"{names[a]} and {names[b]} in no pair"
+            expected = "a pair of them, for they change places in a mirrored picture"
+            raise InputError(where, found, expected, f"add [{names[a]}, {names[b]}]")
+
+
+def _groups(raw: Any, names: tuple[str, ...], where: str) -> Groups:
+    if not isinstance(raw, dict) or not raw:
+        expected = "a name and a list of joints for each group"
+        raise InputError(where, repr(raw)[:100], expected, "leave groups out for one a flip pair")
+    return tuple(
+        (_text(name, where), _joints(joints, names, f"{where}.{name}"))
+        for name, joints in raw.items()
+    )
+
+
+def _length(raw: Any, names: tuple[str, ...], where: str) -> Length | None:
+    if raw is None:
+        return None
+    if isinstance(raw, dict) and raw.keys() == {"box"}:
+        return Length((), _factor(raw["box"], f"{where}.box"))
+    if isinstance(raw, dict) and {"between"} <= raw.keys() <= {"between", "factor"}:
+        joints = _joints(raw["between"], names, f"{where}.between")
+        if len(joints) == 2:
+            return Length(joints, _factor(raw.get("factor", 1.0), f"{where}.factor"))
+    raise InputError(where, repr(raw)[:100], "{box: SHARE} or {between: [JOINT, JOINT], factor: F}",
+                     "give one of the two (docs/custom-data.md)")  # fmt: skip
+
+
+def _factor(value: Any, where: str) -> float:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if is_number and math.isfinite(value) and value > 0:
+        return float(value)
+    raise InputError(where, repr(value)[:100], "a number above 0", "correct it")

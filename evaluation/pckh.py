@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from configs.mpii import PIXELS_PER_SCALE
-from configs.skeleton import Skeleton
+from configs.skeleton import Skeleton, length_in_words
 from pipelines.annotations import People
 
 Floats = npt.NDArray[np.float64]
@@ -128,6 +128,7 @@ def summary(keypoints_NJ2: npt.NDArray, people: People, skeleton: Skeleton) -> d
     occluded = np.where(people.visible, np.nan, errors)
     return plain({
         "people": people.count,
+        "length": length_in_words(skeleton),
         "people_without_length": int((people.normalize <= 0).sum()),
         "joints_counted": int(counts.sum()),
         "joint_names": list(skeleton.names),

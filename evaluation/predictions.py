@@ -31,7 +31,7 @@ def read_predictions(path: Path, people: People) -> Predicted:
     """Predictions for everybody in an annotation. Raises InputError.
 
     `.mat`: the layout of detections_our_format.mat. `.json`: what evaluate.py saves, or COCO
-    keypoint results, whose image_id is the person's row in the annotation.
+    keypoint results (`_coco_rows` says how people are found again).
     """
     if not path.is_file():
         raise InputError(path, "no such file", "a .json or .mat of predictions", "give its path")
@@ -63,7 +63,7 @@ def _read_json(path: Path, people: People) -> Predicted:
         raise ValueError(f"a JSON {type(entries).__name__}")
     joints = people.joints.shape[1]
     if "image_id" in entries[0]:
-        rows = [int(entry["image_id"]) for entry in entries]
+        rows = _coco_rows(entries, people)
     else:
         rows = [int(entry["index"]) for entry in entries]
         _check_names([str(entry["image"]) for entry in entries], rows, people)
@@ -76,6 +76,29 @@ def _read_json(path: Path, people: People) -> Predicted:
             raise ValueError(f"row {row} has {len(values)} joints")
         keypoints[row] = values[:, :2]
     return Predicted(keypoints, None)
+
+
+def _coco_rows(entries: list[dict[str, Any]], people: People) -> list[int]:
+    """The person's row of each COCO result.
+
+    By image_id and annotation_id as `as_coco` writes them; without annotation_id by the number of
+    the picture where nobody shares one; where neither fits, image_id is the row itself.
+    """
+    pictures, persons = people.index.tolist(), people.person.tolist()
+    keys: list[Any] = [int(entry["image_id"]) for entry in entries]
+    own: list[Any] = pictures
+    if all("annotation_id" in entry for entry in entries):
+        keys = [(k, int(e["annotation_id"])) for k, e in zip(keys, entries, strict=True)]
+        own = list(zip(pictures, persons, strict=True))
+    rows = {key: row for row, key in enumerate(own)}
+    if len(rows) == people.count and rows.keys() == set(keys):
+        return [rows[key] for key in keys]
+    if sorted(keys) == list(range(people.count)):
+        return keys
+    raise ValueError(
+        "image_id (and annotation_id, which results need where people share a picture) are not "
+        "those of the annotation"
+    )
 
 
 def _check_names(names: list[str], rows: list[int], people: People) -> None:
@@ -117,17 +140,26 @@ def as_entries(
     ]
 
 
-def as_coco(keypoints_NJ2: npt.NDArray, scores_NJ: npt.NDArray) -> list[dict[str, Any]]:
-    """COCO keypoint results: image_id is the row in the annotation, score the mean over joints."""
+def as_coco(
+    people: People, keypoints_NJ2: npt.NDArray, scores_NJ: npt.NDArray
+) -> list[dict[str, Any]]:
+    """COCO keypoint results in the annotation's order; score is the mean over joints.
+
+    image_id is the picture's number in the annotation file, COCO's own for COCO's files, and
+    annotation_id the person's, by which people who share a picture are told apart. A file without
+    such numbers gives the row as image_id alone.
+    """
+    numbers = list(zip(people.index.tolist(), people.person.tolist(), strict=True))
+    numbered = min(map(min, numbers)) >= 0 and len(set(numbers)) == people.count
     joined = np.concatenate([keypoints_NJ2, scores_NJ[..., None]], axis=-1)
     return [
         {
-            "image_id": row,
+            **({"image_id": image, "annotation_id": person} if numbered else {"image_id": row}),
             "category_id": 1,
             "keypoints": joined[row].ravel().tolist(),
             "score": float(scores_NJ[row].mean()),
         }
-        for row in range(len(joined))
+        for row, (image, person) in enumerate(numbers)
     ]
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from configs.mpii import PIXELS_PER_SCALE
-from configs.skeleton import Skeleton
+from configs.skeleton import Side, Skeleton
 from pipelines import geometry, opencv_crops
 from pipelines.annotations import People
 from pipelines.opencv_crops import Source
@@ -53,7 +53,9 @@ def explain(result: dict[str, Any]) -> str:
     )
     if result["people_without_length"]:
         unknown = result["people_without_length"]
-        text += f"\n{unknown} people have no known head length and do not count."
+        text += f"\n{unknown} people have no known length to divide by and do not count."
+    if result["length"]:
+        text += f"\nErrors are divided by {result['length']}."
     return text
 
 
@@ -144,20 +146,22 @@ def _draw_skeleton(
 ) -> None:
     shift = 4  # fractional bits of OpenCV's drawing coordinates
     points = np.round(np.clip(joints_J2, -4096, 4096) * 2**shift).astype(int)
+    sides = skeleton.sides
     for a, b in skeleton.limbs:
         if drawn_J[a] and drawn_J[b]:
-            color = TRUTH_BGR if plain else _side_color(skeleton.names[a], skeleton.names[b])
+            color = TRUTH_BGR if plain else _color(sides[a], sides[b])
             ends = (points[a].tolist(), points[b].tolist())
             cv2.line(tile, *ends, color, 4 if plain else 2, cv2.LINE_AA, shift)
     if not plain:
         for j in np.flatnonzero(drawn_J):
-            color = _side_color(skeleton.names[j], skeleton.names[j])
-            cv2.circle(tile, points[j].tolist(), 3 << shift, color, -1, cv2.LINE_AA, shift)
+            cv2.circle(
+                tile, points[j].tolist(), 3 << shift, _color(sides[j]), -1, cv2.LINE_AA, shift
+            )
 
 
-def _side_color(first: str, second: str) -> tuple[int, int, int]:
-    """Colour of a limb by the side that its joints' names begin with."""
-    for prefixes, color in ((("r_", "right"), RIGHT_BGR), (("l_", "left"), LEFT_BGR)):
-        if first.startswith(prefixes) or second.startswith(prefixes):
-            return color
-    return MIDDLE_BGR
+def _color(*sides: Side) -> tuple[int, int, int]:
+    """Colour of a joint, or of a limb by the sides of its ends."""
+    beside = set(sides) - {"middle"}
+    if len(beside) != 1:
+        return MIDDLE_BGR
+    return RIGHT_BGR if "right" in beside else LEFT_BGR

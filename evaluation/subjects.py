@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from configs.skeleton import Skeleton
+from configs.skeleton import Skeleton, require_same_joints
 from pipelines.annotations import People, read_annotations
 from pipelines.opencv_crops import LooseImages, Source
 from pipelines.shards import MANIFEST, ShardSet
@@ -25,9 +25,9 @@ class Subjects(NamedTuple):
     name: str
 
 
-def from_loose_pictures(annotations: Path, images: Path) -> Subjects:
-    """People of an annotation file, pictures in a folder. Raises InputError."""
-    people, skeleton = read_annotations(annotations, "valid")
+def from_loose_pictures(annotations: Path, images: Path, joints: Skeleton | None) -> Subjects:
+    """People of an annotation file, pictures in a folder. joints: of it, or MPII's. InputError."""
+    people, skeleton = read_annotations(annotations, "valid", joints)
     source = LooseImages(people, images)
     return Subjects(people, source, np.arange(people.count), skeleton, None, str(annotations))
 
@@ -39,5 +39,9 @@ def from_shards(folder: Path) -> Subjects:
     shards = ShardSet(folder)
     people, samples = shards.people()
     beside = folder.parent / "train"
-    train = ShardSet(beside).people()[0] if (beside / MANIFEST).is_file() else None
-    return Subjects(people, shards, samples, shards.manifest.skeleton, train, str(folder))
+    train = ShardSet(beside) if (beside / MANIFEST).is_file() else None
+    skeleton = shards.manifest.skeleton
+    if train:
+        require_same_joints(train.manifest.skeleton, skeleton, beside, folder)
+    seen = train.people()[0] if train else None
+    return Subjects(people, shards, samples, skeleton, seen, str(folder))

@@ -25,7 +25,7 @@ import numpy.typing as npt
 import webdataset
 
 from configs.errors import InputError
-from configs.skeleton import Skeleton
+from configs.skeleton import Skeleton, skeleton_from_plain
 from pipelines.annotations import People
 
 FORMAT = "stacked-hourglass-shards"
@@ -206,7 +206,7 @@ def _index_text(tar: Path) -> str:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write manifest.json whole or not at all."""
-    text = json.dumps({**asdict(manifest), "skeleton": manifest.skeleton._asdict()}, indent=1)
+    text = json.dumps({**asdict(manifest), "skeleton": manifest.skeleton.plain()}, indent=1)
     temporary = folder / (MANIFEST + ".tmp")
     temporary.write_text(text + "\n")
     temporary.rename(folder / MANIFEST)
@@ -233,7 +233,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise InputError(path, found, f"format version {FORMAT_VERSION}", _PACK_AGAIN)
     try:
         raw["shards"] = tuple(Shard(**shard) for shard in raw["shards"])
-        raw["skeleton"] = _skeleton(raw["skeleton"])
+        raw["skeleton"] = skeleton_from_plain(raw["skeleton"])
         manifest = Manifest(**raw)
         if sum(shard.people for shard in manifest.shards) != manifest.people:
             raise ValueError("the shards' people do not add up to people")
@@ -244,21 +244,6 @@ def read_manifest(folder: Path) -> Manifest:
             path, f"a damaged manifest ({error})", "a manifest", _PACK_AGAIN
         ) from error
     return manifest
-
-
-def _skeleton(raw: dict[str, Any]) -> Skeleton:
-    skeleton = Skeleton(
-        name=str(raw["name"]),
-        names=tuple(map(str, raw["names"])),
-        flip_pairs=tuple((int(a), int(b)) for a, b in raw["flip_pairs"]),
-        limbs=tuple((int(a), int(b)) for a, b in raw["limbs"]),
-        groups=tuple((str(name), tuple(map(int, joints))) for name, joints in raw["groups"]),
-    )
-    used = {joint for pair in skeleton.flip_pairs + skeleton.limbs for joint in pair}
-    used.update(joint for _, joints in skeleton.groups for joint in joints)
-    if not used <= set(range(skeleton.joint_count)):
-        raise ValueError("the skeleton names a joint that it does not have")
-    return skeleton
 
 
 class _Extents(NamedTuple):

@@ -274,7 +274,7 @@ def test_name_that_leaves_the_folder_is_refused(tmp_path: Path, name: bytes) -> 
     columns["imgname"] = np.array([b"a.jpg", name, b"b.jpg"], "S13")
     write_h5(tmp_path / "valid.h5", columns)
     error = error_of(tmp_path / "valid.h5")
-    assert "imgname that leaves the folder" in error.found
+    assert "file name that leaves the folder" in error.found
     assert repr(name.decode()) in error.found
 
 
@@ -304,7 +304,7 @@ def test_group_in_place_of_a_dataset_is_refused(tmp_path: Path) -> None:
 )
 def test_bad_json_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "a.json").write_text(text)
-    assert error_of(tmp_path / "a.json").expected == "a JSON list of people"
+    assert error_of(tmp_path / "a.json").expected.startswith("a JSON list of people")
 
 
 def test_damaged_gzip_is_named(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional
 
 from configs.errors import InputError
+from configs.mpii import MPII
 from model import bearpaw
 from training import checkpoint
 
@@ -104,6 +105,13 @@ def test_outputs_equal_those_of_a_plain_network_of_that_layout(prefix, plain, tm
     images = torch.rand(2, 3, 64, 64)
     mean = torch.tensor(bearpaw.INPUT_MEAN).reshape(1, 3, 1, 1)
     torch.testing.assert_close(network(images), plain(images - mean), atol=1e-5, rtol=1e-5)
+
+
+def test_joints_of_another_number_have_no_names(tmp_path):
+    torch.save({"state_dict": Plain(1, 5, depth=2, feats=16).state_dict()}, tmp_path / "b.pt")
+    skeleton = checkpoint.skeleton_of(checkpoint.load(tmp_path / "b.pt"))
+    assert skeleton.joint_count == 5 and not skeleton.has_names
+    assert not skeleton.same_joints(MPII)
 
 
 def test_networks_of_several_residuals_a_place_are_refused(plain, tmp_path):

@@ -26,7 +26,7 @@ def write(path: Path, value) -> Path:
 def test_our_json_and_coco_results_come_back(people, tmp_path):
     found, scores = people.joints + 1.5, np.full((3, 16), 0.25)
     ours = write(tmp_path / "a.json", as_entries(people, found, scores))
-    coco = write(tmp_path / "b.json", list(reversed(as_coco(found, scores))))
+    coco = write(tmp_path / "b.json", list(reversed(as_coco(people, found, scores))))
     for path in (ours, coco):
         np.testing.assert_allclose(read_predictions(path, people).keypoints_NJ2, found)
     first = json.loads(coco.read_text())[-1]

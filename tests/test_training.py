@@ -17,6 +17,7 @@ import torch
 import train as train_program
 from configs.errors import InputError
 from configs.schema import Config, config_from_dict
+from configs.skeleton import unnamed
 from pipelines.batches import choose_loader
 from training import checkpoint, runtime
 from training.log import Totals
@@ -296,7 +297,7 @@ def test_weights_alone_may_start_a_run_with_another_number_of_joints(tiny_shards
     run.save(["last.pt"])
     state = checkpoint.load(tmp_path / "run" / "last.pt")
     network = checkpoint.build_network(config, joints=5)
-    fresh = checkpoint.init_weights(network, state, tmp_path)
+    fresh = checkpoint.init_weights(network, unnamed(5), state, tmp_path)
     assert fresh == ["heads.0.weight", "heads.0.bias", "heads.1.weight", "heads.1.bias",
                      "merge_heatmaps.0.weight"]  # fmt: skip
     assert torch.equal(network.stem.conv[0].weight, state["model"]["stem.conv.0.weight"])

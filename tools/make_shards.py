@@ -35,8 +35,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.errors import InputError, run_main
-from configs.skeleton import Skeleton
-from pipelines.annotations import People, read_annotations
+from configs.mpii import MPII
+from configs.skeleton import Skeleton, load_skeleton
+from pipelines.annotations import People, has_both_splits, read_annotations, split_file
 from pipelines.pictures import Picture, Verdict, find_picture, inspect_picture
 from pipelines.shards import (
     FORMAT,
@@ -86,6 +87,8 @@ class Options:
     skip_bad: bool
     overwrite: bool
     packing: str
+    skeleton: Path | None
+    """YAML file of the joints; None for MPII's."""
     command: str
 
     @property
@@ -154,11 +157,14 @@ def parse_options(argv: list[str] | None) -> Options:
     add = parser.add_argument
     # fmt: off
     add("--annotations", type=Path, default=DATA / "annot",
-        help="folder of train.h5 and valid.h5, one h5 file, or mpii_annotations.json(.gz)")
+        help="folder of train.h5 and valid.h5, or of train.json and valid.json in COCO's layout, "
+        "or one such file, or mpii_annotations.json(.gz)")
+    add("--skeleton", type=Path, metavar="YAML",
+        help="the joints, for COCO's layout and for all joints but MPII's (docs/custom-data.md)")
     add("--images", type=Path, default=DATA / "images", help="folder of the JPEGs")
     add("--output", type=Path, default=Path("data/shards/mpii"), help="folder for a folder a split")
     add("--splits", nargs="+", choices=SPLITS, default=list(SPLITS),
-        help="what to pack; an h5 file is the one split named here, or in its file name")
+        help="what to pack; one h5 or COCO file is the split named here, or in its file name")
     add("--people-per-shard", type=_at_least(1), default=512, help="people in a tar")
     add("--workers", type=_at_least(0), default=len(os.sched_getaffinity(0)), help="processes")
     add("--seed", type=_at_least(0), default=0, help="of the order of people")
@@ -188,14 +194,15 @@ def _at_least(least: int) -> Callable[[str], int]:
 
 def _splits(annotations: Path, asked: list[str]) -> tuple[str, ...]:
     splits = tuple(split for split in SPLITS if split in asked)
-    if annotations.is_dir() or annotations.suffix != ".h5" or len(splits) == 1:
+    if not annotations.is_file() or has_both_splits(annotations) or len(splits) == 1:
         return splits
-    if annotations.stem in SPLITS:
-        return (annotations.stem,)
+    stem = annotations.name.split(".")[0]
+    if stem in SPLITS:
+        return (stem,)
     raise InputError(
         annotations,
-        "one h5 file for two splits",
-        f"a file named {' or '.join(f'{split}.h5' for split in SPLITS)}, or one split",
+        "one file for two splits",
+        f"a file named after its split, {' or '.join(SPLITS)}, or one split",
         "say which split it is with --splits train or --splits valid",
     )
 
@@ -214,10 +221,10 @@ def _require_data(annotations: Path, images: Path) -> None:
 def read_jobs(options: Options) -> list[Job]:
     """Annotations of the splits to pack."""
     jobs = []
+    given = load_skeleton(options.skeleton) if options.skeleton else None
     for split in options.splits:
-        people, skeleton = read_annotations(options.annotations, split)
-        path = options.annotations
-        path = path / f"{split}.h5" if path.is_dir() else path
+        people, skeleton = read_annotations(options.annotations, split, given)
+        path = split_file(options.annotations, split)
         source = {"annotations": str(path), "sha256": sha256(path), "images": str(options.images)}
         jobs.append(Job(split, people, skeleton, source))
     return jobs
@@ -229,6 +236,8 @@ def plan_of(options: Options, job: Job, left_out: list[str]) -> str:
         FORMAT_VERSION, options.packing, options.people_per_shard, options.seed,
         job.split, job.source["sha256"], job.source["images"], left_out,
     ]  # fmt: skip
+    if job.skeleton != MPII:  # packings of before there were others have the plan without
+        facts.append(job.skeleton.plain())
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
@@ -256,7 +265,7 @@ def already_packed(options: Options, job: Job) -> bool:
         raise InputError(
             folder,
             f"another packing: {manifest.command}",
-            "the same annotations, pictures, seed and --people-per-shard",
+            "the same annotations, pictures, joints, seed and --people-per-shard",
             "name another place with --output, or replace it with --overwrite",
         )
     left_out = f", {len(manifest.left_out)} left out" if manifest.left_out else ""

@@ -1,6 +1,7 @@
 """Checkpoints: tensors and plain values only, written beside, renamed, read without unpickling."""
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from configs.schema import (
     config_from_dict,
     flat,
 )
-from configs.skeleton import Skeleton
+from configs.skeleton import Skeleton, skeleton_from_plain, unnamed
 from model import bearpaw, princeton
 from model.hourglass import StackedHourglass
 
@@ -90,7 +91,7 @@ def _foreign(raw: Any, path: Path) -> State | None:
                 raise InputError(
                     path,
                     f"a network that differs from its kind ({type(error).__name__}: {error})",
-                    f"a network of {layout.__name__} with {MPII.joint_count} joints",
+                    f"a network of {layout.__name__}",
                     "give a checkpoint that its own train.py wrote",
                 ) from error
     return None
@@ -99,8 +100,8 @@ def _foreign(raw: Any, path: Path) -> State | None:
 def _from_foreign(raw: State, weights: dict[str, Tensor], is_princeton: bool, path: Path) -> State:
     """Config from the shapes of the tensors, and Adam's state; it has no place in our data."""
     size = princeton.size_of(weights)
-    if size.joints != MPII.joint_count:
-        raise ValueError(f"{size.joints} joints")
+    # Its files do not name the joints; those of MPII are what its code trains on.
+    skeleton = MPII if size.joints == MPII.joint_count else unnamed(size.joints)
     model = ModelConfig(
         stacks=size.stacks,
         width=size.width,
@@ -116,7 +117,7 @@ def _from_foreign(raw: State, weights: dict[str, Tensor], is_princeton: bool, pa
     load_weights(network, weights, path)
     state: State = {
         "config": as_dict(config),
-        "skeleton": plain_skeleton(MPII),
+        "skeleton": skeleton.plain(),
         "model": weights,
         "ema": {},
         "step": int(raw.get("epoch", 0)) * princeton.STEPS_PER_EPOCH if is_princeton else 0,
@@ -182,26 +183,8 @@ def compare_settings(saved: dict[str, Any], config: Config, path: Path) -> list[
 
 
 def skeleton_of(state: State) -> Skeleton:
-    """The joints that the checkpoint was trained on."""
-    raw = state["skeleton"]
-    return Skeleton(
-        name=raw["name"],
-        names=tuple(raw["names"]),
-        flip_pairs=tuple((a, b) for a, b in raw["flip_pairs"]),
-        limbs=tuple((a, b) for a, b in raw["limbs"]),
-        groups=tuple((name, tuple(joints)) for name, joints in raw["groups"]),
-    )
-
-
-def plain_skeleton(skeleton: Skeleton) -> dict[str, Any]:
-    """A Skeleton as lists and strings."""
-    return {
-        "name": skeleton.name,
-        "names": list(skeleton.names),
-        "flip_pairs": [list(pair) for pair in skeleton.flip_pairs],
-        "limbs": [list(limb) for limb in skeleton.limbs],
-        "groups": [[name, list(joints)] for name, joints in skeleton.groups],
-    }
+    """The joints that the checkpoint was trained on; without names where it does not tell them."""
+    return skeleton_from_plain(state["skeleton"])
 
 
 def build_network(config: Config, joints: int) -> StackedHourglass:
@@ -243,20 +226,19 @@ def _differences(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> list[str
     return lines + [f"{name} is not in the network" for name in theirs if name not in mine]
 
 
-def init_weights(network: nn.Module, state: State, path: Path) -> list[str]:
-    """Start from a checkpoint's weights; a new number of joints is allowed. Returns what is fresh.
+def init_weights(network: nn.Module, skeleton: Skeleton, state: State, path: Path) -> list[str]:
+    """Start from a checkpoint's weights; other joints are allowed. Returns what starts fresh.
 
-    Only the layers that see the joints (heads, merge_heatmaps) may differ in shape, else
-    InputError.
+    skeleton: the network's joints. Where the checkpoint's are others, the layers that see the
+    joints (heads, merge_heatmaps) start fresh. Nothing else may differ in shape, else InputError.
     """
     weights = dict(state.get("ema") or state["model"])
-    fresh = [
-        name
-        for name, tensor in network.state_dict().items()
-        if name.startswith(("heads.", "merge_heatmaps."))
-        and name in weights
-        and weights[name].shape != tensor.shape
-    ]
-    own = network.state_dict()
-    load_weights(network, {**weights, **{name: own[name] for name in fresh}}, path)
-    return fresh
+    fresh: dict[str, Tensor] = {}
+    if not skeleton.same_joints(skeleton_of(state)):
+        fresh = {
+            name: tensor
+            for name, tensor in network.state_dict().items()
+            if re.fullmatch(r"heads\..+|merge_heatmaps\..+\.weight", name)
+        }
+    load_weights(network, {**weights, **fresh}, path)
+    return list(fresh)

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from configs import schema
 from configs.errors import InputError
 from configs.schema import Config
+from configs.skeleton import require_same_joints
 from evaluation import pckh
 from model.loss import stack_losses
 from pipelines import batches
@@ -57,6 +58,8 @@ class Run:
         self.valid_shards = ShardSet(Path(config.data.shards) / "valid")
         self.train_shards.records()  # all of them are sound
         self.skeleton = self.train_shards.manifest.skeleton
+        require_same_joints(self.valid_shards.manifest.skeleton, self.skeleton,
+                            self.valid_shards.folder, self.train_shards.folder)  # fmt: skip
         self.target = target_of(config.data, config.heatmaps, self.skeleton)
         self.valid_people, self.valid_samples = self.valid_shards.people()
         runtime.seed_everything(config.train.seed, 0)  # the same weights on every rank
@@ -303,7 +306,7 @@ class Run:
         if self.place.is_first:
             state = {
                 "config": schema.as_dict(self.config),
-                "skeleton": checkpoint.plain_skeleton(self.skeleton),
+                "skeleton": self.skeleton.plain(),
                 "model": self.network.state_dict(),
                 "ema": self.average.tensors if self.average else {},
                 "optimizer": self.optimizer.state_dict(),
@@ -331,6 +334,9 @@ class Run:
             )
         if "loader_states" in state:
             self.remarks += checkpoint.compare_settings(state["config"], self.config, source)
+        require_same_joints(
+            checkpoint.skeleton_of(state), self.skeleton, source, self.train_shards.folder
+        )
         checkpoint.load_weights(self.network, state["model"], source)
         self._restore_optimizer(state["optimizer"], source)
         self.step, self.seconds = state["step"], state.get("seconds", 0.0)

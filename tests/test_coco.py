@@ -1,0 +1,325 @@
+"""Keypoints in COCO's layout: boxes, marks, ids, and what is left out or refused."""
+
+import gzip
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import noise_picture, pack_arguments, random_people, write_h5, write_jpeg
+from test_training import make_run, tiny_config
+
+import evaluate
+from configs.errors import InputError
+from configs.skeleton import Length, Skeleton, default_groups, unnamed
+from evaluation import pckh
+from evaluation.oracle import oracle_keypoints
+from evaluation.predictions import as_coco, read_predictions
+from pipelines.annotations import People, read_annotations
+from pipelines.augment import PRESETS, Draw
+from pipelines.batches import heat_joints
+from pipelines.opencv_crops import crop_person
+from pipelines.shards import ShardSet, record_of, unpack_records
+from tools import make_shards
+from training import checkpoint
+
+NAMES = ("head", "left_hand", "right_hand", "left_foot", "right_foot")
+PAIRS = ((1, 2), (3, 4))
+FIGURE = Skeleton("figure", NAMES, PAIRS, (), default_groups(NAMES, PAIRS), Length((), 0.4))
+YAML = """
+name: figure
+joints: [head, left_hand, right_hand, left_foot, right_foot]
+flip_pairs: [[left_hand, right_hand], [left_foot, right_foot]]
+limbs: []
+normalize: {box: 0.4}
+"""
+# Five joints of a person in a picture of 200 x 150 px; the right hand is hidden, the left foot
+# not in the annotation, though the file says something about where it is.
+KEYPOINTS = [60, 30, 2, 90, 70, 2, 31, 72, 1, 7, 8, 0, 50, 110, 2]
+
+
+def entry(**changes: Any) -> dict[str, Any]:
+    """An annotation; its box covers the pixels 10 to 50 in x and 20 to 100 in y."""
+    facts = {"id": 900, "image_id": 77, "category_id": 3, "bbox": [10, 20, 41, 81],
+             "keypoints": KEYPOINTS, "iscrowd": 0}  # fmt: skip
+    return {**facts, **changes}
+
+
+def coco(*entries: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    images = [{"id": 77, "file_name": "a.jpg"}, {"id": 5, "file_name": "sub/b.jpg"}]
+    categories = [{"id": 3, "name": "figure", "keypoints": list(NAMES)}, {"id": 4, "name": "cat"}]
+    facts = {"images": images, "annotations": list(entries), "categories": categories}
+    return {**facts, **changes}
+
+
+def read(folder: Path, data: dict[str, Any], skeleton: Skeleton | None = FIGURE) -> People:
+    (folder / "a.json").write_text(json.dumps(data))
+    return read_annotations(folder / "a.json", "valid", skeleton)[0]
+
+
+def test_a_box_becomes_centre_and_scale_by_hand(tmp_path: Path) -> None:
+    people = read(tmp_path, coco(entry(), entry(id=901, image_id=5, bbox=[0, 0, 200, 150])))
+    # The middle of the pixels 10..50 is 30, of 20..100 is 60; of a whole picture 200 x 150 its own.
+    np.testing.assert_allclose(people.center, [[30, 60], [99.5, 74.5]])
+    np.testing.assert_allclose(people.scale, [1.25 * 81 / 200, 1.25 * 200 / 200])
+    np.testing.assert_allclose(people.normalize, [0.4 * 81, 0.4 * 200])
+    assert people.images == ("a.jpg", "sub/b.jpg")
+    assert (people.index.tolist(), people.person.tolist()) == ([77, 5], [900, 901])
+
+
+def test_visibility_0_1_2_is_unmarked_hidden_and_visible(tmp_path: Path) -> None:
+    people = read(tmp_path, coco(entry()))
+    assert people.marked[0].tolist() == [True, True, True, False, True]
+    assert people.visible[0].tolist() == [True, True, False, False, True]
+    np.testing.assert_array_equal(people.joints[0], [[60, 30], [90, 70], [31, 72], [0, 0],
+                                                     [50, 110]])  # fmt: skip
+
+
+def test_a_length_between_joints_is_unknown_where_one_is_unmarked(tmp_path: Path) -> None:
+    data = coco(entry())
+    for joints, expected in (((0, 1), 0.5 * 50), ((0, 3), 0.0)):  # 30 and 40 px apart: 50
+        people = read(tmp_path, data, FIGURE._replace(length=Length(joints, 0.5)))
+        assert people.normalize[0] == pytest.approx(expected)
+
+
+def test_who_is_left_out_is_counted_aloud(tmp_path: Path, capsys: Any) -> None:
+    data = coco(
+        entry(id=1), entry(id=2, iscrowd=1), entry(id=3, category_id=4), entry(id=4, bbox=[]),
+        entry(id=5, bbox=[3, 4, 0, 9]), entry(id=6, keypoints=[0] * 15), entry(id=7),
+    )  # fmt: skip
+    assert read(tmp_path, data).person.tolist() == [1, 7]
+    said = capsys.readouterr().err
+    for part in ("1 crowds", "1 of other categories", "2 without a box", "1 without a marked"):
+        assert part in said
+
+
+def test_a_mirrored_picture_is_the_mirrored_crop_with_the_pairs_swapped(tmp_path: Path) -> None:
+    """The picture, its box and its joints mirrored by hand, against our flip of the crop."""
+    width, image = 200, noise_picture(np.random.default_rng(1), 200, 150)
+    joints = np.array(KEYPOINTS).reshape(5, 3)
+    other = (joints * [-1, 1, 1] + [width - 1, 0, 0])[[0, 2, 1, 4, 3]]
+    box, other_box = [10, 20, 41, 81], [width - 10 - 41, 20, 41, 81]
+    plain = read(tmp_path, coco(entry(bbox=box)))
+    turned = read(tmp_path, coco(entry(bbox=other_box, keypoints=other.ravel().tolist())))
+    results = []
+    for people, picture, flip in ((plain, image, 1.0), (turned, image[:, ::-1].copy(), 0.0)):
+        record = unpack_records(record_of(people, 0, 200, 150)[None])
+        crop, matrix = crop_person(picture, record, Draw(flip=flip), PRESETS["none"], 64)
+        heat, marked = heat_joints(
+            torch.from_numpy(people.joints), torch.from_numpy(people.marked),
+            torch.from_numpy(matrix)[None].double(), torch.tensor([flip > 0]),
+            torch.tensor(FIGURE.mirrored), "exact",
+        )  # fmt: skip
+        assert marked[0].tolist() == [True, True, True, True, False]
+        results.append((crop, heat[marked]))
+    # warpAffine's positions are rounded to 1/32 px, from either side.
+    assert cv2.absdiff(results[0][0], results[1][0]).mean() < 1
+    torch.testing.assert_close(results[0][1], results[1][1], atol=1e-5, rtol=0)
+
+
+@pytest.fixture
+def figures(tmp_path: Path) -> Path:
+    """Two people in one picture and one in another, in a folder of both splits."""
+    for name in ("a.jpg", "sub/b.jpg"):
+        picture = noise_picture(np.random.default_rng(2), 200, 150)
+        write_jpeg(tmp_path / "set" / "images" / name, picture)
+    data = coco(entry(), entry(id=12, image_id=5), entry(id=13, bbox=[60, 30, 81, 41]))
+    (tmp_path / "set" / "annot").mkdir()
+    (tmp_path / "set" / "annot" / "train.json").write_text(json.dumps(data))
+    with gzip.open(tmp_path / "set" / "annot" / "valid.json.gz", "wt") as file:
+        json.dump(data, file)
+    (tmp_path / "figure.yaml").write_text(YAML)
+    return tmp_path
+
+
+def pack(folder: Path, *more: object) -> int:
+    words = pack_arguments(folder / "set", folder / "out", "--skeleton", folder / "figure.yaml")
+    return make_shards.main([*words, *map(str, more)])
+
+
+def test_shards_hold_the_joints_and_ids_of_the_json(figures: Path) -> None:
+    assert pack(figures) == 0
+    for split in ("train", "valid"):
+        shards = ShardSet(figures / "out" / split)
+        people, _ = shards.people()
+        assert shards.manifest.skeleton == FIGURE
+        assert people.person.tolist() == [900, 12, 13]
+        assert people.index.tolist() == [77, 5, 77]
+        expected = np.array(KEYPOINTS, dtype=float).reshape(5, 3)[:, :2]
+        expected[3] = 0
+        np.testing.assert_array_equal(people.joints, [expected] * 3)
+        np.testing.assert_allclose(people.normalize, [0.4 * 81] * 3, rtol=1e-6)
+
+
+def test_other_joints_are_another_packing(figures: Path, capsys: Any) -> None:
+    pack(figures)
+    pack(figures)
+    assert capsys.readouterr().out.count("already packed, 3 people") == 2
+    (figures / "figure.yaml").write_text(YAML.replace("0.4", "0.5"))
+    with pytest.raises(InputError, match="another packing"):
+        pack(figures)
+
+
+def test_one_file_needs_its_split(figures: Path) -> None:
+    file = (figures / "set" / "annot" / "train.json").rename(figures / "people.json")
+    with pytest.raises(InputError, match="one file for two splits"):
+        pack(figures, "--annotations", file)
+    assert pack(figures, "--annotations", file, "--splits", "valid") == 0
+    assert not (figures / "out" / "train").exists()
+
+
+def test_two_files_for_one_split_are_refused(figures: Path) -> None:
+    (figures / "set" / "annot" / "train.json.gz").write_bytes(b"")
+    with pytest.raises(InputError, match=r"train\.json and train\.json\.gz"):
+        pack(figures)
+
+
+def test_results_find_the_people_of_one_picture_again(figures: Path, tmp_path: Path) -> None:
+    people, _ = read_annotations(figures / "set" / "annot", "valid", FIGURE)
+    found = people.joints + np.arange(3)[:, None, None]
+    results = as_coco(people, found, np.ones((3, 5)))
+    assert [(r["image_id"], r["annotation_id"]) for r in results] == [(77, 900), (5, 12), (77, 13)]
+    (tmp_path / "r.json").write_text(json.dumps(results[::-1]))
+    np.testing.assert_array_equal(
+        read_predictions(tmp_path / "r.json", people).keypoints_NJ2, found
+    )
+    for result in results:
+        del result["annotation_id"]
+    (tmp_path / "r.json").write_text(json.dumps(results))
+    with pytest.raises(InputError, match="where people share a picture"):
+        read_predictions(tmp_path / "r.json", people)
+    # Without annotation_id the pictures tell, as long as nobody shares one.
+    (tmp_path / "r.json").write_text(json.dumps(results[1::-1]))
+    alone = read_predictions(tmp_path / "r.json", people.select([0, 1]))
+    np.testing.assert_array_equal(alone.keypoints_NJ2, found[:2])
+
+
+def test_perfect_heatmaps_of_five_joints_come_back(figures: Path) -> None:
+    people, skeleton = read_annotations(figures / "set" / "annot", "valid", FIGURE)
+    people = people._replace(scale=2 * people.scale)  # so that all joints are in the crop
+    for rule in ("exact", "princeton", "hrnet"):
+        summary = pckh.summary(oracle_keypoints(people, skeleton, rule, 256), people, skeleton)
+        assert summary["pckh"]["0.5"]["pooled"] == 1.0
+        assert summary["length"] == "0.4 x the longer side of the box"
+
+
+def test_h5_files_of_other_joints_are_read_with_a_skeleton(tmp_path: Path) -> None:
+    columns = random_people(np.random.default_rng(3), [(300, 200)] * 4)
+    columns["imgname"] = np.array([b"a.jpg"] * 4)
+    columns["part"], columns["visible"] = columns["part"][:, :5], columns["visible"][:, :5]
+    write_h5(tmp_path / "valid.h5", columns)
+    with pytest.raises(InputError, match="--skeleton"):
+        read_annotations(tmp_path, "valid")
+    ruled, _ = read_annotations(tmp_path, "valid", FIGURE)
+    np.testing.assert_allclose(ruled.normalize, 0.4 * 160 * columns["scale"])
+    own, _ = read_annotations(tmp_path, "valid", FIGURE._replace(length=None))
+    np.testing.assert_array_equal(own.normalize, columns["normalize"])
+    del columns["normalize"]
+    write_h5(tmp_path / "valid.h5", columns)
+    with pytest.raises(InputError, match="no length to divide errors by"):
+        read_annotations(tmp_path, "valid", FIGURE._replace(length=None))
+
+
+OTHER_ORDER = [{"id": 3, "keypoints": [*NAMES[::-1]]}]
+BAD = {
+    "no such image": (coco(entry(image_id=6)), "image_id 6"),
+    "too few values": (coco(entry(keypoints=KEYPOINTS[:12])), "12 values for 5 joints"),
+    "v of 3": (coco(entry(keypoints=[1, 2, 3] * 5)), "not 0, 1 and 2"),
+    "words": (coco(entry(keypoints=["a"] * 15)), "annotation 0"),
+    "short box": (coco(entry(bbox=[1, 2, 3])), "annotation 0"),
+    "wordy box": (coco(entry(bbox=[1, 2, "wide", 4])), "annotation 0"),
+    "endless box": (coco(entry(bbox=[1, 2, float("inf"), 4])), "not a number"),
+    "no id": (coco({k: v for k, v in entry().items() if k != "id"}), "'id'"),
+    "id of words": (coco(entry(id="x")), "'x'"),
+    "one id twice": (coco(entry(), entry()), "id 900 of 2 annotations"),
+    "an image twice": (coco(entry(), images=[{"id": 77, "file_name": "a.jpg"}] * 2), "image 1"),
+    "a nameless image": (coco(entry(), images=[{"id": 77}]), "image 0"),
+    "an image outside": (coco(entry(), images=[{"id": 77, "file_name": "../a.jpg"}]), "leaves"),
+    "joints in another order": (coco(entry(), categories=OTHER_ORDER), "in its order"),
+    "annotations of another kind": (coco(annotations={}), "a list of dicts"),
+    "annotation of another kind": (coco(annotations=[3]), "a list of dicts"),
+    "nobody": (coco(entry(iscrowd=1)), "no people in this split"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", BAD)
+def test_bad_coco_ends_in_one_clear_error(fault: str, tmp_path: Path) -> None:
+    data, message = BAD[fault]
+    with pytest.raises(InputError) as caught:
+        read(tmp_path, data)
+    assert message in str(caught.value)
+    assert str(tmp_path / "a.json") in caught.value.where
+
+
+def test_coco_without_a_skeleton_or_a_length_says_what_to_give(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"configs/skeletons/coco\.yaml"):
+        read(tmp_path, coco(entry()), None)
+    with pytest.raises(InputError, match="`normalize`"):
+        read(tmp_path, coco(entry()), FIGURE._replace(length=None))
+
+
+def test_a_category_without_joint_names_is_taken_as_it_is(tmp_path: Path) -> None:
+    assert read(tmp_path, coco(entry(), categories=[{"id": 3}])).count == 1
+
+
+def test_a_network_of_16_joints_begins_a_run_of_five(
+    figures: Path, tiny_shards: Path, tmp_path: Path
+) -> None:
+    pack(figures)
+    small = {"data": {"batch_size": 2}, "model": {"stacks": 2}}
+    old = make_run(tiny_config(tiny_shards, **small), tmp_path / "old")
+    old.save(["last.pt"])
+    state = checkpoint.load(tmp_path / "old" / "last.pt")
+    config = tiny_config(figures / "out", **small, train={"name": "new"})
+    run = make_run(config, tmp_path / "new")
+    fresh = checkpoint.init_weights(run.network, run.skeleton, state, tmp_path)
+    assert [name.split(".")[0] for name in fresh] == ["heads"] * 4 + ["merge_heatmaps"]
+    result = run.train()
+    assert run.step == 6 and result["joints_counted"] == 12
+    assert result["joint_names"] == list(NAMES)
+    with pytest.raises(InputError, match="begin a new run with --init_from"):
+        make_run(config, tmp_path / "resumed", state)
+
+
+def test_splits_of_different_joints_do_not_train(figures: Path, tiny_shards: Path) -> None:
+    pack(figures, "--splits", "train")
+    shutil.copytree(tiny_shards / "valid", figures / "out" / "valid")
+    with pytest.raises(InputError, match=r"16 joints \(mpii\)"):
+        make_run(tiny_config(figures / "out"), figures / "run")
+
+
+def test_evaluate_takes_the_joints_of_its_checkpoint(
+    figures: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    """Loose pictures with COCO's JSON; a checkpoint without names needs the YAML."""
+    pack(figures)
+    run = make_run(tiny_config(figures / "out"), tmp_path / "run")
+    run.save(["named.pt"])
+    state = torch.load(tmp_path / "run" / "named.pt", weights_only=True)
+    checkpoint.save(tmp_path / "run" / "nameless.pt", {**state, "skeleton": unnamed(5).plain()})
+    data = ["--annotations", figures / "set" / "annot", "--images", figures / "set" / "images",
+            "--workers", 0, "--flip", "--save-coco", tmp_path / "r.json"]  # fmt: skip
+
+    def evaluated(*words: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, [*data, *words])])
+        evaluate.main()
+        return capsys.readouterr().out
+
+    capsys.readouterr()  # what packing said
+    named = evaluated("--checkpoint", tmp_path / "run" / "named.pt")
+    assert "hand" in named and "pooled 5 (<)" in named
+    assert [r["image_id"] for r in json.loads((tmp_path / "r.json").read_text())] == [77, 5, 77]
+    nameless = ["--checkpoint", tmp_path / "run" / "nameless.pt"]
+    with pytest.raises(InputError, match="--skeleton"):
+        evaluated(*nameless)
+    given = evaluated(*nameless, "--skeleton", figures / "figure.yaml")
+    assert given.splitlines()[2:] == named.splitlines()[2:]  # all but the checkpoint's name
+    words = ["evaluate.py", *map(str, nameless), "--skeleton", "s.yaml"]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(InputError, match="shards know their joints"):
+        evaluate.main()

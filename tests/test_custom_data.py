@@ -1,0 +1,101 @@
+"""docs/custom-data.md, run as it is written, on the five joints that it draws."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from configs.mpii import MPII
+from configs.schema import as_dict, config_from_dict, load_yaml
+from pipelines.shards import ShardSet
+from training import checkpoint
+
+PAGE = (ROOT / "docs" / "custom-data.md").read_text()
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FILE = re.compile(r"Save this as `([\w.]+)`")
+
+
+def saved_files() -> dict[str, str]:
+    """The files that the page asks to save, by name: the next block that is not bash."""
+    texts = {}
+    for named in FILE.finditer(PAGE):
+        block = BLOCK.search(PAGE, named.end())
+        assert block and block[1] in ("python", "yaml")
+        texts[named[1]] = block[2]
+    return texts
+
+
+def commands() -> list[str]:
+    return [block[2] for block in BLOCK.finditer(PAGE) if block[1] == "bash"]
+
+
+def mpii_checkpoint(folder: Path) -> None:
+    """Fresh weights for MPII's joints, of the size of the page's config."""
+    config = config_from_dict(load_yaml(str(folder / "figures.yaml")), "figures.yaml")
+    network = checkpoint.build_network(config, MPII.joint_count)
+    (folder / "runs" / "mpii").mkdir(parents=True)
+    state = {"config": as_dict(config), "skeleton": MPII.plain(), "step": 0, "ema": {}}
+    checkpoint.save(folder / "runs/mpii/best.pt", {**state, "model": network.state_dict()})
+
+
+def bash(command: str, folder: Path) -> str:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", command],
+        cwd=folder, capture_output=True, text=True, timeout=240, check=False,
+        env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def followed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """The folder in which the page was followed, and what each of its commands printed."""
+    folder = tmp_path_factory.mktemp("figures")
+    for name in ("tools", "train.py", "evaluate.py"):
+        (folder / name).symlink_to(ROOT / name)
+    for name, text in saved_files().items():
+        (folder / name).write_text(text)
+    mpii_checkpoint(folder)
+    return folder, [bash(command, folder) for command in commands()]
+
+
+@pytest.mark.slow
+def test_the_page_followed_to_the_letter_ends_in_a_pck_far_above_the_mean_pose(followed):
+    folder, printed = followed
+    assert len(printed) == 7
+    pck = json.loads((folder / "pck.json").read_text())
+    network, mean = pck["network"], pck["mean pose"]
+    assert network["people"] == 20 and network["joints_counted"] == 100
+    assert list(network["pckh"]["0.5"]["groups"]) == ["head", "hand", "foot"]
+    assert network["pckh"]["0.5"]["pooled"] > 0.75 > 0.5 > mean["pckh"]["0.5"]["pooled"]
+    assert "Errors are divided by 0.15 x the distance of head and left_foot." in printed[4]
+    # The file of predictions scores as the network did, but for the order of its people.
+    assert printed[5].splitlines()[-4].split()[2:] == printed[4].splitlines()[-9].split()[2:]
+    assert "Other joints: 2 tensors start fresh" in printed[6]
+
+
+@pytest.mark.slow
+def test_its_shards_hold_the_joints_of_its_json(followed):
+    folder, _ = followed
+    for split, count in (("train", 60), ("valid", 20)):
+        truth = json.loads((folder / "data" / "figures" / f"{split}.json").read_text())
+        people, _ = ShardSet(folder / "data" / "shards" / "figures" / split).people()
+        keypoints = np.array([a["keypoints"] for a in truth["annotations"]]).reshape(count, 5, 3)
+        np.testing.assert_array_equal(people.joints, keypoints[..., :2])
+        assert people.person.tolist() == [a["id"] for a in truth["annotations"]]
+
+
+@pytest.mark.slow
+def test_its_coco_results_have_the_ids_of_its_json(followed):
+    folder, _ = followed
+    truth = json.loads((folder / "data/figures/valid.json").read_text())["annotations"]
+    results = json.loads((folder / "results.json").read_text())
+    assert [r["image_id"] for r in results] == [a["image_id"] for a in truth]

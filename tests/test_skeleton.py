@@ -1,0 +1,141 @@
+"""Sets of joints from YAML: what they mean, and what is said of faulty ones."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from configs.errors import InputError
+from configs.mpii import MPII
+from configs.skeleton import (
+    Length,
+    Skeleton,
+    length_in_words,
+    load_skeleton,
+    side_of,
+    skeleton_from_plain,
+    unnamed,
+)
+
+GOOD = {
+    "name": "dog",
+    "joints": ["nose", "left_paw", "right_paw", "tail", "left_ear", "right_ear"],
+    "flip_pairs": [["left_paw", "right_paw"], ["right_ear", "left_ear"]],
+    "limbs": [["nose", "tail"], ["left_paw", "tail"]],
+    "normalize": {"between": ["nose", "tail"], "factor": 0.5},
+}
+
+
+def load(folder: Path, **changes: object) -> Skeleton:
+    """GOOD with these keys changed; None takes one away."""
+    raw = {k: v for k, v in {**GOOD, **changes}.items() if v is not None}
+    (folder / "s.yaml").write_text(yaml.safe_dump(raw))
+    return load_skeleton(folder / "s.yaml")
+
+
+def test_names_become_indices(tmp_path: Path) -> None:
+    dog = load(tmp_path)
+    assert dog.flip_pairs == ((1, 2), (5, 4))
+    assert dog.mirrored == (0, 2, 1, 3, 5, 4)
+    assert dog.limbs == ((0, 3), (1, 3))
+    assert dog.length == Length((0, 3), 0.5)
+    assert dog.sides == ("middle", "left", "right", "middle", "left", "right")
+    assert length_in_words(dog) == "0.5 x the distance of nose and tail"
+    assert skeleton_from_plain(yaml.safe_load(yaml.safe_dump(dog.plain()))) == dog
+
+
+def test_groups_are_the_pairs_and_the_other_joints_unless_given(tmp_path: Path) -> None:
+    assert load(tmp_path).groups == (
+        ("nose", (0,)), ("paw", (1, 2)), ("tail", (3,)), ("ear", (4, 5)),
+    )  # fmt: skip
+    given = load(tmp_path, groups={"head": ["nose", "left_ear", "right_ear"]})
+    assert given.groups == (("head", (0, 4, 5)),)
+    # "paw" would stand for two columns.
+    names = ["paw", "left_paw", "right_paw"]
+    few = {"joints": names, "flip_pairs": [names[1:]], "limbs": [], "normalize": {"box": 1}}
+    assert load(tmp_path, **few).groups == (("paw", (0,)), ("left_paw/right_paw", (1, 2)))
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "rest"),
+    [("l_knee", "left", "knee"), ("knee_R", "right", "knee"), ("leftKnee", "left", "Knee"),
+     ("Right knee", "right", "knee"), ("lefty", "middle", "lefty"), ("rear", "middle", "rear"),
+     ("LED", "middle", "LED"), ("tail", "middle", "tail")],
+)  # fmt: skip
+def test_the_side_is_a_word_of_the_name(name: str, side: str, rest: str) -> None:
+    assert side_of(name) == (side, rest)
+
+
+def test_sides_of_mpii_are_those_of_its_names() -> None:
+    assert MPII.sides == tuple(
+        {"r": "right", "l": "left"}.get(name.split("_")[0], "middle") for name in MPII.names
+    )
+
+
+def test_coco_has_its_17_joints(tmp_path: Path) -> None:
+    coco = load_skeleton(ROOT / "configs" / "skeletons" / "coco.yaml")
+    assert coco.joint_count == 17
+    # Its left joints have the odd places, from the eyes on.
+    assert coco.flip_pairs == tuple((j, j + 1) for j in range(1, 17, 2))
+    assert coco.sides == ("middle", *("left", "right") * 8)
+    # The "skeleton" of COCO's category, which counts from 1 (as in HRNet's lib/dataset/coco.py).
+    theirs = [
+        [16, 14], [14, 12], [17, 15], [15, 13], [12, 13], [6, 12], [7, 13], [6, 7], [6, 8],
+        [7, 9], [8, 10], [9, 11], [2, 3], [1, 2], [1, 3], [2, 4], [3, 5], [4, 6], [5, 7],
+    ]  # fmt: skip
+    assert [[a + 1, b + 1] for a, b in coco.limbs] == theirs
+    assert [joint for _, joints in coco.groups for joint in joints] == list(range(17))
+
+
+def test_joints_are_compared_by_name_or_where_there_are_none_by_number(tmp_path: Path) -> None:
+    dog = load(tmp_path)
+    assert dog.same_joints(load(tmp_path, name="cat", limbs=[], normalize={"box": 1.0}))
+    assert not dog.same_joints(load(tmp_path, joints=GOOD["joints"][::-1]))
+    assert dog.same_joints(unnamed(6)) and unnamed(6).same_joints(dog)
+    assert not dog.same_joints(unnamed(5))
+
+
+FAULTS = {
+    "unknown joint": ({"limbs": [["nose", "lef_paw"]]}, "did you mean left_paw?"),
+    "unknown key": ({"flip_pair": []}, "did you mean flip_pairs?"),
+    "two pairs": ({"flip_pairs": [["left_paw", "right_paw"], ["left_ear", "right_paw"]]},
+                  "right_paw in 2 pairs"),
+    "same side": ({"flip_pairs": [["left_paw", "left_ear"]]}, "both left"),
+    "forgotten": ({"flip_pairs": [["left_paw", "right_paw"]]}, "add [left_ear, right_ear]"),
+    "pair of one": ({"flip_pairs": [["left_paw", "left_paw"]]}, "different joints"),
+    "triple": ({"limbs": [["nose", "tail", "left_paw"]]}, "two joints"),
+    "limb twice": ({"limbs": [["nose", "tail"], ["tail", "nose"]]}, "a second time"),
+    "joint twice": ({"joints": ["nose", "nose"]}, "nose more than once"),
+    "no joints": ({"joints": []}, "an empty list"),
+    "joints of another kind": ({"joints": "nose"}, "a list of the joints' names"),
+    "a name that YAML reads as a truth": ({"joints": [True, "nose"]}, "in quotes"),
+    "a nameless joint": ({"joints": ["", "nose"]}, "joints[0]"),
+    "lacking": ({"flip_pairs": None}, "no flip_pairs"),
+    "empty group": ({"groups": {"head": []}}, "one at least"),
+    "groups of another kind": ({"groups": ["nose"]}, "for each group"),
+    "two lengths": ({"normalize": {"box": 1, "between": ["nose", "tail"]}}, "give one of the two"),
+    "length of one": ({"normalize": {"between": ["nose"]}}, "give one of the two"),
+    "length of nothing": ({"normalize": {"box": 0}}, "a number above 0"),
+    "endless length": ({"normalize": {"box": float("inf")}}, "a number above 0"),
+    "wordy length": ({"normalize": {"box": "1"}}, "a number above 0"),
+    "name of nothing": ({"name": 3}, "a name"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_one_clear_error(fault: str, tmp_path: Path) -> None:
+    changes, message = FAULTS[fault]
+    with pytest.raises(InputError) as caught:
+        load(tmp_path, **changes)  # type: ignore[arg-type]
+    assert message in str(caught.value)
+    assert caught.value.where.startswith(str(tmp_path / "s.yaml"))
+
+
+@pytest.mark.parametrize("text", ["", "a: [", "- 1", "3", "a: !!python/object/apply:os.getcwd []"])
+def test_a_file_that_is_none_is_one_clear_error(text: str, tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text(text)
+    for path in (tmp_path / "s.yaml", tmp_path / "none.yaml", tmp_path):
+        with pytest.raises(InputError) as caught:
+            load_skeleton(path)
+        assert caught.value.where == str(path)
