@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -331,6 +332,7 @@ def differences(
 
 def find_subjects(options: argparse.Namespace, config: Config, trained: Skeleton) -> Subjects:
     """People and pictures, from shards or loose. trained: the network's joints. InputError."""
+    joints = given_skeleton(options) or (trained if trained.has_names else None)
     if not (options.annotations or options.images):
         return from_shards(Path(options.shards or config.data.shards))
     if not (options.annotations and options.images) or options.shards:
@@ -341,7 +343,6 @@ def find_subjects(options: argparse.Namespace, config: Config, trained: Skeleton
             "--annotations with --images, or --shards alone",
             "give one of the two",
         )
-    joints = given_skeleton(options) or (trained if trained.has_names else None)
     return from_loose_pictures(Path(options.annotations), Path(options.images), joints)
 
 
@@ -359,7 +360,8 @@ def predict_everybody(
         )
         if place.is_first:
             tried = ", ".join(f"{size}: {rate:,.0f}" for size, rate in rates.items())
-            print(f"batch size {size}, the fastest here (people/s by size: {tried})")
+            note = f"batch size {size}, the fastest here (people/s by size: {tried})"
+            print(note, file=sys.stderr)
     share = -(-question.subjects.people.count // place.ranks)
     found: dict[LoaderName, Predictions] = {}
     for loader in question.loaders:

@@ -206,24 +206,25 @@ def test_the_gap_between_the_loaders_is_printed(trained, tmp_path):
     assert f"pooled {100 * (other - one):+.3f}" in done.stdout
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("preset", ["hrnet", "princeton"])
-def test_dali_makes_the_same_people_in_the_same_order(preset, tiny_set):
+def test_dali_makes_the_same_people_in_the_same_order(preset, device, tiny_set):
     """From loose pictures, in the order asked for, the last batch shorter."""
     pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed")
     people, _ = read_annotations(tiny_set / "annot", "train")
     source, order = LooseImages(people, tiny_set / "images"), np.array([7, 0, 3, 11, 5])
     target, raw = target_of(preset, "princeton", 64), {}
     for loader in ("opencv", "dali"):
-        batches = still_batches(source, order, target, loader=loader, device=CPU,
+        place = torch.device(device if loader == "dali" else "cpu")
+        batches = still_batches(source, order, target, loader=loader, device=place,
                                 batch_size=2, workers=1)  # fmt: skip
         raw[loader] = list(batches)
     assert [len(b.records_NR) for b in raw["dali"]] == [2, 2, 1]
     for one, other in zip(raw["opencv"], raw["dali"], strict=True):
         assert torch.equal(one.records_NR, other.records_NR)
-        torch.testing.assert_close(
-            one.input_from_image_N23, other.input_from_image_N23, atol=1e-3, rtol=1e-5
-        )
-        assert (one.images_NHW3.float() - other.images_NHW3.float()).abs().mean() < 0.6
+        matrices = other.input_from_image_N23.cpu()
+        torch.testing.assert_close(one.input_from_image_N23, matrices, atol=1e-3, rtol=1e-5)
+        assert (one.images_NHW3.float() - other.images_NHW3.cpu().float()).abs().mean() < 0.6
 
 
 def test_what_differs_from_training_is_said(trained, capsys, monkeypatch):
@@ -276,6 +277,17 @@ def test_predictions_do_not_depend_on_the_batch_size_or_the_number_of_processes(
         # An untrained network's maps are nearly flat, so that a hair's breadth can move a maximum.
         assert near.mean() > 0.95, name
         np.testing.assert_allclose(other[..., 2], one[..., 2], atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_a_gpu_predicts_what_the_cpu_predicts(trained, tmp_path):
+    for device in ("cpu", "cuda"):
+        done = command("--checkpoint", trained / "best.pt", "--workers", 0, "--device", device,
+                       "--save-predictions", tmp_path / f"{device}.json")  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    one, other = (predictions(tmp_path / f"{device}.json") for device in ("cpu", "cuda"))
+    np.testing.assert_allclose(other[..., 2], one[..., 2], atol=1e-3)  # scores; TF32 may be on
+    assert (np.abs(other - one)[..., :2].max(axis=-1) < 0.5).mean() > 0.9
 
 
 def test_the_batch_size_is_the_fastest_one_measured(trained, monkeypatch):
