@@ -54,7 +54,7 @@ def main() -> None:
         score_file(options)
         return
     path = Path(options.checkpoint) if options.checkpoint else newest_checkpoint(Path(options.runs))
-    state = checkpoint.load(path)
+    state = checkpoint.load(path, onnx=True)
     config = checkpoint.config_of(state, path)
     flip = config.eval.flip if options.flip is None else options.flip
     subjects = find_subjects(options, config)
