@@ -429,8 +429,8 @@ def predict_video(
                 bar.update(len(batch))
     finally:
         frames.close()
-        if video and video.close():
-            print(f"wrote {options.overlay}", file=sys.stderr)
+        if video:
+            video.close()
 
 
 def draw(
@@ -473,8 +473,8 @@ def write_results(options: argparse.Namespace, skeleton: Skeleton, found: list[F
         keypoints = np.stack([one.keypoints_J2 for one in found])
         coco = as_coco(keypoints, np.stack([one.scores_J for one in found]), ids)
         write_bytes(options.save_coco, (json.dumps(coco) + "\n").encode())
-    for path in (options.save_predictions, options.save_coco):
-        if path:
+    for path in (options.save_predictions, options.save_coco, options.overlay):
+        if path and path.exists():
             print(f"wrote {path}", file=sys.stderr)
     if not (options.save_predictions or options.save_coco or options.overlay):
         print(json.dumps(entries))

@@ -80,13 +80,11 @@ class VideoFile:
                 )
         self._writer.write(frame)
 
-    def close(self) -> bool:
-        """End the file and give it its name. Returns whether there is one."""
-        if self._writer is None:
-            return False
-        self._writer.release()
-        self._temporary.rename(self.path)
-        return True
+    def close(self) -> None:
+        """End the file and give it its name."""
+        if self._writer is not None:
+            self._writer.release()
+            self._temporary.rename(self.path)
 
 
 def check_window() -> None:
