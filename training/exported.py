@@ -37,12 +37,11 @@ def read_exported(path: Path) -> dict[str, Any]:
 
 def write_safetensors(path: Path, weights: dict[str, Tensor], state: dict[str, Any]) -> None:
     """Write weights and facts, whole or not at all. Raises InputError."""
-    temporary = path.with_name(path.name + ".tmp")
     tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
+    metadata = {"format": "pt", KEY: facts_text(state)}
+    temporary = path.with_name(path.name + ".tmp")
     try:
-        _safetensors(path).torch.save_file(
-            tensors, temporary, metadata={"format": "pt", KEY: facts_text(state)}
-        )
+        temporary.write_bytes(_safetensors(path).torch.save(tensors, metadata))
         temporary.rename(path)
     finally:
         temporary.unlink(missing_ok=True)
