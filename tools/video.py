@@ -26,12 +26,12 @@ class Frames:
         """Open it. Raises InputError."""
         if isinstance(source, Path) and not source.is_file():
             raise InputError(source, "no such file", "a video", "give its path")
-        self.source = source
-        name = source if isinstance(source, int) else str(source)
-        self._capture = cv2.VideoCapture(name)
+        self.name = f"camera {source}" if isinstance(source, int) else str(source)
+        self._capture = cv2.VideoCapture(source if isinstance(source, int) else self.name)
         if not self._capture.isOpened():
-            what = "a video that OpenCV reads" if isinstance(source, Path) else "a camera"
-            raise InputError(source, "cannot be opened", what, "try another")
+            raise InputError(
+                self.name, "cannot be opened", "a video or camera that OpenCV reads", "try another"
+            )
         self.per_second = self._capture.get(cv2.CAP_PROP_FPS) or _FRAMES_PER_SECOND
         count = int(self._capture.get(cv2.CAP_PROP_FRAME_COUNT))
         self.count = count if isinstance(source, Path) and count > 0 else None
@@ -46,9 +46,9 @@ class Frames:
             read += 1
             yield frame  # type: ignore[misc]
         if not read:
-            raise InputError(self.source, "no frame can be read", "a video", "try another")
+            raise InputError(self.name, "no frame can be read", "a video", "try another")
         if self.count and read < self.count:
-            print(f"{self.source}: {read} of {self.count} frames can be read", file=sys.stderr)
+            print(f"{self.name}: {read} of {self.count} frames can be read", file=sys.stderr)
 
     def close(self) -> None:
         """Give file or camera back."""
