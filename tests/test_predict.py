@@ -268,6 +268,14 @@ def test_every_frame_of_a_video_is_predicted_and_drawn(run, estimator, movie, tm
     assert not list(tmp_path.glob("*.tmp*"))
 
 
+def test_a_video_can_be_read_as_soon_as_it_is_closed_and_not_before(tmp_path):
+    out = video.VideoFile(tmp_path / "o.avi", 12.0)
+    out.write(np.zeros((64, 96, 3), np.uint8))
+    assert not (tmp_path / "o.avi").exists()
+    out.close()
+    assert len(frames_of(tmp_path / "o.avi")) == 1
+
+
 def interrupt_after(monkeypatch, batches: int) -> None:
     """Send Ctrl-C when the network is asked for one batch more."""
     real, asked = PoseEstimator.predict, []
