@@ -9,14 +9,17 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, noise_picture, write_jpeg
 from test_make_shards import exif, with_segment
 from test_training import make_run, steps, tiny_config
 
 import evaluate
 from configs.errors import InputError, run_main
+from configs.skeleton import Skeleton
 from evaluation import report
 from evaluation.inference import Predictions
+from model.hourglass import StackedHourglass
 from pipelines.annotations import read_annotations
 from pipelines.pictures import check_jpeg
 from tools import predict, video
@@ -130,6 +133,21 @@ def test_one_picture_may_hold_any_number_of_people(estimator):
     assert estimator([]).scores_NJ.shape == (0, 16)
 
 
+def test_any_number_of_joints_is_found(estimator):
+    three = Skeleton("three", ("l_a", "b", "r_c"), ((0, 2),), ((0, 1), (1, 2)), ())
+    one = PoseEstimator(
+        StackedHourglass(1, 16, 3, 2, (8, 16, 16)).eval(),
+        estimator.target._replace(skeleton=three),
+        flip=True, device=torch.device("cpu"), dtype=torch.float32, batch_size=4,
+    )  # fmt: skip
+    image = noise_picture(np.random.default_rng(3), 200, 150)
+    keypoints, scores = one(image, [[10, 10, 90, 90]] * 2)
+    assert keypoints.shape == (2, 3, 2) and scores.shape == (2, 3)
+    before = image.copy()
+    report.draw_skeleton(image, keypoints[0], scores[0] > -1, three, 2)
+    assert (image != before).any()
+
+
 def test_batches_do_not_change_what_is_found(trained, estimator, tiny_set):
     pictures = sorted((tiny_set / "images").glob("*.jpg"))[:7]
     two = PoseEstimator.from_checkpoint(trained, device="cpu", batch_size=2)
@@ -226,7 +244,7 @@ def test_overlays_show_everybody_where_they_are_found(run, tiny_set, tmp_path, m
 
 def test_unsure_joints_are_not_drawn(estimator):
     image = np.zeros((40, 40, 3), np.uint8)
-    place = predict.Subject(None, {}, predict.Square(20, 20, 0.2), None)  # type: ignore[arg-type]
+    place = predict.Subject(None, {}, predict.Square(20, 20, 0.2))
     one = predict.Found(place, np.full((16, 2), 20.0), np.linspace(0, 0.5, 16))
     assert not predict.draw(image.copy(), [one], estimator.skeleton, 0.6).any()
     assert predict.draw(image.copy(), [one], estimator.skeleton, 0.5).any()

@@ -52,17 +52,16 @@ class Picture(NamedTuple):
 
 
 class Subject(NamedTuple):
-    """One person before the network."""
+    """Who is looked for."""
 
     picture: Picture | None
     facts: dict[str, Any]
     """What the results say beside the joints."""
     square: Square
-    crop: Item
 
 
 class Found(NamedTuple):
-    """One person after it."""
+    """The same person with joints, and without the crop: there may be very many."""
 
     subject: Subject
     keypoints_J2: npt.NDArray[np.float64]
@@ -341,7 +340,7 @@ def predict_pictures(
 
 def read_subjects(
     options: argparse.Namespace, estimator: PoseEstimator, picture: Picture
-) -> list[Subject]:
+) -> list[tuple[Subject, Item]]:
     """The people of one picture, cropped; nobody if the picture is bad and that is allowed."""
     try:
         image = read_picture(picture.path, not options.ignore_exif)
@@ -351,26 +350,26 @@ def read_subjects(
         tqdm.write(f"left out: {error.where}: {error.found}", file=sys.stderr)
         return []
     return [
-        make_subject(estimator, image, picture, person, {"index": row})
+        crop_subject(estimator, image, picture, person, {"index": row})
         for row, person in zip(picture.rows, picture.people, strict=True)
     ]
 
 
-def make_subject(
+def crop_subject(
     estimator: PoseEstimator,
     image_HW3: npt.NDArray[np.uint8],
     picture: Picture | None,
     person: Person,
     facts: dict[str, Any],
-) -> Subject:
-    """Crop one person. Raises InputError for a square that is not in the picture."""
+) -> tuple[Subject, Item]:
+    """One person and their crop. Raises InputError for a square that is not in the picture."""
     height, width = image_HW3.shape[:2]
     square = person.square or whole_picture(width, height)
     facts = {"image": person.image, **facts, "width": width, "height": height}
     if person.image_id is not None:
         facts["image_id"] = person.image_id
     where = f"{person.image}: person {facts['index']}"
-    return Subject(picture, facts, square, estimator.crop(image_HW3, square, where))
+    return Subject(picture, facts, square), estimator.crop(image_HW3, square, where)
 
 
 def ahead(
@@ -393,10 +392,13 @@ def in_batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
         yield batch
 
 
-def predict_subjects(estimator: PoseEstimator, subjects: list[Subject]) -> list[Found]:
+def predict_subjects(estimator: PoseEstimator, subjects: list[tuple[Subject, Item]]) -> list[Found]:
     """One batch through the network."""
-    keypoints, scores = estimator.predict([subject.crop for subject in subjects])
-    return [Found(*row) for row in zip(subjects, keypoints, scores, strict=True)]
+    keypoints, scores = estimator.predict([crop for _, crop in subjects])
+    return [
+        Found(subject, joints, heights)
+        for (subject, _), joints, heights in zip(subjects, keypoints, scores, strict=True)
+    ]
 
 
 def predict_video(
@@ -414,7 +416,7 @@ def predict_video(
         with tqdm(total=frames.count, desc="predict", unit="frame") as bar:
             for batch in in_batches(frames, size):
                 subjects = [
-                    make_subject(estimator, image, None, person, {"index": row, "frame": row})
+                    crop_subject(estimator, image, None, person, {"index": row, "frame": row})
                     for row, image in enumerate(batch, number)
                 ]
                 results = predict_subjects(estimator, subjects)
