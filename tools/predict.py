@@ -315,7 +315,7 @@ def predict_pictures(
     found: list[Found],
 ) -> None:
     """Fill `found`, and draw each picture when everybody in it is found. Raises InputError."""
-    open_people: dict[Path, list[Found]] = {}
+    waiting: dict[Path, list[Found]] = {}
     read = functools.partial(read_subjects, options, estimator)
     with (
         ThreadPoolExecutor(options.workers) as pool,
@@ -323,19 +323,26 @@ def predict_pictures(
     ):
         subjects = itertools.chain.from_iterable(ahead(pool, read, pictures, 2 * options.workers))
         for batch in in_batches(subjects, estimator.batch_size):
-            for one in predict_subjects(estimator, batch):
-                found.append(one)
-                picture = one.subject.picture
-                assert picture is not None
-                here = open_people.setdefault(picture.path, [])
-                here.append(one)
-                if len(here) == len(picture.rows):
-                    out = overlay_path(options, picture, pictures)
-                    if out:
-                        image = read_picture(picture.path, not options.ignore_exif)
-                        write_picture(out, draw(image, here, estimator.skeleton, options.min_score))
-                    del open_people[picture.path]
+            done = predict_subjects(estimator, batch)
+            found += done
+            for picture, people in whole_pictures(done, waiting):
+                out = overlay_path(options, picture, pictures)
+                if out:
+                    image = read_picture(picture.path, not options.ignore_exif)
+                    write_picture(out, draw(image, people, estimator.skeleton, options.min_score))
             bar.update(len(batch))
+
+
+def whole_pictures(
+    found: list[Found], waiting: dict[Path, list[Found]]
+) -> Iterator[tuple[Picture, list[Found]]]:
+    """The pictures in which everybody is found now. waiting: people of the others, kept here."""
+    for one in found:
+        picture = one.subject.picture
+        assert picture is not None, "a frame of a video"
+        waiting.setdefault(picture.path, []).append(one)
+        if len(waiting[picture.path]) == len(picture.rows):
+            yield picture, waiting.pop(picture.path)
 
 
 def read_subjects(
