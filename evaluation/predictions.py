@@ -5,7 +5,6 @@ which picture a prediction is for, that is checked against the annotation.
 """
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -118,17 +117,12 @@ def as_entries(
     ]
 
 
-def as_coco(
-    keypoints_NJ2: npt.NDArray, scores_NJ: npt.NDArray, image_ids: Sequence[int] | None = None
-) -> list[dict[str, Any]]:
-    """COCO keypoint results; score is the mean over joints.
-
-    image_ids: (N,), by default the row in the annotation.
-    """
+def as_coco(keypoints_NJ2: npt.NDArray, scores_NJ: npt.NDArray) -> list[dict[str, Any]]:
+    """COCO keypoint results: image_id is the row in the annotation, score the mean over joints."""
     joined = np.concatenate([keypoints_NJ2, scores_NJ[..., None]], axis=-1)
     return [
         {
-            "image_id": row if image_ids is None else image_ids[row],
+            "image_id": row,
             "category_id": 1,
             "keypoints": joined[row].ravel().tolist(),
             "score": float(scores_NJ[row].mean()),

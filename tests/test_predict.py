@@ -94,15 +94,23 @@ def test_evaluate_and_predict_find_the_same_joints(
 def test_what_predict_writes_is_scored_by_evaluate(run, tiny_set, tmp_path, monkeypatch, capsys):
     annotation = tiny_set / "annot" / "valid.h5"
     people = people_file(annotation, tmp_path / "people.csv")
-    run("--people", people, tiny_set / "images", "--save-predictions", tmp_path / "p.json",
+    run("--people", people, tiny_set / "images", "--save-predictions", tmp_path / "p.json")
+    words = ["--predictions", tmp_path / "p.json", "--annotations", annotation]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words)])
+    evaluate.main()
+    assert "predictions @0.5" in capsys.readouterr().out
+
+
+def test_coco_results_hold_the_same_joints(run, tiny_set, tmp_path):
+    run(tiny_set / "images", "--save-predictions", tmp_path / "p.json",
         "--save-coco", tmp_path / "c.json")  # fmt: skip
-    tables = []
-    for name in ("p.json", "c.json"):
-        words = ["--predictions", tmp_path / name, "--annotations", annotation]
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words)])
-        evaluate.main()
-        tables.append(capsys.readouterr().out.split("\n", 2)[2])
-    assert "predictions @0.5" in tables[0] and tables[0] == tables[1]
+    _, keypoints = read_json(tmp_path / "p.json")
+    coco = json.loads((tmp_path / "c.json").read_text())
+    assert [one["image_id"] for one in coco] == list(range(14))
+    flat = np.array([one["keypoints"] for one in coco])
+    np.testing.assert_array_equal(flat, keypoints.reshape(14, 48))
+    scores = [one["score"] for one in coco]
+    np.testing.assert_allclose(scores, keypoints[..., 2].mean(axis=1))
 
 
 def test_the_python_call_and_the_program_agree(run, estimator, tiny_set, tmp_path):

@@ -22,7 +22,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from configs.errors import InputError, run_main
 from configs.mpii import PIXELS_PER_SCALE
 from configs.skeleton import Skeleton
-from evaluation.predictions import as_coco
 from evaluation.report import draw_skeleton
 from pipelines.annotations import safe_name
 from pipelines.boxes import MARGIN, Person, Square, read_people, square_about, whole_picture
@@ -478,9 +477,7 @@ def write_results(options: argparse.Namespace, skeleton: Skeleton, found: list[F
     if options.save_predictions:
         write_bytes(options.save_predictions, (json.dumps(entries) + "\n").encode())
     if options.save_coco:
-        ids = [entry.get("image_id", entry["index"]) for entry in entries]
-        keypoints = np.stack([one.keypoints_J2 for one in found])
-        coco = as_coco(keypoints, np.stack([one.scores_J for one in found]), ids)
+        coco = [as_coco(entry) for entry in entries]
         write_bytes(options.save_coco, (json.dumps(coco) + "\n").encode())
     for path in (options.save_predictions, options.save_coco, options.overlay):
         if path and path.exists():
@@ -496,6 +493,17 @@ def as_entry(one: Found) -> dict[str, Any]:
     keypoints = np.concatenate([one.keypoints_J2, one.scores_J[:, None]], axis=1)
     place = {"center": [square.x, square.y], "scale": square.scale}
     return {**one.subject.facts, **place, "keypoints": keypoints.tolist()}
+
+
+def as_coco(entry: dict[str, Any]) -> dict[str, Any]:
+    """The same person as a COCO keypoint result; score is the mean over joints."""
+    joints = entry["keypoints"]
+    return {
+        "image_id": entry.get("image_id", entry["index"]),
+        "category_id": 1,
+        "keypoints": [value for joint in joints for value in joint],
+        "score": sum(score for _, _, score in joints) / len(joints),
+    }
 
 
 if __name__ == "__main__":
