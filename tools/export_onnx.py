@@ -19,11 +19,12 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.errors import InputError, run_main
-from evaluation.inference import evaluation_batches, last_heatmaps
+from evaluation.inference import last_heatmaps
 from model.onnx_network import INPUT, OUTPUT, OnnxNetwork
+from pipelines.augment import PRESETS
 from pipelines.batches import Target, images_N3HW
 from pipelines.geometry import STRIDE
-from pipelines.opencv_crops import collate
+from pipelines.opencv_crops import CropDataset, collate
 from pipelines.shards import MANIFEST, ShardSet
 from training import checkpoint, exported
 from training.estimator import PoseEstimator, read_picture
@@ -155,7 +156,9 @@ def crops_to_check(options: argparse.Namespace, estimator: PoseEstimator) -> tup
         return noise, f"noise, for there is no {folder}; --check PICTURE takes pictures"
     shards = ShardSet(folder)
     samples = shards.people()[1][:MOST_PEOPLE]
-    (raw,) = evaluation_batches(shards, samples, estimator.target, MOST_PEOPLE, 0, False)
+    still = PRESETS["none"]._replace(princeton_crop=estimator.target.preset.princeton_crop)
+    dataset = CropDataset(shards, still, size, seed=0)
+    raw = collate([dataset[(int(sample), 0)] for sample in samples])
     return images_N3HW(raw, torch.device("cpu")), f"{len(samples)} people of {folder}"
 
 
