@@ -291,7 +291,7 @@ def newest_checkpoint(runs: Path) -> Path:
 def find_question(options: argparse.Namespace) -> Question:
     """Checkpoint, people and pictures, and how they are to be brought together."""
     path = Path(options.checkpoint) if options.checkpoint else newest_checkpoint(Path(options.runs))
-    state = checkpoint.load(path)
+    state = checkpoint.load(path, onnx=True)
     config = checkpoint.config_of(state, path)
     trained = checkpoint.skeleton_of(state)
     subjects = find_subjects(options, config, trained)

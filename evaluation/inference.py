@@ -105,8 +105,9 @@ def last_heatmaps(model: nn.Module, images_N3HW: Tensor, target: Target, flip: b
     """(N, J, H, W) float32 heatmaps of the last stack, with or without the flip test."""
     if not flip:
         return model(images_N3HW)[:, -1].float()
-    both = torch.cat([images_N3HW, images_N3HW.flip(3)])
-    plain, other = model(both)[:, -1].float().chunk(2)
+    heat = model(torch.cat([images_N3HW, images_N3HW.flip(3)]))[:, -1].float()
+    people = images_N3HW.shape[0]
+    plain, other = heat[:people], heat[people:]
     mirrored = torch.tensor(target.skeleton.mirrored, device=plain.device)
     mean = (plain + heatmaps.mirror_back(other, mirrored, target.rule)) / 2
     return mean.clamp_max(1) if target.rule == "princeton" else mean

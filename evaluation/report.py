@@ -136,27 +136,37 @@ def _tile(
     tile = cv2.warpAffine(image, tile_from_image[:2], (TILE_PX, TILE_PX))
     truth = geometry.transform(tile_from_image, people.joints[row])
     found = geometry.transform(tile_from_image, keypoints_J2)
-    _draw_skeleton(tile, truth, people.marked[row], skeleton, plain=True)
-    _draw_skeleton(tile, found, np.ones(skeleton.joint_count, dtype=bool), skeleton, plain=False)
+    draw_skeleton(tile, truth, people.marked[row], skeleton, 2, plain=True)
+    draw_skeleton(tile, found, np.ones(skeleton.joint_count, dtype=bool), skeleton, 2)
     return cv2.copyMakeBorder(tile, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=(255, 255, 255))  # type: ignore[return-value]
 
 
-def _draw_skeleton(
-    tile: npt.NDArray, joints_J2: npt.NDArray, drawn_J: npt.NDArray, skeleton: Skeleton, plain: bool
+def draw_skeleton(
+    image_HW3: npt.NDArray,
+    joints_J2: npt.NDArray,
+    drawn_J: npt.NDArray,
+    skeleton: Skeleton,
+    line_px: int,
+    plain: bool = False,
 ) -> None:
+    """Draw one person onto a BGR picture. joints: px of it. drawn: which of them are shown.
+
+    The person's right is red, the left blue. plain: white lines of twice the width and no joints.
+    """
     shift = 4  # fractional bits of OpenCV's drawing coordinates
-    points = np.round(np.clip(joints_J2, -4096, 4096) * 2**shift).astype(int)
+    far = 2**15 - 1  # px; what is farther away would overflow them
+    points = np.round(np.clip(joints_J2, -far, far) * 2**shift).astype(int)
     sides = skeleton.sides
     for a, b in skeleton.limbs:
         if drawn_J[a] and drawn_J[b]:
             color = TRUTH_BGR if plain else _color(sides[a], sides[b])
             ends = (points[a].tolist(), points[b].tolist())
-            cv2.line(tile, *ends, color, 4 if plain else 2, cv2.LINE_AA, shift)
+            cv2.line(image_HW3, *ends, color, line_px * (1 + plain), cv2.LINE_AA, shift)
     if not plain:
+        radius = round(1.5 * line_px * 2**shift)
         for j in np.flatnonzero(drawn_J):
-            cv2.circle(
-                tile, points[j].tolist(), 3 << shift, _color(sides[j]), -1, cv2.LINE_AA, shift
-            )
+            color = _color(sides[j])
+            cv2.circle(image_HW3, points[j].tolist(), radius, color, -1, cv2.LINE_AA, shift)
 
 
 def _color(*sides: Side) -> tuple[int, int, int]:

@@ -63,6 +63,8 @@ def test_programs_never_import_each_other():
         "tools.make_synthetic",
         "tools.convert_checkpoint",
         "tools.compare_decoders",
+        "tools.predict",
+        "tools.export_onnx",
         "benchmarks.throughput",
     }
     for path in sources():

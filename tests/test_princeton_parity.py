@@ -285,3 +285,37 @@ def test_a_network_that_its_code_cannot_build_is_not_written_for_it(tiny_shards,
     make_run(tiny_config(tiny_shards), tmp_path).save(["last.pt"])
     with pytest.raises(InputError, match=r"stem \(8, 16, 16\), depth 2"):
         checkpoint.to_princeton(checkpoint.load(tmp_path / "last.pt"), tmp_path / "last.pt")
+
+
+@pytest.mark.parametrize("data", ["mpii_sample", pytest.param("lspet", marks=pytest.mark.slow)])
+def test_predict_finds_its_predictions_from_centre_and_scale(
+    data, network, crops, golden, shared, tmp_path, monkeypatch
+):
+    """Its checkpoint as it is, through tools/predict.py; what hangs on rounding is left out."""
+    import csv
+    import json
+    import sys
+
+    from tools import predict
+
+    rows = [i for i in range(PEOPLE) if ("lsp" in str(golden["dataset"][i])) == (data == "lspet")]
+    with (tmp_path / "people.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["image", "center_x", "center_y", "scale"])
+        for i in rows:
+            place = [*golden["center"][i], golden["scale"][i]]
+            table.writerow([_text(golden["imgname"][i]), *map(float, place)])
+    path = shared / "golden" / "seed_2hg_dim48_checkpoint.pt"
+    words = ["--checkpoint", path, "--people", tmp_path / "people.csv",
+             shared / "data" / data / "images", "--save-predictions", tmp_path / "p.json",
+             "--device", "cpu"]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["predict.py", *map(str, words)])
+    predict.main()
+    entries = json.loads((tmp_path / "p.json").read_text())
+    assert len(entries) == COUNTS[data]
+    found = np.array([entry["keypoints"] for entry in entries])
+    expected = golden["predictions"][rows]
+    clear = _margins(network, crops)[rows] > 2e-6
+    np.testing.assert_array_equal(found[clear][:, :2], expected[clear][:, :2])
+    np.testing.assert_allclose(found[..., 2], expected[..., 2], atol=1e-5)
+    assert int((~clear).sum()) == LEFT_OUT[data]

@@ -24,6 +24,8 @@ from configs.schema import (
 from configs.skeleton import Skeleton, skeleton_from_plain, unnamed
 from model import bearpaw, princeton
 from model.hourglass import StackedHourglass
+from model.onnx_network import OnnxNetwork
+from training.exported import read_exported
 
 FORMAT = "stacked-hourglass-checkpoint"
 FORMAT_VERSION = 1
@@ -49,21 +51,22 @@ def write(path: Path, raw: State) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def load(path: Path) -> State:
-    """Read a checkpoint onto the CPU. Raises InputError; never runs code from the file."""
+def load(path: Path, onnx: bool = False) -> State:
+    """Read a checkpoint onto the CPU. Raises InputError; never runs code from the file.
+
+    Checkpoints of others' code and .safetensors are read likewise. onnx: an .onnx will do, which
+    has no weights to train or convert; `evaluation_network` runs it.
+    """
     if not path.is_file():
         raise InputError(path, "no such file", "a checkpoint (last.pt, best.pt)", "give its path")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except PermissionError:
-        raise
-    except Exception as error:  # torch raises a different type for each kind of damage
+    if path.suffix == ".onnx" and not onnx:
         raise InputError(
             path,
-            f"not readable as a checkpoint ({type(error).__name__}: {str(error)[:120]})",
-            "a file that training wrote",
-            "use another checkpoint of the run, such as last.pt or best.pt",
-        ) from error
+            "an ONNX file, which can be run and not trained",
+            "a checkpoint (.pt) or .safetensors",
+            "give the checkpoint that it was exported from",
+        )
+    state = read_exported(path) if path.suffix in (".safetensors", ".onnx") else _read(path)
     foreign = _foreign(state, path)
     if foreign is not None:
         return foreign
@@ -78,6 +81,20 @@ def load(path: Path) -> State:
             path, f"no {', '.join(sorted(missing))}", "a whole checkpoint", "use another one"
         )
     return state
+
+
+def _read(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError:
+        raise
+    except Exception as error:  # torch raises a different type for each kind of damage
+        raise InputError(
+            path,
+            f"not readable as a checkpoint ({type(error).__name__}: {str(error)[:120]})",
+            "a file that training wrote",
+            "use another checkpoint of the run, such as last.pt or best.pt",
+        ) from error
 
 
 def _foreign(raw: Any, path: Path) -> State | None:
@@ -141,7 +158,7 @@ def to_princeton(state: State, path: Path) -> State:
             f"stem {princeton.STEM}, depth {princeton.DEPTH}, no mean: its code has no others",
             "keep this checkpoint in our format",
         )
-    network = evaluation_network(state, path)
+    network = trained_network(state, path)
     weights = princeton.their_weights(network.state_dict(), network)
     raw: State = {
         "state_dict": {princeton.PREFIX + name: tensor for name, tensor in weights.items()},
@@ -193,7 +210,12 @@ def build_network(config: Config, joints: int) -> StackedHourglass:
     return StackedHourglass(size.stacks, size.width, joints, size.depth, size.stem, size.input_mean)
 
 
-def evaluation_network(state: State, path: Path, averaged: bool = True) -> StackedHourglass:
+def evaluation_network(state: State, path: Path, averaged: bool = True) -> nn.Module:
+    """What `trained_network` gives, or the graph of an .onnx, which answers alike."""
+    return OnnxNetwork(path) if state.get("onnx") else trained_network(state, path, averaged)
+
+
+def trained_network(state: State, path: Path, averaged: bool = True) -> StackedHourglass:
     """The trained network in eval mode. averaged: take the averaged weights if there are some."""
     network = build_network(config_of(state, path), skeleton_of(state).joint_count)
     weights = state["ema"] if averaged and state.get("ema") else state["model"]

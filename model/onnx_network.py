@@ -1,0 +1,49 @@
+"""A network in an ONNX file, run by ONNX Runtime, in the place of a torch module."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from configs.errors import InputError
+
+INPUT, OUTPUT = "images", "heatmaps"
+"""Names in the graph: (N, 3, S, S) float32 RGB in 0..1, and (N, J, S/4, S/4) of the last stack."""
+
+
+class OnnxNetwork(nn.Module):
+    """Answers as `StackedHourglass` does, with the last stack alone."""
+
+    def __init__(self, path: Path):
+        """Open the file, on a GPU if this ONNX Runtime has one. Raises InputError."""
+        super().__init__()
+        self.session = open_session(path)
+        self.eval()
+
+    def forward(self, images_N3HW: Tensor) -> Tensor:
+        """RGB in 0..1 -> heatmaps (N, 1, J, H/4, W/4) on the same device."""
+        images = images_N3HW.float().contiguous().cpu().numpy()
+        (heat,) = self.session.run([OUTPUT], {INPUT: images})
+        return torch.from_numpy(heat).to(images_N3HW.device)[:, None]
+
+
+def open_session(path: Path) -> Any:
+    """ONNX Runtime's session of a file. Raises InputError."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise InputError(
+            path, "ONNX Runtime is not installed", "it, for .onnx files", "pip install onnxruntime"
+        ) from error
+    wanted = ("CUDAExecutionProvider", "CPUExecutionProvider")
+    providers = [name for name in wanted if name in onnxruntime.get_available_providers()]
+    try:
+        return onnxruntime.InferenceSession(str(path), providers=providers)
+    except Exception as error:  # it raises a type of its own for each kind of damage
+        raise InputError(
+            path,
+            f"not readable as ONNX ({str(error)[:120]})",
+            "a file that tools/export_onnx.py wrote",
+            "export it again",
+        ) from error

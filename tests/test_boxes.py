@@ -1,0 +1,97 @@
+"""Where a user says that people are."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from configs.errors import InputError
+from pipelines.boxes import Person, Square, check_square, read_people, square_about, whole_picture
+from pipelines.geometry import input_from_image, transform
+
+
+def test_the_square_is_about_the_middle_of_the_boxs_pixels_with_the_margin():
+    # Columns 10 to 109 have their middle at 59.5; the longer side is 200 px.
+    assert square_about((10, 20, 100, 200)) == Square(59.5, 119.5, 1.25)
+    assert square_about((10, 20, 100, 200), margin=1.0) == Square(59.5, 119.5, 1.0)
+
+
+def test_a_square_picture_fills_the_input_edge_to_edge():
+    x, y, scale = whole_picture(300, 300)
+    corners = transform(input_from_image((x, y), scale, 64), [[-0.5, -0.5], [299.5, 299.5]])
+    np.testing.assert_allclose(corners, [[-0.5, -0.5], [63.5, 63.5]])
+
+
+def test_a_wide_picture_lies_in_the_middle_of_its_square():
+    assert whole_picture(400, 100) == Square(199.5, 49.5, 2.0)
+
+
+PEOPLE = [
+    Person("a.jpg", Square(59.5, 119.5, 1.25)),
+    Person("b/c.png", Square(12.5, 7.25, 0.4)),
+    Person("a.jpg", None, 7),
+]
+
+
+def test_csv_and_json_say_the_same(tmp_path: Path):
+    table = tmp_path / "people.csv"
+    table.write_text(
+        "\ufeffimage,x,y,width,height,center_x,center_y,scale,image_id\r\n"
+        "a.jpg,10,20,100,200,,,,\r\nb/c.png,,,,,12.5,7.25,0.4,\r\na.jpg,,,,,,,,7\r\n"
+    )
+    listed = tmp_path / "people.json"
+    rows = [
+        {"image": "a.jpg", "box": [10, 20, 100, 200]},
+        {"image": "b/c.png", "center": [12.5, 7.25], "scale": 0.4},
+        {"image": "a.jpg", "image_id": 7},
+    ]
+    listed.write_text(json.dumps(rows))
+    assert read_people(table) == read_people(listed) == PEOPLE
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ('[{"image": "a.jpg", "box": [1, 2, 3]}]', "person 0"),
+        ('[{"image": "a.jpg"}, {"box": [1, 2, 3, 4]}]', "person 1"),
+        ('[{"image": "a.jpg", "box": [1, 2, 0, 4]}]', "a box of 0 x 4 px"),
+        ('[{"image": "a.jpg", "center": [1, 2]}]', "scale"),
+        ('[{"image": "a.jpg", "scale": 2}]', "a centre with its scale"),
+        ('[{"image": "a.jpg", "box": [1, 2, 3, 4], "center": [1, 2], "scale": 1}]', "not both"),
+        ('[{"image": "a.jpg", "bbox": [1, 2, 3, 4]}]', "unknown bbox"),
+        ("[3]", "person 0"),
+        ("[]", "nobody"),
+        ('{"a": 1}', "nobody"),
+        ("[", "not readable"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_by_number(text: str, found: str, tmp_path: Path):
+    (tmp_path / "p.json").write_text(text)
+    with pytest.raises(InputError, match=found):
+        read_people(tmp_path / "p.json")
+
+
+def test_a_csv_without_the_columns_is_refused(tmp_path: Path):
+    (tmp_path / "p.csv").write_text("file,x,y,width,height\na.jpg,1,2,3,4\n")
+    with pytest.raises(InputError, match="unknown file"):
+        read_people(tmp_path / "p.csv")
+
+
+@pytest.mark.parametrize(
+    "square",
+    [
+        Square(50, 50, 0),
+        Square(50, 50, -1),
+        Square(float("nan"), 50, 1),
+        Square(50, 50, float("inf")),
+        Square(50, 50, 200),  # px given for px / 200
+        Square(-100.5, 50, 1),  # its right edge is the picture's left one
+        Square(50, 200, 1),
+    ],
+)
+def test_squares_that_show_nothing_are_refused(square: Square):
+    check_square(Square(50, 50, 1), 100, 100, "here")
+    check_square(Square(-99, 198, 1), 100, 100, "here")
+    with pytest.raises(InputError, match="here"):
+        check_square(square, 100, 100, "here")

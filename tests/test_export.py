@@ -1,0 +1,255 @@
+"""Trained networks as safetensors and ONNX: they answer as the checkpoint does, or are refused."""
+
+import importlib.util
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_predict import read_json
+from test_training import make_run, steps, tiny_config
+
+import evaluate
+from configs.errors import InputError
+from evaluation.inference import last_heatmaps
+from pipelines.batches import images_N3HW
+from pipelines.opencv_crops import collate
+from tools import export_onnx, predict
+from training import checkpoint
+from training.estimator import PoseEstimator, read_picture
+
+needs_onnx = pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, ("onnx", "onnxscript", "onnxruntime"))),
+    reason="no onnx, onnxscript, onnxruntime (pip install -e '.[export]')",
+)
+needs_safetensors = pytest.mark.skipif(
+    not importlib.util.find_spec("safetensors"),
+    reason="no safetensors (pip install -e '.[export]')",
+)
+
+
+def train_tiny(shards: Path, folder: Path, **sections: dict) -> Path:
+    run = make_run(tiny_config(shards, **sections), folder)
+    steps(run, 2)
+    run.save(["best.pt"])
+    return folder / "best.pt"
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_shards, tmp_path_factory) -> Path:
+    """A checkpoint with averaged weights, which differ from the trained ones."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    return train_tiny(tiny_shards, folder, optim={"ema_decay": 0.5})
+
+
+@pytest.fixture(scope="module")
+def plain_onnx(trained, tmp_path_factory) -> Path:
+    """Its graph without the flip test."""
+    path = tmp_path_factory.mktemp("onnx") / "t.onnx"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["program", str(trained), "--onnx", str(path)])
+        export_onnx.main()
+    return path
+
+
+@pytest.fixture
+def program(monkeypatch):
+    """Run a program's main function in this process with a command line."""
+
+    def run(main, *words: object) -> None:
+        monkeypatch.setattr(sys, "argv", ["program", *map(str, words)])
+        main()
+
+    return run
+
+
+@pytest.fixture
+def export(program):
+    return lambda *words: program(export_onnx.main, *words)
+
+
+def found_by_both(program, path: Path, tiny_set: Path, folder: Path, *more: str) -> np.ndarray:
+    """(2, 5, 16, 3) joints: predict.py's of whole pictures, evaluate.py's of the annotation."""
+    own = {100 + i for i in range(5)}
+    pictures = sorted(p for p in (tiny_set / "images").iterdir() if int(p.stem) in own)
+    program(predict.main, "--checkpoint", path, *pictures, "--device", "cpu",
+            "--save-predictions", folder / "p.json", *more)  # fmt: skip
+    program(evaluate.main, "--checkpoint", path, "--images", tiny_set / "images",
+            "--annotations", tiny_set / "annot" / "valid.h5", "--device", "cpu", "--workers", 0,
+            "--save-predictions", folder / "e.json", *more)  # fmt: skip
+    return np.stack([read_json(folder / name)[1] for name in ("p.json", "e.json")])
+
+
+@needs_safetensors
+def test_safetensors_are_the_checkpoint_without_the_run(
+    trained, export, program, tiny_set, tmp_path
+):
+    out = tmp_path / "out" / "t.safetensors"
+    export(trained, "--safetensors", out)
+    before, after = checkpoint.load(trained), checkpoint.load(out)
+    assert {name: before[name] for name in ("config", "skeleton", "step")} == {
+        name: after[name] for name in ("config", "skeleton", "step")
+    }
+    assert after["model"].keys() == before["ema"].keys() and len(after["model"]) > 100
+    for name, tensor in after["model"].items():
+        assert torch.equal(tensor, before["ema"][name]), name
+    assert not torch.equal(before["model"]["heads.0.weight"], before["ema"]["heads.0.weight"])
+    assert "optimizer" not in after
+    np.testing.assert_array_equal(
+        found_by_both(program, trained, tiny_set, tmp_path),
+        found_by_both(program, out, tiny_set, tmp_path),
+    )
+
+
+def check_same_answers(program, trained: Path, graph: Path, tiny_set: Path, folder: Path) -> None:
+    """A checkpoint and its graph, through both programs."""
+    theirs = found_by_both(program, trained, tiny_set, folder)
+    mine = found_by_both(program, graph, tiny_set, folder)
+    assert theirs.shape == (2, 5, 16, 3)
+    np.testing.assert_allclose(mine[..., 2], theirs[..., 2], atol=1e-5)
+    # A barely trained network's maps are nearly flat, so that a hair's breadth can move a maximum.
+    assert (np.abs(mine - theirs).max(axis=-1) < 0.05).mean() > 0.9
+    unflipped = found_by_both(program, trained, tiny_set, folder, "--no-flip")
+    assert np.abs(mine[..., 2] - unflipped[..., 2]).max() > 1e-4
+
+
+@needs_onnx
+def test_an_onnx_predicts_and_evaluates_as_its_checkpoint(
+    trained, plain_onnx, program, tiny_set, tmp_path
+):
+    assert checkpoint.load(plain_onnx, onnx=True)["config"]["eval"]["flip"]
+    check_same_answers(program, trained, plain_onnx, tiny_set, tmp_path)
+
+
+@needs_onnx
+@pytest.mark.slow
+def test_an_onnx_with_the_flip_test_inside_gets_no_second_one(
+    trained, export, program, tiny_set, tmp_path
+):
+    export(trained, "--onnx", tmp_path / "t.onnx", "--flip")
+    assert not checkpoint.load(tmp_path / "t.onnx", onnx=True)["config"]["eval"]["flip"]
+    check_same_answers(program, trained, tmp_path / "t.onnx", tiny_set, tmp_path)
+
+
+@needs_onnx
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "words"), [(192, []), (320, ["--flip"])])
+def test_sizes_that_are_no_powers_of_two_are_exported(
+    size, words, tiny_shards, export, tmp_path, capsys
+):
+    deep = {"stacks": 1, "width": 16, "depth": 4, "stem": [8, 16, 16]}
+    path = train_tiny(tiny_shards, tmp_path / "run", data={"input_px": size}, model=deep)
+    export(path, "--onnx", tmp_path / "t.onnx", *words)
+    assert f"(N, 3, {size}, {size})" in capsys.readouterr().out
+    torch_one = PoseEstimator.from_checkpoint(path, device="cpu")
+    graph = PoseEstimator.from_checkpoint(tmp_path / "t.onnx", device="cpu")
+    images = np.random.default_rng(0).integers(0, 256, (3, 200, 170, 3), dtype=np.uint8)
+    np.testing.assert_allclose(
+        graph(list(images)).scores_NJ, torch_one(list(images)).scores_NJ, atol=1e-4
+    )
+
+
+@needs_onnx
+@pytest.mark.slow
+def test_onnx_runtime_answers_as_torch_on_real_crops(shared, export, tmp_path):
+    """princeton-vl's own network with its flip test, by ONNX Runtime itself."""
+    import onnxruntime
+
+    path = shared / "golden" / "seed_2hg_dim48_checkpoint.pt"
+    pictures = sorted((shared / "data" / "lspet" / "images").iterdir())[:9]
+    export(path, "--onnx", tmp_path / "t.onnx", "--check", *pictures, "--flip")
+    estimator = PoseEstimator.from_checkpoint(path, device="cpu")
+    raw = collate([estimator.crop(read_picture(p), None, "") for p in pictures])
+    images = images_N3HW(raw, torch.device("cpu"))
+    with torch.no_grad():
+        expected = last_heatmaps(estimator.network, images, estimator.target, flip=True).numpy()
+    session = onnxruntime.InferenceSession(tmp_path / "t.onnx")
+    assert session.get_inputs()[0].shape[1:] == [3, 256, 256]
+    for count in (1, 2, 9):
+        (heat,) = session.run(None, {"images": images[:count].numpy()})
+        assert heat.shape == (count, 16, 64, 64)
+        np.testing.assert_allclose(heat, expected[:count], atol=1e-4)
+
+
+@needs_onnx
+def test_a_graph_that_answers_otherwise_is_not_kept(
+    trained, plain_onnx, export, tmp_path, monkeypatch
+):
+    def write_anothers(path, network, facts):
+        shutil.copy(plain_onnx, path)
+        network.network.heads[0].bias.data += 1e-3
+
+    monkeypatch.setattr(export_onnx, "write_onnx", write_anothers)
+    with pytest.raises(InputError, match=r"differ from torch's by 1\.0e-03"):
+        export(trained, "--onnx", tmp_path / "t.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_onnx_is_not_taken_for_weights(tmp_path):
+    (tmp_path / "t.onnx").write_bytes(b"whatever")
+    with pytest.raises(InputError, match="not trained"):
+        checkpoint.load(tmp_path / "t.onnx")
+
+
+@needs_onnx
+@needs_safetensors
+@pytest.mark.parametrize("name", ["t.onnx", "t.safetensors"])
+def test_noise_and_strangers_are_refused(name, tmp_path):
+    import onnx
+    from safetensors.torch import save_file
+
+    path = tmp_path / name
+    path.write_bytes(b"noise")
+    with pytest.raises(InputError, match="not readable"):
+        checkpoint.load(path, onnx=True)
+    if name.endswith("onnx"):
+        nodes = [onnx.helper.make_node("Identity", ["images"], ["heatmaps"])]
+        ends = [
+            onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, [1])
+            for n in ("images", "heatmaps")
+        ]
+        graph = onnx.helper.make_graph(nodes, "g", ends[:1], ends[1:])
+        opset = [onnx.helper.make_opsetid("", 18)]
+        onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=10), path)
+    else:
+        save_file({"w": torch.zeros(1)}, path, metadata={"format": "pt"})
+    with pytest.raises(InputError, match="no facts of ours"):
+        checkpoint.load(path, onnx=True)
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), [("onnxruntime", "t.onnx"), ("safetensors.torch", "t.safetensors")]
+)
+def test_a_missing_package_says_the_command_that_installs_it(module, name, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(InputError, match=f"pip install {module.split('.')[0]}"):
+        checkpoint.load(tmp_path / name, onnx=True)
+
+
+def test_what_cannot_be_written_is_refused(trained, export, tmp_path, monkeypatch):
+    cases = {
+        (): "nothing to write",
+        ("--onnx", tmp_path / "t.pt"): "another ending",
+        ("--safetensors", tmp_path): "another ending",
+    }
+    for words, found in cases.items():
+        with pytest.raises(InputError, match=found):
+            export(trained, *words)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="pip install onnx onnxscript onnxruntime"):
+        export(trained, "--onnx", tmp_path / "t.onnx")
+
+
+@needs_safetensors
+def test_the_facts_can_be_read_by_anybody(trained, export, tmp_path):
+    """By the format's own definition: a length, a JSON header, the tensors."""
+    export(trained, "--safetensors", tmp_path / "t.safetensors")
+    data = (tmp_path / "t.safetensors").read_bytes()
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    facts = json.loads(header["__metadata__"]["stacked_hourglass"])
+    assert facts["skeleton"]["names"][0] == "r_ankle"
+    assert facts["config"]["data"]["input_px"] == 64

@@ -1,0 +1,421 @@
+"""A trained network at work: the Python call, and tools/predict.py over it."""
+
+import csv
+import json
+import signal
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, noise_picture, write_jpeg
+from test_make_shards import exif, with_segment
+from test_training import make_run, steps, tiny_config
+
+import evaluate
+from configs.errors import InputError, run_main
+from configs.skeleton import Skeleton
+from evaluation import report
+from evaluation.inference import Predictions
+from model.hourglass import StackedHourglass
+from pipelines.annotations import read_annotations
+from pipelines.pictures import check_jpeg
+from tools import predict, video
+from training.estimator import PoseEstimator, read_picture
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_shards, tmp_path_factory) -> Path:
+    """A checkpoint, barely trained."""
+    run = make_run(tiny_config(tiny_shards), tmp_path_factory.mktemp("runs") / "tiny")
+    steps(run, 2)
+    run.save(["best.pt"])
+    return run.folder / "best.pt"
+
+
+@pytest.fixture(scope="module")
+def estimator(trained) -> PoseEstimator:
+    return PoseEstimator.from_checkpoint(trained, device="cpu")
+
+
+@pytest.fixture
+def run(monkeypatch, trained):
+    """Run tools/predict.py in this process, on the CPU."""
+
+    def run_program(*words: object, checkpoint: Path = trained) -> None:
+        line = ["--checkpoint", checkpoint, "--device", "cpu", "--workers", 2, *words]
+        monkeypatch.setattr(sys, "argv", ["predict.py", *map(str, line)])
+        predict.main()
+
+    return run_program
+
+
+def read_json(path: Path) -> tuple[list[dict], np.ndarray]:
+    entries = json.loads(path.read_text())
+    return entries, np.array([entry["keypoints"] for entry in entries])
+
+
+def write_csv(path: Path, header: str, rows: list) -> Path:
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([header.split(","), *rows])
+    return path
+
+
+def people_file(annotation: Path, out: Path) -> Path:
+    """The people of an annotation file as predict.py takes them, in full precision."""
+    people, _ = read_annotations(annotation, "valid")
+    rows = [
+        [name, *map(float, center), float(scale)]
+        for name, center, scale in zip(people.images, people.center, people.scale, strict=True)
+    ]
+    return write_csv(out, "image,center_x,center_y,scale", rows)
+
+
+@pytest.mark.parametrize("flip", ["--flip", "--no-flip"])
+def test_evaluate_and_predict_find_the_same_joints(
+    flip, run, trained, tiny_set, tmp_path, monkeypatch
+):
+    annotation = tiny_set / "annot" / "valid.h5"
+    words = ["--checkpoint", trained, "--annotations", annotation, "--images",
+             tiny_set / "images", "--save-predictions", tmp_path / "e.json", "--device", "cpu",
+             "--workers", 0, flip]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words)])
+    evaluate.main()
+    people = people_file(annotation, tmp_path / "people.csv")
+    run("--people", people, tiny_set / "images", "--save-predictions", tmp_path / "p.json", flip)
+    (expected, theirs), (entries, mine) = (read_json(tmp_path / f"{n}.json") for n in "ep")
+    assert mine.shape == (5, 16, 3)
+    np.testing.assert_array_equal(mine, theirs)
+    assert [e["image"] for e in entries] == [e["image"] for e in expected]
+
+
+def test_what_predict_writes_is_scored_by_evaluate(run, tiny_set, tmp_path, monkeypatch, capsys):
+    annotation = tiny_set / "annot" / "valid.h5"
+    people = people_file(annotation, tmp_path / "people.csv")
+    run("--people", people, tiny_set / "images", "--save-predictions", tmp_path / "p.json")
+    words = ["--predictions", tmp_path / "p.json", "--annotations", annotation]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words)])
+    evaluate.main()
+    assert "predictions @0.5" in capsys.readouterr().out
+
+
+def test_coco_results_hold_the_same_joints(run, tiny_set, tmp_path):
+    run(tiny_set / "images", "--save-predictions", tmp_path / "p.json",
+        "--save-coco", tmp_path / "c.json")  # fmt: skip
+    _, keypoints = read_json(tmp_path / "p.json")
+    coco = json.loads((tmp_path / "c.json").read_text())
+    assert [one["image_id"] for one in coco] == list(range(14))
+    flat = np.array([one["keypoints"] for one in coco])
+    np.testing.assert_array_equal(flat, keypoints.reshape(14, 48))
+    scores = [one["score"] for one in coco]
+    np.testing.assert_allclose(scores, keypoints[..., 2].mean(axis=1))
+
+
+def test_the_python_call_and_the_program_agree(run, estimator, tiny_set, tmp_path):
+    pictures = sorted((tiny_set / "images").glob("*.jpg"))[:5]
+    run(*pictures, "--box", 20, 10, 50, 60, "--save-predictions", tmp_path / "p.json")
+    _, mine = read_json(tmp_path / "p.json")
+    keypoints, scores = estimator(pictures, boxes=[[20, 10, 50, 60]] * 5)
+    np.testing.assert_array_equal(mine[..., :2], keypoints)
+    np.testing.assert_array_equal(mine[..., 2], scores)
+    assert keypoints.shape == (5, estimator.skeleton.joint_count, 2)
+
+
+def test_a_box_without_a_margin_is_a_centre_and_a_scale(estimator, tiny_set):
+    picture = next((tiny_set / "images").glob("*.jpg"))
+    box = estimator(picture, [40.5, 30.5, 80, 80], margin=1.0)
+    place = estimator(picture, centers=[80, 70], scales=[0.4])
+    np.testing.assert_array_equal(box.keypoints_NJ2, place.keypoints_NJ2)
+    assert len(np.unique(box.keypoints_NJ2)) > 10
+
+
+def test_one_picture_may_hold_any_number_of_people(estimator):
+    image = noise_picture(np.random.default_rng(3), 200, 150)
+    boxes = [[0, 0, 80, 100], [100, 20, 70, 90], [30, 30, 90, 90]]
+    together = estimator(image, boxes)
+    apart = estimator([image] * 3, boxes)
+    np.testing.assert_array_equal(together.keypoints_NJ2, apart.keypoints_NJ2)
+    assert estimator(image, []).keypoints_NJ2.shape == (0, 16, 2)
+    assert estimator([]).scores_NJ.shape == (0, 16)
+
+
+def test_any_number_of_joints_is_found(estimator):
+    three = Skeleton("three", ("l_a", "b", "r_c"), ((0, 2),), ((0, 1), (1, 2)), ())
+    one = PoseEstimator(
+        StackedHourglass(1, 16, 3, 2, (8, 16, 16)).eval(),
+        estimator.target._replace(skeleton=three),
+        flip=True, device=torch.device("cpu"), dtype=torch.float32, batch_size=4,
+    )  # fmt: skip
+    image = noise_picture(np.random.default_rng(3), 200, 150)
+    keypoints, scores = one(image, [[10, 10, 90, 90]] * 2)
+    assert keypoints.shape == (2, 3, 2) and scores.shape == (2, 3)
+    before = image.copy()
+    report.draw_skeleton(image, keypoints[0], scores[0] > -1, three, 2)
+    assert (image != before).any()
+
+
+def test_batches_do_not_change_what_is_found(trained, estimator, tiny_set):
+    pictures = sorted((tiny_set / "images").glob("*.jpg"))[:7]
+    two = PoseEstimator.from_checkpoint(trained, device="cpu", batch_size=2)
+    np.testing.assert_allclose(two(pictures).scores_NJ, estimator(pictures).scores_NJ, atol=1e-5)
+
+
+def test_a_photograph_is_turned_upright_and_its_joints_with_it(run, estimator, tmp_path):
+    """Orientation 6: the stored picture is to be turned clockwise (EXIF 2.3, 4.6.4 A)."""
+    stored = tmp_path / "stored.jpg"
+    write_jpeg(stored, noise_picture(np.random.default_rng(1), 160, 90))
+    turned = tmp_path / "turned.jpg"
+    turned.write_bytes(with_segment(stored.read_bytes(), exif(6)))
+    plain = cv2.imread(str(stored))
+    expected = estimator(np.ascontiguousarray(plain.transpose(1, 0, 2)[:, ::-1]))
+    np.testing.assert_array_equal(estimator(turned).keypoints_NJ2, expected.keypoints_NJ2)
+    run(turned, "--save-predictions", tmp_path / "p.json", "--overlay", tmp_path / "o.png")
+    entries, _ = read_json(tmp_path / "p.json")
+    assert (entries[0]["width"], entries[0]["height"]) == (90, 160)
+    assert cv2.imread(str(tmp_path / "o.png")).shape == (160, 90, 3)
+    run(turned, "--ignore-exif", "--save-predictions", tmp_path / "s.json")
+    np.testing.assert_array_equal(
+        read_json(tmp_path / "s.json")[1][..., :2], estimator(plain).keypoints_NJ2
+    )
+
+
+def test_grey_deep_and_transparent_pictures_become_three_channels_of_8_bits(tmp_path):
+    grey = np.arange(12, dtype=np.uint8).reshape(3, 4) * 20
+    color = np.stack([grey, grey // 2, 255 - grey], axis=-1)
+    alpha = np.dstack([color, np.zeros_like(grey)])
+    for name, image in {"g": grey, "d": grey.astype(np.uint16) * 257, "a": alpha}.items():
+        assert cv2.imwrite(str(tmp_path / f"{name}.png"), image)
+    for name, expected in {
+        "g": np.dstack([grey] * 3),
+        "d": np.dstack([grey] * 3),
+        "a": color,
+    }.items():
+        np.testing.assert_array_equal(read_picture(tmp_path / f"{name}.png"), expected)
+    np.testing.assert_array_equal(read_picture(grey), np.dstack([grey] * 3))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        ({"pictures": np.zeros((9, 9, 3))}, "float64"),
+        ({"pictures": np.zeros((9, 9, 4), np.uint8)}, r"\(9, 9, 4\)"),
+        ({"pictures": "nowhere.jpg"}, "no such file"),
+        ({"pictures": np.zeros((9, 9), np.uint8), "boxes": [1, 2, 3]}, r"\(1, 3\)"),
+        ({"pictures": [np.zeros((9, 9), np.uint8)] * 2, "boxes": [[1, 2, 3, 4]]}, "1 for 2"),
+        ({"pictures": np.zeros((9, 9), np.uint8), "centers": [[1, 2]]}, "half of one"),
+        ({"pictures": np.zeros((9, 9), np.uint8), "boxes": [[90, 2, 3, 4]]}, "shows some"),
+    ],
+)
+def test_calls_that_cannot_be_meant_are_refused(arguments, found, estimator):
+    with pytest.raises(InputError, match=found):
+        estimator(**arguments)
+
+
+def joints_on_a_grid(self, crops) -> Predictions:
+    """16 joints about the middle of each square, 8 px apart, so that no dot lies over another."""
+    middles = np.stack([record[1:3] for _, _, _, record in crops])
+    grid = np.stack(np.meshgrid(np.arange(-16, 16, 8), np.arange(-16, 16, 8)), -1).reshape(-1, 2)
+    return Predictions(middles[:, None] + grid, np.ones((len(crops), 16)))
+
+
+def test_overlays_show_everybody_where_they_are_found(run, tiny_set, tmp_path, monkeypatch):
+    """Two people in one picture, one in another that lies in a folder."""
+    monkeypatch.setattr(PoseEstimator, "predict", joints_on_a_grid)
+    images = tmp_path / "images"
+    first, second = sorted((tiny_set / "images").glob("*.jpg"))[:2]
+    (images / "more").mkdir(parents=True)
+    cv2.imwrite(str(images / "a.png"), cv2.imread(str(first)))  # a JPEG would blur the colours
+    cv2.imwrite(str(images / "more" / "b.png"), cv2.imread(str(second)))
+    people = write_csv(
+        tmp_path / "people.csv", "image,x,y,width,height,image_id",
+        [["a.png", 10, 10, 90, 90, 5], ["more/b.png", 20, 20, 80, 90, 8],
+         ["a.png", 150, 60, 100, 80, 5]],
+    )  # fmt: skip
+    run("--people", people, images, "--overlay", tmp_path / "drawn", "--save-coco",
+        tmp_path / "c.json", "--save-predictions", tmp_path / "p.json")  # fmt: skip
+    entries, keypoints = read_json(tmp_path / "p.json")
+    assert [entry["image"] for entry in entries] == ["a.png", "more/b.png", "a.png"]
+    coco = json.loads((tmp_path / "c.json").read_text())
+    assert [entry["image_id"] for entry in coco] == [5, 8, 5]
+    drawn = {"a.png": (0, 2), "more/b.png": (1,)}
+    written = {str(p.relative_to(tmp_path / "drawn")) for p in (tmp_path / "drawn").rglob("*.*")}
+    assert written == set(drawn)
+    colours = np.array([report.RIGHT_BGR, report.LEFT_BGR, report.MIDDLE_BGR])
+    for name, rows in drawn.items():
+        image = cv2.imread(str(tmp_path / "drawn" / name)).astype(int)
+        x, y = np.round(keypoints[list(rows), :, :2]).astype(int).reshape(-1, 2).T
+        far = np.abs(image[y, x][:, None] - colours).max(axis=-1).min(axis=-1)
+        assert len(far) == 16 * len(rows) and far.max() == 0, name
+
+
+def test_unsure_joints_are_not_drawn(estimator):
+    image = np.zeros((40, 40, 3), np.uint8)
+    place = predict.Subject(None, {}, predict.Square(20, 20, 0.2))
+    one = predict.Found(place, np.full((16, 2), 20.0), np.linspace(0, 0.5, 16))
+    assert not predict.draw(image.copy(), [one], estimator.skeleton, 0.6).any()
+    assert predict.draw(image.copy(), [one], estimator.skeleton, 0.5).any()
+
+
+def test_without_an_output_the_json_is_all_that_is_printed(run, tiny_set, capsys):
+    run(next((tiny_set / "images").glob("*.jpg")))
+    assert len(json.loads(capsys.readouterr().out)) == 1
+
+
+@pytest.fixture(scope="module")
+def movie(tmp_path_factory) -> Path:
+    """An AVI of 11 frames, 96 x 64 px, 12 a second."""
+    path = tmp_path_factory.mktemp("movie") / "m.avi"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"MJPG"), 12.0, (96, 64))
+    for number in range(11):
+        writer.write(noise_picture(np.random.default_rng(number), 96, 64))
+    writer.release()
+    return path
+
+
+def frames_of(path: Path) -> list[np.ndarray]:
+    return list(video.Frames(path))
+
+
+def test_every_frame_of_a_video_is_predicted_and_drawn(run, estimator, movie, tmp_path):
+    run(movie, "--box", 10, 5, 60, 50, "--batch-size", 4, "--overlay", tmp_path / "o.avi",
+        "--save-predictions", tmp_path / "p.json")  # fmt: skip
+    entries, mine = read_json(tmp_path / "p.json")
+    assert [entry["frame"] for entry in entries] == list(range(11))
+    frames = frames_of(movie)
+    expected = estimator(frames, [[10, 5, 60, 50]] * 11)
+    np.testing.assert_allclose(mine[..., 2], expected.scores_NJ, atol=1e-5)
+    drawn = frames_of(tmp_path / "o.avi")
+    assert len(drawn) == 11 and drawn[0].shape == (64, 96, 3)
+    assert cv2.VideoCapture(str(tmp_path / "o.avi")).get(cv2.CAP_PROP_FPS) == 12
+    changed = [np.abs(a.astype(int) - b).max() for a, b in zip(frames, drawn, strict=True)]
+    assert min(changed) > 60
+    assert not list(tmp_path.glob("*.tmp*"))
+
+
+def test_a_video_can_be_read_as_soon_as_it_is_closed_and_not_before(tmp_path):
+    out = video.VideoFile(tmp_path / "o.avi", 12.0)
+    out.write(np.zeros((64, 96, 3), np.uint8))
+    assert not (tmp_path / "o.avi").exists()
+    out.close()
+    assert len(frames_of(tmp_path / "o.avi")) == 1
+
+
+def interrupt_after(monkeypatch, batches: int) -> None:
+    """Send Ctrl-C when the network is asked for one batch more."""
+    real, asked = PoseEstimator.predict, []
+
+    def interrupted(self, crops):
+        asked.append(len(crops))
+        if len(asked) > batches:
+            signal.raise_signal(signal.SIGINT)
+        return real(self, crops)
+
+    monkeypatch.setattr(PoseEstimator, "predict", interrupted)
+
+
+def test_control_c_leaves_a_whole_video_and_json_of_what_was_finished(
+    run, movie, tmp_path, monkeypatch, capsys
+):
+    interrupt_after(monkeypatch, 2)
+    out = tmp_path / "p.json"
+    out.write_text("older")
+    with pytest.raises(SystemExit) as left:
+        run_main(
+            lambda: run(movie, "--batch-size", 4, "--overlay", tmp_path / "o.avi",
+                        "--save-predictions", out)
+        )  # fmt: skip
+    assert left.value.code == 130
+    assert len(read_json(out)[0]) == 8
+    assert len(frames_of(tmp_path / "o.avi")) == 8
+    assert "what was finished is kept" in capsys.readouterr().err
+
+
+def test_control_c_keeps_the_pictures_that_were_finished(run, tiny_set, tmp_path, monkeypatch):
+    interrupt_after(monkeypatch, 2)
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_set / "images", "--batch-size", 3, "--overlay", tmp_path / "o",
+            "--save-predictions", tmp_path / "p.json")  # fmt: skip
+    entries, _ = read_json(tmp_path / "p.json")
+    assert [entry["index"] for entry in entries] == list(range(6))
+    assert {p.name for p in (tmp_path / "o").iterdir()} == {entry["image"] for entry in entries}
+
+
+def test_a_json_that_cannot_be_written_leaves_the_older_one(run, tiny_set, tmp_path, monkeypatch):
+    out = tmp_path / "p.json"
+    out.write_text("older")
+
+    def full(self, data):
+        raise OSError(28, "No space left on device", str(self))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space"):
+        run(next((tiny_set / "images").glob("*.jpg")), "--save-predictions", out)
+    assert out.read_text() == "older"
+
+
+def test_a_bad_picture_is_named_and_left_out_on_request(run, tiny_set, tmp_path, capsys):
+    images = tmp_path / "images"
+    images.mkdir()
+    good = next((tiny_set / "images").glob("*.jpg"))
+    for name in ("a.jpg", "c.jpg"):
+        (images / name).write_bytes(good.read_bytes())
+    (images / "b.jpg").write_bytes(b"noise")
+    with pytest.raises(InputError, match=r"b\.jpg"):
+        run(images)
+    capsys.readouterr()
+    run(images, "--skip-bad", "--save-predictions", tmp_path / "p.json")
+    entries, _ = read_json(tmp_path / "p.json")
+    assert [(e["image"], e["index"]) for e in entries] == [("a.jpg", 0), ("c.jpg", 2)]
+    assert "left out" in capsys.readouterr().err
+
+
+def bad_lines(folder: Path, picture: Path, movie: Path) -> dict[str, tuple[list, str]]:
+    """Command lines that must end in one clear error, and what each must name."""
+    (folder / "empty").mkdir()
+    (folder / "cut.avi").write_bytes(b"noise" * 50)
+    people = write_csv(folder / "people.csv", "image", [["../secret.jpg"]])
+    return {
+        "nothing": ([], "nothing to look at"),
+        "no picture": ([folder / "no.jpg"], "no.jpg"),
+        "empty folder": ([folder / "empty"], "no picture in this folder"),
+        "a mixture": ([picture, movie], "something else"),
+        "half a place": ([picture, "--center", 1, 2], "--center or --scale alone"),
+        "a flat box": ([picture, "--box", 1, 2, 0, 4], "without a size"),
+        "outside": ([picture, "--box", 9999, 2, 10, 10], "shows some of the picture"),
+        "people without folder": ([picture, "--people", people], "without its pictures"),
+        "people elsewhere": ([folder, "--people", people], "secret.jpg"),
+        "people in a video": ([movie, "--people", people], "--people with a video"),
+        "no video": ([folder / "cut.avi"], "cannot be opened"),
+        "missing video": ([folder / "no.avi"], "no.avi"),
+        "overlay kind": ([movie, "--overlay", folder / "o.gif"], "another kind of file"),
+        "onto itself": ([picture, "--overlay", picture], "the picture itself"),
+        "one file for two": ([picture, picture, "--overlay", folder / "o.jpg"], "2 pictures"),
+        "same names": ([picture, picture, "--overlay", folder / "o"], "of the same name"),
+        "into a file": ([picture, "--save-coco", people / "c.json"], "in a file"),
+        "onto a folder": ([picture, "--save-coco", folder], "a folder"),
+        "no window": (["--webcam", 0], "--overlay"),
+    }
+
+
+def test_bad_input_ends_in_one_clear_error(run, tiny_set, movie, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("DISPLAY", raising=False)
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    picture = next((tiny_set / "images").glob("*.jpg"))
+    check_jpeg(picture.read_bytes())
+    cases = bad_lines(tmp_path, picture, movie)
+    assert len(cases) == 19
+    for name, (words, expected) in cases.items():
+        with pytest.raises(SystemExit) as left:
+            run_main(lambda words=words: run(*words))
+        text = capsys.readouterr().err
+        assert left.value.code == 2, name
+        assert expected in text and "found:" in text and "next:" in text, (name, text)
+
+
+def test_the_example_of_the_help_is_understood():
+    words = predict.make_parser().epilog.split("predict.py ")[1].split()
+    options = predict.make_parser().parse_args(words)
+    assert options.box == [410, 95, 180, 420] and options.input == [Path("photo.jpg")]
+    assert (ROOT / "docs" / "predict.md").is_file()

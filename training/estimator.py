@@ -1,0 +1,241 @@
+"""A trained network as a Python call: pictures in, joints out.
+
+    from training.estimator import PoseEstimator
+
+    estimator = PoseEstimator.from_checkpoint("runs/2hg/best.pt")
+    keypoints_NJ2, scores_NJ = estimator("photo.jpg", boxes=[[410, 95, 180, 420]])
+
+It lies with the checkpoints, which it reads; the work is done by evaluation/inference.py.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from configs.errors import InputError
+from evaluation.inference import Predictions, predict
+from pipelines import augment
+from pipelines.annotations import People
+from pipelines.batches import Target, target_of
+from pipelines.boxes import MARGIN, Square, check_square, square_about, whole_picture
+from pipelines.opencv_crops import Item, collate, crop_person
+from pipelines.shards import record_of, unpack_records
+from training import checkpoint, runtime
+
+Picture = str | Path | npt.NDArray[np.uint8]
+"""A file, or an array as cv2.imread gives it: (H, W, 3) BGR or (H, W) grey, uint8."""
+
+
+class PoseEstimator:
+    """A network with the crop, flip and decode rules that it was trained with."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        target: Target,
+        *,
+        flip: bool,
+        device: torch.device,
+        dtype: torch.dtype,
+        batch_size: int,
+    ):
+        """network: in eval mode, on the device. flip: average with the mirrored picture.
+
+        dtype: of autocast, float32 for none. batch_size: people at a time.
+        """
+        self.network, self.target, self.flip = network, target, flip
+        self.device, self.dtype, self.batch_size = device, dtype, batch_size
+        self.skeleton = target.skeleton
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: str | Path,
+        *,
+        flip: bool | None = None,
+        batch_size: int | None = None,
+        device: Literal["auto", "cuda", "cpu"] = "auto",
+        precision: Literal["auto", "bf16", "fp16", "fp32"] = "fp32",
+    ) -> "PoseEstimator":
+        """From a checkpoint of ours or of others' code, a .safetensors or an .onnx.
+
+        flip, batch_size: None takes those of the training's evaluation, but no flip test where the
+        checkpoint does not say which joints are left and right. Raises InputError.
+        """
+        state = checkpoint.load(Path(path), onnx=True)
+        config = checkpoint.config_of(state, Path(path))
+        skeleton = checkpoint.skeleton_of(state)
+        if flip and not skeleton.has_names:
+            raise InputError(
+                path,
+                "a flip test of joints without names",
+                "left and right joints that are known",
+                "leave the flip test out",
+            )
+        wanted = config.eval.flip and skeleton.has_names if flip is None else flip
+        place = runtime.choose_device(device)
+        return cls(
+            checkpoint.evaluation_network(state, Path(path)).to(place),
+            target_of(config.data, config.heatmaps, skeleton),
+            flip=wanted,
+            device=place,
+            dtype=runtime.choose_dtype(precision, place),
+            batch_size=config.eval.batch_size if batch_size is None else batch_size,
+        )
+
+    def __call__(
+        self,
+        pictures: Picture | Sequence[Picture],
+        boxes: npt.ArrayLike | None = None,
+        *,
+        centers: npt.ArrayLike | None = None,
+        scales: npt.ArrayLike | None = None,
+        margin: float = MARGIN,
+    ) -> Predictions:
+        """keypoints_NJ2 (px of the picture) and scores_NJ, a row a person. Raises InputError.
+
+        pictures: one, with any number of people in it, or a list with one person in each. Files are
+        turned upright as their EXIF orientation says (`read_picture`).
+        boxes: (N, 4) x, y, width, height, px; the square that the network sees has `margin` x the
+        longer side. Or centers (N, 2) px and scales (N,), as in MPII's h5 files. Or neither: each
+        picture as a whole.
+        """
+        squares = _squares(boxes, centers, scales, margin)
+        if isinstance(pictures, (str, Path, np.ndarray)):
+            image = read_picture(pictures)
+            wanted = [None] if squares is None else squares
+            return self.predict([self.crop(image, square, "the picture") for square in wanted])
+        if squares is not None and len(squares) != len(pictures):
+            raise InputError(
+                "boxes, or centers and scales",
+                f"{len(squares)} for {len(pictures)} pictures",
+                "one for each picture of a list",
+                "repeat a picture for each person in it",
+            )
+        return self._in_batches(pictures, squares or [None] * len(pictures))
+
+    def _in_batches(
+        self, pictures: Sequence[Picture], squares: Sequence[Square | None]
+    ) -> Predictions:
+        """A person in each picture, so that no more than a batch of crops is held."""
+        found = [self.predict([])]
+        for start in range(0, len(pictures), self.batch_size):
+            part = range(start, min(start + self.batch_size, len(pictures)))
+            crops = [self.crop(read_picture(pictures[i]), squares[i], f"picture {i}") for i in part]
+            found.append(self.predict(crops))
+        return Predictions(*(np.concatenate(column) for column in zip(*found, strict=True)))
+
+    def crop(self, image_HW3: npt.NDArray[np.uint8], square: Square | None, where: str) -> Item:
+        """What `predict` takes of one person. image: BGR. square: None is the whole picture."""
+        height, width = image_HW3.shape[:2]
+        x, y, scale = place = square or whole_picture(width, height)
+        check_square(place, width, height, where)
+        joints = np.zeros((1, self.skeleton.joint_count, 2))
+        person = People(
+            images=(where,),
+            index=np.array([-1]),
+            person=np.array([-1]),
+            center=np.array([[x, y]]),
+            scale=np.array([scale]),
+            normalize=np.zeros(1),
+            joints=joints,
+            marked=joints[..., 0] > 0,
+            visible=joints[..., 0] > 0,
+        )
+        record = record_of(person, 0, width, height)
+        still = augment.Draw()
+        crop, matrix = crop_person(
+            image_HW3, unpack_records(record[None]), still, self.target.preset, self.target.input_px
+        )
+        return crop, matrix, still, record
+
+    def predict(self, crops: list[Item]) -> Predictions:
+        """The joints of people that `crop` made, in batches, in their order."""
+        joints = self.skeleton.joint_count
+        if not crops:
+            return Predictions(np.empty((0, joints, 2)), np.empty((0, joints)))
+        size = self.batch_size
+        batches = [collate(crops[i : i + size]) for i in range(0, len(crops), size)]
+        return predict(
+            self.network,
+            batches,
+            self.target,
+            flip=self.flip,
+            device=self.device,
+            dtype=self.dtype,
+        )
+
+
+def read_picture(picture: Picture, upright: bool = True) -> npt.NDArray[np.uint8]:
+    """(H, W, 3) BGR of a file that OpenCV reads, or of an array. Raises InputError.
+
+    upright: turn as the EXIF orientation says, as every viewer does; the coordinates of joints are
+    then in the picture as it is shown. Grey becomes three equal channels, 16 bits become 8, and
+    transparency is dropped. Of an animation it is the first picture.
+    """
+    if isinstance(picture, np.ndarray):
+        return _checked_array(picture)
+    flags = cv2.IMREAD_COLOR | (0 if upright else cv2.IMREAD_IGNORE_ORIENTATION)
+    path = Path(picture)
+    if not path.is_file():
+        raise InputError(path, "no such file", "a picture", "give its path")
+    data = np.frombuffer(path.read_bytes(), dtype=np.uint8)
+    try:
+        image = cv2.imdecode(data, flags) if data.size else None
+    except cv2.error as error:  # more pixels than OpenCV is willing to read
+        raise InputError(
+            path, f"not readable ({error.err})", "a picture of usual size", "make it smaller"
+        ) from error
+    if image is None:
+        raise InputError(
+            path, f"{data.size} bytes that are no picture", "a file that OpenCV reads", "replace it"
+        )
+    return image  # type: ignore[return-value]
+
+
+def _checked_array(image: npt.NDArray) -> npt.NDArray[np.uint8]:
+    if image.dtype == np.uint8 and image.size:
+        if image.ndim == 2:
+            return cv2.cvtColor(image, cv2.COLOR_GRAY2BGR)  # type: ignore[return-value]
+        if image.ndim == 3 and image.shape[2] == 3:
+            # OpenCV is fifteen times slower on a mirrored view, such as rgb[..., ::-1].
+            return np.ascontiguousarray(image)
+    raise InputError(
+        "picture",
+        f"an array of shape {image.shape}, {image.dtype}",
+        "(H, W, 3) BGR or (H, W) grey, uint8, as cv2.imread gives",
+        "convert it",
+    )
+
+
+def _squares(boxes: Any, centers: Any, scales: Any, margin: float) -> list[Square] | None:
+    if boxes is not None and centers is None and scales is None:
+        return [square_about(row, margin) for row in _rows(boxes, "boxes", 4)]
+    if boxes is None and centers is not None and scales is not None:
+        middles = _rows(centers, "centers", 2)
+        sizes = np.asarray(scales, dtype=np.float64).reshape(-1)
+        if len(sizes) == len(middles):
+            return [Square(x, y, float(s)) for (x, y), s in zip(middles, sizes, strict=True)]
+    if boxes is None and centers is None and scales is None:
+        return None
+    raise InputError(
+        "boxes, centers, scales",
+        "both kinds, or half of one, or of different lengths",
+        "boxes alone, or as many centers as scales",
+        "give one of the two",
+    )
+
+
+def _rows(values: Any, name: str, columns: int) -> npt.NDArray[np.float64]:
+    rows = np.asarray(values, dtype=np.float64)
+    if rows.ndim == 1:
+        rows = rows.reshape(-1, columns) if not rows.size else rows[None]
+    if rows.ndim != 2 or rows.shape[1] != columns:
+        raise InputError(name, f"shape {rows.shape}", f"shape (N, {columns})", "correct it")
+    return rows
