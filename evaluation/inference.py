@@ -8,11 +8,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from pipelines import augment, heatmaps, opencv_crops, princeton
+from pipelines import augment, heatmaps, opencv_crops, princeton, stored_crops
 from pipelines.batches import Target, images_N3HW
 from pipelines.geometry import STRIDE
 from pipelines.opencv_crops import RawBatch
-from pipelines.shards import unpack_records
+from pipelines.shards import ShardSet, unpack_records
 
 
 class Predictions(NamedTuple):
@@ -35,9 +35,11 @@ def evaluation_batches(
 ) -> Iterable[RawBatch]:
     """Crops of these samples in this order, without augmentation, by OpenCV.
 
-    The preset's crop rule stays: princeton's crop is not the default one even without a draw.
+    The preset's crop rule stays. Raises InputError if that needs more than the shards hold.
     """
-    still = augment.PRESETS["none"]._replace(princeton_crop=target.preset.princeton_crop)
+    still = augment.still(target.preset)
+    if isinstance(source, ShardSet):
+        stored_crops.require(source.manifest, still, source.folder)
     dataset = opencv_crops.CropDataset(source, still, target.input_px, 0, decoder)
     sampler = opencv_crops.ListSampler(samples, batch_size)
     return opencv_crops.CropLoader(dataset, sampler, workers, pin)

@@ -8,7 +8,7 @@ import torch
 
 from configs.errors import InputError
 from configs.skeleton import Skeleton
-from pipelines import color, heatmaps, opencv_crops, princeton
+from pipelines import color, heatmaps, opencv_crops, princeton, stored_crops
 from pipelines.augment import Preset
 from pipelines.geometry import STRIDE
 from pipelines.opencv_crops import RawBatch
@@ -173,8 +173,10 @@ def train_loader(
 ) -> Loader:
     """The chosen loader of augmented crops, standing at first_step (OpenCV) or at `state` (DALI).
 
-    workers: worker processes of OpenCV, threads of DALI.
+    workers: worker processes of OpenCV, threads of DALI. Raises InputError if the preset needs more
+    than the shards hold.
     """
+    stored_crops.require(shards.manifest, preset, shards.folder)
     if choose_loader(loader, device) == "opencv":
         return OpenCVLoader(
             shards, preset, input_px=input_px, batch_size=batch_size, workers=workers,

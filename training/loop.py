@@ -20,8 +20,8 @@ from configs.schema import Config
 from evaluation import pckh
 from evaluation.inference import Predictions, evaluation_batches, predict
 from model.loss import stack_losses
-from pipelines import batches
-from pipelines.augment import preset_of
+from pipelines import batches, stored_crops
+from pipelines.augment import preset_of, still
 from pipelines.batches import Batch, Target
 from pipelines.shards import ShardSet
 from training import checkpoint, runtime
@@ -56,10 +56,13 @@ class Run:
         runtime.leave_cores_to_workers(place, config.data.workers)
         self.train_shards = ShardSet(Path(config.data.shards) / "train")
         self.valid_shards = ShardSet(Path(config.data.shards) / "valid")
+        preset = preset_of(config.data.preset, config.data.mirror)
+        for shards, needed in ((self.train_shards, preset), (self.valid_shards, still(preset))):
+            stored_crops.require(shards.manifest, needed, shards.folder)
         self.train_shards.records()  # all of them are sound
         self.skeleton = self.train_shards.manifest.skeleton
         self.target = Target(
-            preset=preset_of(config.data.preset, config.data.mirror),
+            preset=preset,
             rule=config.heatmaps.rule,
             sigma=config.heatmaps.sigma,
             input_px=config.data.input_px,
