@@ -103,10 +103,11 @@ def shrink(image_HW3: npt.NDArray, part: Region) -> npt.NDArray:
 def crop_jpeg(jpeg: bytes, part: Region, quality: int) -> bytes:
     """The region of a picture as a JPEG; the bytes themselves where it is all of the picture.
 
-    jpeg: of a picture that pipelines/pictures.py let pass. Chroma is halved, as photographs have it.
+    jpeg: of a picture that pipelines/pictures.py let pass. Chroma is halved, as in photographs.
     """
     flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
     image = cv2.imdecode(np.frombuffer(jpeg, np.uint8), flags)
+    assert image is not None, "it was decoded before, as a check"
     if image.shape[:2] == (part.height, part.width):
         return jpeg
     done, stored = cv2.imencode(".jpg", shrink(image, part), [cv2.IMWRITE_JPEG_QUALITY, quality])
