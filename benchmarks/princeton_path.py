@@ -104,7 +104,7 @@ def princeton_batches(
             num_workers=workers,
             prefetch_factor=PREFETCH if workers else None,
             worker_init_fn=_one_thread,
-        )  # fmt: skip
+        )
     )
 
 
