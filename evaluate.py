@@ -21,6 +21,7 @@ from pipelines.annotations import People, read_annotations
 from pipelines.augment import preset_of
 from pipelines.batches import Target
 from pipelines.heatmaps import Rule
+from pipelines.memory import keep_freed_memory
 from pipelines.opencv_crops import LooseImages, Source
 from pipelines.shards import MANIFEST, ShardSet
 from training import checkpoint, runtime
@@ -227,6 +228,7 @@ def predict_subjects(
     flip: bool,
 ) -> Predictions:
     """Everybody's joints, in the annotation's order."""
+    keep_freed_memory()
     device = runtime.choose_device(options.device)
     workers = config.data.workers if options.workers is None else options.workers
     size = config.eval.batch_size if options.batch_size is None else options.batch_size

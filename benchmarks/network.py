@@ -18,6 +18,7 @@ from pipelines import batches, heatmaps
 from pipelines.augment import PRESETS
 from pipelines.batches import Batch, Target
 from pipelines.geometry import STRIDE
+from pipelines.memory import keep_freed_memory
 from pipelines.shards import ShardSet
 from training import runtime
 
@@ -77,6 +78,7 @@ def made_batch(size: int, load: Load, layout: torch.memory_format) -> tuple[Tens
 
 def train_cases(load: Load) -> list[Case]:
     """The training step on a batch that lies ready; first float32 in torch's own layout."""
+    keep_freed_memory()  # as the programs do
     best = runtime.choose_dtype("auto", load.device)
     ways = [("float32, NCHW", torch.float32, torch.contiguous_format),
             ("float32, channels-last", torch.float32, torch.channels_last)]  # fmt: skip
@@ -109,6 +111,7 @@ def _step_case(name: str, dtype: torch.dtype, layout: torch.memory_format, load:
 
 def end_to_end_cases(originals: ShardSet, crops: ShardSet, load: Load) -> list[Case]:
     """Training steps with a loader, against the same steps on one batch that lies ready."""
+    keep_freed_memory()  # as the programs do
     dtype = runtime.choose_dtype("auto", load.device)
     step = Step(dtype, torch.channels_last, load.device)
     ready = made_batch(step_size(load), load, torch.channels_last)
@@ -148,6 +151,7 @@ def end_to_end_cases(originals: ShardSet, crops: ShardSet, load: Load) -> list[C
 
 def evaluate_cases(originals: ShardSet, crops: ShardSet, load: Load) -> list[Case]:
     """Flip test and decoding of some people: one by one as princeton-vl does, and in batches."""
+    keep_freed_memory()  # as the programs do
     network = StackedHourglass(2, 256, MPII.joint_count).to(load.device).eval()
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     princeton = Target(PRESETS["princeton"], "princeton", 1.0, load.input_px, MPII)

@@ -77,7 +77,7 @@ def finish(raw: RawBatch, target: Target, device: torch.device) -> Batch:
 
 def images_N3HW(raw: RawBatch, device: torch.device) -> torch.Tensor:
     """Crops as the network takes them: float32 RGB in 0..1, a channels-last view without a copy."""
-    return raw.images_NHW3.to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 255
+    return raw.images_NHW3.to(device, non_blocking=True).permute(0, 3, 1, 2) / 255
 
 
 def heat_joints(

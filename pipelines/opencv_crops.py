@@ -20,6 +20,7 @@ from configs.errors import InputError
 from pipelines import geometry, princeton
 from pipelines.annotations import People
 from pipelines.augment import Draw, Preset, draw, draw_rng, draws_array
+from pipelines.memory import keep_freed_memory
 from pipelines.shards import Records, record_of, unpack_records
 
 PREFETCH = 4
@@ -279,6 +280,7 @@ def _collate_careful(items: list[Item | InputError]) -> RawBatch | InputError:
 
 
 def _start_worker(worker: int) -> None:
-    """Leave Ctrl-C to the main process, and the other cores to the other workers."""
+    """Leave Ctrl-C to the main process, the other cores to the other workers, and keep buffers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     cv2.setNumThreads(0)
+    keep_freed_memory()

@@ -11,6 +11,8 @@ from typing import TypeVar
 
 import cv2
 
+from pipelines.memory import keep_freed_memory
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -20,6 +22,7 @@ def crew(workers: int) -> Iterator[Executor | None]:
     """Worker processes, or None where this process does the work."""
     if workers <= 1:
         cv2.setNumThreads(1)
+        keep_freed_memory()
         yield None
         return
     context = multiprocessing.get_context("spawn")
@@ -52,6 +55,7 @@ def spread(
 def _start_worker() -> None:
     """Let this process end with its parent, even where that is killed."""
     cv2.setNumThreads(1)
+    keep_freed_memory()
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
