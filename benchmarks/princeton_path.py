@@ -76,14 +76,16 @@ def move_joints(
     if drawn.flip:
         moved = moved[list(MPII.mirrored)]
         moved[:, 0] = input_px - moved[:, 0]
+    moved[(joints_J2 == 0).all(axis=1)] = 0  # a mask that is not mirrored, as there
     return moved
 
 
 def render_by_loop(joints_J2: np.ndarray, heat_px: int = 64) -> np.ndarray:
-    """(J, heat_px, heat_px) targets of one person: a pasted 9 x 9 Gaussian a joint."""
+    """(J, heat_px, heat_px) targets of one person: a pasted 9 x 9 Gaussian where x > 0."""
     maps = np.zeros((len(joints_J2), heat_px, heat_px), dtype=np.float32)
-    for target, (px, py) in zip(maps, joints_J2.astype(int), strict=True):
-        if 0 <= px < heat_px and 0 <= py < heat_px:
+    for target, (x, y) in zip(maps, joints_J2, strict=True):
+        px, py = int(x), int(y)
+        if x > 0 and px < heat_px and 0 <= py < heat_px:
             left, top = max(0, px - 4), max(0, py - 4)
             right, bottom = min(heat_px, px + 5), min(heat_px, py + 5)
             target[top:bottom, left:right] = STAMP[

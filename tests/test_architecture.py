@@ -64,6 +64,7 @@ def test_programs_never_import_each_other():
         "tools.convert_checkpoint",
         "tools.compare_decoders",
         "benchmarks.throughput",
+        "benchmarks.packing",
     }
     for path in sources():
         if place(path) == "program":
