@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import pack_arguments, write_h5, write_jpeg
 
+import evaluate
 import train
 from configs.errors import InputError
 from configs.mpii import MPII
@@ -320,3 +321,24 @@ def test_dali_makes_opencvs_crops_of_crops(name, crop_shards):
     assert grey.size == 4 * 5 * 64 * 64 * 3
     assert grey.mean() <= 0.5 and np.percentile(grey, 99.9) <= 6
     assert joints <= 0.01
+
+
+def test_training_says_what_it_is_shown():
+    assert train.describe_pictures(None, 256) == "originals"
+    assert train.describe_pictures(RULE, 96).endswith("hrnet reaches, 96 px a person at most")
+    assert "enlarged for data.input_px 128" in train.describe_pictures(RULE, 128)
+
+
+def test_a_network_trains_and_is_evaluated_on_crops(crop_shards, monkeypatch, tmp_path, capsys):
+    words = ["train.py", "--data.shards", crop_shards, "--train.out", tmp_path, "--train.name", "c",
+             "--train.steps", 2, "--train.steps_per_epoch", 2, "--data.batch_size", 4,
+             "--data.input_px", 64, "--data.workers", 0, "--model.stacks", 1, "--model.width", 8,
+             "--model.depth", 2, "--model.stem", "[4,8,8]", "--train.device", "cpu"]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", [str(word) for word in words])
+    train.main()
+    assert "crops as far as hrnet reaches, 64 px a person" in capsys.readouterr().out
+    words = ["evaluate.py", "--checkpoint", tmp_path / "c" / "last.pt", "--device", "cpu",
+             "--workers", 0, "--picture", tmp_path / "p.png"]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", [str(word) for word in words])
+    evaluate.main()
+    assert "5 people" in capsys.readouterr().out and (tmp_path / "p.png").is_file()

@@ -521,7 +521,8 @@ def summarise(options: Options, manifests: list[Manifest], seconds: float) -> No
     print(f"{seconds:.1f} s, {people / seconds:,.0f} people/s with {options.workers} worker(s)")
     folder = shlex.quote(str(options.output))
     if "train" in options.splits:
-        print(f"next: python train.py --data.shards {folder}")
+        preset = f" --data.preset {options.crop.preset}" if options.crop else ""
+        print(f"next: python train.py --data.shards {folder}{preset}")
     else:
         print(f"next: python evaluate.py --checkpoint PATH --shards {folder}")
 
