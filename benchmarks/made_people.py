@@ -79,8 +79,8 @@ def make_many(folder: Path, people: int) -> ShardSet:
 
 
 def first_shards(shards: ShardSet, folder: Path, people: int) -> ShardSet:
-    """About so many people of a larger split, as a split of its own."""
-    count = max(1, round(people / PER_SHARD))
+    """So many people of a larger split, or some more to fill the last shard, as a split."""
+    count = -(-people // PER_SHARD)
     chosen = shards.manifest.shards[:count]
     folder.mkdir()
     for shard in chosen:

@@ -1,17 +1,16 @@
-"""Timing of what the network is part of: targets, training steps, evaluation, and whole steps."""
+"""Timing of what the network is part of: targets, training steps, and whole steps."""
 
 import importlib.util
 from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.loading import DEFAULTS, Load
 from benchmarks.princeton_path import render_by_loop
 from benchmarks.timing import Case
 from configs.mpii import MPII
-from evaluation.inference import evaluation_batches, predict
 from model.hourglass import StackedHourglass
 from model.loss import stack_losses
 from pipelines import batches, heatmaps
@@ -147,51 +146,3 @@ def end_to_end_cases(originals: ShardSet, crops: ShardSet, load: Load) -> list[C
     if importlib.util.find_spec("nvidia"):
         cases.append(case(f"dali on {load.device.type}, crops", loaded(crops, "dali")))
     return cases
-
-
-def evaluate_cases(originals: ShardSet, crops: ShardSet, load: Load) -> list[Case]:
-    """Flip test and decoding of some people: one by one as princeton-vl does, and in batches."""
-    keep_freed_memory()  # as the programs do
-    network = StackedHourglass(2, 256, MPII.joint_count).to(load.device).eval()
-    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    princeton = Target(PRESETS["princeton"], "princeton", 1.0, load.input_px, MPII)
-    exact = Target(PRESETS["hrnet"], "exact", 1.0, load.input_px, MPII)
-    best = runtime.choose_dtype("auto", load.device)
-    most = 8 if load.device.type == "cpu" else 256
-    samples = np.arange(min(load.people, most, len(originals)))
-
-    def case(
-        name: str, shards: ShardSet, target: Target, size: int, workers: int, dtype: torch.dtype
-    ) -> Case:
-        def run() -> int:
-            found = evaluation_batches(
-                shards, samples, target, size, workers, load.device.type == "cuda"
-            )
-            forward = OneByOne(network) if size == 1 else network
-            predict(forward, found, target, flip=True, device=load.device, dtype=dtype)
-            return len(samples)
-
-        return Case(name, run)
-
-    size, workers, full = load.batch_size, load.workers, torch.float32
-    return [
-        case("one by one, float32, princeton's crop", originals, princeton, 1, 0, full),
-        case(f"batch {size}, float32, princeton's crop", originals, princeton, size, workers, full),
-        case(f"batch {size}, {_short(best)}, crops", crops, exact, size, workers, best),
-    ]
-
-
-class OneByOne(nn.Module):
-    """Runs the picture and its mirror image after each other, as a loop over people does."""
-
-    def __init__(self, network: nn.Module):
-        super().__init__()
-        self.network = network
-        self.eval()
-
-    def forward(self, images_N3HW: Tensor) -> Tensor:
-        return torch.cat([self.network(image[None]) for image in images_N3HW])
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

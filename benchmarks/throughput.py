@@ -1,4 +1,4 @@
-"""Times loaders, heatmaps, training steps and evaluation: python benchmarks/throughput.py
+"""Times loaders, heatmaps and training steps: python benchmarks/throughput.py
 
 Prints a table for each, then everything as one JSON line. The data are made here: 1280 x 720
 pictures with people as large as in MPII.
@@ -22,7 +22,7 @@ from benchmarks.timing import Case, Result, table, take_turns, world
 from configs.errors import InputError, run_main
 from training import runtime
 
-SUITES = ("loader", "scaling", "heatmaps", "train", "evaluate", "end_to_end")
+SUITES = ("loader", "scaling", "heatmaps", "train", "end_to_end")
 
 
 def main() -> None:
@@ -53,7 +53,7 @@ def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="throughput.py",
-        description="Times loaders, heatmaps, training steps and evaluation of this machine.",
+        description="Times loaders, heatmaps and training steps of this machine.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         epilog="example: python benchmarks/throughput.py --suites loader --workers 2",
     )
@@ -108,12 +108,9 @@ def cases_of(suite: str, folder: Path, load: Load) -> list[Case]:
         return network.train_cases(load)
     originals = make_originals(folder / "originals", load.people)
     crops = make_crops(folder / "crops", originals)
-    make = {
-        "loader": loading.loader_cases,
-        "evaluate": network.evaluate_cases,
-        "end_to_end": network.end_to_end_cases,
-    }[suite]
-    return make(originals, crops, load)
+    if suite == "loader":
+        return loading.loader_cases(originals, crops, load)
+    return network.end_to_end_cases(originals, crops, load)
 
 
 def as_dicts(results: list[Result]) -> list[dict[str, Any]]:

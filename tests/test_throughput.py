@@ -127,7 +127,7 @@ def test_many_people_are_one_tar_under_many_names(tmp_path, monkeypatch):
     many = made_people.make_many(tmp_path / "many", 8)
     assert len(many) == 9 and len(many.records()) == 9
     assert len({tar.stat().st_ino for tar in many.tars}) == 1
-    assert len(made_people.first_shards(many, tmp_path / "some", 6)) == 6
+    assert len(made_people.first_shards(many, tmp_path / "some", 5)) == 6
 
 
 def test_starting_up_reports_seconds_and_memory_of_the_loader(few):
