@@ -10,6 +10,7 @@ from jsonargparse import ArgumentParser
 from configs.errors import EXIT_INTERRUPTED, InputError, run_main
 from configs.schema import Config, add_config_options, parse_config
 from pipelines.batches import choose_loader
+from pipelines.shards import CropRule
 from training import checkpoint, runtime
 from training.checkpoint import State
 from training.loop import BEST, LAST, Run
@@ -105,6 +106,7 @@ def announce(config: Config, run: Run) -> None:
         "network": f"{model.stacks} stack(s) of width {model.width}, {parameters:,} parameters",
         "people": f"{len(run.train_shards):,} to train on, "
         f"{len(run.valid_shards):,} to validate on",
+        "pictures": describe_pictures(run.train_shards.manifest.crop, data.input_px),
         "batch": f"{total} = {data.batch_size} per rank "
         f"x {place.ranks} rank(s) x {optim.accumulate}",
         "steps": f"{train.steps:,}, {train.steps_per_epoch:,} an epoch, from {run.step:,}",
@@ -113,6 +115,14 @@ def announce(config: Config, run: Run) -> None:
     }
     for name, fact in facts.items():
         print(f"{name:>8}: {fact}", flush=True)
+
+
+def describe_pictures(crop: CropRule | None, input_px: int) -> str:
+    """What the shards store of each picture."""
+    if crop is None:
+        return "originals"
+    small = f", enlarged for data.input_px {input_px}" if crop.person_px < input_px else ""
+    return f"crops as far as {crop.preset} reaches, {crop.person_px} px a person at most{small}"
 
 
 def conclude(run: Run) -> None:

@@ -1,76 +1,51 @@
-"""Times loaders, heatmaps and the training step: python benchmarks/throughput.py
+"""Times loaders, heatmaps and training steps: python benchmarks/throughput.py
 
 Prints a table for each, then everything as one JSON line. The data are made here: 1280 x 720
 pictures with people as large as in MPII.
 """
 
 import argparse
-import importlib.util
 import json
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import cv2
-import numpy as np
-import torch
 
 # `python benchmarks/throughput.py` puts benchmarks/ on the path, and not the folder above it.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.evaluation import decode_cases, evaluate_cases
+from benchmarks import evaluation, loading, network
+from benchmarks.comparing import compare, draw_chart, read_report
+from benchmarks.loading import Load
+from benchmarks.made_people import make_crops, make_originals
 from benchmarks.timing import Case, Result, table, take_turns, world
 from configs.errors import InputError, run_main
-from configs.mpii import MPII
-from model.hourglass import StackedHourglass
-from model.loss import stack_losses
-from pipelines import batches, heatmaps, opencv_crops
-from pipelines.annotations import People
-from pipelines.augment import PRESETS, Preset
-from pipelines.batches import Target
-from pipelines.shards import (
-    Manifest,
-    ShardSet,
-    describe,
-    pack_record,
-    write_manifest,
-    write_shard,
-)
 from training import runtime
 
-SUITES = ("loader", "heatmaps", "train", "decode", "evaluate")
-WIDTH, HEIGHT = 1280, 720
-# h5 scale of MPII's people: percentiles 5, 25, 50, 75, 95.
-SCALE_PERCENTILES = ((5, 25, 50, 75, 95), (1.43, 2.38, 3.45, 5.06, 8.58))
+SUITES = ("loader", "scaling", "heatmaps", "train", "end_to_end", "decode", "evaluate")
 
 
 def main() -> None:
     """Run the suites that were asked for."""
     options = make_parser().parse_args()
-    if options.rounds < 1 or options.batch_size < 1 or options.people < options.batch_size:
-        raise InputError(
-            "command line",
-            f"{options.rounds} rounds, batch {options.batch_size}, {options.people} people",
-            "at least 1 round, and at least a batch of people",
-            "correct it",
-        )
+    check(options)
+    older = read_report(Path(options.compare)) if options.compare else None
     device = runtime.choose_device(options.device)
-    found: dict[str, list[Result]] = {}
+    load = Load(options.people, options.batch_size, options.workers, options.input_px, device)
+    report: dict[str, Any] = {"world": world(device), "options": vars(options)}
     for suite in options.suites:
         print(f"timing {suite} ...", file=sys.stderr, flush=True)
-        results = run_suite(suite, options, device)
-        print(table(f"{suite} ({device})", "people", results), end="\n\n", flush=True)
-        found[suite] = results
+        report |= run_suite(suite, load, options.rounds)
     if device.type == "cpu":
         print("not measured: everything on a GPU (no CUDA device is in use)\n")
-    report: dict[str, Any] = {"world": world(device), "options": vars(options)}
-    report |= {suite: [r._asdict() for r in results] for suite, results in found.items()}
+    if older:
+        print(compare(older, report), end="\n\n")
     line = json.dumps(report)
     if options.json:
         Path(options.json).parent.mkdir(parents=True, exist_ok=True)
         Path(options.json).write_text(line + "\n")
+    if options.chart:
+        draw_chart(report, Path(options.chart))
     print(line)
 
 
@@ -78,215 +53,73 @@ def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="throughput.py",
-        description="Times loaders, heatmaps and the training step of this machine.",
+        description="Times loaders, heatmaps and training steps of this machine.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         epilog="example: python benchmarks/throughput.py --suites loader --workers 2",
     )
     parser.add_argument("--suites", nargs="+", choices=SUITES, default=list(SUITES))
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     parser.add_argument("--rounds", type=int, default=5, help="turns that each case takes")
-    parser.add_argument("--people", type=int, default=96, help="people in the made data")
+    parser.add_argument("--people", type=int, default=320, help="people in the made data")
     parser.add_argument("--batch-size", type=int, default=16, help="people a batch")
     parser.add_argument(
         "--workers", type=int, default=2, help="worker processes, or DALI's threads"
     )
     parser.add_argument("--input-px", type=int, default=256, help="side of the input")
     parser.add_argument("--json", metavar="OUT", help="also write the JSON line to this file")
+    parser.add_argument("--compare", metavar="OLD", help="say what moved since this JSON")
+    parser.add_argument("--chart", metavar="OUT", help="also write bars to this PNG")
     return parser
 
 
-def run_suite(suite: str, options: argparse.Namespace, device: torch.device) -> list[Result]:
-    """The results of one suite."""
-    if suite == "heatmaps":
-        cases = heatmap_cases(options.batch_size, device)
-        return take_turns(cases, options.rounds, device)
-    if suite == "train":
-        return take_turns(train_cases(options, device), options.rounds, device)
-    with tempfile.TemporaryDirectory(prefix="throughput-") as folder:
-        shards = make_shards(Path(folder), options.people)
-        if suite == "decode":
-            return take_turns(decode_cases(shards, device), options.rounds, device)
-        if suite == "evaluate":
-            cases = evaluate_cases(shards, options.workers, device)
-            return take_turns(cases, options.rounds, device)
-        return take_turns(loader_cases(shards, options, device), options.rounds, device)
-
-
-def make_shards(folder: Path, people: int) -> ShardSet:
-    """A split of people in 1280 x 720 JPEGs of about 200 kB, one picture a person."""
-    rng = np.random.default_rng(0)
-    crowd = make_people(people, rng)
-    jpegs = [make_jpeg(rng) for _ in range(min(people, 32))]
-
-    def samples() -> Iterator[tuple[str, bytes, bytes, bytes]]:
-        for row in range(people):
-            record = pack_record(crowd, row, WIDTH, HEIGHT).tobytes()
-            facts = describe(crowd, row, MPII, WIDTH, HEIGHT)
-            yield f"{row:09d}", record, jpegs[row % len(jpegs)], facts
-
-    shard = write_shard(folder, 0, samples())
-    manifest = Manifest(
-        split="train", packing="original", people=people, joints=MPII.joint_count, skeleton=MPII,
-        shards=(shard,), max_width=WIDTH, max_height=HEIGHT, source={"made by": "benchmark"},
-        seed=0,
-    )  # fmt: skip
-    write_manifest(folder, manifest)
-    return ShardSet(folder)
-
-
-def make_people(count: int, rng: np.random.Generator) -> People:
-    """People at random places, their scales spread as in MPII."""
-    percent, scales = SCALE_PERCENTILES
-    scale = np.interp(rng.uniform(5, 95, count), percent, scales)
-    center = rng.uniform([0.3 * WIDTH, 0.4 * HEIGHT], [0.7 * WIDTH, 0.6 * HEIGHT], (count, 2))
-    offsets = rng.uniform(-0.4, 0.4, (count, MPII.joint_count, 2)) * 200 * scale[:, None, None]
-    marked = np.ones((count, MPII.joint_count), dtype=bool)
-    number = np.arange(count)
-    return People(
-        images=tuple(f"{i:09d}.jpg" for i in number), index=number, person=np.zeros_like(number),
-        center=center, scale=scale, normalize=20 * scale, joints=center[:, None] + offsets,
-        marked=marked, visible=marked,
-    )  # fmt: skip
-
-
-def make_jpeg(rng: np.random.Generator) -> bytes:
-    """A picture with detail at every size, as photographs have."""
-    image = np.zeros((HEIGHT, WIDTH, 3), dtype=np.float32)
-    for level in range(1, 8):
-        size = (WIDTH >> level, HEIGHT >> level)
-        noise = rng.normal(0, 12 * level**0.5, (size[1], size[0], 3)).astype(np.float32)
-        image += cv2.resize(noise, (WIDTH, HEIGHT), interpolation=cv2.INTER_CUBIC)
-    ok, jpeg = cv2.imencode(".jpg", (image + 128).clip(0, 255).astype(np.uint8))
-    assert ok
-    return jpeg.tobytes()
-
-
-def loader_cases(shards: ShardSet, options: argparse.Namespace, device: torch.device) -> list[Case]:
-    """Augmented batches with heatmaps, on the device. First comes princeton's way in OpenCV."""
-    ways: list[tuple[str, Preset, batches.LoaderName]] = [
-        ("opencv, princeton's two resamplings", PRESETS["princeton"], "opencv"),
-        ("opencv, one warp, same colour", _one_warp(PRESETS["princeton"]), "opencv"),
-        ("opencv, one warp, hrnet", PRESETS["hrnet"], "opencv"),
-    ]
-    if importlib.util.find_spec("nvidia"):
-        ways.append((f"dali on {device.type}, hrnet", PRESETS["hrnet"], "dali"))
-    cases = []
-    for name, preset, way in ways:
-        loader = batches.train_loader(
-            shards, preset, loader=way, device=device, input_px=options.input_px,
-            batch_size=options.batch_size, workers=options.workers, shuffle_buffer=1024, seed=0,
-            rank=0, ranks=1, first_step=0, state=b"",
-        )  # fmt: skip
-        target = Target(preset, "exact", 1.0, options.input_px, MPII)
-        cases.append(_loader_case(name, loader, target, device, options))
-    return cases
-
-
-def _one_warp(preset: Preset) -> Preset:
-    return preset._replace(princeton_crop=False)
-
-
-def _loader_case(
-    name: str,
-    loader: batches.Loader,
-    target: Target,
-    device: torch.device,
-    options: argparse.Namespace,
-) -> Case:
-    count = max(1, options.people // options.batch_size)
-    ahead = opencv_crops.PREFETCH * max(options.workers, 1)
-
-    def use_up() -> None:
-        for _ in range(ahead):
-            loader.next()
-
-    def run() -> int:
-        for _ in range(count):
-            batches.finish(loader.next(), target, device)
-        return count * options.batch_size
-
-    return Case(name, run, use_up)
-
-
-def heatmap_cases(batch_size: int, device: torch.device) -> list[Case]:
-    """Targets of a batch: a loop over joints in numpy, and the batched routine."""
-    rng = np.random.default_rng(0)
-    joints = rng.uniform(-5, 69, (batch_size, MPII.joint_count, 2))
-    on_device = torch.from_numpy(joints).float().to(device)
-    drawn = torch.ones(joints.shape[:2], device=device)
-    repeats = 20 if device.type == "cpu" else 500
-
-    def loop() -> int:
-        for person in joints:
-            render_by_loop(person)
-        return batch_size
-
-    def batched(rule: heatmaps.Rule, sigma: float) -> int:
-        for _ in range(repeats):
-            heatmaps.render(on_device, drawn, 64, rule, sigma)
-        return repeats * batch_size
-
-    return [
-        Case("numpy, a loop over joints (princeton)", loop),
-        Case(f"torch on {device.type}, princeton", lambda: batched("princeton", 1.0)),
-        Case(f"torch on {device.type}, exact", lambda: batched("exact", 1.0)),
-    ]
-
-
-def render_by_loop(joints_J2: np.ndarray) -> np.ndarray:
-    """(J, 64, 64) targets of one person as loaders make them: a pasted 9 x 9 Gaussian a joint."""
-    y, x = np.mgrid[-4:5, -4:5]
-    stamp = np.exp(-(x**2 + y**2) / 2)
-    maps = np.zeros((len(joints_J2), 64, 64), dtype=np.float32)
-    for target, (px, py) in zip(maps, joints_J2.astype(int), strict=True):
-        if 0 <= px < 64 and 0 <= py < 64:
-            left, top = max(0, px - 4), max(0, py - 4)
-            right, bottom = min(64, px + 5), min(64, py + 5)
-            target[top:bottom, left:right] = stamp[
-                top - py + 4 : bottom - py + 4, left - px + 4 : right - px + 4
-            ]
-    return maps
-
-
-def train_cases(options: argparse.Namespace, device: torch.device) -> list[Case]:
-    """Forward, loss, backward and optimizer of 2 stacks; first float32 in torch's own layout."""
-    size = options.batch_size if device.type == "cuda" else min(options.batch_size, 2)
-    best = runtime.choose_dtype("auto", device)
-    ways = [("float32, NCHW", torch.float32, torch.contiguous_format),
-            ("float32, channels-last", torch.float32, torch.channels_last)]  # fmt: skip
-    if best != torch.float32:
-        name = str(best).removeprefix("torch.")
-        ways.append((f"{name}, channels-last, fused Adam", best, torch.channels_last))
-    return [
-        Case(
-            f"2 stacks, batch {size}, {name}", _step(options.input_px, size, dtype, layout, device)
+def check(options: argparse.Namespace) -> None:
+    """Raise InputError for what cannot be timed or written."""
+    if options.rounds < 1 or options.batch_size < 1 or options.people < options.batch_size:
+        raise InputError(
+            "command line",
+            f"{options.rounds} rounds, batch {options.batch_size}, {options.people} people",
+            "at least 1 round, and at least a batch of people",
+            "correct it",
         )
-        for name, dtype, layout in ways
-    ]
+    if options.chart and Path(options.chart).suffix.lower() != ".png":
+        raise InputError(options.chart, "another kind of file", "a .png", "rename it")
 
 
-def _step(
-    input_px: int, size: int, dtype: torch.dtype, layout: torch.memory_format, device: torch.device
-) -> Any:
-    network = StackedHourglass(2, 256, MPII.joint_count).to(device)
-    network.to(memory_format=layout)  # type: ignore[call-overload]
-    optimizer = torch.optim.Adam(network.parameters(), 1e-3, fused=dtype != torch.float32)
-    images = torch.rand(size, 3, input_px, input_px, device=device)
-    images = images.contiguous(memory_format=layout)
-    target = torch.rand(size, MPII.joint_count, input_px // 4, input_px // 4, device=device)
-    drawn = torch.ones(size, MPII.joint_count, device=device)
-    repeats = 1 if device.type == "cpu" else 10
+def run_suite(suite: str, load: Load, rounds: int) -> dict[str, Any]:
+    """Print a suite's tables; returns its entries of the report."""
+    with tempfile.TemporaryDirectory(prefix="throughput-") as folder:
+        facts = None
+        if suite == "scaling":
+            results, facts = loading.scaling(Path(folder), load, rounds)
+        else:
+            results = take_turns(cases_of(suite, Path(folder), load), rounds, load.device)
+    print(table(f"{suite} ({load.device})", "people", results), end="\n\n", flush=True)
+    if facts is None:
+        return {suite: as_dicts(results)}
+    print(loading.scaling_table(facts), end="\n\n", flush=True)
+    return {suite: as_dicts(results), "start_up": facts}
 
-    def run() -> int:
-        for _ in range(repeats):
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                heat = network(images)
-            stack_losses(heat, target, drawn, "empty").mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        return repeats * size
 
-    return run
+def cases_of(suite: str, folder: Path, load: Load) -> list[Case]:
+    """What a suite times."""
+    if suite == "heatmaps":
+        return network.heatmap_cases(load.batch_size, load.device)
+    if suite == "train":
+        return network.train_cases(load)
+    originals = make_originals(folder / "originals", load.people)
+    if suite == "decode":
+        return evaluation.decode_cases(originals, load.device)
+    if suite == "evaluate":
+        return evaluation.evaluate_cases(originals, load.workers, load.device)
+    crops = make_crops(folder / "crops", originals)
+    if suite == "loader":
+        return loading.loader_cases(originals, crops, load)
+    return network.end_to_end_cases(originals, crops, load)
+
+
+def as_dicts(results: list[Result]) -> list[dict[str, Any]]:
+    """Plain values for JSON."""
+    return [result._asdict() for result in results]
 
 
 if __name__ == "__main__":

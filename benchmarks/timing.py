@@ -1,5 +1,6 @@
 """Timing to be trusted on a noisy machine: warm up, synchronise, take turns, give the spread."""
 
+import multiprocessing
 import platform
 import statistics
 import subprocess
@@ -24,7 +25,9 @@ class Case(NamedTuple):
     run: Callable[[], int]
     """Does a piece of work and returns how many units (people, ...) it was."""
     prepare: Callable[[], object] = lambda: None
-    """Runs before each turn, untimed: uses up what was made ahead while others had their turn."""
+    """Runs before each turn, untimed: starts what works ahead, and uses up its first results."""
+    finish: Callable[[], object] = lambda: None
+    """Runs after each turn, untimed: stops it, or it would work on in the others' turns."""
 
 
 class Result(NamedTuple):
@@ -54,8 +57,10 @@ def take_turns(cases: list[Case], rounds: int, device: torch.device) -> list[Res
             start = time.perf_counter()
             units = case.run()
             synchronize(device)
+            seconds = time.perf_counter() - start
+            case.finish()
             if number:
-                values.append(units / (time.perf_counter() - start))
+                values.append(units / seconds)
     return [
         _result(case.name, values, [v / b for v, b in zip(values, rates[0], strict=True)])
         for case, values in zip(cases, rates, strict=True)
@@ -122,3 +127,17 @@ def _processor() -> str:
         return platform.processor()
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
+
+
+def memory_mib() -> float:
+    """MiB that this process and its children hold, shared pages counted once; 0 where unknown."""
+    own = multiprocessing.current_process().pid
+    children = [child.pid for child in multiprocessing.active_children()]
+    total = 0
+    for pid in [own, *children]:
+        try:
+            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        except OSError:
+            return 0.0
+        total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    return total / 1024

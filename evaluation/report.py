@@ -6,11 +6,11 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from configs.mpii import PIXELS_PER_SCALE
 from configs.skeleton import Side, Skeleton
 from pipelines import geometry, opencv_crops
 from pipelines.annotations import People
 from pipelines.opencv_crops import Source
+from pipelines.shards import unpack_records
 
 RIGHT_BGR, LEFT_BGR, MIDDLE_BGR = (70, 70, 255), (255, 160, 40), (80, 220, 80)
 TRUTH_BGR = (255, 255, 255)
@@ -129,11 +129,13 @@ def _tile(
     skeleton: Skeleton,
 ) -> npt.NDArray[np.uint8]:
     image = opencv_crops.decode(source.jpeg(sample), source.where(sample))
+    image_from_stored = opencv_crops.image_from_stored(unpack_records(source.record(sample)[None]))
     tile_from_image = geometry.input_from_image(people.center[row], people.scale[row], TILE_PX)
-    shrink = PIXELS_PER_SCALE * people.scale[row] / TILE_PX
+    tile_from_stored = tile_from_image @ image_from_stored
+    shrink = 1 / np.sqrt(np.linalg.det(tile_from_stored[:2, :2]))
     if shrink > 2:  # a bilinear warp alone would alias
         image = cv2.GaussianBlur(image, (0, 0), shrink / 3)  # type: ignore[assignment]
-    tile = cv2.warpAffine(image, tile_from_image[:2], (TILE_PX, TILE_PX))
+    tile = cv2.warpAffine(image, tile_from_stored[:2], (TILE_PX, TILE_PX))
     truth = geometry.transform(tile_from_image, people.joints[row])
     found = geometry.transform(tile_from_image, keypoints_J2)
     draw_skeleton(tile, truth, people.marked[row], skeleton, 2, plain=True)

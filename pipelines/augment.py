@@ -87,6 +87,11 @@ def preset_of(name: PresetName, mirror: bool) -> Preset:
     return preset if mirror else preset._replace(flip_probability=0.0)
 
 
+def still(preset: Preset) -> Preset:
+    """No augmentation, but the preset's crop rule: princeton's crop differs even without a draw."""
+    return PRESETS["none"]._replace(princeton_crop=preset.princeton_crop)
+
+
 # Colour ranges of the two rules that have one (see pipelines/color.py for the formulas).
 HUE_TURNS = Distribution("uniform", -0.2, 0.2)
 SATURATION = Distribution("uniform", 0.5, 1.5)

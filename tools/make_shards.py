@@ -1,8 +1,9 @@
 """Packs pictures and annotations into tar shards, one person a sample (pipelines/shards.py).
 
-Every picture is decoded before the first shard is written. A split is written in a folder beside
-the output and moved there when it is whole, so that an interrupted run can be continued and the
-output never holds half a split.
+The pictures are stored as they are, or as crops that are smaller and faster to decode
+(pipelines/stored_crops.py). Every picture is decoded before the first shard is written. A split is
+written in a folder beside the output and moved there when it is whole, so that an interrupted run
+can be continued and the output never holds half a split.
 """
 
 import argparse
@@ -10,24 +11,20 @@ import errno
 import fcntl
 import hashlib
 import json
-import multiprocessing
 import os
 import shlex
 import shutil
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import Executor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
-import cv2
 import numpy as np
 from tqdm import tqdm
 
@@ -35,14 +32,18 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.errors import InputError, run_main
-from configs.mpii import MPII
+from configs.mpii import MPII, PIXELS_PER_SCALE
 from configs.skeleton import Skeleton, load_skeleton
+from pipelines import stored_crops
 from pipelines.annotations import People, has_both_splits, read_annotations, split_file
+from pipelines.augment import PRESETS
 from pipelines.pictures import Picture, Verdict, find_picture, inspect_picture
 from pipelines.shards import (
     FORMAT,
     FORMAT_VERSION,
+    IDENTITY_AFFINE,
     MANIFEST,
+    CropRule,
     Manifest,
     Shard,
     describe,
@@ -51,11 +52,9 @@ from pipelines.shards import (
     record_length,
     sha256,
     write_manifest,
-    write_shard,
 )
-
-T = TypeVar("T")
-R = TypeVar("R")
+from tools.pack_tasks import Sample, Task, finish_shard
+from tools.pack_workers import crew, spread
 
 SPLITS = ("train", "valid")
 DATA = Path("data/mpii")
@@ -68,8 +67,12 @@ HOW_TO_GET_DATA = """download it into data/mpii:
     python tools/make_synthetic.py --output data/synthetic
     python tools/make_shards.py --annotations data/synthetic/annot \\
       --images data/synthetic/images --output data/shards/synthetic"""
+JPEG_QUALITY = 95
+"""Of stored crops."""
 # Bytes, to estimate the disk space: a tar's block and its end, a person's index line and JSON.
 _BLOCK, _TAR_END, _INDEX_BYTES, _JSON_BYTES = 512, 10_240, 256, 3072
+_BYTES_PER_PIXEL = 0.6
+"""Of a very detailed stored crop; photographs have about 0.3."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +92,8 @@ class Options:
     packing: str
     skeleton: Path | None
     """YAML file of the joints; None for MPII's."""
+    crop: CropRule | None
+    """None if pictures are stored as they are."""
     command: str
 
     @property
@@ -107,25 +112,6 @@ class Job(NamedTuple):
     skeleton: Skeleton
     source: dict[str, str]
     """Annotation file, its SHA-256 and the folder of pictures."""
-
-
-class Sample(NamedTuple):
-    """One person, ready to be written."""
-
-    key: str
-    record: bytes
-    text: bytes
-    picture: Picture
-
-
-class Task(NamedTuple):
-    """One shard to write."""
-
-    partial: Path
-    split: str
-    number: int
-    plan: str
-    samples: tuple[Sample, ...]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -170,10 +156,18 @@ def parse_options(argv: list[str] | None) -> Options:
     add("--seed", type=_at_least(0), default=0, help="of the order of people")
     add("--skip-bad", action="store_true", help="leave out people whose pictures are bad")
     add("--overwrite", action="store_true", help="replace another packing when the new is whole")
-    add("--packing", choices=["original"], default="original",
-        help="original: the bytes of the JPEG files as they are")
+    add("--packing", choices=["original", "crop"], default="original",
+        help="original: the bytes of the JPEG files as they are; crop: what augmentation can reach,"
+        " shrunk (docs/conventions.md)")
+    add("--reach", choices=list(PRESETS), default="hrnet",
+        help="crop: the strongest data.preset that these shards will be trained with")
+    add("--person-px", type=_at_least(16), default=288,
+        help="crop: most px of a person's box; an eighth more than data.input_px is enough")
     # fmt: on
     given = vars(parser.parse_args(argv))
+    reach, person_px = given.pop("reach"), given.pop("person_px")
+    is_crop = given["packing"] == "crop"
+    given["crop"] = stored_crops.rule_of(reach, person_px, JPEG_QUALITY) if is_crop else None
     given["splits"] = _splits(given["annotations"], given["splits"])
     _require_data(given["annotations"], given["images"])
     for name in ("annotations", "images", "output"):
@@ -235,6 +229,7 @@ def plan_of(options: Options, job: Job, left_out: list[str]) -> str:
     facts = [
         FORMAT_VERSION, options.packing, options.people_per_shard, options.seed,
         job.split, job.source["sha256"], job.source["images"], left_out,
+        *([asdict(options.crop)] if options.crop else []),
     ]  # fmt: skip
     if job.skeleton != MPII:  # packings of before there were others have the plan without
         facts.append(job.skeleton.plain())
@@ -265,7 +260,7 @@ def already_packed(options: Options, job: Job) -> bool:
         raise InputError(
             folder,
             f"another packing: {manifest.command}",
-            "the same annotations, pictures, joints, seed and --people-per-shard",
+            "the same annotations, pictures, joints, packing, seed and --people-per-shard",
             "name another place with --output, or replace it with --overwrite",
         )
     left_out = f", {len(manifest.left_out)} left out" if manifest.left_out else ""
@@ -310,53 +305,6 @@ def locked(options: Options) -> Iterator[None]:
             found, expected = "in use by another run of this program", "one run at a time"
             raise InputError(options.partial, found, expected, "wait for it to end") from error
         yield
-
-
-@contextmanager
-def crew(workers: int) -> Iterator[Executor | None]:
-    """Worker processes, or None where this process does the work."""
-    if workers <= 1:
-        cv2.setNumThreads(1)
-        yield None
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _start_worker) as pool:
-        try:
-            _start_all(pool, workers)
-            yield pool
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-def _start_all(pool: Executor, workers: int) -> None:
-    """Start the processes deaf to Ctrl-C, which they inherit; it is for this process alone."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        for _ in range(workers):
-            pool.submit(os.getpid)
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def spread(
-    pool: Executor | None, work: Callable[[T], R], tasks: list[T], chunk: int = 1
-) -> Iterator[R]:
-    """work(task) of each task, in order."""
-    return map(work, tasks) if pool is None else pool.map(work, tasks, chunksize=chunk)
-
-
-def _start_worker() -> None:
-    """Let this process end with its parent, even where that is killed."""
-    cv2.setNumThreads(1)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def check_pictures(options: Options, jobs: list[Job], pool: Executor | None) -> dict[str, Verdict]:
@@ -428,7 +376,7 @@ def check_space(options: Options, jobs: list[Job], pictures: dict[str, Picture])
     for job in jobs:
         parts = [4 * record_length(job.skeleton.joint_count), _JSON_BYTES]
         fixed = sum(map(_in_tar, parts)) + _INDEX_BYTES
-        need += sum(fixed + _in_tar(pictures[name].bytes) for name in job.people.images)
+        need += sum(fixed + _in_tar(size) for size in _picture_bytes(options, job, pictures))
         need += (job.people.count // options.people_per_shard + 1) * _TAR_END
         need -= sum(tar.stat().st_size for tar in (options.partial / job.split).glob("*.tar"))
     free = shutil.disk_usage(options.partial).free
@@ -439,6 +387,17 @@ def check_space(options: Options, jobs: list[Job], pictures: dict[str, Picture])
             f"{need / 1e9:,.2f} GB for the shards",
             "make room, or name a place on another disk with --output",
         )
+
+
+def _picture_bytes(options: Options, job: Job, pictures: dict[str, Picture]) -> Iterator[int]:
+    """What each person's stored picture may take."""
+    rule = options.crop
+    for row, name in enumerate(job.people.images):
+        if rule is None:
+            yield pictures[name].bytes
+        else:
+            box_px = min(PIXELS_PER_SCALE * job.people.scale[row], rule.person_px)
+            yield int(_BYTES_PER_PIXEL * (rule.reach * box_px) ** 2) + 1024
 
 
 def _in_tar(size: int) -> int:
@@ -481,7 +440,7 @@ def pack_split(
         for shard in spread(pool, finish_shard, tasks):
             shards.append(shard)
             bar.update(shard.people)
-    used = [verdict for name in set(job.people.images) if not (verdict := checked[name]).fault]
+    sizes = [task.largest for task in tasks]
     manifest = Manifest(
         split=job.split,
         packing=options.packing,
@@ -489,10 +448,11 @@ def pack_split(
         joints=job.skeleton.joint_count,
         skeleton=job.skeleton,
         shards=tuple(shards),
-        max_width=max(verdict.width for verdict in used),
-        max_height=max(verdict.height for verdict in used),
+        max_width=max(width for width, _ in sizes),
+        max_height=max(height for _, height in sizes),
         source={**job.source, "plan": plan},
         seed=options.seed,
+        crop=options.crop,
         left_out=left_out(job, checked),
         command=options.command,
     )
@@ -505,50 +465,34 @@ def shard_tasks(options: Options, job: Job, plan: str, checked: dict[str, Verdic
     """People with good pictures in shuffled order, cut into shards."""
     rows = [row for row, name in enumerate(job.people.images) if not checked[name].fault]
     order = np.random.default_rng([options.seed, SPLITS.index(job.split)]).permutation(rows)
-    samples = []
-    for number, row in enumerate(order.tolist()):
-        picture, width, height, _ = checked[job.people.images[row]]
-        record = pack_record(job.people, row, width, height).tobytes()
-        text = describe(job.people, row, job.skeleton, width, height)
-        samples.append(Sample(f"{number:09d}", record, text, picture))
+    samples = [
+        prepare(options.crop, job, row, f"{number:09d}", checked)
+        for number, row in enumerate(order.tolist())
+    ]
     starts = range(0, len(samples), options.people_per_shard)
     return [
-        Task(options.partial, job.split, number, plan, tuple(samples[start : start + starts.step]))
+        Task(
+            options.partial, job.split, number, plan, options.crop,
+            tuple(samples[start : start + starts.step]),
+        )
         for number, start in enumerate(starts)
-    ]
+    ]  # fmt: skip
 
 
-def finish_shard(task: Task) -> Shard:
-    """Write one shard, unless an earlier run did so from the same plan and the same pictures."""
-    folder = task.partial / task.split
-    state = task.partial / f"{task.split}.state" / f"{task.number:05d}.json"
-    pictures = json.dumps([sample.picture for sample in task.samples]).encode()
-    inputs = {"plan": task.plan, "pictures": hashlib.sha256(pictures).hexdigest()}
-    shard = _finished(state, inputs, folder)
-    if shard is None:
-        shard = write_shard(folder, task.number, map(_load, task.samples))
-        state.write_text(json.dumps({**inputs, "shard": asdict(shard)}))
-    return shard
-
-
-def _finished(state: Path, inputs: dict[str, str], folder: Path) -> Shard | None:
-    try:
-        noted = json.loads(state.read_text())
-        shard = Shard(**noted.pop("shard"))
-        files = [(folder / shard.tar, shard.sha256), (folder / shard.index, shard.index_sha256)]
-        whole = all(sha256(path) == digest for path, digest in files)
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
-    return shard if whole and noted == inputs else None
-
-
-def _load(sample: Sample) -> tuple[str, bytes, bytes, bytes]:
-    path = Path(sample.picture.path)
-    jpeg, stat = path.read_bytes(), path.stat()
-    if (len(jpeg), stat.st_mtime_ns) != (sample.picture.bytes, sample.picture.mtime_ns):
-        found, expected = "changed since it was checked", "pictures that nobody writes to meanwhile"
-        raise InputError(path, found, expected, "run the same command again; it continues")
-    return sample.key, sample.record, jpeg, sample.text
+def prepare(
+    crop: CropRule | None, job: Job, row: int, key: str, checked: dict[str, Verdict]
+) -> Sample:
+    """All of one person but the bytes of the picture."""
+    picture, width, height, _ = checked[job.people.images[row]]
+    region, affine = None, IDENTITY_AFFINE
+    if crop:
+        region = stored_crops.region(
+            job.people.center[row], job.people.scale[row], width, height, crop
+        )
+        width, height, affine = region.width, region.height, region.image_from_stored
+    record = pack_record(job.people, row, width, height, affine).tobytes()
+    text = describe(job.people, row, job.skeleton, width, height, affine)
+    return Sample(key, record, text, picture, region, width, height)
 
 
 def publish(options: Options, split: str) -> None:
@@ -585,7 +529,8 @@ def summarise(options: Options, manifests: list[Manifest], seconds: float) -> No
     print(f"{seconds:.1f} s, {people / seconds:,.0f} people/s with {options.workers} worker(s)")
     folder = shlex.quote(str(options.output))
     if "train" in options.splits:
-        print(f"next: python train.py --data.shards {folder}")
+        preset = f" --data.preset {options.crop.preset}" if options.crop else ""
+        print(f"next: python train.py --data.shards {folder}{preset}")
     else:
         print(f"next: python evaluate.py --checkpoint PATH --shards {folder}")
 

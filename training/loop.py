@@ -20,7 +20,8 @@ from configs.schema import Config
 from configs.skeleton import require_same_joints
 from evaluation import pckh
 from model.loss import stack_losses
-from pipelines import batches
+from pipelines import batches, stored_crops
+from pipelines.augment import preset_of, still
 from pipelines.batches import Batch, target_of
 from pipelines.shards import ShardSet
 from training import checkpoint, runtime
@@ -56,6 +57,9 @@ class Run:
         runtime.leave_cores_to_workers(place, config.data.workers)
         self.train_shards = ShardSet(Path(config.data.shards) / "train")
         self.valid_shards = ShardSet(Path(config.data.shards) / "valid")
+        preset = preset_of(config.data.preset, config.data.mirror)
+        for shards, needed in ((self.train_shards, preset), (self.valid_shards, still(preset))):
+            stored_crops.require(shards.manifest, needed, shards.folder)
         self.train_shards.records()  # all of them are sound
         self.skeleton = self.train_shards.manifest.skeleton
         require_same_joints(self.valid_shards.manifest.skeleton, self.skeleton,

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from configs.errors import InputError
+from pipelines.memory import keep_freed_memory
 from pipelines.opencv_crops import usable_cores
 
 
@@ -39,6 +40,7 @@ def start(
 
     The device is the local rank's GPU; ranks meet over nccl on GPUs and over gloo on CPUs.
     """
+    keep_freed_memory()
     chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if ranks > 1 and not dist.is_initialized():

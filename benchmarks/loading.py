@@ -1,0 +1,160 @@
+"""Timing of loaders: each way to a batch, and what grows with the number of people."""
+
+import importlib.util
+import multiprocessing
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks import princeton_path
+from benchmarks.made_people import first_shards, make_many
+from benchmarks.timing import Case, Result, memory_mib, take_turns
+from configs.mpii import MPII
+from pipelines import batches, opencv_crops
+from pipelines.augment import PRESETS, Preset
+from pipelines.batches import Target
+from pipelines.shards import ShardSet
+
+
+class Load(NamedTuple):
+    """How batches are asked for."""
+
+    people: int
+    """A turn."""
+    batch_size: int
+    workers: int
+    input_px: int
+    device: torch.device
+
+    @property
+    def steps(self) -> int:
+        """Batches a turn."""
+        return max(1, self.people // self.batch_size)
+
+
+PRINCETONS_DRAWS = PRESETS["princeton"]._replace(princeton_crop=False)
+"""Its draws and its colour jitter, in one warp."""
+SIZES = (1_000, 5_000, 25_204)
+"""People of the scaling suite; the last is MPII, training and validation."""
+DEFAULTS = {"shuffle_buffer": 1024, "seed": 0, "rank": 0, "ranks": 1, "first_step": 0, "state": b""}
+
+
+def loader_cases(originals: ShardSet, crops: ShardSet, load: Load) -> list[Case]:
+    """Augmented batches with heatmaps, on the device; first princeton-vl's steps, re-created."""
+    way = f"dali on {load.device.type}"
+    ways: list[tuple[str, ShardSet, Preset, batches.LoaderName]] = [
+        ("opencv, originals, princeton preset", originals, PRESETS["princeton"], "opencv"),
+        ("opencv, originals, its draws, one warp", originals, PRINCETONS_DRAWS, "opencv"),
+        ("opencv, crops, its draws, one warp", crops, PRINCETONS_DRAWS, "opencv"),
+        ("opencv, originals, hrnet", originals, PRESETS["hrnet"], "opencv"),
+        ("opencv, crops, hrnet", crops, PRESETS["hrnet"], "opencv"),
+    ]
+    if importlib.util.find_spec("nvidia"):
+        ways.append((f"{way}, originals, hrnet", originals, PRESETS["hrnet"], "dali"))
+        ways.append((f"{way}, crops, hrnet", crops, PRESETS["hrnet"], "dali"))
+    return [
+        princeton_case(originals, load),
+        *(loader_case(name, shards, preset, which, load) for name, shards, preset, which in ways),
+    ]
+
+
+def princeton_case(originals: ShardSet, load: Load) -> Case:
+    """The denominator: everything in the workers, then images and heatmaps to the device."""
+
+    def start() -> Callable[[], object]:
+        ready = princeton_path.princeton_batches(
+            originals, load.input_px, load.batch_size, load.workers
+        )
+        return lambda: [tensor.to(load.device, non_blocking=True) for tensor in next(ready)]
+
+    return _case("princeton-vl's steps, re-created", start, princeton_path.PREFETCH, load)
+
+
+def loader_case(
+    name: str, shards: ShardSet, preset: Preset, which: batches.LoaderName, load: Load
+) -> Case:
+    """Batches of a loader of this project, finished on the device."""
+    target = Target(preset, "exact", 1.0, load.input_px, MPII)
+
+    def start() -> Callable[[], object]:
+        loader = batches.train_loader(
+            shards, preset, loader=which, device=load.device, input_px=load.input_px,
+            batch_size=load.batch_size, workers=load.workers,
+            **DEFAULTS,  # type: ignore[arg-type]
+        )  # fmt: skip
+        return lambda: batches.finish(loader.next(), target, load.device)
+
+    return _case(name, start, opencv_crops.PREFETCH, load)
+
+
+def _case(name: str, start: Callable[[], Callable[[], object]], prefetch: int, load: Load) -> Case:
+    """start: makes a loader and returns what makes the next batch; each turn has its own."""
+    running: list[Callable[[], object]] = []
+
+    def prepare() -> None:
+        running.append(start())
+        for _ in range(prefetch * max(load.workers, 1) + 1):
+            running[0]()
+
+    def run() -> int:
+        for _ in range(load.steps):
+            running[0]()
+        return load.steps * load.batch_size
+
+    return Case(name, run, prepare, running.clear)
+
+
+def scaling(
+    folder: Path, load: Load, rounds: int, sizes: tuple[int, ...] = SIZES
+) -> tuple[list[Result], list[dict[str, Any]]]:
+    """Results a size, and a dict a size of start-up seconds and peak memory.
+
+    Each size is started in a process of its own, so that memory is its own.
+    """
+    most = make_many(folder / "many", max(sizes))
+    splits = {size: first_shards(most, folder / str(size), size) for size in sizes}
+    context = multiprocessing.get_context("spawn")
+    facts = []
+    for split in splits.values():
+        with ProcessPoolExecutor(1, context) as pool:
+            facts.append(pool.submit(start_up, split.folder, load).result())
+    cases = [
+        loader_case(
+            f"opencv, crops, {len(split):,} people", split, PRINCETONS_DRAWS, "opencv", load
+        )
+        for split in splits.values()
+    ]
+    return take_turns(cases, rounds, load.device), facts
+
+
+def start_up(folder: Path, load: Load) -> dict[str, Any]:
+    """Open a split, check its records and make batches; runs in a process of its own."""
+    torch.set_num_threads(1)
+    began = time.perf_counter()
+    shards = ShardSet(folder)
+    shards.records()
+    loader = batches.train_loader(
+        shards, PRINCETONS_DRAWS, loader="opencv", device=load.device, input_px=load.input_px,
+        batch_size=load.batch_size, workers=load.workers, **DEFAULTS,  # type: ignore[arg-type]
+    )  # fmt: skip
+    target = Target(PRINCETONS_DRAWS, "exact", 1.0, load.input_px, MPII)
+    batches.finish(loader.next(), target, load.device)
+    seconds, peak = time.perf_counter() - began, 0.0
+    for _ in range(40):
+        batches.finish(loader.next(), target, load.device)
+        peak = max(peak, memory_mib())
+    return {"people": len(shards), "start_up_s": seconds, "peak_mib": peak}
+
+
+def scaling_table(facts: list[dict[str, Any]]) -> str:
+    """Lines of what `scaling` found beside the rates."""
+    lines = ["scaling: people, seconds from opening the shards to the first batch, MiB at most"]
+    lines += [
+        f"  {fact['people']:>7,}  {fact['start_up_s']:>6.2f} s  {fact['peak_mib']:>7.0f} MiB"
+        for fact in facts
+    ]
+    return "\n".join(lines)

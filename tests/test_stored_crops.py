@@ -1,0 +1,346 @@
+"""Shards of crops: the region holds all that a preset reaches, and its pixels are the picture's."""
+
+import json
+import math
+import shutil
+import sys
+from contextlib import nullcontext
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import pack_arguments, write_h5, write_jpeg
+
+import evaluate
+import train
+from configs.errors import InputError
+from configs.mpii import MPII
+from evaluation import report
+from pipelines import batches, geometry, stored_crops
+from pipelines.augment import PRESETS, Distribution, Draw, Preset, draw
+from pipelines.batches import Target, still_batches
+from pipelines.opencv_crops import crop_person, decode
+from pipelines.shards import (
+    CropRule,
+    Records,
+    ShardSet,
+    read_manifest,
+    unpack_records,
+)
+from pipelines.stored_crops import Region
+from tools.make_shards import main
+
+RULE = CropRule(preset="hrnet", reach=1.25 * math.sqrt(2), person_px=96, quality=95)
+WIDTH, HEIGHT = 640, 360
+# Where boxes lie: in the middle, over each border, over a corner, larger than the picture, tiny.
+CENTERS_AND_SIDES = [
+    (300.3, 170.8, 200), (10.2, 200.0, 180), (630.9, 100.0, 300), (320.0, 2.0, 150),
+    (200.7, 355.0, 220), (0.0, 0.0, 260), (320.5, 180.5, 2500), (150.25, 80.75, 7),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def crop_shards(tiny_set, tmp_path_factory):
+    """The tiny set as crops that hrnet reaches, of at most 64 px a person."""
+    output = tmp_path_factory.mktemp("crops") / "tiny"
+    assert main(pack_arguments(tiny_set, output, "--packing", "crop", "--person-px", 64)) == 0
+    return output
+
+
+def smooth_picture() -> np.ndarray:
+    """(HEIGHT, WIDTH, 3) without fine detail, so that nothing aliases; no two places alike."""
+    y, x = np.mgrid[:HEIGHT, :WIDTH].astype(float)
+    waves = [np.sin(x / 97 + y / 131), np.cos(x / 113 - y / 79), np.sin(y / 61 - x / 211)]
+    return (127 + 100 * np.stack(waves, axis=-1)).round().astype(np.uint8)
+
+
+def record_of_person(x: float, y: float, side: float, part: Region | None) -> Records:
+    values = np.zeros((1, 13))
+    affine = part.image_from_stored if part else (1, 0, 0, 0, 1, 0)
+    values[0, 1:4], values[0, 7:13] = (x, y, side / 200), affine
+    return unpack_records(values)
+
+
+def strongest(name: str) -> list[Draw]:
+    """The largest scale at the angles that see furthest, mirrored too, and the smallest."""
+    preset = PRESETS[name]
+    low, high = preset.scale.low, preset.scale.high
+    low, high = (2**low, 2**high) if preset.scale_is_log2 else (low, high)
+    most = preset.rotation_deg.high
+    turns = {min(45.0, most), -min(45.0, most), most, 0.0}
+    return [Draw(high, turn, flip) for turn in turns for flip in (0.0, 1.0)] + [Draw(low, most)]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    # sqrt 2 at 45 degrees; cos 30 + sin 30 = (sqrt 3 + 1) / 2; cos 15 + sin 15 = sqrt 6 / 2.
+    [("newell", 2.0), ("hrnet", 1.25 * 2**0.5), ("princeton", 1.25 * (3**0.5 + 1) / 2),
+     ("mild", 1.15 * 6**0.5 / 2), ("none", 1.0)],
+)  # fmt: skip
+def test_reach_is_the_hull_of_the_box_at_the_worst_draw(name, expected):
+    assert stored_crops.reach(PRESETS[name]) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", ["newell", "hrnet", "mild", "none"])
+def test_no_draw_of_a_preset_sees_beyond_its_reach(name):
+    """Corners of the input, carried back to the picture, of a thousand draws."""
+    rng, corners = np.random.default_rng(0), np.array([[-0.5, -0.5], [255.5, -0.5]])
+    corners = np.concatenate([corners, 255 - corners])
+    half = 100 * stored_crops.reach(PRESETS[name]) + 1e-6
+    for drawn in [draw(PRESETS[name], rng) for _ in range(1000)]:
+        matrix = geometry.input_from_image(
+            (0.0, 0.0), 1.0, 256, drawn.scale, drawn.rotation_deg, bool(drawn.flip)
+        )
+        assert np.abs(geometry.transform(np.linalg.inv(matrix), corners)).max() <= half
+
+
+def test_stored_pixels_are_means_of_the_areas_they_cover():
+    """Whole factors, by hand: 4 columns and 3 rows of the picture make a stored pixel."""
+    image = np.random.default_rng(0).integers(0, 256, (90, 160, 3), dtype=np.uint8)
+    part = Region(left=16, top=30, right=96, bottom=60, width=20, height=10)
+    stored = stored_crops.shrink(image, part)
+    means = image[30:60, 16:96].reshape(10, 3, 20, 4, 3).mean(axis=(1, 3))
+    np.testing.assert_allclose(stored, means, atol=0.5 + 1e-6)
+    # The centre of the first area: columns 16..19 and rows 30..32.
+    assert part.image_from_stored == (4.0, 0.0, 17.5, 0.0, 3.0, 31.0)
+
+
+@pytest.mark.parametrize(("x", "y", "side"), CENTERS_AND_SIDES)
+def test_stored_people_are_small_enough_and_never_enlarged(x, y, side):
+    part = stored_crops.region((x, y), side / 200, WIDTH, HEIGHT, RULE)
+    assert 0 <= part.left < part.right <= WIDTH and 0 <= part.top < part.bottom <= HEIGHT
+    a, _, _, _, d, _ = part.image_from_stored
+    assert side / a <= RULE.person_px and side / d <= RULE.person_px and min(a, d) >= 1
+    # As fine as promised, but for rounding to whole stored pixels.
+    assert a <= max(1, side / RULE.person_px) * (1 + 1 / part.width)
+    reached = RULE.reach * side / 2
+    assert part.left <= max(0, x - reached) and part.right >= min(WIDTH, x + reached)
+    assert part.top <= max(0, y - reached) and part.bottom >= min(HEIGHT, y + reached)
+
+
+@pytest.mark.parametrize("name", ["hrnet", "mild"])
+@pytest.mark.parametrize(("x", "y", "side"), CENTERS_AND_SIDES)
+def test_crops_equal_those_of_the_whole_picture_at_the_strongest_draws(x, y, side, name):
+    """1 grey level on average; more only in the seam where the picture ends and black begins."""
+    image = smooth_picture()
+    part = stored_crops.region((x, y), side / 200, WIDTH, HEIGHT, RULE)
+    stored = stored_crops.shrink(image, part)
+    inside = np.full((HEIGHT, WIDTH, 3), 255, np.uint8)
+    for drawn in strongest(name):
+        crops = []
+        for picture, of in ((image, None), (stored, part), (inside, None)):
+            record = record_of_person(x, y, side, of)
+            crops.append(crop_person(picture, record, drawn, PRESETS[name], 96)[0].astype(int))
+        whole, from_stored, mask = crops
+        seam_px = 2 * max(1.0, side / RULE.person_px / (side * drawn.scale / 96)) + 1
+        size = 2 * math.ceil(seam_px) + 1
+        border = cv2.morphologyEx(
+            mask[..., 0].astype(np.uint8), cv2.MORPH_GRADIENT, np.ones((size, size), np.uint8)
+        )
+        difference = np.abs(whole - from_stored)[border == 0]
+        assert difference.size > 0.3 * 96 * 96 * 3
+        assert difference.mean() <= 1 and difference.max() <= 6, drawn
+
+
+def test_a_region_too_small_for_the_draws_would_show():
+    """The comparison above can fail: with a reach of 1 a turned crop has black corners."""
+    small = CropRule(preset="none", reach=1.0, person_px=96, quality=95)
+    part = stored_crops.region((300.3, 170.8), 1.0, WIDTH, HEIGHT, small)
+    stored = stored_crops.shrink(smooth_picture(), part)
+    crop, _ = crop_person(
+        stored, record_of_person(300.3, 170.8, 200, part), Draw(1.25, 45.0), PRESETS["hrnet"], 96
+    )
+    assert (crop == 0).all(axis=-1).mean() > 0.2
+
+
+@pytest.mark.parametrize(("x", "y"), [(-900.0, 100.0), (3000.0, 3000.0), (300.0, -5000.0)])
+def test_a_person_outside_the_picture_gives_a_black_crop(x, y):
+    image = np.full((HEIGHT, WIDTH, 3), 200, np.uint8)
+    part = stored_crops.region((x, y), 1.0, WIDTH, HEIGHT, RULE)
+    jpeg = stored_crops.crop_jpeg(cv2.imencode(".jpg", image)[1].tobytes(), part, 95)
+    stored = decode(jpeg, "stored")
+    assert stored.shape == (part.height, part.width, 3)
+    crop, _ = crop_person(
+        stored, record_of_person(x, y, 200, part), Draw(1.25, 45.0), PRESETS["hrnet"], 96
+    )
+    assert (crop == 0).all()
+
+
+def test_a_whole_picture_keeps_its_bytes():
+    jpeg = cv2.imencode(".jpg", smooth_picture()[:50, :60])[1].tobytes()
+    part = stored_crops.region((30, 25), 0.4, 60, 50, RULE)
+    assert part == Region(0, 0, 60, 50, 60, 50)
+    assert stored_crops.crop_jpeg(jpeg, part, 95) == jpeg
+
+
+# Packed by tools/make_shards.py
+
+
+def test_records_of_crops_are_those_of_the_originals_but_for_the_picture(tiny_shards, crop_shards):
+    for split in ("train", "valid"):
+        original, crops = ShardSet(tiny_shards / split), ShardSet(crop_shards / split)
+        a, b = original.records(), crops.records()
+        assert len(a) > 4
+        np.testing.assert_array_equal(np.delete(a, range(5, 13), 1), np.delete(b, range(5, 13), 1))
+        for sample in range(len(crops)):
+            stored = decode(crops.jpeg(sample), "stored")
+            assert b[sample, 5:7].tolist() == [stored.shape[1], stored.shape[0]]
+            assert original.facts(sample)["image"] == crops.facts(sample)["image"]
+        assert crops.manifest.max_width == b[:, 5].max() < a[:, 5].max()
+        assert crops.manifest.max_height == b[:, 6].max()
+
+
+def test_joints_are_the_same_through_stored_pixels_and_back(crop_shards):
+    fields = unpack_records(ShardSet(crop_shards / "train").records())
+    assert len(fields.row_N) == 12
+    image_from_stored = np.tile(np.eye(3), (12, 1, 1))
+    image_from_stored[:, :2] = fields.image_from_stored_N23
+    there = geometry.transform(np.linalg.inv(image_from_stored), fields.joints_NJ2)
+    assert np.abs(there - fields.joints_NJ2).max() > 10  # they are different pixels
+    back = geometry.transform(image_from_stored, there)
+    np.testing.assert_allclose(back, fields.joints_NJ2, atol=1e-4)
+
+
+def test_the_manifest_says_what_was_stored(crop_shards, tiny_shards):
+    manifest = read_manifest(crop_shards / "train")
+    assert manifest.packing == "crop" and manifest.format_version == 1
+    rule = manifest.crop
+    assert rule is not None and (rule.preset, rule.person_px, rule.quality) == ("hrnet", 64, 95)
+    assert rule.reach == pytest.approx(1.25 * 2**0.5)
+    assert read_manifest(tiny_shards / "train").crop is None
+
+
+def test_a_manifest_from_before_there_were_crops_is_read(tiny_shards, tmp_path):
+    folder = shutil.copytree(tiny_shards / "valid", tmp_path / "old")
+    raw = json.loads((folder / "manifest.json").read_text())
+    del raw["crop"]
+    (folder / "manifest.json").write_text(json.dumps(raw))
+    assert len(ShardSet(folder)) == 5
+
+
+def test_an_interrupted_packing_of_crops_is_not_continued_with_another_size(tiny_set, crop_shards):
+    again = pack_arguments(tiny_set, crop_shards, "--packing", "crop", "--person-px", 64)
+    assert main(again) == 0
+    with pytest.raises(InputError, match="another packing"):
+        main(pack_arguments(tiny_set, crop_shards, "--packing", "crop", "--person-px", 96))
+
+
+def test_people_at_the_limits_are_packed_and_cropped(tmp_path):
+    """Outside the picture, tiny, and far larger than the picture: everybody has a crop."""
+    cases = [(-400.0, 50.0, 0.5), (60.0, 40.0, 0.02), (60.0, 40.0, 30.0), (119.0, 79.0, 0.4)]
+    count = len(cases)
+    picture = np.random.default_rng(0).integers(60, 256, (80, 120, 3), dtype=np.uint8)
+    write_jpeg(tmp_path / "images" / "a.jpg", picture)
+    columns = {
+        "imgname": np.array([b"a.jpg"] * count), "center": np.array([c[:2] for c in cases]),
+        "scale": np.array([c[2] for c in cases]), "part": np.full((count, 16, 2), 50.0),
+        "visible": np.ones((count, 16)), "normalize": np.ones(count),
+    }  # fmt: skip
+    write_h5(tmp_path / "annot" / "train.h5", columns)
+    main(pack_arguments(tmp_path, tmp_path / "out", "--packing", "crop", "--splits", "train"))
+    split = ShardSet(tmp_path / "out" / "train")
+    means = {}
+    for sample in range(count):
+        record = unpack_records(split.record(sample)[None])
+        image = decode(split.jpeg(sample), "stored")
+        crop, _ = crop_person(image, record, Draw(), PRESETS["hrnet"], 64)
+        means[int(record.row_N[0])] = crop.mean()
+    assert means[0] == 0 and means[1] > 60 and 0 < means[2] < 10 and 20 < means[3] < 60
+
+
+# What they are refused for
+
+
+def test_princetons_crop_is_refused_on_crops(crop_shards, monkeypatch):
+    with pytest.raises(InputError, match="--packing original"):
+        train_settings(monkeypatch, crop_shards, "princeton")
+
+
+@pytest.mark.parametrize("name", ["newell"])
+def test_a_preset_that_reaches_further_is_refused_before_anything_is_written(
+    name, crop_shards, monkeypatch, tmp_path
+):
+    with pytest.raises(InputError, match=r"2\.000 x"):
+        train_settings(monkeypatch, crop_shards, name, tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
+def train_settings(monkeypatch, shards, preset: str, out="runs-never-made") -> None:
+    words = ["train.py", "--data.shards", shards, "--data.preset", preset, "--train.out", out,
+             "--train.device", "cpu"]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", [str(word) for word in words])
+    train.main()
+
+
+def test_evaluation_with_princetons_crop_is_refused_on_crops(crop_shards, tiny_shards):
+    target = Target(PRESETS["princeton"], "princeton", 1.0, 64, MPII)
+    for shards, fits in ((tiny_shards, True), (crop_shards, False)):
+        split = ShardSet(shards / "valid")
+        with nullcontext() if fits else pytest.raises(InputError, match="princeton's crop"):
+            still_batches(
+                split, np.arange(5), target, loader="opencv", device=torch.device("cpu"),
+                batch_size=5, workers=0,
+            )  # fmt: skip
+
+
+def test_pictures_of_predictions_show_the_same_people(tiny_shards, crop_shards):
+    sheets = []
+    for shards in (tiny_shards, crop_shards):
+        people, samples = ShardSet(shards / "valid").people()
+        source = ShardSet(shards / "valid")
+        sheets.append(report.draw_people(source, samples, people, people.joints, MPII))
+    assert sheets[0].shape == sheets[1].shape and sheets[0].std() > 30
+    # The pictures are noise of 12 grey levels, which shrinking smooths.
+    assert np.abs(sheets[0].astype(int) - sheets[1]).mean() < 12
+    shifted = np.roll(sheets[0], 20, axis=1)
+    assert np.abs(shifted.astype(int) - sheets[1]).mean() > 18
+
+
+def test_packing_for_princetons_preset_is_refused(tiny_set, tmp_path):
+    with pytest.raises(InputError, match="--packing original"):
+        main(pack_arguments(tiny_set, tmp_path / "o", "--packing", "crop", "--reach", "princeton"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_loader_refuses_what_crops_do_not_hold(crop_shards):
+    split = ShardSet(crop_shards / "train")
+    far = Preset(Distribution("uniform", 1, 1.8), False, PRESETS["mild"].rotation_deg, 0, 0, "none")
+    for loader in ("opencv", "dali"):
+        with pytest.raises(InputError, match=r"1\.800 x"):
+            batches.train_loader(
+                split, far, loader=loader, device=torch.device("cpu"), input_px=64, batch_size=2,
+                workers=0, shuffle_buffer=0, seed=0, rank=0, ranks=1, first_step=0, state=b"",
+            )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["hrnet", "mild", "none"])
+def test_dali_makes_opencvs_crops_of_crops(name, crop_shards):
+    pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed")
+    from test_dali_crops import compare
+
+    grey, joints = compare(ShardSet(crop_shards / "train"), name, "cpu", 64, steps=4, size=5)
+    assert grey.size == 4 * 5 * 64 * 64 * 3
+    assert grey.mean() <= 0.5 and np.percentile(grey, 99.9) <= 6
+    assert joints <= 0.01
+
+
+def test_training_says_what_it_is_shown():
+    assert train.describe_pictures(None, 256) == "originals"
+    assert train.describe_pictures(RULE, 96).endswith("hrnet reaches, 96 px a person at most")
+    assert "enlarged for data.input_px 128" in train.describe_pictures(RULE, 128)
+
+
+def test_a_network_trains_and_is_evaluated_on_crops(crop_shards, monkeypatch, tmp_path, capsys):
+    words = ["train.py", "--data.shards", crop_shards, "--train.out", tmp_path, "--train.name", "c",
+             "--train.steps", 2, "--train.steps_per_epoch", 2, "--data.batch_size", 4,
+             "--data.input_px", 64, "--data.workers", 0, "--model.stacks", 1, "--model.width", 8,
+             "--model.depth", 2, "--model.stem", "[4,8,8]", "--train.device", "cpu"]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", [str(word) for word in words])
+    train.main()
+    assert "crops as far as hrnet reaches, 64 px a person" in capsys.readouterr().out
+    words = ["evaluate.py", "--checkpoint", tmp_path / "c" / "last.pt", "--device", "cpu",
+             "--workers", 0, "--picture", tmp_path / "p.png"]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", [str(word) for word in words])
+    evaluate.main()
+    assert "5 people" in capsys.readouterr().out and (tmp_path / "p.png").is_file()
