@@ -1,5 +1,6 @@
-"""Checkpoints: tensors and plain values only, written beside, renamed, read without unpickling."""
+"""Checkpoints: tensors and plain values only, sealed, written beside, renamed, never unpickled."""
 
+import errno
 import os
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,13 @@ from configs.schema import (
 from configs.skeleton import Skeleton
 from model import bearpaw, princeton
 from model.hourglass import StackedHourglass
+from training import seal
 
 FORMAT = "stacked-hourglass-checkpoint"
 FORMAT_VERSION = 1
 
 State = dict[str, Any]
+_USE_ANOTHER = "use another checkpoint of the run: last.pt, one of step_*.pt, best.pt"
 
 
 def save(path: Path, state: State) -> None:
@@ -36,22 +39,41 @@ def save(path: Path, state: State) -> None:
 
 
 def write(path: Path, raw: State) -> None:
-    """The same for a checkpoint in anybody's format."""
+    """The same for a checkpoint in anybody's format. Raises OSError."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("w+b") as file:
             torch.save(raw, file)
+            seal.seal(file)
             file.flush()
             os.fsync(file.fileno())
-        temporary.rename(path)
+        temporary.replace(path)
+        sync_folder(path.parent)
+    except RuntimeError as error:  # torch's writer hides what the file said
+        raise OSError(errno.EIO, f"torch.save failed: {str(error)[:120]}", str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Put a folder's names on the disk; a renamed file is safe only then."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that has no such thing
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def load(path: Path) -> State:
     """Read a checkpoint onto the CPU. Raises InputError; never runs code from the file."""
     if not path.is_file():
         raise InputError(path, "no such file", "a checkpoint (last.pt, best.pt)", "give its path")
+    damage = seal.damage(path)
+    if damage:
+        raise InputError(path, damage, "a file as training wrote it", _USE_ANOTHER)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError:
@@ -61,7 +83,7 @@ def load(path: Path) -> State:
             path,
             f"not readable as a checkpoint ({type(error).__name__}: {str(error)[:120]})",
             "a file that training wrote",
-            "use another checkpoint of the run, such as last.pt or best.pt",
+            _USE_ANOTHER,
         ) from error
     foreign = _foreign(state, path)
     if foreign is not None:

@@ -1,12 +1,13 @@
 """Where and how a process computes: its rank, device, precision and seed."""
 
+import hashlib
+import json
 import os
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import socket
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +15,9 @@ import torch.distributed as dist
 
 from configs.errors import InputError
 from pipelines.opencv_crops import usable_cores
+
+SPEAK_AFTER = timedelta(seconds=3)
+"""How long a rank leaves it to the first one to show a message."""
 
 
 class Runtime(NamedTuple):
@@ -117,6 +121,12 @@ def seed_everything(seed: int, rank: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence([seed, rank]).generate_state(1)[0]))
 
 
+def is_lost_rank(error: RuntimeError, runtime: Runtime) -> bool:
+    """Whether the ranks could not meet, because one is gone. It has said why, if it could."""
+    from_gloo = "gloo" in str(error).lower()
+    return runtime.ranks > 1 and (isinstance(error, dist.DistError) or from_gloo)
+
+
 def barrier(runtime: Runtime) -> None:
     """Wait for the other ranks."""
     if runtime.ranks > 1:
@@ -142,28 +152,77 @@ def gather_bytes(data: bytes, runtime: Runtime) -> list[bytes]:
     """Every rank's bytes, in the order of the ranks, on every rank."""
     if runtime.ranks == 1:
         return [data]
-    gathered: list[bytes] = [b""] * runtime.ranks
-    dist.all_gather_object(gathered, data)
+    lengths = _gather(torch.tensor([len(data)], device=runtime.device), runtime)
+    longest = int(torch.cat(lengths).max())
+    padded = np.frombuffer(data.ljust(longest, b"\0"), dtype=np.uint8).copy()
+    parts = _gather(torch.from_numpy(padded).to(runtime.device), runtime) if longest else lengths
+    return [
+        part.cpu().numpy().tobytes()[: int(length)]
+        for part, length in zip(parts, lengths, strict=True)
+    ]
+
+
+def _gather(tensor: torch.Tensor, runtime: Runtime) -> list[torch.Tensor]:
+    gathered = [torch.empty_like(tensor) for _ in range(runtime.ranks)]
+    dist.all_gather(gathered, tensor)
     return gathered
 
 
-@contextmanager
-def signals_noted() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in the list instead of ending; a second one ends as usual."""
-    noted: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield noted  # signals can be handled in the main thread alone
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+def decided_by_first(decide: Callable[[], Any], runtime: Runtime) -> Any:
+    """What the first rank decides, on every rank; plain values. Its InputError is raised on all."""
+    answer: dict[str, Any] = {}
+    if runtime.is_first:
+        try:
+            answer = {"value": decide()}
+        except InputError as error:
+            answer = {"error": error.args}
+    answer = json.loads(gather_bytes(json.dumps(answer).encode(), runtime)[0])
+    if "error" in answer:
+        raise InputError(*answer["error"])
+    return answer["value"]
 
-    def note(number: int, frame: object) -> None:
-        noted.append(number)
-        signal.signal(number, before[signal.Signals(number)])
 
-    for number in before:
-        signal.signal(number, note)
+def under_torchrun() -> bool:
+    """Whether torchrun started this process, and would start it again."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def launchers(runtime: Runtime) -> list[str]:
+    """The torchrun processes that started the ranks, by host, number and time of start.
+
+    They outlive the ranks that they start again. Empty without torchrun.
+    """
+    if not under_torchrun():
+        return []
+    parent = os.getppid()
+    try:  # the 22nd field, counted behind the program's name, which may hold spaces
+        began = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        began = "?"
+    mine = f"{socket.gethostname()} {parent} {began}"
+    return sorted({name.decode() for name in gather_bytes(mine.encode(), runtime)})
+
+
+def first_to_say(text: str) -> bool:
+    """Whether no other rank says the same text. The ranks ask in torchrun's store.
+
+    The first rank always speaks. Another one waits whether it does, because torchrun can be told to
+    show the first rank alone.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return True
+    words = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT')} {text}"
+    key = "said/" + hashlib.sha256(words.encode()).hexdigest()
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
-        yield noted
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        store = dist.TCPStore(host, port, is_master=False, timeout=SPEAK_AFTER)
+        if os.environ["RANK"] == "0":
+            store.set(key, "")
+            return True
+        try:
+            store.wait([key], SPEAK_AFTER)
+        except dist.DistStoreError:
+            return store.add(key + "/others", 1) == 1
+    except (RuntimeError, OSError):  # torchrun is gone; better twice than never
+        return True
+    return False
