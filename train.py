@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser
 from configs.errors import EXIT_RESUME, InputError, run_main
 from configs.schema import add_config_options, parse_config
 from pipelines.batches import choose_loader
-from training import checkpoint, keeping, runtime
+from training import checkpoint, keeping, runtime, torchrun
 from training.checkpoint import State
 from training.keeping import BEST, LAST, RESUME_ME
 from training.loop import Run
@@ -23,10 +23,11 @@ def main() -> int:
     config, options = parse_config(make_parser(), sys.argv[1:])
     if options["resume"] not in (None, AUTO) and options["init_from"]:
         raise InputError("command line", "--resume and --init_from", "one of them", "leave one out")
-    place = runtime.start(config.train.device, config.train.precision)
     try:
+        place = runtime.start(config.train.device, config.train.precision)
         folder = Path(config.train.out) / config.train.name
-        launchers = runtime.launchers(place)
+        launcher = torchrun.launcher().encode()
+        launchers = sorted({name.decode() for name in runtime.gather_bytes(launcher, place)} - {""})
         source, remarks = runtime.decided_by_first(
             lambda: find_start(folder, options["resume"], launchers), place
         )
@@ -42,11 +43,12 @@ def main() -> int:
         if place.is_first:
             conclude(run)
         # torchrun takes any other code for a failure, and starts the ranks again.
-        return EXIT_RESUME if run.interrupted and not runtime.under_torchrun() else 0
+        return EXIT_RESUME if run.interrupted and not torchrun.started_us() else 0
     except RuntimeError as error:
-        if not runtime.is_lost_rank(error, place):
+        if not runtime.is_lost_rank(error):
             raise
-        print(f"rank {place.rank}: another rank is gone, so this one ends", file=sys.stderr)
+        rank, reason = os.environ["RANK"], str(error).splitlines()[0][:200]
+        print(f"rank {rank}: another rank is gone, so this one ends ({reason})", file=sys.stderr)
         return 1
     finally:
         runtime.stop()
@@ -170,4 +172,4 @@ def conclude(run: Run) -> None:
 if __name__ == "__main__":
     # A worker process that fails must not leave the other ranks waiting in silence.
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
-    run_main(main, runtime.first_to_say)
+    run_main(main, torchrun.first_to_say)

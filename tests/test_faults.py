@@ -309,7 +309,7 @@ def test_a_signal_in_the_last_step_of_an_epoch_leaves_the_validation_for_later(
     assert run.train() == {} and run.interrupted
     state = checkpoint.load(tmp_path / "last.pt")
     assert state["step"] == 2 and state["validation_due"]
-    assert (tmp_path / "resume_me").read_text() == "STOPPED EARLY at step 2 of 4: SIGUSR1. \n"
+    assert (tmp_path / "resume_me").read_text() == "STOPPED EARLY at step 2 of 4: SIGUSR1.\n"
     make_run(
         tiny_config(tiny_shards, train={"steps": 4, "steps_per_epoch": 2}), tmp_path, state
     ).train()

@@ -165,7 +165,7 @@ class Run:
         self.log.say(text + "The same command with --resume continues.")
         if self.interrupted and self.place.is_first:
             try:
-                keeping.ask_to_resume(self.folder, text)
+                keeping.ask_to_resume(self.folder, text.strip())
             except OSError as error:
                 self.log.say(f"{self.folder / keeping.RESUME_ME} cannot be written: {error}")
 

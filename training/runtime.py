@@ -1,11 +1,8 @@
 """Where and how a process computes: its rank, device, precision and seed."""
 
-import hashlib
 import json
 import os
-import socket
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -15,9 +12,7 @@ import torch.distributed as dist
 
 from configs.errors import InputError
 from pipelines.opencv_crops import usable_cores
-
-SPEAK_AFTER = timedelta(seconds=3)
-"""How long a rank leaves it to the first one to show a message."""
+from training import torchrun
 
 
 class Runtime(NamedTuple):
@@ -45,12 +40,15 @@ def start(
     """
     chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    rank = int(os.environ["RANK"]) if ranks > 1 else 0
     if ranks > 1 and not dist.is_initialized():
-        if chosen.type == "cuda":
-            dist.init_process_group("nccl", device_id=chosen)
-        else:
-            dist.init_process_group("gloo")
-    rank = dist.get_rank() if ranks > 1 else 0
+        dist.init_process_group(
+            "nccl" if chosen.type == "cuda" else "gloo",
+            store=torchrun.store_of_this_start(rank, ranks),
+            rank=rank,
+            world_size=ranks,
+            device_id=chosen if chosen.type == "cuda" else None,
+        )
     return Runtime(rank, ranks, chosen, choose_dtype(precision, chosen))
 
 
@@ -121,10 +119,11 @@ def seed_everything(seed: int, rank: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence([seed, rank]).generate_state(1)[0]))
 
 
-def is_lost_rank(error: RuntimeError, runtime: Runtime) -> bool:
+def is_lost_rank(error: RuntimeError) -> bool:
     """Whether the ranks could not meet, because one is gone. It has said why, if it could."""
     from_gloo = "gloo" in str(error).lower()
-    return runtime.ranks > 1 and (isinstance(error, dist.DistError) or from_gloo)
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return several and (isinstance(error, dist.DistError) or from_gloo)
 
 
 def barrier(runtime: Runtime) -> None:
@@ -180,49 +179,3 @@ def decided_by_first(decide: Callable[[], Any], runtime: Runtime) -> Any:
     if "error" in answer:
         raise InputError(*answer["error"])
     return answer["value"]
-
-
-def under_torchrun() -> bool:
-    """Whether torchrun started this process, and would start it again."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
-
-
-def launchers(runtime: Runtime) -> list[str]:
-    """The torchrun processes that started the ranks, by host, number and time of start.
-
-    They outlive the ranks that they start again. Empty without torchrun.
-    """
-    if not under_torchrun():
-        return []
-    parent = os.getppid()
-    try:  # the 22nd field, counted behind the program's name, which may hold spaces
-        began = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
-    except OSError:
-        began = "?"
-    mine = f"{socket.gethostname()} {parent} {began}"
-    return sorted({name.decode() for name in gather_bytes(mine.encode(), runtime)})
-
-
-def first_to_say(text: str) -> bool:
-    """Whether no other rank says the same text. The ranks ask in torchrun's store.
-
-    The first rank always speaks. Another one waits whether it does, because torchrun can be told to
-    show the first rank alone.
-    """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return True
-    words = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT')} {text}"
-    key = "said/" + hashlib.sha256(words.encode()).hexdigest()
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    try:
-        store = dist.TCPStore(host, port, is_master=False, timeout=SPEAK_AFTER)
-        if os.environ["RANK"] == "0":
-            store.set(key, "")
-            return True
-        try:
-            store.wait([key], SPEAK_AFTER)
-        except dist.DistStoreError:
-            return store.add(key + "/others", 1) == 1
-    except (RuntimeError, OSError):  # torchrun is gone; better twice than never
-        return True
-    return False

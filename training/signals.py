@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from pipelines.opencv_crops import STOP_SIGNALS
-from training import runtime
+from training import torchrun
 
 PATIENCE_S = 10.0
 """Under torchrun, signals within this time of the first are the same one, forwarded."""
@@ -33,7 +33,7 @@ def noted() -> Iterator[list[int]]:
         first_at = first_at or time.monotonic()
         numbers.append(number)
         late = time.monotonic() - first_at > PATIENCE_S
-        if late or not runtime.under_torchrun():
+        if late or not torchrun.started_us():
             # The kernel deals with the next one, even while an operation of torch goes on.
             for each in STOP_SIGNALS:
                 signal.signal(each, signal.SIG_DFL)
