@@ -118,20 +118,20 @@ def test_ranks_stopped_by_torchrun_and_killed_end_with_the_bytes_of_an_undisturb
 ):
     log, run = tmp_path / "log", tmp_path / "run"
     one_node = torchrun("--standalone", "--nproc-per-node", 2)
-    command = [*one_node, *words(tiny_shards, tmp_path, "run", 200, "--train.steps_per_epoch", 5)]
+    command = [*one_node, *words(tiny_shards, tmp_path, "run", 60, "--train.steps_per_epoch", 5)]
     with started(log, *command) as process:
         wait_until(lambda: last_step(run) >= 7, process, log)
         process.send_signal(signal.SIGTERM)  # which it forwards
         process.wait(PATIENCE_S)
     stopped = checkpoint.load(run / "last.pt")["step"]
-    assert f"STOPPED EARLY at step {stopped} of 200: SIGTERM." in (run / "resume_me").read_text()
+    assert f"STOPPED EARLY at step {stopped} of 60: SIGTERM." in (run / "resume_me").read_text()
     with started(log, *command, "--resume", "auto") as process:
         wait_until(lambda: last_step(run) > stopped + 5, process, log)
         assert not (run / "resume_me").exists()
         os.kill(children(process.pid)[1], signal.SIGKILL)
         assert process.wait(PATIENCE_S) == 0, log.read_text()[-4000:]
     assert "torchrun started the ranks again: continuing from" in log.read_text()
-    quiet = [*one_node, *words(tiny_shards, tmp_path, "quiet", 200, "--train.steps_per_epoch", 5)]
+    quiet = [*one_node, *words(tiny_shards, tmp_path, "quiet", 60, "--train.steps_per_epoch", 5)]
     with started(log, *quiet) as process:
         assert process.wait(PATIENCE_S) == 0, log.read_text()[-4000:]
     assert_same_weights(run / "last.pt", tmp_path / "quiet" / "last.pt")

@@ -314,3 +314,12 @@ def test_a_signal_in_the_last_step_of_an_epoch_leaves_the_validation_for_later(
         tiny_config(tiny_shards, train={"steps": 4, "steps_per_epoch": 2}), tmp_path, state
     ).train()
     assert [line["step"] for line in metrics(tmp_path, "valid")] == [2, 4]
+
+
+def test_a_rank_whose_torchrun_is_gone_ends_with_a_checkpoint(tiny_shards, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    run = make_run(tiny_config(tiny_shards, train={"steps": 50, "steps_per_epoch": 50}), tmp_path)
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    run.train()
+    assert run.interrupted and checkpoint.load(tmp_path / "last.pt")["step"] == 1
+    assert "torchrun is gone" in (tmp_path / "resume_me").read_text()

@@ -5,6 +5,7 @@ and read once every `train.log_every` steps, so that the host does not wait for 
 """
 
 import math
+import os
 import signal
 import time
 from pathlib import Path
@@ -25,7 +26,7 @@ from pipelines import batches
 from pipelines.augment import preset_of
 from pipelines.batches import Batch, Target
 from pipelines.shards import ShardSet
-from training import checkpoint, keeping, resuming, runtime, signals
+from training import checkpoint, keeping, resuming, runtime, signals, torchrun
 from training.checkpoint import State
 from training.guard import Guard
 from training.keeping import BEST, LAST
@@ -86,7 +87,7 @@ class Run:
             self.average = Average(self.network, config.optim.ema_decay)
         self.loader = self._make_loader(loader_state)
         self.forward = self._wrap()
-        self.interrupted, self.unsaved = False, ""
+        self.interrupted, self.unsaved, self.parent = False, "", os.getppid()
         self.guard = Guard(self.network, self.train_shards, folder, config.train.max_bad_steps)
 
     def restart_average(self) -> None:
@@ -120,7 +121,8 @@ class Run:
                 at_line = self.step % train.log_every == 0
                 # Ranks on GPUs meet here at a line alone, for to meet is to wait for the GPU.
                 if at_epoch or at_line or place.ranks == 1 or place.device.type == "cpu":
-                    self.interrupted = runtime.any_rank(bool(noted), place)
+                    asked = bool(noted) or torchrun.is_gone(self.parent)
+                    self.interrupted = runtime.any_rank(asked, place)
                 if not (at_epoch or at_line or self.interrupted):
                     continue
                 self._report(totals)
@@ -160,7 +162,8 @@ class Run:
             return
         why = f"train.max_minutes {train.max_minutes} is over"
         if self.interrupted:
-            why = signal.Signals(noted[0]).name if noted else "a signal to another rank"
+            other = "torchrun is gone, or a signal reached another rank"
+            why = signal.Signals(noted[0]).name if noted else other
         text = f"STOPPED EARLY at step {self.step} of {train.steps}: {why}. "
         self.log.say(text + "The same command with --resume continues.")
         if self.interrupted and self.place.is_first:

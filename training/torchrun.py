@@ -20,6 +20,14 @@ def started_us() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
+def is_gone(parent: int) -> bool:
+    """Whether the torchrun that started this rank has died. parent: os.getppid() at the start.
+
+    A rank without one must end: nobody would end it when the run is started again.
+    """
+    return started_us() and os.getppid() != parent
+
+
 def launcher() -> str:
     """The torchrun process that started this rank: host, number, time of start. Empty without one.
 
