@@ -57,6 +57,8 @@ def write(path: Path, raw: State) -> None:
 
 def sync_folder(folder: Path) -> None:
     """Put a folder's names on the disk; a renamed file is safe only then."""
+    if os.name != "posix":
+        return  # a folder cannot be opened
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -69,10 +69,9 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def begin(folder: Path, launchers: list[str]) -> None:
-    """Make a run's folder, note who started it, and take back that it should be resumed."""
+    """Make a run's folder, and note who started it."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / LAUNCHERS).write_text("".join(f"{name}\n" for name in launchers))
-    (folder / RESUME_ME).unlink(missing_ok=True)
 
 
 def was_begun_by(folder: Path, launchers: list[str]) -> bool:
@@ -84,6 +83,11 @@ def was_begun_by(folder: Path, launchers: list[str]) -> bool:
 def ask_to_resume(folder: Path, text: str) -> None:
     """Leave the marker that tells a job script to start the run again. Raises OSError."""
     (folder / RESUME_ME).write_text(text + "\n")
+
+
+def take_back(folder: Path) -> None:
+    """Remove that marker: the run goes on, and would leave it again."""
+    (folder / RESUME_ME).unlink(missing_ok=True)
 
 
 def _name_also(source: Path, target: Path) -> None:

@@ -104,10 +104,10 @@ class Run:
         """
         train, place, started = self.config.train, self.place, time.perf_counter()
         spent_before = self.seconds
-        self.log = self._open_log()
         result: dict[str, Any] = {}
         totals, stop = Totals(place.device), False
         with signals.noted() as noted:
+            self.log = self._open_log()
             if self.validation_due:
                 result = self._finish_epoch()
             while self.step < train.steps and not stop:
@@ -146,6 +146,7 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             schema.save_yaml(self.given, self.folder / "config.yaml")
             self.guard.begin(self.step)
+            keeping.take_back(self.folder)
         log = Log(self.folder, self.place.is_first, self.config.train.steps, self.step)
         for remark in self.remarks:
             log.say(remark)
