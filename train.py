@@ -7,35 +7,50 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from configs.errors import EXIT_INTERRUPTED, InputError, run_main
-from configs.schema import Config, add_config_options, parse_config
+from configs.errors import EXIT_RESUME, InputError, run_main
+from configs.schema import add_config_options, parse_config
 from pipelines.batches import choose_loader
 from pipelines.shards import CropRule
-from training import checkpoint, runtime
+from training import checkpoint, keeping, runtime, torchrun
 from training.checkpoint import State
-from training.loop import BEST, LAST, Run
-from training.runtime import Runtime
+from training.keeping import BEST, LAST, RESUME_ME
+from training.loop import Run
+
+AUTO = "auto"
 
 
 def main() -> int:
     """Read the settings, join the ranks, check or reopen the run's folder, train."""
     config, options = parse_config(make_parser(), sys.argv[1:])
-    if options["resume"] is not None and options["init_from"]:
+    if options["resume"] not in (None, AUTO) and options["init_from"]:
         raise InputError("command line", "--resume and --init_from", "one of them", "leave one out")
-    place = runtime.start(config.train.device, config.train.precision)
     try:
+        place = runtime.start(config.train.device, config.train.precision)
         folder = Path(config.train.out) / config.train.name
-        source = Path(options["resume"]) if options["resume"] else folder / LAST
-        state = open_folder(folder, options["resume"] is not None, source, place)
-        run = Run(config, place, folder, state, source)
-        if options["init_from"]:
+        launcher = torchrun.launcher().encode()
+        launchers = sorted({name.decode() for name in runtime.gather_bytes(launcher, place)} - {""})
+        source, remarks = runtime.decided_by_first(
+            lambda: find_start(folder, options["resume"], launchers), place
+        )
+        state = load_run(Path(source)) if source else None
+        run = Run(config, place, folder, state, Path(source) if source else None)
+        if options["init_from"] and not state:
             start_from(Path(options["init_from"]), run)
+        run.remarks = remarks + run.remarks
         if place.is_first:
-            announce(config, run)
+            keeping.begin(folder, launchers)
+            announce(run)
         run.train()
         if place.is_first:
             conclude(run)
-        return EXIT_INTERRUPTED if run.interrupted else 0
+        # torchrun takes any other code for a failure, and starts the ranks again.
+        return EXIT_RESUME if run.interrupted and not torchrun.started_us() else 0
+    except RuntimeError as error:
+        if not runtime.is_lost_rank(error):
+            raise
+        rank, reason = os.environ["RANK"], str(error).splitlines()[0][:200]
+        print(f"rank {rank}: another rank is gone, so this one ends ({reason})", file=sys.stderr)
+        return 1
     finally:
         runtime.stop()
 
@@ -51,7 +66,9 @@ def make_parser() -> ArgumentParser:
         "--resume",
         nargs="?",
         const="",
-        help="continue the run in its folder, from last.pt or from this checkpoint",
+        metavar="CHECKPOINT | auto",
+        help="continue the run in its folder, from its newest whole checkpoint or from this one; "
+        "auto: if there is one, else begin it, so that one command starts and continues a run",
     )
     parser.add_argument(
         "--init_from",
@@ -61,18 +78,32 @@ def make_parser() -> ArgumentParser:
     return parser
 
 
-def open_folder(folder: Path, resume: bool, source: Path, place: Runtime) -> State | None:
-    """The checkpoint to continue from, or None for a new run. Raises InputError."""
-    if resume:
-        state = checkpoint.load(source)
-        if "optimizer" not in state:
-            raise InputError(
-                source,
-                "weights alone",
-                "a checkpoint of a run, with its optimizer and its place in the data",
-                "begin a new run with --init_from",
-            )
-        return state
+def find_start(folder: Path, resume: str | None, launchers: list[str]) -> tuple[str, list[str]]:
+    """The checkpoint to continue from, empty for a new run; and what is to be said of it.
+
+    resume: None for a new run, empty for the newest whole checkpoint, "auto" for it if there is
+    one, or a path. launchers: who started this run; a restart by torchrun is "auto". Raises
+    InputError.
+    """
+    restarted = keeping.was_begun_by(folder, launchers)
+    given = resume if resume not in (None, "", AUTO) else ""
+    if given and not restarted:
+        return given, []
+    if resume is None and not restarted:
+        _refuse_old_folder(folder)
+        return "", []
+    source, remarks = keeping.newest_whole(folder)
+    if resume == "" and source is None and not restarted:
+        raise InputError(
+            folder / LAST, "no such file", "a checkpoint of the run", "begin it without --resume"
+        )
+    start = str(source or given)
+    why = "torchrun started the ranks again: " if restarted else ""
+    how = f"continuing from {start}" if start else "there is no checkpoint yet, so it begins anew"
+    return start, [*remarks, why + how]
+
+
+def _refuse_old_folder(folder: Path) -> None:
     if folder.exists():
         has_checkpoint = (folder / LAST).exists()
         raise InputError(
@@ -82,9 +113,19 @@ def open_folder(folder: Path, resume: bool, source: Path, place: Runtime) -> Sta
             "choose another --train.name, or "
             + ("continue it with --resume" if has_checkpoint else "remove this folder"),
         )
-    # No rank may make the folder before every rank has looked for it.
-    runtime.barrier(place)
-    return None
+
+
+def load_run(source: Path) -> State:
+    """A checkpoint that a run can continue from. Raises InputError."""
+    state = checkpoint.load(source)
+    if "optimizer" not in state:
+        raise InputError(
+            source,
+            "weights alone",
+            "a checkpoint of a run, with its optimizer and its place in the data",
+            "begin a new run with --init_from",
+        )
+    return state
 
 
 def start_from(path: Path, run: Run) -> None:
@@ -95,8 +136,9 @@ def start_from(path: Path, run: Run) -> None:
         print(f"Other joints: {len(fresh)} tensors start fresh ({fresh[0]}, ...)")
 
 
-def announce(config: Config, run: Run) -> None:
+def announce(run: Run) -> None:
     """Say what is about to happen, the global batch size above all."""
+    config = run.config
     data, model, optim, train = config.data, config.model, config.optim, config.train
     place = run.place
     total = data.batch_size * place.ranks * optim.accumulate
@@ -130,6 +172,8 @@ def conclude(run: Run) -> None:
     written = [run.folder / name for name in (LAST, BEST) if (run.folder / name).exists()]
     print(f"Checkpoints: {', '.join(map(str, written)) or 'none'}")
     print(f"Steps: {run.step:,} of {run.config.train.steps:,}")
+    if run.interrupted:
+        print(f"Stopped by a signal: {run.folder / RESUME_ME} is there until the run goes on")
     if run.best >= 0:
         print(f"Best PCKh@0.5: {100 * run.best:.2f} %")
         print(f"Next: python evaluate.py --checkpoint {run.folder / BEST}")
@@ -138,4 +182,4 @@ def conclude(run: Run) -> None:
 if __name__ == "__main__":
     # A worker process that fails must not leave the other ranks waiting in silence.
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
-    run_main(main)
+    run_main(main, torchrun.first_to_say)

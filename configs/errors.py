@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable
 
 EXIT_BAD_INPUT = 2
+EXIT_RESUME = 75
+"""A signal ended the run, its checkpoint is written: start it again (EX_TEMPFAIL of sysexits.h)."""
 EXIT_INTERRUPTED = 130
 _USERS_TO_MEND = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
 
@@ -34,17 +36,18 @@ class InputError(Exception):
         )
 
 
-def run_main(main: Callable[[], int | None]) -> None:
+def run_main(main: Callable[[], int | None], speaks: Callable[[str], bool] | None = None) -> None:
     """Run a program's main function and leave with its exit code.
 
     InputError becomes a message on stderr and exit code 2, a missing permission and a full disk
-    likewise, Ctrl-C one sentence and 130, a closed pipe (`| head`) silence.
+    likewise, Ctrl-C one sentence and 130, a closed pipe (`| head`) silence. speaks: whether this
+    process is the one to show a message, where several have the same.
     """
     try:
         code = main() or 0
         sys.stdout.flush()
     except InputError as error:
-        code = _fail(str(error))
+        code = _fail(str(error), speaks)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
@@ -54,7 +57,8 @@ def run_main(main: Callable[[], int | None]) -> None:
         code = _fail(
             f"{error.filename or 'writing'}\n  found:    {error.strerror}\n"
             "  expected: a path that this user may use, with space left\n"
-            "  next:     change its permissions, make room, or name another path"
+            "  next:     change its permissions, make room, or name another path",
+            speaks,
         )
     except KeyboardInterrupt:
         print("\nInterrupted; what was finished is kept.", file=sys.stderr)
@@ -62,6 +66,7 @@ def run_main(main: Callable[[], int | None]) -> None:
     sys.exit(code)
 
 
-def _fail(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr, flush=True)
+def _fail(message: str, speaks: Callable[[str], bool] | None) -> int:
+    if speaks is None or speaks(message):
+        print(f"error: {message}", file=sys.stderr, flush=True)
     return EXIT_BAD_INPUT

@@ -114,6 +114,8 @@ class TrainConfig:
     """Steps of the optimizer in all."""
     steps_per_epoch: int = 1_000
     """Steps between validations and checkpoints, the same on every rank."""
+    keep_last: int = 2
+    """Newest checkpoints that are kept, last.pt among them; best.pt is kept besides."""
     max_minutes: float = 0.0
     """Stop after this time since the start, with validation and checkpoint; 0 sets no limit."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
@@ -167,6 +169,7 @@ FIXED_ON_RESUME = {
 FREE_ON_RESUME = {
     "data.shards", "data.workers", "data.loader", "train.name", "train.out", "train.steps",
     "train.max_minutes", "train.device", "train.log_every", "train.steps_per_epoch",
+    "train.keep_last",
 }  # fmt: skip
 
 
@@ -279,6 +282,7 @@ def check_values(config: Config) -> None:
         "optim.accumulate": config.optim.accumulate,
         "train.steps": config.train.steps,
         "train.steps_per_epoch": config.train.steps_per_epoch,
+        "train.keep_last": config.train.keep_last,
         "train.log_every": config.train.log_every,
         "eval.batch_size": config.eval.batch_size,
         "train.max_bad_steps": config.train.max_bad_steps,

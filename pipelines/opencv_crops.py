@@ -6,7 +6,9 @@ A source gives the bytes of a picture and the record of a person; `ShardSet` is 
 
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -25,6 +27,10 @@ from pipelines.shards import Records, record_of, unpack_records
 
 PREFETCH = 4
 """Batches that each worker process makes ahead."""
+STOP_SIGNALS = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
+]
+"""What asks a program to stop. It decides itself when; its workers end with it."""
 
 
 class RawBatch(NamedTuple):
@@ -247,7 +253,9 @@ class CropLoader:
         )
 
     def __iter__(self) -> Iterator[RawBatch]:
-        for batch in self._batches:
+        with _signals_held():
+            batches = iter(self._batches)
+        for batch in batches:
             if isinstance(batch, InputError):
                 raise batch
             yield batch
@@ -279,8 +287,37 @@ def _collate_careful(items: list[Item | InputError]) -> RawBatch | InputError:
     return errors[0] if errors else collate(whole)
 
 
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Hold back the signals that stop a program; processes started meanwhile never get them.
+
+    A mask is inherited, so that there is no moment at which a worker could be hit. One whose parent
+    is gone ends by itself. Where a worker could not hear its parent, SIGTERM is let through.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    held = set(STOP_SIGNALS)
+    if not hasattr(signal, "sigwaitinfo"):
+        held.discard(signal.SIGTERM)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, held)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start_worker(worker: int) -> None:
-    """Leave Ctrl-C to the main process, the other cores to the other workers, and keep buffers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Leave the other cores to the other workers, keep buffers, end when the main process says."""
     cv2.setNumThreads(0)
     keep_freed_memory()
+    if hasattr(signal, "sigwaitinfo"):
+        threading.Thread(target=_end_at_its_word, args=[os.getppid()], daemon=True).start()
+
+
+def _end_at_its_word(parent: int) -> None:
+    """Take the held signals from the queue; SIGTERM by the parent ends this worker."""
+    while True:
+        info = signal.sigwaitinfo(STOP_SIGNALS)
+        if info.si_signo == signal.SIGTERM and info.si_pid == parent:
+            os._exit(0)

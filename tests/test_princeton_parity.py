@@ -172,13 +172,11 @@ def test_another_kind_of_network_is_refused(tmp_path):
 
 def test_a_run_cannot_be_resumed_from_weights_alone(shared, tmp_path):
     import train
-    from training.runtime import Runtime
 
     raw = torch.load(shared / "golden" / "seed_2hg_dim48_checkpoint.pt", weights_only=True)
     torch.save({"state_dict": raw["state_dict"]}, tmp_path / "weights.pt")
-    place = Runtime(0, 1, torch.device("cpu"), torch.float32)
     with pytest.raises(InputError, match="--init_from"):
-        train.open_folder(Path("nowhere"), True, tmp_path / "weights.pt", place)
+        train.load_run(tmp_path / "weights.pt")
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
-"""Checkpoints: tensors and plain values only, written beside, renamed, read without unpickling."""
+"""Checkpoints: tensors and plain values only, sealed, written beside, renamed, never unpickled."""
 
+import errno
 import os
 import re
 from pathlib import Path
@@ -25,12 +26,14 @@ from configs.skeleton import Skeleton, skeleton_from_plain, unnamed
 from model import bearpaw, princeton
 from model.hourglass import StackedHourglass
 from model.onnx_network import OnnxNetwork
+from training import seal
 from training.exported import read_exported
 
 FORMAT = "stacked-hourglass-checkpoint"
 FORMAT_VERSION = 1
 
 State = dict[str, Any]
+_USE_ANOTHER = "use another checkpoint of the run: last.pt, one of step_*.pt, best.pt"
 
 
 def save(path: Path, state: State) -> None:
@@ -39,16 +42,34 @@ def save(path: Path, state: State) -> None:
 
 
 def write(path: Path, raw: State) -> None:
-    """The same for a checkpoint in anybody's format."""
+    """The same for a checkpoint in anybody's format. Raises OSError."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("w+b") as file:
             torch.save(raw, file)
+            seal.seal(file)
             file.flush()
             os.fsync(file.fileno())
-        temporary.rename(path)
+        temporary.replace(path)
+        sync_folder(path.parent)
+    except RuntimeError as error:  # torch's writer hides what the file said
+        raise OSError(errno.EIO, f"torch.save failed: {str(error)[:120]}", str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Put a folder's names on the disk; a renamed file is safe only then."""
+    if os.name != "posix":
+        return  # a folder cannot be opened
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that has no such thing
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def load(path: Path, onnx: bool = False) -> State:
@@ -84,6 +105,9 @@ def load(path: Path, onnx: bool = False) -> State:
 
 
 def _read(path: Path) -> Any:
+    damage = seal.damage(path)
+    if damage:
+        raise InputError(path, damage, "a file as training wrote it", _USE_ANOTHER)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError:
@@ -93,7 +117,7 @@ def _read(path: Path) -> Any:
             path,
             f"not readable as a checkpoint ({type(error).__name__}: {str(error)[:120]})",
             "a file that training wrote",
-            "use another checkpoint of the run, such as last.pt or best.pt",
+            _USE_ANOTHER,
         ) from error
 
 

@@ -3,6 +3,8 @@
 import json
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,8 @@ class Totals:
         self.bad_steps = torch.zeros((), device=device)
         self.batches = 0
         self.steps = 0
+        self.rows: list[tuple[Tensor, Tensor]] = []
+        self.skipped: list[Tensor] = []
         self.waited = 0.0
         self.started = time.perf_counter()
 
@@ -49,12 +53,24 @@ class Totals:
         good = torch.isfinite(numbers).all()
         self.sums += torch.where(good, numbers, torch.zeros_like(numbers))
         self.good_batches += good
+        self.rows.append((batch.rows_N, torch.isfinite(values[0])))
         self.batches += 1
 
     def add_step(self, bad: Tensor) -> None:
         """Take in whether a step was skipped."""
         self.bad_steps += bad
+        self.skipped.append(bad)
         self.steps += 1
+
+    def skipped_batches(self) -> list[tuple[int, list[int], bool]]:
+        """Of each batch of a skipped step: the step (from 0), its rows, is its own loss finite?"""
+        each = len(self.rows) // max(1, len(self.skipped))
+        return [
+            (step, rows.tolist(), bool(finite))
+            for step, bad in enumerate(self.skipped)
+            if bad
+            for rows, finite in self.rows[step * each : (step + 1) * each]
+        ]
 
 
 class Log:
@@ -65,7 +81,8 @@ class Log:
         self.enabled = enabled
         if not enabled:
             return
-        _cut(folder / "metrics.jsonl", first_step)
+        self._writes = True
+        cut(folder / "metrics.jsonl", first_step)
         self._file = (folder / "metrics.jsonl").open("a")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
         self._bar = tqdm(
@@ -107,8 +124,9 @@ class Log:
         """Flush and close everything."""
         if self.enabled:
             self._bar.close()
-            self._board.close()
-            self._file.close()
+            for file in (self._board, self._file):
+                with self._losses_allowed():
+                    file.close()
 
     def _write(self, kind: str, step: int, values: dict[str, float]) -> None:
         entry: dict[str, Any] = {
@@ -117,18 +135,36 @@ class Log:
             "time": round(time.time(), 3),
             **values,
         }
-        self._file.write(json.dumps(entry) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            self._board.add_scalar(f"{kind}/{name}", value, step)
+        with self._losses_allowed():
+            self._file.write(json.dumps(entry) + "\n")
+            self._file.flush()
+        with self._losses_allowed():
+            for name, value in values.items():
+                self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    @contextmanager
+    def _losses_allowed(self) -> Iterator[None]:
+        """A log that cannot be written, on a full disk, is said once and ends no run."""
+        try:
+            yield
+        except OSError as error:
+            if self._writes:
+                self.say(f"the log cannot be written: {error}; training goes on")
+            self._writes = False
 
 
-def _cut(path: Path, step: int) -> None:
+def cut(path: Path, step: int) -> None:
     """Drop the lines after a step: a run resumed from there writes them again."""
     if not path.exists():
         return
-    lines = path.read_text().splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    kept = [line for line in path.read_text().splitlines() if _is_up_to(line, step)]
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(kept))
-    temporary.rename(path)
+    temporary.write_text("".join(f"{line}\n" for line in kept))
+    temporary.replace(path)
+
+
+def _is_up_to(line: str, step: int) -> bool:
+    try:
+        return json.loads(line)["step"] <= step
+    except ValueError:  # a line that a killed run did not end
+        return False

@@ -5,6 +5,8 @@ and read once every `train.log_every` steps, so that the host does not wait for 
 """
 
 import math
+import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -24,14 +26,15 @@ from pipelines import batches, stored_crops
 from pipelines.augment import preset_of, still
 from pipelines.batches import Batch, target_of
 from pipelines.shards import ShardSet
-from training import checkpoint, runtime
+from training import checkpoint, keeping, resuming, runtime, signals, torchrun
 from training.checkpoint import State
+from training.guard import Guard
+from training.keeping import BEST, LAST
 from training.log import Log, Totals
 from training.optimizer import Average, learning_rate, make_optimizer
 from training.runtime import Runtime
 from training.validation import predict_together
 
-LAST, BEST = "last.pt", "best.pt"
 COLLAPSED_PEAK = 0.05
 """Mean peak of the heatmaps under which a network is taken to answer nothing but zeros."""
 COLLAPSE_FROM_STEP = 1_000
@@ -53,6 +56,10 @@ class Run:
 
         state: a checkpoint to continue from. source: its file.
         """
+        source = source or folder / LAST
+        self.given, self.remarks = config, list[str]()
+        if state:
+            config, self.remarks = resuming.fit_to_ranks(config, state, place.ranks, source)
         self.config, self.place, self.folder = config, place, folder
         runtime.leave_cores_to_workers(place, config.data.workers)
         self.train_shards = ShardSet(Path(config.data.shards) / "train")
@@ -74,15 +81,14 @@ class Run:
         self.scaler = torch.amp.GradScaler(place.device.type, enabled=place.dtype == torch.float16)
         self.step, self.best, self.seconds = 0, -1.0, 0.0
         self.average: Average | None = None
-        self.remarks: list[str] = []
-        loader_state = self._restore(state, source or folder / LAST) if state else b""
+        self.loader_began, self.validation_due = 0, False
+        loader_state = self._restore(state, source) if state else b""
         if config.optim.ema_decay and self.average is None:
             self.average = Average(self.network, config.optim.ema_decay)
         self.loader = self._make_loader(loader_state)
         self.forward = self._wrap()
-        self.interrupted = False
-        self.bad_steps_in_a_row = 0
-        self.good_statistics = self._statistics()
+        self.interrupted, self.unsaved, self.parent = False, "", os.getppid()
+        self.guard = Guard(self.network, self.train_shards, folder, config.train.max_bad_steps)
 
     def restart_average(self) -> None:
         """Begin the averaged weights anew from the network's, after these were changed."""
@@ -92,14 +98,18 @@ class Run:
     def train(self) -> dict[str, Any]:
         """Train to the last step, the time limit or a signal, and write what came of it.
 
-        Returns the numbers of the last validation. SIGINT and SIGTERM let the step end and write
-        last.pt; `interrupted` is set then.
+        Returns the numbers of the last validation. A signal (training/signals.py) lets the step end
+        and writes last.pt; `interrupted` is set then. Raises InputError if the end of the run could
+        not be written.
         """
-        train, started, spent_before = self.config.train, time.perf_counter(), self.seconds
-        self.log = self._open_log()
+        train, place, started = self.config.train, self.place, time.perf_counter()
+        spent_before = self.seconds
         result: dict[str, Any] = {}
-        totals, stop = Totals(self.place.device), False
-        with runtime.signals_noted() as noted:
+        totals, stop = Totals(place.device), False
+        with signals.noted() as noted:
+            self.log = self._open_log()
+            if self.validation_due:
+                result = self._finish_epoch()
             while self.step < train.steps and not stop:
                 self.network.train()
                 self._train_step(totals)
@@ -109,27 +119,34 @@ class Run:
                 self.seconds = spent_before + seconds
                 at_epoch = self.step % train.steps_per_epoch == 0 or self.step == train.steps
                 at_line = self.step % train.log_every == 0
-                # Ranks agree on stopping where they meet anyway; a rank alone stops at once.
-                if not (at_epoch or at_line or (noted and self.place.ranks == 1)):
+                # Ranks on GPUs meet here at a line alone, for to meet is to wait for the GPU.
+                if at_epoch or at_line or place.ranks == 1 or place.device.type == "cpu":
+                    asked = bool(noted) or torchrun.is_gone(self.parent)
+                    self.interrupted = runtime.any_rank(asked, place)
+                if not (at_epoch or at_line or self.interrupted):
                     continue
                 self._report(totals)
-                self.interrupted = runtime.any_rank(bool(noted), self.place)
-                timed_out = runtime.any_rank(self._is_late(seconds), self.place)
+                timed_out = runtime.any_rank(self._is_late(seconds), place)
+                self.validation_due = at_epoch or timed_out
                 stop = self.interrupted or timed_out
-                if at_epoch or (timed_out and not self.interrupted):
-                    result = self._finish_epoch()
-                elif self.interrupted:
+                if self.interrupted:  # there may be seconds left: no time to validate
                     self.save([LAST])
-                totals = Totals(self.place.device)
-        self._say_why_it_ended(stop)
+                elif self.validation_due:
+                    result = self._finish_epoch()
+                totals = Totals(place.device)
+            self._say_why_it_ended(noted)
         self.log.close()
+        if self.unsaved and not self.interrupted:
+            raise InputError(self.folder, self.unsaved, "room for a checkpoint", "--resume then")
         return result
 
     def _open_log(self) -> Log:
         """Make the folder, with the settings in it, and the log; say what _restore found."""
         if self.place.is_first:
             self.folder.mkdir(parents=True, exist_ok=True)
-            schema.save_yaml(self.config, self.folder / "config.yaml")
+            schema.save_yaml(self.given, self.folder / "config.yaml")
+            self.guard.begin(self.step)
+            keeping.take_back(self.folder)
         log = Log(self.folder, self.place.is_first, self.config.train.steps, self.step)
         for remark in self.remarks:
             log.say(remark)
@@ -139,16 +156,22 @@ class Run:
         limit = 60 * self.config.train.max_minutes
         return bool(limit) and seconds >= limit
 
-    def _say_why_it_ended(self, stopped: bool) -> None:
+    def _say_why_it_ended(self, noted: list[int]) -> None:
+        """Of a run that ended early; after a signal the marker for job scripts says it too."""
         train = self.config.train
-        if stopped and self.step < train.steps:
-            why = (
-                "a signal" if self.interrupted else f"train.max_minutes {train.max_minutes} is over"
-            )
-            self.log.say(
-                f"STOPPED EARLY at step {self.step} of {train.steps}: {why}. "
-                "The same command with --resume continues."
-            )
+        if self.step == train.steps and not self.interrupted:
+            return
+        why = f"train.max_minutes {train.max_minutes} is over"
+        if self.interrupted:
+            other = "torchrun is gone, or a signal reached another rank"
+            why = signal.Signals(noted[0]).name if noted else other
+        text = f"STOPPED EARLY at step {self.step} of {train.steps}: {why}. "
+        self.log.say(text + "The same command with --resume continues.")
+        if self.interrupted and self.place.is_first:
+            try:
+                keeping.ask_to_resume(self.folder, text.strip())
+            except OSError as error:
+                self.log.say(f"{self.folder / keeping.RESUME_ME} cannot be written: {error}")
 
     def _train_step(self, totals: Totals) -> None:
         """One step of the optimizer, skipped on the device if a gradient is not finite."""
@@ -217,42 +240,7 @@ class Run:
             "epoch": self.step / self.config.train.steps_per_epoch,
         }
         self.log.train(self.step, values)
-        self._guard(bad_steps, totals.steps)
-
-    def _guard(self, bad: int, steps: int) -> None:
-        """Say how many of the last steps were bad, mend what they touched, stop past a limit."""
-        if not bad:
-            self.bad_steps_in_a_row = 0
-            self.good_statistics = self._statistics()
-            return
-        self.bad_steps_in_a_row = self.bad_steps_in_a_row + bad if bad == steps else 0
-        self.log.say(
-            f"step {self.step}: skipped {bad} of the last {steps} steps, "
-            "whose loss or gradients were not finite"
-        )
-        self._mend_statistics()
-        if self.bad_steps_in_a_row >= self.config.train.max_bad_steps:
-            raise InputError(
-                f"{self.folder}: step {self.step}",
-                f"{self.bad_steps_in_a_row} steps in a row whose loss or gradients are not finite",
-                "a loss that is a number",
-                "lower optim.lr, set optim.clip_norm 1.0 or train.precision fp32, and --resume",
-            )
-
-    def _mend_statistics(self) -> None:
-        """Put back batch-norm statistics that a forward pass spoilt, in the average too."""
-        buffers = dict(self.network.named_buffers())
-        if all(torch.isfinite(b).all() for b in buffers.values() if b.is_floating_point()):
-            return
-        for name, value in self.good_statistics.items():
-            buffers[name].copy_(value)
-            if self.average and name in self.average.tensors:
-                self.average.tensors[name].copy_(value)
-
-    def _statistics(self) -> dict[str, Tensor]:
-        return {
-            name: b.clone() for name, b in self.network.named_buffers() if b.is_floating_point()
-        }
+        self.guard.check(self.step, bad_steps, totals, self.average, self.log, place)
 
     def _finish_epoch(self) -> dict[str, Any]:
         """Validate, say how it went, and write the checkpoints."""
@@ -275,6 +263,7 @@ class Run:
                 "network answers almost nothing but zeros. If this stays, lower optim.lr or raise "
                 "heatmaps.sigma."
             )
+        self.validation_due = False
         self.save([LAST, BEST] if is_best else [LAST])
         return result
 
@@ -304,46 +293,52 @@ class Run:
         return network.eval()
 
     def save(self, names: list[str]) -> None:
-        """Write a checkpoint under each name, on the first rank; the others give their states."""
+        """Write a checkpoint under each name, on the first rank; the others give their states.
+
+        A write that fails leaves the older ones whole, and the run goes on.
+        """
         rng = runtime.gather_bytes(torch.get_rng_state().numpy().tobytes(), self.place)
         loaders = runtime.gather_bytes(self.loader.state(), self.place)
         if self.place.is_first:
-            state = {
-                "config": schema.as_dict(self.config),
-                "skeleton": self.skeleton.plain(),
-                "model": self.network.state_dict(),
-                "ema": self.average.tensors if self.average else {},
-                "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(),
-                "step": self.step,
-                "best": self.best,
-                "seconds": self.seconds,
-                "ranks": self.place.ranks,
-                "loader": batches.choose_loader(self.config.data.loader, self.place.device),
-                "rng": [_as_tensor(data) for data in rng],
-                "loader_states": [_as_tensor(data) for data in loaders],
-            }
-            for name in names:
-                checkpoint.save(self.folder / name, state)
+            try:
+                state = self._state(rng, loaders)
+                keeping.save(self.folder, state, names, self.config.train.keep_last)
+                self.unsaved = ""
+            except OSError as error:
+                self.unsaved = f"no checkpoint of step {self.step} could be written: {error}"
+                self.log.say(f"WARNING: {self.unsaved}; training goes on")
         runtime.barrier(self.place)
+
+    def _state(self, rng: list[bytes], loaders: list[bytes]) -> State:
+        """Everything that continues the run. rng, loaders: the states of each rank."""
+        return {
+            "config": schema.as_dict(self.given),
+            "skeleton": self.skeleton.plain(),
+            "model": self.network.state_dict(),
+            "ema": self.average.tensors if self.average else {},
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "step": self.step,
+            "best": self.best,
+            "seconds": self.seconds,
+            "validation_due": self.validation_due,
+            "ranks": self.place.ranks,
+            "people_a_step": resuming.people_a_step(self.config, self.place.ranks),
+            "loader": self._loader_name(),
+            "loader_began": self.loader_began,
+            "rng": [_as_tensor(data) for data in rng],
+            "loader_states": [_as_tensor(data) for data in loaders],
+        }
 
     def _restore(self, state: State, source: Path) -> bytes:
         """Continue from a checkpoint. Returns the state of this rank's loader, if it has one."""
-        if state.get("ranks", self.place.ranks) != self.place.ranks:
-            raise InputError(
-                source,
-                f"a run of {state['ranks']} rank(s), now {self.place.ranks}",
-                "the same number of ranks, for each has its own place in the data",
-                "start as many, or begin a new run with --init_from",
-            )
-        if "loader_states" in state:
-            self.remarks += checkpoint.compare_settings(state["config"], self.config, source)
         require_same_joints(
             checkpoint.skeleton_of(state), self.skeleton, source, self.train_shards.folder
         )
         checkpoint.load_weights(self.network, state["model"], source)
         self._restore_optimizer(state["optimizer"], source)
         self.step, self.seconds = state["step"], state.get("seconds", 0.0)
+        self.validation_due = state.get("validation_due", False)
         if source.resolve().parent == self.folder.resolve():
             self.best = state.get("best", -1.0)  # of this folder's best.pt
         if state["ema"] and self.config.optim.ema_decay:
@@ -352,7 +347,7 @@ class Run:
                 self.average.tensors[name].copy_(tensor)
         if state.get("scaler"):
             self.scaler.load_state_dict(state["scaler"])
-        if "rng" in state:
+        if state.get("ranks") == self.place.ranks:
             torch.set_rng_state(state["rng"][self.place.rank])
         return self._loader_state(state)
 
@@ -371,23 +366,37 @@ class Run:
             group["weight_decay"] = self.config.optim.weight_decay
 
     def _loader_state(self, state: State) -> bytes:
-        """DALI's state, if the run was loaded by it and is again; else its order begins anew."""
+        """DALI's state, if as many ranks were loaded by it before; else its order begins anew."""
         if "loader_states" not in state:
             return b""
-        loader = batches.choose_loader(self.config.data.loader, self.place.device)
-        if loader != state["loader"]:
+        loader, before = self._loader_name(), state["loader"]
+        if loader != before:
             self.remarks.append(
-                f"the loader was {state['loader']} and is {loader}: the order of people is another"
+                f"the loader was {before} and is {loader}: the order of people is another"
             )
-            return b""
-        return bytes(state["loader_states"][self.place.rank].numpy())
+        elif state["ranks"] != self.place.ranks:
+            self.remarks.append(
+                "people follow each other as before"
+                if loader == "opencv"
+                else "DALI begins a new pass over the people, with new draws"
+            )
+        else:
+            self.loader_began = state.get("loader_began", 0)
+            return bytes(state["loader_states"][self.place.rank].numpy())
+        self.loader_began = self.step if loader == "dali" else 0
+        return b""
+
+    def _loader_name(self) -> str:
+        return batches.choose_loader(self.config.data.loader, self.place.device)
 
     def _make_loader(self, loader_state: bytes) -> batches.Loader:
-        data = self.config.data
+        data, seed = self.config.data, self.config.train.seed
+        if self.loader_began:  # not what the run began with once more
+            seed = int(np.random.SeedSequence([seed, self.loader_began]).generate_state(1)[0] >> 1)
         return batches.train_loader(
             self.train_shards, self.target.preset, loader=data.loader, device=self.place.device,
             input_px=data.input_px, batch_size=data.batch_size, workers=data.workers,
-            shuffle_buffer=data.shuffle_buffer, seed=self.config.train.seed, rank=self.place.rank,
+            shuffle_buffer=data.shuffle_buffer, seed=seed, rank=self.place.rank,
             ranks=self.place.ranks, first_step=self.step * self.config.optim.accumulate,
             state=loader_state,
         )  # fmt: skip

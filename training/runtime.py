@@ -1,12 +1,10 @@
 """Where and how a process computes: its rank, device, precision and seed."""
 
+import json
 import os
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +13,7 @@ import torch.distributed as dist
 from configs.errors import InputError
 from pipelines.memory import keep_freed_memory
 from pipelines.opencv_crops import usable_cores
+from training import torchrun
 
 
 class Runtime(NamedTuple):
@@ -43,12 +42,15 @@ def start(
     keep_freed_memory()
     chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    rank = int(os.environ["RANK"]) if ranks > 1 else 0
     if ranks > 1 and not dist.is_initialized():
-        if chosen.type == "cuda":
-            dist.init_process_group("nccl", device_id=chosen)
-        else:
-            dist.init_process_group("gloo")
-    rank = dist.get_rank() if ranks > 1 else 0
+        dist.init_process_group(
+            "nccl" if chosen.type == "cuda" else "gloo",
+            store=torchrun.store_of_this_start(rank, ranks),
+            rank=rank,
+            world_size=ranks,
+            device_id=chosen if chosen.type == "cuda" else None,
+        )
     return Runtime(rank, ranks, chosen, choose_dtype(precision, chosen))
 
 
@@ -119,6 +121,13 @@ def seed_everything(seed: int, rank: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence([seed, rank]).generate_state(1)[0]))
 
 
+def is_lost_rank(error: RuntimeError) -> bool:
+    """Whether the ranks could not meet, because one is gone. It has said why, if it could."""
+    from_gloo = "gloo" in str(error).lower()
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return several and (isinstance(error, dist.DistError) or from_gloo)
+
+
 def barrier(runtime: Runtime) -> None:
     """Wait for the other ranks."""
     if runtime.ranks > 1:
@@ -144,28 +153,31 @@ def gather_bytes(data: bytes, runtime: Runtime) -> list[bytes]:
     """Every rank's bytes, in the order of the ranks, on every rank."""
     if runtime.ranks == 1:
         return [data]
-    gathered: list[bytes] = [b""] * runtime.ranks
-    dist.all_gather_object(gathered, data)
+    lengths = _gather(torch.tensor([len(data)], device=runtime.device), runtime)
+    longest = int(torch.cat(lengths).max())
+    padded = np.frombuffer(data.ljust(longest, b"\0"), dtype=np.uint8).copy()
+    parts = _gather(torch.from_numpy(padded).to(runtime.device), runtime) if longest else lengths
+    return [
+        part.cpu().numpy().tobytes()[: int(length)]
+        for part, length in zip(parts, lengths, strict=True)
+    ]
+
+
+def _gather(tensor: torch.Tensor, runtime: Runtime) -> list[torch.Tensor]:
+    gathered = [torch.empty_like(tensor) for _ in range(runtime.ranks)]
+    dist.all_gather(gathered, tensor)
     return gathered
 
 
-@contextmanager
-def signals_noted() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in the list instead of ending; a second one ends as usual."""
-    noted: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield noted  # signals can be handled in the main thread alone
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def note(number: int, frame: object) -> None:
-        noted.append(number)
-        signal.signal(number, before[signal.Signals(number)])
-
-    for number in before:
-        signal.signal(number, note)
-    try:
-        yield noted
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def decided_by_first(decide: Callable[[], Any], runtime: Runtime) -> Any:
+    """What the first rank decides, on every rank; plain values. Its InputError is raised on all."""
+    answer: dict[str, Any] = {}
+    if runtime.is_first:
+        try:
+            answer = {"value": decide()}
+        except InputError as error:
+            answer = {"error": error.args}
+    answer = json.loads(gather_bytes(json.dumps(answer).encode(), runtime)[0])
+    if "error" in answer:
+        raise InputError(*answer["error"])
+    return answer["value"]

@@ -1,0 +1,213 @@
+"""Runs of several processes are killed, stopped and started again."""
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from test_training import ROOT, SMALL
+
+from training import checkpoint
+
+pytestmark = pytest.mark.slow
+PATIENCE_S = 180
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+@contextlib.contextmanager
+def started(log: Path, *words: object) -> Iterator[subprocess.Popen]:
+    """A Python program whose output goes to a file; it and its children are killed at the end."""
+    with log.open("a") as file:
+        process = subprocess.Popen(
+            [sys.executable, *map(str, words)], cwd=ROOT, stdout=file, stderr=file,
+            start_new_session=True, env=ENVIRONMENT,
+        )  # fmt: skip
+    try:
+        yield process
+    finally:
+        for pid in [process.pid, *children(process.pid)]:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+        process.wait(30)
+
+
+def children(pid: int) -> list[int]:
+    """Processes that a process started, oldest first; a rank leads a session of its own."""
+    path = Path(f"/proc/{pid}/task/{pid}/children")
+    try:
+        return [int(word) for word in path.read_text().split()]
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+
+
+def wait_until(true: Callable[[], bool], process: subprocess.Popen, log: Path) -> None:
+    end = time.monotonic() + PATIENCE_S
+    while not true():
+        assert process.poll() is None and time.monotonic() < end, log.read_text()[-4000:]
+        time.sleep(0.05)
+
+
+def last_step(folder: Path) -> int:
+    """The step of the last whole line of metrics.jsonl; 0 without one."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    whole = [line for line in lines if line.endswith("\n")]
+    return json.loads(whole[-1])["step"] if whole else 0
+
+
+def words(shards: Path, out: Path, name: str, steps: int, *more: object) -> list[object]:
+    return ["train.py", *SMALL, "--data.shards", shards, "--train.out", out, "--train.name", name,
+            "--train.device", "cpu", "--train.precision", "fp32", "--train.steps", steps,
+            "--optim.schedule", "constant", "--eval.people", 2, *more]  # fmt: skip
+
+
+def torchrun(*more: object) -> list[object]:
+    return ["-m", "torch.distributed.run", "--max-restarts", 3, *more]
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    first, second = (checkpoint.load(path) for path in (one, other))
+    assert first["step"] == second["step"] and len(first["model"]) > 50
+    for name, tensor in first["model"].items():
+        assert torch.equal(tensor, second["model"][name]), name
+    for number, moments in first["optimizer"]["state"].items():
+        assert torch.equal(moments["exp_avg"], second["optimizer"]["state"][number]["exp_avg"])
+
+
+def test_a_run_killed_twenty_times_goes_on_each_time_and_ends_with_the_same_bytes(
+    tiny_shards, tmp_path
+):
+    log, run, moments = tmp_path / "log", tmp_path / "run", random.Random(1)
+    more = ["--resume", "auto", "--data.workers", 1, "--train.steps_per_epoch", 2]
+    stood = 0
+    for _ in range(21):
+        with started(log, *words(tiny_shards, tmp_path, "run", 100_000, *more)) as process:
+            wait_until(lambda: last_step(run) > stood + 2, process, log)  # noqa: B023
+            time.sleep(moments.uniform(0, 0.5))
+            os.killpg(process.pid, signal.SIGKILL)  # its worker too
+        step = checkpoint.load(run / "last.pt")["step"]
+        assert step > stood
+        stood = step
+    assert log.read_text().count("continuing from") == 20
+    assert "is damaged" not in log.read_text() and "Traceback" not in log.read_text()
+    with started(log, *words(tiny_shards, tmp_path, "run", 100_000, *more)) as process:
+        wait_until(lambda: last_step(run) > stood + 2, process, log)
+        os.kill(process.pid, signal.SIGUSR1)
+        assert process.wait(PATIENCE_S) == 75
+    assert (run / "resume_me").exists()
+    end = checkpoint.load(run / "last.pt")["step"] + 3
+    for name in ("run", "unstopped"):
+        with started(log, *words(tiny_shards, tmp_path, name, end, *more)) as process:
+            assert process.wait(PATIENCE_S) == 0, log.read_text()[-4000:]
+    assert not (run / "resume_me").exists()
+    assert_same_weights(run / "last.pt", tmp_path / "unstopped" / "last.pt")
+
+
+def test_ranks_stopped_by_torchrun_and_killed_end_with_the_bytes_of_an_undisturbed_run(
+    tiny_shards, tmp_path
+):
+    log, run = tmp_path / "log", tmp_path / "run"
+    one_node = torchrun("--standalone", "--nproc-per-node", 2)
+    command = [*one_node, *words(tiny_shards, tmp_path, "run", 60, "--train.steps_per_epoch", 5)]
+    with started(log, *command) as process:
+        wait_until(lambda: last_step(run) >= 7, process, log)
+        process.send_signal(signal.SIGTERM)  # which it forwards
+        process.wait(PATIENCE_S)
+    stopped = checkpoint.load(run / "last.pt")["step"]
+    assert f"STOPPED EARLY at step {stopped} of 60: SIGTERM." in (run / "resume_me").read_text()
+    with started(log, *command, "--resume", "auto") as process:
+        wait_until(lambda: last_step(run) > stopped + 5, process, log)
+        assert not (run / "resume_me").exists()
+        os.kill(children(process.pid)[1], signal.SIGKILL)
+        assert process.wait(PATIENCE_S) == 0, log.read_text()[-4000:]
+    assert "torchrun started the ranks again: continuing from" in log.read_text()
+    quiet = [*one_node, *words(tiny_shards, tmp_path, "quiet", 60, "--train.steps_per_epoch", 5)]
+    with started(log, *quiet) as process:
+        assert process.wait(PATIENCE_S) == 0, log.read_text()[-4000:]
+    assert_same_weights(run / "last.pt", tmp_path / "quiet" / "last.pt")
+
+
+def test_two_nodes_lose_a_rank_go_on_and_stop_at_a_signal_to_one_of_them(tiny_shards, tmp_path):
+    logs, run = [tmp_path / "log0", tmp_path / "log1"], tmp_path / "run"
+    command = [
+        *torchrun("--nnodes", 2, "--nproc-per-node", 1, "--rdzv-backend", "c10d", "--rdzv-id", "x",
+                  "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--local-addr", "127.0.0.1"),
+        *words(tiny_shards, tmp_path, "run", 100_000, "--train.steps_per_epoch", 5),
+    ]  # fmt: skip
+    with started(logs[0], *command) as first, started(logs[1], *command) as second:
+        wait_until(lambda: last_step(run) >= 7, first, logs[0])
+        os.kill(children(second.pid)[0], signal.SIGKILL)
+        again = "torchrun started the ranks again"
+        wait_until(lambda: any(again in log.read_text() for log in logs), first, logs[0])
+        wait_until(lambda: last_step(run) >= 20, first, logs[0])
+        os.kill(children(second.pid)[0], signal.SIGUSR1)
+        assert [first.wait(PATIENCE_S), second.wait(PATIENCE_S)] == [0, 0]
+    assert (run / "resume_me").exists()
+    assert checkpoint.load(run / "last.pt")["step"] == last_step(run)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def test_a_message_that_all_ranks_have_is_shown_once(tmp_path):
+    log = tmp_path / "log"
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 3]
+    wrong = words(tmp_path, tmp_path, "run", 0)
+    with started(log, *command, *wrong) as process:
+        assert process.wait(PATIENCE_S) == 1
+    assert log.read_text().count("error: train.steps\n  found:    0") == 1
+
+
+@pytest.mark.skipif(
+    shutil.which("unshare") is None
+    or subprocess.run(
+        ["unshare", "-rm", "mount", "-t", "tmpfs", "x", "/mnt"], capture_output=True, check=False
+    ).returncode
+    != 0,
+    reason="no small disk can be mounted here",
+)
+def test_on_a_disk_that_fills_up_the_run_goes_on_and_its_last_checkpoint_is_whole(
+    tiny_shards, tmp_path
+):
+    """A disk of 3 MiB fills up after the first checkpoint, and has room again a little later."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    train = [sys.executable, *words(tiny_shards, disk, "run", 60, "--train.steps_per_epoch", 10)]
+    script = f"""
+        mount -t tmpfs -o size=3m x {disk}
+        {" ".join(map(str, train))} & run=$!
+        until [ -e {disk}/run/last.pt ]; do sleep 0.05; done
+        cat /dev/zero > {disk}/full 2> /dev/null
+        until grep -q "could not be written\\|could be written" {tmp_path}/log; do
+            kill -0 $run || exit 9; sleep 0.05; done
+        cp {disk}/run/last.pt {tmp_path}/while_full.pt
+        rm {disk}/full
+        wait $run; code=$?
+        cp {disk}/run/last.pt {disk}/run/metrics.jsonl {tmp_path}
+        exit $code
+    """
+    with (tmp_path / "log").open("w") as file:
+        done = subprocess.run(
+            ["unshare", "-rm", "bash", "-c", script], cwd=ROOT, env=ENVIRONMENT, stdout=file,
+            stderr=file, timeout=PATIENCE_S, check=False,
+        )  # fmt: skip
+    text = (tmp_path / "log").read_text()
+    assert done.returncode == 0, text[-4000:]
+    assert "No space left on device; training goes on" in " ".join(text.split())
+    assert 0 < checkpoint.load(tmp_path / "while_full.pt")["step"] < 60
+    assert checkpoint.load(tmp_path / "last.pt")["step"] == 60
+    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").open()]
+    assert sorted(set(steps)) == list(range(1, 61))

@@ -1,0 +1,325 @@
+"""Faults are injected: damaged files, full disks, signals, numbers that are not finite."""
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from test_training import make_run, metrics, poison, steps, tiny_config, unpoison
+
+import train as train_program
+from configs.errors import InputError
+from pipelines.opencv_crops import STOP_SIGNALS
+from training import checkpoint, keeping, seal, signals
+from training.log import cut
+
+__all__ = ["unpoison"]
+
+
+def flipped(path: Path, place: int, bit: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1 << bit
+    path.write_bytes(data)
+
+
+@pytest.fixture(scope="module")
+def sealed(tiny_shards, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("sealed")
+    make_run(tiny_config(tiny_shards), folder).save(["last.pt"])
+    return folder / "last.pt"
+
+
+def test_a_bit_flipped_anywhere_and_a_cut_anywhere_are_found(sealed, tmp_path):
+    size, rng = sealed.stat().st_size, random.Random(0)
+    places = [0, 3, size - 1, size - 65, size - 71, size - 72, size - 73, size - 93]
+    places += [rng.randrange(size) for _ in range(60)]
+    damaged = tmp_path / "x.pt"
+    for place in places:
+        shutil.copy(sealed, damaged)
+        flipped(damaged, place, rng.randrange(8))
+        with pytest.raises(InputError):
+            checkpoint.load(damaged)
+    for length in [0, 1, 70, 71, 72, size - 1, size - 71, size - 22, *places[8:30]]:
+        damaged.write_bytes(sealed.read_bytes()[:length])
+        with pytest.raises(InputError):
+            checkpoint.load(damaged)
+
+
+def test_a_checkpoint_is_read_by_torch_and_travels_as_one_file(sealed, tmp_path):
+    moved = tmp_path / "elsewhere.pt"
+    shutil.copy(sealed, moved)
+    assert seal.damage(moved) == "" and checkpoint.load(moved)["step"] == 0
+    assert torch.load(moved, weights_only=True)["step"] == 0
+    assert torch.load(moved, weights_only=True, mmap=True)["format"] == checkpoint.FORMAT
+    flipped(moved, 5000, 0)
+    assert torch.load(moved, weights_only=True)["step"] == 0, "torch itself does not look"
+    assert "not those of its checksum" in seal.damage(moved)
+
+
+def test_an_older_checkpoint_without_a_seal_is_read_and_its_records_are_checked(sealed, tmp_path):
+    old = tmp_path / "old.pt"
+    torch.save(torch.load(sealed, weights_only=True), old)
+    assert checkpoint.load(old)["step"] == 0
+    bias = checkpoint.load(old)["model"]["heads.0.bias"].numpy().tobytes()
+    flipped(old, old.read_bytes().index(bias) + 40, 3)
+    with pytest.raises(InputError, match=r"record .*data/\d+ is damaged"):
+        checkpoint.load(old)
+
+
+def test_the_last_so_many_and_the_best_are_kept(tiny_shards, tmp_path):
+    config = tiny_config(tiny_shards, train={"steps": 5, "steps_per_epoch": 1, "keep_last": 3})
+    run = make_run(config, tmp_path)
+    pooled = iter([0.1, 0.7, 0.2, 0.3, 0.2])
+    run.validate = lambda: {  # type: ignore[method-assign]
+        "pckh": {"0.5": {"pooled": next(pooled)}, "0.1": {"pooled": 0.0}},
+        "auc": 0.0, "peak": 1.0, "people": 5, "joints_counted": 70,
+    }  # fmt: skip
+    run.train()
+    names = [path.name for path in keeping.numbered(tmp_path)]
+    assert names == ["step_00000005.pt", "step_00000004.pt", "step_00000003.pt"]
+    assert checkpoint.load(tmp_path / "best.pt")["step"] == 2
+    assert checkpoint.load(tmp_path / "last.pt")["step"] == 5
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_where_the_disk_has_no_links_names_are_copies(tiny_shards, tmp_path, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise OSError(95, "not supported")
+
+    monkeypatch.setattr(os, "link", refuse)
+    run = make_run(tiny_config(tiny_shards), tmp_path)
+    run.save(["last.pt", "best.pt"])
+    assert seal.damage(tmp_path / "best.pt") == ""
+    assert not os.path.samefile(tmp_path / "last.pt", tmp_path / "best.pt")
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "gone"])
+def test_a_damaged_checkpoint_is_said_and_the_one_before_it_is_used(damage, tiny_shards, tmp_path):
+    config = tiny_config(tiny_shards, train={"steps": 3, "steps_per_epoch": 1})
+    make_run(config, tmp_path).train()
+    last = tmp_path / "last.pt"
+    if damage == "cut":
+        os.truncate(last, last.stat().st_size // 2)  # step_00000003.pt is the same file
+    elif damage == "flip":
+        flipped(last, 4321, 6)
+        (tmp_path / "step_00000003.pt").unlink()
+    else:
+        last.unlink()
+        (tmp_path / "step_00000003.pt").unlink()
+    start, remarks = train_program.find_start(tmp_path, "", [])
+    assert Path(start).name == "step_00000002.pt"
+    if damage != "gone":
+        assert remarks[0].startswith(f"{last} is damaged (")
+        assert len([line for line in remarks if " is damaged (" in line]) == 1
+    longer = tiny_config(tiny_shards, train={"steps": 4, "steps_per_epoch": 1})
+    run = make_run(longer, tmp_path, train_program.load_run(Path(start)))
+    run.train()
+    assert [line["step"] for line in metrics(tmp_path, "valid")] == [1, 2, 3, 4]
+    assert checkpoint.load(last)["step"] == 4
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(sealed, tmp_path):
+    shutil.copy(sealed, tmp_path / "last.pt")
+    flipped(tmp_path / "last.pt", 100, 1)
+    with pytest.raises(InputError, match="all of them damaged"):
+        train_program.find_start(tmp_path, "auto", [])
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full to write to")
+def test_a_full_disk_leaves_the_last_checkpoint_whole_and_the_run_alive(
+    tiny_shards, tmp_path, capsys
+):
+    config = tiny_config(tiny_shards, train={"steps": 6, "steps_per_epoch": 2})
+    run = make_run(config, tmp_path)
+    (tmp_path / "step_00000004.pt.tmp").symlink_to("/dev/full")
+    seen = {}
+    real = run.save
+
+    def save(names: list[str]) -> None:
+        real(names)
+        seen[run.step] = checkpoint.load(tmp_path / "last.pt")["step"]
+
+    run.save = save  # type: ignore[method-assign]
+    run.train()
+    assert seen == {2: 2, 4: 2, 6: 6}
+    text = " ".join(capsys.readouterr().err.split())
+    assert "WARNING: no checkpoint of step 4 could be written" in text
+    assert "No space left on device; training goes on" in text
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full to write to")
+def test_a_run_whose_end_could_not_be_written_does_not_end_well(tiny_shards, tmp_path):
+    run = make_run(tiny_config(tiny_shards, train={"steps": 2, "steps_per_epoch": 2}), tmp_path)
+    (tmp_path / "step_00000002.pt.tmp").symlink_to("/dev/full")
+    with pytest.raises(InputError, match="no checkpoint of step 2"):
+        run.train()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full to write to")
+def test_a_log_that_cannot_be_written_is_said_once_and_ends_no_run(tiny_shards, tmp_path, capsys):
+    run = make_run(tiny_config(tiny_shards), tmp_path)
+    real = run._open_log
+
+    def open_log():
+        log = real()
+        log._file.close()
+        log._file = Path("/dev/full").open("a")  # noqa: SIM115
+        return log
+
+    run._open_log = open_log  # type: ignore[method-assign]
+    run.train()
+    assert capsys.readouterr().err.count("the log cannot be written") == 1
+    assert checkpoint.load(tmp_path / "last.pt")["step"] == 6
+
+
+def test_half_a_line_of_a_killed_run_is_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
+    cut(path, 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+@pytest.mark.usefixtures("unpoison")
+def test_the_people_of_skipped_steps_are_written_down(tiny_shards, tmp_path):
+    config = tiny_config(
+        tiny_shards, optim={"accumulate": 2}, train={"log_every": 3, "max_bad_steps": 2}
+    )
+    run = make_run(config, tmp_path)
+    poison(run, {3})  # the second batch of the second step
+    finish, rows = run_batches().finish, []
+
+    def noting(*arguments):
+        batch = finish(*arguments)
+        rows.append(batch.rows_N.tolist())
+        return batch
+
+    run_batches().finish = staticmethod(noting)
+    run.train()
+    lines = [json.loads(x) for x in (tmp_path / "skipped_batches.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 2]
+    assert [line["loss_is_finite"] for line in lines] == [True, False]
+    assert [line["rows"] for line in lines] == rows[2:4]
+    people, samples = run.train_shards.people()
+    assert lines[1]["people"] == [
+        f"{people.images[row]} ({run.train_shards.where(samples[row])})" for row in rows[3]
+    ]
+
+
+def run_batches():
+    import training.loop
+
+    return training.loop.batches
+
+
+@pytest.mark.usefixtures("unpoison")
+def test_a_run_stopped_at_the_limit_names_the_file_of_its_people(tiny_shards, tmp_path):
+    config = tiny_config(tiny_shards, train={"max_bad_steps": 2, "log_every": 1})
+    run = make_run(config, tmp_path)
+    poison(run, {1, 2})
+    with pytest.raises(InputError, match=r"2 steps in a row .*skipped_batches\.jsonl"):
+        run.train()
+    assert len((tmp_path / "skipped_batches.jsonl").read_text().splitlines()) == 2
+
+
+def test_workers_ignore_the_signals_and_end_at_their_parents_word(tiny_shards, tmp_path):
+    config = tiny_config(tiny_shards, data={"workers": 2})
+    run = make_run(config, tmp_path)
+    expected = steps(make_run(tiny_config(tiny_shards), tmp_path / "other"), 3)
+    losses = steps(run, 1)
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for worker in workers:
+        for number in STOP_SIGNALS:
+            subprocess_kill(worker.pid, number)
+    assert losses + steps(run, 2) == expected
+    assert all(worker.is_alive() for worker in workers)
+    for worker in workers:
+        worker.terminate()
+        worker.join(10)
+    assert not any(worker.is_alive() for worker in workers)
+
+
+def subprocess_kill(pid: int, number: int) -> None:
+    """Send a signal from another process: this one's word ends a worker."""
+    sender = multiprocessing.get_context("fork").Process(target=os.kill, args=(pid, number))
+    sender.start()
+    sender.join(10)
+
+
+def wait_for_signals(pipe, forwarded: bool) -> None:
+    if forwarded:
+        os.environ["TORCHELASTIC_RUN_ID"] = "x"
+    with signals.noted() as noted:
+        pipe.send("ready")
+        while not noted:
+            time.sleep(0.01)
+        pipe.send(noted[0])
+        time.sleep(30)
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_second_signal_ends_at_once(second):
+    here, there = multiprocessing.get_context("fork").Pipe()
+    process = multiprocessing.get_context("fork").Process(
+        target=wait_for_signals, args=(there, False)
+    )
+    process.start()
+    assert here.recv() == "ready"
+    os.kill(process.pid, signal.SIGUSR1)
+    assert here.recv() == signal.SIGUSR1
+    began = time.monotonic()
+    os.kill(process.pid, second)
+    process.join(20)
+    assert process.exitcode == -second and time.monotonic() - began < 10
+
+
+def test_a_signal_that_torchrun_forwards_once_more_is_the_same_one():
+    here, there = multiprocessing.get_context("fork").Pipe()
+    process = multiprocessing.get_context("fork").Process(
+        target=wait_for_signals, args=(there, True)
+    )
+    process.start()
+    assert here.recv() == "ready"
+    for _ in range(2):
+        os.kill(process.pid, signal.SIGTERM)
+        time.sleep(0.3)
+    assert here.recv() == signal.SIGTERM and process.is_alive()
+    process.kill()
+    process.join(10)
+
+
+def test_a_signal_in_the_last_step_of_an_epoch_leaves_the_validation_for_later(
+    tiny_shards, tmp_path
+):
+    run = make_run(tiny_config(tiny_shards, train={"steps": 4, "steps_per_epoch": 2}), tmp_path)
+    real = run._train_step
+
+    def stopped(totals):
+        real(totals)
+        if run.step == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    run._train_step = stopped  # type: ignore[method-assign]
+    assert run.train() == {} and run.interrupted
+    state = checkpoint.load(tmp_path / "last.pt")
+    assert state["step"] == 2 and state["validation_due"]
+    assert (tmp_path / "resume_me").read_text() == "STOPPED EARLY at step 2 of 4: SIGUSR1.\n"
+    make_run(
+        tiny_config(tiny_shards, train={"steps": 4, "steps_per_epoch": 2}), tmp_path, state
+    ).train()
+    assert [line["step"] for line in metrics(tmp_path, "valid")] == [2, 4]
+
+
+def test_a_rank_whose_torchrun_is_gone_ends_with_a_checkpoint(tiny_shards, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    run = make_run(tiny_config(tiny_shards, train={"steps": 50, "steps_per_epoch": 50}), tmp_path)
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    run.train()
+    assert run.interrupted and checkpoint.load(tmp_path / "last.pt")["step"] == 1
+    assert "torchrun is gone" in (tmp_path / "resume_me").read_text()

@@ -1,0 +1,168 @@
+"""A resumed run is the run that was not stopped; on another number of ranks as near as can be."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_training import HERE, ROOT, make_run, tiny_config
+from two_ranks import rows_of, step
+
+import train as train_program
+from configs.errors import InputError
+from training import checkpoint, keeping, resuming
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tiny_shards, tmp_path_factory) -> Path:
+    """The folder in which tests/two_ranks.py worked, under torchrun."""
+    pytest.importorskip("nvidia.dali")
+    folder = tmp_path_factory.mktemp("ranks")
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2,
+             ROOT / "tests" / "two_ranks.py", tiny_shards, folder]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, *map(str, words)], capture_output=True, text=True, timeout=300,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def told(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("loader", ["opencv", "dali"])
+def test_two_ranks_stopped_after_each_step_end_with_the_same_bytes(loader, two_ranks):
+    assert [rank[loader] for rank in told(two_ranks)] == [[], []]
+
+
+def test_ranks_exchange_bytes_of_any_length(two_ranks):
+    assert [rank["gathered"] for rank in told(two_ranks)] == [[0, 5], [0, 5]]
+
+
+def test_one_rank_goes_on_with_the_people_and_losses_of_two_by_opencv(
+    two_ranks, tiny_shards, tmp_path
+):
+    config = tiny_config(
+        tiny_shards, data={"loader": "opencv", "preset": "newell"}, train={"steps_per_epoch": 2}
+    )
+    source = two_ranks / "opencv2" / "last.pt"
+    run = make_run(config, tmp_path, checkpoint.load(source))
+    assert "; a step takes 8 people as before, 4 per rank x 1 rank(s) x 2" in run.remarks[0]
+    assert run.remarks[1] == "people follow each other as before"
+    first, second = (rank["opencv goes on"] for rank in told(two_ranks))
+    after = [step(run) for _ in range(2)]
+    assert [rows_of(totals) for totals in after] == [
+        a + b for a, b in zip(first["rows"], second["rows"], strict=True)
+    ]
+    expected = np.add(first["losses"], second["losses"])
+    # Sums over a batch are rounded otherwise, and the second step begins from other weights so.
+    np.testing.assert_allclose([t.sums[0].item() for t in after], expected, rtol=1e-4)
+
+
+def test_one_rank_begins_a_new_pass_over_the_people_of_two_by_dali(
+    two_ranks, tiny_shards, tmp_path
+):
+    config = tiny_config(
+        tiny_shards, data={"loader": "dali", "preset": "newell"}, train={"steps_per_epoch": 2}
+    )
+    state = checkpoint.load(two_ranks / "dali2" / "last.pt")
+    run = make_run(config, tmp_path, state)
+    assert run.remarks[1] == "DALI begins a new pass over the people, with new draws"
+    run.save(["last.pt"])
+    stepwise = [rows_of(step(run)) for _ in range(3)]
+    assert sorted([row for rows in stepwise for row in rows][:12]) == list(range(12))
+    fresh = make_run(config, tmp_path / "fresh")
+    assert rows_of(step(fresh)) != stepwise[0][:4], "the run's first pass once more"
+    again = make_run(config, tmp_path, checkpoint.load(tmp_path / "last.pt"))
+    assert [rows_of(step(again)) for _ in range(3)] == stepwise
+
+
+@pytest.mark.parametrize(
+    ("batch", "parts", "before", "now", "expected"),
+    [(4, 1, 2, 1, (4, 2)),  # a rank is lost: two batches make up the step
+     (4, 1, 1, 2, (2, 1)),  # one is won: each takes half
+     (4, 2, 3, 2, (4, 3)), (6, 1, 2, 3, (4, 1)), (2, 4, 1, 4, (2, 1))],
+)  # fmt: skip
+def test_another_number_of_ranks_shares_the_same_global_batch(batch, parts, before, now, expected):
+    config = tiny_config(Path("x"), data={"batch_size": batch}, optim={"accumulate": parts})
+    state = saved(config, before, step=6)
+    fitted, remarks = resuming.fit_to_ranks(config, state, now, Path("last.pt"))
+    assert (fitted.data.batch_size, fitted.optim.accumulate) == expected
+    assert f"the run had {before} rank(s) and has {now}" in remarks[0]
+    # And again, when this run is resumed in its turn.
+    state |= {"ranks": now, "people_a_step": resuming.people_a_step(fitted, now)}
+    assert resuming.fit_to_ranks(config, state, now, Path("last.pt")) == (fitted, [])
+
+
+def saved(config, ranks: int, step: int) -> dict[str, Any]:
+    from configs.schema import as_dict
+
+    return {"config": as_dict(config), "ranks": ranks, "step": step, "loader_states": [],
+            "people_a_step": resuming.people_a_step(config, ranks)}  # fmt: skip
+
+
+def test_a_global_batch_may_be_shared_by_hand_but_not_changed():
+    old = tiny_config(Path("x"), data={"batch_size": 4})
+    by_hand = tiny_config(Path("x"), data={"batch_size": 2})
+    state = saved(old, 1, step=6)
+    fitted, _ = resuming.fit_to_ranks(by_hand, state, 2, Path("last.pt"))
+    assert (fitted.data.batch_size, fitted.optim.accumulate) == (2, 1)
+    with pytest.raises(InputError, match=r"data\.batch_size was 4, is 2"):
+        resuming.fit_to_ranks(by_hand, state, 3, Path("last.pt"))
+    with pytest.raises(InputError, match="4 people a step, now on 3 ranks"):
+        resuming.fit_to_ranks(old, state, 3, Path("last.pt"))
+
+
+def test_another_number_of_ranks_is_refused_in_mid_epoch():
+    config = tiny_config(Path("x"), train={"steps_per_epoch": 6})
+    with pytest.raises(InputError, match=r"2 rank\(s\), now 1, in mid-epoch \(step 7, 6 an epoch"):
+        resuming.fit_to_ranks(config, saved(config, 2, step=7), 1, Path("last.pt"))
+
+
+def test_a_run_that_a_signal_ended_at_an_epochs_end_validates_when_it_goes_on(
+    tiny_shards, tmp_path
+):
+    config = tiny_config(tiny_shards)
+    run = make_run(config, tmp_path)
+    run.validation_due, run.step = True, 6
+    run.save(["last.pt"])
+    again = make_run(config, tmp_path, checkpoint.load(tmp_path / "last.pt"))
+    assert again.train()["people"] == 5
+    assert (tmp_path / "best.pt").exists() and not again.validation_due
+
+
+def test_auto_begins_a_run_and_continues_it(tiny_shards, tmp_path):
+    folder = tmp_path / "run"
+    start, remarks = train_program.find_start(folder, "auto", [])
+    assert (start, remarks) == ("", ["there is no checkpoint yet, so it begins anew"])
+    make_run(tiny_config(tiny_shards), folder).save(["last.pt"])
+    start, remarks = train_program.find_start(folder, "auto", [])
+    assert (start, remarks) == (str(folder / "last.pt"), [f"continuing from {folder / 'last.pt'}"])
+
+
+def test_only_ranks_that_the_same_torchrun_started_resume_by_themselves(tiny_shards, tmp_path):
+    make_run(tiny_config(tiny_shards), tmp_path).save(["last.pt"])
+    keeping.begin(tmp_path, ["node1 7 100", "node2 8 100"])
+    start, remarks = train_program.find_start(tmp_path, None, ["node2 8 100", "node3 9 100"])
+    assert start == str(tmp_path / "last.pt") and "torchrun started the ranks again" in remarks[0]
+    for another in (["node1 7 200"], []):
+        with pytest.raises(InputError, match="a run of this name"):
+            train_program.find_start(tmp_path, None, another)
+
+
+def test_a_decision_of_the_first_rank_is_plain_values_or_its_error():
+    from training import runtime
+
+    assert runtime.decided_by_first(lambda: ("a", ["b"]), HERE) == ["a", ["b"]]
+
+    def refuse() -> None:
+        raise InputError("where", "found", "expected", "next")
+
+    with pytest.raises(InputError, match=r"where\n  found:    found"):
+        runtime.decided_by_first(refuse, HERE)

@@ -1,0 +1,110 @@
+"""What test_resume.py runs under torchrun, on two ranks; writes what it found as JSON.
+
+arguments: shards, an empty folder.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from test_training import tiny_config
+
+from training import checkpoint, runtime
+from training.log import Totals
+from training.loop import Run
+from training.runtime import Runtime
+
+
+def main() -> None:
+    shards, folder = Path(sys.argv[1]), Path(sys.argv[2])
+    place = runtime.start("cpu", "fp16")
+    found: dict[str, Any] = {
+        loader: differences(loader, shards, folder / loader, place) for loader in ("opencv", "dali")
+    }
+    mine = b"x" * 5 if place.rank else b""
+    found["gathered"] = [len(part) for part in runtime.gather_bytes(mine, place)]
+    plain = place._replace(dtype=torch.float32)
+    for loader in ("opencv", "dali"):
+        found[f"{loader} goes on"] = on_two_ranks(loader, shards, folder / f"{loader}2", plain)
+    (folder / f"rank{place.rank}.json").write_text(json.dumps(found))
+    runtime.stop()
+
+
+def step(run: Run) -> Totals:
+    totals = Totals(run.place.device)
+    run.network.train()
+    run._train_step(totals)
+    run.step += 1
+    return totals
+
+
+def differences(loader: str, shards: Path, folder: Path, place: Runtime) -> list[str]:
+    """What differs between four steps on end and four, each in a run resumed from the one before.
+
+    Everything that a checkpoint holds is compared, on the rank that writes it, and the losses and
+    weights of both.
+    """
+    config = tiny_config(
+        shards,
+        data={"loader": loader, "preset": "princeton", "batch_size": 2},
+        optim={"ema_decay": 0.9, "accumulate": 2, "schedule": "cosine", "warmup_steps": 2},
+        train={"precision": "fp16"},
+    )
+    (folder / "parts").mkdir(parents=True, exist_ok=True)
+    whole = Run(config, place, folder)
+    expected = [step(whole).sums.tolist() for _ in range(4)]
+    part, losses = Run(config, place, folder / "parts"), []
+    for _ in range(4):
+        losses.append(step(part).sums.tolist())
+        part.save(["last.pt"])
+        state = checkpoint.load(folder / "parts" / "last.pt")
+        part = Run(config, place, folder / "parts", state)
+    differing = [] if losses == expected and losses[0] != losses[1] else ["losses"]
+    weights = dict(part.network.named_parameters())
+    for name, tensor in whole.network.named_parameters():
+        if not torch.equal(tensor, weights[name]):
+            differing.append(name)
+    whole.save(["last.pt"])
+    if place.is_first:
+        state = leaves(checkpoint.load(folder / "last.pt"))
+        resumed = leaves(checkpoint.load(folder / "parts" / "last.pt"))
+        assert len(state) > 100 and any(name.startswith("scaler/") for name in state)
+        differing += [n for n in state.keys() | resumed.keys() if state.get(n) != resumed.get(n)]
+    return differing
+
+
+def leaves(value: Any, name: str = "") -> dict[str, Any]:
+    """Every plain value and every tensor's bytes, by path."""
+    if isinstance(value, torch.Tensor):
+        return {name: (str(value.dtype), tuple(value.shape), value.numpy().tobytes())}
+    if isinstance(value, dict | list | tuple):
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        return {k: v for key, item in pairs for k, v in leaves(item, f"{name}{key}/").items()}
+    return {name: value}
+
+
+def on_two_ranks(loader: str, shards: Path, folder: Path, place: Runtime) -> dict[str, Any]:
+    """Save at the end of an epoch of two steps, go on, and tell of each step its rows and loss."""
+    config = tiny_config(
+        shards, data={"loader": loader, "preset": "newell"}, train={"steps_per_epoch": 2}
+    )
+    folder.mkdir(exist_ok=True)
+    run = Run(config, place, folder)
+    begun = [rows_of(step(run)) for _ in range(2)]
+    run.save(["last.pt"])
+    after = [step(run) for _ in range(2)]
+    return {
+        "first rows": begun,
+        "rows": [rows_of(totals) for totals in after],
+        "losses": [totals.sums[0].item() for totals in after],
+    }
+
+
+def rows_of(totals: Totals) -> list[int]:
+    return [row for rows, _ in totals.rows for row in rows.tolist()]
+
+
+if __name__ == "__main__":
+    main()

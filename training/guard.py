@@ -1,0 +1,105 @@
+"""What happens to a run whose loss or gradients are not finite.
+
+The step was skipped on the device (training/loop.py); here, once a line of the log, it is said, the
+people of its batches are written down, and what it touched is mended.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from configs.errors import InputError
+from pipelines.shards import ShardSet, unpack_records
+from training import runtime
+from training.log import Log, Totals, cut
+from training.optimizer import Average
+from training.runtime import Runtime
+
+SKIPPED = "skipped_batches.jsonl"
+
+
+class Guard:
+    """Counts skipped steps, and stops the run at the limit."""
+
+    def __init__(self, network: nn.Module, shards: ShardSet, folder: Path, limit: int):
+        """shards: of training. folder: of the run. limit: train.max_bad_steps."""
+        self.network, self.shards, self.folder, self.limit = network, shards, folder, limit
+        self.in_a_row = 0
+        self.good_statistics = self._statistics()
+
+    def begin(self, step: int) -> None:
+        """Drop what is written of the steps after this one; they come again."""
+        cut(self.folder / SKIPPED, step)
+
+    def check(
+        self, step: int, bad: int, totals: Totals, average: Average | None, log: Log, place: Runtime
+    ) -> None:
+        """Look back on the steps of `totals`, the last of which is `step`; bad: how many failed.
+
+        Every rank must call it. Raises InputError at the limit.
+        """
+        if not bad:
+            self.in_a_row = 0
+            self.good_statistics = self._statistics()
+            return
+        self.in_a_row = self.in_a_row + bad if bad == totals.steps else 0
+        log.say(
+            f"step {step}: skipped {bad} of the last {totals.steps} steps, "
+            "whose loss or gradients were not finite"
+        )
+        self._write_people(step - totals.steps + 1, totals, log, place)
+        self._mend_statistics(average)
+        if self.in_a_row >= self.limit:
+            raise InputError(
+                f"{self.folder}: step {step}",
+                f"{self.in_a_row} steps in a row whose loss or gradients are not finite; "
+                f"their people are in {self.folder / SKIPPED}",
+                "a loss that is a number",
+                "lower optim.lr, set optim.clip_norm 1.0 or train.precision fp32, and --resume",
+            )
+
+    def _write_people(self, first_step: int, totals: Totals, log: Log, place: Runtime) -> None:
+        """A line for each batch of a skipped step, of all ranks, into skipped_batches.jsonl."""
+        mine = [
+            {"step": first_step + step, "rank": place.rank, "loss_is_finite": finite, "rows": rows}
+            for step, rows, finite in totals.skipped_batches()
+        ]
+        parts = runtime.gather_bytes(json.dumps(mine).encode(), place)
+        if not place.is_first:
+            return
+        batches: list[dict[str, Any]] = [batch for part in parts for batch in json.loads(part)]
+        batches.sort(key=lambda batch: batch["step"])
+        names = self._names({row for batch in batches for row in batch["rows"]})
+        lines = [{**b, "people": [names[row] for row in b["rows"]]} for b in batches]
+        try:
+            with (self.folder / SKIPPED).open("a") as file:
+                file.writelines(json.dumps(line) + "\n" for line in lines)
+        except OSError as error:
+            log.say(f"{self.folder / SKIPPED} cannot be written: {error}")
+
+    def _names(self, rows: set[int]) -> dict[int, str]:
+        """Picture and place in the shards of the people with these rows of the annotation."""
+        row_N = unpack_records(self.shards.records()).row_N
+        return {
+            int(row): f"{self.shards.facts(sample)['image']} ({self.shards.where(sample)})"
+            for sample, row in enumerate(row_N)
+            if int(row) in rows
+        }
+
+    def _mend_statistics(self, average: Average | None) -> None:
+        """Put back batch-norm statistics that a forward pass spoilt, in the average too."""
+        buffers = dict(self.network.named_buffers())
+        if all(torch.isfinite(b).all() for b in buffers.values() if b.is_floating_point()):
+            return
+        for name, value in self.good_statistics.items():
+            buffers[name].copy_(value)
+            if average and name in average.tensors:
+                average.tensors[name].copy_(value)
+
+    def _statistics(self) -> dict[str, Tensor]:
+        return {
+            name: b.clone() for name, b in self.network.named_buffers() if b.is_floating_point()
+        }

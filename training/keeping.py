@@ -1,0 +1,107 @@
+"""Which checkpoints of a run are kept, which is the newest whole one, and the run's small files.
+
+Each checkpoint is written once, as step_NNNNNNNN.pt, and last.pt and best.pt are further names of
+such a file (hard links; copies where there are none). A name is never without a whole file behind
+it.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+from configs.errors import InputError
+from training import checkpoint
+from training.checkpoint import State
+
+LAST, BEST = "last.pt", "best.pt"
+RESUME_ME = "resume_me"
+"""Is in the folder of a run that a signal ended, until the run goes on."""
+LAUNCHERS = "launchers"
+"""The torchrun processes that the run's ranks were last started by."""
+
+
+def save(folder: Path, state: State, names: list[str], keep: int) -> None:
+    """Write a checkpoint under each name, and remove all but the newest so many.
+
+    Checkpoints of later steps go too: the run went back and left them. Raises OSError, and then
+    every name stands for the file that it stood for before, or already for the new one.
+    """
+    newest = folder / f"step_{state['step']:08d}.pt"
+    checkpoint.save(newest, state)
+    for name in names:
+        _name_also(newest, folder / name)
+    checkpoint.sync_folder(folder)
+    later = [path for path in numbered(folder) if path.name > newest.name]
+    for path in later + numbered(folder)[len(later) + keep :]:
+        path.unlink(missing_ok=True)
+
+
+def numbered(folder: Path) -> list[Path]:
+    """The checkpoints that are named by their step, newest first."""
+    return sorted(folder.glob("step_????????.pt"), reverse=True)
+
+
+def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint of a run, and a sentence about each damaged one before it.
+
+    None if the run has none yet. Raises InputError if it has some and all are damaged.
+    """
+    remarks: list[str] = []
+    seen: list[os.stat_result] = []
+    for path in [folder / LAST, *numbered(folder), folder / BEST]:
+        if not path.is_file() or any(os.path.samestat(path.stat(), other) for other in seen):
+            continue
+        seen.append(path.stat())
+        try:
+            checkpoint.load(path)
+        except InputError as error:
+            remarks.append(f"{path} is damaged ({error.found}); the one before it is looked at")
+        else:
+            return path, [*remarks, f"{path} is whole, and used"] if remarks else []
+    if remarks:
+        raise InputError(
+            folder,
+            f"{len(remarks)} checkpoint(s), all of them damaged",
+            "one that is whole",
+            "restore a copy of one, or begin a new run",
+        )
+    return None, []
+
+
+def begin(folder: Path, launchers: list[str]) -> None:
+    """Make a run's folder, and note who started it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / LAUNCHERS).write_text("".join(f"{name}\n" for name in launchers))
+
+
+def was_begun_by(folder: Path, launchers: list[str]) -> bool:
+    """Whether one of these started the run's ranks before, so that this is a restart."""
+    path = folder / LAUNCHERS
+    return path.exists() and bool(set(launchers) & set(path.read_text().splitlines()))
+
+
+def ask_to_resume(folder: Path, text: str) -> None:
+    """Leave the marker that tells a job script to start the run again. Raises OSError."""
+    (folder / RESUME_ME).write_text(text + "\n")
+
+
+def take_back(folder: Path) -> None:
+    """Remove that marker: the run goes on, and would leave it again."""
+    (folder / RESUME_ME).unlink(missing_ok=True)
+
+
+def _name_also(source: Path, target: Path) -> None:
+    """Let target be the same file as source, in one stroke."""
+    temporary = target.with_name(target.name + ".tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        try:
+            os.link(source, temporary)
+        except OSError:  # a file system without links
+            with source.open("rb") as old, temporary.open("wb") as new:
+                shutil.copyfileobj(old, new)
+                new.flush()
+                os.fsync(new.fileno())
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)

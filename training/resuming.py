@@ -1,0 +1,92 @@
+"""What a resumed run takes over from its checkpoint if it has another number of ranks.
+
+docs/decisions/011.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from configs.errors import InputError
+from configs.schema import Config, flat
+from training import checkpoint
+from training.checkpoint import State
+
+
+def people_a_step(config: Config, ranks: int) -> int:
+    """The global batch, over all ranks and all batches of a step."""
+    return config.data.batch_size * config.optim.accumulate * ranks
+
+
+def fit_to_ranks(
+    config: Config, state: State, ranks: int, source: Path
+) -> tuple[Config, list[str]]:
+    """The config with the run's global batch shared among so many ranks, and what to say of it.
+
+    source: the checkpoint's file. Raises InputError if the run cannot go on so, or if settings were
+    changed that make it another run.
+    """
+    if "loader_states" not in state:  # a checkpoint of others' code: no place in our data
+        return config, []
+    saved = state["config"]
+    before, people = state["ranks"], _people_before(state, source)
+    if before != ranks:
+        _check_boundary(state, ranks, source)
+    sizes = (saved["data"]["batch_size"], saved["optim"]["accumulate"])
+    if before != ranks and people_a_step(config, ranks) == people:
+        # The same global batch, shared out by hand.
+        remarks = checkpoint.compare_settings(saved, _with_sizes(config, *sizes), source)
+    else:
+        remarks = checkpoint.compare_settings(saved, config, source)
+        config = _share(config, people, ranks, source)
+    if before != ranks:
+        size, parts = config.data.batch_size, config.optim.accumulate
+        remarks.append(
+            f"changed on resuming: the run had {before} rank(s) and has {ranks}; "
+            f"a step takes {people} people as before, {size} per rank x {ranks} rank(s) x {parts}"
+        )
+    return config, remarks
+
+
+def _people_before(state: State, source: Path) -> int:
+    saved = checkpoint.config_of(state, source)
+    return int(state.get("people_a_step", people_a_step(saved, state["ranks"])))
+
+
+def _check_boundary(state: State, ranks: int, source: Path) -> None:
+    """Raise InputError in mid-epoch: there each rank has its own place in the data."""
+    epoch = flat(state["config"])["train.steps_per_epoch"]
+    if state["step"] % epoch:
+        raise InputError(
+            source,
+            f"a run of {state['ranks']} rank(s), now {ranks}, in mid-epoch "
+            f"(step {state['step']}, {epoch} an epoch)",
+            "the same number of ranks, for each has its own place in the data; "
+            "another one at the end of an epoch",
+            f"start {state['ranks']}, or resume from a checkpoint of a step that {epoch} divides "
+            f"(--resume {source.parent}/step_*.pt)",
+        )
+
+
+def _share(config: Config, people: int, ranks: int, source: Path) -> Config:
+    """The largest batches, of no more than data.batch_size, that make up the global batch."""
+    if people_a_step(config, ranks) == people:
+        return config
+    per_rank, rest = divmod(people, ranks)
+    if rest:
+        raise InputError(
+            source,
+            f"a run of {people} people a step, now on {ranks} ranks",
+            "a number of ranks that divides the people of a step",
+            "start another number of ranks, or begin a new run with --init_from",
+        )
+    sizes = range(1, config.data.batch_size + 1)
+    size = max(size for size in sizes if per_rank % size == 0)
+    return _with_sizes(config, size, per_rank // size)
+
+
+def _with_sizes(config: Config, batch_size: int, accumulate: int) -> Config:
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, batch_size=batch_size),
+        optim=dataclasses.replace(config.optim, accumulate=accumulate),
+    )

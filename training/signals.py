@@ -1,0 +1,49 @@
+"""Signals that end a run kindly: the step is finished, a checkpoint is written."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from pipelines.opencv_crops import STOP_SIGNALS
+from training import torchrun
+
+PATIENCE_S = 10.0
+"""Under torchrun, signals within this time of the first are the same one, forwarded."""
+
+
+@contextmanager
+def noted() -> Iterator[list[int]]:
+    """Collect SIGINT, SIGTERM and SIGUSR1 in the list instead of ending; a second one ends at once.
+
+    torchrun forwards what it gets, and what is sent to a whole job reaches a rank twice; so there a
+    second one counts only after PATIENCE_S.
+    """
+    numbers: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield numbers  # signals can be handled in the main thread alone
+        return
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    first_at = 0.0
+
+    def note(number: int, frame: object) -> None:
+        nonlocal first_at
+        first_at = first_at or time.monotonic()
+        numbers.append(number)
+        late = time.monotonic() - first_at > PATIENCE_S
+        if late or not torchrun.started_us():
+            # The kernel deals with the next one, even while an operation of torch goes on.
+            for each in STOP_SIGNALS:
+                signal.signal(each, signal.SIG_DFL)
+        if late:
+            os.kill(os.getpid(), number)
+
+    for number in STOP_SIGNALS:
+        signal.signal(number, note)
+    try:
+        yield numbers
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
