@@ -4,6 +4,7 @@ The step was skipped on the device (training/loop.py); here, once a line of the 
 people of its batches are written down, and what it touched is mended.
 """
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -82,12 +83,16 @@ class Guard:
 
     def _names(self, rows: set[int]) -> dict[int, str]:
         """Picture and place in the shards of the people with these rows of the annotation."""
-        row_N = unpack_records(self.shards.records()).row_N
+        samples = {row: self._sample_of_row[row] for row in rows}
         return {
-            int(row): f"{self.shards.facts(sample)['image']} ({self.shards.where(sample)})"
-            for sample, row in enumerate(row_N)
-            if int(row) in rows
+            row: f"{self.shards.facts(sample)['image']} ({self.shards.where(sample)})"
+            for row, sample in samples.items()
         }
+
+    @functools.cached_property
+    def _sample_of_row(self) -> dict[int, int]:
+        row_N = unpack_records(self.shards.records()).row_N
+        return {int(row): sample for sample, row in enumerate(row_N)}
 
     def _mend_statistics(self, average: Average | None) -> None:
         """Put back batch-norm statistics that a forward pass spoilt, in the average too."""
