@@ -6,7 +6,7 @@ const { facts, results, other, skeleton, galleries, people } = data;
 const names = Object.keys(results);
 const own = results[names[0]];
 const metric = own.length ? "PCK" : "PCKh";
-const length = own.length ? `of the length (${own.length})` : "of the head’s length";
+const length = own.length ? "of the length" : "of the head’s length";
 const state = { joints: null, label: "", gallery: "worst", order: "largest", level: "0.5" };
 let closeup = -1; // place in the gallery of the person who is enlarged
 
@@ -168,6 +168,8 @@ function path(xs, ys) {
   }).join("");
 }
 
+const shortened = (text, most) => (text.length > most ? `${text.slice(0, most - 1)}…` : text);
+
 function endLabels(svg, series, area, py) {
   const ends = series.filter((s) => s.ys.at(-1) != null)
     .map((s) => ({ label: s.label, y: py(s.ys.at(-1)) })).sort((a, b) => a.y - b.y);
@@ -175,7 +177,7 @@ function endLabels(svg, series, area, py) {
   for (let i = 1; i < ends.length; i++) ends[i].y = Math.max(ends[i].y, ends[i - 1].y + gap);
   let floor = area.bottom + 2;
   for (const end of ends.reverse()) { end.y = Math.min(end.y, floor); floor = end.y - gap; }
-  for (const end of ends) add(svg, "text", { x: area.right + 8, y: end.y + 4 }, end.label);
+  for (const end of ends) add(svg, "text", { x: area.right + 8, y: end.y + 4 }, shortened(end.label, 13));
 }
 
 /* Curves over the threshold */
@@ -183,8 +185,11 @@ function endLabels(svg, series, area, py) {
 function curveSeries() {
   const { thresholds, pooled, groups } = own.curves;
   const series = [];
-  for (const [name] of skeleton.groups)
-    series.push({ name, label: name, kind: "thin", xs: thresholds, ys: groups[name] });
+  const pair = state.joints?.length > 1 ? state.joints.join() : null;
+  for (const [name, joints] of skeleton.groups) {
+    const kind = joints.join() === pair ? "picked" : "thin";
+    series.push({ name, label: name, kind, xs: thresholds, ys: groups[name] });
+  }
   for (const name of names.slice(1)) {
     const curve = results[name].curves;
     series.push({ name, kind: "base", xs: curve.thresholds, ys: curve.pooled });
@@ -192,10 +197,8 @@ function curveSeries() {
   const curve = other?.result.curves;
   if (curve) series.push({ name: "other run, pooled", kind: "other", xs: curve.thresholds, ys: curve.pooled });
   series.push({ name: "pooled", kind: "own", xs: thresholds, ys: pooled });
-  if (state.joints) {
-    const rates = state.joints.map((j) => own.curves.joints[own.joint_names[j]]);
-    const known = rates.filter((r) => r && r[0] != null);
-    const ys = thresholds.map((_, i) => known.length ? known.reduce((sum, r) => sum + r[i], 0) / known.length : null);
+  if (state.joints?.length === 1) {
+    const ys = own.curves.joints[own.joint_names[state.joints[0]]];
     series.push({ name: state.label, kind: "picked", xs: thresholds, ys });
   }
   return series;

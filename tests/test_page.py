@@ -183,9 +183,12 @@ def test_the_slider_reads_the_curves(report, browser):
     for _ in range(3):
         browser.press("ArrowLeft", 37)
     assert texts(browser, "#threshold-value") == ["0.47"]
+    choose(browser, "joint", R_WRIST)
     rows = dict(
         zip(texts(browser, "#readout tbody th"), texts(browser, "#readout tbody td"), strict=True)
     )
+    assert len(rows) == 8 + 3
+    assert rows["r_wrist"] == percent(curves["joints"]["r_wrist"][47])
     assert rows["pooled"] == percent(curves["pooled"][47])
     assert rows["wrist"] == percent(curves["groups"]["wrist"][47])
     assert rows["other run, pooled"] == percent(report.other["curves"]["pooled"][47])
@@ -278,6 +281,11 @@ def test_prediction_and_annotation_can_be_taken_away(report, browser):
 def test_a_narrow_screen_needs_no_scrolling_sideways(width, report, browser):
     browser.show(report.page, width, 780)
     choose(browser, "joint", 0)
+    assert_fits(browser, width)
+
+
+def assert_fits(browser: Browser, width: int) -> None:
+    """Nothing is wider than the window but what scrolls by itself."""
     assert browser.ask("document.documentElement.scrollWidth") <= width
     outside = """[...document.querySelectorAll("main *")].filter(e => !e.closest(".scroll, svg") &&
         e.getBoundingClientRect().right > innerWidth).map(e => e.outerHTML.slice(0, 99))"""
@@ -300,6 +308,10 @@ def test_words_in_the_data_never_become_markup(tmp_path, browser):
     assert evil in texts(browser, "#facts dd") and evil in texts(
         browser, "#means tbody th small, #remarks li"
     )
+    choose(browser, "joint", "0,1")
+    browser.ask("document.querySelector('.tile').click()")
+    browser.resize(360, 780)
+    assert_fits(browser, 360)
     assert "img" not in browser.ask("[...document.querySelectorAll('*')].map(e => e.localName)")
 
 
