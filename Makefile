@@ -48,7 +48,7 @@ demo: install clean-demo
 	$(PYTHON) tools/make_synthetic.py --output $(DEMO) --train 1500 --valid 300 --max-width 640
 	$(PYTHON) tools/make_shards.py --annotations $(DEMO)/annot --images $(DEMO)/images --output data/shards/synthetic
 	$(PYTHON) train.py --config configs/demo.yaml
-	$(PYTHON) evaluate.py --checkpoint runs/demo/best.pt --json runs/demo/pckh.json --picture runs/demo/predictions.png
+	$(PYTHON) evaluate.py --checkpoint runs/demo/best.pt --json runs/demo/pckh.json --report runs/demo/report --picture runs/demo/predictions.png
 
 # The demo's own run alone; a packed data set is kept and packed again only if it changed.
 clean-demo:

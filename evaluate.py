@@ -18,12 +18,14 @@ from configs.skeleton import Skeleton, load_skeleton, require_same_joints
 from evaluation import pckh, report
 from evaluation.inference import Predictions, choose_batch_size
 from evaluation.oracle import oracle_keypoints
+from evaluation.page import Other, Shown, page, read_other
 from evaluation.predictions import as_coco, as_entries, read_predictions, write_mat
 from evaluation.subjects import Subjects, from_loose_pictures, from_shards
 from evaluation.submission import read_release, write_submission
 from pipelines.annotations import read_annotations
 from pipelines.batches import Target, target_of
 from pipelines.heatmaps import Rule
+from pipelines.opencv_crops import LooseImages
 from training import checkpoint, runtime
 from training.runtime import Runtime
 from training.validation import predict_together
@@ -71,6 +73,7 @@ def evaluate_network(options: argparse.Namespace, place: Runtime) -> None:
     question = find_question(options)
     subjects = question.subjects
     release = read_release(Path(options.release), subjects.people) if options.release else None
+    other = read_other(Path(options.compare), subjects.skeleton) if options.compare else None
     found = predict_everybody(options, question, place)
     if not place.is_first:
         return
@@ -89,18 +92,28 @@ def evaluate_network(options: argparse.Namespace, place: Runtime) -> None:
         mean = pckh.mean_pose(subjects.train, subjects.people)
         results["mean pose"] = pckh.summary(mean, subjects.people, subjects.skeleton)
     print_results(options, question, results)
-    facts = {"checkpoint": str(question.path), "data": subjects.name, "flip": question.flip}
+    print_comparison(other, results)
+    facts = {"checkpoint": str(question.path), "step": question.state["step"]}
+    facts |= {"data": subjects.name, "flip": question.flip}
     facts |= {"loaders": list(question.loaders), "remarks": question.remarks}
     write_files(options, subjects, first, {**facts, **results})
+    if options.report:
+        people, source, samples, skeleton, *_ = subjects
+        shown = Shown(people, first.keypoints_NJ2, skeleton, source, samples)
+        write_text(report_file(options), page(facts, results, other, shown, options.people))
 
 
 def check_options(options: argparse.Namespace) -> None:
     """Refuse what cannot work, before any work is done. Raises InputError."""
     names = ("json", "save_predictions", "save_coco", "save_mat", "save_submission", "picture")
-    for name in (getattr(options, name) for name in names):
-        path = Path(name) if name else None
-        if path and (path.is_dir() or any(p.is_file() for p in path.parents)):
+    paths = [Path(getattr(options, name)) for name in names if getattr(options, name)]
+    paths += [report_file(options)] if options.report else []
+    for path in paths:
+        if path.is_dir() or any(p.is_file() for p in path.parents):
             raise InputError(path, "a folder, or in a file", "a file name", "name another file")
+    if options.oracle and (options.report or options.compare):
+        raise InputError("command line", "--oracle with --report or --compare",
+                         "a network or predictions to report on", "leave one out")  # fmt: skip
     if options.picture and Path(options.picture).suffix.lower() not in (".png", ".jpg", ".jpeg"):
         raise InputError(options.picture, "another kind of file", ".png or .jpg", "rename it")
     if bool(options.save_submission) != bool(options.release):
@@ -110,6 +123,12 @@ def check_options(options: argparse.Namespace) -> None:
             "both: the file to write, and MPII's mpii_human_pose_v1_u12_1.mat",
             "give both",
         )
+
+
+def report_file(options: argparse.Namespace) -> Path:
+    """The page of --report, which names its folder or an .html file."""
+    path = Path(options.report)
+    return path if path.suffix == ".html" else path / "index.html"
 
 
 def score_oracle(options: argparse.Namespace) -> None:
@@ -149,6 +168,8 @@ def score_file(options: argparse.Namespace) -> None:
         )
     people, skeleton = read_annotations(Path(options.annotations), "valid", given_skeleton(options))
     path = Path(options.predictions)
+    other = read_other(Path(options.compare), skeleton) if options.compare else None
+    source = LooseImages(people, Path(options.images)) if options.images else None
     predicted = read_predictions(path, people)
     own = predicted.truth if options.ground_truth == "file" else None
     results = {"predictions": pckh.summary(predicted.keypoints_NJ2, own or people, skeleton)}
@@ -159,9 +180,14 @@ def score_file(options: argparse.Namespace) -> None:
     print(report.explain(results["predictions"]))
     if options.per_joint:
         print("\n" + report.details_table(results["predictions"]))
+    print_comparison(other, results)
+    facts = {"predictions_file": str(path), "ground_truth": "file" if own else "annotations"}
     if options.json:
-        facts = {"predictions_file": str(path), "ground_truth": "file" if own else "annotations"}
         write_text(Path(options.json), json.dumps({**facts, **results}, indent=1))
+    if options.report:
+        keypoints = predicted.keypoints_NJ2
+        shown = Shown(own or people, keypoints, skeleton, source, np.arange(people.count))
+        write_text(report_file(options), page(facts, results, other, shown, options.people))
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -186,7 +212,10 @@ def _add_what(what: argparse._ArgumentGroup) -> None:
     what.add_argument("--shards", help="a split, or the folder of splits; default: as in training")
     what.add_argument("--annotations", help="MPII's .h5 or .json(.gz), or COCO's: loose pictures")
     what.add_argument("--skeleton", help="YAML of its joints; default: the checkpoint's, or MPII's")
-    what.add_argument("--images", help="folder of the pictures, with --annotations")
+    what.add_argument(
+        "--images",
+        help="folder of the pictures, with --annotations; with --predictions for --report alone",
+    )
     what.add_argument(
         "--predictions",
         metavar="FILE",
@@ -247,6 +276,16 @@ def _add_output(out: argparse._ArgumentGroup) -> None:
     out.add_argument("--per-joint", action="store_true", help="print every joint and pair as well")
     out.add_argument("--json", metavar="OUT", help="every number")
     out.add_argument(
+        "--report",
+        metavar="OUT",
+        help="one HTML page of tables, curves and people, OUT/index.html or OUT.html",
+    )
+    out.add_argument(
+        "--compare",
+        metavar="FILE",
+        help="the --json of another run: print the gap, and show it in the report",
+    )
+    out.add_argument(
         "--save-predictions", metavar="OUT", help="joints in px of the original pictures"
     )
     out.add_argument("--save-coco", metavar="OUT", help="the same as COCO keypoint results")
@@ -264,7 +303,7 @@ def _add_output(out: argparse._ArgumentGroup) -> None:
         "--people",
         type=_at_least(1),
         default=24,
-        help="people in the picture (default: %(default)s)",
+        help="people in the picture, and in each gallery of the report (default: %(default)s)",
     )
 
 
@@ -399,6 +438,12 @@ def print_results(
         print("\n" + report.gap(*list(results.items())[:2]))
 
 
+def print_comparison(other: Other | None, results: dict[str, dict[str, Any]]) -> None:
+    """The gap between the first result and another run's, if there is one."""
+    if other:
+        print("\n" + report.gap((other.name, other.result), next(iter(results.items()))))
+
+
 def write_files(
     options: argparse.Namespace, subjects: Subjects, found: Predictions, results: dict[str, Any]
 ) -> None:
@@ -436,7 +481,7 @@ def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all, and say so."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text + "\n")
+    temporary.write_text(text + "\n", encoding="utf-8")
     temporary.rename(path)
     print(f"wrote {path}")
 

@@ -4,6 +4,7 @@ Errors are distances in image px divided by `normalize`. Joints that are not mar
 without a known `normalize`, are NaN and never count.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +17,10 @@ from pipelines.annotations import People
 Floats = npt.NDArray[np.float64]
 
 THRESHOLDS = (0.5, 0.1)
-_AUC_THRESHOLDS = np.linspace(0.0, 0.5, 51)
+_CURVE_THRESHOLDS = np.linspace(0.0, 0.5, 51)
+_SIZES = 5
+_QUARTILES = (0.25, 0.5, 0.75)
+_PERCENTILES = tuple(i / 100 for i in range(101))
 
 
 def normalized_errors(keypoints_NJ2: npt.NDArray, people: People) -> Floats:
@@ -83,8 +87,8 @@ def auc(errors_NJ: Floats) -> float:
     errors = errors_NJ[np.isfinite(errors_NJ)]
     if not errors.size:
         return float("nan")
-    found = np.searchsorted(np.sort(errors), _AUC_THRESHOLDS, side="left") / errors.size
-    return float(np.trapezoid(found, _AUC_THRESHOLDS) / _AUC_THRESHOLDS[-1])
+    found = np.searchsorted(np.sort(errors), _CURVE_THRESHOLDS, side="left") / errors.size
+    return float(np.trapezoid(found, _CURVE_THRESHOLDS) / _CURVE_THRESHOLDS[-1])
 
 
 def details(errors_NJ: Floats, visible_NJ: npt.NDArray, skeleton: Skeleton) -> dict[str, Any]:
@@ -117,7 +121,59 @@ def _detail(parts: dict[str, Floats], joints: tuple[int, ...], inclusive: bool) 
         "auc": auc(mine["all"]),
         "visible": rate("visible", THRESHOLDS[0]),
         "occluded": rate("occluded", THRESHOLDS[0]),
+        "error_quartiles": _quantiles(mine["all"], _QUARTILES),
     }
+
+
+def _quantiles(errors: Floats, shares: Sequence[float]) -> list[float]:
+    known = errors[np.isfinite(errors)]
+    return np.quantile(known, shares).tolist() if known.size else [float("nan")] * len(shares)
+
+
+def curves(errors_NJ: Floats, skeleton: Skeleton) -> dict[str, Any]:
+    """Rates over thresholds 0..0.5: pooled, and of every group and joint by name.
+
+    They are those of `score`, with its signs, so that they meet the table at 0.5 and 0.1.
+    """
+    scores = [score(errors_NJ, skeleton, threshold) for threshold in _CURVE_THRESHOLDS.tolist()]
+    return {
+        "thresholds": [round(threshold, 2) for threshold in _CURVE_THRESHOLDS.tolist()],
+        "pooled": [at.pooled for at in scores],
+        "groups": {name: [at.groups[name] for at in scores] for name, _ in skeleton.groups},
+        "joints": {n: [at.joints[j] for at in scores] for j, n in enumerate(skeleton.names)},
+    }
+
+
+def person_errors(errors_NJ: Floats) -> Floats:
+    """(N,) mean error of each person's joints; NaN where none counts."""
+    counts = np.isfinite(errors_NJ).sum(axis=1)
+    return np.nansum(errors_NJ, axis=1) / np.where(counts > 0, counts, np.nan)
+
+
+def by_size(errors_NJ: Floats, people: People) -> list[dict[str, Any]]:
+    """Fifths of the people by the side of their box, smallest first; pooled rates with `<`.
+
+    Only people of whom a joint counts. With fewer than five people there are fewer bins.
+    """
+    side = PIXELS_PER_SCALE * people.scale
+    known = np.flatnonzero(np.isfinite(errors_NJ).any(axis=1))
+    order = known[np.argsort(side[known], kind="stable")]
+    return [
+        {
+            "from_px": float(side[rows[0]]),
+            "to_px": float(side[rows[-1]]),
+            "people": len(rows),
+            "joints_counted": int(np.isfinite(errors_NJ[rows]).sum()),
+            **{str(t): _pooled(errors_NJ[rows], t) for t in THRESHOLDS},
+            "error_quartiles": _quantiles(errors_NJ[rows], _QUARTILES),
+        }
+        for rows in np.array_split(order, _SIZES)
+        if len(rows)
+    ]
+
+
+def _pooled(errors_NJ: Floats, threshold: float) -> float:
+    return _mean(*rates(errors_NJ, threshold, inclusive=False))
 
 
 def summary(keypoints_NJ2: npt.NDArray, people: People, skeleton: Skeleton) -> dict[str, Any]:
@@ -147,6 +203,9 @@ def summary(keypoints_NJ2: npt.NDArray, people: People, skeleton: Skeleton) -> d
             "joints_counted": int(np.isfinite(occluded).sum()),
         },
         "details": details(errors, people.visible, skeleton),
+        "curves": curves(errors, skeleton),
+        "by_size": by_size(errors, people),
+        "person_error_percentiles": _quantiles(person_errors(errors), _PERCENTILES),
     })  # fmt: skip
 
 

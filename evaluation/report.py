@@ -128,6 +128,17 @@ def _tile(
     keypoints_J2: npt.NDArray,
     skeleton: Skeleton,
 ) -> npt.NDArray[np.uint8]:
+    tile = plain_tile(source, sample, people, row)
+    tile_from_image = geometry.input_from_image(people.center[row], people.scale[row], TILE_PX)
+    truth = geometry.transform(tile_from_image, people.joints[row])
+    found = geometry.transform(tile_from_image, keypoints_J2)
+    draw_skeleton(tile, truth, people.marked[row], skeleton, 2, plain=True)
+    draw_skeleton(tile, found, np.ones(skeleton.joint_count, dtype=bool), skeleton, 2)
+    return cv2.copyMakeBorder(tile, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=(255, 255, 255))  # type: ignore[return-value]
+
+
+def plain_tile(source: Source, sample: int, people: People, row: int) -> npt.NDArray[np.uint8]:
+    """A person's box as a picture, (TILE_PX, TILE_PX, 3) BGR."""
     image = opencv_crops.decode(source.jpeg(sample), source.where(sample))
     image_from_stored = opencv_crops.image_from_stored(unpack_records(source.record(sample)[None]))
     tile_from_image = geometry.input_from_image(people.center[row], people.scale[row], TILE_PX)
@@ -135,12 +146,7 @@ def _tile(
     shrink = 1 / np.sqrt(np.linalg.det(tile_from_stored[:2, :2]))
     if shrink > 2:  # a bilinear warp alone would alias
         image = cv2.GaussianBlur(image, (0, 0), shrink / 3)  # type: ignore[assignment]
-    tile = cv2.warpAffine(image, tile_from_stored[:2], (TILE_PX, TILE_PX))
-    truth = geometry.transform(tile_from_image, people.joints[row])
-    found = geometry.transform(tile_from_image, keypoints_J2)
-    draw_skeleton(tile, truth, people.marked[row], skeleton, 2, plain=True)
-    draw_skeleton(tile, found, np.ones(skeleton.joint_count, dtype=bool), skeleton, 2)
-    return cv2.copyMakeBorder(tile, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=(255, 255, 255))  # type: ignore[return-value]
+    return cv2.warpAffine(image, tile_from_stored[:2], (TILE_PX, TILE_PX))  # type: ignore[return-value]
 
 
 def draw_skeleton(

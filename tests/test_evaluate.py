@@ -15,6 +15,7 @@ from test_training import make_run, steps, tiny_config
 from torch import nn
 
 from configs.mpii import MPII
+from configs.skeleton import Skeleton
 from evaluation import inference, pckh, report
 from pipelines.annotations import read_annotations
 from pipelines.augment import preset_of
@@ -300,11 +301,20 @@ def test_the_batch_size_is_the_fastest_one_measured(trained, monkeypatch):
     assert size == 2 and list(tried) == [1, 2, 4, 8]  # 4 is not worth it, and 8 was the last try
 
 
+def one_joint_result() -> dict:
+    from test_pckh import people_at
+
+    nose = Skeleton("nose", ("nose",), (), (), (("nose", (0,)),))
+    return pckh.summary(np.zeros((1, 1, 2)), people_at(np.zeros((1, 1, 2))), nose)
+
+
 def bad_inputs(trained: Path, tiny_shards: Path, tiny_set: Path, tmp_path: Path) -> dict:
     """Command lines that must end in one clear error, and what each must name."""
     (tmp_path / "empty").mkdir()
     (tmp_path / "noise.pt").write_bytes(b"noise")
     (tmp_path / "noise.h5").write_bytes(b"noise")
+    (tmp_path / "empty.json").write_text("{}")
+    (tmp_path / "others.json").write_text(json.dumps({"network": one_joint_result()}))
     no_index = shutil.copytree(tiny_shards / "valid", tmp_path / "no_index")
     next(no_index.glob("*.idx")).unlink()
     old = shutil.copytree(tiny_shards / "valid", tmp_path / "old")
@@ -328,6 +338,13 @@ def bad_inputs(trained: Path, tiny_shards: Path, tiny_set: Path, tmp_path: Path)
         "a folder": ([*best, "--save-predictions", tmp_path], str(tmp_path)),
         "in a file": ([*best, "--save-coco", tmp_path / "noise.pt" / "c.json"], "c.json"),
         "half a submission": ([*best, "--save-submission", tmp_path / "s.mat"], "--release"),
+        "no earlier run": ([*best, "--compare", tmp_path / "nowhere.json"], "nowhere.json"),
+        "noise to compare": ([*best, "--compare", tmp_path / "noise.pt"], "noise.pt"),
+        "nothing to compare": ([*best, "--compare", tmp_path / "empty.json"], "no result in it"),
+        "other joints": ([*best, "--compare", tmp_path / "others.json"], "joints nose"),
+        "a page in a file": ([*best, "--report", tmp_path / "noise.pt" / "out"], "index.html"),
+        "oracle on a page": (["--oracle", "--annotations", annotations, "--report",
+                              tmp_path / "out"], "--oracle with --report"),
         "no release": ([*best, "--save-submission", tmp_path / "s.mat", "--release",
                         tmp_path / "nowhere.mat"], "nowhere.mat"),
     }  # fmt: skip
@@ -338,7 +355,7 @@ def test_bad_input_ends_in_one_clear_error(trained, tiny_shards, tiny_set, tmp_p
     from configs.errors import run_main
 
     cases = bad_inputs(trained, tiny_shards, tiny_set, tmp_path)
-    assert len(cases) == 14
+    assert len(cases) == 20
     for name, (words, expected) in cases.items():
         out = tmp_path / "out.json"
         monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words), "--json", str(out)])

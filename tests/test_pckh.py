@@ -91,6 +91,42 @@ def test_every_joint_and_group_has_its_rates_and_counts():
     assert rows["joints"]["l_ankle"]["auc"] == pytest.approx(0.99, abs=0.011)
 
 
+def test_curves_count_the_errors_below_each_threshold_and_meet_the_table():
+    people = people_at(np.zeros((4, 16, 2)))
+    found = np.random.default_rng(3).normal(0, 2, (4, 16, 2))
+    found[:, 0] = [[0.15, 0], [1.25, 0], [3.05, 0], [9, 0]]  # 0.015, 0.125, 0.305, 0.9
+    result = pckh.summary(found, people, MPII)
+    curves = result["curves"]
+    assert curves["thresholds"] == [round(0.01 * i, 2) for i in range(51)]
+    expected = [0.0] * 2 + [0.25] * 11 + [0.5] * 18 + [0.75] * 20
+    assert curves["joints"]["r_ankle"] == expected
+    for place, threshold in ((50, "0.5"), (10, "0.1")):
+        table = result["pckh"][threshold]
+        assert curves["pooled"][place] == table["pooled"]
+        assert {name: rates[place] for name, rates in curves["groups"].items()} == table["groups"]
+    assert result["auc"] == pytest.approx(np.trapezoid(curves["pooled"], dx=0.01) / 0.5)
+
+
+def test_people_are_told_apart_by_the_side_of_their_box():
+    people = people_at(np.zeros((7, 16, 2)))._replace(scale=np.array([4, 1, 2, 7, 3, 6, 5.0]))
+    people.normalize[6] = 0  # nothing is known of the one of 1,000 px
+    found = np.zeros((7, 16, 2))
+    found[1, :8] = 99
+    found[0, :, 0] = 3.0
+    bins = pckh.summary(found, people, MPII)["by_size"]
+    sides = [(row["from_px"], row["to_px"], row["people"]) for row in bins]
+    assert sides == [(200, 400, 2), (600, 600, 1), (800, 800, 1), (1200, 1200, 1), (1400, 1400, 1)]
+    assert [row["0.5"] for row in bins] == [0.75, 1, 1, 1, 1]
+    assert [row["0.1"] for row in bins] == [0.75, 1, 0, 1, 1]
+    assert bins[2]["error_quartiles"] == pytest.approx([0.3] * 3)
+    assert [row["joints_counted"] for row in bins] == [32, 16, 16, 16, 16]
+
+
+def test_the_error_of_a_person_is_the_mean_over_the_joints_that_count():
+    errors = np.array([[0.2, 0.4], [np.nan, 0.6], [np.nan, np.nan]])
+    np.testing.assert_allclose(pckh.person_errors(errors), [0.3, 0.6, np.nan])
+
+
 def test_what_never_counts_is_null_in_json_and_a_dash_in_print():
     from evaluation import report
 

@@ -1,0 +1,354 @@
+"""The page of evaluate.py --report, read as its reader does: in a browser, where there is one."""
+
+import json
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from browser import Browser, find_chromium
+from test_pckh import people_at
+from test_training import make_run, steps, tiny_config
+
+import evaluate
+from configs.mpii import L_WRIST, MPII, R_WRIST
+from configs.skeleton import Skeleton
+from evaluation import page, pckh
+from evaluation.predictions import as_entries
+from pipelines.annotations import read_annotations
+from pipelines.shards import ShardSet
+
+WIDE = (1280, 900)
+
+
+class Report(NamedTuple):
+    page: Path
+    own: dict
+    """The results in the two files of --json."""
+    other: dict
+    errors: np.ndarray
+    """(5, 16) from the files alone, NaN where a joint is not annotated."""
+
+
+def evaluate_with(*words: object) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["evaluate.py", *map(str, words)])
+        evaluate.main()
+
+
+@pytest.fixture(scope="module")
+def report(tiny_set, tmp_path_factory) -> Report:
+    """Of predictions that lie more or less beside the annotation, against others that do."""
+    folder = tmp_path_factory.mktemp("report")
+    people, _ = read_annotations(tiny_set / "annot", "valid")
+    words = ["--annotations", tiny_set / "annot" / "valid.h5", "--images", tiny_set / "images"]
+    rng = np.random.default_rng(5)
+    for name in ("other", "own"):
+        spread = rng.gamma(2, 0.2, (5, 16, 1)) * people.normalize[:, None, None]
+        found = people.joints + spread * rng.normal(size=(5, 16, 2))
+        entries = as_entries(people, found, np.ones((5, 16)))
+        (folder / f"{name}_found.json").write_text(json.dumps(entries))
+        words += ["--predictions", folder / f"{name}_found.json", "--json", folder / f"{name}.json"]
+        if name == "own":
+            words += ["--report", folder / "out", "--compare", folder / "other.json"]
+        evaluate_with(*words)
+    own, other = (json.loads((folder / f"{name}.json").read_text()) for name in ("own", "other"))
+    distance = np.linalg.norm(found - people.joints, axis=-1) / people.normalize[:, None]
+    errors = np.where(people.marked, distance, np.nan)
+    results = own["predictions"], other["predictions"]
+    return Report(folder / "out" / "index.html", *results, errors)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    program = find_chromium()
+    if program is None:
+        pytest.skip("no Chromium (apt-get install chromium)")
+    opened = Browser(program, tmp_path_factory.mktemp("profile"))
+    yield opened
+    opened.close()
+
+
+def complaints(browser: Browser) -> list[dict]:
+    """What a developer's console would show."""
+    kinds = ("Log.entryAdded", "Runtime.exceptionThrown", "Runtime.consoleAPICalled")
+    return [event for event in browser.events if event["method"] in kinds]
+
+
+def texts(browser: Browser, selector: str) -> list[str]:
+    return browser.ask(f"[...document.querySelectorAll({selector!r})].map(e => e.textContent)")
+
+
+def choose(browser: Browser, select: str, value: object) -> None:
+    browser.ask(f"""(() => {{ const s = document.getElementById({select!r});
+        s.value = {str(value)!r}; s.dispatchEvent(new Event("change")); }})()""")
+
+
+def shown_rows(browser: Browser) -> list[int]:
+    return list(
+        map(int, browser.ask("[...document.querySelectorAll('.tile')].map(t => t.dataset.row)"))
+    )
+
+
+def percent(rate: float | None) -> str:
+    return "–" if rate is None else f"{100 * rate:.2f}"
+
+
+def test_the_page_opens_without_a_complaint_and_asks_nobody_for_anything(report, browser):
+    browser.show(report.page, *WIDE)
+    assert len(texts(browser, ".tile")) == 5
+    assert browser.ask("[...document.images].every(i => i.complete && i.naturalWidth === 256)")
+    assert complaints(browser) == []
+    asked = [e["params"]["request"]["url"] for e in browser.events
+             if e["method"] == "Network.requestWillBeSent"]  # fmt: skip
+    assert [url for url in asked if not url.startswith("data:")] == [report.page.as_uri()]
+    assert report.page.stat().st_size < 1_000_000
+    # And the check would see a complaint and a request:
+    browser.ask("fetch('https://example.org/').catch(() => console.error('refused'))")
+    assert len(complaints(browser)) >= 2
+
+
+def mean_cells(*results: dict) -> list[str]:
+    """The table of all means, row by row."""
+    columns = [(result, threshold) for result in results for threshold in ("0.5", "0.1")]
+    cells = [
+        percent(result["pckh"][t]["groups"][name])
+        for name, _ in MPII.groups
+        for result, t in columns
+    ]
+    for mean in ("pooled", "unweighted", "weighted"):
+        cells += [percent(result["pckh"][t][mean]) for result, t in columns]
+    return cells + [percent(result["auc"]) if t == "0.5" else "" for result, t in columns]
+
+
+def test_the_numbers_of_the_page_are_those_of_the_json(report, browser):
+    browser.show(report.page, *WIDE)
+    own, other = report.own, report.other
+    half = own["pckh"]["0.5"]
+    means = {half["pooled"], half["unweighted"], half["weighted"], other["pckh"]["0.5"]["pooled"]}
+    assert len(means) == 4 and 0 < min(means) < max(means) < 1
+    assert texts(browser, "#headline") == [percent(half["pooled"])]
+    assert texts(browser, "#means tbody td") == mean_cells(own, other)
+    bars = [
+        [percent(row["0.5"]), percent(past), percent(row["visible"]), percent(row["occluded"])]
+        for row, past in zip(
+            own["details"]["joints"].values(), other["pckh"]["0.5"]["joints"], strict=True
+        )
+    ]
+    cells = np.array(texts(browser, "#bars tbody td")).reshape(16, 7)
+    assert cells[:, [1, 2, 4, 5]].tolist() == bars
+    pairs = [
+        [f"{row['error_quartiles'][1]:.3f}", percent(row["0.5"]), str(row["counts"]["all"])]
+        for row in own["details"]["groups"].values()
+    ]
+    assert np.array(texts(browser, "#pairs tbody td")).reshape(8, 4)[:, 1:].tolist() == pairs
+    sizes = [
+        [f"{row['error_quartiles'][1]:.3f}", percent(row["0.5"]), str(row["people"])]
+        for row in own["by_size"]
+    ]
+    assert np.array(texts(browser, "#sizes tbody td")).reshape(5, 4)[:, 1:].tolist() == sizes
+    rows = [{kind: own[kind]["pooled"] for kind in ("visible", "occluded")}]
+    rows += own["details"]["groups"].values()
+    cells = np.array(texts(browser, "#occlusion tbody td")).reshape(9, 4)[:, 1:3].tolist()
+    assert cells == [[percent(row["visible"]), percent(row["occluded"])] for row in rows]
+
+
+def test_a_network_makes_a_page_beside_its_other_files(tiny_shards, tmp_path, browser):
+    run = make_run(tiny_config(tiny_shards), tmp_path / "run")
+    steps(run, 2)
+    run.save(["best.pt"])
+    evaluate_with("--checkpoint", tmp_path / "run" / "best.pt", "--workers", 0, "--batch-size", 5,
+                  "--json", tmp_path / "n.json", "--report", tmp_path / "out")  # fmt: skip
+    numbers = json.loads((tmp_path / "n.json").read_text())
+    browser.show(tmp_path / "out" / "index.html", *WIDE)
+    assert texts(browser, "#means tbody td") == mean_cells(numbers["network"], numbers["mean pose"])
+    assert browser.ask("document.images.length") == 5 and complaints(browser) == []
+
+
+def test_the_joints_are_sorted_by_a_column(report, browser):
+    browser.show(report.page, *WIDE)
+    rates = dict(zip(MPII.names, report.own["pckh"]["0.5"]["joints"], strict=True))
+    for order, sign in (("descending", -1), ("ascending", 1)):
+        browser.ask("document.querySelector('#bars [data-sort=rate]').click()")
+        names = texts(browser, "#bars tbody th")
+        assert [rates[name] for name in names] == sorted(rates.values(), key=lambda r: sign * r)
+        assert browser.ask(f"document.querySelectorAll('#bars [aria-sort={order}]').length") == 1
+
+
+def test_the_slider_reads_the_curves(report, browser):
+    browser.show(report.page, *WIDE)
+    curves = report.own["curves"]
+    browser.ask("document.getElementById('threshold').focus()")
+    for _ in range(3):
+        browser.press("ArrowLeft", 37)
+    assert texts(browser, "#threshold-value") == ["0.47"]
+    choose(browser, "joint", R_WRIST)
+    rows = dict(
+        zip(texts(browser, "#readout tbody th"), texts(browser, "#readout tbody td"), strict=True)
+    )
+    assert len(rows) == 8 + 3
+    assert rows["r_wrist"] == percent(curves["joints"]["r_wrist"][47])
+    assert rows["pooled"] == percent(curves["pooled"][47])
+    assert rows["wrist"] == percent(curves["groups"]["wrist"][47])
+    assert rows["other run, pooled"] == percent(report.other["curves"]["pooled"][47])
+
+
+def test_the_worst_come_first_and_the_order_can_be_turned(report, browser):
+    browser.show(report.page, *WIDE)
+    means = np.nanmean(report.errors, axis=1)
+    falling = np.argsort(-means).tolist()
+    assert shown_rows(browser) == falling
+    assert texts(browser, ".error") == [f"{means[row]:.2f}" for row in falling]
+    choose(browser, "order", "smallest")
+    assert shown_rows(browser) == falling[::-1]
+    choose(browser, "order", "data")
+    assert shown_rows(browser) == [0, 1, 2, 3, 4]
+
+
+def test_a_joint_leaves_those_who_have_it_in_the_order_of_its_errors(report, browser):
+    browser.show(report.page, *WIDE)
+    annotated = np.isfinite(report.errors).sum(axis=0)
+    joint = int(np.flatnonzero(annotated < 5)[0])
+    errors = report.errors[:, joint]
+    expected = [row for row in np.argsort(-errors).tolist() if np.isfinite(errors[row])]
+    choose(browser, "joint", joint)
+    assert shown_rows(browser) == expected and 0 < len(expected) < 5
+    assert texts(browser, ".error") == [f"{errors[row]:.2f}" for row in expected]
+    assert browser.ask("document.querySelectorAll('#bars tr.dim').length") == 15
+    assert MPII.names[joint] in texts(browser, "#readout tbody th")
+    assert browser.ask("document.querySelectorAll('.tile .ring').length") == len(expected)
+    browser.ask("document.querySelector('#gallery input[value=joint]').click()")
+    assert shown_rows(browser) == expected[:4]
+    choose(browser, "joint", "")
+    assert len(shown_rows(browser)) == 5
+
+
+def test_a_pair_of_joints_is_judged_by_the_mean_of_both(report, browser):
+    browser.show(report.page, *WIDE)
+    choose(browser, "joint", f"{R_WRIST},{L_WRIST}")
+    errors = report.errors[:, [R_WRIST, L_WRIST]]
+    rows = [row for row in range(5) if np.isfinite(errors[row]).any()]
+    means = {row: np.nanmean(errors[row]) for row in rows}
+    assert shown_rows(browser) == sorted(rows, key=lambda row: -means[row])
+
+
+def test_everything_can_be_done_from_the_keyboard(report, browser):
+    browser.show(report.page, 700, 900)
+    browser.press("/", 191, "/")
+    assert browser.ask("document.activeElement.id") == "joint"
+    place = "[...document.querySelectorAll('.tile')].indexOf(document.activeElement)"
+    browser.ask("document.querySelector('.tile').focus()")
+    edges = browser.ask(
+        "[...document.querySelectorAll('.tile')].map(t => t.getBoundingClientRect().left)"
+    )
+    columns = len(set(edges))
+    assert 1 < columns < 5
+    for key, code, expected in (("ArrowRight", 39, 1), ("ArrowLeft", 37, 0), ("ArrowLeft", 37, 0),
+                                ("ArrowDown", 40, columns), ("ArrowUp", 38, 0), ("End", 35, 4),
+                                ("Home", 36, 0)):  # fmt: skip
+        browser.press(key, code)
+        assert browser.ask(place) == expected, key
+    browser.press("Enter", 13, "\r")
+    assert browser.ask("document.getElementById('closeup').open")
+    assert len(texts(browser, "#closeup-joints tbody tr")) == 16
+    browser.press("ArrowRight", 39)
+    browser.press("Escape", 27)
+    assert not browser.ask("document.getElementById('closeup').open")
+    assert browser.ask(place) == 1
+
+
+def test_light_and_dark_follow_the_system_and_the_button(report, browser):
+    light, dark = ("rgb(251, 250, 248)", "rgb(20, 23, 26)")
+    paper = "getComputedStyle(document.body).backgroundColor"
+    for scheme, first, then in (("light", light, dark), ("dark", dark, light)):
+        browser.show(report.page, *WIDE, scheme)
+        assert browser.ask(paper) == first
+        browser.ask("document.getElementById('theme').click()")
+        assert browser.ask(paper) == then
+
+
+def test_prediction_and_annotation_can_be_taken_away(report, browser):
+    browser.show(report.page, *WIDE)
+    for layer in ("found", "truth"):
+        shown = f"getComputedStyle(document.querySelector('.figure .{layer}')).display"
+        assert browser.ask(shown) != "none"
+        browser.ask(f"document.getElementById('show-{layer}').click()")
+        assert browser.ask(shown) == "none"
+
+
+@pytest.mark.parametrize("width", [360, 800])
+def test_a_narrow_screen_needs_no_scrolling_sideways(width, report, browser):
+    browser.show(report.page, width, 780)
+    choose(browser, "joint", 0)
+    assert_fits(browser, width)
+
+
+def assert_fits(browser: Browser, width: int) -> None:
+    """Nothing is wider than the window but what scrolls by itself."""
+    assert browser.ask("document.documentElement.scrollWidth") <= width
+    outside = """[...document.querySelectorAll("main *")].filter(e => !e.closest(".scroll, svg") &&
+        e.getBoundingClientRect().right > innerWidth).map(e => e.outerHTML.slice(0, 99))"""
+    assert browser.ask(outside) == []
+
+
+def test_words_in_the_data_never_become_markup(tmp_path, browser):
+    evil = "</script><script>window.hurt = 1</script><img src=x onerror='hurt=2'><!--"
+    skeleton = Skeleton("evil", (evil, "b"), (), ((0, 1),), ((evil, (0, 1)),))
+    joints = np.full((3, 2, 2), 100.0)
+    people = people_at(joints)._replace(images=(evil, "/*DATA*/", "$&"))
+    shown = page.Shown(people, joints + np.array([1, 2]), skeleton, None, np.arange(3))
+    result = pckh.summary(shown.keypoints_NJ2, people, skeleton)
+    facts = {"checkpoint": evil, "remarks": [evil]}
+    other = page.Other(evil, result)
+    (tmp_path / "page.html").write_text(page.page(facts, {evil: result}, other, shown), "utf-8")
+    browser.show(tmp_path / "page.html", *WIDE)
+    assert len(texts(browser, ".tile")) == 3
+    assert browser.ask("window.hurt") is None and complaints(browser) == []
+    assert evil in texts(browser, "#facts dd") and evil in texts(
+        browser, "#means tbody th small, #remarks li"
+    )
+    choose(browser, "joint", "0,1")
+    browser.ask("document.querySelector('.tile').click()")
+    browser.resize(360, 780)
+    assert_fits(browser, 360)
+    assert "img" not in browser.ask("[...document.querySelectorAll('*')].map(e => e.localName)")
+
+
+def test_people_of_whom_nothing_is_known_make_a_page_of_dashes(tmp_path, browser):
+    people = people_at(np.zeros((2, 16, 2)), normalize=0.0)
+    shown = page.Shown(people, people.joints, MPII, None, np.arange(2))
+    result = pckh.summary(people.joints, people, MPII)
+    (tmp_path / "page.html").write_text(page.page({}, {"nobody": result}, None, shown), "utf-8")
+    browser.show(tmp_path / "page.html", *WIDE)
+    assert texts(browser, "#headline") == ["–"] and texts(browser, ".tile") == []
+    choose(browser, "joint", 3)
+    assert complaints(browser) == []
+
+
+def test_without_pictures_there_are_skeletons(report, tiny_set, tmp_path, browser):
+    evaluate_with("--predictions", report.page.parents[1] / "own_found.json", "--annotations",
+                  tiny_set / "annot" / "valid.h5", "--report", tmp_path / "bare.html")  # fmt: skip
+    browser.show(tmp_path / "bare.html", *WIDE)
+    assert browser.ask("document.images.length") == 0
+    assert browser.ask("document.querySelectorAll('.tile .found line').length") == 5 * 15
+    assert complaints(browser) == []
+
+
+def test_galleries_hold_the_worst_the_middle_and_the_best():
+    errors = np.array(
+        [[0.3, 0.3], [0.1, 0.1], [np.nan, np.nan], [0.5, np.nan], [0.2, 0.6], [0, 0.1]]
+    )
+    chosen = page.choose_people(errors, 2)  # means 0.3, 0.1, -, 0.5, 0.4, 0.05
+    assert chosen["worst"] == [3, 4] and chosen["best"] == [1, 5]
+    assert chosen["median"] == [4, 0]
+    assert chosen["0"] == [3, 0, 4, 1] and chosen["1"] == [4, 0, 1, 5]
+    assert set(page.choose_people(np.ones((9, 133)), 2)["132"]) == set()  # no room for so many
+
+
+def test_pictures_give_up_quality_for_a_page_that_can_be_sent(tiny_shards, monkeypatch):
+    people, samples = (split := ShardSet(tiny_shards / "valid")).people()
+    shown = page.Shown(people, people.joints, MPII, split, samples)
+    full = sum(map(len, page._pictures(shown, [0, 1, 2])))
+    monkeypatch.setattr(page, "_PICTURE_BYTES", full - 1)
+    assert sum(map(len, page._pictures(shown, [0, 1, 2]))) < full
