@@ -1,6 +1,7 @@
 """Timing to be trusted on a noisy machine: warm up, synchronise, take turns, give the spread."""
 
 import multiprocessing
+import os
 import platform
 import statistics
 import subprocess
@@ -42,6 +43,8 @@ class Result(NamedTuple):
     """Median over the rounds of this case's rate over that of the first case in the same round."""
     ratio_low: float
     ratio_high: float
+    cpu_ms: float = 0.0
+    """CPU time of this process and its children for a unit, median; 0 where it is unknown."""
 
 
 def take_turns(cases: list[Case], rounds: int, device: torch.device) -> list[Result]:
@@ -50,28 +53,30 @@ def take_turns(cases: list[Case], rounds: int, device: torch.device) -> list[Res
     A first round warms up and does not count. The first case is what the ratios divide by.
     """
     rates: list[list[float]] = [[] for _ in cases]
+    costs: list[list[float]] = [[] for _ in cases]
     for number in range(rounds + 1):
-        for case, values in zip(cases, rates, strict=True):
+        for case, values, cost in zip(cases, rates, costs, strict=True):
             case.prepare()
             synchronize(device)
-            start = time.perf_counter()
+            busy, start = cpu_seconds(), time.perf_counter()
             units = case.run()
             synchronize(device)
-            seconds = time.perf_counter() - start
+            seconds, busy = time.perf_counter() - start, cpu_seconds() - busy
             case.finish()
             if number:
                 values.append(units / seconds)
+                cost.append(1e3 * busy / units)
     return [
-        _result(case.name, values, [v / b for v, b in zip(values, rates[0], strict=True)])
-        for case, values in zip(cases, rates, strict=True)
+        _result(case.name, values, [v / b for v, b in zip(values, rates[0], strict=True)], cost)
+        for case, values, cost in zip(cases, rates, costs, strict=True)
     ]
 
 
-def _result(name: str, rates: list[float], ratios: list[float]) -> Result:
+def _result(name: str, rates: list[float], ratios: list[float], costs: list[float]) -> Result:
     return Result(
         name,
         statistics.median(rates), min(rates), max(rates),
-        statistics.median(ratios), min(ratios), max(ratios),
+        statistics.median(ratios), min(ratios), max(ratios), statistics.median(costs),
     )  # fmt: skip
 
 
@@ -84,11 +89,16 @@ def synchronize(device: torch.device) -> None:
 def table(title: str, unit: str, results: list[Result]) -> str:
     """Lines: a case a line, its rate and its ratio to the first."""
     width = max(len(r.name) for r in results)
-    lines = [f"{title}, {unit}/s: median (lowest to highest), ratio to the first line"]
+    lines = [
+        f"{title}, {unit}/s: median (lowest to highest), ratio to the first line, CPU time of one"
+    ]
     for r in results:
         spread = f"({_number(r.low)} to {_number(r.high)})"
         ratio = f"{r.ratio:.2f} x ({r.ratio_low:.2f} to {r.ratio_high:.2f})"
-        lines.append(f"  {r.name:<{width}}  {_number(r.median):>10}  {spread:<22} {ratio}")
+        cost = f"{r.cpu_ms:.2f} ms"
+        lines.append(
+            f"  {r.name:<{width}}  {_number(r.median):>10}  {spread:<22} {ratio:<24} {cost:>10}"
+        )
     return "\n".join(lines)
 
 
@@ -129,12 +139,27 @@ def _processor() -> str:
     return names[0] if names else platform.processor()
 
 
+def cpu_seconds() -> float:
+    """CPU time that this process and its children have used; 0 where it is unknown."""
+    ticks = 0
+    for pid in _processes():
+        try:
+            fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+        except OSError:
+            return 0.0
+        ticks += int(fields[11]) + int(fields[12])  # user and system
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def _processes() -> list[int | None]:
+    children = [child.pid for child in multiprocessing.active_children()]
+    return [multiprocessing.current_process().pid, *children]
+
+
 def memory_mib() -> float:
     """MiB that this process and its children hold, shared pages counted once; 0 where unknown."""
-    own = multiprocessing.current_process().pid
-    children = [child.pid for child in multiprocessing.active_children()]
     total = 0
-    for pid in [own, *children]:
+    for pid in _processes():
         try:
             lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
         except OSError:

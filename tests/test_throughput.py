@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import cv2
@@ -100,6 +101,22 @@ def test_what_works_ahead_is_stopped_before_the_next_turn():
     ]
     take_turns(cases, 1, torch.device("cpu"))
     assert calls == ["start a", "run a", "stop a", "start b", "run b", "stop b"] * 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="read from /proc")
+def test_cpu_time_counts_work_and_not_waiting():
+    def work() -> int:
+        end = time.process_time() + 0.3
+        while time.process_time() < end:
+            pass
+        return 10
+
+    def wait() -> int:
+        time.sleep(0.3)
+        return 10
+
+    busy, idle = take_turns([Case("busy", work), Case("idle", wait)], 1, torch.device("cpu"))
+    assert 28 <= busy.cpu_ms <= 36 and idle.cpu_ms <= 4
 
 
 @pytest.fixture
