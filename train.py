@@ -12,13 +12,16 @@ from configs.schema import Config, add_config_options, parse_config
 from pipelines.batches import choose_loader
 from training import checkpoint, runtime
 from training.checkpoint import State
+from training.log import BOARD, CURVES, METRICS, PEOPLE
 from training.loop import BEST, LAST, Run
 from training.runtime import Runtime
+from training.tracker import require_tracker
 
 
 def main() -> int:
     """Read the settings, join the ranks, check or reopen the run's folder, train."""
     config, options = parse_config(make_parser(), sys.argv[1:])
+    require_tracker(config.train.tracker)
     if options["resume"] is not None and options["init_from"]:
         raise InputError("command line", "--resume and --init_from", "one of them", "leave one out")
     place = runtime.start(config.train.device, config.train.precision)
@@ -116,12 +119,24 @@ def announce(config: Config, run: Run) -> None:
 
 
 def conclude(run: Run) -> None:
-    """Say what was written, and the command that comes next."""
-    written = [run.folder / name for name in (LAST, BEST) if (run.folder / name).exists()]
-    print(f"Checkpoints: {', '.join(map(str, written)) or 'none'}")
-    print(f"Steps: {run.step:,} of {run.config.train.steps:,}")
-    if run.best >= 0:
-        print(f"Best PCKh@0.5: {100 * run.best:.2f} %")
+    """Say what was made, and the command that comes next."""
+    made = {
+        "config.yaml": "every setting",
+        LAST: f"weights, optimizer and place in the data after step {run.step:,}",
+        BEST: f"the best by validation, PCKh@0.5 {100 * run.best:.2f} %",
+        METRICS: "every number",
+        CURVES: "loss and PCKh over the steps",
+        PEOPLE: "people of the last validation",
+        BOARD: f"tensorboard --logdir {run.folder}",
+    }
+    print(f"Made, after {run.step:,} of {run.config.train.steps:,} steps:")
+    for name, what in made.items():
+        if (run.folder / name).exists():
+            print(f"  {run.folder / name}  ({what})")
+    if run.interrupted:
+        config = run.folder / "config.yaml"
+        print(f"Next: python train.py --config {config} --resume")
+    elif run.best >= 0:
         print(f"Next: python evaluate.py --checkpoint {run.folder / BEST}")
 
 

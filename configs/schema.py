@@ -17,6 +17,8 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from configs.errors import InputError
 
+TrackerName = Literal["none", "wandb", "trackio"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -126,6 +128,8 @@ class TrainConfig:
     """Of weights, order and draws."""
     log_every: int = 20
     """Steps between lines of metrics.jsonl."""
+    tracker: TrackerName = "none"
+    """Send the numbers and pictures of the log to Weights & Biases or to Trackio as well."""
     max_bad_steps: int = 20
     """Steps with a loss or gradient that is not finite, in a row, after which the run stops."""
 
@@ -167,6 +171,7 @@ FIXED_ON_RESUME = {
 FREE_ON_RESUME = {
     "data.shards", "data.workers", "data.loader", "train.name", "train.out", "train.steps",
     "train.max_minutes", "train.device", "train.log_every", "train.steps_per_epoch",
+    "train.tracker",
 }  # fmt: skip
 
 

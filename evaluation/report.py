@@ -136,12 +136,12 @@ def _tile(
     tile = cv2.warpAffine(image, tile_from_image[:2], (TILE_PX, TILE_PX))
     truth = geometry.transform(tile_from_image, people.joints[row])
     found = geometry.transform(tile_from_image, keypoints_J2)
-    _draw_skeleton(tile, truth, people.marked[row], skeleton, plain=True)
-    _draw_skeleton(tile, found, np.ones(skeleton.joint_count, dtype=bool), skeleton, plain=False)
+    draw_skeleton(tile, truth, people.marked[row], skeleton, plain=True)
+    draw_skeleton(tile, found, np.ones(skeleton.joint_count, dtype=bool), skeleton, plain=False)
     return cv2.copyMakeBorder(tile, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=(255, 255, 255))  # type: ignore[return-value]
 
 
-def _draw_skeleton(
+def draw_skeleton(
     tile: npt.NDArray, joints_J2: npt.NDArray, drawn_J: npt.NDArray, skeleton: Skeleton, plain: bool
 ) -> None:
     shift = 4  # fractional bits of OpenCV's drawing coordinates
@@ -149,17 +149,17 @@ def _draw_skeleton(
     sides = skeleton.sides
     for a, b in skeleton.limbs:
         if drawn_J[a] and drawn_J[b]:
-            color = TRUTH_BGR if plain else _color(sides[a], sides[b])
+            color = TRUTH_BGR if plain else color_of(sides[a], sides[b])
             ends = (points[a].tolist(), points[b].tolist())
             cv2.line(tile, *ends, color, 4 if plain else 2, cv2.LINE_AA, shift)
     if not plain:
         for j in np.flatnonzero(drawn_J):
             cv2.circle(
-                tile, points[j].tolist(), 3 << shift, _color(sides[j]), -1, cv2.LINE_AA, shift
+                tile, points[j].tolist(), 3 << shift, color_of(sides[j]), -1, cv2.LINE_AA, shift
             )
 
 
-def _color(*sides: Side) -> tuple[int, int, int]:
+def color_of(*sides: Side) -> tuple[int, int, int]:
     """Colour of a joint, or of a limb by the sides of its ends."""
     beside = set(sides) - {"middle"}
     if len(beside) != 1:
