@@ -144,6 +144,7 @@ def _tile(
 def draw_skeleton(
     tile: npt.NDArray, joints_J2: npt.NDArray, drawn_J: npt.NDArray, skeleton: Skeleton, plain: bool
 ) -> None:
+    """Draw limbs and joints (px of the tile) into it. plain: white limbs alone, below others."""
     shift = 4  # fractional bits of OpenCV's drawing coordinates
     points = np.round(np.clip(joints_J2, -4096, 4096) * 2**shift).astype(int)
     sides = skeleton.sides

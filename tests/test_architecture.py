@@ -63,6 +63,7 @@ def test_programs_never_import_each_other():
         "tools.make_synthetic",
         "tools.convert_checkpoint",
         "tools.compare_decoders",
+        "tools.show_batch",
         "benchmarks.throughput",
     }
     for path in sources():

@@ -53,6 +53,7 @@ from pipelines.shards import (
     write_manifest,
     write_shard,
 )
+from tools.packing_summary import summary
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -574,6 +575,8 @@ def remove_partial(options: Options) -> None:
 
 def summarise(options: Options, manifests: list[Manifest], seconds: float) -> None:
     """Print what was packed and what to do with it."""
+    for manifest in manifests:
+        print(summary(options.output / manifest.split), end="\n\n")
     for manifest in manifests:
         size = sum(shard.bytes for shard in manifest.shards)
         print(
