@@ -24,6 +24,7 @@ from benchmarks.evaluation import decode_cases, evaluate_cases
 from benchmarks.timing import Case, Result, table, take_turns, world
 from configs.errors import InputError, run_main
 from configs.mpii import MPII
+from configs.options import Parser, at_least
 from model.hourglass import StackedHourglass
 from model.loss import stack_losses
 from pipelines import batches, heatmaps, opencv_crops
@@ -49,12 +50,12 @@ SCALE_PERCENTILES = ((5, 25, 50, 75, 95), (1.43, 2.38, 3.45, 5.06, 8.58))
 def main() -> None:
     """Run the suites that were asked for."""
     options = make_parser().parse_args()
-    if options.rounds < 1 or options.batch_size < 1 or options.people < options.batch_size:
+    if options.people < options.batch_size:
         raise InputError(
             "command line",
-            f"{options.rounds} rounds, batch {options.batch_size}, {options.people} people",
-            "at least 1 round, and at least a batch of people",
-            "correct it",
+            f"batch {options.batch_size}, {options.people} people",
+            "at least a batch of people",
+            "raise --people, or lower --batch-size",
         )
     device = runtime.choose_device(options.device)
     found: dict[str, list[Result]] = {}
@@ -74,24 +75,30 @@ def main() -> None:
     print(line)
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="throughput.py",
         description="Times loaders, heatmaps and the training step of this machine.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         epilog="example: python benchmarks/throughput.py --suites loader --workers 2",
     )
-    parser.add_argument("--suites", nargs="+", choices=SUITES, default=list(SUITES))
-    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
-    parser.add_argument("--rounds", type=int, default=5, help="turns that each case takes")
-    parser.add_argument("--people", type=int, default=96, help="people in the made data")
-    parser.add_argument("--batch-size", type=int, default=16, help="people a batch")
-    parser.add_argument(
-        "--workers", type=int, default=2, help="worker processes, or DALI's threads"
-    )
-    parser.add_argument("--input-px", type=int, default=256, help="side of the input")
-    parser.add_argument("--json", metavar="OUT", help="also write the JSON line to this file")
+    # fmt: off
+    add = parser.add_argument_group("what to time").add_argument
+    add("--suites", nargs="+", choices=SUITES, default=list(SUITES), help="default: all of them")
+    add("--device", choices=("auto", "cuda", "cpu"), default="auto",
+        help="auto: a GPU where there is one (default: %(default)s)")
+    add("--people", type=at_least(1), default=96,
+        help="people in the made data (default: %(default)s)")
+    add("--batch-size", type=at_least(1), default=16, help="people a batch (default: %(default)s)")
+    add("--workers", type=at_least(0), default=2,
+        help="worker processes, or DALI's threads (default: %(default)s)")
+    add("--input-px", type=at_least(64), default=256,
+        help="side of the input, px (default: %(default)s)")
+    add = parser.add_argument_group("how often, and what to write").add_argument
+    add("--rounds", type=at_least(1), default=5,
+        help="turns that each case takes (default: %(default)s)")
+    add("--json", metavar="OUT", help="also write the JSON line to this file")
+    # fmt: on
     return parser
 
 

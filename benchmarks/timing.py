@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from pipelines.opencv_crops import usable_cores
 
@@ -47,7 +48,7 @@ def take_turns(cases: list[Case], rounds: int, device: torch.device) -> list[Res
     A first round warms up and does not count. The first case is what the ratios divide by.
     """
     rates: list[list[float]] = [[] for _ in cases]
-    for number in range(rounds + 1):
+    for number in tqdm(range(rounds + 1), "rounds", unit="round", disable=None, leave=False):
         for case, values in zip(cases, rates, strict=True):
             case.prepare()
             synchronize(device)

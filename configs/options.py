@@ -45,8 +45,10 @@ def check_options(words: Iterable[str], known: Iterable[str], listing: str) -> N
 def unknown(name: str, known: list[str], listing: str) -> InputError:
     """The error for a setting that does not exist."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
-    advice = f"did you mean {near[0]}?" if near else f"see {listing}"
-    return InputError("command line", f"unknown option {name}", "an option of it", advice)
+    beside = [option for option in known if option.startswith(name.split(".")[0] + ".")]
+    advice = f"known are {', '.join(beside)}" if beside else f"see {listing}"
+    advice = f"did you mean {near[0]}?" if near else advice
+    return InputError("command line", f"unknown option {name}", "one of this program", advice)
 
 
 def at_least(least: int) -> Callable[[str], int]:

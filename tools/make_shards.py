@@ -36,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.errors import InputError, run_main
 from configs.mpii import MPII
+from configs.options import Parser, at_least
 from configs.skeleton import Skeleton, load_skeleton
 from pipelines.annotations import People, has_both_splits, read_annotations, split_file
 from pipelines.pictures import Picture, Verdict, find_picture, inspect_picture
@@ -148,15 +149,16 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def parse_options(argv: list[str] | None) -> Options:
-    """The command line, with paths made absolute."""
-    parser = argparse.ArgumentParser(
+def make_parser() -> Parser:
+    """The command line."""
+    parser = Parser(
+        prog="make_shards.py",
         description="Packs pictures and annotations of people into tar shards for training.",
         epilog="example: python tools/make_shards.py --splits valid --output data/shards/mpii",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    add = parser.add_argument
     # fmt: off
+    add = parser.add_argument_group("what to pack").add_argument
     add("--annotations", type=Path, default=DATA / "annot",
         help="folder of train.h5 and valid.h5, or of train.json and valid.json in COCO's layout, "
         "or one such file, or mpii_annotations.json(.gz)")
@@ -166,31 +168,27 @@ def parse_options(argv: list[str] | None) -> Options:
     add("--output", type=Path, default=Path("data/shards/mpii"), help="folder for a folder a split")
     add("--splits", nargs="+", choices=SPLITS, default=list(SPLITS),
         help="what to pack; one h5 or COCO file is the split named here, or in its file name")
-    add("--people-per-shard", type=_at_least(1), default=512, help="people in a tar")
-    add("--workers", type=_at_least(0), default=len(os.sched_getaffinity(0)), help="processes")
-    add("--seed", type=_at_least(0), default=0, help="of the order of people")
+    add = parser.add_argument_group("how").add_argument
+    add("--people-per-shard", type=at_least(1), default=512, help="people in a tar")
+    add("--workers", type=at_least(0), default=len(os.sched_getaffinity(0)), help="processes")
+    add("--seed", type=at_least(0), default=0, help="of the order of people")
     add("--skip-bad", action="store_true", help="leave out people whose pictures are bad")
     add("--overwrite", action="store_true", help="replace another packing when the new is whole")
     add("--packing", choices=["original"], default="original",
         help="original: the bytes of the JPEG files as they are")
     # fmt: on
-    given = vars(parser.parse_args(argv))
+    return parser
+
+
+def parse_options(argv: list[str] | None) -> Options:
+    """The command line, with paths made absolute."""
+    given = vars(make_parser().parse_args(argv))
     given["splits"] = _splits(given["annotations"], given["splits"])
     _require_data(given["annotations"], given["images"])
     for name in ("annotations", "images", "output"):
         given[name] = given[name].resolve()
     words = sys.argv[1:] if argv is None else argv
     return Options(**given, command=shlex.join(["python", "tools/make_shards.py", *words]))
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{value} is below {least}")
-        return value
-
-    return number
 
 
 def _splits(annotations: Path, asked: list[str]) -> tuple[str, ...]:
