@@ -1,5 +1,8 @@
 """Evaluate a trained network: python evaluate.py [--checkpoint runs/NAME/best.pt]."""
 
+import configs.interrupt  # noqa: F401 - before the slow imports
+
+# isort: split
 import argparse
 import json
 import sys
@@ -122,7 +125,7 @@ def score_oracle(options: argparse.Namespace) -> None:
     rules: tuple[Rule, ...] = ("exact", "princeton", "hrnet")
     results: dict[str, dict[str, Any]] = {
         rule: pckh.summary(oracle_keypoints(people, skeleton, rule, 256), people, skeleton)
-        for rule in rules
+        for rule in tqdm(rules, "rules", unit="rule", disable=None, leave=False)
     }
     print(f"\nperfect heatmaps at 256 px, decoded again: the ceiling on {options.annotations}")
     print(COMPARISON_LEGEND + "\n")

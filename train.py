@@ -1,5 +1,8 @@
 """Train a stacked hourglass network: python (or torchrun) train.py --config configs/2hg.yaml"""
 
+import configs.interrupt  # noqa: F401 - before the slow imports
+
+# isort: split
 import os
 import sys
 from pathlib import Path
@@ -29,6 +32,8 @@ def main() -> int:
         folder = Path(config.train.out) / config.train.name
         source = Path(options["resume"]) if options["resume"] else folder / LAST
         state = open_folder(folder, options["resume"] is not None, source, place)
+        if place.is_first:
+            print(f"reading {config.data.shards} ...", file=sys.stderr, flush=True)
         run = Run(config, place, folder, state, source)
         if options["init_from"]:
             start_from(Path(options["init_from"]), run)

@@ -4,21 +4,25 @@ Prints a table for each, then everything as one JSON line. The data are made her
 pictures with people as large as in MPII.
 """
 
+import sys
+from pathlib import Path
+
+# `python benchmarks/throughput.py` puts benchmarks/ on the path, and not the folder above it.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import configs.interrupt  # noqa: F401 - before the slow imports
+
+# isort: split
 import argparse
 import importlib.util
 import json
-import sys
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import torch
-
-# `python benchmarks/throughput.py` puts benchmarks/ on the path, and not the folder above it.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.evaluation import decode_cases, evaluate_cases
 from benchmarks.timing import Case, Result, table, take_turns, world

@@ -1,22 +1,26 @@
 """Compares JPEG decoders with each other, in pixels and in PCKh."""
 
+import sys
+from pathlib import Path
+
+# `python tools/compare_decoders.py` puts tools/ on the path, and not the folder of the packages.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import configs.interrupt  # noqa: F401 - before the slow imports
+
+# isort: split
 import argparse
 import functools
 import importlib.util
 import io
 import itertools
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from tqdm import tqdm
-
-# `python tools/compare_decoders.py` puts tools/ on the path, and not the folder of the packages.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.errors import InputError, run_main
 from configs.options import Parser, at_least

@@ -1,11 +1,15 @@
 """Converts checkpoints between this project and princeton-vl/pytorch_stacked_hourglass."""
 
-import argparse
 import sys
 from pathlib import Path
 
 # `python tools/convert_checkpoint.py` puts tools/ on the path, and not the folder of the packages.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import configs.interrupt  # noqa: F401 - before the slow imports
+
+# isort: split
+import argparse
 
 from configs.errors import InputError, run_main
 from configs.options import Parser

@@ -5,6 +5,15 @@ the output and moved there when it is whole, so that an interrupted run can be c
 output never holds half a split.
 """
 
+import sys
+from pathlib import Path
+
+# `python tools/make_shards.py` puts tools/ on the path, and not the folder that holds configs/.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import configs.interrupt  # noqa: F401 - before the slow imports
+
+# isort: split
 import argparse
 import errno
 import fcntl
@@ -15,7 +24,6 @@ import os
 import shlex
 import shutil
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,15 +32,11 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import cv2
 import numpy as np
 from tqdm import tqdm
-
-# `python tools/make_shards.py` puts tools/ on the path, and not the folder that holds configs/.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.errors import InputError, run_main
 from configs.mpii import MPII
@@ -573,6 +577,7 @@ def remove_partial(options: Options) -> None:
 
 def summarise(options: Options, manifests: list[Manifest], seconds: float) -> None:
     """Print what was packed and what to do with it."""
+    print("reading what was packed ...", file=sys.stderr, flush=True)
     for manifest in manifests:
         print(summary(options.output / manifest.split), end="\n\n")
     for manifest in manifests:

@@ -3,25 +3,29 @@
 The same options give the same bytes, whatever the number of workers.
 """
 
+import sys
+from pathlib import Path
+
+# `python tools/make_synthetic.py` puts tools/ on the path, and not the folder that holds configs/.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import configs.interrupt  # noqa: F401 - before the slow imports
+
+# isort: split
 import argparse
 import json
 import multiprocessing
 import os
 import shutil
 import signal
-import sys
 from collections.abc import Iterator
 from multiprocessing.pool import Pool
-from pathlib import Path
 from typing import NamedTuple
 
 import cv2
 import h5py
 import numpy as np
 from tqdm import tqdm
-
-# `python tools/make_synthetic.py` puts tools/ on the path, and not the folder that holds configs/.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.errors import InputError, run_main
 from configs.options import Parser

@@ -6,15 +6,20 @@ compared person by person.
 
 import sys
 from pathlib import Path
+
+# `python tools/show_batch.py` puts tools/ on the path, and not the folder that holds configs/.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import configs.interrupt  # noqa: F401 - before the slow imports
+
+# isort: split
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 import numpy.typing as npt
 import torch
-
-# `python tools/show_batch.py` puts tools/ on the path, and not the folder that holds configs/.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tqdm import tqdm
 
 from configs.errors import InputError, run_main
 from configs.options import Parser, at_least
@@ -61,14 +66,15 @@ def main() -> None:
         raise InputError("--input-px", str(input_px), "a multiple of 64", "give 64, 128, 256, ...")
     target = Target(preset, rule, sigma, input_px, shards.manifest.skeleton)
     device = runtime.choose_device(options.device)
+    print(f"cutting out {options.people:,} people ...", file=sys.stderr, flush=True)
     shown = make_batches(shards, target, options.loader, options.people, options.seed, device)
-    sheet = draw_sheet(shown, target)
+    grey = grey_differences(shown)
+    sheet = draw_sheet(shown, grey, target)
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(output.name + ".tmp.png")
     cv2.imwrite(str(temporary), sheet)
     temporary.rename(output)
-    if len(shown) == 2:
-        grey = grey_differences(shown)
+    if grey is not None:
         print(
             f"{shown[1].name} minus {shown[0].name}, before colours: {grey.mean():.4f} grey levels "
             f"on average, {grey.max():.0f} at most, {len(grey)} people"
@@ -149,38 +155,54 @@ def opencv_twin(shards: ShardSet, raw: RawBatch, preset: Preset) -> RawBatch:
     return opencv_crops.collate(items)
 
 
-def grey_differences(shown: list[Shown]) -> npt.NDArray[np.float32]:
+def grey_differences(shown: list[Shown]) -> npt.NDArray[np.float32] | None:
     """(N, H, W, 3) absolute differences of the crops of two loaders, 0..255, before colours."""
+    if len(shown) == 1:
+        return None
     first, second = (one.raw.images_NHW3.float() for one in shown)
     return (second - first).abs().numpy()
 
 
-def amplification(shown: list[Shown]) -> float:
-    """The factor that makes the largest difference white; they are a grey level or two at most."""
-    return 255 / max(1.0, float(grey_differences(shown).max()))
-
-
-def draw_sheet(shown: list[Shown], target: Target) -> Picture:
+def draw_sheet(
+    shown: list[Shown], grey_NHW3: npt.NDArray[np.float32] | None, target: Target
+) -> Picture:
     """The contact sheet (H, W, 3) BGR: a panel a person, under a legend."""
-    panels = [draw_panel(shown, target, person) for person in range(len(shown[0].batch.rows_N))]
+    zoom = 1.0 if grey_NHW3 is None else amplification(grey_NHW3)
+    people = tqdm(range(len(shown[0].batch.rows_N)), "drawing", unit="person", disable=None)
+    panels = [
+        draw_panel(shown, None if grey_NHW3 is None else grey_NHW3[i], zoom, target, i)
+        for i in people
+    ]
     width = panels[0].shape[1]
     columns = min(len(panels), max(1, TILES_A_ROW * TILE_PX // width))
     panels += [np.full_like(panels[0], 255)] * (-len(panels) % columns)
     rows = [np.hstack(panels[i : i + columns]) for i in range(0, len(panels), columns)]
-    return np.vstack([legend(width * columns, shown), *rows])
+    names = [*(one.name for one in shown), "heatmaps"]
+    names += [] if grey_NHW3 is None else [f"difference x {zoom:.3g} (black: none)"]
+    return np.vstack([legend(width * columns, names), *rows])
 
 
-def draw_panel(shown: list[Shown], target: Target, person: int) -> Picture:
-    """One person's tiles side by side, with the draw below."""
+def amplification(grey_NHW3: npt.NDArray[np.float32]) -> float:
+    """The factor that makes the largest difference white; they are a grey level or two at most."""
+    return 255 / max(1.0, float(grey_NHW3.max()))
+
+
+def draw_panel(
+    shown: list[Shown],
+    grey_HW3: npt.NDArray[np.float32] | None,
+    zoom: float,
+    target: Target,
+    person: int,
+) -> Picture:
+    """One person's tiles side by side, with the draw below. zoom: factor on the difference."""
     tiles = [draw_crop(one.batch, target, person) for one in shown]
     tiles.append(draw_heatmaps(shown[0].batch, target.skeleton, person))
     drawn = Draw(*shown[0].raw.draws_ND[person].tolist())
     caption = f"row {int(shown[0].batch.rows_N[person])}   box x {drawn.scale:.2f}"
     caption += f"   {drawn.rotation_deg:+.1f} deg" + ("   mirrored" if drawn.flip else "")
-    if len(shown) == 2:
-        grey = grey_differences(shown)[person]
-        tiles.append(enlarge((amplification(shown) * grey).astype(np.uint8)[..., ::-1]))
-        caption += f"   difference: mean {grey.mean():.4f}, largest {grey.max():.0f}"
+    if grey_HW3 is not None:
+        tiles.append(enlarge((zoom * grey_HW3).astype(np.uint8)[..., ::-1]))
+        caption += f"   difference: mean {grey_HW3.mean():.4f}, largest {grey_HW3.max():.0f}"
     strip = np.full((CAPTION_PX, TILE_PX * len(tiles), 3), 255, dtype=np.uint8)
     write(strip, caption, 4, 14)
     panel = np.vstack([np.hstack(tiles), strip])
@@ -219,11 +241,9 @@ def enlarge(image_HW3: Picture) -> Picture:
     return cv2.resize(np.ascontiguousarray(image_HW3), size, interpolation=how)  # type: ignore[return-value]
 
 
-def legend(width: int, shown: list[Shown]) -> Picture:
+def legend(width: int, names: list[str]) -> Picture:
     """What the tiles and the colours are."""
     strip = np.full((LEGEND_PX, width, 3), 255, dtype=np.uint8)
-    names = [*(one.name for one in shown), "heatmaps"]
-    names += [f"difference x {amplification(shown):.3g} (black: none)"] if len(shown) == 2 else []
     x = write(strip, ", ".join(names) + "  |  the person's", 6, 17) + 8
     for name, color in (("right", RIGHT_BGR), ("left", LEFT_BGR), ("middle", MIDDLE_BGR)):
         dark = tuple(int(0.8 * channel) for channel in color)
