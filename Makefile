@@ -2,6 +2,7 @@
 # make test       lint, types, and the default test suite
 # make test-slow  the tests that take longer
 # make test-gpu PYTHON=python3    the tests that need a GPU, with a Python that is already there
+# make docs-check runs every command of the documentation that no other test runs, on tiny made data
 # make bench      loaders, heatmaps and training step on this machine
 #
 # Without an NVIDIA driver the tested CPU build of torch is installed, with one the newest build. Say what you want with
@@ -21,7 +22,7 @@ TORCH ?= $(if $(HAS_GPU),torch>=2.11,torch==2.13.0)
 PIP_ARGS ?=
 DEMO ?= data/synthetic
 
-.PHONY: demo install lint test test-slow test-gpu bench clean-demo
+.PHONY: demo install lint test test-slow test-gpu docs-check bench clean-demo
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -67,6 +68,9 @@ test-slow: install
 
 test-gpu:
 	PYTHONPATH=. $(PYTHON) -m pytest -m gpu
+
+docs-check: install
+	$(PYTHON) -m pytest tests/test_docs.py
 
 bench: install
 	$(PYTHON) benchmarks/throughput.py

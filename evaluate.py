@@ -1,9 +1,11 @@
 """Evaluate a trained network: python evaluate.py [--checkpoint runs/NAME/best.pt]."""
 
+import configs.interrupt  # noqa: F401 - before the slow imports
+
+# isort: split
 import argparse
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -13,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from configs.errors import InputError, run_main
+from configs.options import Parser, at_least
 from configs.schema import Config
 from configs.skeleton import Skeleton, load_skeleton, require_same_joints
 from evaluation import pckh, report
@@ -141,7 +144,7 @@ def score_oracle(options: argparse.Namespace) -> None:
     rules: tuple[Rule, ...] = ("exact", "princeton", "hrnet")
     results: dict[str, dict[str, Any]] = {
         rule: pckh.summary(oracle_keypoints(people, skeleton, rule, 256), people, skeleton)
-        for rule in rules
+        for rule in tqdm(rules, "rules", unit="rule", disable=None, leave=False)
     }
     print(f"\nperfect heatmaps at 256 px, decoded again: the ceiling on {options.annotations}")
     print(COMPARISON_LEGEND + "\n")
@@ -190,9 +193,9 @@ def score_file(options: argparse.Namespace) -> None:
         write_text(report_file(options), page(facts, results, other, shown, options.people))
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="evaluate.py",
         description="Evaluate a trained network by PCKh, on one device or (torchrun) on several.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -256,14 +259,19 @@ def _add_how(how: argparse._ArgumentGroup) -> None:
         "--compare-loaders", action="store_true", help="evaluate with both, and print the gap"
     )
     how.add_argument(
-        "--batch-size", type=_at_least(1), help="people at a time; default: the fastest, measured"
+        "--batch-size", type=at_least(1), help="people at a time; default: the fastest, measured"
     )
     how.add_argument(
         "--workers",
-        type=_at_least(0),
+        type=at_least(0),
         help="processes that crop, or DALI's threads; default: as in training",
     )
-    how.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    how.add_argument(
+        "--device",
+        choices=("auto", "cuda", "cpu"),
+        default="auto",
+        help="auto: a GPU where there is one (default: %(default)s)",
+    )
     how.add_argument(
         "--precision",
         choices=("auto", "bf16", "fp16", "fp32"),
@@ -301,20 +309,10 @@ def _add_output(out: argparse._ArgumentGroup) -> None:
     out.add_argument("--picture", metavar="OUT", help="PNG or JPEG of predictions")
     out.add_argument(
         "--people",
-        type=_at_least(1),
+        type=at_least(1),
         default=24,
         help="people in the picture, and in each gallery of the report (default: %(default)s)",
     )
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{value} is below {least}")
-        return value
-
-    return number
 
 
 def newest_checkpoint(runs: Path) -> Path:
@@ -394,6 +392,8 @@ def predict_everybody(
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     size = options.batch_size
     if size is None:
+        if place.is_first:
+            print("finding the fastest batch size ...", file=sys.stderr, flush=True)
         size, rates = choose_batch_size(
             network, question.target, flip=question.flip, device=place.device, dtype=place.dtype
         )
@@ -410,7 +410,7 @@ def predict_everybody(
             workers=config.data.workers if options.workers is None else options.workers,
             progress=lambda batches, name=loader: tqdm(  # type: ignore[misc]
                 batches, f"evaluate ({name})", -(-share // min(size, share)), unit="batch",
-                disable=not place.is_first,
+                disable=None if place.is_first else True,
             ),
         )  # fmt: skip
     return found

@@ -1,5 +1,8 @@
 """Train a stacked hourglass network: python (or torchrun) train.py --config configs/2hg.yaml"""
 
+import configs.interrupt  # noqa: F401 - before the slow imports
+
+# isort: split
 import os
 import sys
 from pathlib import Path
@@ -14,7 +17,9 @@ from pipelines.shards import CropRule
 from training import checkpoint, keeping, runtime, torchrun
 from training.checkpoint import State
 from training.keeping import BEST, LAST, RESUME_ME
+from training.log import BOARD, CURVES, METRICS, PEOPLE
 from training.loop import Run
+from training.tracker import require_tracker
 
 AUTO = "auto"
 
@@ -22,6 +27,7 @@ AUTO = "auto"
 def main() -> int:
     """Read the settings, join the ranks, check or reopen the run's folder, train."""
     config, options = parse_config(make_parser(), sys.argv[1:])
+    require_tracker(config.train.tracker)
     if options["resume"] not in (None, AUTO) and options["init_from"]:
         raise InputError("command line", "--resume and --init_from", "one of them", "leave one out")
     try:
@@ -33,6 +39,8 @@ def main() -> int:
             lambda: find_start(folder, options["resume"], launchers), place
         )
         state = load_run(Path(source)) if source else None
+        if place.is_first:
+            print(f"reading {config.data.shards} ...", file=sys.stderr, flush=True)
         run = Run(config, place, folder, state, Path(source) if source else None)
         if options["init_from"] and not state:
             start_from(Path(options["init_from"]), run)
@@ -168,14 +176,25 @@ def describe_pictures(crop: CropRule | None, input_px: int) -> str:
 
 
 def conclude(run: Run) -> None:
-    """Say what was written, and the command that comes next."""
-    written = [run.folder / name for name in (LAST, BEST) if (run.folder / name).exists()]
-    print(f"Checkpoints: {', '.join(map(str, written)) or 'none'}")
-    print(f"Steps: {run.step:,} of {run.config.train.steps:,}")
+    """Say what was made, and the command that comes next."""
+    made = {
+        "config.yaml": "every setting",
+        LAST: f"weights, optimizer and place in the data after step {run.step:,}",
+        BEST: f"the best by validation, PCKh@0.5 {100 * run.best:.2f} %",
+        METRICS: "every number",
+        CURVES: "loss and PCKh over the steps",
+        PEOPLE: "people of the last validation",
+        BOARD: f"tensorboard --logdir {run.folder}",
+    }
+    print(f"Made, after {run.step:,} of {run.config.train.steps:,} steps:")
+    for name, what in made.items():
+        if (run.folder / name).exists():
+            print(f"  {run.folder / name}  ({what})")
     if run.interrupted:
         print(f"Stopped by a signal: {run.folder / RESUME_ME} is there until the run goes on")
-    if run.best >= 0:
-        print(f"Best PCKh@0.5: {100 * run.best:.2f} %")
+        config = run.folder / "config.yaml"
+        print(f"Next: python train.py --config {config} --resume")
+    elif run.best >= 0:
         print(f"Next: python evaluate.py --checkpoint {run.folder / BEST}")
 
 

@@ -4,15 +4,19 @@ Prints a table for each, then everything as one JSON line. The data are made her
 pictures with people as large as in MPII.
 """
 
-import argparse
-import json
 import sys
-import tempfile
 from pathlib import Path
-from typing import Any
 
 # `python benchmarks/throughput.py` puts benchmarks/ on the path, and not the folder above it.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import configs.interrupt  # noqa: F401 - before the slow imports
+
+# isort: split
+import argparse
+import json
+import tempfile
+from typing import Any
 
 from benchmarks import evaluation, loading, network
 from benchmarks.comparing import compare, draw_chart, read_report
@@ -20,6 +24,7 @@ from benchmarks.loading import Load
 from benchmarks.made_people import make_crops, make_originals
 from benchmarks.timing import Case, Result, table, take_turns, world
 from configs.errors import InputError, run_main
+from configs.options import Parser, at_least
 from training import runtime
 
 SUITES = ("loader", "scaling", "heatmaps", "train", "end_to_end", "decode", "evaluate")
@@ -49,26 +54,32 @@ def main() -> None:
     print(line)
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="throughput.py",
         description="Times loaders, heatmaps and training steps of this machine.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         epilog="example: python benchmarks/throughput.py --suites loader --workers 2",
     )
-    parser.add_argument("--suites", nargs="+", choices=SUITES, default=list(SUITES))
-    parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
-    parser.add_argument("--rounds", type=int, default=5, help="turns that each case takes")
-    parser.add_argument("--people", type=int, default=320, help="people in the made data")
-    parser.add_argument("--batch-size", type=int, default=16, help="people a batch")
-    parser.add_argument(
-        "--workers", type=int, default=2, help="worker processes, or DALI's threads"
-    )
-    parser.add_argument("--input-px", type=int, default=256, help="side of the input")
-    parser.add_argument("--json", metavar="OUT", help="also write the JSON line to this file")
-    parser.add_argument("--compare", metavar="OLD", help="say what moved since this JSON")
-    parser.add_argument("--chart", metavar="OUT", help="also write bars to this PNG")
+    # fmt: off
+    add = parser.add_argument_group("what to time").add_argument
+    add("--suites", nargs="+", choices=SUITES, default=list(SUITES), help="default: all of them")
+    add("--device", choices=("auto", "cuda", "cpu"), default="auto",
+        help="auto: a GPU where there is one (default: %(default)s)")
+    add("--people", type=at_least(1), default=320,
+        help="people in the made data (default: %(default)s)")
+    add("--batch-size", type=at_least(1), default=16, help="people a batch (default: %(default)s)")
+    add("--workers", type=at_least(0), default=2,
+        help="worker processes, or DALI's threads (default: %(default)s)")
+    add("--input-px", type=at_least(64), default=256,
+        help="side of the input, px (default: %(default)s)")
+    add = parser.add_argument_group("how often, and what to write").add_argument
+    add("--rounds", type=at_least(1), default=5,
+        help="turns that each case takes (default: %(default)s)")
+    add("--json", metavar="OUT", help="also write the JSON line to this file")
+    add("--compare", metavar="OLD", help="say what moved since this JSON")
+    add("--chart", metavar="OUT", help="also write bars to this PNG")
+    # fmt: on
     return parser
 
 

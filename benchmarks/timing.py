@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from pipelines.opencv_crops import usable_cores
 
@@ -54,7 +55,7 @@ def take_turns(cases: list[Case], rounds: int, device: torch.device) -> list[Res
     """
     rates: list[list[float]] = [[] for _ in cases]
     costs: list[list[float]] = [[] for _ in cases]
-    for number in range(rounds + 1):
+    for number in tqdm(range(rounds + 1), "rounds", unit="round", disable=None, leave=False):
         for case, values, cost in zip(cases, rates, costs, strict=True):
             case.prepare()
             synchronize(device)

@@ -61,9 +61,14 @@ def run_main(main: Callable[[], int | None], speaks: Callable[[str], bool] | Non
             speaks,
         )
     except KeyboardInterrupt:
-        print("\nInterrupted; what was finished is kept.", file=sys.stderr)
+        say_interrupted()
         code = EXIT_INTERRUPTED
     sys.exit(code)
+
+
+def say_interrupted() -> None:
+    """What Ctrl-C leaves on the screen."""
+    print("\nInterrupted; what was finished is kept.", file=sys.stderr)
 
 
 def _fail(message: str, speaks: Callable[[str], bool] | None) -> int:

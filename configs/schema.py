@@ -16,6 +16,9 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from configs.errors import InputError
+from configs.options import check_options
+
+TrackerName = Literal["none", "wandb", "trackio"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +131,8 @@ class TrainConfig:
     """Of weights, order and draws."""
     log_every: int = 20
     """Steps between lines of metrics.jsonl."""
+    tracker: TrackerName = "none"
+    """Send the numbers and pictures of the log to Weights & Biases or to Trackio as well."""
     max_bad_steps: int = 20
     """Steps with a loss or gradient that is not finite, in a row, after which the run stops."""
 
@@ -170,7 +175,11 @@ FREE_ON_RESUME = {
     "data.shards", "data.workers", "data.loader", "train.name", "train.out", "train.steps",
     "train.max_minutes", "train.device", "train.log_every", "train.steps_per_epoch",
     "train.keep_last",
+    "train.tracker",
 }  # fmt: skip
+
+
+_SECTIONS = {section.name for section in dataclasses.fields(Config)}
 
 
 def flat(raw: dict[str, Any]) -> dict[str, Any]:
@@ -194,9 +203,13 @@ def add_config_options(parser: ArgumentParser) -> None:
 
 def parse_config(parser: ArgumentParser, arguments: list[str]) -> tuple[Config, dict[str, Any]]:
     """The Config and the parser's other values. Raises InputError. `--help` prints and leaves."""
-    _check_options(parser, arguments)
-    for path in _config_paths(arguments):
-        check_keys(load_yaml(path), path)
+    known = [option for action in parser._actions for option in action.option_strings]
+    check_options(arguments, known, "train.py --help")
+    for option, value in _values(arguments):
+        if option == "--config":
+            check_keys(load_yaml(value), value)
+        elif option.removeprefix("--") in _SECTIONS:
+            _check_section(option.removeprefix("--"), value)
     try:
         values = parser.instantiate(parser.parse_args(arguments))
     except (ArgumentError, TypeError, ValueError) as error:
@@ -331,17 +344,22 @@ def check_values(config: Config) -> None:
         )
 
 
-def _config_paths(arguments: list[str]) -> list[str]:
-    paths = [b for a, b in itertools.pairwise(arguments) if a == "--config"]
-    return paths + [a.split("=", 1)[1] for a in arguments if a.startswith("--config=")]
+def _values(arguments: list[str]) -> list[tuple[str, str]]:
+    """Options with the word that follows each."""
+    pairs = [(a, b) for a, b in itertools.pairwise(arguments) if a.startswith("--")]
+    whole = [a.split("=", 1) for a in arguments if a.startswith("--") and "=" in a]
+    return pairs + [(option, value) for option, value in whole]
 
 
-def _check_options(parser: ArgumentParser, arguments: list[str]) -> None:
-    known = [option for action in parser._actions for option in action.option_strings]
-    for argument in arguments:
-        option = argument.split("=", 1)[0]
-        if option.startswith("--") and len(option) > 2 and option not in known:
-            raise _unknown("command line", option, known)
+def _check_section(section: str, value: str) -> None:
+    """Check `--data FILE`, a YAML file of one section; other values are left to jsonargparse."""
+    if Path(value).is_file():
+        raw = load_yaml(value)
+        if raw.keys() & _SECTIONS:
+            raise InputError(
+                value, "settings of a whole run", f"those of {section} alone", "use --config"
+            )
+        check_keys({section: raw}, value)
 
 
 def _unknown(where: str, key: str, known: list[str]) -> InputError:

@@ -167,17 +167,17 @@ def draw_skeleton(
     sides = skeleton.sides
     for a, b in skeleton.limbs:
         if drawn_J[a] and drawn_J[b]:
-            color = TRUTH_BGR if plain else _color(sides[a], sides[b])
+            color = TRUTH_BGR if plain else color_of(sides[a], sides[b])
             ends = (points[a].tolist(), points[b].tolist())
             cv2.line(image_HW3, *ends, color, line_px * (1 + plain), cv2.LINE_AA, shift)
     if not plain:
         radius = round(1.5 * line_px * 2**shift)
         for j in np.flatnonzero(drawn_J):
-            color = _color(sides[j])
+            color = color_of(sides[j])
             cv2.circle(image_HW3, points[j].tolist(), radius, color, -1, cv2.LINE_AA, shift)
 
 
-def _color(*sides: Side) -> tuple[int, int, int]:
+def color_of(*sides: Side) -> tuple[int, int, int]:
     """Colour of a joint, or of a limb by the sides of its ends."""
     beside = set(sides) - {"middle"}
     if len(beside) != 1:

@@ -168,6 +168,7 @@ def still_batches(
         dataset = opencv_crops.CropDataset(source, preset, target.input_px, 0, decoder)
         sampler = opencv_crops.ListSampler(samples, batch_size)
         return opencv_crops.CropLoader(dataset, sampler, workers, device.type == "cuda")
+    choose_loader(loader, device)  # says how to install DALI where it is not
     from pipelines.dali_crops import DaliStills
 
     return DaliStills(
@@ -182,10 +183,10 @@ def choose_loader(name: LoaderName, device: torch.device) -> Literal["dali", "op
     available = importlib.util.find_spec("nvidia.dali") if _has("nvidia") else None
     if name == "dali" and available is None:
         raise InputError(
-            "data.loader: dali",
+            "data.loader or --loader: dali",
             "NVIDIA DALI is not installed (it exists for Linux alone)",
             "the package nvidia-dali-cuda120, or nvidia-dali-cuda130 for CUDA 13",
-            "pip install nvidia-dali-cuda120, or set data.loader to opencv",
+            "pip install nvidia-dali-cuda120, or take opencv",
         )
     if name == "auto":
         return "dali" if device.type == "cuda" and available else "opencv"

@@ -65,6 +65,7 @@ def test_programs_never_import_each_other():
         "tools.compare_decoders",
         "tools.predict",
         "tools.export_onnx",
+        "tools.show_batch",
         "benchmarks.throughput",
         "benchmarks.packing",
     }

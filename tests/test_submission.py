@@ -20,20 +20,26 @@ WANTED = [(1, 0), (1, 2), (3, 0)]
 
 @pytest.fixture
 def release(tmp_path) -> Path:
-    """A file in the layout of mpii_human_pose_v1_u12_1.mat."""
-    annolist = np.empty((1, 4), dtype=[("image", object), ("annorect", object)])
-    for i, count in enumerate(PEOPLE_IN):
+    """MPII's own annotation of four pictures."""
+    write_release(tmp_path / "release.mat", IS_TRAIN, PEOPLE_IN, SINGLE)
+    return tmp_path / "release.mat"
+
+
+def write_release(
+    path: Path, is_train: list[int], people_in: list[int], single_people: list[list[int]]
+) -> None:
+    """A file in the layout of mpii_human_pose_v1_u12_1.mat; a number or a list a picture."""
+    annolist = np.empty((1, len(people_in)), dtype=[("image", object), ("annorect", object)])
+    for i, count in enumerate(people_in):
         rects = np.empty((1, count), dtype=[("scale", object), ("objpos", object)])
         for p in range(count):
             rects[0, p] = (1.0 + i, {"x": 10.0 * i, "y": 10.0 * p})
         annolist[0, i] = ({"name": f"{i:09d}.jpg"}, rects)
-    single = np.empty((4, 1), dtype=object)
-    for i, people in enumerate(SINGLE):
+    single = np.empty((len(people_in), 1), dtype=object)
+    for i, people in enumerate(single_people):
         single[i, 0] = np.array(people, dtype=float)[:, None]
-    path = tmp_path / "release.mat"
-    contents = {"annolist": annolist, "img_train": np.array([IS_TRAIN]), "single_person": single}
+    contents = {"annolist": annolist, "img_train": np.array([is_train]), "single_person": single}
     scipy_io.savemat(path, {"RELEASE": contents})
-    return path
 
 
 def crowd(who: list[tuple[int, int]]):

@@ -1,23 +1,29 @@
 """Compares JPEG decoders with each other, in pixels and in PCKh."""
 
+import sys
+from pathlib import Path
+
+# `python tools/compare_decoders.py` puts tools/ on the path, and not the folder of the packages.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import configs.interrupt  # noqa: F401 - before the slow imports
+
+# isort: split
 import argparse
 import functools
 import importlib.util
 import io
 import itertools
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
-
-# `python tools/compare_decoders.py` puts tools/ on the path, and not the folder of the packages.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tqdm import tqdm
 
 from configs.errors import InputError, run_main
+from configs.options import Parser, at_least
 from evaluation import pckh
 from evaluation.inference import predict
 from pipelines import opencv_crops
@@ -49,7 +55,7 @@ def main() -> None:
         print(f"not compared: {name} ({reason})")
     shards = ShardSet(Path(options.shards)) if options.shards else None
     jpegs = read_jpegs(options, shards)
-    pictures = {name: decoder(jpegs) for name, decoder in decoders.items()}
+    pictures = {name: decode_all(name, decoder, jpegs) for name, decoder in decoders.items()}
     print(f"\n{len(jpegs)} pictures, {sum(p.size // 3 for p in pictures['opencv']):,} pixels\n")
     print(f"{'':24}{'pixels that differ':>20}{'sum':>14}{'RMS':>10}{'largest':>10}")
     for a, b in itertools.combinations(decoders, 2):
@@ -63,24 +69,31 @@ def main() -> None:
         print_pckh(Path(options.checkpoint), shards, jpegs, pictures)
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="compare_decoders.py",
         description="Compare OpenCV, Pillow, DALI and torchvision as JPEG decoders.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example:\n  python tools/compare_decoders.py --shards data/shards/lspet/valid",
     )
-    parser.add_argument("--images", metavar="DIR", help="folder of .jpg files")
-    parser.add_argument("--shards", metavar="DIR", help="a split made by tools/make_shards.py")
-    parser.add_argument("--checkpoint", metavar="PATH", help="PCKh through each, with --shards")
-    parser.add_argument("--most", type=int, default=500, help="pictures (default: %(default)s)")
+    what = parser.add_argument_group("what to decode, one of the two")
+    what.add_argument("--images", metavar="DIR", help="folder of .jpg files")
+    what.add_argument("--shards", metavar="DIR", help="a split made by tools/make_shards.py")
+    how = parser.add_argument_group("how far")
+    how.add_argument("--checkpoint", metavar="PATH", help="PCKh through each, with --shards")
+    how.add_argument(
+        "--most",
+        type=at_least(1),
+        default=500,
+        help="pictures, without --checkpoint (default: %(default)s)",
+    )
     return parser
 
 
 def read_jpegs(options: argparse.Namespace, shards: ShardSet | None) -> list[bytes]:
     """Different pictures of the folder or of the shards, in order. Raises InputError."""
-    if bool(options.images) == bool(options.shards) or options.most < 1:
+    if bool(options.images) == bool(options.shards):
         raise InputError(
             "command line", "no pictures, or too many sources", "--images or --shards", "give one"
         )
@@ -120,6 +133,13 @@ def find_decoders() -> tuple[dict[str, Decoder], dict[str, str]]:
     return decoders, missing
 
 
+def decode_all(name: str, decoder: Decoder, jpegs: list[bytes]) -> list[Picture]:
+    """Everything by one decoder, a few at a time, with progress."""
+    starts = range(0, len(jpegs), 32)
+    bar = tqdm(starts, f"decoding ({name})", unit="batch", disable=None)
+    return [picture for start in bar for picture in decoder(jpegs[start : start + 32])]
+
+
 def decode_opencv(jpegs: list[bytes]) -> list[Picture]:
     """By cv2.imdecode, as the OpenCV path does."""
     return [opencv_crops.decode(jpeg, "picture")[..., ::-1] for jpeg in jpegs]
@@ -133,12 +153,10 @@ def decode_pillow(jpegs: list[bytes]) -> list[Picture]:
 
 
 def decode_dali(jpegs: list[bytes], device: str) -> list[Picture]:
-    """By DALI, 32 at a time."""
+    """By DALI, all at once."""
     from pipelines.dali_crops import decode_pictures
 
-    where = "gpu" if device == "gpu" else "cpu"
-    starts = range(0, len(jpegs), 32)
-    return [p for s in starts for p in decode_pictures(jpegs[s : s + 32], where)]  # type: ignore[arg-type]
+    return decode_pictures(jpegs, "gpu" if device == "gpu" else "cpu")
 
 
 def decode_torchvision(jpegs: list[bytes]) -> list[Picture]:
@@ -180,8 +198,9 @@ def print_pckh(
             batch_size=config.eval.batch_size, workers=0,
             decoder=functools.partial(_lookup, by_jpeg),
         )  # fmt: skip
+        bar = tqdm(batches, f"predicting ({name})", unit="batch", disable=None)
         found = predict(
-            network, batches, target, flip=config.eval.flip,
+            network, bar, target, flip=config.eval.flip,
             device=torch.device("cpu"), dtype=torch.float32,
         )  # fmt: skip
         errors = pckh.normalized_errors(found.keypoints_NJ2, people)

@@ -1,13 +1,18 @@
 """Converts checkpoints between this project and princeton-vl/pytorch_stacked_hourglass."""
 
-import argparse
 import sys
 from pathlib import Path
 
 # `python tools/convert_checkpoint.py` puts tools/ on the path, and not the folder of the packages.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import configs.interrupt  # noqa: F401 - before the slow imports
+
+# isort: split
+import argparse
+
 from configs.errors import InputError, run_main
+from configs.options import Parser
 from training import checkpoint
 
 
@@ -28,17 +33,22 @@ def main() -> None:
     print(f"wrote {target} ({options.to}), step {state['step']:,}, {what} the optimizer's state")
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="convert_checkpoint.py",
-        description="Convert a checkpoint; what it is is found out, what it becomes is said.",
+        description="Converts a checkpoint, of whatever kind it is, to the kind that is asked for.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example:\n  python tools/convert_checkpoint.py checkpoint.pt mine.pt --to native",
     )
     parser.add_argument("source", metavar="IN", help="a checkpoint of either kind")
     parser.add_argument("target", metavar="OUT", help="the file to write, which must not exist yet")
-    parser.add_argument("--to", choices=("native", "princeton"), required=True)
+    parser.add_argument(
+        "--to",
+        choices=("native", "princeton"),
+        required=True,
+        help="native: this project's; princeton: princeton-vl/pytorch_stacked_hourglass's",
+    )
     return parser
 
 

@@ -6,6 +6,15 @@ written in a folder beside the output and moved there when it is whole, so that 
 can be continued and the output never holds half a split.
 """
 
+import sys
+from pathlib import Path
+
+# `python tools/make_shards.py` puts tools/ on the path, and not the folder that holds configs/.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import configs.interrupt  # noqa: F401 - before the slow imports
+
+# isort: split
 import argparse
 import errno
 import fcntl
@@ -14,25 +23,21 @@ import json
 import os
 import shlex
 import shutil
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Executor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-# `python tools/make_shards.py` puts tools/ on the path, and not the folder that holds configs/.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from configs.errors import InputError, run_main
 from configs.mpii import MPII, PIXELS_PER_SCALE
+from configs.options import Parser, at_least
 from configs.skeleton import Skeleton, load_skeleton
 from pipelines import stored_crops
 from pipelines.annotations import People, has_both_splits, read_annotations, split_file
@@ -55,6 +60,7 @@ from pipelines.shards import (
 )
 from tools.pack_tasks import Sample, Task, finish_shard
 from tools.pack_workers import crew, spread
+from tools.packing_summary import summary
 
 SPLITS = ("train", "valid")
 DATA = Path("data/mpii")
@@ -133,15 +139,16 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def parse_options(argv: list[str] | None) -> Options:
-    """The command line, with paths made absolute."""
-    parser = argparse.ArgumentParser(
+def make_parser() -> Parser:
+    """The command line."""
+    parser = Parser(
+        prog="make_shards.py",
         description="Packs pictures and annotations of people into tar shards for training.",
         epilog="example: python tools/make_shards.py --splits valid --output data/shards/mpii",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    add = parser.add_argument
     # fmt: off
+    add = parser.add_argument_group("what to pack").add_argument
     add("--annotations", type=Path, default=DATA / "annot",
         help="folder of train.h5 and valid.h5, or of train.json and valid.json in COCO's layout, "
         "or one such file, or mpii_annotations.json(.gz)")
@@ -151,9 +158,10 @@ def parse_options(argv: list[str] | None) -> Options:
     add("--output", type=Path, default=Path("data/shards/mpii"), help="folder for a folder a split")
     add("--splits", nargs="+", choices=SPLITS, default=list(SPLITS),
         help="what to pack; one h5 or COCO file is the split named here, or in its file name")
-    add("--people-per-shard", type=_at_least(1), default=512, help="people in a tar")
-    add("--workers", type=_at_least(0), default=len(os.sched_getaffinity(0)), help="processes")
-    add("--seed", type=_at_least(0), default=0, help="of the order of people")
+    add = parser.add_argument_group("how").add_argument
+    add("--people-per-shard", type=at_least(1), default=512, help="people in a tar")
+    add("--workers", type=at_least(0), default=len(os.sched_getaffinity(0)), help="processes")
+    add("--seed", type=at_least(0), default=0, help="of the order of people")
     add("--skip-bad", action="store_true", help="leave out people whose pictures are bad")
     add("--overwrite", action="store_true", help="replace another packing when the new is whole")
     add("--packing", choices=["original", "crop"], default="original",
@@ -161,10 +169,15 @@ def parse_options(argv: list[str] | None) -> Options:
         " shrunk (docs/conventions.md)")
     add("--reach", choices=list(PRESETS), default="hrnet",
         help="crop: the strongest data.preset that these shards will be trained with")
-    add("--person-px", type=_at_least(16), default=288,
+    add("--person-px", type=at_least(16), default=288,
         help="crop: most px of a person's box; an eighth more than data.input_px is enough")
     # fmt: on
-    given = vars(parser.parse_args(argv))
+    return parser
+
+
+def parse_options(argv: list[str] | None) -> Options:
+    """The command line, with paths made absolute."""
+    given = vars(make_parser().parse_args(argv))
     reach, person_px = given.pop("reach"), given.pop("person_px")
     is_crop = given["packing"] == "crop"
     given["crop"] = stored_crops.rule_of(reach, person_px, JPEG_QUALITY) if is_crop else None
@@ -174,16 +187,6 @@ def parse_options(argv: list[str] | None) -> Options:
         given[name] = given[name].resolve()
     words = sys.argv[1:] if argv is None else argv
     return Options(**given, command=shlex.join(["python", "tools/make_shards.py", *words]))
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{value} is below {least}")
-        return value
-
-    return number
 
 
 def _splits(annotations: Path, asked: list[str]) -> tuple[str, ...]:
@@ -518,6 +521,9 @@ def remove_partial(options: Options) -> None:
 
 def summarise(options: Options, manifests: list[Manifest], seconds: float) -> None:
     """Print what was packed and what to do with it."""
+    print("reading what was packed ...", file=sys.stderr, flush=True)
+    for manifest in manifests:
+        print(summary(options.output / manifest.split), end="\n\n")
     for manifest in manifests:
         size = sum(shard.bytes for shard in manifest.shards)
         print(

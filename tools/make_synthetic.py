@@ -3,14 +3,23 @@
 The same options give the same bytes, whatever the number of workers.
 """
 
+import sys
+from pathlib import Path
+
+# `python tools/make_synthetic.py` puts tools/ on the path, and not the folder that holds configs/.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import configs.interrupt  # noqa: F401 - before the slow imports
+
+# isort: split
 import argparse
 import json
 import multiprocessing
 import os
 import shutil
-import sys
+import signal
 from collections.abc import Iterator
-from pathlib import Path
+from multiprocessing.pool import Pool
 from typing import NamedTuple
 
 import cv2
@@ -18,10 +27,8 @@ import h5py
 import numpy as np
 from tqdm import tqdm
 
-# `python tools/make_synthetic.py` puts tools/ on the path, and not the folder that holds configs/.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from configs.errors import InputError, run_main
+from configs.options import Parser
 from tools.synthetic_scenes import SIZES_WH, Row, draw_scene
 
 VERSION = 1
@@ -51,7 +58,7 @@ class Picture(NamedTuple):
 
 def main() -> None:
     """Draw both splits into a temporary folder, and give it its name when it is whole."""
-    args = parse_arguments()
+    args = make_parser().parse_args()
     check_arguments(args)
     options = {"version": VERSION, "seed": args.seed, "train": args.train, "valid": args.valid}
     options["max_width_px"] = args.max_width
@@ -67,34 +74,30 @@ def main() -> None:
     )
 
 
-def parse_arguments() -> argparse.Namespace:
+def make_parser() -> Parser:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
+        prog="make_synthetic.py",
         description="Draws a synthetic pose data set in MPII's layout, to try things without MPII.",
         epilog="example: python tools/make_synthetic.py --output data/synthetic --max-width 640."
         " Right limbs are red and left ones blue, so train on it without mirrored pictures.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument(
-        "--output", type=Path, required=True, help="folder to write, data/synthetic say"
-    )
-    parser.add_argument(
-        "--train", type=int, default=1500, help="annotated people in annot/train.h5"
-    )
-    parser.add_argument("--valid", type=int, default=300, help="annotated people in annot/valid.h5")
-    parser.add_argument(
-        "--seed", type=int, default=0, help="whole number; others draw other pictures"
-    )
-    parser.add_argument(
-        "--max-width",
-        type=int,
-        default=1280,
-        help="no pictures wider than this, in px; 640 for speed",
-    )
-    parser.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, help="processes; they change no byte"
-    )
-    return parser.parse_args()
+    # fmt: off
+    add = parser.add_argument_group("what to draw").add_argument
+    add("--train", type=int, default=1500,
+        help="annotated people in annot/train.h5 (default: %(default)s)")
+    add("--valid", type=int, default=300,
+        help="annotated people in annot/valid.h5 (default: %(default)s)")
+    add("--seed", type=int, default=0,
+        help="whole number; others draw other pictures (default: %(default)s)")
+    add("--max-width", type=int, default=1280,
+        help="no pictures wider than this, px; 640 for speed (default: %(default)s)")
+    add = parser.add_argument_group("where and how").add_argument
+    add("--output", type=Path, required=True, help="folder to write, data/synthetic say")
+    add("--workers", type=int, default=os.cpu_count() or 1,
+        help="processes; they change no byte (default: %(default)s)")
+    # fmt: on
+    return parser
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -141,7 +144,7 @@ def draw_data_set(output: Path, options: dict[str, int], workers: int) -> None:
     for split, name in enumerate(SPLITS):
         pictures = plan_pictures(temporary, options, split)
         rows = list(
-            tqdm(draw_all(pictures, workers), total=len(pictures), desc=name, unit="picture")
+            tqdm(draw_all(pictures, workers), name, len(pictures), unit="picture", disable=None)
         )
         write_annotations(temporary / "annot" / f"{name}.h5", pictures, rows)
     (temporary / "synthetic.json").write_text(json.dumps(options, indent=2) + "\n")
@@ -168,8 +171,17 @@ def draw_all(pictures: list[Picture], workers: int) -> Iterator[list[Row]]:
     if workers == 1:
         yield from map(draw_picture, pictures)
         return
-    with multiprocessing.get_context("spawn").Pool(workers, cv2.setNumThreads, (1,)) as pool:
+    with _deaf_pool(workers) as pool:
         yield from pool.imap(draw_picture, pictures, chunksize=4)
+
+
+def _deaf_pool(workers: int) -> Pool:
+    """Processes that leave Ctrl-C, which they inherit to ignore, to this one."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        return multiprocessing.get_context("spawn").Pool(workers, cv2.setNumThreads, (1,))
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def draw_picture(picture: Picture) -> list[Row]:

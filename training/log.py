@@ -1,22 +1,35 @@
-"""What a run tells: one live line, metrics.jsonl and TensorBoard, and the sums behind them."""
+"""What a run tells: the screen, metrics.jsonl, TensorBoard, a tracker, and the sums behind them."""
 
 import json
-import sys
+import math
+import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
+import numpy.typing as npt
 import torch
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
+from configs.schema import Config
 from model.loss import pck, peak_height
 from pipelines import heatmaps
 from pipelines.batches import Batch
+from pipelines.opencv_crops import RawBatch
+from training.curves import draw_curves
+from training.runtime import Runtime
+from training.screen import Screen, duration
+from training.tracker import Tracker
 
+METRICS, BOARD = "metrics.jsonl", "tensorboard"
+PEOPLE, CURVES = "validation.jpg", "curves.png"
+"""Pictures of the last validation."""
 TRAINING_PCK_RADIUS = 0.05
 """Radius of the training PCK as a share of the heatmap's side: about half a head in an MPII box."""
 
@@ -76,57 +89,122 @@ class Totals:
 class Log:
     """The log of one process; silent unless it is the first rank."""
 
-    def __init__(self, folder: Path, enabled: bool, steps: int, first_step: int):
-        """folder: the run's. steps: length of the run. first_step: where this start begins."""
-        self.enabled = enabled
-        if not enabled:
+    def __init__(self, folder: Path, config: Config, place: Runtime, first_step: int):
+        """folder: the run's. first_step: where this start begins."""
+        self.enabled = place.is_first
+        if not self.enabled:
             return
+        self._folder, self._train, self._device = folder, config.train, place.device
+        self._first_step = self._step = first_step
+        self._ranks = place.ranks
         self._writes = True
-        cut(folder / "metrics.jsonl", first_step)
-        self._file = (folder / "metrics.jsonl").open("a")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
-        self._bar = tqdm(
-            total=steps,
-            initial=first_step,
-            unit="step",
-            dynamic_ncols=True,
-            mininterval=0.5 if sys.stderr.isatty() else 15,
-            file=sys.stderr,
-        )
+        cut(folder / METRICS, first_step)
+        self._pckh = _last_pckh(folder / METRICS)
+        self._started = time.perf_counter()
+        self._file = (folder / METRICS).open("a")
+        self._board = SummaryWriter(str(folder / BOARD), purge_step=first_step)
+        self._tracker = Tracker(config, folder)
+        self._screen = Screen()
+        self._values: dict[str, float] = {}
 
     def advance(self) -> None:
         """One more step is done."""
         if self.enabled:
-            self._bar.update()
+            self._step += 1
+            if self._screen.is_live:
+                self._screen.show(self._parts())
 
     def train(self, step: int, values: dict[str, float]) -> None:
         """Numbers of the steps since the last call."""
         if not self.enabled:
             return
-        self._write("train", step, values)
-        self._bar.set_postfix_str(
-            f"loss {values['loss']:.5f}, {values['people_per_s']:.0f} people/s, "
-            f"waiting for data {100 * values['wait_share']:.0f} %",
-            refresh=False,
-        )
+        self._step = step
+        self._values = {**values, "memory_mb": memory_mb(self._device), "left_s": self._left()}
+        self._write("train", step, self._values)
+        self._screen.show(self._parts())
+
+    def validating(self, batches: Iterable[RawBatch], people: int) -> Iterator[RawBatch]:
+        """The same batches; the live line counts their people. people: on all ranks together."""
+        done = 0
+        for batch in batches:
+            if self.enabled and self._screen.is_live:
+                part = f"validating: {done:,} of {people:,} people"
+                self._screen.show([f"step {self._step:,}", part])
+                done = min(people, done + len(batch.records_NR) * self._ranks)
+            yield batch
 
     def validation(self, step: int, values: dict[str, float]) -> None:
         """Numbers of a validation."""
         if self.enabled:
+            self._pckh = values["pckh@0.5_pooled"]
             self._write("valid", step, values)
+            if self._screen.is_live:
+                self._screen.show(self._parts(), at_once=True)
+
+    def pictures(self, step: int, people_HW3: npt.NDArray[np.uint8]) -> None:
+        """Keep the sheet of validation people (BGR), and draw the curves up to now."""
+        if not self.enabled:
+            return
+        with self._losses_allowed():
+            curves = draw_curves(read_metrics(self._folder / METRICS))
+            self._keep_pictures(step, {PEOPLE: people_HW3, CURVES: curves})
+
+    def _keep_pictures(self, step: int, images: dict[str, npt.NDArray[np.uint8]]) -> None:
+        for name, image in images.items():
+            data = _write_picture(self._folder / name, image)
+            value = Summary.Value(
+                tag=f"pictures/{Path(name).stem}",
+                image=Summary.Image(
+                    height=image.shape[0],
+                    width=image.shape[1],
+                    colorspace=3,
+                    encoded_image_string=data,
+                ),
+            )
+            self._board._get_file_writer().add_summary(Summary(value=[value]), step)
+            self._tracker.picture(step, f"pictures/{Path(name).stem}", image[..., ::-1])
 
     def say(self, text: str) -> None:
         """A line that stays on the screen."""
         if self.enabled:
-            tqdm.write(text, file=sys.stderr)
+            self._screen.say(text)
 
     def close(self) -> None:
         """Flush and close everything."""
         if self.enabled:
-            self._bar.close()
-            for file in (self._board, self._file):
+            if self._screen.is_live and self._values:
+                self._screen.show(self._parts(), at_once=True)
+            self._screen.close()
+            for each in (self._tracker, self._board, self._file):
                 with self._losses_allowed():
-                    file.close()
+                    each.close()
+
+    def _parts(self) -> list[str]:
+        """Where the run stands, the most important first."""
+        train, values = self._train, self._values
+        epochs = math.ceil(train.steps / train.steps_per_epoch)
+        epoch = max(1, math.ceil(self._step / train.steps_per_epoch))
+        pckh = "-" if self._pckh is None else f"{100 * self._pckh:.1f} %"
+        parts = [f"step {self._step:,}/{train.steps:,}", f"{duration(self._left())} left"]
+        if values:
+            memory = "GPU peak" if self._device.type == "cuda" else "RSS"
+            parts += [
+                f"loss {values['loss']:.5f}",
+                f"PCKh {pckh}",
+                f"waiting {100 * values['wait_share']:.0f} %",
+                f"{values['people_per_s']:,.0f} people/s",
+                f"epoch {epoch}/{epochs}",
+                f"{memory} {values['memory_mb']:,.0f} MB",
+            ]
+        return parts
+
+    def _left(self) -> float:
+        """Seconds to the last step at the rate since the start, or to the time limit."""
+        spent = time.perf_counter() - self._started
+        done = max(self._step - self._first_step, 1)
+        left = spent / done * (self._train.steps - self._step)
+        limit = 60 * self._train.max_minutes
+        return max(0.0, min(left, limit - spent) if limit else left)
 
     def _write(self, kind: str, step: int, values: dict[str, float]) -> None:
         entry: dict[str, Any] = {
@@ -141,6 +219,8 @@ class Log:
         with self._losses_allowed():
             for name, value in values.items():
                 self._board.add_scalar(f"{kind}/{name}", value, step)
+        with self._losses_allowed():
+            self._tracker.log(step, {f"{kind}/{name}": value for name, value in values.items()})
 
     @contextmanager
     def _losses_allowed(self) -> Iterator[None]:
@@ -168,3 +248,36 @@ def _is_up_to(line: str, step: int) -> bool:
         return json.loads(line)["step"] <= step
     except ValueError:  # a line that a killed run did not end
         return False
+
+
+def memory_mb(device: torch.device) -> float:
+    """The most that torch has held on the GPU, or what this process holds now; in 10^6 bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:  # no Linux: the most that it ever held, in bytes on macOS
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    return pages * resource.getpagesize() / 1e6
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _write_picture(path: Path, image_HW3: npt.NDArray[np.uint8]) -> bytes:
+    """Write a BGR picture whole or not at all, and return the file's bytes."""
+    ok, encoded = cv2.imencode(path.suffix, image_HW3)
+    assert ok, path
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(encoded.tobytes())
+    temporary.rename(path)
+    return encoded.tobytes()
+
+
+def _last_pckh(path: Path) -> float | None:
+    """The PCKh@0.5 of the last validation, if there was one."""
+    lines = read_metrics(path) if path.exists() else []
+    rates = [line["pckh@0.5_pooled"] for line in lines if line["kind"] == "valid"]
+    return rates[-1] if rates else None

@@ -8,10 +8,12 @@ import math
 import os
 import signal
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -20,11 +22,12 @@ from configs import schema
 from configs.errors import InputError
 from configs.schema import Config
 from configs.skeleton import require_same_joints
-from evaluation import pckh
+from evaluation import pckh, report
 from model.loss import stack_losses
 from pipelines import batches, stored_crops
 from pipelines.augment import preset_of, still
 from pipelines.batches import Batch, target_of
+from pipelines.opencv_crops import RawBatch
 from pipelines.shards import ShardSet
 from training import checkpoint, keeping, resuming, runtime, signals, torchrun
 from training.checkpoint import State
@@ -35,6 +38,8 @@ from training.optimizer import Average, learning_rate, make_optimizer
 from training.runtime import Runtime
 from training.validation import predict_together
 
+SHEET_PEOPLE = 12
+"""People in the picture of a validation."""
 COLLAPSED_PEAK = 0.05
 """Mean peak of the heatmaps under which a network is taken to answer nothing but zeros."""
 COLLAPSE_FROM_STEP = 1_000
@@ -147,7 +152,7 @@ class Run:
             schema.save_yaml(self.given, self.folder / "config.yaml")
             self.guard.begin(self.step)
             keeping.take_back(self.folder)
-        log = Log(self.folder, self.place.is_first, self.config.train.steps, self.step)
+        log = Log(self.folder, self.config, self.place, self.step)
         for remark in self.remarks:
             log.say(remark)
         return log
@@ -244,7 +249,8 @@ class Run:
 
     def _finish_epoch(self) -> dict[str, Any]:
         """Validate, say how it went, and write the checkpoints."""
-        result = self.validate()
+        people = self.config.eval.people or self.valid_people.count
+        result = self.validate(lambda batches: self.log.validating(batches, people))
         pooled = result["pckh"]["0.5"]["pooled"] or 0.0
         is_best = pooled > self.best
         self.best = max(self.best, pooled)
@@ -265,19 +271,32 @@ class Run:
             )
         self.validation_due = False
         self.save([LAST, BEST] if is_best else [LAST])
+        if self.place.is_first:
+            self.log.pictures(self.step, self._sheet())
         return result
 
-    def validate(self) -> dict[str, Any]:
+    def validate(
+        self, progress: Callable[[Iterable[RawBatch]], Iterable[RawBatch]] = iter
+    ) -> dict[str, Any]:
         """PCKh of the averaged weights, or of the network where there are none, over all ranks."""
         chosen = np.arange(self.valid_people.count)[: self.config.eval.people or None]
         found = predict_together(
             self._evaluated_network(), self.valid_shards, self.valid_samples[chosen], self.target,
             self.place, batch_size=self.config.eval.batch_size, workers=self.config.data.workers,
-            flip=self.config.eval.flip,
+            flip=self.config.eval.flip, progress=progress,
         )  # fmt: skip
+        self.predicted_NJ2 = found.keypoints_NJ2
         people = self.valid_people.select(chosen)
         result = pckh.summary(found.keypoints_NJ2, people, self.skeleton)
         return {**result, "peak": float(found.scores_NJ.mean())}
+
+    def _sheet(self) -> npt.NDArray[np.uint8]:
+        """A picture of a few people as validated last, the same people each time."""
+        rows = np.unique(np.linspace(0, len(self.predicted_NJ2) - 1, SHEET_PEOPLE).astype(int))
+        return report.draw_people(
+            self.valid_shards, self.valid_samples[rows], self.valid_people.select(rows),
+            self.predicted_NJ2[rows], self.skeleton,
+        )  # fmt: skip
 
     def _evaluated_network(self) -> nn.Module:
         """A network in eval mode with the weights to judge; the same on every rank."""

@@ -1,0 +1,63 @@
+"""The command line of the programs that use argparse: mistakes are named, and end in InputError."""
+
+import argparse
+import difflib
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NoReturn
+
+from configs.errors import InputError
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without abbreviations; an unknown option is answered with the nearest known one."""
+
+    def __init__(self, **arguments: Any):
+        """arguments: as argparse.ArgumentParser takes them."""
+        super().__init__(allow_abbrev=False, **arguments)
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """Raises InputError for an unknown option before anything else is looked at."""
+        words = list(sys.argv[1:] if args is None else args)
+        check_options(words, self._option_string_actions, f"{self.prog} --help")
+        return super().parse_known_args(words, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Raises InputError instead of printing the usage."""
+        raise InputError(
+            "command line", message, "options of this program", f"see {self.prog} --help"
+        )
+
+
+def check_options(words: Iterable[str], known: Iterable[str], listing: str) -> None:
+    """Raise InputError at the first unknown option, naming the nearest. listing: shows them all."""
+    known = [option for option in known if option.startswith("--")]
+    for word in words:
+        option = word.split("=", 1)[0]
+        if word == "--":
+            return
+        if option.startswith("--") and option not in known:
+            raise unknown(option, known, listing)
+
+
+def unknown(name: str, known: list[str], listing: str) -> InputError:
+    """The error for a setting that does not exist."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+    beside = [option for option in known if option.startswith(name.split(".")[0] + ".")]
+    advice = f"known are {', '.join(beside)}" if beside else f"see {listing}"
+    advice = f"did you mean {near[0]}?" if near else advice
+    return InputError("command line", f"unknown option {name}", "one of this program", advice)
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """The type of an option that is a whole number from `least` on."""
+
+    def number(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{value} is below {least}")
+        return value
+
+    return number

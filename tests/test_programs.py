@@ -1,0 +1,175 @@
+"""What holds for every program: its help, its answer to a wrong option, its end after Ctrl-C."""
+
+import argparse
+import ast
+import importlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+import train as train_program
+from configs.errors import InputError
+from configs.options import Parser
+from configs.schema import parse_config
+
+PROGRAMS = ["evaluate", "benchmarks.throughput", "tools.make_shards", "tools.make_synthetic",
+            "tools.show_batch", "tools.convert_checkpoint", "tools.compare_decoders"]  # fmt: skip
+FILES = [ROOT / (name.replace(".", "/") + ".py") for name in [*PROGRAMS, "train"]]
+
+
+def parser_of(name: str) -> Parser:
+    return importlib.import_module(name).make_parser()
+
+
+def test_no_program_is_forgotten():
+    found = {p for folder in (".", "tools", "benchmarks") for p in (ROOT / folder).glob("*.py")}
+    assert {p for p in found if "run_main(main)" in p.read_text()} == set(FILES)
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_help_is_a_sentence_groups_of_explained_options_and_an_example(name):
+    parser = parser_of(name)
+    description = parser.description or ""
+    assert description[0].isupper() and re.fullmatch(r"[^.]+(\.(\w+|\s)[^.]*)*\.", description)
+    assert re.search(rf"example:\s+python {name.replace('.', '/')}\.py ", parser.epilog or "")
+    for action in parser._actions:
+        assert action.help, action.option_strings
+    groups = [g for g in parser._action_groups if g._group_actions]
+    options = sum(len(g._group_actions) for g in groups)
+    assert len(groups) >= 3 or options <= 5
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_defaults_are_told(name):
+    parser = parser_of(name)
+    text = " ".join(parser.format_help().split())
+    for action in parser._actions:
+        told = isinstance(action.default, (int, str)) and not isinstance(action.default, bool)
+        if told and action.default != argparse.SUPPRESS:
+            assert str(action.default) in text and "default" in text, action
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_an_unknown_option_names_the_nearest_known_one(name):
+    option = max(parser_of(name)._option_string_actions, key=len)
+    with pytest.raises(InputError, match=f"did you mean {option}"):
+        parser_of(name).parse_args([option[:-2] + option[-1]])
+
+
+def test_an_option_like_none_of_them_points_to_the_help():
+    with pytest.raises(InputError, match=r"see evaluate\.py --help"):
+        parser_of("evaluate").parse_args(["--xyzzy", "3"])
+
+
+@pytest.mark.parametrize("words", [["--data", "{}"], ["--data={}"]])
+def test_a_file_of_one_section_names_the_nearest_setting_too(words, tmp_path):
+    (tmp_path / "data.yaml").write_text("shardz: data/here\n")
+    given = [word.format(tmp_path / "data.yaml") for word in words]
+    with pytest.raises(InputError, match=r"did you mean data\.shards"):
+        parse_config(train_program.make_parser(), given)
+    (tmp_path / "data.yaml").write_text("data:\n  shards: data/here\n")
+    with pytest.raises(InputError, match="use --config"):
+        parse_config(train_program.make_parser(), given)
+    (tmp_path / "data.yaml").write_text("shards: data/here\n")
+    assert parse_config(train_program.make_parser(), given)[0].data.shards == "data/here"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
+def test_a_program_takes_care_of_ctrl_c_before_anything_slow_is_imported(path):
+    names = [
+        alias.name if isinstance(node, ast.Import) else node.module
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for alias in node.names
+    ]
+    assert set(names[: names.index("configs.interrupt")]) <= {"sys", "pathlib"}
+
+
+def test_ctrl_c_during_the_imports_is_a_sentence_and_other_errors_keep_their_traceback():
+    for raised, expected, absent in (("KeyboardInterrupt", "Interrupted;", "Traceback"),
+                                     ("ValueError", "Traceback", "Interrupted;")):  # fmt: skip
+        code = f"import configs.interrupt; raise {raised}"
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        assert expected in done.stderr and absent not in done.stderr
+
+
+def interrupted(words: list[object], ready) -> tuple[int, str]:
+    """Exit code and output of a program that gets Ctrl-C, as from a terminal, once it is ready."""
+    run = subprocess.Popen(
+        [sys.executable, *map(str, words)],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    try:
+        ready(run)
+        os.killpg(run.pid, signal.SIGINT)
+        text = run.communicate(timeout=60)[0]
+    finally:
+        if run.poll() is None:
+            os.killpg(run.pid, signal.SIGKILL)
+    return run.returncode, text
+
+
+def says(marker: str):
+    """Waits for the line that the program prints when its work begins."""
+
+    def ready(run: subprocess.Popen) -> None:
+        assert run.stdout
+        for line in run.stdout:
+            if marker in line:
+                time.sleep(0.3)
+                return
+        raise AssertionError(f"it ended without {marker!r}")
+
+    return ready
+
+
+def test_ctrl_c_ends_make_synthetic_with_a_sentence(tmp_path):
+    def ready(run: subprocess.Popen) -> None:
+        deadline = time.monotonic() + 60
+        while not list((tmp_path / "s.partial" / "images").glob("*.jpg")):
+            assert time.monotonic() < deadline and run.poll() is None
+            time.sleep(0.05)
+
+    words = ["tools/make_synthetic.py", "--output", tmp_path / "s", "--train", 9000, "--workers", 2]
+    code, text = interrupted(words, ready)
+    assert (code, text.strip()) == (130, "Interrupted; what was finished is kept.")
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", ["show_batch", "evaluate", "throughput"])
+def test_ctrl_c_ends_a_program_with_a_sentence(program, tiny_shards, tmp_path):
+    words: list[object] = {
+        "show_batch": ["tools/show_batch.py", "--shards", tiny_shards, "--people", 20_000,
+                       "--output", tmp_path / "x.png"],
+        "evaluate": ["evaluate.py", "--checkpoint", fresh_checkpoint(tmp_path), "--shards",
+                     tiny_shards, "--device", "cpu", "--workers", 1],
+        "throughput": ["benchmarks/throughput.py", "--device", "cpu", "--suites", "train"],
+    }[program]  # fmt: skip
+    marker = {"show_batch": "cutting out", "evaluate": "fastest batch", "throughput": "timing"}
+    code, text = interrupted(words, says(marker[program]))
+    assert code == 130 and "Traceback" not in text
+    assert "Interrupted; what was finished is kept." in text
+    assert not (tmp_path / "x.png").exists()
+
+
+def fresh_checkpoint(folder: Path) -> Path:
+    """A network of full size without training."""
+    from configs.mpii import MPII
+    from configs.schema import Config, as_dict
+    from training import checkpoint
+
+    network = checkpoint.build_network(Config(), MPII.joint_count)
+    state = {"config": as_dict(Config()), "skeleton": MPII.plain(), "step": 0, "ema": {}}
+    checkpoint.save(folder / "fresh.pt", {**state, "model": network.state_dict()})
+    return folder / "fresh.pt"

@@ -1,0 +1,157 @@
+"""The picture of a batch shows what the network is given; the summary counts what was packed."""
+
+import sys
+
+import cv2
+import h5py
+import numpy as np
+import pytest
+import torch
+from test_dali_crops import opencv_twin
+
+from configs.errors import InputError
+from configs.mpii import MPII
+from evaluation.report import LEFT_BGR, MIDDLE_BGR, RIGHT_BGR
+from pipelines import batches
+from pipelines.augment import PRESETS
+from pipelines.batches import Batch, Target
+from pipelines.shards import ShardSet
+from tools import packing_summary, show_batch
+
+RIGHT_WRIST, LEFT_WRIST, HEAD_TOP = 10, 15, 9
+CPU = torch.device("cpu")
+
+
+def call(monkeypatch, *words: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["show_batch.py", *map(str, words)])
+    show_batch.main()
+
+
+@pytest.mark.parametrize("preset", list(PRESETS))
+def test_every_preset_makes_a_sheet(preset, tiny_shards, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "deep" / "sheet.png"
+    words = ["--shards", tiny_shards, "--people", 5, "--input-px", 64, "--output", output]
+    call(monkeypatch, *words, "--preset", preset)
+    # Three panels of two tiles and a frame of 2 px a row, a caption below each, a legend on top.
+    assert cv2.imread(str(output)).shape == (26 + 2 * (256 + 20 + 4), 3 * (512 + 4), 3)
+    assert capsys.readouterr().out == f"wrote {output}\n"
+
+
+@pytest.mark.parametrize("preset", ["hrnet", "princeton"])
+def test_both_loaders_are_compared_on_the_same_draws(
+    preset, tiny_shards, tmp_path, monkeypatch, capsys
+):
+    pytest.importorskip("nvidia.dali")
+    words = ["--shards", tiny_shards, "--people", 3, "--preset", preset, "--loader", "both"]
+    call(monkeypatch, *words, "--output", tmp_path / "both.png")
+    printed = float(capsys.readouterr().out.split("colours: ")[1].split()[0])
+    split = ShardSet(tiny_shards / "train")
+    raw = batches.train_loader(
+        split, PRESETS[preset], loader="dali", device=CPU, input_px=256, batch_size=3, workers=0,
+        shuffle_buffer=1024, seed=0, rank=0, ranks=1, first_step=0, state=b"",
+    ).next()  # fmt: skip
+    twins = np.stack([opencv_twin(split, raw, i, PRESETS[preset])[0] for i in range(3)])
+    expected = np.abs(twins.astype(float) - raw.images_NHW3.numpy()).mean()
+    assert printed == pytest.approx(expected, abs=1e-4)
+    assert printed < 0.5 or preset == "princeton"
+
+
+def one_person(joint: int, at_xy: tuple[float, float]) -> Batch:
+    """A grey crop of 64 px with one joint, heatmap px."""
+    joints, drawn = torch.zeros(1, 16, 2), torch.zeros(1, 16, dtype=torch.bool)
+    joints[0, joint], drawn[0, joint] = torch.tensor(at_xy), True
+    heat = torch.zeros(1, 16, 16, 16)
+    heat[0, joint, int(at_xy[1]), int(at_xy[0])] = 1.0
+    return Batch(torch.full((1, 3, 64, 64), 0.5), heat, joints, drawn, torch.zeros(1))
+
+
+@pytest.mark.parametrize(
+    ("joint", "color"),
+    [(RIGHT_WRIST, RIGHT_BGR), (LEFT_WRIST, LEFT_BGR), (HEAD_TOP, MIDDLE_BGR)],
+)
+def test_a_joint_is_drawn_at_its_place_in_the_colour_of_its_side(joint, color):
+    batch = one_person(joint, (3.0, 10.0))
+    target = Target(PRESETS["none"], "exact", 1.0, 64, MPII)
+    crop = show_batch.draw_crop(batch, target, 0)
+    drawn = np.argwhere((crop != 128).any(axis=2))
+    # The middle of heatmap pixel 3 of 16 is at 3.5 / 16 of the tile, which begins at -0.5.
+    np.testing.assert_allclose(drawn.mean(axis=0), [10.5 * 16 - 0.5, 3.5 * 16 - 0.5], atol=0.3)
+    assert crop[167, 55].tolist() == list(color)
+    maps = show_batch.draw_heatmaps(batch, MPII, 0)
+    assert maps[160:176, 48:64].reshape(-1, 3).tolist() == [[min(c + 45, 255) for c in color]] * 256
+    assert maps[100, 100].tolist() == [45, 45, 45]
+
+
+def test_differences_are_shown_where_they_are_and_black_means_none():
+    grey = np.zeros((1, 64, 64, 3), np.float32)
+    grey[0, 10, 20] = 2
+    batch = one_person(HEAD_TOP, (3.0, 10.0))
+    raw = batches.RawBatch(torch.zeros(0), torch.zeros(0), torch.zeros(1, 10), torch.zeros(0))
+    shown = [show_batch.Shown(name, raw, batch) for name in ("opencv", "dali")]
+    target = Target(PRESETS["none"], "exact", 1.0, 64, MPII)
+    sheet = show_batch.draw_sheet(shown, grey, target)
+    tile = sheet[26 + 2 :][:256, 2 + 3 * 256 :][:, :256]
+    bright = np.argwhere(tile.any(axis=2))
+    assert (bright.min(axis=0).tolist(), bright.max(axis=0).tolist()) == ([40, 80], [43, 83])
+    assert (tile[40:44, 80:84] == 255).all()
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [(["--output", "x.jpg"], "png"), (["--input-px", "100"], "multiple of 64"),
+     (["--people", "0"], "--people"), (["--config", "nowhere.yaml"], "nowhere.yaml")],
+)  # fmt: skip
+def test_what_cannot_be_shown_is_refused(words, named, tiny_shards, monkeypatch):
+    with pytest.raises(InputError, match=named):
+        call(monkeypatch, "--shards", tiny_shards, *words)
+
+
+def test_without_dali_it_says_what_installs_it(tiny_shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(batches, "_has", lambda package: False)
+    words = ["--shards", tiny_shards, "--loader", "both", "--output", tmp_path / "x.png"]
+    with pytest.raises(InputError, match="pip install nvidia-dali-cuda120"):
+        call(monkeypatch, *words)
+
+
+def test_the_summary_counts_people_pictures_and_joints_of_the_annotation(tiny_set, tiny_shards):
+    text = packing_summary.summary(tiny_shards / "train")
+    with h5py.File(tiny_set / "annot" / "train.h5") as file:
+        marked = file["part"][..., 0] != 0
+        seen = (file["visible"][:] > 0) & marked
+    assert "12 in 9 pictures" in text and "left out   nobody" in text
+    assert "90 x 310 px" not in text  # neither smallest nor largest by area
+    assert "128 x 64 px the smallest" in text and "333 x 222 the largest" in text
+    rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if "%" in line}
+    for joint, name in enumerate(MPII.names):
+        share = f"{marked[:, joint].mean():.1%}"
+        assert rows[name] == [share, f"{seen[:, joint].sum() / marked[:, joint].sum():.1%}"]
+    assert rows["all"] == ["joints", f"{marked.mean():.1%}", f"{seen.sum() / marked.sum():.1%}"]
+
+
+def test_the_histogram_counts_everybody_once():
+    scale = np.array([1.0] * 6 + [2.0] * 3 + [4.0])
+    lines = packing_summary.scale_lines(scale)
+    assert lines[0].endswith("the middle one is 200")
+    counts = [int(line.split()[3]) for line in lines[1:]]
+    assert len(counts) == 10 and sum(counts) == 10
+    assert (counts[0], counts[-1]) == (6, 1) and sorted(counts)[-2] == 3
+    bars = [line.count("#") for line in lines[1:]]
+    assert bars[0] == 40 and bars[-1] == 7  # 40 / 6, rounded up
+    assert sum(int(line.split()[3]) for line in packing_summary.scale_lines(scale[:2])[1:]) == 2
+
+
+def test_those_left_out_are_counted_by_reason(tiny_set, tmp_path, capsys):
+    from conftest import pack_arguments
+
+    from tools.make_shards import main
+
+    root = tmp_path / "set"
+    (root / "images").mkdir(parents=True)
+    (root / "annot").symlink_to(tiny_set / "annot")
+    for picture in (tiny_set / "images").iterdir():
+        (root / "images" / picture.name).write_bytes(picture.read_bytes())
+    (root / "images" / "000000003.jpg").write_bytes(b"no picture")  # of three people
+    main(pack_arguments(root, tmp_path / "out", "--skip-bad", "--splits", "train"))
+    text = capsys.readouterr().out
+    assert "left out   3 people" in text and "             3 x " in text
+    assert "9 in 8 pictures" in text

@@ -1,0 +1,72 @@
+"""Where a run stands, on the screen: one line that is written over, or plain lines in a file."""
+
+import shutil
+import sys
+import time
+from typing import TextIO
+
+SECONDS_BETWEEN = 0.2
+"""Between two states of the live line."""
+SECONDS_BETWEEN_LINES = 15.0
+"""Between two lines where nobody watches."""
+
+
+class Screen:
+    """On a terminal one live line at the bottom; elsewhere whole lines, without control codes."""
+
+    def __init__(self, stream: TextIO | None = None):
+        """stream: stderr if it is not given."""
+        self._stream = stream or sys.stderr
+        self.is_live = self._stream.isatty()
+        self._line = ""
+        self._shown = -float("inf")
+
+    def show(self, parts: list[str], at_once: bool = False) -> None:
+        """Show where the run stands, unless that was shown a moment ago.
+
+        parts: the most important first; on a terminal those for which there is no room are left
+        out.
+        """
+        now = time.monotonic()
+        wait = SECONDS_BETWEEN if self.is_live else SECONDS_BETWEEN_LINES
+        if now - self._shown < wait and not at_once:
+            return
+        self._shown = now
+        if not self.is_live:
+            print("  ".join(parts), file=self._stream, flush=True)
+            return
+        self._line = fit(parts, shutil.get_terminal_size().columns - 1)
+        self._overwrite()
+
+    def say(self, text: str) -> None:
+        """A line that stays, above the live one."""
+        start = "\r\x1b[K" if self._line else ""
+        print(start + text, file=self._stream, flush=True)
+        self._overwrite()
+
+    def close(self) -> None:
+        """Leave the last state of the live line where it is."""
+        if self._line:
+            print(file=self._stream, flush=True)
+        self._line = ""
+
+    def _overwrite(self) -> None:
+        if self._line:
+            print(f"\r{self._line}\x1b[K", end="", file=self._stream, flush=True)
+
+
+def fit(parts: list[str], columns: int) -> str:
+    """As many of the first parts as fit, cut where not even the first one does."""
+    line = parts[0][: max(columns, 0)]
+    for part in parts[1:]:
+        if len(line) + 2 + len(part) > columns:
+            break
+        line += "  " + part
+    return line
+
+
+def duration(seconds: float) -> str:
+    """As a clock shows it: 0:07, 12:34, 5:06:07."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
