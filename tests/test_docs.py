@@ -8,12 +8,14 @@ reader fills in.
 
 import functools
 import importlib
+import json
 import re
 import shlex
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -24,6 +26,7 @@ from test_submission import write_release
 from configs.errors import InputError
 from configs.mpii import MPII
 from configs.schema import as_dict, config_from_dict
+from evaluation import pckh
 from evaluation.predictions import as_entries
 from pipelines.shards import ShardSet
 from training import checkpoint
@@ -56,10 +59,17 @@ NOT_RUN = {
     r"mogrify": "a program of others, for pictures that are refused",
     r"python test\.py -c pose|python train\.py -[ec] NAME": "commands of princeton-vl's code",
     r"git (clone|config)": "it is about the reader's own copy",
-    r"evaluate\.py --annotations$": "half a command, named in a sentence",
+    r"torchrun .*(--nnodes|--max-restarts)": "several machines (see the page)",
+    r".*--webcam": "there is no camera",
+    r"(evaluate|train)\.py --\w+$": "half a command, named in a sentence",
 }
+OF_OTHERS = {"--nproc-per-node", "--nnodes", "--max-restarts", "--signals-to-handle", "--signal"}
+"""Options of torchrun and Slurm."""
 PLACEHOLDERS = {
     "--checkpoint PATH": "--checkpoint runs/made/best.pt",
+    "tools/predict.py --checkpoint runs/2hg/best.pt": "tools/predict.py --checkpoint "
+    "runs/made/best.pt",
+    "tools/export_onnx.py runs/2hg/best.pt": "tools/export_onnx.py runs/made/best.pt",
     "--checkpoint CKPT": "--checkpoint runs/made/best.pt",
     "--shards DIR": "--shards data/shards/mpii/valid",
     "--images DIR": "--images data/mpii/images",
@@ -69,6 +79,8 @@ PLACEHOLDERS = {
     "--config C": "--config c.yaml",
     "--predictions FILE": "--predictions predictions.json",
     "IN OUT": "runs/made/best.pt out.pt",
+    "export_onnx.py PATH": "export_onnx.py runs/made/best.pt",
+    "--box X Y W H": "--box 20 20 60 60",
 }
 MODEL = {"stacks": 1, "width": 16, "depth": 4, "stem": [64, 128, 128]}
 SMALL = {
@@ -173,7 +185,7 @@ def test_every_option_named_alone_exists():
     programs = {"train.py", "evaluate.py", "benchmarks/throughput.py"}
     programs |= {f"tools/{p.name}" for p in (ROOT / "tools").glob("*.py") if "run_main" in
                  p.read_text()}  # fmt: skip
-    known = set().union(*map(options_of, programs)) | {"--nproc-per-node"}
+    known = set().union(*map(options_of, programs)) | OF_OTHERS
     named = {
         option
         for page in PAGES
@@ -258,8 +270,27 @@ def sandbox(tiny_set: Path, tiny_shards: Path, tmp_path: Path) -> Path:
     (tmp_path / "predictions.json").write_text(
         str(as_entries(people, people.joints, scores)).replace("'", '"')
     )
+    other = pckh.summary(people.joints, people, MPII)
+    for name in ("OTHER.json", "other.json"):
+        (tmp_path / name).write_text(json.dumps({"network": other}))
     write_checkpoints(tmp_path)
+    write_photographs(tmp_path, tiny_set / "images" / people.images[0])
     return tmp_path
+
+
+def write_photographs(folder: Path, picture: Path) -> None:
+    """A photograph, a folder of them with its people, and a film."""
+    (folder / "data" / "synthetic" / "images").mkdir(parents=True)
+    (folder / "photos").mkdir()
+    for name in ("photo.jpg", "data/synthetic/images/100000000.jpg", "photos/a.jpg"):
+        (folder / name).symlink_to(picture)
+    (folder / "people.csv").write_text("image,x,y,width,height\na.jpg,20,20,60,60\n")
+    film = cv2.VideoWriter(
+        str(folder / "film.mp4"), cv2.VideoWriter.fourcc(*"mp4v"), 10.0, (64, 48)
+    )
+    for _ in range(2):
+        film.write(np.zeros((48, 64, 3), np.uint8))
+    film.release()
 
 
 def write_checkpoints(folder: Path) -> None:
@@ -279,6 +310,9 @@ def write_checkpoints(folder: Path) -> None:
     path = folder / "runs" / "made" / "best.pt"
     path.parent.mkdir(parents=True)
     checkpoint.save(path, state)
+    for name in ("demo",):
+        (folder / "runs" / name).mkdir()
+        (folder / "runs" / name / "best.pt").symlink_to(path)
     loaded = checkpoint.load(path)
     checkpoint.write(folder / "checkpoint.pt", checkpoint.to_princeton(loaded, path))
 
