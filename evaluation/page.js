@@ -292,8 +292,8 @@ function drawBars() {
 
 function barRow(body, { j, name, rate, past, visible, occluded, n }) {
   const line = add(body, "tr", { "data-joint": j, class: state.joints && !state.joints.includes(j) ? "dim" : "" });
-  const head = add(line, "th", { scope: "row" });
-  add(head, "span", { class: `side ${skeleton.sides[j]}`, title: skeleton.sides[j] });
+  const head = add(line, "th", { scope: "row", title: `${name}, ${skeleton.sides[j]}` });
+  add(head, "span", { class: `side ${skeleton.sides[j]}` });
   head.append(name);
   bar(line, [["fill", 0, rate], ["mark", past]]);
   add(line, "td", { "data-cell": `bar ${name}` }, percent(rate));
@@ -325,13 +325,13 @@ function sortedBars() {
 
 function drawOcclusion() {
   const table = $("occlusion"), groups = own.details.groups;
-  headRow(table, [["", ""], ["", ""], ["visible"], ["occluded"], ["hidden of", "wide"]]);
+  headRow(table, [["", ""], ["", ""], ["visible"], ["occluded"], ["hidden", "wide"]]);
   const body = add(table, "tbody");
   const all = { visible: own.visible.pooled, occluded: own.occluded.pooled,
     counts: { all: own.joints_counted, occluded: own.occluded.joints_counted } };
   for (const [name, { visible, occluded, counts }] of [["all joints", all], ...Object.entries(groups)]) {
     const row = add(body, "tr", name === "all joints" ? { class: "strong rule" } : {});
-    add(row, "th", { scope: "row" }, name);
+    add(row, "th", { scope: "row", title: name }, name);
     const both = visible != null && occluded != null ? [Math.min(visible, occluded), Math.max(visible, occluded)] : [null, null];
     bar(row, [["joint", ...both], ["dot hollow", occluded], ["dot full", visible]]);
     add(row, "td", {}, percent(visible));
@@ -356,7 +356,7 @@ function errorTable(table, rows, longest, unit) {
   const body = add(table, "tbody");
   for (const { name, error_quartiles: [low, middle, high], n, ...row } of rows) {
     const line = add(body, "tr");
-    add(line, "th", { scope: "row" }, name);
+    add(line, "th", { scope: "row", title: name }, name);
     const scale = (value) => (value == null ? null : value / longest);
     bar(line, [["band", scale(low), scale(high)], ["tick", scale(middle)]]);
     add(line, "td", {}, fixed(middle, 3));
