@@ -39,7 +39,11 @@ def main() -> int:
             start_from(Path(options["init_from"]), run)
         if place.is_first:
             announce(config, run)
-        run.train()
+        try:
+            run.train()
+        finally:  # an error is told below the live line, not in it
+            if hasattr(run, "log"):
+                run.log.close()
         if place.is_first:
             conclude(run)
         return EXIT_INTERRUPTED if run.interrupted else 0
@@ -52,7 +56,8 @@ def make_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="train.py",
         exit_on_error=False,
-        description="Train a stacked hourglass network on shards made by tools/make_shards.py.",
+        description="Trains a stacked hourglass network on shards made by tools/make_shards.py.",
+        epilog="example: python train.py --config configs/2hg.yaml --optim.lr 5e-4",
     )
     parser.add_argument(
         "--resume",
