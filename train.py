@@ -16,6 +16,7 @@ from pipelines.batches import choose_loader
 from pipelines.shards import CropRule
 from training import checkpoint, keeping, runtime, torchrun
 from training.checkpoint import State
+from training.guard import SKIPPED
 from training.keeping import BEST, LAST, RESUME_ME
 from training.log import BOARD, CURVES, METRICS, PEOPLE
 from training.loop import Run
@@ -68,7 +69,8 @@ def make_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="train.py",
         exit_on_error=False,
-        description="Train a stacked hourglass network on shards made by tools/make_shards.py.",
+        description="Trains a stacked hourglass network on shards made by tools/make_shards.py.",
+        epilog="example: python train.py --config configs/2hg.yaml --optim.lr 5e-4",
     )
     parser.add_argument(
         "--resume",
@@ -181,6 +183,8 @@ def conclude(run: Run) -> None:
         "config.yaml": "every setting",
         LAST: f"weights, optimizer and place in the data after step {run.step:,}",
         BEST: f"the best by validation, PCKh@0.5 {100 * run.best:.2f} %",
+        **{path.name: "of its step" for path in keeping.numbered(run.folder)},
+        SKIPPED: "people whose loss or gradients were not finite",
         METRICS: "every number",
         CURVES: "loss and PCKh over the steps",
         PEOPLE: "people of the last validation",

@@ -231,5 +231,6 @@ def test_gpu_memory_is_the_peak(monkeypatch):
 def test_a_resumed_run_shows_the_pckh_of_its_last_validation(tmp_path):
     lines = [{"kind": "valid", "step": s, "pckh@0.5_pooled": s / 10} for s in (1, 2, 3)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert log._cut(tmp_path / "metrics.jsonl", 2) == 0.2
+    log.cut(tmp_path / "metrics.jsonl", 2)
+    assert log._last_pckh(tmp_path / "metrics.jsonl") == 0.2
     assert len(log.read_metrics(tmp_path / "metrics.jsonl")) == 2

@@ -46,6 +46,16 @@ def test_help_is_a_sentence_groups_of_explained_options_and_an_example(name):
     assert len(groups) >= 3 or options <= 5
 
 
+def test_the_help_of_training_explains_every_setting_in_groups_with_an_example():
+    parser = train_program.make_parser()
+    text = " ".join(parser.format_help().split())
+    assert text.count("default: ") > 40 and "example: python train.py --config" in text
+    for action in parser._actions:
+        assert action.help or action.nargs == 0 or "." not in action.dest, action.dest
+    titles = " ".join(str(group.title) for group in parser._action_groups)
+    assert all(word in titles for word in ("loaded", "network", "Optimizer", "Validation"))
+
+
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_defaults_are_told(name):
     parser = parser_of(name)

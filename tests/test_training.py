@@ -454,6 +454,7 @@ def test_train_then_resume_from_the_command_line(tiny_shards, tmp_path):
     first = command(*words)
     assert first.returncode == 0, first.stderr
     assert "batch: 4 = 4 per rank x 1 rank(s) x 1" in first.stdout
+    assert "\nstep 1/4  " in first.stderr and "\r" not in first.stderr
     refused = command(*words)
     assert refused.returncode == 2 and "--resume" in refused.stderr
     more = [*words, "--train.steps", 6]

@@ -170,8 +170,9 @@ class Log:
             self._screen.say(text)
 
     def close(self) -> None:
-        """Flush and close everything."""
+        """Flush and close everything; a second time does nothing."""
         if self.enabled:
+            self.enabled = False
             if self._screen.is_live and self._values:
                 self._screen.show(self._parts(), at_once=True)
             self._screen.close()

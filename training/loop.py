@@ -9,6 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -111,8 +112,8 @@ class Run:
         spent_before = self.seconds
         result: dict[str, Any] = {}
         totals, stop = Totals(place.device), False
-        with signals.noted() as noted:
-            self.log = self._open_log()
+        # The live line is closed before an error is told.
+        with signals.noted() as noted, closing(self._open_log()) as self.log:
             if self.validation_due:
                 result = self._finish_epoch()
             while self.step < train.steps and not stop:
@@ -140,7 +141,6 @@ class Run:
                     result = self._finish_epoch()
                 totals = Totals(place.device)
             self._say_why_it_ended(noted)
-        self.log.close()
         if self.unsaved and not self.interrupted:
             raise InputError(self.folder, self.unsaved, "room for a checkpoint", "--resume then")
         return result
