@@ -179,8 +179,10 @@ def loader_cases(shards: ShardSet, options: argparse.Namespace, device: torch.de
         ("opencv, one warp, same colour", _one_warp(PRESETS["princeton"]), "opencv"),
         ("opencv, one warp, hrnet", PRESETS["hrnet"], "opencv"),
     ]
-    if importlib.util.find_spec("nvidia"):
+    if importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali"):
         ways.append((f"dali on {device.type}, hrnet", PRESETS["hrnet"], "dali"))
+    else:
+        print("not measured: DALI (pip install nvidia-dali-cuda120, on Linux)", file=sys.stderr)
     cases = []
     for name, preset, way in ways:
         loader = batches.train_loader(
