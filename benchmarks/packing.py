@@ -5,11 +5,18 @@ input is from that of the original pictures. A bilinear warp of an original that
 so both are also held against an area average: which is closer to the truth?
 """
 
+import sys
+from pathlib import Path
+
+# `python benchmarks/packing.py` puts benchmarks/ on the path, and not the folder above it.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import configs.interrupt  # noqa: F401 - before the slow imports
+
+# isort: split
 import argparse
 import math
-import sys
 import time
-from pathlib import Path
 from typing import NamedTuple
 
 import cv2
@@ -18,10 +25,8 @@ import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
-# `python benchmarks/packing.py` puts benchmarks/ on the path, and not the folder above it.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from configs.errors import InputError, run_main
+from configs.options import Parser, at_least
 from configs.skeleton import Skeleton
 from evaluation import pckh
 from evaluation.inference import predict
@@ -105,21 +110,28 @@ def main() -> None:
     print_table(rows, people, options)
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="packing.py",
         description="Compares packings of the same people in size, speed, pixels and PCK.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        epilog="example: python benchmarks/packing.py --annotations valid.h5 --images images",
     )
-    parser.add_argument("--annotations", required=True, help="valid.h5, or a folder of it")
-    parser.add_argument("--images", required=True, help="folder of the pictures")
-    parser.add_argument("--split", choices=("train", "valid"), default="valid")
-    parser.add_argument("--people", type=int, default=500, help="the first so many")
-    parser.add_argument("--person-px", type=int, nargs="+", default=[192, 256, 288, 384])
-    parser.add_argument("--reach", choices=list(PRESETS), default="hrnet", help="and its draws")
-    parser.add_argument("--input-px", type=int, default=256, help="side of the input compared")
-    parser.add_argument("--checkpoint", help="also the PCK of this network")
+    # fmt: off
+    add = parser.add_argument_group("whom to pack").add_argument
+    add("--annotations", required=True, help="valid.h5, or a folder of it")
+    add("--images", required=True, help="folder of the pictures")
+    add("--split", choices=("train", "valid"), default="valid", help="default: %(default)s")
+    add("--people", type=at_least(1), default=500, help="the first so many (default: %(default)s)")
+    add = parser.add_argument_group("what to compare").add_argument
+    add("--person-px", type=at_least(16), nargs="+", default=[192, 256, 288, 384],
+        help="most px of a person's box (default: %(default)s)")
+    add("--reach", choices=list(PRESETS), default="hrnet",
+        help="preset that the crops are for, and whose draws are compared (default: %(default)s)")
+    add("--input-px", type=at_least(64), default=256,
+        help="side of the input, px (default: %(default)s)")
+    add("--checkpoint", metavar="PATH", help="also the PCK of this network")
+    # fmt: on
     return parser
 
 

@@ -180,8 +180,8 @@ def still_batches(
 
 def choose_loader(name: LoaderName, device: torch.device) -> Literal["dali", "opencv"]:
     """`auto` is DALI on a GPU and OpenCV on a CPU, where it is several times faster."""
-    available = importlib.util.find_spec("nvidia.dali") if _has("nvidia") else None
-    if name == "dali" and available is None:
+    available = dali_is_installed()
+    if name == "dali" and not available:
         raise InputError(
             "data.loader or --loader: dali",
             "NVIDIA DALI is not installed (it exists for Linux alone)",
@@ -193,8 +193,9 @@ def choose_loader(name: LoaderName, device: torch.device) -> Literal["dali", "op
     return name
 
 
-def _has(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
+def dali_is_installed() -> bool:
+    """Whether DALI can be imported; other packages share its parent package."""
+    return bool(importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali"))
 
 
 def train_loader(

@@ -11,16 +11,22 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 
 import train as train_program
 from configs.errors import InputError
 from configs.options import Parser
-from configs.schema import parse_config
+from configs.schema import Config, parse_config
+from pipelines import batches
+from pipelines.batches import target_of
+from pipelines.shards import ShardSet
 
 PROGRAMS = ["evaluate", "benchmarks.throughput", "tools.make_shards", "tools.make_synthetic",
-            "tools.show_batch", "tools.convert_checkpoint", "tools.compare_decoders"]  # fmt: skip
+            "tools.show_batch", "tools.convert_checkpoint", "tools.compare_decoders",
+            "tools.predict", "tools.export_onnx", "benchmarks.packing"]  # fmt: skip
 FILES = [ROOT / (name.replace(".", "/") + ".py") for name in [*PROGRAMS, "train"]]
 
 
@@ -30,7 +36,7 @@ def parser_of(name: str) -> Parser:
 
 def test_no_program_is_forgotten():
     found = {p for folder in (".", "tools", "benchmarks") for p in (ROOT / folder).glob("*.py")}
-    assert {p for p in found if "run_main(main)" in p.read_text()} == set(FILES)
+    assert {p for p in found if "run_main(main" in p.read_text()} == set(FILES)
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
@@ -112,6 +118,17 @@ def test_ctrl_c_during_the_imports_is_a_sentence_and_other_errors_keep_their_tra
         assert expected in done.stderr and absent not in done.stderr
 
 
+def test_evaluating_by_dali_without_it_says_what_installs_it(tiny_shards, monkeypatch):
+    monkeypatch.setattr(batches, "dali_is_installed", lambda: False)
+    split = ShardSet(tiny_shards / "valid")
+    target = target_of(Config().data, Config().heatmaps, split.manifest.skeleton)
+    with pytest.raises(InputError, match="pip install nvidia-dali-cuda120"):
+        batches.still_batches(
+            split, np.arange(2), target, loader="dali", device=torch.device("cpu"),
+            batch_size=2, workers=0,
+        )  # fmt: skip
+
+
 def interrupted(words: list[object], ready) -> tuple[int, str]:
     """Exit code and output of a program that gets Ctrl-C, as from a terminal, once it is ready."""
     run = subprocess.Popen(
@@ -176,7 +193,7 @@ def test_ctrl_c_ends_a_program_with_a_sentence(program, tiny_shards, tmp_path):
 def fresh_checkpoint(folder: Path) -> Path:
     """A network of full size without training."""
     from configs.mpii import MPII
-    from configs.schema import Config, as_dict
+    from configs.schema import as_dict
     from training import checkpoint
 
     network = checkpoint.build_network(Config(), MPII.joint_count)

@@ -107,7 +107,7 @@ def test_what_cannot_be_shown_is_refused(words, named, tiny_shards, monkeypatch)
 
 
 def test_without_dali_it_says_what_installs_it(tiny_shards, tmp_path, monkeypatch):
-    monkeypatch.setattr(batches, "_has", lambda package: False)
+    monkeypatch.setattr(batches, "dali_is_installed", lambda: False)
     words = ["--shards", tiny_shards, "--loader", "both", "--output", tmp_path / "x.png"]
     with pytest.raises(InputError, match="pip install nvidia-dali-cuda120"):
         call(monkeypatch, *words)

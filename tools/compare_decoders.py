@@ -27,7 +27,7 @@ from configs.options import Parser, at_least
 from evaluation import pckh
 from evaluation.inference import predict
 from pipelines import opencv_crops
-from pipelines.batches import still_batches, target_of
+from pipelines.batches import dali_is_installed, still_batches, target_of
 from pipelines.shards import ShardSet
 from training import checkpoint
 
@@ -118,7 +118,7 @@ def find_decoders() -> tuple[dict[str, Decoder], dict[str, str]]:
         decoders["pillow"] = decode_pillow
     else:
         missing["pillow"] = "pip install pillow"
-    if importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali"):
+    if dali_is_installed():
         decoders["dali cpu"] = lambda jpegs: decode_dali(jpegs, "cpu")
         if torch.cuda.is_available():
             decoders["nvjpeg"] = lambda jpegs: decode_dali(jpegs, "gpu")

@@ -1,24 +1,29 @@
 """Writes a trained network as ONNX or safetensors, and checks that it still answers alike."""
 
+import sys
+from pathlib import Path
+
+# `python tools/export_onnx.py` puts tools/ on the path, and not the folder of the packages.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import configs.interrupt  # noqa: F401 - before the slow imports
+
+# isort: split
 import argparse
 import contextlib
 import importlib.util
 import io
 import logging
-import sys
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-# `python tools/export_onnx.py` puts tools/ on the path, and not the folder of the packages.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from configs.errors import InputError, run_main
+from configs.options import Parser
 from evaluation.inference import last_heatmaps
 from model.onnx_network import INPUT, OUTPUT, OnnxNetwork
 from pipelines.augment import PRESETS
@@ -87,9 +92,9 @@ def export_onnx(options: argparse.Namespace, facts: dict[str, Any]) -> None:
     print(f"  differs from torch by {largest:.1e} at most, on {what}")
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="export_onnx.py",
         description="Write a trained network as ONNX or safetensors; predict.py and evaluate.py "
         "read both.",

@@ -1,14 +1,21 @@
 """Finds people's joints in pictures, a video or a webcam's frames, with a trained network."""
 
+import sys
+from pathlib import Path
+
+# `python tools/predict.py` puts tools/ on the path, and not the folder of the packages.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import configs.interrupt  # noqa: F401 - before the slow imports
+
+# isort: split
 import argparse
 import functools
 import itertools
 import json
-import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import cv2
@@ -16,11 +23,9 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-# `python tools/predict.py` puts tools/ on the path, and not the folder of the packages.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from configs.errors import InputError, run_main
 from configs.mpii import PIXELS_PER_SCALE
+from configs.options import Parser, at_least
 from configs.skeleton import Skeleton
 from evaluation.report import draw_skeleton
 from pipelines.annotations import safe_name
@@ -91,9 +96,9 @@ def main() -> None:
         write_results(options, estimator.skeleton, found)
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="predict.py",
         description="Find people's joints in pictures, a video or a webcam's frames.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -125,15 +130,27 @@ def make_parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         help="average with the prediction for the mirrored picture; default: as in training",
     )
-    how.add_argument("--batch-size", type=count, help="people at a time; default: as in training")
+    how.add_argument(
+        "--batch-size", type=at_least(1), help="people at a time; default: as in training"
+    )
     how.add_argument(
         "--workers",
-        type=count,
+        type=at_least(1),
         default=usable_cores(),
         help="threads that read (default: all cores)",
     )
-    how.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
-    how.add_argument("--precision", choices=("auto", "bf16", "fp16", "fp32"), default="fp32")
+    how.add_argument(
+        "--device",
+        choices=("auto", "cuda", "cpu"),
+        default="auto",
+        help="auto: a GPU where there is one (default: %(default)s)",
+    )
+    how.add_argument(
+        "--precision",
+        choices=("auto", "bf16", "fp16", "fp32"),
+        default="fp32",
+        help="arithmetic (default: %(default)s)",
+    )
     add_output_options(parser)
     return parser
 
@@ -184,13 +201,6 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
         default=0.0,
         help="draw joints whose peak is at least this high (default: %(default)s; 1 is ideal)",
     )
-
-
-def count(text: str) -> int:
-    """A whole number from 1, for argparse."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is below 1")
-    return int(text)
 
 
 def moving_source(options: argparse.Namespace) -> Path | int | None:
