@@ -48,7 +48,7 @@ _PACK_AGAIN = "pack the data again with tools/make_shards.py into a new folder"
 
 # Bytes, and px: what no whole split has more of.
 _LARGEST_MANIFEST, _LARGEST_INDEX_LINE = 64 << 20, 1024
-_LARGEST = {"f32": 1 << 20, "jpg": 256 << 20, "json": 4 << 20}
+LARGEST = {"f32": 1 << 20, "jpg": 256 << 20, "json": 4 << 20}
 _FARTHEST_PX = 131_072.0
 _MOST_JOINTS = 10_000
 _TAR_BLOCK = 512
@@ -228,7 +228,7 @@ def write_shard(
                 people += 1
         stream.flush()
         os.fsync(stream.fileno())
-    index.write_text(_index_text(temporary))
+    index.write_text(index_text(temporary))
     temporary.rename(tar)
     return Shard(
         tar=tar.name,
@@ -240,7 +240,7 @@ def write_shard(
     )
 
 
-def _index_text(tar: Path) -> str:
+def index_text(tar: Path) -> str:
     """A wds2idx index, version 1.2: a line a sample of `extension offset size name` groups."""
     samples: dict[str, list[str]] = {}
     with tarfile.open(tar, "r:") as archive:
@@ -321,8 +321,9 @@ def _check_manifest(manifest: Manifest) -> None:
     if manifest.skeleton.joint_count != manifest.joints or manifest.joints > _MOST_JOINTS:
         raise ValueError("joints are not those of the skeleton")
     names = [name for shard in shards for name in (shard.tar, shard.index)]
-    if len(set(names)) != len(names):
-        raise ValueError("a file named twice")
+    for name in names:
+        if not safe_name(name) or Path(name).name != name or names.count(name) > 1:
+            raise ValueError(f"file name {name!r:.100}, which is not plain or is there twice")
     if (manifest.packing, manifest.crop is None) not in (("original", True), ("crop", False)):
         raise ValueError(f"packing {manifest.packing!r}, and the rule of crops {manifest.crop}")
     if not isinstance(manifest.source, dict) or not isinstance(manifest.left_out, list):
@@ -461,10 +462,6 @@ class ShardSet:
         return people.select(order), order
 
     def _path(self, name: str) -> Path:
-        if not isinstance(name, str) or Path(name).name != name:
-            raise InputError(
-                self.folder / MANIFEST, f"file name {name!r}", "a plain name", _PACK_AGAIN
-            )
         path = self.folder / name
         if not path.is_file():
             raise InputError(path, "missing", "every shard with its index beside it", _PACK_AGAIN)
@@ -568,7 +565,7 @@ def _read_index(path: Path, shard: Shard) -> tuple[list[str], npt.NDArray[np.int
 def _check_places(table_NC2: npt.NDArray[np.int64], tar_bytes: int) -> None:
     """Raise ValueError unless a tar has its files there: one after another, in whole blocks."""
     sizes = table_NC2[..., 1].ravel()
-    largest = np.tile([_LARGEST[name] for name in COMPONENTS], len(table_NC2))
+    largest = np.tile([LARGEST[name] for name in COMPONENTS], len(table_NC2))
     if (sizes < 0).any() or (sizes > largest).any():
         raise ValueError("sizes out of range")
     ends = np.cumsum(_TAR_BLOCK + -(-sizes // _TAR_BLOCK) * _TAR_BLOCK)
