@@ -38,6 +38,10 @@ class DataConfig:
     """Augmentation, by the code it is named after (docs/conventions.md)."""
     mirror: bool = True
     """Let the preset mirror pictures; false for people whose left and right differ in looks."""
+    on_bad_sample: Literal["stop", "skip"] = "stop"
+    """A training picture that cannot be decoded: end the run, or put a neighbour in its place."""
+    max_bad_samples: int = 20
+    """With `skip`, the run stops beyond so many damaged pictures."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,6 +294,7 @@ def check_values(config: Config) -> None:
     not_negative = {
         "data.workers": config.data.workers,
         "data.shuffle_buffer": config.data.shuffle_buffer,
+        "data.max_bad_samples": config.data.max_bad_samples,
         "optim.weight_decay": config.optim.weight_decay,
         "optim.warmup_steps": config.optim.warmup_steps,
         "optim.clip_norm": config.optim.clip_norm,

@@ -10,6 +10,7 @@ sample is one person with three components:
 Record: HEADER fields, then (x, y, marked, visible) for each of the J joints.
 """
 
+import copy
 import hashlib
 import io
 import json
@@ -28,6 +29,7 @@ from configs.errors import InputError
 from configs.reading import parse_json, read_bytes, read_json
 from configs.skeleton import Skeleton, skeleton_from_plain
 from pipelines.annotations import People, safe_name
+from pipelines.pictures import claimed_size, require_sane_size
 
 FORMAT = "stacked-hourglass-shards"
 FORMAT_VERSION = 1
@@ -52,6 +54,8 @@ LARGEST = {"f32": 1 << 20, "jpg": 256 << 20, "json": 4 << 20}
 _FARTHEST_PX = 131_072.0
 _MOST_JOINTS = 10_000
 _TAR_BLOCK = 512
+_JPEG_HEADER_BYTES = 4096
+"""The size stands in the first of them, but for pictures with a thumbnail or a colour profile."""
 
 
 def record_length(joints: int) -> int:
@@ -385,6 +389,7 @@ class ShardSet:
         self.tars = [self._path(shard.tar) for shard in self.manifest.shards]
         self.indices = [self._path(shard.index) for shard in self.manifest.shards]
         self._extents = self._read_indices()
+        self._origin = np.arange(len(self))
         self._files: dict[int, io.BufferedReader] = {}
 
     def __len__(self) -> int:
@@ -404,8 +409,8 @@ class ShardSet:
     def records(self) -> npt.NDArray[np.float32]:
         """(N, record_length) all records, in the order of the samples. Raises InputError.
 
-        On the way the tar's own headers of records and pictures are compared with the index, and
-        the values with the manifest.
+        On the way the tar's own headers of records and pictures are compared with the index, the
+        values with the manifest, and pictures that claim to be huge are refused.
         """
         records = np.stack([self._checked_record(sample) for sample in range(len(self))])
         faults = record_faults(records, self.manifest)
@@ -438,10 +443,52 @@ class ShardSet:
             ) from error
         return facts
 
+    def key(self, sample: int) -> str:
+        """The key in the tar."""
+        return self._extents.key[sample]
+
+    def samples_of(self, shard: int) -> list[int]:
+        """The samples of one tar, in its order."""
+        return np.flatnonzero(self._extents.shard == shard).tolist()
+
+    def origin(self, sample: int) -> int:
+        """Whose bytes are given for a sample: its own, or its stand-in's."""
+        return int(self._origin[sample])
+
+    def with_stand_ins(self, bad: set[int], folder: Path) -> "ShardSet":
+        """The same split with another person's bytes in the place of each of these samples.
+
+        It is the next good one of the same tar, from whose end its start follows. folder: gets the
+        indices that say so, for DALI. Raises InputError for a tar in which nobody is good.
+        """
+        changed = copy.copy(self)
+        shard_N, numbers = self._extents.shard, np.arange(len(self))
+        good = ~np.isin(numbers, list(bad))
+        origin, indices = numbers.copy(), list(self.indices)
+        for shard in np.unique(shard_N[~good]):
+            mine = numbers[shard_N == shard]
+            if not good[mine].any():
+                raise InputError(self.tars[shard], f"{len(mine)} damaged pictures of {len(mine)}",
+                                 "a good one, to stand in for the others", _PACK_AGAIN)  # fmt: skip
+            following = np.concatenate([mine, mine])
+            for place in np.flatnonzero(~good[mine]):
+                rest = following[place:]
+                origin[mine[place]] = rest[good[rest].argmax()]
+            indices[shard] = folder / self.indices[shard].name
+            _write_patched_index(self.indices[shard], indices[shard], origin[mine] - mine[0])
+        changed._origin, changed._files, changed.indices = origin, {}, indices
+        changed._extents = _Extents(
+            shard=shard_N,
+            key=tuple(self._extents.key[i] for i in origin),
+            offset={name: values[origin] for name, values in self._extents.offset.items()},
+            size={name: values[origin] for name, values in self._extents.size.items()},
+        )
+        return changed
+
     def where(self, sample: int) -> str:
         """Shard, number and key of a sample, for messages."""
         shard = self.tars[self._extents.shard[sample]]
-        return f"{shard}: sample {sample} (key {self._extents.key[sample]})"
+        return f"{shard}: sample {self.origin(sample)} (key {self.key(sample)})"
 
     def people(self) -> tuple[People, npt.NDArray[np.int64]]:
         """Everybody in the annotation's order, and the sample number of each, (N,)."""
@@ -492,8 +539,10 @@ class ShardSet:
         extents = self._extents
         start = int(extents.offset["f32"][sample]) - _TAR_BLOCK
         size = int(extents.size["f32"][sample])
-        data = self._read(sample, start, int(extents.offset["jpg"][sample]) - start)
-        for extension, header in (("f32", data[:_TAR_BLOCK]), ("jpg", data[-_TAR_BLOCK:])):
+        picture = int(extents.offset["jpg"][sample]) - start
+        data = self._read(sample, start, picture + _JPEG_HEADER_BYTES)
+        headers = ("f32", data[:_TAR_BLOCK]), ("jpg", data[picture - _TAR_BLOCK : picture])
+        for extension, header in headers:
             name = f"{extents.key[sample]}.{extension}".encode()
             if not _is_header(header, name, int(extents.size[extension][sample])):
                 raise InputError(
@@ -502,6 +551,9 @@ class ShardSet:
                     "a tar with its own index, both whole",
                     _PACK_AGAIN,
                 )
+        head = data[picture:]
+        whole = self.jpeg(sample) if claimed_size(head) is None else head
+        require_sane_size(whole, self.where(sample))
         return np.frombuffer(data[_TAR_BLOCK : _TAR_BLOCK + size], dtype="<f4")
 
     def _read_indices(self) -> _Extents:
@@ -560,6 +612,15 @@ def _read_index(path: Path, shard: Shard) -> tuple[list[str], npt.NDArray[np.int
             f"the wds2idx index of {shard.people} people in {shard.tar}", _PACK_AGAIN,
         ) from error  # fmt: skip
     return keys, table
+
+
+def _write_patched_index(source: Path, target: Path, lines_N: npt.NDArray[np.int64]) -> None:
+    """An index whose n-th person is the lines_N[n]-th of the source, written whole."""
+    header, *lines = source.read_text().splitlines()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(target.name + ".tmp")
+    temporary.write_text("\n".join([header, *(lines[i] for i in lines_N)]) + "\n")
+    temporary.replace(target)
 
 
 def _check_places(table_NC2: npt.NDArray[np.int64], tar_bytes: int) -> None:

@@ -168,6 +168,7 @@ def test_a_wrong_command_line_leaves_with_2(tmp_path):
     assert left.value.code == 2
 
 
+@pytest.mark.slow
 def test_workers_find_the_same_as_one_process(packed):
     overwrite(packed, 6, "json", b"[")
     done = [

@@ -25,6 +25,7 @@ from model.loss import stack_losses
 from pipelines import batches, stored_crops
 from pipelines.augment import preset_of, still
 from pipelines.batches import Batch, target_of
+from pipelines.quarantine import Quarantine, SkippingLoader
 from pipelines.shards import ShardSet
 from training import checkpoint, keeping, resuming, runtime, signals, torchrun
 from training.checkpoint import State
@@ -241,6 +242,10 @@ class Run:
         }
         self.log.train(self.step, values)
         self.guard.check(self.step, bad_steps, totals, self.average, self.log, place)
+        if self.config.data.on_bad_sample == "skip":
+            reports = runtime.gather_bytes(self.quarantine.report(), place)
+            for line in self.quarantine.learn(reports):
+                self.log.say(f"step {self.step}: {line}")
 
     def _finish_epoch(self) -> dict[str, Any]:
         """Validate, say how it went, and write the checkpoints."""
@@ -393,13 +398,21 @@ class Run:
         data, seed = self.config.data, self.config.train.seed
         if self.loader_began:  # not what the run began with once more
             seed = int(np.random.SeedSequence([seed, self.loader_began]).generate_state(1)[0] >> 1)
-        return batches.train_loader(
-            self.train_shards, self.target.preset, loader=data.loader, device=self.place.device,
-            input_px=data.input_px, batch_size=data.batch_size, workers=data.workers,
-            shuffle_buffer=data.shuffle_buffer, seed=seed, rank=self.place.rank,
-            ranks=self.place.ranks, first_step=self.step * self.config.optim.accumulate,
-            state=loader_state,
-        )  # fmt: skip
+
+        def make(shards: ShardSet, first_batch: int, state: bytes) -> batches.Loader:
+            return batches.train_loader(
+                shards, self.target.preset, loader=data.loader, device=self.place.device,
+                input_px=data.input_px, batch_size=data.batch_size, workers=data.workers,
+                shuffle_buffer=data.shuffle_buffer, seed=seed, rank=self.place.rank,
+                ranks=self.place.ranks, first_step=first_batch, state=state,
+            )  # fmt: skip
+
+        first_batch = self.step * self.config.optim.accumulate
+        if data.on_bad_sample == "stop":
+            return make(self.train_shards, first_batch, loader_state)
+        limit, rank = data.max_bad_samples, self.place.rank
+        self.quarantine = Quarantine(self.train_shards, self.folder, limit, rank)
+        return SkippingLoader(make, self.quarantine, first_batch, loader_state)
 
     def _wrap(self) -> nn.Module:
         """The network as the step calls it: over all ranks, and compiled if asked."""
