@@ -16,6 +16,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from configs.errors import InputError
+from configs.reading import read_yaml
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,10 +244,10 @@ def save_yaml(config: Config, path: Path) -> None:
 def load_yaml(path: str) -> dict[str, Any]:
     """A YAML file of settings as nested dicts. Raises InputError."""
     try:
-        raw = yaml.safe_load(Path(path).read_text())
+        raw = read_yaml(Path(path))
     except FileNotFoundError as error:
         raise InputError(path, "no such file", "a YAML file of settings", "see configs/") from error
-    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError, RecursionError) as error:
+    except (ValueError, IsADirectoryError) as error:
         raise InputError(path, f"not YAML: {error}", "a YAML file", "correct it") from error
     if raw is None:
         return {}
@@ -314,6 +315,7 @@ def check_values(config: Config) -> None:
     for name, value in positive.items():
         if not value > 0:
             raise InputError(name, str(value), "a value above 0", "correct the config")
+    _check_sizes(config)
     if config.model.width < 2 or config.model.width % 2:
         raise InputError(
             "model.width", str(config.model.width), "an even number", "correct the config"
@@ -334,6 +336,21 @@ def check_values(config: Config) -> None:
         raise InputError(
             "train.name", config.train.name, "a plain folder name", "put folders in train.out"
         )
+
+
+def _check_sizes(config: Config) -> None:
+    """Raise InputError at the first size that no machine has room for."""
+    largest = {
+        "data.batch_size": (config.data.batch_size, 65_536),
+        "data.input_px": (config.data.input_px, 8192),
+        "model.stacks": (config.model.stacks, 64),
+        "model.width": (config.model.width, 8192),
+        "model.depth": (config.model.depth, 10),
+        "model.stem": (max(config.model.stem), 8192),
+    }
+    for name, (value, most) in largest.items():
+        if value > most:
+            raise InputError(name, str(value), f"{most:,} at most", "correct the config")
 
 
 def _config_paths(arguments: list[str]) -> list[str]:

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from configs.errors import InputError
 from pipelines import geometry, princeton
-from pipelines.annotations import People
+from pipelines.annotations import People, stays_inside
 from pipelines.augment import Draw, Preset, draw, draw_rng, draws_array
 from pipelines.memory import keep_freed_memory
 from pipelines.pictures import BadSamplesError, require_sane_size
@@ -80,6 +80,14 @@ class LooseImages:
                 "the pictures that the annotation file names",
                 "give their folder with --images",
             )
+        outside = [
+            name for name in sorted(set(people.images)) if not stays_inside(self.folder, name)
+        ]
+        if outside:
+            raise InputError(
+                self.folder / outside[0], "a link that leads out of the folder of pictures",
+                "pictures in the folder itself", "name the folder that has them",
+            )  # fmt: skip
 
     def __len__(self) -> int:
         return self.people.count

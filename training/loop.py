@@ -8,6 +8,8 @@ import math
 import os
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +62,8 @@ class Run:
         source = source or folder / LAST
         self.given, self.remarks = config, list[str]()
         if state:
-            config, self.remarks = resuming.fit_to_ranks(config, state, place.ranks, source)
+            with _damage_named(source):
+                config, self.remarks = resuming.fit_to_ranks(config, state, place.ranks, source)
         self.config, self.place, self.folder = config, place, folder
         runtime.leave_cores_to_workers(place, config.data.workers)
         self.train_shards = ShardSet(Path(config.data.shards) / "train")
@@ -83,7 +86,8 @@ class Run:
         self.step, self.best, self.seconds = 0, -1.0, 0.0
         self.average: Average | None = None
         self.loader_began, self.validation_due = 0, False
-        loader_state = self._restore(state, source) if state else b""
+        with _damage_named(source):
+            loader_state = self._restore(state, source) if state else b""
         if config.optim.ema_decay and self.average is None:
             self.average = Average(self.network, config.optim.ema_decay)
         self.loader = self._make_loader(loader_state)
@@ -423,6 +427,20 @@ class Run:
         if self.config.train.compile:
             forward.compile()
         return forward
+
+
+@contextmanager
+def _damage_named(source: Path) -> Iterator[None]:
+    """Turn what a checkpoint of other contents than ours makes fail into an InputError."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise InputError(
+            source,
+            f"a checkpoint that cannot be continued ({type(error).__name__}: {str(error)[:200]})",
+            "one that training wrote",
+            "use another one, or begin a new run with --init_from",
+        ) from error
 
 
 def _as_tensor(data: bytes) -> Tensor:
