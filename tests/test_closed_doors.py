@@ -231,6 +231,7 @@ def test_a_file_is_tried_once_while_it_is_unchanged(tmp_path):
 # JSON, YAML, CSV
 
 
+@pytest.mark.slow
 def test_bombs_of_json_yaml_and_gzip_end_in_an_error(tiny_set, tmp_path):
     """In a process that may take 3 GiB: what they claim would be ten times that."""
     with gzip.open(tmp_path / "zeros.json.gz", "wb", compresslevel=1) as file:

@@ -76,9 +76,9 @@ def main(argv: list[str] | None = None) -> int:
     """Check every split, print what is wrong, and say how it went."""
     options = parse_options(argv)
     faults: list[Fault] = []
-    people = 0
+    people, folders = 0, split_folders(options.shards)
     with crew(options.workers) as pool:
-        for folder in split_folders(options.shards):
+        for folder in folders:
             try:
                 manifest = read_manifest(folder)
             except InputError as error:
