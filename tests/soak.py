@@ -103,7 +103,7 @@ class Soak:
             time.sleep(1)
 
     def end(self, process: subprocess.Popen, number: signal.Signals) -> None:
-        """Stop the run by a signal to torchrun or a rank; or kill a rank, which comes back, first."""
+        """Stop the run by a signal to torchrun or a rank; or first kill a rank: it returns."""
         self.done.append(number.name)
         tell(f"step {last_step(self.run)}: {number.name}")
         ranks = children(process.pid)
@@ -233,7 +233,7 @@ def main() -> int:
     options = parser.parse_args()
     if INSIDE not in os.environ:
         with_small_disk()
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as at_end:
         folder = Path(name)
         make_tiny_set(folder / "tiny")
         pack(pack_arguments(folder / "tiny", folder / "shards"))
@@ -243,6 +243,7 @@ def main() -> int:
         if os.environ[INSIDE] == "disk":
             size = f"size={DISK_MB}m"
             subprocess.run(["mount", "-t", "tmpfs", "-o", size, "x", folder / "disk"], check=True)
+            at_end.callback(subprocess.run, ["umount", folder / "disk"], check=True)
         soak = Soak(folder / "disk", folder / "shards", options.loader, options.minutes,
                     options.every)  # fmt: skip
         steps = soak.soak()
