@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from test_training import make_run, steps, tiny_config
@@ -118,6 +119,17 @@ def test_without_leave_to_skip_the_error_names_shard_and_key(name, fault, tiny_s
         for _ in range(9):
             loader.next()
     assert caught.value.where == f"{folder / '00001.tar'}: sample 6 (key 000000006)"
+
+
+def test_evaluation_by_dali_names_the_picture_and_never_skips(tiny_shards, tmp_path):
+    pytest.importorskip("nvidia.dali")
+    from pipelines.dali_crops import DaliStills
+
+    data = ShardSet(damaged(tiny_shards / "valid", tmp_path / "bad", 3))
+    stills = DaliStills(data, np.arange(5), PRESETS["none"], input_px=64, batch_size=2,
+                        device="cpu")  # fmt: skip
+    with pytest.raises(BadSamplesError, match=r"sample 3 \(key 000000003\)"):
+        list(stills)
 
 
 @pytest.mark.parametrize("name", LOADERS)
