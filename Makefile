@@ -3,6 +3,8 @@
 # make test-slow  the tests that take longer
 # make test-gpu PYTHON=python3    the tests that need a GPU, with a Python that is already there
 # make docs-check runs every command of the documentation that no other test runs, on tiny made data
+# make fuzz       10,000 damaged files for every reader (FUZZ='--inputs 1000' for fewer)
+# make soak       half an hour of training with a fault every minute (SOAK='--minutes 5' for less)
 # make bench      loaders, heatmaps and training step on this machine
 #
 # Without an NVIDIA driver the tested CPU build of torch is installed, with one the newest build. Say what you want with
@@ -21,8 +23,10 @@ HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 TORCH ?= $(if $(HAS_GPU),torch>=2.11,torch==2.13.0)
 PIP_ARGS ?=
 DEMO ?= data/synthetic
+FUZZ ?=
+SOAK ?=
 
-.PHONY: demo install lint test test-slow test-gpu docs-check bench clean-demo
+.PHONY: demo install lint test test-slow test-gpu docs-check fuzz soak bench clean-demo
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -71,6 +75,12 @@ test-gpu:
 
 docs-check: install
 	$(PYTHON) -m pytest tests/test_docs.py
+
+fuzz: install
+	$(PYTHON) tests/fuzz.py --keep runs/fuzz $(FUZZ)
+
+soak: install
+	$(PYTHON) tests/soak.py $(SOAK)
 
 bench: install
 	$(PYTHON) benchmarks/throughput.py

@@ -17,6 +17,7 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from configs.errors import InputError
 from configs.options import check_options
+from configs.reading import read_yaml
 
 TrackerName = Literal["none", "wandb", "trackio"]
 
@@ -41,6 +42,10 @@ class DataConfig:
     """Augmentation, by the code it is named after (docs/conventions.md)."""
     mirror: bool = True
     """Let the preset mirror pictures; false for people whose left and right differ in looks."""
+    on_bad_sample: Literal["stop", "skip"] = "stop"
+    """A training picture that cannot be decoded: end the run, or put a neighbour in its place."""
+    max_bad_samples: int = 20
+    """With `skip`, the run stops beyond so many damaged pictures."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,10 +257,10 @@ def save_yaml(config: Config, path: Path) -> None:
 def load_yaml(path: str) -> dict[str, Any]:
     """A YAML file of settings as nested dicts. Raises InputError."""
     try:
-        raw = yaml.safe_load(Path(path).read_text())
+        raw = read_yaml(Path(path))
     except FileNotFoundError as error:
         raise InputError(path, "no such file", "a YAML file of settings", "see configs/") from error
-    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError, RecursionError) as error:
+    except (ValueError, IsADirectoryError) as error:
         raise InputError(path, f"not YAML: {error}", "a YAML file", "correct it") from error
     if raw is None:
         return {}
@@ -303,6 +308,7 @@ def check_values(config: Config) -> None:
     not_negative = {
         "data.workers": config.data.workers,
         "data.shuffle_buffer": config.data.shuffle_buffer,
+        "data.max_bad_samples": config.data.max_bad_samples,
         "optim.weight_decay": config.optim.weight_decay,
         "optim.warmup_steps": config.optim.warmup_steps,
         "optim.clip_norm": config.optim.clip_norm,
@@ -322,6 +328,7 @@ def check_values(config: Config) -> None:
     for name, value in positive.items():
         if not value > 0:
             raise InputError(name, str(value), "a value above 0", "correct the config")
+    _check_sizes(config)
     if config.model.width < 2 or config.model.width % 2:
         raise InputError(
             "model.width", str(config.model.width), "an even number", "correct the config"
@@ -342,6 +349,21 @@ def check_values(config: Config) -> None:
         raise InputError(
             "train.name", config.train.name, "a plain folder name", "put folders in train.out"
         )
+
+
+def _check_sizes(config: Config) -> None:
+    """Raise InputError at the first size that no machine has room for."""
+    largest = {
+        "data.batch_size": (config.data.batch_size, 65_536),
+        "data.input_px": (config.data.input_px, 8192),
+        "model.stacks": (config.model.stacks, 64),
+        "model.width": (config.model.width, 8192),
+        "model.depth": (config.model.depth, 10),
+        "model.stem": (max(config.model.stem), 8192),
+    }
+    for name, (value, most) in largest.items():
+        if value > most:
+            raise InputError(name, str(value), f"{most:,} at most", "correct the config")
 
 
 def _values(arguments: list[str]) -> list[tuple[str, str]]:

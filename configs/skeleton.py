@@ -10,9 +10,8 @@ import re
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import yaml
-
 from configs.errors import InputError
+from configs.reading import read_yaml
 
 Pairs = tuple[tuple[int, int], ...]
 Groups = tuple[tuple[str, tuple[int, ...]], ...]
@@ -194,11 +193,11 @@ def load_skeleton(path: Path) -> Skeleton:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = read_yaml(path)
     except FileNotFoundError as error:
         expected = "a YAML file of joints"
         raise InputError(path, "no such file", expected, "give its path with --skeleton") from error
-    except (yaml.YAMLError, ValueError, IsADirectoryError, RecursionError) as error:
+    except (ValueError, IsADirectoryError) as error:
         text = " ".join(str(error).split())[:300]
         raise InputError(path, f"not YAML: {text}", "a YAML file of joints", _EXAMPLE) from error
     if not isinstance(raw, dict):

@@ -4,17 +4,17 @@ Keypoints are in px of the original pictures, people in the annotation's order. 
 which picture a prediction is for, that is checked against the annotation.
 """
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from configs.confined import rehearse
 from configs.errors import InputError
+from configs.reading import LARGEST_JSON, read_json
 from pipelines.annotations import People
 
-_LARGEST_BYTES = 512 << 20
 HEAD_BOX_SHARE = 0.6
 """MPII's head length is this share of the head box's diagonal (its evaluation toolkit, SC_BIAS)."""
 
@@ -35,10 +35,6 @@ def read_predictions(path: Path, people: People) -> Predicted:
     """
     if not path.is_file():
         raise InputError(path, "no such file", "a .json or .mat of predictions", "give its path")
-    if path.stat().st_size > _LARGEST_BYTES:
-        raise InputError(
-            path, f"more than {_LARGEST_BYTES >> 20} MiB", "predictions", "give another file"
-        )
     read = _read_mat if path.suffix == ".mat" else _read_json
     try:
         predicted = read(path, people)
@@ -58,7 +54,7 @@ def read_predictions(path: Path, people: People) -> Predicted:
 
 
 def _read_json(path: Path, people: People) -> Predicted:
-    entries = json.loads(path.read_text())
+    entries = read_json(path)
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"a JSON {type(entries).__name__}")
     joints = people.joints.shape[1]
@@ -167,6 +163,9 @@ def open_mat(path: Path, names: list[str], expected: str) -> dict[str, Any]:
     """These variables of a .mat file. Raises InputError. expected: what it should be, in words."""
     scipy_io = _scipy_io(path)
     try:
+        if path.stat().st_size > LARGEST_JSON:
+            raise ValueError(f"more than {LARGEST_JSON >> 20} MiB")
+        rehearse(lambda: scipy_io.loadmat(path, variable_names=names), path)
         return scipy_io.loadmat(path, variable_names=names)
     except FileNotFoundError as error:
         raise InputError(path, "no such file", expected, "give its path") from error

@@ -5,7 +5,6 @@ in COCO's JSON. Bad files end in one InputError that lists what is wrong.
 """
 
 import gzip
-import json
 import re
 import sys
 import zlib
@@ -17,6 +16,7 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
+from configs.confined import rehearse
 from configs.errors import InputError
 from configs.mpii import (
     BOX_SCALE,
@@ -27,9 +27,11 @@ from configs.mpii import (
     PIXELS_PER_SCALE,
     UPPER_NECK,
 )
+from configs.reading import LARGEST_JSON, bounded, parse_json
 from configs.skeleton import Skeleton
 
-_LARGEST_JSON_BYTES = 512 << 20
+_LARGEST_COLUMN = 256 << 20
+"""Bytes; that of MPII's 25,000 people has 6 million."""
 _SUFFIXES = (".h5", ".json", ".json.gz")
 _FROM_PRINCETON = "an annotation file of princeton-vl/pytorch_stacked_hourglass (data/MPII/annot)"
 _JSON_KINDS = "a JSON list of people, or COCO's dict of images and annotations"
@@ -122,8 +124,8 @@ def has_both_splits(path: Path) -> bool:
 
 def _read_h5(path: Path, skeleton: Skeleton) -> People:
     try:
-        with h5py.File(path) as file:
-            columns = _h5_columns(file, path, skeleton)
+        rehearse(lambda: _open_h5(path, skeleton), path)
+        columns = _open_h5(path, skeleton)
     except (InputError, PermissionError):
         raise
     except Exception as error:  # a damaged file makes h5py raise almost any kind
@@ -151,17 +153,23 @@ def _read_h5(path: Path, skeleton: Skeleton) -> People:
     )
 
 
+def _open_h5(path: Path, skeleton: Skeleton) -> dict[str, Any]:
+    with h5py.File(path) as file:
+        return _h5_columns(file, path, skeleton)
+
+
 def _h5_columns(file: h5py.File, path: Path, skeleton: Skeleton) -> dict[str, Any]:
     """The columns that are used, with their shapes checked. Optional ones may lack."""
     joints = skeleton.joint_count
     shapes: dict[str, tuple[int, ...]]
     shapes = {"center": (2,), "scale": (), "part": (joints, 2), "visible": (joints,)}
     wanted = {"imgname", *shapes}
+    _refuse_far_reaching(file, {*wanted, "normalize", "index", "person"}, path)
     missing = sorted(name for name in wanted if not isinstance(file.get(name), h5py.Dataset))
     if missing:
         raise InputError(
             path,
-            f"no dataset {', '.join(missing)} (it has {', '.join(map(str, file)) or 'none'})",
+            f"no dataset {', '.join(missing)} (it has {', '.join(list(file)[:20]) or 'none'})",
             f"the datasets {', '.join(sorted(wanted))}",
             "check that this is an annotation file and not another HDF5 file",
         )
@@ -192,6 +200,27 @@ def _h5_columns(file: h5py.File, path: Path, skeleton: Skeleton) -> dict[str, An
     for name in ("index", "person"):
         columns.setdefault(name, np.full(count, -1.0))
     return columns
+
+
+def _refuse_far_reaching(file: h5py.File, names: set[str], path: Path) -> None:
+    """Raise InputError for a dataset that lies in another file, or claims to be huge."""
+    problem = ""
+    for name in sorted(names):
+        link = file.get(name, getlink=True)
+        if link is not None and not isinstance(link, h5py.HardLink):
+            problem = f"{name} is a link"
+            break
+        data = file.get(name)
+        if isinstance(data, h5py.Dataset):
+            if data.is_virtual or data.external:
+                problem = f"the values of {name} lie in another file"
+            elif data.nbytes > _LARGEST_COLUMN:
+                problem = f"{name} claims {data.nbytes:,} bytes"
+    if problem:
+        raise InputError(
+            path, problem, f"datasets of at most {_LARGEST_COLUMN >> 20} MiB in the file itself",
+            "fetch the file again, from whom you trust",
+        )  # fmt: skip
 
 
 def _text(name: Any, path: Path) -> str:
@@ -254,20 +283,16 @@ def _read_json(entries: list[Any], path: Path, split: str, skeleton: Skeleton) -
 def _load_json(path: Path) -> list[Any] | dict[str, Any]:
     """A list of people in MPII's manner, or COCO's dict."""
     opener = gzip.open if path.name.endswith(".gz") else open
-    problem = ""
     try:
         with opener(path, "rb") as file:
-            data = file.read(_LARGEST_JSON_BYTES + 1)
-        if len(data) > _LARGEST_JSON_BYTES:
-            problem = f"more than {_LARGEST_JSON_BYTES >> 20} MiB"
-        else:
-            entries = json.loads(data)
-            if isinstance(entries, list) and entries:
-                return entries
-            if isinstance(entries, dict) and {"images", "annotations"} <= entries.keys():
-                return entries
-            problem = f"a JSON {type(entries).__name__} of length {len(entries)}"
-    except (ValueError, EOFError, gzip.BadGzipFile, zlib.error, RecursionError, TypeError) as error:
+            entries = parse_json(bounded(file.read(LARGEST_JSON + 1), LARGEST_JSON))
+        if isinstance(entries, list) and entries:
+            return entries
+        if isinstance(entries, dict) and {"images", "annotations"} <= entries.keys():
+            return entries
+        size = f" of length {len(entries)}" if isinstance(entries, (list, dict, str)) else ""
+        problem = f"a JSON {type(entries).__name__}{size}"
+    except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         problem = f"not readable as JSON ({error})"
     raise InputError(path, problem, _JSON_KINDS, "fetch the file again")
 
@@ -448,6 +473,14 @@ def safe_name(name: str) -> bool:
     parts = re.split(r"[/\\]", name)
     plain = "" not in parts and not {".", ".."} & set(parts) and ":" not in parts[0]
     return plain and name.isprintable()
+
+
+def stays_inside(folder: Path, name: str) -> bool:
+    """Whether a name, links followed, is of something in the folder."""
+    try:
+        return safe_name(name) and (folder / name).resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError):  # links that lead to each other, names too long
+        return False
 
 
 def _check(people: People, path: Path) -> None:

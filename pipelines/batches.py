@@ -15,6 +15,7 @@ from pipelines import color, heatmaps, opencv_crops, princeton, stored_crops
 from pipelines.augment import Preset, preset_of, still
 from pipelines.geometry import STRIDE
 from pipelines.opencv_crops import RawBatch
+from pipelines.pictures import BadSamplesError
 from pipelines.shards import ShardSet, unpack_records
 
 LoaderName = Literal["auto", "dali", "opencv"]
@@ -128,6 +129,7 @@ class OpenCVLoader:
         first_step: int,
     ):
         """workers: processes. pin: page-locked batches for a GPU. first_step: batches to skip."""
+        self.shards = shards
         dataset = opencv_crops.CropDataset(shards, preset, input_px, seed)
         sampler = opencv_crops.EndlessSampler(
             len(shards), batch_size, seed, rank, ranks, first_step
@@ -137,8 +139,13 @@ class OpenCVLoader:
         )
 
     def next(self) -> RawBatch:
-        """The next batch."""
-        return next(self._batches)
+        """The next batch. Raises BadSamplesError; then this loader has come to its end."""
+        try:
+            return next(self._batches)
+        except BadSamplesError as error:
+            # A stand-in that is damaged itself goes by its own number.
+            error.faults = {self.shards.origin(s): text for s, text in error.faults.items()}
+            raise
 
     def state(self) -> bytes:
         """Empty: the step is enough."""

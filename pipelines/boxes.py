@@ -4,8 +4,9 @@ Boxes are (x, y, width, height) in px, as COCO's and OpenCV's: (0, 0, W, H) is a
 W x H px. docs/conventions.md says how a box becomes the square that the network sees.
 """
 
+import codecs
 import csv
-import json
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,12 +14,14 @@ from typing import Any, NamedTuple
 
 from configs.errors import InputError
 from configs.mpii import BOX_SCALE, PIXELS_PER_SCALE
+from configs.reading import parse_json, read_bytes
 
 MARGIN = BOX_SCALE
 """Side of the square over the longer side of a box drawn tightly about a person: MPII's own."""
 
 _LARGEST = 4
 """Half the side of a square over the picture's longer side; more is a mistake in the unit."""
+_LARGEST_FILE = 64 << 20
 _COLUMNS = "image, and x, y, width, height, or center_x, center_y, scale; image_id if wanted"
 
 
@@ -103,9 +106,12 @@ def _read_rows(path: Path) -> list[Any]:
     if not path.is_file():
         raise InputError(path, "no such file", "a .csv or .json of people", "give its path")
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = json.load(file) if path.suffix == ".json" else list(csv.DictReader(file))
-    except (ValueError, csv.Error, RecursionError) as error:
+        data = read_bytes(path, _LARGEST_FILE).removeprefix(codecs.BOM_UTF8)
+        if path.suffix == ".json":
+            rows = parse_json(data)
+        else:
+            rows = list(csv.DictReader(io.StringIO(data.decode("utf-8"), newline="")))
+    except (ValueError, csv.Error) as error:
         raise InputError(
             path, f"not readable ({error})", f"a .csv or .json with {_COLUMNS}", "correct it"
         ) from error

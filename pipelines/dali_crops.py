@@ -5,7 +5,9 @@ table of presets as the OpenCV path and hands its draws out, so that the other p
 DALI counts from pixel corners, hence the two half-pixel shifts around the affine.
 """
 
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -19,7 +21,7 @@ from configs.mpii import PIXELS_PER_SCALE
 from pipelines import augment
 from pipelines.augment import Distribution, Draw, Preset
 from pipelines.opencv_crops import RawBatch, Source
-from pipelines.pictures import PictureError, check_jpeg
+from pipelines.pictures import BadSamplesError, PictureError, check_jpeg, require_sane_size
 from pipelines.shards import HEADER, ShardSet
 
 Node = Any
@@ -56,53 +58,74 @@ class DaliCrops:
         shuffle_buffer: people held to draw from; 0 keeps the order of the shards. rank, ranks: this
         process's share of the people. device_id: CUDA device. threads: for the CPU's part.
         """
-        self.shards = shards
-        graph = pipeline_def(_graph)(
-            batch_size=batch_size,
-            num_threads=threads,
-            device_id=device_id if device == "gpu" else None,
-            prefetch_queue_depth=prefetch,
-            seed=seed + rank,
-            exec_dynamic=True,
-            enable_checkpointing=True,
-            shards=shards,
-            preset=preset,
-            input_px=input_px,
-            device=device,
-            shuffle_seed=seed,
-            rank=rank,
-            ranks=ranks,
-            shuffle_buffer=shuffle_buffer,
-            **({"checkpoint": state} if state else {}),
-        )
-        self.pipeline: Pipeline = graph
+        self.shards, self.prefetch = shards, prefetch
+        self._arguments: dict[str, Any] = {
+            "batch_size": batch_size,
+            "num_threads": threads,
+            "device_id": device_id if device == "gpu" else None,
+            "prefetch_queue_depth": prefetch,
+            "seed": seed + rank,
+            "exec_dynamic": True,
+            "enable_checkpointing": True,
+            "shards": shards,
+            "preset": preset,
+            "input_px": input_px,
+            "device": device,
+            "shuffle_seed": seed,
+            "rank": rank,
+            "ranks": ranks,
+            "shuffle_buffer": shuffle_buffer,
+        }
+        self.pipeline = self._build(shards.indices, state)
+
+    def _build(self, indices: list[Path], state: bytes | None) -> Pipeline:
+        """The pipeline over the shards' tars as these indices tell, standing at `state`."""
+        more = {"checkpoint": state} if state else {}
+        graph = pipeline_def(_graph)(**self._arguments, indices=indices, **more)
         try:
-            self.pipeline.build()
+            graph.build()
         except RuntimeError as error:
             raise InputError(
-                shards.folder,
+                self.shards.folder,
                 f"DALI cannot build the pipeline: {_reason(error)}",
                 "whole shards and a working DALI",
                 "python tools/make_shards.py packs them again; "
                 "data.loader: opencv does without DALI",
             ) from error
+        return graph
 
     def __iter__(self) -> Iterator[RawBatch]:
         while True:
             yield self.next()
 
     def next(self) -> RawBatch:
-        """The next batch. Raises InputError that names the sample that could not be decoded."""
+        """The next batch. Raises BadSamplesError; then only `state` of this loader can be used."""
         try:
             outputs = self.pipeline.run(*_stream(self.pipeline))
         except RuntimeError as error:
-            raise InputError(
-                first_bad_picture(self.shards) or self.shards.folder,
-                f"DALI gave up: {_reason(error)}",
-                "pictures that decode",
-                "pack the data again with tools/make_shards.py, which checks every picture",
-            ) from error
+            raise _gave_up(error, self.shards, self._failed_samples()) from error
         return RawBatch(*(torch.from_dlpack(output.as_tensor()) for output in outputs))
+
+    def _failed_samples(self) -> dict[int, str]:
+        """What is wrong with the people of the batch that failed, for DALI's message names nobody.
+
+        The same pipeline, with one good picture in everybody's place, tells whose batch it was; it
+        fails at once, or because of a batch that was made ahead.
+        """
+        split = self.shards
+        sample_of_row = {float(split.record(i)[0]): split.origin(i) for i in range(len(split))}
+        with tempfile.TemporaryDirectory() as folder:
+            indices = _indices_of_one_picture(split, Path(folder))
+            if indices is None:
+                return {}
+            probe = self._build(indices, self.state())
+            for _ in range(self.prefetch + 1):
+                *_, records = probe.run(*_stream(probe))
+                rows = torch.from_dlpack(records.as_tensor())[:, 0].tolist()
+                faults = _faults(split, {sample_of_row[row] for row in rows})
+                if faults:
+                    return faults
+        return {}
 
     def state(self) -> bytes:
         """Where the sequence stands, after the batches handed out so far."""
@@ -145,16 +168,13 @@ class DaliStills:
             device=self.device,
         )
         pipeline.build()
-        for samples in self._batches():
+        for number, samples in enumerate(self._batches()):
             try:
                 outputs = pipeline.run(*_stream(pipeline))
             except RuntimeError as error:
-                raise InputError(
-                    first_bad_picture(self.source) or "DALI",
-                    f"DALI gave up: {_reason(error)}",
-                    "pictures that decode",
-                    "mend the picture, or evaluate with --loader opencv",
-                ) from error
+                ahead = self._batches()[number : number + pipeline.prefetch_queue_depth + 1]
+                faults = _faults(self.source, set(np.concatenate(ahead).tolist()))
+                raise _gave_up(error, self.source, faults) from error
             images, matrices, draws, _ = (torch.from_dlpack(o.as_tensor()) for o in outputs)
             yield RawBatch(images, matrices, draws, torch.from_numpy(self._records(samples)))
 
@@ -165,7 +185,10 @@ class DaliStills:
     def _feed(self) -> Iterator[tuple[list[npt.NDArray], list[npt.NDArray]]]:
         """JPEGs and records of one batch after another, read while DALI works on the last."""
         for samples in self._batches():
-            jpegs = [np.frombuffer(self.source.jpeg(int(s)), dtype=np.uint8) for s in samples]
+            pictures = [(self.source.jpeg(int(s)), self.source.where(int(s))) for s in samples]
+            for jpeg, where in pictures:
+                require_sane_size(jpeg, where)
+            jpegs = [np.frombuffer(jpeg, dtype=np.uint8) for jpeg, _ in pictures]
             yield jpegs, list(self._records(samples).astype(np.float32))
 
     def _records(self, samples: npt.NDArray[np.int64]) -> npt.NDArray[np.floating]:
@@ -214,17 +237,49 @@ def _stream(pipeline: Pipeline) -> list[torch.cuda.Stream]:
     return [] if device is None or device < 0 else [torch.cuda.current_stream(device)]
 
 
-def first_bad_picture(shards: Source) -> str:
-    """Where the first picture lies that is damaged, for DALI's message does not say; else empty.
+def _indices_of_one_picture(split: ShardSet, folder: Path) -> list[Path] | None:
+    """Indices that give everybody of a tar its first good picture; None if one has none."""
+    made = []
+    for number, source in enumerate(split.indices):
+        samples = split.samples_of(number)
+        good = next((i for i, s in enumerate(samples) if not _fault(split, s)), None)
+        if good is None:
+            return None
+        header, *lines = source.read_text().splitlines()
+        words = [line.split(" ") for line in lines]
+        # Groups of four: extension, offset, size, name; the picture's is the second.
+        changed = [" ".join([*w[:4], *words[good][4:8], *w[8:]]) for w in words]
+        made.append(folder / source.name)
+        made[-1].write_text("\n".join([header, *changed]) + "\n")
+    return made
 
-    It checks everybody, which is slow, but the run has ended by then.
-    """
-    for sample in range(len(shards)):
-        try:
-            check_jpeg(shards.jpeg(sample))
-        except PictureError as error:
-            return f"{shards.where(sample)} ({error})"
+
+def _faults(source: Source, samples: set[int]) -> dict[int, str]:
+    """What is wrong with the pictures of these samples, for those in which something is."""
+    found = {sample: _fault(source, sample) for sample in sorted(samples)}
+    return {sample: fault for sample, fault in found.items() if fault}
+
+
+def _fault(source: Source, sample: int) -> str:
+    try:
+        check_jpeg(source.jpeg(sample))
+    except PictureError as error:
+        return error.reason
     return ""
+
+
+def _gave_up(error: RuntimeError, source: Source, faults: dict[int, str]) -> InputError:
+    """The error of a pipeline that ended, and of the people whose pictures ended it."""
+    if faults:
+        first = min(faults)
+        more = f", and {len(faults) - 1} more of its batch" if len(faults) > 1 else ""
+        return BadSamplesError.of(faults, source.where(first), faults[first] + more)
+    return InputError(
+        getattr(source, "folder", "DALI"),
+        f"DALI gave up: {_reason(error)}",
+        "a batch; the pictures of this one are sound",
+        "look for memory that ran out, or take data.loader (evaluate.py: --loader) opencv",
+    )
 
 
 def _reason(error: RuntimeError) -> str:
@@ -237,6 +292,7 @@ def _reason(error: RuntimeError) -> str:
 def _graph(
     *,
     shards: ShardSet,
+    indices: list[Path],
     preset: Preset,
     input_px: int,
     device: str,
@@ -249,7 +305,7 @@ def _graph(
     jpeg, record = fn.readers.webdataset(
         name=_READER,
         paths=[str(path) for path in shards.tars],
-        index_paths=[str(path) for path in shards.indices],
+        index_paths=[str(path) for path in indices],
         ext=["jpg", "f32"],
         dtypes=[types.UINT8, types.FLOAT],
         missing_component_behavior="error",

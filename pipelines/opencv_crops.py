@@ -20,9 +20,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from configs.errors import InputError
 from pipelines import geometry, princeton
-from pipelines.annotations import People
+from pipelines.annotations import People, stays_inside
 from pipelines.augment import Draw, Preset, draw, draw_rng, draws_array
 from pipelines.memory import keep_freed_memory
+from pipelines.pictures import BadSamplesError, require_sane_size
 from pipelines.shards import Records, record_of, unpack_records
 
 PREFETCH = 4
@@ -79,6 +80,14 @@ class LooseImages:
                 "the pictures that the annotation file names",
                 "give their folder with --images",
             )
+        outside = [
+            name for name in sorted(set(people.images)) if not stays_inside(self.folder, name)
+        ]
+        if outside:
+            raise InputError(
+                self.folder / outside[0], "a link that leads out of the folder of pictures",
+                "pictures in the folder itself", "name the folder that has them",
+            )  # fmt: skip
 
     def __len__(self) -> int:
         return self.people.count
@@ -98,9 +107,13 @@ class LooseImages:
 
 def decode(jpeg: bytes, where: str) -> npt.NDArray[np.uint8]:
     """(H, W, 3) BGR picture as stored, its EXIF orientation ignored. Raises InputError."""
+    require_sane_size(jpeg, where)
     flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
     data = np.frombuffer(jpeg, dtype=np.uint8)
-    image = cv2.imdecode(data, flags) if data.size else None
+    try:
+        image = cv2.imdecode(data, flags) if data.size else None
+    except cv2.error:  # more pixels than OpenCV is willing to read, or damage that it checks for
+        image = None
     if image is None:
         raise InputError(
             where,
@@ -165,7 +178,11 @@ class CropDataset(Dataset):
         sample, epoch = key
         drawn = draw(self.preset, draw_rng(self.seed, epoch, sample))
         record = self.source.record(sample)
-        image = self.decoder(self.source.jpeg(sample), self.source.where(sample))
+        jpeg, where = self.source.jpeg(sample), self.source.where(sample)
+        try:
+            image = self.decoder(jpeg, where)
+        except InputError as error:
+            raise BadSamplesError.of({sample: error.found}, where, error.found) from error
         fields = unpack_records(record[None])
         crop, matrix = crop_person(image, fields, drawn, self.preset, self.input_px)
         return crop, matrix, drawn, record

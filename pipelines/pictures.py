@@ -24,9 +24,13 @@ from typing import IO, NamedTuple
 import cv2
 import numpy as np
 
+from configs.errors import InputError
+
 MOST_PIXELS = 64_000_000
 """More than any camera of the data sets; a header that claims more is an attack or an accident."""
 
+_MOST_SCANS = 100
+"""Each costs a decoder a pass over the whole picture; photographs have 10 or so."""
 _START, _END, _SCAN, _APP1 = 0xD8, 0xD9, 0xDA, 0xE1
 _FRAMES = {0xC0, 0xC1, 0xC2}  # baseline, extended, progressive
 _OTHER_FRAMES = {0xC3, *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0)}
@@ -65,6 +69,26 @@ class PictureError(Exception):
         """Keep the reason."""
         self.reason = reason
         super().__init__(reason)
+
+
+class BadSamplesError(InputError):
+    """People of a data set whose pictures cannot be used. The message names the first."""
+
+    faults: dict[int, str]
+    """What is wrong with each, by the number of the sample."""
+
+    @classmethod
+    def of(cls, faults: dict[int, str], where: object, found: str) -> "BadSamplesError":
+        """The error of one or more samples. where: the first one."""
+        error = cls(
+            where,
+            found,
+            "a whole JPEG",
+            "replace the picture; if it lies in a tar, pack again with tools/make_shards.py, or "
+            "train on without it: --data.on_bad_sample skip",
+        )
+        error.faults = faults
+        return error
 
 
 class _Frame(NamedTuple):
@@ -123,6 +147,44 @@ def check_jpeg(data: bytes) -> tuple[int, int]:
     return frame.width, frame.height
 
 
+def require_sane_size(data: bytes, where: object, most: int = MOST_PIXELS) -> None:
+    """Raise InputError if a JPEG or PNG claims more pixels than that. Decodes nothing.
+
+    data: its first bytes may do. OpenCV itself refuses more than 2^30 pixels of any kind.
+    """
+    width, height = claimed_size(data) or (0, 0)
+    if width * height > most:
+        raise InputError(
+            where,
+            f"a header that says {width} x {height}",
+            f"{most:,} pixels at most",
+            "make the picture smaller, or replace it if it is damaged",
+        )
+
+
+def claimed_size(data: bytes) -> tuple[int, int] | None:
+    """Width and height, px, that a JPEG's or PNG's header gives; None if none is found.
+
+    Of a JPEG it is found as libjpeg does, which passes over whatever lies between segments.
+    """
+    if data[:8] == b"\x89PNG\r\n\x1a\n" and len(data) >= 24:
+        return struct.unpack(">II", data[16:24])
+    place = 2 if data[:2] == b"\xff\xd8" else len(data)
+    while (place := data.find(b"\xff", place)) >= 0:
+        marker = data[place + 1 : place + 2]
+        place += 1
+        if marker in (b"", b"\xff", b"\x00") or marker[0] in _STANDALONE:
+            continue
+        length = int.from_bytes(data[place + 1 : place + 3], "big")
+        if marker[0] in _FRAMES | _OTHER_FRAMES and place + 8 <= len(data):
+            height, width = struct.unpack_from(">HH", data, place + 4)
+            return width, height
+        if marker[0] in (_SCAN, _END):
+            return None
+        place += 1 + max(length, 2)
+    return None
+
+
 def _walk(data: bytes) -> _Frame:
     """Follow the markers from the first to the end of the picture; trailing bytes are let be."""
     if not data:
@@ -142,6 +204,8 @@ def _walk(data: bytes) -> _Frame:
         elif marker == _SCAN and frame is None:
             raise PictureError(f"damaged (a scan before the frame header, at byte {start})")
         scans += marker == _SCAN
+        if scans > _MOST_SCANS:
+            raise PictureError(f"over {_MOST_SCANS} scans")
     if frame is None or not scans:
         raise PictureError("damaged (no picture in it)")
     return frame

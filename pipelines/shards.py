@@ -10,6 +10,7 @@ sample is one person with three components:
 Record: HEADER fields, then (x, y, marked, visible) for each of the J joints.
 """
 
+import copy
 import hashlib
 import io
 import json
@@ -25,8 +26,10 @@ import numpy.typing as npt
 import webdataset
 
 from configs.errors import InputError
+from configs.reading import parse_json, read_bytes, read_json
 from configs.skeleton import Skeleton, skeleton_from_plain
-from pipelines.annotations import People
+from pipelines.annotations import People, safe_name
+from pipelines.pictures import claimed_size, require_sane_size
 
 FORMAT = "stacked-hourglass-shards"
 FORMAT_VERSION = 1
@@ -44,6 +47,15 @@ HEADER = (
 )  # fmt: skip
 IDENTITY_AFFINE: tuple[float, ...] = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 _PACK_AGAIN = "pack the data again with tools/make_shards.py into a new folder"
+
+# Bytes, and px: what no whole split has more of.
+_LARGEST_MANIFEST, _LARGEST_INDEX_LINE = 64 << 20, 1024
+LARGEST = {"f32": 1 << 20, "jpg": 256 << 20, "json": 4 << 20}
+_FARTHEST_PX = 131_072.0
+_MOST_JOINTS = 10_000
+_TAR_BLOCK = 512
+_JPEG_HEADER_BYTES = 4096
+"""The size stands in the first of them, but for pictures with a thumbnail or a colour profile."""
 
 
 def record_length(joints: int) -> int:
@@ -220,7 +232,7 @@ def write_shard(
                 people += 1
         stream.flush()
         os.fsync(stream.fileno())
-    index.write_text(_index_text(temporary))
+    index.write_text(index_text(temporary))
     temporary.rename(tar)
     return Shard(
         tar=tar.name,
@@ -232,7 +244,7 @@ def write_shard(
     )
 
 
-def _index_text(tar: Path) -> str:
+def index_text(tar: Path) -> str:
     """A wds2idx index, version 1.2: a line a sample of `extension offset size name` groups."""
     samples: dict[str, list[str]] = {}
     with tarfile.open(tar, "r:") as archive:
@@ -256,7 +268,7 @@ def read_manifest(folder: Path) -> Manifest:
     """Read manifest.json and check what it says of itself. Raises InputError."""
     path = folder / MANIFEST
     try:
-        raw = json.loads(path.read_text())
+        raw = read_json(path, _LARGEST_MANIFEST)
     except FileNotFoundError as error:
         raise InputError(
             folder,
@@ -264,7 +276,7 @@ def read_manifest(folder: Path) -> Manifest:
             "a folder of shards made by tools/make_shards.py",
             "pack the data first: python tools/make_shards.py --help",
         ) from error
-    except (ValueError, NotADirectoryError, RecursionError) as error:
+    except (ValueError, NotADirectoryError, IsADirectoryError) as error:
         raise InputError(path, f"not readable ({error})", "a manifest", _PACK_AGAIN) from error
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         raise InputError(path, "another kind of file", f"format {FORMAT!r}", _PACK_AGAIN)
@@ -276,11 +288,8 @@ def read_manifest(folder: Path) -> Manifest:
         raw["skeleton"] = skeleton_from_plain(raw["skeleton"])
         raw["crop"] = _crop_rule(raw["crop"]) if raw.get("crop") else None
         manifest = Manifest(**raw)
-        if sum(shard.people for shard in manifest.shards) != manifest.people:
-            raise ValueError("the shards' people do not add up to people")
-        if manifest.skeleton.joint_count != manifest.joints or not manifest.people > 0:
-            raise ValueError("joints or people out of range")
-    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        _check_manifest(manifest)
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise InputError(
             path, f"a damaged manifest ({error})", "a manifest", _PACK_AGAIN
         ) from error
@@ -288,18 +297,81 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _crop_rule(raw: dict[str, Any]) -> CropRule:
-    return CropRule(
+    rule = CropRule(
         preset=str(raw["preset"]),
         reach=float(raw["reach"]),
         person_px=int(raw["person_px"]),
         quality=int(raw["quality"]),
     )
+    if not (0 < rule.reach < np.inf and rule.person_px > 0):
+        raise ValueError(f"a crop of reach {rule.reach} and {rule.person_px} px")
+    return rule
+
+
+def _check_manifest(manifest: Manifest) -> None:
+    """Raise ValueError unless its numbers are possible and agree with each other."""
+    shards = manifest.shards
+    numbers = {
+        "people": manifest.people, "max_width": manifest.max_width,
+        "max_height": manifest.max_height, "joints": manifest.joints,
+        **{f"{shard.tar}: people": shard.people for shard in shards},
+        **{f"{shard.tar}: bytes": shard.bytes for shard in shards},
+    }  # fmt: skip
+    for name, value in numbers.items():
+        if type(value) is not int or value <= 0:
+            raise ValueError(f"{name} is {value!r}, not a whole number above 0")
+    if sum(shard.people for shard in shards) != manifest.people:
+        raise ValueError("the shards' people do not add up to people")
+    if manifest.skeleton.joint_count != manifest.joints or manifest.joints > _MOST_JOINTS:
+        raise ValueError("joints are not those of the skeleton")
+    names = [name for shard in shards for name in (shard.tar, shard.index)]
+    for name in names:
+        if not safe_name(name) or Path(name).name != name or names.count(name) > 1:
+            raise ValueError(f"file name {name!r:.100}, which is not plain or is there twice")
+    if (manifest.packing, manifest.crop is None) not in (("original", True), ("crop", False)):
+        raise ValueError(f"packing {manifest.packing!r}, and the rule of crops {manifest.crop}")
+    if not isinstance(manifest.source, dict) or not isinstance(manifest.left_out, list):
+        raise ValueError("source or left_out of another kind")
+
+
+def record_faults(
+    records_NR: npt.NDArray[np.float32], manifest: Manifest
+) -> dict[str, npt.NDArray[np.bool_]]:
+    """(N,) masks of what is impossible in the records of a split, by its name in words."""
+    fields = unpack_records(records_NR.astype(np.float64))
+    affine = fields.image_from_stored_N23
+    with np.errstate(invalid="ignore", over="ignore"):
+        determinant = affine[:, 0, 0] * affine[:, 1, 1] - affine[:, 0, 1] * affine[:, 1, 0]
+        points = np.concatenate([fields.joints_NJ2, fields.center_N2[:, None]], axis=1)
+        largest = (manifest.max_width, manifest.max_height)
+        sizes = (fields.size_N2 >= 1) & (fields.size_N2 <= largest)
+        marks = records_NR[:, len(HEADER) :].reshape(len(records_NR), -1, 4)[..., 2:]
+        return {
+            "values that are no numbers": ~np.isfinite(records_NR).all(axis=1),
+            "a scale that is not above 0": ~(fields.scale_N > 0)
+            | ~(fields.scale_N < _FARTHEST_PX / 200),
+            "a joint or centre far out": ~(np.abs(points) < _FARTHEST_PX).all(axis=(1, 2)),
+            "a normalize that is no length": ~((fields.normalize_N >= 0)
+                                               & (fields.normalize_N < _FARTHEST_PX)),
+            "an affine without an inverse": ~(np.abs(determinant) > 1e-9),
+            "a size that the manifest excludes": ~sizes.all(axis=1),
+            "marks other than 0 and 1": ~np.isin(marks, (0, 1)).all(axis=(1, 2)),
+            "the row of another person": _repeated(fields.row_N),
+        }  # fmt: skip
+
+
+def _repeated(row_N: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
+    """(N,) whether a row is no whole number from 0, or was there before."""
+    first = np.zeros(len(row_N), dtype=bool)
+    first[np.unique(row_N, return_index=True)[1]] = True
+    return ~first | ~(row_N >= 0) | (row_N != np.floor(row_N))
 
 
 class _Extents(NamedTuple):
     """(N,) int64 arrays that say where each sample's components lie."""
 
     shard: npt.NDArray[np.int64]
+    key: tuple[str, ...]
     offset: dict[str, npt.NDArray[np.int64]]
     size: dict[str, npt.NDArray[np.int64]]
 
@@ -317,6 +389,7 @@ class ShardSet:
         self.tars = [self._path(shard.tar) for shard in self.manifest.shards]
         self.indices = [self._path(shard.index) for shard in self.manifest.shards]
         self._extents = self._read_indices()
+        self._origin = np.arange(len(self))
         self._files: dict[int, io.BufferedReader] = {}
 
     def __len__(self) -> int:
@@ -334,15 +407,21 @@ class ShardSet:
         return np.frombuffer(self._component(sample, "f32"), dtype="<f4")
 
     def records(self) -> npt.NDArray[np.float32]:
-        """(N, record_length) all records, in the order of the samples. Raises InputError."""
-        records = np.stack([self.record(sample) for sample in range(len(self))])
-        scale_N = unpack_records(records).scale_N
-        bad = ~np.isfinite(records).all(axis=1) | ~(scale_N > 0)
-        if bad.any():
+        """(N, record_length) all records, in the order of the samples. Raises InputError.
+
+        On the way the tar's own headers of records and pictures are compared with the index, the
+        values with the manifest, and pictures that claim to be huge are refused.
+        """
+        records = np.stack([self._checked_record(sample) for sample in range(len(self))])
+        faults = record_faults(records, self.manifest)
+        found = [(int(bad.argmax()), int(bad.sum()), what) for what, bad in faults.items()]
+        found = [fault for fault in found if fault[1]]
+        if found:
+            first = min(found)
             raise InputError(
-                self.where(int(bad.argmax())),
-                f"{bad.sum()} damaged record(s)",
-                "numbers, and a scale above 0",
+                self.where(first[0]),
+                f"damaged record(s): {'; '.join(f'{n} with {what}' for _, n, what in found)}",
+                "finite numbers in the ranges of docs/conventions.md, each person once",
                 _PACK_AGAIN,
             )
         return records
@@ -350,18 +429,66 @@ class ShardSet:
     def facts(self, sample: int) -> dict[str, Any]:
         """The JSON of one person. Raises InputError."""
         try:
-            facts = json.loads(self._component(sample, "json"))
+            facts = parse_json(self._component(sample, "json"))
             if not {"image", "index", "person"} <= facts.keys():
                 raise ValueError("fields are missing")
-        except (ValueError, AttributeError, RecursionError) as error:
+            if not isinstance(facts["image"], str) or not safe_name(facts["image"]):
+                raise ValueError(f"file name {facts['image']!r:.100}")
+            for name in ("index", "person"):
+                if type(facts[name]) is not int or abs(facts[name]) >= 2**53:
+                    raise ValueError(f"{name} {facts[name]!r:.100}")
+        except (ValueError, AttributeError, TypeError) as error:
             raise InputError(
                 self.where(sample), f"damaged JSON ({error})", "the facts of a person", _PACK_AGAIN
             ) from error
         return facts
 
+    def key(self, sample: int) -> str:
+        """The key in the tar."""
+        return self._extents.key[sample]
+
+    def samples_of(self, shard: int) -> list[int]:
+        """The samples of one tar, in its order."""
+        return np.flatnonzero(self._extents.shard == shard).tolist()
+
+    def origin(self, sample: int) -> int:
+        """Whose bytes are given for a sample: its own, or its stand-in's."""
+        return int(self._origin[sample])
+
+    def with_stand_ins(self, bad: set[int], folder: Path) -> "ShardSet":
+        """The same split with another person's bytes in the place of each of these samples.
+
+        It is the next good one of the same tar, from whose end its start follows. folder: gets the
+        indices that say so, for DALI. Raises InputError for a tar in which nobody is good.
+        """
+        changed = copy.copy(self)
+        shard_N, numbers = self._extents.shard, np.arange(len(self))
+        good = ~np.isin(numbers, list(bad))
+        origin, indices = numbers.copy(), list(self.indices)
+        for shard in np.unique(shard_N[~good]):
+            mine = numbers[shard_N == shard]
+            if not good[mine].any():
+                raise InputError(self.tars[shard], f"{len(mine)} damaged pictures of {len(mine)}",
+                                 "a good one, to stand in for the others", _PACK_AGAIN)  # fmt: skip
+            following = np.concatenate([mine, mine])
+            for place in np.flatnonzero(~good[mine]):
+                rest = following[place:]
+                origin[mine[place]] = rest[good[rest].argmax()]
+            indices[shard] = folder / self.indices[shard].name
+            _write_patched_index(self.indices[shard], indices[shard], origin[mine] - mine[0])
+        changed._origin, changed._files, changed.indices = origin, {}, indices
+        changed._extents = _Extents(
+            shard=shard_N,
+            key=tuple(self._extents.key[i] for i in origin),
+            offset={name: values[origin] for name, values in self._extents.offset.items()},
+            size={name: values[origin] for name, values in self._extents.size.items()},
+        )
+        return changed
+
     def where(self, sample: int) -> str:
-        """Shard and key of a sample, for messages."""
-        return f"{self.tars[self._extents.shard[sample]]}: sample {sample}"
+        """Shard, number and key of a sample, for messages."""
+        shard = self.tars[self._extents.shard[sample]]
+        return f"{shard}: sample {self.origin(sample)} (key {self.key(sample)})"
 
     def people(self) -> tuple[People, npt.NDArray[np.int64]]:
         """Everybody in the annotation's order, and the sample number of each, (N,)."""
@@ -382,22 +509,15 @@ class ShardSet:
         return people.select(order), order
 
     def _path(self, name: str) -> Path:
-        if not isinstance(name, str) or Path(name).name != name:
-            raise InputError(
-                self.folder / MANIFEST, f"file name {name!r}", "a plain name", _PACK_AGAIN
-            )
         path = self.folder / name
         if not path.is_file():
             raise InputError(path, "missing", "every shard with its index beside it", _PACK_AGAIN)
         return path
 
     def _component(self, sample: int, extension: str) -> bytes:
-        shard = int(self._extents.shard[sample])
-        if shard not in self._files:
-            self._files[shard] = self.tars[shard].open("rb", buffering=0)  # type: ignore[assignment]
         size = int(self._extents.size[extension][sample])
         offset = int(self._extents.offset[extension][sample])
-        data = os.pread(self._files[shard].fileno(), size, offset)
+        data = self._read(sample, offset, size)
         if len(data) != size:
             raise InputError(
                 self.where(sample),
@@ -407,54 +527,115 @@ class ShardSet:
             )
         return data
 
+    def _read(self, sample: int, offset: int, size: int) -> bytes:
+        """What the sample's tar has there; shorter where it ends."""
+        shard = int(self._extents.shard[sample])
+        if shard not in self._files:
+            self._files[shard] = self.tars[shard].open("rb", buffering=0)  # type: ignore[assignment]
+        return os.pread(self._files[shard].fileno(), size, offset)
+
+    def _checked_record(self, sample: int) -> npt.NDArray[np.float32]:
+        """The record, if the headers about it are those of this sample. One read for all three."""
+        extents = self._extents
+        start = int(extents.offset["f32"][sample]) - _TAR_BLOCK
+        size = int(extents.size["f32"][sample])
+        picture = int(extents.offset["jpg"][sample]) - start
+        data = self._read(sample, start, picture + _JPEG_HEADER_BYTES)
+        headers = ("f32", data[:_TAR_BLOCK]), ("jpg", data[picture - _TAR_BLOCK : picture])
+        for extension, header in headers:
+            name = f"{extents.key[sample]}.{extension}".encode()
+            if not _is_header(header, name, int(extents.size[extension][sample])):
+                raise InputError(
+                    self.where(sample),
+                    f"something else where the index has the {extension} of this key",
+                    "a tar with its own index, both whole",
+                    _PACK_AGAIN,
+                )
+        head = data[picture:]
+        whole = self.jpeg(sample) if claimed_size(head) is None else head
+        require_sane_size(whole, self.where(sample))
+        return np.frombuffer(data[_TAR_BLOCK : _TAR_BLOCK + size], dtype="<f4")
+
     def _read_indices(self) -> _Extents:
-        shards, offsets, sizes = [], [], []
+        shards, tables, keys = [], [], list[str]()
         for number, (shard, path) in enumerate(
             zip(self.manifest.shards, self.indices, strict=True)
         ):
-            table = _read_index(path, shard)
+            names, table = _read_index(path, shard)
             shards.append(np.full(len(table), number))
-            offsets.append(table[:, :, 0])
-            sizes.append(table[:, :, 1])
-        offset, size = np.concatenate(offsets), np.concatenate(sizes)
+            tables.append(table)
+            keys += names
+        table_NC2 = np.concatenate(tables)
+        if len(set(keys)) != len(keys):
+            twice = next(key for place, key in enumerate(keys) if key in keys[:place])
+            raise InputError(self.folder, f"the key {twice} twice", "each key once", _PACK_AGAIN)
         wanted = 4 * record_length(self.manifest.joints)
-        if (size[:, 0] != wanted).any():
-            bad = int((size[:, 0] != wanted).argmax())
+        bad = table_NC2[:, 0, 1] != wanted
+        if bad.any():
             raise InputError(
-                f"{self.folder}: sample {bad}",
-                f"a record of {size[bad, 0]} bytes",
+                f"{self.folder}: sample {bad.argmax()}",
+                f"a record of {table_NC2[bad.argmax(), 0, 1]} bytes",
                 f"{wanted} bytes for {self.manifest.joints} joints",
                 _PACK_AGAIN,
             )
-        columns = range(len(COMPONENTS))
         return _Extents(
             shard=np.concatenate(shards),
-            offset={COMPONENTS[c]: offset[:, c] for c in columns},
-            size={COMPONENTS[c]: size[:, c] for c in columns},
+            key=tuple(keys),
+            offset={name: table_NC2[:, c, 0] for c, name in enumerate(COMPONENTS)},
+            size={name: table_NC2[:, c, 1] for c, name in enumerate(COMPONENTS)},
         )
 
 
-def _read_index(path: Path, shard: Shard) -> npt.NDArray[np.int64]:
-    """(people, component, 2) offset and size in bytes. InputError unless it fits the shard."""
+def _read_index(path: Path, shard: Shard) -> tuple[list[str], npt.NDArray[np.int64]]:
+    """Keys, and (people, component, 2) offset and size in bytes. InputError unless they fit."""
     try:
-        header, *lines = path.read_text().splitlines()
-        if header != f"{_INDEX_VERSION} {shard.people}" or len(lines) != shard.people:
-            raise ValueError(f"it begins {header!r} and has {len(lines)} samples")
-        words = np.array([line.split(" ") for line in lines])
-        words = words.reshape(shard.people, len(COMPONENTS), 4)
-        if not (words[:, :, 0] == np.array(COMPONENTS)).all():
-            raise ValueError(f"components other than {', '.join(COMPONENTS)}")
-        table = words[:, :, 1:3].astype(np.int64)
         tar_bytes = path.with_name(shard.tar).stat().st_size
         if tar_bytes != shard.bytes:
             raise ValueError(f"{shard.tar} has {tar_bytes} bytes, the manifest says {shard.bytes}")
-        if (table < 0).any() or (table.sum(axis=2) > tar_bytes).any():
-            raise ValueError("offsets outside the tar")
-        if sha256(path) != shard.index_sha256:
+        data = read_bytes(path, _LARGEST_INDEX_LINE * (shard.people + 1))
+        header, *lines = data.decode("ascii").splitlines() or [""]
+        if header != f"{_INDEX_VERSION} {shard.people}" or len(lines) != shard.people:
+            raise ValueError(f"it begins {header[:100]!r} and has {len(lines)} samples")
+        words = np.array([line.split(" ") for line in lines])
+        words = words.reshape(shard.people, len(COMPONENTS), 4)
+        keys = [name.split(".", 1)[0] for name in words[:, 0, 3]]
+        names = [[f"{key}.{extension}" for extension in COMPONENTS] for key in keys]
+        if not (words[:, :, 0] == np.array(COMPONENTS)).all() or words[:, :, 3].tolist() != names:
+            raise ValueError(f"components other than {', '.join(COMPONENTS)} of one key")
+        table = words[:, :, 1:3].astype(np.int64)
+        _check_places(table, tar_bytes)
+        if hashlib.sha256(data).hexdigest() != shard.index_sha256:
             raise ValueError("its SHA-256 is not the one in the manifest")
     except (ValueError, OverflowError) as error:
         raise InputError(
             path, f"an index that does not fit its tar ({error})",
             f"the wds2idx index of {shard.people} people in {shard.tar}", _PACK_AGAIN,
         ) from error  # fmt: skip
-    return table
+    return keys, table
+
+
+def _write_patched_index(source: Path, target: Path, lines_N: npt.NDArray[np.int64]) -> None:
+    """An index whose n-th person is the lines_N[n]-th of the source, written whole."""
+    header, *lines = source.read_text().splitlines()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(target.name + ".tmp")
+    temporary.write_text("\n".join([header, *(lines[i] for i in lines_N)]) + "\n")
+    temporary.replace(target)
+
+
+def _check_places(table_NC2: npt.NDArray[np.int64], tar_bytes: int) -> None:
+    """Raise ValueError unless a tar has its files there: one after another, in whole blocks."""
+    sizes = table_NC2[..., 1].ravel()
+    largest = np.tile([LARGEST[name] for name in COMPONENTS], len(table_NC2))
+    if (sizes < 0).any() or (sizes > largest).any():
+        raise ValueError("sizes out of range")
+    ends = np.cumsum(_TAR_BLOCK + -(-sizes // _TAR_BLOCK) * _TAR_BLOCK)
+    starts = np.concatenate([[0], ends[:-1]]) + _TAR_BLOCK
+    if (table_NC2[..., 0].ravel() != starts).any() or ends[-1] > tar_bytes:
+        raise ValueError("offsets at which no tar of these sizes has its files")
+
+
+def _is_header(block: bytes, name: bytes, size: int) -> bool:
+    """Whether these 512 bytes begin a plain file of that name and size in a tar."""
+    plain = block[156:157] in (b"0", b"\0") and block[257:262] == b"ustar"
+    return plain and block[:100].rstrip(b"\0") == name and block[124:136] == b"%011o\0" % size

@@ -48,7 +48,11 @@ def tiny_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Pictures are coloured noise with a coarse and a fine part. Joints are random; in every person
     two are unmarked and four invisible. Do not change it: copy it (shutil.copytree).
     """
-    root = tmp_path_factory.mktemp("tiny")
+    return make_tiny_set(tmp_path_factory.mktemp("tiny"))
+
+
+def make_tiny_set(root: Path) -> Path:
+    """Write the files of tiny_set."""
     for number, (split, sizes, pictures) in enumerate(
         [("train", TRAIN_SIZES, TRAIN_PICTURES), ("valid", VALID_SIZES, VALID_PICTURES)]
     ):

@@ -62,6 +62,7 @@ def test_programs_never_import_each_other():
         "tools.make_shards",
         "tools.make_synthetic",
         "tools.convert_checkpoint",
+        "tools.check_shards",
         "tools.compare_decoders",
         "tools.predict",
         "tools.export_onnx",

@@ -26,7 +26,8 @@ from pipelines.shards import ShardSet
 
 PROGRAMS = ["evaluate", "benchmarks.throughput", "tools.make_shards", "tools.make_synthetic",
             "tools.show_batch", "tools.convert_checkpoint", "tools.compare_decoders",
-            "tools.predict", "tools.export_onnx", "benchmarks.packing"]  # fmt: skip
+            "tools.predict", "tools.export_onnx", "tools.check_shards",
+            "benchmarks.packing"]  # fmt: skip
 FILES = [ROOT / (name.replace(".", "/") + ".py") for name in [*PROGRAMS, "train"]]
 
 

@@ -203,7 +203,73 @@ def test_missing_file_is_named(packed: Path, name: str) -> None:
 def test_index_whose_offsets_are_swapped_is_named(packed: Path) -> None:
     header, first, second, *rest = (packed / "00001.idx").read_text().splitlines()
     (packed / "00001.idx").write_text("\n".join([header, second, first, *rest]) + "\n")
+    assert "no tar of these sizes" in error_of(packed).found
+
+
+def rewrite_index(packed: Path, change: Callable[[list[str]], list[str]]) -> None:
+    """Change the lines of the middle shard's index, and let the manifest vouch for them."""
+    index = packed / "00001.idx"
+    index.write_text("\n".join(change(index.read_text().splitlines())) + "\n")
+    digest = shards.sha256(index)
+    change_manifest(packed, lambda raw: raw["shards"][1].update(index_sha256=digest))
+
+
+def test_index_whose_hash_alone_is_another_is_named(packed: Path) -> None:
+    change_manifest(packed, lambda raw: raw["shards"][1].update(index_sha256="0" * 64))
     assert "SHA-256" in error_of(packed).found
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "found"),
+    [("000000006.jpg", "000000007.jpg", "of one key"),
+     ("000000006.", "../../006.", "of one key"),
+     (" 308 000000006", " 307 000000006", "no tar of these sizes|a record of"),
+     (" 308 000000006", f" {10**15} 000000006", "sizes out of range"),
+     ("000000006.", "000000002.", "the key 000000002 twice")],
+)  # fmt: skip
+def test_index_that_lies_is_refused_even_if_the_manifest_vouches_for_it(
+    packed: Path, old: str, new: str, found: str
+) -> None:
+    rewrite_index(packed, lambda lines: [line.replace(old, new) for line in lines])
+    with pytest.raises(InputError, match=found):
+        ShardSet(packed)
+
+
+def test_keys_that_are_not_in_the_tar_are_found_by_its_headers(packed: Path) -> None:
+    rewrite_index(packed, lambda lines: [x.replace("000000007.", "000000099.") for x in lines])
+    with pytest.raises(InputError, match="something else where the index has the f32") as caught:
+        ShardSet(packed).records()
+    assert caught.value.where == f"{packed / '00001.tar'}: sample 7 (key 000000099)"
+
+
+def test_picture_of_another_key_behind_a_record_is_found(packed: Path) -> None:
+    tar = packed / "00001.tar"
+    data = tar.read_bytes()
+    tar.write_bytes(data.replace(b"000000008.jpg\0", b"000000009.jpg\0", 1))
+    with pytest.raises(InputError, match=r"the jpg of this key") as caught:
+        ShardSet(packed).records()
+    assert "key 000000008" in caught.value.where
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "found"),
+    [(0, 3, "row of another person"), (0, 0.5, "row of another person"), (1, np.inf, "no numbers"),
+     (3, 0, "scale that is not above 0"), (4, -1, "normalize"), (5, 0, "size that the manifest"),
+     (6, 311, "size that the manifest"), (7, 0, "affine without an inverse"),
+     (13, 1e9, "joint or centre far out"), (16, 0.5, "marks other than 0 and 1")],
+)  # fmt: skip
+def test_record_out_of_range_is_named_by_shard_and_key(packed, field, value, found) -> None:
+    data = ShardSet(packed)
+    record = data.record(6).copy()
+    record[field] = value
+    with (packed / "00001.tar").open("r+b") as file:
+        file.seek(int(data._extents.offset["f32"][6]))
+        file.write(record.tobytes())
+    with pytest.raises(InputError, match=found) as caught:
+        ShardSet(packed).records()
+    assert caught.value.where.startswith(str(packed))
+    if field:  # of two people with one row, either may be the wrong one
+        assert caught.value.where == f"{packed / '00001.tar'}: sample 6 (key 000000006)"
 
 
 def test_index_of_another_tar_is_named(packed: Path) -> None:
@@ -268,6 +334,14 @@ def test_manifest_of_another_version_is_named(packed: Path) -> None:
         lambda raw: raw["shards"][0].update(bytes=7),
         lambda raw: raw["shards"][0].update(surprise=1),
         lambda raw: raw["shards"][0].update(tar=3),
+        lambda raw: raw["shards"][0].update(people=True),
+        lambda raw: raw["shards"].append({**raw["shards"].pop(), "tar": raw["shards"][0]["tar"]}),
+        lambda raw: raw.update(max_width=10**9, max_height=0),
+        lambda raw: raw.update(max_height="310"),
+        lambda raw: raw.update(packing="crop"),
+        lambda raw: raw.update(crop={"preset": "x", "reach": 1, "person_px": 3, "quality": 4}),
+        lambda raw: raw.update(joints=10**30),
+        lambda raw: raw.update(left_out=7),
         lambda raw: raw["shards"][0].update(tar="../train/00000.tar"),
         lambda raw: raw["shards"][0].update(index="/etc/passwd"),
         lambda raw: raw["shards"][0].update(tar=""),
@@ -286,7 +360,9 @@ def test_manifest_that_lies_is_refused(packed: Path, change: Callable[[dict], An
     assert str(packed) in error_of(packed).where
 
 
-@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"3", b"\xff\xfe", b"[" * 100_000])
+@pytest.mark.parametrize(
+    "data", [b"", b"{", b"[]", b"3", b"\xff\xfe", b"[" * 100_000, b" " * (65 << 20)]
+)
 def test_manifest_that_is_no_manifest_is_refused(packed: Path, data: bytes) -> None:
     (packed / "manifest.json").write_bytes(data)
     assert error_of(packed).where == str(packed / "manifest.json")

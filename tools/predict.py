@@ -28,7 +28,7 @@ from configs.mpii import PIXELS_PER_SCALE
 from configs.options import Parser, at_least
 from configs.skeleton import Skeleton
 from evaluation.report import draw_skeleton
-from pipelines.annotations import safe_name
+from pipelines.annotations import stays_inside
 from pipelines.boxes import MARGIN, Person, Square, read_people, square_about, whole_picture
 from pipelines.opencv_crops import Item, usable_cores
 from tools.video import CODECS, Frames, VideoFile, check_window, show
@@ -259,7 +259,7 @@ def people_in(folder: Path, people: list[Person]) -> list[Picture]:
     pictures: dict[str, Picture] = {}
     for row, person in enumerate(people):
         path = folder / person.image
-        if not safe_name(person.image) or not path.is_file():
+        if not stays_inside(folder, person.image) or not path.is_file():
             raise InputError(
                 path, f"no such picture, of person {row}", f"one in {folder}", "correct the file"
             )

@@ -19,6 +19,7 @@ from configs.schema import (
     HeatmapsConfig,
     ModelConfig,
     as_dict,
+    check_values,
     config_from_dict,
     flat,
 )
@@ -101,15 +102,36 @@ def load(path: Path, onnx: bool = False) -> State:
         raise InputError(
             path, f"no {', '.join(sorted(missing))}", "a whole checkpoint", "use another one"
         )
+    _check_kinds(state, path)
     return state
 
 
+def _check_kinds(state: State, path: Path) -> None:
+    """Raise InputError unless the parts that everybody needs are of their kind."""
+    try:
+        skeleton_from_plain(state["skeleton"])
+        for name in ("model", "ema"):
+            tensors = state.get(name) or {}
+            if not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+                raise ValueError(f"{name} has values that are no tensors")
+        if type(state["step"]) is not int or state["step"] < 0:
+            raise ValueError(f"step {state['step']!r:.100}")
+        if not isinstance(state["config"], dict):
+            raise ValueError("a config that is no dict")
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise InputError(
+            path, f"damaged ({type(error).__name__}: {error})", "a whole checkpoint", _USE_ANOTHER
+        ) from error
+
+
 def _read(path: Path) -> Any:
-    damage = seal.damage(path)
+    damage = seal.damage(path) or seal.bomb(path)
     if damage:
         raise InputError(path, damage, "a file as training wrote it", _USE_ANOTHER)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        raw = torch.load(path, map_location="cpu", weights_only=True)
+        _refuse_inflated(raw)
+        return raw
     except PermissionError:
         raise
     except Exception as error:  # torch raises a different type for each kind of damage
@@ -119,6 +141,18 @@ def _read(path: Path) -> Any:
             "a file that training wrote",
             _USE_ANOTHER,
         ) from error
+
+
+def _refuse_inflated(value: Any) -> None:
+    """Raise ValueError for a tensor that is larger than the bytes which the file has of it."""
+    if isinstance(value, Tensor):
+        plain = value.layout is torch.strided and value.device.type == "cpu"
+        held = value.untyped_storage().nbytes() if plain else 0
+        if not plain or value.is_quantized or value.numel() * value.element_size() > held:
+            raise ValueError(f"a tensor of shape {tuple(value.shape)} without its values")
+    elif isinstance(value, (dict, list, tuple)):
+        for item in value.values() if isinstance(value, dict) else value:
+            _refuse_inflated(item)
 
 
 def _foreign(raw: Any, path: Path) -> State | None:
@@ -199,7 +233,9 @@ def _is_adam(optimizer: State) -> bool:
 
 def config_of(state: State, path: Path) -> Config:
     """The resolved config that the checkpoint was trained with."""
-    return config_from_dict(state["config"], f"{path}: config")
+    config = config_from_dict(state["config"], f"{path}: config")
+    check_values(config)
+    return config
 
 
 def compare_settings(saved: dict[str, Any], config: Config, path: Path) -> list[str]:
@@ -241,14 +277,22 @@ def evaluation_network(state: State, path: Path, averaged: bool = True) -> nn.Mo
 
 def trained_network(state: State, path: Path, averaged: bool = True) -> StackedHourglass:
     """The trained network in eval mode. averaged: take the averaged weights if there are some."""
-    network = build_network(config_of(state, path), skeleton_of(state).joint_count)
+    config, joints = config_of(state, path), skeleton_of(state).joint_count
     weights = state["ema"] if averaged and state.get("ema") else state["model"]
-    load_weights(network, weights, path)
+    with torch.device("meta"):  # costs no memory, whatever the config says
+        _require_fit(build_network(config, joints), weights, path)
+    network = build_network(config, joints)
+    network.load_state_dict(weights)
     return network.eval()
 
 
 def load_weights(network: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
     """Load every tensor. Raises InputError that names the first ones that do not fit."""
+    _require_fit(network, weights, path)
+    network.load_state_dict(weights)
+
+
+def _require_fit(network: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
     differing = _differences(network.state_dict(), weights)
     if differing:
         raise InputError(
@@ -259,7 +303,6 @@ def load_weights(network: nn.Module, weights: dict[str, Tensor], path: Path) -> 
             "use the config that the checkpoint was trained with, "
             "or --init_from for another size of head",
         )
-    network.load_state_dict(weights)
 
 
 def _differences(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> list[str]:

@@ -25,11 +25,15 @@ from pipelines.annotations import People
 from pipelines.batches import Target, target_of
 from pipelines.boxes import MARGIN, Square, check_square, square_about, whole_picture
 from pipelines.opencv_crops import Item, collate, crop_person
+from pipelines.pictures import require_sane_size
 from pipelines.shards import record_of, unpack_records
 from training import checkpoint, runtime
 
 Picture = str | Path | npt.NDArray[np.uint8]
 """A file, or an array as cv2.imread gives it: (H, W, 3) BGR or (H, W) grey, uint8."""
+
+_MOST_PIXELS = 256_000_000
+"""Of a picture that a user gives: more than cameras make, less than memory holds."""
 
 
 class PoseEstimator:
@@ -185,7 +189,9 @@ def read_picture(picture: Picture, upright: bool = True) -> npt.NDArray[np.uint8
     path = Path(picture)
     if not path.is_file():
         raise InputError(path, "no such file", "a picture", "give its path")
-    data = np.frombuffer(path.read_bytes(), dtype=np.uint8)
+    content = path.read_bytes()
+    require_sane_size(content, path, _MOST_PIXELS)
+    data = np.frombuffer(content, dtype=np.uint8)
     try:
         image = cv2.imdecode(data, flags) if data.size else None
     except cv2.error as error:  # more pixels than OpenCV is willing to read

@@ -8,8 +8,8 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from pipelines import batches, stored_crops
 from pipelines.augment import preset_of, still
 from pipelines.batches import Batch, target_of
 from pipelines.opencv_crops import RawBatch
+from pipelines.quarantine import Quarantine, SkippingLoader
 from pipelines.shards import ShardSet
 from training import checkpoint, keeping, resuming, runtime, signals, torchrun
 from training.checkpoint import State
@@ -65,7 +66,8 @@ class Run:
         source = source or folder / LAST
         self.given, self.remarks = config, list[str]()
         if state:
-            config, self.remarks = resuming.fit_to_ranks(config, state, place.ranks, source)
+            with _damage_named(source):
+                config, self.remarks = resuming.fit_to_ranks(config, state, place.ranks, source)
         self.config, self.place, self.folder = config, place, folder
         runtime.leave_cores_to_workers(place, config.data.workers)
         self.train_shards = ShardSet(Path(config.data.shards) / "train")
@@ -88,7 +90,8 @@ class Run:
         self.step, self.best, self.seconds = 0, -1.0, 0.0
         self.average: Average | None = None
         self.loader_began, self.validation_due = 0, False
-        loader_state = self._restore(state, source) if state else b""
+        with _damage_named(source):
+            loader_state = self._restore(state, source) if state else b""
         if config.optim.ema_decay and self.average is None:
             self.average = Average(self.network, config.optim.ema_decay)
         self.loader = self._make_loader(loader_state)
@@ -246,6 +249,10 @@ class Run:
         }
         self.log.train(self.step, values)
         self.guard.check(self.step, bad_steps, totals, self.average, self.log, place)
+        if self.config.data.on_bad_sample == "skip":
+            reports = runtime.gather_bytes(self.quarantine.report(), place)
+            for line in self.quarantine.learn(reports):
+                self.log.say(f"step {self.step}: {line}")
 
     def _finish_epoch(self) -> dict[str, Any]:
         """Validate, say how it went, and write the checkpoints."""
@@ -412,13 +419,21 @@ class Run:
         data, seed = self.config.data, self.config.train.seed
         if self.loader_began:  # not what the run began with once more
             seed = int(np.random.SeedSequence([seed, self.loader_began]).generate_state(1)[0] >> 1)
-        return batches.train_loader(
-            self.train_shards, self.target.preset, loader=data.loader, device=self.place.device,
-            input_px=data.input_px, batch_size=data.batch_size, workers=data.workers,
-            shuffle_buffer=data.shuffle_buffer, seed=seed, rank=self.place.rank,
-            ranks=self.place.ranks, first_step=self.step * self.config.optim.accumulate,
-            state=loader_state,
-        )  # fmt: skip
+
+        def make(shards: ShardSet, first_batch: int, state: bytes) -> batches.Loader:
+            return batches.train_loader(
+                shards, self.target.preset, loader=data.loader, device=self.place.device,
+                input_px=data.input_px, batch_size=data.batch_size, workers=data.workers,
+                shuffle_buffer=data.shuffle_buffer, seed=seed, rank=self.place.rank,
+                ranks=self.place.ranks, first_step=first_batch, state=state,
+            )  # fmt: skip
+
+        first_batch = self.step * self.config.optim.accumulate
+        if data.on_bad_sample == "stop":
+            return make(self.train_shards, first_batch, loader_state)
+        limit, rank = data.max_bad_samples, self.place.rank
+        self.quarantine = Quarantine(self.train_shards, self.folder, limit, rank)
+        return SkippingLoader(make, self.quarantine, first_batch, loader_state)
 
     def _wrap(self) -> nn.Module:
         """The network as the step calls it: over all ranks, and compiled if asked."""
@@ -429,6 +444,20 @@ class Run:
         if self.config.train.compile:
             forward.compile()
         return forward
+
+
+@contextmanager
+def _damage_named(source: Path) -> Iterator[None]:
+    """Turn what a checkpoint of other contents than ours makes fail into an InputError."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise InputError(
+            source,
+            f"a checkpoint that cannot be continued ({type(error).__name__}: {str(error)[:200]})",
+            "one that training wrote",
+            "use another one, or begin a new run with --init_from",
+        ) from error
 
 
 def _as_tensor(data: bytes) -> Tensor:

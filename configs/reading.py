@@ -1,0 +1,76 @@
+"""Files from elsewhere, read with a bound, so that none makes the memory run out.
+
+All raise ValueError (or OSError) for what they refuse; who called knows what to advise.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+LARGEST_JSON = 512 << 20
+"""Bytes. COCO's annotation of 118,000 pictures has 238 million."""
+_MOST_VALUES = 50_000_000
+"""Of one JSON text: an empty list takes three bytes in the file and 64 in memory."""
+_LARGEST_YAML = 4 << 20
+_DEEPEST_YAML = 50
+
+
+def read_bytes(path: Path, most: int) -> bytes:
+    """The whole of a file of at most so many bytes; no more than that is ever read."""
+    with path.open("rb") as file:
+        return bounded(file.read(most + 1), most)
+
+
+def bounded(data: bytes, most: int) -> bytes:
+    """The data themselves, if they are not longer than that."""
+    if len(data) > most:
+        size = f"{most >> 20} MiB" if most >> 20 else f"{most:,} bytes"
+        raise ValueError(f"more than {size}")
+    return data
+
+
+def parse_json(data: bytes) -> Any:
+    """The value of a JSON text in UTF-8; nesting that Python cannot follow is a ValueError too."""
+    values = data.count(b",") + data.count(b"[") + data.count(b"{")
+    if values > _MOST_VALUES:
+        raise ValueError(f"{values:,} values, more than {_MOST_VALUES:,}")
+    try:
+        return json.loads(data)
+    except RecursionError as error:
+        raise ValueError("lists within lists without end") from error
+
+
+def read_json(path: Path, most: int = LARGEST_JSON) -> Any:
+    """The value of a JSON file of at most so many bytes."""
+    return parse_json(read_bytes(path, most))
+
+
+def read_yaml(path: Path) -> Any:
+    """The plain values of a YAML file: no objects, no aliases, whose unfolding can be endless."""
+    text = read_bytes(path, _LARGEST_YAML).decode("utf-8")
+    try:
+        return yaml.load(text, _PlainLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())[:300]) from error
+    except (RecursionError, OverflowError, AttributeError, TypeError) as error:
+        # PyYAML lets these through for some damage, as a tag on the wrong kind of value.
+        raise ValueError(f"{type(error).__name__}: {error}"[:300]) from error
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """SafeLoader, without what makes a small text a large value."""
+
+    _depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.YAMLError(f"an alias (*name) in line {mark.line + 1}; write the value out")
+        self._depth += 1
+        if self._depth > _DEEPEST_YAML:
+            raise yaml.YAMLError("nested too deeply")
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node

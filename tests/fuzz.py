@@ -1,0 +1,385 @@
+"""Damages files of every kind and lets every reader loose on them: python tests/fuzz.py
+
+A reader may succeed or raise InputError (pictures: PictureError). Anything else is a fault: another
+exception, a crash, a hang. What was found is left in the folder --keep.
+"""
+
+import argparse
+import contextlib
+import gzip
+import io
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+for place in (ROOT, ROOT / "tests"):
+    sys.path.insert(0, str(place))
+
+import torch  # noqa: E402
+
+from configs import confined  # noqa: E402
+from configs.errors import InputError  # noqa: E402
+from configs.schema import add_config_options, check_values, config_from_dict, load_yaml  # noqa: E402
+from configs.skeleton import load_skeleton  # noqa: E402
+from evaluation import submission  # noqa: E402
+from evaluation.predictions import as_coco, as_entries, read_predictions, write_mat  # noqa: E402
+from pipelines.annotations import People, read_annotations  # noqa: E402
+from pipelines.boxes import read_people  # noqa: E402
+from pipelines.opencv_crops import decode  # noqa: E402
+from pipelines.pictures import PictureError, check_jpeg  # noqa: E402
+from pipelines.quarantine import LIST, Quarantine  # noqa: E402
+from pipelines.shards import ShardSet  # noqa: E402
+from tools.check_shards import main as check_shards  # noqa: E402
+from training import checkpoint, keeping  # noqa: E402
+
+SECONDS = 60
+"""For one input; more is a hang."""
+ODD_NUMBERS = [0, 1, -1, 2**31, 2**53, 2**63, 2**64, 10**30, 0.5, 1e308, -1e308, float("nan"),
+               float("inf"), -0.0]  # fmt: skip
+ODD_VALUES = [*ODD_NUMBERS, None, True, "", "x", "../x", "/etc/passwd", "a\0b", "\ud800",
+              "9" * 5000, [], {}, [[]], [None], {"": 0}, [1, 2, 3]]  # fmt: skip
+ODD_BYTES = [b"\0", b"\xff", b"\n", b"[", b"{", b'"', b",", b"\\", b"9" * 30, b"NaN", b"1e999",
+             b"null", b"-", b"../", b"&a", b"*a", b"!!python/name:os.system", b": ", b"2001-99-99",
+             b"\xef\xbb\xbf", b"\xff\xd8", b"0x", b"? "]  # fmt: skip
+
+
+class Target(NamedTuple):
+    """One reader."""
+
+    name: str
+    file: str
+    """Its damaged file, relative to a folder made for it."""
+    read: Callable[[Path], object]
+    """What reads it; is given the file's path."""
+    structured: Callable[[bytes, random.Random], bytes] | None = None
+    """A mutation that leaves the format valid and changes what it says."""
+
+
+def mutate(data: bytes, rng: random.Random) -> bytes:
+    """One to four random changes of a file's bytes."""
+    out = bytearray(data)
+    for _ in range(rng.choice((1, 1, 2, 4))):
+        place = rng.randrange(len(out) + 1)
+        # Formats have their structure in the first bytes and the last.
+        if rng.random() < 0.5:
+            place = min(place, rng.randrange(2048))
+        end = min(len(out), place + rng.choice((1, 2, 4, 8, 64, 1024)))
+        kind = rng.randrange(7)
+        if kind == 0 and place < len(out):
+            out[place] ^= 1 << rng.randrange(8)
+        elif kind == 1:
+            out[place:end] = rng.randbytes(end - place)
+        elif kind == 2:
+            del out[place:end]
+        elif kind == 3:
+            out[place:place] = rng.choice(ODD_BYTES)
+        elif kind == 4:
+            out[place:end] = bytes([rng.choice((0, 255))]) * (end - place)
+        elif kind == 5:
+            out[place:place] = out[place:end]
+        else:
+            del out[place:]
+    return bytes(out)
+
+
+def change_value(value: Any, rng: random.Random, depth: int = 0) -> Any:
+    """The same plain value with one leaf or branch replaced, removed or repeated."""
+    inner = isinstance(value, (dict, list, tuple)) and len(value) > 0
+    if not inner or (depth and rng.random() < 0.15):
+        odd = rng.choice(ODD_VALUES)
+        return (
+            torch.full((2,), 3.0) if isinstance(value, torch.Tensor) and rng.random() < 0.5 else odd
+        )
+    if isinstance(value, dict):
+        name = rng.choice(list(value))
+        changed = dict(value)
+        if rng.random() < 0.15:
+            del changed[name]
+        elif rng.random() < 0.1:
+            changed[rng.choice(["x", "", name])] = changed.pop(name)
+        else:
+            changed[name] = change_value(value[name], rng, depth + 1)
+        return changed
+    place, items = rng.randrange(len(value)), list(value)
+    if rng.random() < 0.15:
+        del items[place]
+    elif rng.random() < 0.1:
+        items.insert(place, items[place])
+    else:
+        items[place] = change_value(items[place], rng, depth + 1)
+    return items
+
+
+def change_json(data: bytes, rng: random.Random) -> bytes:
+    value = change_value(json.loads(data), rng)
+    return json.dumps(value).encode("utf-8", "surrogatepass")
+
+
+def change_gzip(data: bytes, rng: random.Random) -> bytes:
+    return gzip.compress(change_json(gzip.decompress(data), rng), 1)
+
+
+def change_checkpoint(data: bytes, rng: random.Random) -> bytes:
+    state = torch.load(io.BytesIO(data), weights_only=True)
+    with io.BytesIO() as file:
+        torch.save(change_value(state, rng), file)
+        return file.getvalue()
+
+
+def change_index(data: bytes, rng: random.Random) -> bytes:
+    words = data.decode().split(" ")
+    odd = [*map(str, ODD_NUMBERS), "..", "f32", "jpg"]
+    words[rng.randrange(len(words))] = rng.choice(odd)
+    return " ".join(words).encode()
+
+
+def change_h5(data: bytes, rng: random.Random) -> bytes:
+    """Columns of other values, shapes and types."""
+    import h5py
+
+    with tempfile.NamedTemporaryFile(suffix=".h5", dir="/dev/shm") as file:
+        file.write(data)
+        file.flush()
+        with h5py.File(file.name, "r+") as h5:
+            name = rng.choice(list(h5))
+            values = h5[name][()]
+            del h5[name]
+            numbers = values.dtype.kind == "f"
+            if numbers and rng.random() < 0.6:
+                values.reshape(-1)[rng.randrange(values.size)] = rng.choice(ODD_NUMBERS)
+            elif numbers:
+                values = values.astype(rng.choice(("i1", "u8", "f2", "S3", "c16", "?")))
+            else:
+                values = np.array(
+                    rng.choices([b"", b"../x", b"\xff\xfe", b"a" * 300], k=len(values))
+                )
+            if rng.random() < 0.2:
+                values = values[: rng.randrange(len(values) + 1)]
+            if rng.random() < 0.9:
+                h5[name] = values
+        return Path(file.name).read_bytes()
+
+
+def prepare(tiny: Path, packed: Path, folder: Path) -> list[Target]:
+    """Whole files of every kind in the folder, and who reads them."""
+    people = read_annotations(tiny / "annot", "valid")[0]
+    shutil.copy(tiny / "annot" / "valid.h5", folder / "valid.h5")
+    write_json_kinds(people, folder)
+    write_mat(folder / "predictions.mat", {"preds": people.joints})
+    write_mat(folder / "tompson.mat", tompson(people))
+    shutil.copytree(packed / "valid", folder / "split")
+    shutil.copy(ROOT / "configs" / "2hg.yaml", folder / "config.yaml")
+    shutil.copy(ROOT / "configs" / "skeletons" / "coco.yaml", folder / "skeleton.yaml")
+    write_checkpoints(packed, folder)
+    (folder / "people.csv").write_text(
+        "image,x,y,width,height,image_id\na.jpg,1,2,30,40,7\nb.jpg,,,,,\n"
+    )
+    picture = ShardSet(folder / "split").jpeg(0)
+    (folder / "picture.jpg").write_bytes(picture)
+    whole = ShardSet(folder / "split")
+    (folder / LIST).write_text(json.dumps({"sample": 1, "key": whole.key(1), "fault": "x"}) + "\n")
+    coco = load_skeleton(ROOT / "configs" / "skeletons" / "coco.yaml")
+    return [
+        Target("h5", "valid.h5", lambda p: read_annotations(p, "valid"), change_h5),
+        Target("json", "mpii.json", lambda p: read_annotations(p, "valid"), change_json),
+        Target("json.gz", "mpii.json.gz", lambda p: read_annotations(p, "valid"), change_gzip),
+        Target("coco", "coco.json", lambda p: read_annotations(p, "valid", coco), change_json),
+        Target("mat", "predictions.mat", lambda p: read_predictions(p, people)),
+        Target("mat with truth", "tompson.mat", lambda p: read_predictions(p, people)),
+        Target("release", "tompson.mat", submission._read),
+        Target("tar", "split/00000.tar", lambda p: read_split(p.parent)),
+        Target("index", "split/00000.idx", lambda p: read_split(p.parent), change_index),
+        Target("manifest", "split/manifest.json", lambda p: read_split(p.parent), change_json),
+        Target("config", "config.yaml", read_config),
+        Target("skeleton", "skeleton.yaml", load_skeleton),
+        Target("checkpoint", "last.pt", read_checkpoint, change_checkpoint),
+        Target("princeton's checkpoint", "princeton.pt", read_checkpoint, change_checkpoint),
+        Target("predictions", "predictions.json", lambda p: read_predictions(p, people),
+               change_json),
+        Target("coco results", "results.json", lambda p: read_predictions(p, people), change_json),
+        Target("people csv", "people.csv", read_people),
+        Target("people json", "people.json", read_people, change_json),
+        Target("picture", "picture.jpg", read_picture),
+        Target("bad samples", LIST, lambda p: Quarantine(whole, p.parent, 5)),
+    ]  # fmt: skip
+
+
+def write_json_kinds(people: People, folder: Path) -> None:
+    mpii = [
+        {"img_paths": people.images[i], "isValidation": 1.0, "objpos": people.center[i].tolist(),
+         "scale_provided": people.scale[i], "annolist_index": i, "people_index": 1,
+         "joint_self": np.c_[people.joints[i], people.visible[i]].tolist()}
+        for i in range(people.count)
+    ]  # fmt: skip
+    coco = {
+        "images": [{"id": i, "file_name": name} for i, name in enumerate(people.images)],
+        "categories": [{"id": 1, "keypoints": None}],
+        "annotations": [
+            {"id": i, "image_id": i, "category_id": 1, "iscrowd": 0, "bbox": [1, 2, 30, 40],
+             "keypoints": [5, 6, 2] * 17} for i in range(people.count)
+        ],
+    }  # fmt: skip
+    scores = people.visible.astype(float)
+    boxes = [{"image": "a.jpg", "box": [1, 2, 3, 4]}, {"image": "b", "center": [1, 2], "scale": 1}]
+    for name, value in {
+        "mpii.json": mpii, "coco.json": coco, "people.json": boxes,
+        "predictions.json": as_entries(people, people.joints, scores),
+        "results.json": as_coco(people, people.joints, scores),
+    }.items():  # fmt: skip
+        (folder / name).write_text(json.dumps(value))
+    (folder / "mpii.json.gz").write_bytes(gzip.compress((folder / "mpii.json").read_bytes()))
+
+
+def tompson(people: People) -> dict[str, Any]:
+    """The layout of detections_our_format.mat, and a RELEASE beside it."""
+    count = people.count
+    release = {"annolist": np.array([({"objpos": 1},)] * 2, dtype=[("annorect", object)]),
+               "img_train": np.zeros(2), "single_person": np.array([1, 1])}  # fmt: skip
+    return {
+        "pos_pred_src": people.joints.transpose(1, 2, 0),
+        "pos_gt_src": people.joints.transpose(1, 2, 0),
+        "jnt_missing": ~people.marked.T,
+        "headboxes_src": np.ones((2, 2, count)),
+        "RELEASE": release,
+    }
+
+
+def write_checkpoints(packed: Path, folder: Path) -> None:
+    from test_training import make_run, tiny_config
+
+    raw = {"stacks": 1, "width": 8, "depth": 1, "stem": [4, 4, 4]}
+    make_run(tiny_config(packed, model=raw), folder).save([keeping.LAST])
+    princeton = {"stacks": 1, "width": 8, "depth": 4, "stem": [64, 128, 128]}
+    config = tiny_config(packed, model=princeton, data={"input_px": 64})
+    state = make_run(config, folder / "princeton")._state([b""], [b""])
+    state = {**state, "format": checkpoint.FORMAT, "format_version": checkpoint.FORMAT_VERSION}
+    theirs = checkpoint.to_princeton(state, folder)
+    torch.save(theirs, folder / "princeton.pt")
+
+
+def read_split(folder: Path) -> None:
+    """As training does, and as tools/check_shards.py does, which must not end in an error."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        check_shards([str(folder), "--workers", "0", "--decode"])
+    split = ShardSet(folder)
+    split.people()
+    for sample in range(len(split)):
+        decode(split.jpeg(sample), split.where(sample))
+
+
+def read_config(path: Path) -> None:
+    raw = load_yaml(str(path))
+    check_values(config_from_dict(raw, str(path)))
+    from jsonargparse import ArgumentParser
+
+    from configs.schema import parse_config
+
+    parser = ArgumentParser(exit_on_error=False)
+    add_config_options(parser)
+    parse_config(parser, ["--config", str(path)])
+
+
+def read_checkpoint(path: Path) -> None:
+    state = checkpoint.load(path)
+    checkpoint.trained_network(state, path)
+    checkpoint.skeleton_of(state)
+
+
+def read_picture(path: Path) -> None:
+    with contextlib.suppress(PictureError):
+        check_jpeg(path.read_bytes())
+    decode(path.read_bytes(), str(path))
+
+
+@contextlib.contextmanager
+def alarm() -> Iterator[None]:
+    def late(number: int, frame: object) -> None:
+        raise TimeoutError(f"not done after {SECONDS} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(SECONDS)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def fuzz(target: Target, folder: Path, inputs: int, seed: int, keep: Path | None) -> list[str]:
+    """Faults, a line each. The same seed makes the same inputs."""
+    path, began = folder / target.file, time.perf_counter()
+    whole, faults, outcomes = path.read_bytes(), list[str](), {"read": 0, "refused": 0}
+    for number in tqdm(range(inputs), target.name, disable=None, leave=False):
+        rng = random.Random(f"{seed} {target.name} {number}")
+        structured = target.structured if rng.random() < 0.5 else None
+        data = (structured or mutate)(whole, rng)
+        path.write_bytes(data)
+        confined._passed.clear()  # a rewritten file may keep its size and, in one tick, its time
+        try:
+            with alarm(), contextlib.redirect_stderr(io.StringIO()):
+                target.read(path)
+            outcomes["read"] += 1
+        except InputError:
+            outcomes["refused"] += 1
+        except Exception as error:
+            faults.append(f"{target.name} {number}: {type(error).__name__}: {str(error)[:200]}")
+            if keep:
+                keep.mkdir(parents=True, exist_ok=True)
+                (keep / f"{target.name}-{number}-{path.name}".replace(" ", "_")).write_bytes(data)
+    path.write_bytes(whole)
+    target.read(path)  # the whole file is read
+    seconds = time.perf_counter() - began
+    tqdm.write(f"{target.name}: {outcomes}, {len(faults)} faults, {seconds:.0f} s")
+    return faults
+
+
+def limit_memory(extra: int = 6 << 30) -> None:
+    """More is a fault: a MemoryError, or the end of this process."""
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + extra, size + extra))
+
+
+def main() -> int:
+    """Make the files, fuzz every reader, print the faults."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--inputs", type=int, default=10_000, help="for each reader")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="*", help="names of readers")
+    parser.add_argument("--keep", type=Path, help="folder for inputs that were faults")
+    options = parser.parse_args()
+    from conftest import make_tiny_set, pack_arguments
+
+    from tools.make_shards import main as pack
+
+    # In memory where there is such a file system: it is written to for each input.
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as name:
+        folder = Path(name)
+        make_tiny_set(folder / "tiny")
+        with contextlib.redirect_stdout(io.StringIO()):
+            pack(pack_arguments(folder / "tiny", folder / "packed"))
+        (folder / "files").mkdir()
+        targets = prepare(folder / "tiny", folder / "packed", folder / "files")
+        limit_memory()
+        faults = []
+        for target in targets:
+            if not options.only or target.name in options.only:
+                faults += fuzz(target, folder / "files", options.inputs, options.seed, options.keep)
+    print("\n".join(faults) or "no faults")
+    return bool(faults)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

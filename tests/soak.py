@@ -1,0 +1,262 @@
+"""Trains for a long time with a fault every minute: python tests/soak.py --minutes 30
+
+Two ranks under torchrun on a CPU, on shards with two rotten pictures. In the first half processes
+are stopped, killed and started again; in the second half they live, the disk fills up each minute,
+and their memory, threads and open files are watched. Then the same number of steps is trained
+without a fault (on the same shards: who stands in for a rotten picture is the same), and losses and
+weights must be the same to the bit.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import mean
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+for place in (ROOT, ROOT / "tests"):
+    sys.path.insert(0, str(place))
+
+from conftest import make_tiny_set, pack_arguments  # noqa: E402
+from test_elastic import assert_same_weights, children, last_step, started, words  # noqa: E402
+from test_quarantine import damaged  # noqa: E402
+
+from pipelines.quarantine import LIST  # noqa: E402
+from tools.make_shards import main as pack  # noqa: E402
+
+INSIDE = "SOAK_INSIDE"
+"""Set in the process that may mount a small disk."""
+DISK_MB = 8
+ROTTEN = (2, 7)
+GROWTH = 1.05
+PATIENCE_S = 180
+
+
+class Sample(NamedTuple):
+    """What the ranks take, together."""
+
+    second: float
+    rss_mb: float
+    threads: int
+    files: int
+
+
+class Soak:
+    """One run and what is done to it."""
+
+    def __init__(self, folder: Path, shards: Path, loader: str, minutes: float, every: float):
+        """folder: on the disk that fills up. every: seconds from fault to fault."""
+        self.folder, self.every, self.minutes = folder, every, minutes
+        self.shards, self.loader, self.log = shards, loader, folder.parent / "log"
+        self.run, self.done = folder / "run", list[str]()
+        self.samples: list[Sample] = []
+
+    def command(self, name: str, steps: int) -> list[object]:
+        return [
+            "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2,
+            "--max-restarts", 1000,
+            *words(self.shards, self.folder, name, steps, "--train.steps_per_epoch", 50,
+                   "--data.on_bad_sample", "skip", "--data.loader", self.loader,
+                   "--data.workers", 1, "--train.keep_last", 1, "--resume", "auto"),
+        ]  # fmt: skip
+
+    def soak(self) -> int:
+        """Run and disturb; returns the step at which the run was stopped."""
+        began = time.monotonic()
+        ends = [signal.SIGTERM, signal.SIGKILL, signal.SIGUSR1]
+        half = 30 * self.minutes
+        while time.monotonic() - began < half:
+            with self.started() as process:
+                self.pause(process, self.every)
+                self.end(process, ends[len(self.done) % len(ends)])
+        with self.started() as process:
+            living = time.monotonic()
+            while time.monotonic() - began < 2 * half:
+                self.pause(process, self.every, watched_since=living)
+                self.fill_the_disk(process)
+            process.send_signal(signal.SIGTERM)
+            process.wait(PATIENCE_S)
+        return last_checkpoint_step(self.run)
+
+    @contextlib.contextmanager
+    def started(self) -> Iterator[subprocess.Popen]:
+        stood = last_step(self.run)
+        with started(self.log, *self.command("run", 10**8)) as process:
+            self.wait_for(lambda: last_step(self.run) > stood, process)
+            yield process
+
+    def pause(self, process: subprocess.Popen, seconds: float, watched_since: float = 0.0) -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            assert process.poll() is None, self.log.read_text()[-4000:]
+            if watched_since:
+                self.samples.append(sample(children(process.pid), time.monotonic() - watched_since))
+            time.sleep(1)
+
+    def end(self, process: subprocess.Popen, number: signal.Signals) -> None:
+        """Stop the run by a signal to torchrun or a rank; or first kill a rank: it returns."""
+        self.done.append(number.name)
+        tell(f"step {last_step(self.run)}: {number.name}")
+        ranks = children(process.pid)
+        if number == signal.SIGKILL:
+            again = self.log.read_text().count("torchrun started the ranks again")
+            os.kill(ranks[1], number)
+            self.wait_for(lambda: self.log.read_text().count("started the ranks again") > again,
+                          process)  # fmt: skip
+            stood = last_checkpoint_step(self.run)
+            self.wait_for(lambda: last_step(self.run) > stood + 5, process)
+            process.send_signal(signal.SIGTERM)
+        else:
+            os.kill(process.pid if number == signal.SIGTERM else ranks[0], number)
+        process.wait(PATIENCE_S)
+        assert (self.run / "resume_me").exists(), self.log.read_text()[-4000:]
+
+    def fill_the_disk(self, process: subprocess.Popen) -> None:
+        """Leave no byte, until a checkpoint could not be written."""
+        self.done.append("full disk")
+        tell(f"step {last_step(self.run)}: full disk")
+        failed = self.log.read_text().count("training goes on")
+        with (self.folder / "full").open("wb") as file, contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(1 << 16))
+                file.flush()
+        self.wait_for(
+            lambda: (
+                self.log.read_text().count("training goes on") > failed
+                or os.environ.get(INSIDE) != "disk"
+            ),
+            process,
+        )
+        (self.folder / "full").unlink()
+
+    def wait_for(self, true, process: subprocess.Popen) -> None:
+        end = time.monotonic() + PATIENCE_S
+        while not true():
+            assert process.poll() is None and time.monotonic() < end, self.log.read_text()[-4000:]
+            time.sleep(0.2)
+
+    def compare(self, steps: int) -> int:
+        """Train as many steps without a fault; the same losses and weights. Returns how many."""
+        tell(f"training {steps} steps without a fault")
+        with started(self.log, *self.command("quiet", steps)) as process:
+            assert process.wait(3600 + 120 * self.minutes) == 0, self.log.read_text()[-4000:]
+        found, expected = losses(self.run), losses(self.folder / "quiet")
+        same = [step for step in found if step <= steps and found[step] == expected[step]]
+        assert len(same) == len([step for step in found if step <= steps]), "losses differ"
+        assert len(same) > 0.5 * steps, "too few lines outlived the full disk"
+        assert_same_weights(self.run / "last.pt", self.folder / "quiet" / "last.pt")
+        for name in ("run", "quiet"):
+            lines = (self.folder / name / LIST).read_text().splitlines()
+            assert [json.loads(line)["sample"] for line in lines] == list(ROTTEN)
+        return len(same)
+
+    def growth(self) -> dict[str, float]:
+        """Of memory, threads and files from the settled beginning of the watch to its end."""
+        last = self.samples[-1].second
+        settled = min(120.0, last / 2)
+        quarter = (last - settled) / 4
+        early = [s for s in self.samples if settled <= s.second < settled + quarter]
+        late = [s for s in self.samples if s.second >= last - quarter]
+        found = {
+            "settled_s": settled,
+            "watched_s": last,
+            "rss_mb_early": mean(s.rss_mb for s in early),
+            "rss_mb_late": mean(s.rss_mb for s in late),
+            "threads_early": max(s.threads for s in early),
+            "threads_late": max(s.threads for s in late),
+            "files_early": max(s.files for s in early),
+            "files_late": max(s.files for s in late),
+        }
+        return {name: round(value, 1) for name, value in found.items()}
+
+
+def sample(pids: list[int], second: float) -> Sample:
+    """Resident memory, threads and open files of these processes together."""
+    rss, threads, files = 0.0, 0, 0
+    for pid in pids:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            status = dict(
+                line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines()
+            )
+            rss += int(status["VmRSS"].split()[0]) / 1024
+            threads += int(status["Threads"])
+            files += len(list(Path(f"/proc/{pid}/fd").iterdir()))
+    return Sample(second, rss, threads, files)
+
+
+def losses(folder: Path) -> dict[int, float]:
+    """The loss of each step that the log has; a line that a full disk cut is none."""
+    found = {}
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        with contextlib.suppress(ValueError):
+            entry = json.loads(line)
+            if entry["kind"] == "train":
+                found[entry["step"]] = entry["loss"]
+    return found
+
+
+def last_checkpoint_step(folder: Path) -> int:
+    from training import checkpoint
+
+    return checkpoint.load(folder / "last.pt")["step"]
+
+
+def tell(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+
+
+def with_small_disk() -> None:
+    """Start this program again where it may mount a disk, if this system allows that."""
+    probe = ["unshare", "-rm", "mount", "-t", "tmpfs", "x", "/mnt"]
+    if shutil.which("unshare") and subprocess.run(probe, check=False).returncode == 0:
+        os.environ[INSIDE] = "disk"
+        os.execvp("unshare", ["unshare", "-rm", sys.executable, *sys.argv])
+    os.environ[INSIDE] = "no disk"
+    tell("no small disk can be mounted here: the disk does not fill up")
+
+
+def main() -> int:
+    """Make the data, soak, compare, and print one line of JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument("--every", type=float, default=60.0, help="seconds from fault to fault")
+    parser.add_argument("--loader", choices=["opencv", "dali"], default="opencv")
+    options = parser.parse_args()
+    if INSIDE not in os.environ:
+        with_small_disk()
+    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as at_end:
+        folder = Path(name)
+        make_tiny_set(folder / "tiny")
+        pack(pack_arguments(folder / "tiny", folder / "shards"))
+        shutil.move(folder / "shards" / "train", folder / "whole")
+        damaged(folder / "whole", folder / "shards" / "train", *ROTTEN)
+        (folder / "disk").mkdir()
+        if os.environ[INSIDE] == "disk":
+            size = f"size={DISK_MB}m"
+            subprocess.run(["mount", "-t", "tmpfs", "-o", size, "x", folder / "disk"], check=True)
+            at_end.callback(subprocess.run, ["umount", folder / "disk"], check=True)
+        soak = Soak(folder / "disk", folder / "shards", options.loader, options.minutes,
+                    options.every)  # fmt: skip
+        steps = soak.soak()
+        compared, growth = soak.compare(steps), soak.growth()
+    faults = {name: soak.done.count(name) for name in sorted(set(soak.done))}
+    print(json.dumps({"minutes": options.minutes, "loader": options.loader, "steps": steps,
+                      "losses_compared": compared, "faults": faults, **growth}))  # fmt: skip
+    assert growth["rss_mb_late"] <= GROWTH * growth["rss_mb_early"], "memory grows"
+    assert growth["threads_late"] <= growth["threads_early"], "threads leak"
+    assert growth["files_late"] <= growth["files_early"], "open files leak"
+    tell("all is well")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,394 @@
+"""Files that attack end in one error: no code is run, no folder left, no memory filled."""
+
+import gzip
+import io
+import json
+import os
+import pickle
+import resource
+import struct
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import h5py
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, noise_picture, write_jpeg
+from test_training import make_run, tiny_config
+
+from configs import confined
+from configs.errors import InputError
+from configs.schema import load_yaml
+from configs.skeleton import load_skeleton
+from evaluation.predictions import open_mat
+from pipelines.annotations import read_annotations, stays_inside
+from pipelines.boxes import read_people
+from pipelines.opencv_crops import LooseImages, decode
+from pipelines.pictures import PictureError, check_jpeg, claimed_size
+from pipelines.shards import ShardSet
+from training import checkpoint
+from training.estimator import read_picture
+
+LIMIT = 3 << 30
+
+
+def claiming(jpeg: bytes, width: int, height: int) -> bytes:
+    """The same JPEG with another size in its frame header."""
+    at = max(jpeg.find(b"\xff\xc0"), jpeg.find(b"\xff\xc2"))
+    return jpeg[: at + 5] + struct.pack(">HH", height, width) + jpeg[at + 9 :]
+
+
+@pytest.fixture(scope="module")
+def jpeg(tmp_path_factory) -> bytes:
+    path = tmp_path_factory.mktemp("jpeg") / "a.jpg"
+    write_jpeg(path, noise_picture(np.random.default_rng(0), 160, 90))
+    return path.read_bytes()
+
+
+# Pictures
+
+
+@pytest.mark.parametrize("options", [[], [cv2.IMWRITE_JPEG_PROGRESSIVE, 1]])
+def test_the_size_in_a_header_is_found_without_decoding(options, tmp_path):
+    write_jpeg(tmp_path / "a.jpg", noise_picture(np.random.default_rng(0), 161, 97), *options)
+    data = (tmp_path / "a.jpg").read_bytes()
+    assert claimed_size(data) == claimed_size(data[:700]) == (161, 97)
+    # libjpeg passes over what lies between segments, and over padding.
+    odd = data[:20] + b"\x00junk\xff\xff" + data[20:]
+    assert cv2.imdecode(np.frombuffer(odd, np.uint8), 1).shape == (97, 161, 3)
+    assert claimed_size(odd) == (161, 97)
+    png = cv2.imencode(".png", np.zeros((7, 9, 3), np.uint8))[1].tobytes()
+    assert claimed_size(png) == (9, 7)
+    assert [claimed_size(x) for x in (b"", b"\xff\xd8", b"\xff\xd8\xff", b"noise" * 9)] == [
+        None
+    ] * 4
+
+
+@pytest.mark.parametrize("junk", [b"", b"\x00junk"])
+def test_a_jpeg_that_claims_to_be_huge_is_refused_by_every_decoder(jpeg, junk, tmp_path):
+    bomb = claiming(jpeg, 65_500, 65_500)
+    bomb = bomb[:20] + junk + bomb[20:]  # after the segment JFIF
+    (tmp_path / "bomb.jpg").write_bytes(bomb)
+    for read in (lambda: decode(bomb, "x"), lambda: read_picture(tmp_path / "bomb.jpg")):
+        with pytest.raises(InputError, match="65500 x 65500"):
+            read()
+    with pytest.raises(PictureError):
+        check_jpeg(bomb)
+
+
+def test_opencvs_own_refusals_are_errors_of_ours(jpeg):
+    png = cv2.imencode(".png", np.zeros((7, 9, 3), np.uint8))[1].tobytes()
+    with pytest.raises(InputError):
+        decode(png[:16] + struct.pack(">II", 2**21, 1) + png[24:], "x")
+
+
+def test_shards_with_a_huge_picture_are_refused_at_the_start(tiny_shards, tmp_path):
+    import shutil
+
+    copy = Path(shutil.copytree(tiny_shards / "train", tmp_path / "train"))
+    data = ShardSet(copy)
+    bomb = claiming(data.jpeg(6), 65_500, 65_500)
+    with data.tars[1].open("r+b") as file:
+        file.seek(int(data._extents.offset["jpg"][6]))
+        file.write(bomb)
+    with pytest.raises(InputError, match="65500 x 65500") as caught:
+        ShardSet(copy).records()
+    assert "sample 6" in caught.value.where
+
+
+def test_a_jpeg_of_a_thousand_scans_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
+    image = noise_picture(np.random.default_rng(0), 64, 64)
+    write_jpeg(tmp_path / "a.jpg", image, cv2.IMWRITE_JPEG_PROGRESSIVE, 1)
+    data = (tmp_path / "a.jpg").read_bytes()
+    last = data.rfind(b"\xff\xda")
+    bomb = data[:-2] + (data[last:-2]) * 1000 + b"\xff\xd9"
+    monkeypatch.setattr(cv2, "imdecode", None)
+    with pytest.raises(PictureError, match="over 100 scans"):
+        check_jpeg(bomb)
+
+
+# Names
+
+
+@pytest.mark.parametrize("name", ["../a.jpg", "/etc/passwd", "a/../../b.jpg", "..\\a.jpg", "C:\\a",
+                                  "a//b", ".", "a\nb", "a\0b", ""])  # fmt: skip
+def test_names_that_leave_the_folder_are_refused(name, tmp_path):
+    assert not stays_inside(tmp_path, name)
+
+
+def test_links_out_of_the_folder_of_pictures_are_refused(tiny_set, tmp_path):
+    people = read_annotations(tiny_set / "annot", "valid")[0]
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name in people.images:
+        (folder / name).symlink_to(tiny_set / "images" / name)
+    with pytest.raises(InputError, match="a link that leads out"):
+        LooseImages(people, folder)
+    (folder / "loop").symlink_to(folder / "loop")
+    assert not stays_inside(folder, "loop")
+
+
+# HDF5
+
+
+def h5_with(tiny_set: Path, path: Path, change: Callable[[h5py.File], None]) -> Path:
+    path.write_bytes((tiny_set / "annot" / "valid.h5").read_bytes())
+    with h5py.File(path, "r+") as file:
+        change(file)
+    return path
+
+
+def replaced(name: str, **how) -> Callable[[h5py.File], None]:
+    def change(file: h5py.File) -> None:
+        del file[name]
+        file.create_dataset(name, **how)
+
+    return change
+
+
+def external_link(file: h5py.File) -> None:
+    del file["scale"]
+    file["scale"] = h5py.ExternalLink("/etc/other.h5", "scale")
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [(external_link, "scale is a link"),
+     (replaced("scale", shape=(5,), dtype="u1", external=[("/etc/passwd", 0, 5)]), "another file"),
+     (replaced("scale", shape=(2**29,), dtype="f8", chunks=(2**20,)), "claims 4,294,967,296 bytes"),
+     (replaced("imgname", shape=(2**40,), dtype="S8", chunks=(2**10,)), "claims"),
+     (replaced("index", shape=(5,), dtype=h5py.ref_dtype), "type object")],
+)  # fmt: skip
+def test_h5_that_reaches_out_or_claims_to_be_huge_is_refused(change, found, tiny_set, tmp_path):
+    with pytest.raises(InputError, match=found):
+        read_annotations(h5_with(tiny_set, tmp_path / "a.h5", change), "valid")
+
+
+@pytest.mark.parametrize("module", ["h5py.File", "scipy.io.loadmat"])
+def test_h5_and_mat_are_read_by_a_child_first(module, tiny_set, tmp_path, monkeypatch):
+    pytest.importorskip("scipy")
+    monkeypatch.setattr(module, lambda *_, **__: os.kill(os.getpid(), 11))
+    for name in ("a.h5", "a.mat"):
+        (tmp_path / name).write_bytes((tiny_set / "annot" / "valid.h5").read_bytes())
+    with pytest.raises(InputError, match=r"its parser crashed \(SIGSEGV\)"):
+        if module.startswith("h5py"):
+            read_annotations(tmp_path / "a.h5", "valid")
+        else:
+            open_mat(tmp_path / "a.mat", ["preds"], "a .mat")
+
+
+# The child process
+
+
+def rehearsed(parse: Callable[[], object], path: Path) -> str:
+    with pytest.raises(ValueError) as caught:
+        confined.rehearse(parse, path)
+    return str(caught.value)
+
+
+def test_a_parser_that_crashes_swells_or_hangs_takes_only_the_child_along(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    path.touch()
+    monkeypatch.setattr(confined, "SECONDS", 1)
+    monkeypatch.setattr(confined, "MEMORY", 1 << 28)
+    assert rehearsed(lambda: os.kill(os.getpid(), 11), path) == "its parser crashed (SIGSEGV)"
+    assert rehearsed(lambda: os.abort(), path) == "its parser crashed (SIGABRT)"
+    assert rehearsed(lambda: np.ones(1 << 29), path) == "it takes more than 256 MiB of memory"
+    assert (
+        rehearsed(lambda: sum(0 for _ in iter(int, 1)), path) == "its parser was not done after 1 s"
+    )
+    assert rehearsed(lambda: os._exit(7), path) == "its parser ended with 7"
+    assert rehearsed(lambda: 1 // 0, path).startswith("ZeroDivisionError")
+
+    def refuse() -> None:
+        raise InputError("a", "b", "c", "d")
+
+    with pytest.raises(InputError, match=r"a\n"):
+        confined.rehearse(refuse, path)
+
+
+def test_a_file_is_tried_once_while_it_is_unchanged(tmp_path):
+    path, log = tmp_path / "file", tmp_path / "log"
+    path.touch()
+
+    def parse() -> None:
+        with log.open("a") as file:
+            file.write(f"{os.getpid()}\n")
+
+    for _ in range(3):
+        confined.rehearse(parse, path)
+    path.write_text("changed")
+    confined.rehearse(parse, path)
+    pids = log.read_text().split()
+    assert len(pids) == 2 and str(os.getpid()) not in pids
+
+
+# JSON, YAML, CSV
+
+
+@pytest.mark.slow
+def test_bombs_of_json_yaml_and_gzip_end_in_an_error(tiny_set, tmp_path):
+    """In a process that may take 3 GiB: what they claim would be ten times that."""
+    with gzip.open(tmp_path / "zeros.json.gz", "wb", compresslevel=1) as file:
+        file.write(b"[")
+        for _ in range(700):
+            file.write(bytes(1 << 20).replace(b"\0", b" "))
+    (tmp_path / "lists.json").write_bytes(b"[" + b"[]," * 60_000_000 + b"[]]")
+    (tmp_path / "deep.json").write_bytes(b"[" * 10_000_000)
+    laughs = "a0: &a0 [x, x]\n" + "".join(
+        f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 12)
+    )
+    (tmp_path / "laughs.yaml").write_text(laughs)
+    (tmp_path / "deep.yaml").write_text("[" * 100_000)
+    code = f"""
+import resource, sys
+from pathlib import Path
+from configs.errors import InputError
+from configs.schema import load_yaml
+from configs.skeleton import load_skeleton
+from pipelines.annotations import read_annotations
+from pipelines.boxes import read_people
+resource.setrlimit(resource.RLIMIT_AS, ({LIMIT}, {LIMIT}))
+folder = Path(sys.argv[1])
+refused = []
+for name, read in [
+    *((name, lambda p: read_annotations(p, "valid"))
+      for name in ("zeros.json.gz", "lists.json", "deep.json")),
+    *((name, read_people) for name in ("lists.json", "deep.json")),
+    *((name, read) for name in ("laughs.yaml", "deep.yaml")
+      for read in (lambda p: load_yaml(str(p)), load_skeleton)),
+]:
+    try:
+        read(folder / name)
+    except InputError:
+        refused.append(name)
+print(len(refused))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False, timeout=120,
+    )  # fmt: skip
+    assert done.stdout.strip() == "9", done.stderr
+
+
+class Evil:
+    """Unpickled, it leaves a file behind."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_nothing_is_unpickled(tmp_path, tiny_set):
+    trap = tmp_path / "trap"
+    data = pickle.dumps(Evil(trap))
+    torch.save({"model": Evil(trap)}, tmp_path / "zip.pt")
+    torch.save(Evil(trap), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    (tmp_path / "raw.pt").write_bytes(data)
+    for name in ("zip.pt", "old.pt", "raw.pt"):
+        with pytest.raises(InputError, match="not readable as a checkpoint"):
+            checkpoint.load(tmp_path / name)
+    buffer = io.BytesIO()
+    np.save(buffer, np.array([Evil(trap)], dtype=object), allow_pickle=True)
+    for name, content in [("a.mat", data), ("b.mat", buffer.getvalue())]:
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(InputError):
+            open_mat(tmp_path / name, ["preds"], "a .mat")
+    evil = f"!!python/object/apply:os.mkdir ['{trap}']"
+    (tmp_path / "a.yaml").write_text(f"train: {evil}\njoints: {evil}\n")
+    for read in (lambda p: load_yaml(str(p)), load_skeleton):
+        with pytest.raises(InputError, match="not YAML"):
+            read(tmp_path / "a.yaml")
+    (tmp_path / "a.csv").write_bytes(b"image\n" + data)
+    (tmp_path / "a.json").write_bytes(data)
+    for name in ("a.csv", "a.json"):
+        with pytest.raises(InputError):
+            read_people(tmp_path / name)
+    assert not trap.exists()
+    pickle.loads(data)
+    assert trap.exists(), "the trap works"
+
+
+# Checkpoints
+
+
+@pytest.fixture(scope="module")
+def state(tiny_shards, tmp_path_factory) -> dict:
+    folder = tmp_path_factory.mktemp("state")
+    make_run(tiny_config(tiny_shards), folder).save(["last.pt"])
+    return checkpoint.load(folder / "last.pt")
+
+
+def refused(state: dict, path: Path, match: str | None) -> None:
+    checkpoint.write(path, state)  # sealed: a checksum vouches for accidents, not for people
+    with pytest.raises(InputError, match=match):
+        checkpoint.trained_network(checkpoint.load(path), path)
+
+
+def test_a_checkpoint_of_a_huge_network_takes_no_memory(state, tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + LIMIT, limits[1]))
+    try:
+        config = {**state["config"], "model": {**state["config"]["model"], "width": 8192}}
+        refused({**state, "config": config}, tmp_path / "wide.pt", "weights of another network")
+        config["model"] = {**config["model"], "width": 10**9}
+        refused({**state, "config": config}, tmp_path / "wider.pt", "8,192 at most")
+        config["model"] = {**config["model"], "width": 16, "stacks": 10**9}
+        refused({**state, "config": config}, tmp_path / "deep.pt", "64 at most")
+        name = next(iter(state["model"]))
+        model = {**state["model"], name: torch.zeros(1).expand(10**6, 10**6)}
+        refused({**state, "model": model}, tmp_path / "view.pt", "without its values")
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+def test_a_compressed_checkpoint_is_refused(state, tmp_path):
+    checkpoint.write(tmp_path / "a.pt", state)
+    with (
+        zipfile.ZipFile(tmp_path / "a.pt") as old,
+        zipfile.ZipFile(tmp_path / "b.pt", "w", zipfile.ZIP_DEFLATED) as new,
+    ):
+        for record in old.infolist():
+            new.writestr(record.filename, old.read(record))
+    with pytest.raises(InputError, match="compressed records"):
+        checkpoint.load(tmp_path / "b.pt")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"step": -1}, {"step": "6"}, {"model": [1]}, {"model": {"a": 3}}, {"ema": 7}, {"config": 3},
+     {"config": {}}, {"config": {"data": {"preset": "no"}}}, {"skeleton": {}}, {"skeleton": None},
+     {"skeleton": {"names": ["a"], "name": 1, "flip_pairs": [[0, 5]], "limbs": [], "groups": []}}],
+)  # fmt: skip
+def test_a_checkpoint_of_other_contents_is_refused(change, state, tmp_path):
+    refused({**state, **change}, tmp_path / "a.pt", None)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"optimizer": {}}, {"optimizer": {"state": {0: {"exp_avg": 3}}, "param_groups": []}},
+     {"rng": [torch.zeros(3)]}, {"best": None, "ranks": None},
+     {"ema": {"no": torch.zeros(1)}}, {"scaler": {"scale": 1}, "rng": []}],
+)  # fmt: skip
+def test_a_run_is_not_continued_from_other_contents(change, state, tiny_shards, tmp_path):
+    config = tiny_config(tiny_shards, optim={"ema_decay": 0.9})
+    checkpoint.write(tmp_path / "a.pt", {**state, **change})
+    with pytest.raises(InputError):
+        make_run(config, tmp_path, checkpoint.load(tmp_path / "a.pt"))
+
+
+def test_json_of_somebody_else_stays_small(tmp_path):
+    """Names from JSON are told as they are, and cut."""
+    people = [{"img_paths": "../" + "x" * 100, "isValidation": 1, "objpos": [1, 1],
+               "scale_provided": 1, "joint_self": [[1, 1, 1]] * 16}]  # fmt: skip
+    (tmp_path / "valid.json").write_text(json.dumps(people))
+    with pytest.raises(InputError, match="leaves the folder"):
+        read_annotations(tmp_path, "valid")

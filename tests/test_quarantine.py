@@ -1,0 +1,206 @@
+"""A damaged picture met in training: named, or replaced by a neighbour and nothing else changed."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_training import make_run, steps, tiny_config
+
+from configs.errors import InputError
+from pipelines.augment import PRESETS
+from pipelines.batches import train_loader
+from pipelines.opencv_crops import RawBatch
+from pipelines.pictures import BadSamplesError
+from pipelines.quarantine import LIST, Quarantine, SkippingLoader
+from pipelines.shards import ShardSet
+from training import checkpoint
+
+LOADERS = ["opencv", "dali"]
+MIDDLE = range(5, 10)
+"""The samples of the tiny set's second tar."""
+
+
+@pytest.fixture(autouse=True)
+def loader_is_there(request) -> None:
+    if getattr(request.node, "callspec", None) and "dali" in request.node.callspec.params.values():
+        pytest.importorskip("nvidia.dali")
+
+
+def damaged(split: Path, copy: Path, *samples: int, fault: bytes = b"\x13") -> Path:
+    """A copy of a split in which these pictures are noise from their first byte to their last."""
+    shutil.copytree(split, copy)
+    data = ShardSet(copy)
+    for sample in samples:
+        with data.tars[data._extents.shard[sample]].open("r+b") as file:
+            file.seek(int(data._extents.offset["jpg"][sample]))
+            file.write(fault * int(data._extents.size["jpg"][sample] / len(fault)))
+    return copy
+
+
+def loader_of(name: str, workers: int = 0):
+    def make(shards: ShardSet, first_step: int, state: bytes):
+        return train_loader(
+            shards, PRESETS["newell"], loader=name, device=torch.device("cpu"), input_px=64,
+            batch_size=4, workers=workers, shuffle_buffer=6, seed=5, rank=0, ranks=1,
+            first_step=first_step, state=state,
+        )  # fmt: skip
+
+    return make
+
+
+def whole_and_skipping(
+    name: str, shards: Path, bad: Path, run: Path, count: int = 9, workers: int = 0
+) -> tuple[list[RawBatch], list[RawBatch], Quarantine]:
+    """Batches of whole shards and of damaged ones with stand-ins."""
+    whole = loader_of(name)(ShardSet(shards), 0, b"")
+    quarantine = Quarantine(ShardSet(bad), run, 5)
+    skipping = SkippingLoader(loader_of(name, workers), quarantine, 0, b"")
+    pairs = [(clone(whole.next()), clone(skipping.next())) for _ in range(count)]
+    return [pair[0] for pair in pairs], [pair[1] for pair in pairs], quarantine
+
+
+def clone(raw: RawBatch) -> RawBatch:
+    return RawBatch(*(tensor.clone() for tensor in raw))
+
+
+def compare(
+    shards: ShardSet, stand_in: dict[int, int], whole: list[RawBatch], found: list[RawBatch]
+) -> int:
+    """Everybody but the damaged is the same to the bit; how often a stand-in was given."""
+    row = {sample: float(shards.record(sample)[0]) for sample in range(len(shards))}
+    stand_in_row = {row[bad]: row[good] for bad, good in stand_in.items()}
+    given = 0
+    for a, b in zip(whole, found, strict=True):
+        assert torch.equal(a.draws_ND, b.draws_ND)
+        for person in range(4):
+            wanted = a.records_NR[person, 0].item()
+            if wanted in stand_in_row:
+                assert b.records_NR[person, 0].item() == stand_in_row[wanted]
+                given += 1
+            else:
+                assert all(torch.equal(x[person], y[person]) for x, y in zip(a, b, strict=True))
+    return given
+
+
+@pytest.mark.parametrize("name", LOADERS)
+@pytest.mark.parametrize(
+    ("bad", "stand_in"),
+    [([6], {6: 7}), ([9], {9: 5}),  # the last of its tar: the first stands in
+     ([6, 7], {6: 8, 7: 8}), ([0, 5, 6, 7, 8], {0: 1, 5: 9, 6: 9, 7: 9, 8: 9})],
+)  # fmt: skip
+def test_a_neighbour_stands_in_and_all_others_are_the_very_same(
+    name, bad, stand_in, tiny_shards, tmp_path
+):
+    folder = damaged(tiny_shards / "train", tmp_path / "bad", *bad)
+    whole, found, quarantine = whole_and_skipping(
+        name, tiny_shards / "train", folder, tmp_path / "run"
+    )
+    assert compare(ShardSet(tiny_shards / "train"), stand_in, whole, found) >= 2 * len(bad)
+    assert set(quarantine.faults) == set(bad)
+
+
+def test_worker_processes_give_the_same_stand_ins(tiny_shards, tmp_path):
+    folder = damaged(tiny_shards / "train", tmp_path / "bad", 3)
+    whole, found, _ = whole_and_skipping(
+        "opencv", tiny_shards / "train", folder, tmp_path / "run", workers=1
+    )
+    assert compare(ShardSet(tiny_shards / "train"), {3: 4}, whole, found) >= 2
+
+
+@pytest.mark.parametrize("name", LOADERS)
+@pytest.mark.parametrize("fault", [b"\x13", b"\xff\xd8\xff\xe0", b"\xff\xd8" + bytes(60)])
+def test_without_leave_to_skip_the_error_names_shard_and_key(name, fault, tiny_shards, tmp_path):
+    folder = damaged(tiny_shards / "train", tmp_path / "bad", 6, fault=fault)
+    loader = loader_of(name)(ShardSet(folder), 0, b"")
+    with pytest.raises(BadSamplesError, match="on_bad_sample skip") as caught:
+        for _ in range(9):
+            loader.next()
+    assert caught.value.where == f"{folder / '00001.tar'}: sample 6 (key 000000006)"
+
+
+def test_evaluation_by_dali_names_the_picture_and_never_skips(tiny_shards, tmp_path):
+    pytest.importorskip("nvidia.dali")
+    from pipelines.dali_crops import DaliStills
+
+    data = ShardSet(damaged(tiny_shards / "valid", tmp_path / "bad", 3))
+    stills = DaliStills(data, np.arange(5), PRESETS["none"], input_px=64, batch_size=2,
+                        device="cpu")  # fmt: skip
+    with pytest.raises(BadSamplesError, match=r"sample 3 \(key 000000003\)"):
+        list(stills)
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_beyond_the_limit_the_run_stops(name, tiny_shards, tmp_path):
+    folder = damaged(tiny_shards / "train", tmp_path / "bad", 1, 6, 11)
+    quarantine = Quarantine(ShardSet(folder), tmp_path / "run", 2)
+    loader = SkippingLoader(loader_of(name), quarantine, 0, b"")
+    with pytest.raises(InputError, match=r"3 people with damaged pictures") as caught:
+        for _ in range(9):
+            loader.next()
+    assert "check_shards.py --decode" in caught.value.next_step
+    lines = (tmp_path / "run" / LIST).read_text().splitlines()
+    assert [json.loads(line)["key"] for line in lines] == ["000000001", "000000006", "000000011"]
+
+
+def test_a_tar_without_one_good_picture_ends_in_an_error(tiny_shards, tmp_path):
+    folder = damaged(tiny_shards / "train", tmp_path / "bad", 10, 11)
+    quarantine = Quarantine(ShardSet(folder), tmp_path / "run", 5)
+    loader = SkippingLoader(loader_of("opencv"), quarantine, 0, b"")
+    with pytest.raises(InputError, match="2 damaged pictures of 2"):
+        for _ in range(9):
+            loader.next()
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_a_resumed_run_remembers_them_and_is_the_run_that_was_not_stopped(
+    name, tiny_shards, tmp_path
+):
+    data = Path(shutil.copytree(tiny_shards, tmp_path / "data"))
+    shutil.rmtree(data / "train")
+    damaged(tiny_shards / "train", data / "train", 2, 7)
+    config = tiny_config(
+        data, data={"loader": name, "on_bad_sample": "skip", "preset": "princeton"},
+        optim={"accumulate": 2},
+    )  # fmt: skip
+    expected = steps(make_run(config, tmp_path / "whole"), 6)
+    first = make_run(config, tmp_path / "parts")
+    begun = steps(first, 3)
+    first.save(["last.pt"])
+    known = (tmp_path / "parts" / LIST).read_text()
+    assert [json.loads(line)["sample"] for line in known.splitlines()] == [2, 7]
+    second = make_run(config, tmp_path / "parts", checkpoint.load(tmp_path / "parts" / "last.pt"))
+    assert set(second.quarantine.faults) == {2, 7}
+    assert begun + steps(second, 3) == expected
+
+
+def test_what_another_rank_found_is_said_once_and_written(tiny_shards, tmp_path, capsys):
+    data = ShardSet(tiny_shards / "train")
+    first, second = (Quarantine(data, tmp_path / "run", 2, rank) for rank in (0, 1))
+    error = BadSamplesError.of({6: "noise"}, data.where(6), "noise")
+    second.add(error)
+    assert not (tmp_path / "run" / LIST).exists(), "the first rank alone writes"
+    reports = [first.report(), second.report()]
+    expected = f"{data.where(6)} is left out, a neighbour stands in: noise"
+    assert [q.learn(reports) for q in (first, second)] == [[expected]] * 2
+    assert [q.learn(reports) for q in (first, second)] == [[], []]
+    assert json.loads((tmp_path / "run" / LIST).read_text())["where"] == data.where(6)
+    first.add(BadSamplesError.of({1: "noise"}, data.where(1), "noise"))
+    second.add(BadSamplesError.of({2: "noise"}, data.where(2), "noise"))
+    for quarantine in (first, second):  # two each, three together
+        with pytest.raises(InputError, match="3 people"):
+            quarantine.learn([first.report(), second.report()])
+
+
+def test_the_list_of_other_shards_is_not_believed_and_a_damaged_one_is_named(tiny_shards, tmp_path):
+    data = ShardSet(tiny_shards / "train")
+    lines = [{"sample": 3, "key": "000000003", "fault": "x"},
+             {"sample": 4, "key": "another", "fault": "x"},
+             {"sample": 99, "key": "000000099", "fault": "x"}]  # fmt: skip
+    (tmp_path / LIST).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert set(Quarantine(data, tmp_path, 5).faults) == {3}
+    (tmp_path / LIST).write_text("{\n")
+    with pytest.raises(InputError, match="remove the file"):
+        Quarantine(data, tmp_path, 5)
