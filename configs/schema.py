@@ -282,7 +282,7 @@ def check_keys(raw: dict[str, Any], where: str, cls: type = Config, prefix: str 
                 names = ", ".join(typing.get_type_hints(types[key]))
                 raise InputError(
                     f"{where}: {prefix}{key}",
-                    repr(value),
+                    repr(value)[:100],
                     f"a section of {names}",
                     "indent them below it",
                 )
@@ -291,6 +291,7 @@ def check_keys(raw: dict[str, Any], where: str, cls: type = Config, prefix: str 
 
 def check_values(config: Config) -> None:
     """Raise InputError at the first value that no run can use."""
+    _check_given(config)
     positive = {
         "data.batch_size": config.data.batch_size,
         "model.stacks": config.model.stacks,
@@ -349,6 +350,13 @@ def check_values(config: Config) -> None:
         raise InputError(
             "train.name", config.train.name, "a plain folder name", "put folders in train.out"
         )
+
+
+def _check_given(config: Config) -> None:
+    """Raise InputError at the first field without a value."""
+    for name, value in flat(as_dict(config)).items():
+        if value is None:  # which the parser takes for any type
+            raise InputError(name, "no value", "a value", "give it one, or leave it out")
 
 
 def _check_sizes(config: Config) -> None:

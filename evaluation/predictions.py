@@ -43,7 +43,7 @@ def read_predictions(path: Path, people: People) -> Predicted:
             raise ValueError(f"{shape[0]} people of {shape[1:]} values")
         if not np.isfinite(predicted.keypoints_NJ2).all():
             raise ValueError("coordinates that are not numbers")
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise InputError(
             path,
             f"{type(error).__name__}: {error}",

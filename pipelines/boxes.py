@@ -92,7 +92,7 @@ def read_people(path: Path, margin: float = MARGIN) -> list[Person]:
     for number, row in enumerate(_read_rows(path)):
         try:
             people.append(_person(row, margin))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise InputError(
                 f"{path}: person {number}",
                 f"{type(error).__name__}: {error}",

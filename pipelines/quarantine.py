@@ -110,7 +110,7 @@ class Quarantine:
                 sample = int(entry["sample"])
                 if 0 <= sample < len(self.shards) and self.shards.key(sample) == entry["key"]:
                     faults[sample] = str(entry["fault"])
-        except (ValueError, LookupError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, OverflowError) as error:
             raise InputError(
                 path, f"damaged ({error})", "a line for each person that is left out",
                 "remove the file: they are found again",

@@ -25,7 +25,7 @@ from configs import confined
 from configs.errors import InputError
 from configs.schema import load_yaml
 from configs.skeleton import load_skeleton
-from evaluation.predictions import open_mat
+from evaluation.predictions import open_mat, read_predictions
 from pipelines.annotations import read_annotations, stays_inside
 from pipelines.boxes import read_people
 from pipelines.opencv_crops import LooseImages, decode
@@ -392,3 +392,16 @@ def test_json_of_somebody_else_stays_small(tmp_path):
     (tmp_path / "valid.json").write_text(json.dumps(people))
     with pytest.raises(InputError, match="leaves the folder"):
         read_annotations(tmp_path, "valid")
+
+
+@pytest.mark.parametrize("field", ["index", "image_id"])
+def test_a_row_that_is_infinite_is_refused(field, tiny_set, tmp_path):
+    people = read_annotations(tiny_set / "annot", "valid")[0]
+    entries = [{"index": i, "image": name, "keypoints": [0] * 48}
+               for i, name in enumerate(people.images)]  # fmt: skip
+    (tmp_path / "p.json").write_text(json.dumps([{**entries[0], field: np.inf}, *entries[1:]]))
+    with pytest.raises(InputError, match="infinity"):
+        read_predictions(tmp_path / "p.json", people)
+    (tmp_path / "people.json").write_text('[{"image": "a", "image_id": Infinity}]')
+    with pytest.raises(InputError, match="infinity"):
+        read_people(tmp_path / "people.json")

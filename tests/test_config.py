@@ -110,6 +110,17 @@ def test_yaml_that_is_no_config_is_fatal(tmp_path, text):
         parse("--config", str(tmp_path / "c.yaml"))
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["optim:\n  lr:\n", "train: {name: null}", "optim: {clip_norm: ~}",
+     "a: 2001-99-99", "a: " + "9" * 5000, "a: &x [1]\nb: *x"],
+)  # fmt: skip
+def test_yaml_with_holes_dates_that_are_none_and_aliases_is_fatal(tmp_path, text):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(InputError):
+        parse("--config", str(tmp_path / "c.yaml"))
+
+
 def test_a_missing_config_file_is_fatal():
     with pytest.raises(InputError, match="no such file"):
         parse("--config", "configs/nowhere.yaml")

@@ -201,6 +201,7 @@ def test_the_list_of_other_shards_is_not_believed_and_a_damaged_one_is_named(tin
              {"sample": 99, "key": "000000099", "fault": "x"}]  # fmt: skip
     (tmp_path / LIST).write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert set(Quarantine(data, tmp_path, 5).faults) == {3}
-    (tmp_path / LIST).write_text("{\n")
-    with pytest.raises(InputError, match="remove the file"):
-        Quarantine(data, tmp_path, 5)
+    for text in ("{\n", '{"sample": Infinity}\n', "[]\n"):
+        (tmp_path / LIST).write_text(text)
+        with pytest.raises(InputError, match="remove the file"):
+            Quarantine(data, tmp_path, 5)
