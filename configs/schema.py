@@ -39,6 +39,8 @@ class DataConfig:
     """Side of the square that the network sees."""
     preset: Literal["princeton", "newell", "hrnet", "mild", "none"] = "hrnet"
     """Augmentation, by the code it is named after (docs/conventions.md)."""
+    cache_mb: int = 0
+    """GPU memory (MB) in which DALI keeps decoded pictures; 0 decodes them each time."""
     mirror: bool = True
     """Let the preset mirror pictures; false for people whose left and right differ in looks."""
 
@@ -303,6 +305,7 @@ def check_values(config: Config) -> None:
     not_negative = {
         "data.workers": config.data.workers,
         "data.shuffle_buffer": config.data.shuffle_buffer,
+        "data.cache_mb": config.data.cache_mb,
         "optim.weight_decay": config.optim.weight_decay,
         "optim.warmup_steps": config.optim.warmup_steps,
         "optim.clip_norm": config.optim.clip_norm,

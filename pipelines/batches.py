@@ -212,14 +212,20 @@ def train_loader(
     ranks: int,
     first_step: int,
     state: bytes,
+    cache_mb: int = 0,
 ) -> Loader:
     """The chosen loader of augmented crops, standing at first_step (OpenCV) or at `state` (DALI).
 
-    workers: worker processes of OpenCV, threads of DALI. Raises InputError if the preset needs more
-    than the shards hold.
+    workers: worker processes of OpenCV, threads of DALI. cache_mb: of DALI's decoder on a GPU.
+    Raises InputError if the preset needs more than the shards hold, or the cache has no place.
     """
     stored_crops.require(shards.manifest, preset, shards.folder)
     if choose_loader(loader, device) == "opencv":
+        if cache_mb:
+            raise InputError(
+                "data.cache_mb", f"{cache_mb}, and the OpenCV loader", "0: the cache is DALI's",
+                "set data.cache_mb to 0",
+            )  # fmt: skip
         return OpenCVLoader(
             shards, preset, input_px=input_px, batch_size=batch_size, workers=workers,
             pin=device.type == "cuda", seed=seed, rank=rank, ranks=ranks, first_step=first_step,
@@ -230,5 +236,5 @@ def train_loader(
         shards, preset, input_px=input_px, batch_size=batch_size,
         device="gpu" if device.type == "cuda" else "cpu", device_id=device.index or 0,
         threads=max(workers, 1), seed=seed, rank=rank, ranks=ranks,
-        shuffle_buffer=shuffle_buffer, state=state or None,
+        shuffle_buffer=shuffle_buffer, state=state or None, cache_mb=cache_mb,
     )  # fmt: skip

@@ -417,7 +417,7 @@ class Run:
             input_px=data.input_px, batch_size=data.batch_size, workers=data.workers,
             shuffle_buffer=data.shuffle_buffer, seed=seed, rank=self.place.rank,
             ranks=self.place.ranks, first_step=self.step * self.config.optim.accumulate,
-            state=loader_state,
+            state=loader_state, cache_mb=data.cache_mb,
         )  # fmt: skip
 
     def _wrap(self) -> nn.Module:
