@@ -1,7 +1,6 @@
 """Timing of loaders: each way to a batch, and what grows with the number of people."""
 
 import gc
-import importlib.util
 import multiprocessing
 import time
 from collections.abc import Callable
@@ -56,7 +55,7 @@ def loader_cases(originals: ShardSet, crops: ShardSet, load: Load) -> list[Case]
         ("opencv, originals, hrnet", originals, PRESETS["hrnet"], "opencv"),
         ("opencv, crops, hrnet", crops, PRESETS["hrnet"], "opencv"),
     ]
-    if importlib.util.find_spec("nvidia"):
+    if batches.has_dali():
         ways.append((f"{way}, originals, hrnet", originals, PRESETS["hrnet"], "dali"))
         ways.append((f"{way}, crops, hrnet", crops, PRESETS["hrnet"], "dali"))
     return [

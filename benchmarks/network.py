@@ -1,6 +1,5 @@
 """Timing of what the network is part of: targets, training steps, and whole steps."""
 
-import importlib.util
 from collections.abc import Callable
 
 import numpy as np
@@ -143,6 +142,6 @@ def end_to_end_cases(originals: ShardSet, crops: ShardSet, load: Load) -> list[C
         case("opencv, originals", loaded(originals, "opencv")),
         case("opencv, crops", loaded(crops, "opencv")),
     ]
-    if importlib.util.find_spec("nvidia"):
+    if batches.has_dali():
         cases.append(case(f"dali on {load.device.type}, crops", loaded(crops, "dali")))
     return cases

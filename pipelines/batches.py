@@ -187,8 +187,8 @@ def still_batches(
 
 def choose_loader(name: LoaderName, device: torch.device) -> Literal["dali", "opencv"]:
     """`auto` is DALI on a GPU and OpenCV on a CPU, where it is several times faster."""
-    available = importlib.util.find_spec("nvidia.dali") if _has("nvidia") else None
-    if name == "dali" and available is None:
+    available = has_dali()
+    if name == "dali" and not available:
         raise InputError(
             "data.loader or --loader: dali",
             "NVIDIA DALI is not installed (it exists for Linux alone)",
@@ -200,8 +200,9 @@ def choose_loader(name: LoaderName, device: torch.device) -> Literal["dali", "op
     return name
 
 
-def _has(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
+def has_dali() -> bool:
+    """Whether DALI is installed; CUDA builds of torch bring a package `nvidia` without it."""
+    return all(importlib.util.find_spec(package) for package in ("nvidia", "nvidia.dali"))
 
 
 def train_loader(
