@@ -81,7 +81,7 @@ def make_parser() -> Parser:
     parser = Parser(
         prog="gpu_loader.py",
         description="Times the loaders on a GPU and sweeps DALI's settings.",
-        epilog="example: make bench-gpu-loader PYTHON=python3 OUT=runs/gpu",
+        epilog="example: python benchmarks/gpu_loader.py --out runs/gpu",
     )
     add_common_options(parser, 8.5)
     # fmt: off

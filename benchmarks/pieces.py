@@ -1,5 +1,6 @@
 """A list of measurements under a time limit; what is done is on the disk at once."""
 
+import gc
 import json
 import sys
 import time
@@ -50,6 +51,8 @@ def add_common_options(parser: Parser, minutes: float) -> None:
         help="cpu tries the program out; its numbers say nothing (default: %(default)s)")
     add("--minutes", type=float, default=minutes,
         help="what does not fit is left out, and named (default: %(default)s)")
+    add("--only", nargs="+", metavar="WORD",
+        help="run what has one of these words in its name")
     add("--rounds", type=int, default=3, help="turns of each case (default: %(default)s)")
     # fmt: on
 
@@ -70,16 +73,24 @@ def require_device(name: str) -> torch.device:
 
 
 def run_pieces(
-    pieces: list[Piece], report: Report, path: Path, device: torch.device, deadline: Deadline
+    pieces: list[Piece],
+    report: Report,
+    path: Path,
+    device: torch.device,
+    deadline: Deadline,
+    panels: Callable[[Report], dict[str, list["Bar"]]] | None = None,
 ) -> int:
     """Run the pieces in order into the report, which is written after each. Returns an exit code.
 
     A piece that fails is named with its error, and the others run: time on a GPU is dear. report:
     entries of their own for the pieces; `world`, `seconds`, `failed` and `left_out` beside them.
-    path: of the JSON; bars of all Results go beside it as a PNG.
+    path: of the JSON; bars go beside it as a PNG. panels: makes them, by default of all Results.
     """
     report |= {"world": world(device), "seconds": {}, "failed": {}, "left_out": []}
+    chosen = report["options"].get("only") or [""]
     for piece in pieces:
+        if not any(word in piece.name for word in chosen):
+            continue
         if deadline.left() < piece.seconds:
             report["left_out"].append(piece.name)
             continue
@@ -92,14 +103,14 @@ def run_pieces(
             report["failed"][piece.name] = f"{type(error).__name__}: {str(error)[:500]}"
         else:
             report[piece.name] = _plain(piece.name, found)
+        gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
         report["seconds"][piece.name] = round(time.monotonic() - started, 1)
-        write_json(path, report)
-    write_json(path, report)
-    draw_bars(panels_of(report), path.with_suffix(".png"), report["world"]["device"])
-    for name, error in report["failed"].items():
-        print(f"FAILED {name}: {error}")
+        keep(report, path, panels or panels_of)
+    keep(report, path, panels or panels_of)
+    for name, reason in report["failed"].items():
+        print(f"FAILED {name}: {reason}")
     if report["left_out"]:
         print(f"not measured, for the time was over: {', '.join(report['left_out'])}")
     print(f"wrote {path} and {path.with_suffix('.png')}")
@@ -115,12 +126,13 @@ def _plain(name: str, found: Any) -> Any:
     return found
 
 
-def write_json(path: Path, report: Report) -> None:
-    """Write a report whole or not at all."""
+def keep(report: Report, path: Path, panels: Callable[[Report], dict[str, list["Bar"]]]) -> None:
+    """Write a report, whole or not at all, and its bars."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(report, indent=1) + "\n")
     temporary.replace(path)
+    draw_bars(panels(report), path.with_suffix(".png"), report["world"]["device"])
 
 
 class Bar(NamedTuple):

@@ -19,7 +19,8 @@ from configs.errors import InputError
 from configs.options import Parser
 from configs.schema import parse_config
 
-PROGRAMS = ["evaluate", "benchmarks.throughput", "tools.make_shards", "tools.make_synthetic",
+PROGRAMS = ["evaluate", "benchmarks.throughput", "benchmarks.gpu_loader", "benchmarks.gpu_train",
+            "benchmarks.gpu_accuracy", "tools.make_shards", "tools.make_synthetic",
             "tools.show_batch", "tools.convert_checkpoint", "tools.compare_decoders"]  # fmt: skip
 FILES = [ROOT / (name.replace(".", "/") + ".py") for name in [*PROGRAMS, "train"]]
 
