@@ -171,7 +171,6 @@ class Trial:
         seconds = max(5.0, self.deadline.left() / max(1, self.left) - VALIDATION_SECONDS)
         self.left -= 1
         found = train(seed, seconds)
-        found["whole"] = found["people"] >= self.people - self.options.large_batch
         self.people = min(self.people, max(found["people"], self.options.batch_size))
         return {**found, "people_per_s": found["people"] / found["seconds"]}
 
@@ -184,6 +183,7 @@ class Trial:
         result = run.train()
         return {
             "people": run.step * batch_size,
+            "whole": run.step == config.train.steps,
             "seconds": built + run.seconds,
             **scores(result),
         }
@@ -226,6 +226,7 @@ class Trial:
         spent = time.perf_counter() - began
         return {
             "people": done * options.batch_size,
+            "whole": done == steps,
             "seconds": spent,
             **scores(self._validate(network)),
         }
