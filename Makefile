@@ -6,6 +6,9 @@
 # make fuzz       10,000 damaged files for every reader (FUZZ='--inputs 1000' for fewer)
 # make soak       half an hour of training with a fault every minute (SOAK='--minutes 5' for less)
 # make bench      loaders, heatmaps and training step on this machine
+# make bench-gpu-loader bench-gpu-train bench-gpu-accuracy PYTHON=python3 OUT=runs/gpu
+#                 on a GPU, nine minutes each at most, with a Python that is already there; JSON and PNG go to OUT.
+#                 The last one wants POSE_SHARED, the folder that holds data/lspet
 #
 # Without an NVIDIA driver the tested CPU build of torch is installed, with one the newest build. Say what you want with
 #   make install TORCH='torch==2.13.0' PIP_ARGS='--index-url URL'    another build of torch
@@ -25,8 +28,9 @@ PIP_ARGS ?=
 DEMO ?= data/synthetic
 FUZZ ?=
 SOAK ?=
+OUT ?= runs/gpu
 
-.PHONY: demo install lint test test-slow test-gpu docs-check fuzz soak bench clean-demo
+.PHONY: demo install lint test test-slow test-gpu docs-check fuzz soak bench clean-demo bench-gpu-loader bench-gpu-train bench-gpu-accuracy
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -71,7 +75,7 @@ test-slow: install
 	$(PYTHON) -m pytest -m 'slow and not gpu'
 
 test-gpu:
-	PYTHONPATH=. $(PYTHON) -m pytest -m gpu
+	PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m pytest -m gpu
 
 docs-check: install
 	$(PYTHON) -m pytest tests/test_docs.py
@@ -81,6 +85,9 @@ fuzz: install
 
 soak: install
 	$(PYTHON) tests/soak.py $(SOAK)
+
+bench-gpu-loader bench-gpu-train bench-gpu-accuracy: bench-gpu-%:
+	PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) benchmarks/gpu_$*.py --out $(OUT)
 
 bench: install
 	$(PYTHON) benchmarks/throughput.py

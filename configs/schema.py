@@ -40,6 +40,8 @@ class DataConfig:
     """Side of the square that the network sees."""
     preset: Literal["princeton", "newell", "hrnet", "mild", "none"] = "hrnet"
     """Augmentation, by the code it is named after (docs/conventions.md)."""
+    cache_mb: int = 0
+    """GPU memory (MB) in which DALI keeps decoded pictures; 0 decodes them each time."""
     mirror: bool = True
     """Let the preset mirror pictures; false for people whose left and right differ in looks."""
     on_bad_sample: Literal["stop", "skip"] = "stop"
@@ -70,6 +72,8 @@ class ModelConfig:
     """How often an hourglass halves the resolution."""
     stem: tuple[int, int, int] = (64, 128, 128)
     """Channels after the first convolution and the first two residuals."""
+    checkpoint_activations: bool = False
+    """Keep no activations inside the hourglasses and compute them twice: less memory, slower."""
     input_mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
     """RGB in 0..1 that is subtracted from the picture."""
 
@@ -130,6 +134,10 @@ class TrainConfig:
     """Arithmetic; auto: bf16 if the device computes in it, else fp16 on a GPU and fp32 on a CPU."""
     compile: bool = False
     """Run the network through torch.compile."""
+    fuse_targets: bool = False
+    """Render the targets inside the compiled loss, so that heatmaps are never written."""
+    profile_steps: int = 0
+    """Write what so many of the first steps spent their time on into trace.json; 0 does not."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto: a GPU where there is one."""
     seed: int = 0
@@ -170,7 +178,8 @@ class Config:
 # What a resumed run may not change, for it would be another run. Other changes are remarked on,
 # but for those that only say where and how long.
 FIXED_ON_RESUME = {
-    *(f"model.{f.name}" for f in dataclasses.fields(ModelConfig)),
+    *(f"model.{f.name}" for f in dataclasses.fields(ModelConfig)
+      if f.name != "checkpoint_activations"),
     *(f"heatmaps.{f.name}" for f in dataclasses.fields(HeatmapsConfig)),
     *(f"loss.{f.name}" for f in dataclasses.fields(LossConfig)),
     "data.batch_size", "data.input_px", "data.preset", "data.mirror",
@@ -180,7 +189,7 @@ FREE_ON_RESUME = {
     "data.shards", "data.workers", "data.loader", "train.name", "train.out", "train.steps",
     "train.max_minutes", "train.device", "train.log_every", "train.steps_per_epoch",
     "train.keep_last",
-    "train.tracker",
+    "train.tracker", "train.profile_steps", "model.checkpoint_activations",
 }  # fmt: skip
 
 
@@ -310,6 +319,7 @@ def check_values(config: Config) -> None:
         "data.workers": config.data.workers,
         "data.shuffle_buffer": config.data.shuffle_buffer,
         "data.max_bad_samples": config.data.max_bad_samples,
+        "data.cache_mb": config.data.cache_mb,
         "optim.weight_decay": config.optim.weight_decay,
         "optim.warmup_steps": config.optim.warmup_steps,
         "optim.clip_norm": config.optim.clip_norm,
@@ -318,6 +328,7 @@ def check_values(config: Config) -> None:
         "train.seed": config.train.seed,
         "train.max_minutes": config.train.max_minutes,
         "eval.people": config.eval.people,
+        "train.profile_steps": config.train.profile_steps,
     }
     for name, value in not_negative.items():
         if not value >= 0:
@@ -345,6 +356,13 @@ def check_values(config: Config) -> None:
             str(config.data.input_px),
             f"a multiple of {unit}, which is 4 x 2^model.depth",
             "change data.input_px or model.depth",
+        )
+    if config.train.compile and config.model.checkpoint_activations:
+        raise InputError(
+            "train.compile and model.checkpoint_activations",
+            "both",
+            "one of them: torch.compile chooses by itself what to compute twice",
+            "leave one out",
         )
     if Path(config.train.name).name != config.train.name or config.train.name in ("", ".", ".."):
         raise InputError(

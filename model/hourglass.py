@@ -4,9 +4,13 @@ Any number of stacks, width, depth and joints. Axes: N person, C channel, H row,
 Inputs are RGB in 0..1 whose sides are multiples of 4 x 2^depth.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 
 class Residual(nn.Module):
@@ -89,16 +93,19 @@ class StackedHourglass(nn.Module):
         depth: int = 4,
         stem: tuple[int, int, int] = (64, 128, 128),
         input_mean: tuple[float, float, float] = (0.0, 0.0, 0.0),
+        checkpoint_activations: bool = False,
     ):
         """width: channels of the hourglasses. joints: heatmaps. depth: halvings in an hourglass.
 
         stem: channels after the first convolution and the first two residuals. input_mean: RGB in
-        0..1, subtracted from the picture.
+        0..1, subtracted from the picture. checkpoint_activations: in training, keep each stack's
+        input alone and compute its activations again for the gradient; the numbers are the same.
         """
         super().__init__()
         mean = torch.tensor(input_mean).reshape(1, 3, 1, 1) if any(input_mean) else None
         self.register_buffer("input_mean", mean, persistent=False)
         self.stacks, self.depth = stacks, depth
+        self.checkpoint_activations = checkpoint_activations
         self.stem = Stem(width, stem)
         self.hourglasses = nn.ModuleList(Hourglass(depth, width) for _ in range(stacks))
         self.features = nn.ModuleList(
@@ -116,9 +123,32 @@ class StackedHourglass(nn.Module):
         x = self.stem(images_N3HW)
         outputs = []
         for stack in range(self.stacks):
-            features = self.features[stack](self.hourglasses[stack](x))
+            features = self._features(stack, x)
             heat = self.heads[stack](features)
             outputs.append(heat)
             if stack < self.stacks - 1:
                 x = x + self.merge_heatmaps[stack](heat) + self.merge_features[stack](features)
         return torch.stack(outputs, dim=1)
+
+    def _features(self, stack: int, x: Tensor) -> Tensor:
+        parts = (self.hourglasses[stack], self.features[stack])
+        if not (self.checkpoint_activations and self.training and torch.is_grad_enabled()):
+            return parts[1](parts[0](x))
+        return checkpoint(
+            lambda x: parts[1](parts[0](x)), x, use_reentrant=False, preserve_rng_state=False,
+            context_fn=lambda: (nullcontext(), _statistics_kept(parts)),
+        )  # fmt: skip
+
+
+@contextmanager
+def _statistics_kept(parts: tuple[nn.Module, ...]) -> Iterator[None]:
+    """Batch norms normalise as ever and leave their running statistics alone."""
+    norms = [m for part in parts for m in part.modules() if isinstance(m, nn.BatchNorm2d)]
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, (momentum, count) in zip(norms, before, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, count

@@ -5,6 +5,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pipelines import heatmaps
+
 Unmarked = Literal["empty", "ignore"]
 
 
@@ -23,6 +25,23 @@ def stack_losses(
         return error_NSJ.mean(dim=(0, 2))
     weight_N1J = drawn_NJ[:, None].float()
     return (error_NSJ * weight_N1J).sum(dim=(0, 2)) / weight_N1J.sum().clamp_min(1)
+
+
+def stack_losses_of_joints(
+    heat_NSJHW: Tensor,
+    joints_NJ2: Tensor,
+    drawn_NJ: Tensor,
+    rule: heatmaps.Rule,
+    sigma: float,
+    unmarked: Unmarked,
+) -> Tensor:
+    """`stack_losses` of targets that are rendered here.
+
+    joints_NJ2: heatmap px. sigma: as heatmaps.render takes it. Under torch.compile the pixels of a
+    target are computed where they are subtracted, and neither pass writes them to memory.
+    """
+    target_NJHW = heatmaps.render(joints_NJ2, drawn_NJ, heat_NSJHW.shape[-1], rule, sigma)
+    return stack_losses(heat_NSJHW, target_NJHW, drawn_NJ, unmarked)
 
 
 def peak_height(heat_NJHW: Tensor, drawn_NJ: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from configs.schema import DataConfig, HeatmapsConfig
 from configs.skeleton import Skeleton
 from pipelines import color, heatmaps, opencv_crops, princeton, stored_crops
 from pipelines.augment import Preset, preset_of, still
+from pipelines.constants import on_device
 from pipelines.geometry import STRIDE
 from pipelines.opencv_crops import RawBatch
 from pipelines.pictures import BadSamplesError
@@ -27,7 +28,7 @@ class Batch(NamedTuple):
     images_N3HW: torch.Tensor
     """float32 RGB in 0..1, channels-last in memory."""
     heat_NJHW: torch.Tensor
-    """float32 targets."""
+    """float32 targets; empty (N, J, 0, 0) where the loss renders them."""
     joints_NJ2: torch.Tensor
     """float32, heatmap px."""
     drawn_NJ: torch.Tensor
@@ -62,15 +63,18 @@ class Loader(Protocol):
         """What continues this sequence; empty where the step alone does."""
 
 
-def finish(raw: RawBatch, target: Target, device: torch.device) -> Batch:
-    """Move a RawBatch to the device, jitter its colours, transform joints, render the heatmaps."""
+def finish(raw: RawBatch, target: Target, device: torch.device, *, renders: bool = True) -> Batch:
+    """Move a RawBatch to the device, jitter its colours, transform joints, render the heatmaps.
+
+    On a GPU the host waits for nothing here. renders: False leaves the heatmaps to the loss.
+    """
     draws = raw.draws_ND.to(device, non_blocking=True)
     records = unpack_records(raw.records_NR.to(device, non_blocking=True))
     images = images_N3HW(raw, device)
     if target.preset.color != "none":
         images = color.jitter(images, draws)
     heat_px = target.input_px // STRIDE
-    mirrored = torch.tensor(target.skeleton.mirrored, device=device)
+    mirrored = on_device(target.skeleton.mirrored, torch.int64, device)
     if target.preset.princeton_crop and target.rule == "princeton":
         joints, drawn = princeton.heat_joints(
             records.joints_NJ2, records.center_N2, records.scale_N, draws, mirrored,
@@ -81,7 +85,10 @@ def finish(raw: RawBatch, target: Target, device: torch.device) -> Batch:
         joints, drawn = heat_joints(
             records.joints_NJ2, records.marked_NJ, matrices, draws[:, 2] > 0, mirrored, target.rule
         )
-    heat = heatmaps.render(joints, drawn, heat_px, target.rule, target.sigma)
+    if renders:
+        heat = heatmaps.render(joints, drawn, heat_px, target.rule, target.sigma)
+    else:
+        heat = joints.new_empty((*drawn.shape, 0, 0))
     return Batch(images, heat, joints, drawn, records.row_N.long())
 
 
@@ -104,8 +111,8 @@ def heat_joints(
     """
     linear, shift = input_from_image_N23[..., :2], input_from_image_N23[..., 2]
     in_input = joints_NJ2.to(linear) @ linear.transpose(1, 2) + shift[:, None]
-    to_heat = torch.from_numpy(heatmaps.heat_from_input(rule)).to(in_input)
-    heat = in_input @ to_heat[:2, :2].T + to_heat[:2, 2]
+    to_heat = heatmaps.heat_from_input(rule)
+    heat = in_input * float(to_heat[0, 0]) + float(to_heat[0, 2])  # the same in x and y
     heat = torch.where(flip_N[:, None, None], heat[:, mirrored], heat)
     marked = torch.where(flip_N[:, None], marked_NJ[:, mirrored], marked_NJ)
     return heat, marked
@@ -220,14 +227,20 @@ def train_loader(
     ranks: int,
     first_step: int,
     state: bytes,
+    cache_mb: int = 0,
 ) -> Loader:
     """The chosen loader of augmented crops, standing at first_step (OpenCV) or at `state` (DALI).
 
-    workers: worker processes of OpenCV, threads of DALI. Raises InputError if the preset needs more
-    than the shards hold.
+    workers: worker processes of OpenCV, threads of DALI. cache_mb: of DALI's decoder on a GPU.
+    Raises InputError if the preset needs more than the shards hold, or the cache has no place.
     """
     stored_crops.require(shards.manifest, preset, shards.folder)
     if choose_loader(loader, device) == "opencv":
+        if cache_mb:
+            raise InputError(
+                "data.cache_mb", f"{cache_mb}, and the OpenCV loader", "0: the cache is DALI's",
+                "set data.cache_mb to 0",
+            )  # fmt: skip
         return OpenCVLoader(
             shards, preset, input_px=input_px, batch_size=batch_size, workers=workers,
             pin=device.type == "cuda", seed=seed, rank=rank, ranks=ranks, first_step=first_step,
@@ -238,5 +251,5 @@ def train_loader(
         shards, preset, input_px=input_px, batch_size=batch_size,
         device="gpu" if device.type == "cuda" else "cpu", device_id=device.index or 0,
         threads=max(workers, 1), seed=seed, rank=rank, ranks=ranks,
-        shuffle_buffer=shuffle_buffer, state=state or None,
+        shuffle_buffer=shuffle_buffer, state=state or None, cache_mb=cache_mb,
     )  # fmt: skip

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 
 from pipelines.augment import Draw
+from pipelines.constants import on_device
 
 _COLUMN = {name: index for index, name in enumerate(Draw._fields)}
 
@@ -22,7 +23,7 @@ def jitter(images_N3HW: torch.Tensor, draws_ND: torch.Tensor) -> torch.Tensor:
     three channels, then a clip to 0..1. The channel gain follows princeton-vl/pose-hg-train: a
     factor, then a clip. Images whose draw is neutral come back bit for bit.
     """
-    neutral = torch.tensor(Draw()[_COLUMN["hue"] :], device=draws_ND.device)
+    neutral = on_device(Draw()[_COLUMN["hue"] :], draws_ND.dtype, draws_ND.device)
     changed = (draws_ND[:, _COLUMN["hue"] :] != neutral).any(dim=1)
     if images_N3HW.device.type == "cpu":
         result = images_N3HW.clone(memory_format=torch.channels_last)

@@ -7,8 +7,9 @@ DALI counts from pixel corners, hence the two half-pixel shifts around the affin
 
 import tempfile
 from collections.abc import Iterator
+from math import pi
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +29,23 @@ Node = Any
 """A DALI data node; one scalar or tensor a sample."""
 
 _READER = "people"
+HW_DECODER_LOAD = 0.65
+"""DALI's own share of the pictures for the GPU's JPEG engine."""
+_MARGIN_PX = 2
+"""About a decoded region: a bilinear warp reads the neighbours of what it reaches."""
+
+
+class Decoder(NamedTuple):
+    """How pictures are decoded; the crops are the same."""
+
+    device: str
+    """gpu or cpu."""
+    hw_load: float = HW_DECODER_LOAD
+    roi: bool = False
+    cache_mb: int = 0
+    width: int = 0
+    """Largest picture, px, for which the GPU's JPEG engine sets memory aside; 0 if unknown."""
+    height: int = 0
 
 
 class DaliCrops:
@@ -52,13 +70,21 @@ class DaliCrops:
         ranks: int = 1,
         shuffle_buffer: int = 1024,
         state: bytes | None = None,
+        hw_decoder_load: float = HW_DECODER_LOAD,
+        roi: bool = False,
+        cache_mb: int = 0,
     ):
-        """Build the graph.
+        """Build the graph. Raises InputError for a decoder that cannot be.
 
         shuffle_buffer: people held to draw from; 0 keeps the order of the shards. rank, ranks: this
         process's share of the people. device_id: CUDA device. threads: for the CPU's part.
+        hw_decoder_load: share of the pictures for the GPU's JPEG engine. roi: decode of an original
+        only what the drawn affine reaches. cache_mb: of the GPU's memory for decoded pictures, so
+        that they are decoded once; several ranks then keep their people for good.
         """
         self.shards, self.prefetch = shards, prefetch
+        decoder = Decoder(device, hw_decoder_load, roi, cache_mb)
+        require_decoder(decoder, shards)
         self._arguments: dict[str, Any] = {
             "batch_size": batch_size,
             "num_threads": threads,
@@ -70,7 +96,7 @@ class DaliCrops:
             "shards": shards,
             "preset": preset,
             "input_px": input_px,
-            "device": device,
+            "decoder": decoder,
             "shuffle_seed": seed,
             "rank": rank,
             "ranks": ranks,
@@ -216,19 +242,43 @@ def decode_pictures(
 
 
 def _decode_graph(*, device: str) -> Node:
-    return _decode(fn.external_source(name="jpeg", dtype=types.UINT8, ndim=1), device)
+    return _decode(fn.external_source(name="jpeg", dtype=types.UINT8, ndim=1), Decoder(device))
 
 
-def _decode(jpeg: Node, device: str, **hints: int) -> Node:
-    return fn.decoders.image(
-        jpeg,
-        device="mixed" if device == "gpu" else "cpu",
-        output_type=types.RGB,
+def require_decoder(decoder: Decoder, shards: ShardSet) -> None:
+    """Raise InputError unless these pictures can be decoded so."""
+    if decoder.cache_mb and decoder.device != "gpu":
+        raise InputError(
+            "data.cache_mb", f"{decoder.cache_mb}, and DALI on the CPU", "0: the cache is a GPU's",
+            "set data.cache_mb to 0",
+        )  # fmt: skip
+    if decoder.roi and (decoder.cache_mb or shards.manifest.crop):
+        other = "a decoder cache, which holds whole pictures" if decoder.cache_mb else "crops"
+        raise InputError(
+            shards.folder, f"decoding of regions, and {other}", "original pictures, no cache",
+            "decode whole pictures",
+        )  # fmt: skip
+
+
+def _decode(jpeg: Node, decoder: Decoder, region: tuple[Node, Node] | None = None) -> Node:
+    """The picture, or of it the region (first and last corner, whole px x, y)."""
+    arguments: dict[str, Any] = {
+        "device": "mixed" if decoder.device == "gpu" else "cpu",
+        "output_type": types.RGB,
         # Both pinned to OpenCV's behaviour: stored pixels, libjpeg-turbo's chroma upsampling.
-        adjust_orientation=False,
-        jpeg_fancy_upsampling=True,
-        **hints,
-    )
+        "adjust_orientation": False,
+        "jpeg_fancy_upsampling": True,
+    }
+    if decoder.device == "gpu":
+        arguments["hw_decoder_load"] = decoder.hw_load
+        arguments["preallocate_width_hint"] = decoder.width
+        arguments["preallocate_height_hint"] = decoder.height
+    if decoder.cache_mb:
+        arguments |= {"cache_size": decoder.cache_mb, "cache_type": "threshold"}
+    if region is None:
+        return fn.decoders.image(jpeg, **arguments)
+    start, end = (fn.cast(corner, dtype=types.INT32) for corner in region)
+    return fn.decoders.image_slice(jpeg, start=start, end=end, axis_names="WH", **arguments)
 
 
 def _stream(pipeline: Pipeline) -> list[torch.cuda.Stream]:
@@ -295,13 +345,18 @@ def _graph(
     indices: list[Path],
     preset: Preset,
     input_px: int,
-    device: str,
+    decoder: Decoder,
     shuffle_seed: int,
     rank: int,
     ranks: int,
     shuffle_buffer: int,
 ) -> tuple[Node, Node, Node, Node]:
     """Images NHW3, affines N23, draws ND and records NR, all on the device."""
+    shuffle: dict[str, Any] = {}
+    if decoder.cache_mb and ranks > 1:  # what a rank has cached it must meet again
+        shuffle = {"stick_to_shard": True}
+    elif shuffle_buffer:
+        shuffle = {"shuffle_after_epoch": True, "shuffle_after_epoch_seed": shuffle_seed}
     jpeg, record = fn.readers.webdataset(
         name=_READER,
         paths=[str(path) for path in shards.tars],
@@ -310,22 +365,14 @@ def _graph(
         dtypes=[types.UINT8, types.FLOAT],
         missing_component_behavior="error",
         random_shuffle=shuffle_buffer > 0,
-        **(
-            {"shuffle_after_epoch": True, "shuffle_after_epoch_seed": shuffle_seed}
-            if shuffle_buffer
-            else {}
-        ),
+        **shuffle,
         initial_fill=max(1, min(shuffle_buffer, len(shards))),
         shard_id=rank,
         num_shards=ranks,
     )
-    hints = {}
-    if device == "gpu":
-        hints = {
-            "preallocate_width_hint": shards.manifest.max_width,
-            "preallocate_height_hint": shards.manifest.max_height,
-        }
-    return _crops(jpeg, record, preset, input_px, device, **hints)
+    largest = shards.manifest
+    decoder = decoder._replace(width=largest.max_width, height=largest.max_height)
+    return _crops(jpeg, record, preset, input_px, decoder)
 
 
 def _still_graph(
@@ -334,25 +381,30 @@ def _still_graph(
     jpeg, record = fn.external_source(
         source=feed, num_outputs=2, batch=True, dtype=[types.UINT8, types.FLOAT], ndim=[1, 1]
     )
-    return _crops(jpeg, record, preset, input_px, device)
+    return _crops(jpeg, record, preset, input_px, Decoder(device))
 
 
 def _crops(
-    jpeg: Node, record: Node, preset: Preset, input_px: int, device: str, **hints: int
+    jpeg: Node, record: Node, preset: Preset, input_px: int, decoder: Decoder
 ) -> tuple[Node, Node, Node, Node]:
-    """Images NHW3, affines N23, draws ND and records NR, all on the device.
-
-    hints: of the decoder, about the sizes of the pictures.
-    """
-    image = _decode(jpeg, device, **hints)
-    drawn = _draw(preset)
+    """Images NHW3, affines N23, draws ND and records NR, all on the device."""
+    drawn, device = _draw(preset), decoder.device
     if preset.princeton_crop:
         upper_left, lower_right = _princeton_corners(record, input_px)
         input_from_image = _princeton_affine(upper_left, lower_right, drawn, input_px)
-        image = _cut(image, upper_left, lower_right)
+        region = _inside(upper_left, lower_right, record) if decoder.roi else None
+        image = _decode(jpeg, decoder, region)
+        first = region[0] if region else 0.0
+        image = _cut(image, upper_left - first, lower_right - first)
         image_from_stored = fn.transforms.translation(offset=_float(upper_left))
+    elif decoder.roi:
+        input_from_image = _affine(record, drawn, input_px)
+        region = _inside(*_reached(record, drawn, input_px), record)
+        image = _decode(jpeg, decoder, region)
+        image_from_stored = fn.transforms.translation(offset=_float(region[0]))
     else:
         input_from_image = _affine(record, drawn, input_px)
+        image = _decode(jpeg, decoder)
         image_from_stored = fn.reshape(record[7 : len(HEADER)], shape=[2, 3])
     crops = fn.warp_affine(
         image,
@@ -393,6 +445,22 @@ def _princeton_corners(record: Node, input_px: int) -> tuple[Node, Node]:
     upper_left = _truncate(-shift * (box_px / input_px))
     lower_right = _truncate((input_px - shift) * (box_px / input_px))
     return upper_left, math.max(lower_right, upper_left + 1.0)
+
+
+def _reached(record: Node, drawn: Draw, input_px: int) -> tuple[Node, Node]:
+    """Corners (x, y) of the upright box about what `_affine` reaches in the image, px."""
+    half = 0.5 * PIXELS_PER_SCALE * record[3] * drawn.scale  # of the square, edge to edge
+    turn = drawn.rotation_deg * (pi / 180)
+    half = half * (math.abs(math.cos(turn)) + math.abs(math.sin(turn))) + _MARGIN_PX
+    return record[1:3] - half, record[1:3] + half
+
+
+def _inside(first: Node, last: Node, record: Node) -> tuple[Node, Node]:
+    """Whole corners of a box, cut at the picture's borders; at least a pixel is left."""
+    size = record[5:7]
+    start = math.min(math.max(math.floor(_float(first)), 0.0), size - 1.0)
+    end = math.max(math.min(math.ceil(_float(last)) + 1.0, size), start + 1.0)
+    return start, end
 
 
 def _cut(image: Node, upper_left: Node, lower_right: Node) -> Node:

@@ -109,7 +109,8 @@ def heat_joints(
     zoom = heat_px / (input_px * scale)[:, None, None]
     heat = ((in_crop - input_px / 2) * zoom) @ turn_N22.transpose(1, 2) + heat_px / 2
 
-    flipped = heat[:, mirrored] * heat.new_tensor([-1.0, 1.0]) + heat.new_tensor([heat_px, 0.0])
+    x_NJ, y_NJ = heat[:, mirrored].unbind(dim=-1)
+    flipped = torch.stack([heat_px - x_NJ, y_NJ], dim=-1)
     heat = torch.where(flip[:, None, None] > 0, flipped, heat)
     missing = (joints == 0).all(dim=-1)
     heat = torch.where(missing[..., None], torch.zeros_like(heat), heat)

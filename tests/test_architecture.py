@@ -69,6 +69,9 @@ def test_programs_never_import_each_other():
         "tools.show_batch",
         "benchmarks.throughput",
         "benchmarks.packing",
+        "benchmarks.gpu_loader",
+        "benchmarks.gpu_train",
+        "benchmarks.gpu_accuracy",
     }
     for path in sources():
         if place(path) == "program":

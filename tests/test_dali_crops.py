@@ -207,3 +207,84 @@ def test_dali_names_the_tar_and_sample_of_a_picture_that_does_not_decode(tiny_sh
     )  # fmt: skip
     with pytest.raises(InputError, match=r"00000\.tar: sample 2"):
         crops.next()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ["princeton", "newell", "hrnet"])
+def test_decoding_only_what_the_affine_reaches_gives_the_same_crops(name, device, tiny_shards):
+    """Most boxes lie half outside their pictures; the draws are the same, so must be the crops."""
+    split = ShardSet(tiny_shards / "train")
+
+    def make(roi: bool):
+        return dali_crops.DaliCrops(
+            split, PRESETS[name], input_px=64, batch_size=12, device=device, threads=2, roi=roi
+        )
+
+    whole, part = make(False), make(True)
+    for _ in range(8):
+        expected, found = whole.next(), part.next()
+        assert torch.equal(expected.draws_ND, found.draws_ND)
+        assert torch.equal(expected.input_from_image_N23, found.input_from_image_N23)
+        difference = (expected.images_NHW3.int() - found.images_NHW3.int()).abs().float()
+        # A moved origin rounds the affine otherwise: a grey level here and there.
+        assert difference.max() <= 2 and difference.mean() < 0.02
+
+
+def test_a_region_is_decoded_and_not_the_picture(tiny_shards, monkeypatch):
+    """The shape of what reaches the warp: the upright box, 2 px about it, within the picture."""
+    monkeypatch.setattr(
+        dali_crops.fn, "warp_affine", lambda image, **_: image.shape(dtype=dali_crops.types.INT32)
+    )
+    split = ShardSet(tiny_shards / "train")
+    crops = dali_crops.DaliCrops(
+        split, PRESETS["none"], input_px=64, batch_size=12, device="cpu", threads=1, roi=True
+    )
+    raw = crops.next()
+    fields = unpack_records(raw.records_NR.numpy().astype(float))
+    half_N1 = 100 * fields.scale_N[:, None] + 2
+    start = np.maximum(np.floor(fields.center_N2 - half_N1), 0)
+    end = np.minimum(np.ceil(fields.center_N2 + half_N1) + 1, fields.size_N2)
+    np.testing.assert_array_equal(raw.images_NHW3.numpy()[:, 1::-1], end - start)
+    share = (end - start).prod(axis=1) / fields.size_N2.prod(axis=1)
+    assert share.min() < 0.5, "whole pictures would do as well"
+
+
+def test_regions_are_refused_for_crops_and_with_a_cache(tiny_set, tiny_shards, tmp_path):
+    from conftest import pack_arguments
+
+    from tools.make_shards import main
+
+    assert main(pack_arguments(tiny_set, tmp_path / "crops", "--packing", "crop")) == 0
+    with pytest.raises(InputError, match="decoding of regions, and crops"):
+        dali_crops.DaliCrops(
+            ShardSet(tmp_path / "crops" / "train"), PRESETS["hrnet"], input_px=64, batch_size=4,
+            device="cpu", roi=True,
+        )  # fmt: skip
+    gpu = dali_crops.Decoder("gpu", roi=True, cache_mb=100)
+    with pytest.raises(InputError, match="a decoder cache, which holds whole pictures"):
+        dali_crops.require_decoder(gpu, ShardSet(tiny_shards / "train"))
+
+
+@pytest.mark.parametrize("loader", ["dali", "opencv"])
+def test_a_decoder_cache_without_a_gpu_is_refused(loader, tiny_shards):
+    with pytest.raises(InputError, match=r"data\.cache_mb"):
+        batches.train_loader(
+            ShardSet(tiny_shards / "train"), PRESETS["hrnet"], loader=loader,
+            device=torch.device("cpu"), input_px=64, batch_size=4, workers=0, shuffle_buffer=8,
+            seed=0, rank=0, ranks=1, first_step=0, state=b"", cache_mb=64,
+        )  # fmt: skip
+
+
+@pytest.mark.gpu
+def test_cached_pictures_give_the_same_crops_again(tiny_shards):
+    """Twelve people, decoded once each; the second pass comes out of the cache."""
+    split = ShardSet(tiny_shards / "train")
+    plain, cached = (
+        dali_crops.DaliCrops(
+            split, PRESETS["hrnet"], input_px=64, batch_size=12, device="gpu", cache_mb=cache_mb
+        )
+        for cache_mb in (0, 64)
+    )
+    for _ in range(4):
+        for a, b in zip(plain.next(), cached.next(), strict=True):
+            assert torch.equal(a, b)

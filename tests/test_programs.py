@@ -24,10 +24,11 @@ from pipelines import batches
 from pipelines.batches import target_of
 from pipelines.shards import ShardSet
 
-PROGRAMS = ["evaluate", "benchmarks.throughput", "tools.make_shards", "tools.make_synthetic",
-            "tools.show_batch", "tools.convert_checkpoint", "tools.compare_decoders",
-            "tools.predict", "tools.export_onnx", "tools.check_shards",
-            "benchmarks.packing"]  # fmt: skip
+PROGRAMS = ["evaluate", "benchmarks.throughput", "benchmarks.gpu_loader", "benchmarks.gpu_train",
+            "benchmarks.gpu_accuracy", "benchmarks.packing", "tools.make_shards",
+            "tools.make_synthetic", "tools.show_batch", "tools.convert_checkpoint",
+            "tools.compare_decoders", "tools.predict", "tools.export_onnx",
+            "tools.check_shards"]  # fmt: skip
 FILES = [ROOT / (name.replace(".", "/") + ".py") for name in [*PROGRAMS, "train"]]
 
 

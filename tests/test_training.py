@@ -168,7 +168,7 @@ def poison(run: Run, bad_calls: set[int]) -> None:
 
     real, calls = batches.finish, [0]
 
-    def finish(raw, target, device):
+    def finish(raw, target, device, **options):
         batch = real(raw, target, device)
         calls[0] += 1
         if calls[0] - 1 in bad_calls:

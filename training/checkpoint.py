@@ -267,7 +267,10 @@ def skeleton_of(state: State) -> Skeleton:
 def build_network(config: Config, joints: int) -> StackedHourglass:
     """The network of a config, with fresh weights."""
     size = config.model
-    return StackedHourglass(size.stacks, size.width, joints, size.depth, size.stem, size.input_mean)
+    return StackedHourglass(
+        size.stacks, size.width, joints, size.depth, size.stem, size.input_mean,
+        size.checkpoint_activations,
+    )  # fmt: skip
 
 
 def evaluation_network(state: State, path: Path, averaged: bool = True) -> nn.Module:

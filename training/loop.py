@@ -24,7 +24,7 @@ from configs.errors import InputError
 from configs.schema import Config
 from configs.skeleton import require_same_joints
 from evaluation import pckh, report
-from model.loss import stack_losses
+from model.loss import stack_losses, stack_losses_of_joints
 from pipelines import batches, stored_crops
 from pipelines.augment import preset_of, still
 from pipelines.batches import Batch, target_of
@@ -38,6 +38,7 @@ from training.keeping import BEST, LAST
 from training.log import Log, Totals
 from training.optimizer import Average, learning_rate, make_optimizer
 from training.runtime import Runtime
+from training.tracing import Tracer
 from training.validation import predict_together
 
 SHEET_PEOPLE = 12
@@ -96,6 +97,9 @@ class Run:
             self.average = Average(self.network, config.optim.ema_decay)
         self.loader = self._make_loader(loader_state)
         self.forward = self._wrap()
+        self.fused_losses = (
+            torch.compile(stack_losses_of_joints) if config.train.fuse_targets else None
+        )
         self.interrupted, self.unsaved, self.parent = False, "", os.getppid()
         self.guard = Guard(self.network, self.train_shards, folder, config.train.max_bad_steps)
 
@@ -116,7 +120,11 @@ class Run:
         result: dict[str, Any] = {}
         totals, stop = Totals(place.device), False
         # The live line is closed before an error is told.
-        with signals.noted() as noted, closing(self._open_log()) as self.log:
+        with (
+            signals.noted() as noted,
+            closing(self._open_log()) as self.log,
+            Tracer(self.folder, self._steps_to_trace(), place.device, self.log.say) as tracer,
+        ):
             if self.validation_due:
                 result = self._finish_epoch()
             while self.step < train.steps and not stop:
@@ -124,6 +132,7 @@ class Run:
                 self._train_step(totals)
                 self.step += 1
                 self.log.advance()
+                tracer.advance()
                 seconds = time.perf_counter() - started
                 self.seconds = spent_before + seconds
                 at_epoch = self.step % train.steps_per_epoch == 0 or self.step == train.steps
@@ -160,6 +169,9 @@ class Run:
             log.say(remark)
         return log
 
+    def _steps_to_trace(self) -> int:
+        return self.config.train.profile_steps if self.place.is_first else 0
+
     def _is_late(self, seconds: float) -> bool:
         limit = 60 * self.config.train.max_minutes
         return bool(limit) and seconds >= limit
@@ -191,7 +203,9 @@ class Run:
             before = time.perf_counter()
             raw = self.loader.next()
             totals.waited += time.perf_counter() - before
-            batch = batches.finish(raw, self.target, self.place.device)
+            batch = batches.finish(
+                raw, self.target, self.place.device, renders=not self.config.train.fuse_targets
+            )
             self._backward(batch, totals, last=part == optim.accumulate - 1)
         totals.add_step(self._apply_gradients())
         self.optimizer.zero_grad(set_to_none=True)
@@ -204,9 +218,18 @@ class Run:
             self.forward.require_backward_grad_sync = last
         with torch.autocast(place.device.type, place.dtype, enabled=place.dtype != torch.float32):
             heat = self.forward(batch.images_N3HW)
-        losses = stack_losses(heat, batch.heat_NJHW, batch.drawn_NJ, self.config.loss.unmarked)
+        losses = self._losses(heat, batch)
         self.scaler.scale(losses.mean() / optim.accumulate).backward()
         totals.add(losses, heat[:, -1], batch, self.target.rule)
+
+    def _losses(self, heat_NSJHW: Tensor, batch: Batch) -> Tensor:
+        unmarked = self.config.loss.unmarked
+        if self.fused_losses:
+            return self.fused_losses(
+                heat_NSJHW, batch.joints_NJ2, batch.drawn_NJ, self.target.rule, self.target.sigma,
+                unmarked,
+            )  # fmt: skip
+        return stack_losses(heat_NSJHW, batch.heat_NJHW, batch.drawn_NJ, unmarked)
 
     def _apply_gradients(self) -> Tensor:
         """Clip and step. Returns whether the step was skipped because a gradient is not finite.
@@ -426,6 +449,7 @@ class Run:
                 input_px=data.input_px, batch_size=data.batch_size, workers=data.workers,
                 shuffle_buffer=data.shuffle_buffer, seed=seed, rank=self.place.rank,
                 ranks=self.place.ranks, first_step=first_batch, state=state,
+                cache_mb=data.cache_mb,
             )  # fmt: skip
 
         first_batch = self.step * self.config.optim.accumulate
