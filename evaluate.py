@@ -25,11 +25,15 @@ from evaluation.page import Other, Shown, page, read_other
 from evaluation.predictions import as_coco, as_entries, read_predictions, write_mat
 from evaluation.subjects import Subjects, from_loose_pictures, from_shards
 from evaluation.submission import read_release, write_submission
+from pipelines import stored_crops
 from pipelines.annotations import read_annotations
+from pipelines.augment import still
 from pipelines.batches import Target, target_of
 from pipelines.heatmaps import Rule
 from pipelines.opencv_crops import LooseImages
+from pipelines.shards import ShardSet
 from training import checkpoint, runtime
+from training.keeping import BEST
 from training.runtime import Runtime
 from training.validation import predict_together
 
@@ -84,7 +88,7 @@ def evaluate_network(options: argparse.Namespace, place: Runtime) -> None:
     if release:
         path = Path(options.save_submission)
         count = write_submission(path, release, subjects.people, first.keypoints_NJ2)
-        print(f"wrote {path}: {count:,} people of the test set")
+        say_written(f"{path}: {count:,} people of the test set")
     results = {
         "network" if len(found) == 1 else f"{name} crops": pckh.summary(
             keypoints, subjects.people, subjects.skeleton
@@ -94,8 +98,6 @@ def evaluate_network(options: argparse.Namespace, place: Runtime) -> None:
     if subjects.train:
         mean = pckh.mean_pose(subjects.train, subjects.people)
         results["mean pose"] = pckh.summary(mean, subjects.people, subjects.skeleton)
-    print_results(options, question, results)
-    print_comparison(other, results)
     facts = {"checkpoint": str(question.path), "step": question.state["step"]}
     facts |= {"data": subjects.name, "flip": question.flip}
     facts |= {"loaders": list(question.loaders), "remarks": question.remarks}
@@ -104,6 +106,9 @@ def evaluate_network(options: argparse.Namespace, place: Runtime) -> None:
         people, source, samples, skeleton, *_ = subjects
         shown = Shown(people, first.keypoints_NJ2, skeleton, source, samples)
         write_text(report_file(options), page(facts, results, other, shown, options.people))
+    # After the files, so that `| head` cuts off the table alone.
+    print_results(options, question, results)
+    print_comparison(other, results)
 
 
 def check_options(options: argparse.Namespace) -> None:
@@ -146,11 +151,11 @@ def score_oracle(options: argparse.Namespace) -> None:
         rule: pckh.summary(oracle_keypoints(people, skeleton, rule, 256), people, skeleton)
         for rule in tqdm(rules, "rules", unit="rule", disable=None, leave=False)
     }
+    if options.json:
+        write_text(Path(options.json), json.dumps(results, indent=1))
     print(f"\nperfect heatmaps at 256 px, decoded again: the ceiling on {options.annotations}")
     print(COMPARISON_LEGEND + "\n")
     print(report.table(results, skeleton))
-    if options.json:
-        write_text(Path(options.json), json.dumps(results, indent=1))
 
 
 def given_skeleton(options: argparse.Namespace) -> Skeleton | None:
@@ -176,6 +181,13 @@ def score_file(options: argparse.Namespace) -> None:
     predicted = read_predictions(path, people)
     own = predicted.truth if options.ground_truth == "file" else None
     results = {"predictions": pckh.summary(predicted.keypoints_NJ2, own or people, skeleton)}
+    facts = {"predictions_file": str(path), "ground_truth": "file" if own else "annotations"}
+    if options.json:
+        write_text(Path(options.json), json.dumps({**facts, **results}, indent=1))
+    if options.report:
+        keypoints = predicted.keypoints_NJ2
+        shown = Shown(own or people, keypoints, skeleton, source, np.arange(people.count))
+        write_text(report_file(options), page(facts, results, other, shown, options.people))
     print(f"\n{path} against {'its own ground truth' if own else options.annotations}")
     print(COMPARISON_LEGEND + "\n")
     print(report.table(results, skeleton))
@@ -184,13 +196,6 @@ def score_file(options: argparse.Namespace) -> None:
     if options.per_joint:
         print("\n" + report.details_table(results["predictions"]))
     print_comparison(other, results)
-    facts = {"predictions_file": str(path), "ground_truth": "file" if own else "annotations"}
-    if options.json:
-        write_text(Path(options.json), json.dumps({**facts, **results}, indent=1))
-    if options.report:
-        keypoints = predicted.keypoints_NJ2
-        shown = Shown(own or people, keypoints, skeleton, source, np.arange(people.count))
-        write_text(report_file(options), page(facts, results, other, shown, options.people))
 
 
 def make_parser() -> Parser:
@@ -209,7 +214,8 @@ def make_parser() -> Parser:
 
 def _add_what(what: argparse._ArgumentGroup) -> None:
     what.add_argument(
-        "--checkpoint", help="ours or princeton-vl's; default: best.pt of the newest run"
+        "--checkpoint",
+        help="ours, princeton-vl's, or the folder of a run; default: best.pt of the newest run",
     )
     what.add_argument("--runs", default="runs", help="folder of runs (default: %(default)s)")
     what.add_argument("--shards", help="a split, or the folder of splits; default: as in training")
@@ -328,6 +334,7 @@ def newest_checkpoint(runs: Path) -> Path:
 def find_question(options: argparse.Namespace) -> Question:
     """Checkpoint, people and pictures, and how they are to be brought together."""
     path = Path(options.checkpoint) if options.checkpoint else newest_checkpoint(Path(options.runs))
+    path = path / BEST if path.is_dir() else path
     state = checkpoint.load(path, onnx=True)
     config = checkpoint.config_of(state, path)
     trained = checkpoint.skeleton_of(state)
@@ -336,13 +343,17 @@ def find_question(options: argparse.Namespace) -> Question:
     target = target_of(config.data, config.heatmaps, subjects.skeleton)
     trained_crop = "princeton" if target.preset.princeton_crop else "affine"
     crop = options.crop or trained_crop
+    target = target._replace(preset=target.preset._replace(princeton_crop=crop == "princeton"))
+    if isinstance(subjects.source, ShardSet):
+        shards = subjects.source
+        stored_crops.require(shards.manifest, still(target.preset), shards.folder)
     loaders: tuple[LoaderName, ...] = (options.loader,)
     if options.compare_loaders:
         loaders = ("opencv", "dali")
     return Question(
         path=path,
         state=state,
-        target=target._replace(preset=target.preset._replace(princeton_crop=crop == "princeton")),
+        target=target,
         subjects=subjects,
         flip=config.eval.flip if options.flip is None else options.flip,
         loaders=loaders,
@@ -356,7 +367,10 @@ def differences(
     """In what the crops differ from those of training, a sentence each."""
     remarks = []
     if crop != trained_crop:
-        remarks.append(f"trained on {trained_crop} crops, evaluated on {crop} ones (--crop)")
+        rounding = " and their rounding of joints" if "princeton" in (crop, trained_crop) else ""
+        remarks.append(
+            f"trained on {trained_crop} crops, evaluated on {crop} ones{rounding} (--crop)"
+        )
     if trained_loader and trained_loader not in loaders:
         remarks.append(
             f"trained on crops of {trained_loader}, evaluated on those of {loaders[0]}; "
@@ -423,6 +437,8 @@ def print_results(
     first = next(iter(results.values()))
     flip = "flip test" if question.flip else "no flip test"
     print(f"\n{question.path} (step {question.state['step']}) on {question.subjects.name}, {flip}")
+    if question.target.preset.princeton_crop:
+        print(f"cropped by princeton-vl's rules, heatmaps by the rule {question.target.rule}")
     for remark in question.remarks:
         print(f"note: {remark}")
     if not first["joints_counted"]:
@@ -458,7 +474,7 @@ def write_files(
         write_text(Path(options.save_coco), json.dumps(as_coco(subjects.people, keypoints, scores)))
     if options.save_mat:
         write_mat(Path(options.save_mat), {"preds": keypoints})
-        print(f"wrote {options.save_mat}")
+        say_written(options.save_mat)
     if options.picture:
         count = min(options.people, subjects.people.count)
         rows = np.linspace(0, subjects.people.count - 1, count).astype(int)
@@ -474,7 +490,7 @@ def write_files(
             raise InputError(
                 options.picture, "cannot be written", "a .png or .jpg", "name another file"
             )
-        print(f"wrote {options.picture}")
+        say_written(options.picture)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -483,7 +499,12 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text + "\n", encoding="utf-8")
     temporary.rename(path)
-    print(f"wrote {path}")
+    say_written(path)
+
+
+def say_written(what: object) -> None:
+    """On stderr: a reader of the table that has seen enough must not keep files from being told."""
+    print(f"wrote {what}", file=sys.stderr)
 
 
 if __name__ == "__main__":

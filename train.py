@@ -98,6 +98,7 @@ def find_start(folder: Path, resume: str | None, launchers: list[str]) -> tuple[
     restarted = keeping.was_begun_by(folder, launchers)
     given = resume if resume not in (None, "", AUTO) else ""
     if given and not restarted:
+        _refuse_other_run(folder, Path(given))
         return given, []
     if resume is None and not restarted:
         _refuse_old_folder(folder)
@@ -111,6 +112,17 @@ def find_start(folder: Path, resume: str | None, launchers: list[str]) -> tuple[
     why = "torchrun started the ranks again: " if restarted else ""
     how = f"continuing from {start}" if start else "there is no checkpoint yet, so it begins anew"
     return start, [*remarks, why + how]
+
+
+def _refuse_other_run(folder: Path, given: Path) -> None:
+    """A checkpoint from elsewhere would begin anew in a folder that has a run, and replace it."""
+    if (folder / LAST).exists() and given.resolve().parent != folder.resolve():
+        raise InputError(
+            folder,
+            f"a run of this name, and --resume {given}, which is not of it",
+            "a new folder, or a checkpoint of this run",
+            "continue this run with --resume alone, or choose another --train.name",
+        )
 
 
 def _refuse_old_folder(folder: Path) -> None:
@@ -140,7 +152,9 @@ def load_run(source: Path) -> State:
 
 def start_from(path: Path, run: Run) -> None:
     """Take over a checkpoint's weights, and say which layers could not be."""
-    fresh = checkpoint.init_weights(run.network, run.skeleton, checkpoint.load(path), path)
+    state = checkpoint.load(path)
+    checkpoint.require_same_size(state, run.config, path)
+    fresh = checkpoint.init_weights(run.network, run.skeleton, state, path)
     run.restart_average()
     if run.place.is_first and fresh:
         print(f"Other joints: {len(fresh)} tensors start fresh ({fresh[0]}, ...)")

@@ -66,8 +66,8 @@ def details_table(result: dict[str, Any]) -> str:
     columns = ("@0.5", "@0.1", "AUC", "visible", "occluded")
     head = "".join(f"{c:>10}" for c in columns) + f"{'joints':>9}{'visible':>9}{'occluded':>9}"
     lines = [" " * width + head]
-    for part, sign in (("joints", "<"), ("groups", "<=")):
-        lines.append(f"{part} ({sign})")
+    for part, what in (("joints", "<"), ("groups", "<=, the mean of their joints' rates")):
+        lines.append(f"{part} ({what})")
         for name, row in details[part].items():
             rates = [row[key] for key in ("0.5", "0.1", "auc", "visible", "occluded")]
             cells = [f"{'-' if r is None else format(100 * r, '.2f'):>10}" for r in rates]

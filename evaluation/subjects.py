@@ -32,10 +32,16 @@ def from_loose_pictures(annotations: Path, images: Path, joints: Skeleton | None
     return Subjects(people, source, np.arange(people.count), skeleton, None, str(annotations))
 
 
+def split_to_evaluate(folder: Path) -> Path:
+    """The folder itself if it is a split, or the split `valid` in a folder of splits."""
+    if not (folder / MANIFEST).is_file() and (folder / "valid").is_dir():
+        return folder / "valid"
+    return folder
+
+
 def from_shards(folder: Path) -> Subjects:
     """People of a split, or of the split `valid` in a folder of splits. Raises InputError."""
-    if not (folder / MANIFEST).is_file() and (folder / "valid").is_dir():
-        folder = folder / "valid"
+    folder = split_to_evaluate(folder)
     shards = ShardSet(folder)
     people, samples = shards.people()
     beside = folder.parent / "train"

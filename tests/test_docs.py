@@ -61,10 +61,12 @@ NOT_RUN = {
     r"git (clone|config)": "it is about the reader's own copy",
     r"torchrun .*(--nnodes|--max-restarts)": "several machines (see the page)",
     r".*--webcam": "there is no camera",
-    r"(evaluate|train)\.py --\w+$": "half a command, named in a sentence",
+    r"python tests/(soak|fuzz)\.py": "it takes minutes to hours",
+    r"(evaluate|train)\.py --[\w-]+$": "half a command, named in a sentence",
 }
 OF_OTHERS = {"--nproc-per-node", "--nnodes", "--max-restarts", "--signals-to-handle", "--signal"}
-"""Options of torchrun and Slurm."""
+OF_OTHERS |= {"--minutes", "--every", "--loader"}
+"""Options of torchrun and Slurm, and of tests/soak.py."""
 PLACEHOLDERS = {
     "--checkpoint PATH": "--checkpoint runs/made/best.pt",
     "tools/predict.py --checkpoint runs/2hg/best.pt": "tools/predict.py --checkpoint "

@@ -175,6 +175,21 @@ def test_evaluate_takes_the_newest_run_and_writes_what_was_asked_for(
     assert np.array([e["keypoints"] for e in entries]).shape == (5, 16, 3)
 
 
+def test_files_are_written_even_if_nobody_reads_the_table(trained, tmp_path):
+    """As with `| head`; and a run's folder stands for its best.pt."""
+    words = [sys.executable, "evaluate.py", "--checkpoint", trained, "--workers", "0",
+             "--json", tmp_path / "n.json", "--save-predictions", tmp_path / "p.json"]  # fmt: skip
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        list(map(str, words)), cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True,
+        timeout=240, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    os.close(writer)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "n.json").exists() and (tmp_path / "p.json").exists()
+
+
 def test_shards_and_loose_pictures_give_the_same_predictions(trained, tiny_set, tmp_path):
     checkpoint = trained / "best.pt"
     one = command(

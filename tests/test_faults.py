@@ -197,8 +197,8 @@ def test_the_people_of_skipped_steps_are_written_down(tiny_shards, tmp_path):
     poison(run, {3})  # the second batch of the second step
     finish, rows = run_batches().finish, []
 
-    def noting(*arguments):
-        batch = finish(*arguments)
+    def noting(*arguments, **options):
+        batch = finish(*arguments, **options)
         rows.append(batch.rows_N.tolist())
         return batch
 

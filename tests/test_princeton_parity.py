@@ -254,6 +254,41 @@ def test_a_run_continues_from_its_checkpoint_with_optimizer_and_epoch(
     assert np.isfinite(steps(run, 1)).all() and first["step"].item() == 13
 
 
+def test_a_config_of_another_size_is_told_what_to_add(golden_path, tiny_shards, tmp_path):
+    from test_training import HERE, make_run, tiny_config
+
+    state = checkpoint.load(golden_path)
+    size = {"stacks": 2, "width": 32, "depth": 4, "stem": [64, 128, 64]}
+    with pytest.raises(InputError) as caught:
+        make_run(tiny_config(tiny_shards, model=size), tmp_path / "run", state, HERE)
+    assert caught.value.next_step == "add --model.width 48 --model.stem [64,128,128]"
+
+
+def test_too_few_steps_and_another_preset_are_said(golden_path, tiny_shards, tmp_path):
+    from test_training import HERE, make_run, tiny_config
+
+    size = {"stacks": 2, "width": 48, "depth": 4, "stem": [64, 128, 128]}
+    few = tiny_config(tiny_shards, model=size, train={"steps": 10})
+    with pytest.raises(InputError, match=r"3000 steps that .* has done already"):
+        make_run(few, tmp_path / "run", checkpoint.load(golden_path), HERE)
+    config = tiny_config(tiny_shards, model=size, train={"steps": 4000})
+    run = make_run(config, tmp_path / "run", checkpoint.load(golden_path), HERE)
+    assert any("data.preset princeton; this run goes on with hrnet" in r for r in run.remarks)
+
+
+def test_a_checkpoint_from_elsewhere_does_not_replace_a_run(golden_path, tmp_path):
+    import train
+
+    folder = tmp_path / "run"
+    folder.mkdir()
+    assert train.find_start(folder, str(golden_path), []) == (str(golden_path), [])
+    (folder / "last.pt").touch()
+    with pytest.raises(InputError, match="a run of this name"):
+        train.find_start(folder, str(golden_path), [])
+    own = str(folder / "step_00000001.pt")
+    assert train.find_start(folder, own, []) == (own, [])
+
+
 def test_the_converter_goes_both_ways(golden_path, tmp_path, monkeypatch, capsys):
     import sys
 

@@ -26,6 +26,7 @@ from configs.errors import InputError, run_main
 from configs.options import Parser, at_least
 from evaluation import pckh
 from evaluation.inference import predict
+from evaluation.subjects import split_to_evaluate
 from pipelines import opencv_crops
 from pipelines.batches import dali_is_installed, still_batches, target_of
 from pipelines.shards import ShardSet
@@ -53,7 +54,7 @@ def main() -> None:
     decoders, missing = find_decoders()
     for name, reason in missing.items():
         print(f"not compared: {name} ({reason})")
-    shards = ShardSet(Path(options.shards)) if options.shards else None
+    shards = ShardSet(split_to_evaluate(Path(options.shards))) if options.shards else None
     jpegs = read_jpegs(options, shards)
     pictures = {name: decode_all(name, decoder, jpegs) for name, decoder in decoders.items()}
     print(f"\n{len(jpegs)} pictures, {sum(p.size // 3 for p in pictures['opencv']):,} pixels\n")

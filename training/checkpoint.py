@@ -259,6 +259,40 @@ def compare_settings(saved: dict[str, Any], config: Config, path: Path) -> list[
     return [f"changed on resuming: {line}" for line in changed.values()]
 
 
+def require_same_size(state: State, config: Config, path: Path) -> None:
+    """Raise InputError, naming the options, unless the config has the checkpoint's network."""
+    saved, now = flat(state["config"]), flat(as_dict(config))
+    other = {
+        name: value
+        for name, value in saved.items()
+        if name.startswith("model.")
+        and value != now[name]
+        and name != "model.checkpoint_activations"
+    }
+    if other:
+        raise InputError(
+            path,
+            "a network with " + ", ".join(f"{name} {value}" for name, value in other.items()),
+            "the network of the config: " + ", ".join(f"{name} {now[name]}" for name in other),
+            "add " + " ".join(f"--{name} {_as_option(value)}" for name, value in other.items()),
+        )
+
+
+def foreign_remarks(state: State, config: Config) -> list[str]:
+    """In what a run goes on otherwise than the code that wrote its checkpoint, a sentence each."""
+    saved, now = flat(state["config"]), flat(as_dict(config))
+    names = ("data.preset", "heatmaps.rule", "heatmaps.sigma")
+    return [
+        f"its code trained with {name} {saved[name]}; this run goes on with {now[name]}"
+        for name in names
+        if saved[name] != now[name]
+    ]
+
+
+def _as_option(value: Any) -> str:
+    return f"[{','.join(map(str, value))}]" if isinstance(value, list) else str(value)
+
+
 def skeleton_of(state: State) -> Skeleton:
     """The joints that the checkpoint was trained on; without names where it does not tell them."""
     return skeleton_from_plain(state["skeleton"])

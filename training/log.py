@@ -3,6 +3,7 @@
 import json
 import math
 import resource
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -263,8 +264,9 @@ def memory_mb(device: torch.device) -> float:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """The whole lines of metrics.jsonl; on a full disk the last one may be cut off as yet."""
+    lines = path.read_text().splitlines()
+    return [json.loads(line) for line in lines if _is_up_to(line, sys.maxsize)]
 
 
 def _write_picture(path: Path, image_HW3: npt.NDArray[np.uint8]) -> bytes:

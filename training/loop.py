@@ -186,7 +186,7 @@ class Run:
             other = "torchrun is gone, or a signal reached another rank"
             why = signal.Signals(noted[0]).name if noted else other
         text = f"STOPPED EARLY at step {self.step} of {train.steps}: {why}. "
-        self.log.say(text + "The same command with --resume continues.")
+        self.log.say(text + "--resume, without a path, continues.")
         if self.interrupted and self.place.is_first:
             try:
                 keeping.ask_to_resume(self.folder, text.strip())
@@ -384,7 +384,17 @@ class Run:
         require_same_joints(
             checkpoint.skeleton_of(state), self.skeleton, source, self.train_shards.folder
         )
+        checkpoint.require_same_size(state, self.config, source)
+        if "loader_states" not in state:
+            self.remarks += checkpoint.foreign_remarks(state, self.config)
         checkpoint.load_weights(self.network, state["model"], source)
+        if state["step"] > self.config.train.steps:
+            raise InputError(
+                f"train.steps {self.config.train.steps}",
+                f"{state['step']} steps that {source} has done already",
+                "the number of steps in all, those included",
+                f"--train.steps {state['step'] + self.config.train.steps} for as many more",
+            )
         self._restore_optimizer(state["optimizer"], source)
         self.step, self.seconds = state["step"], state.get("seconds", 0.0)
         self.validation_due = state.get("validation_due", False)
