@@ -107,7 +107,7 @@ def test_every_way_to_make_a_step_trains_the_same_network(monkeypatch):
         for _ in range(3):
             step()
         weights.append(torch.cat([p.detach().flatten() for p in step.network.parameters()]))
-    assert len(weights) == 7 and (weights[0] - start).abs().max() > 1e-2
+    assert len(weights) == 8 and (weights[0] - start).abs().max() > 1e-2
     for other in weights[1:]:
         torch.testing.assert_close(other, weights[0], rtol=0, atol=2e-5)
 
@@ -163,6 +163,22 @@ def test_the_step_is_timed_with_what_it_uses_of_the_card(monkeypatch, tmp_path):
     assert all(list(entry["peak_mb"]) == ["1", "2", "4"] for entry in memory.values())
     assert report["heatmaps"]["plain"]["of copy bandwidth"] > 0
     assert len(report["1 stacks, batch 2, compiled"]) == 4
+
+
+def test_a_way_that_fails_does_not_take_the_others_with_it(monkeypatch):
+    step_case = gpu_train.step_case
+
+    def fails(way, *rest):
+        case = step_case(way, *rest)
+        return case if way is gpu_steps.OURS else case._replace(run=lambda: 1 / 0)
+
+    monkeypatch.setattr(gpu_train, "step_case", fails)
+    report: pieces.Report = {"failed": {}}
+    size, load = Network(1, 16, 2, 64), gpu_loader.Load(2, 2, 1, 64, CPU)
+    chosen = [gpu_steps.PRINCETON, gpu_steps.OURS]
+    results = gpu_train.steps("x", size, 2, chosen, load, 1, report)
+    assert [result.name for result in results] == [gpu_steps.OURS.name]
+    assert list(report["failed"]) == [f"x: {gpu_steps.PRINCETON.name}"]
 
 
 def test_the_largest_batch_is_the_last_that_fits(monkeypatch):
