@@ -76,8 +76,17 @@ test-gpu:
 docs-check: install
 	$(PYTHON) -m pytest tests/test_docs.py
 
-bench-gpu-loader bench-gpu-train bench-gpu-accuracy: bench-gpu-%:
-	PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) benchmarks/gpu_$*.py --out $(OUT)
+# A plain checkout will do: nothing is installed, and a PYTHONPATH that is set stays.
+BENCH_GPU = PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) benchmarks/$(subst bench-gpu-,gpu_,$@).py --out $(OUT)
+
+bench-gpu-loader:
+	$(BENCH_GPU)
+
+bench-gpu-train:
+	$(BENCH_GPU)
+
+bench-gpu-accuracy:
+	$(BENCH_GPU)
 
 bench: install
 	$(PYTHON) benchmarks/throughput.py
