@@ -226,8 +226,10 @@ def test_decoding_only_what_the_affine_reaches_gives_the_same_crops(name, device
         assert torch.equal(expected.draws_ND, found.draws_ND)
         assert torch.equal(expected.input_from_image_N23, found.input_from_image_N23)
         difference = (expected.images_NHW3.int() - found.images_NHW3.int()).abs().float()
-        # A moved origin rounds the affine otherwise: a grey level here and there.
-        assert difference.max() <= 2 and difference.mean() < 0.02
+        if device == "gpu":  # regions may go to another decoder than pictures
+            assert difference.mean() <= 0.5 and np.percentile(difference.cpu(), 99.9) <= 6
+        else:  # a moved origin rounds the affine otherwise: a grey level here and there
+            assert difference.max() <= 2 and difference.mean() < 0.02
 
 
 def test_a_region_is_decoded_and_not_the_picture(tiny_shards, monkeypatch):

@@ -112,6 +112,35 @@ def test_every_way_to_make_a_step_trains_the_same_network(monkeypatch):
         torch.testing.assert_close(other, weights[0], rtol=0, atol=2e-5)
 
 
+@pytest.mark.gpu
+def test_a_step_of_cuda_graphs_trains_the_same_network(monkeypatch):
+    """In float32 without TF32, plain descent in place of Adam as above."""
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    monkeypatch.setattr(torch.optim, "Adam", lambda p, lr, fused: torch.optim.SGD(p, 0.1))
+    weights = []
+    for graphed in (False, True):
+        torch.manual_seed(0)
+        way = gpu_steps.OURS._replace(dtype=torch.float32, graphed=graphed, tries_algorithms=False)
+        step = TimedStep(way, Network(2, 64, 2, 128), 8, device)
+        for _ in range(3):
+            step()
+        weights.append(torch.cat([p.detach().flatten() for p in step.network.parameters()]))
+    torch.testing.assert_close(*weights, rtol=0, atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_every_way_to_make_a_step_runs():
+    """With compilers and graphs, in the precision of each."""
+    device = torch.device("cuda", 0)
+    for way in ways(device):
+        step = TimedStep(way, Network(1, 64, 2, 128), 4, device)
+        step()
+        step()
+        assert all(torch.isfinite(p).all() for p in step.network.parameters()), way.name
+
+
 def test_princetons_step_minimises_the_loss_of_this_project():
     torch.manual_seed(0)
     network = StackedHourglass(2, 16, 16, 2, (8, 8, 8))
