@@ -51,7 +51,7 @@ class Way(NamedTuple):
     weights: torch.memory_format = torch.channels_last
     fused_adam: bool = True
     reads_loss: bool = False
-    """The host waits for the loss in each step, as princeton-vl's log does."""
+    """The host waits for the loss before it begins the backward pass, for princeton-vl's log."""
     checkpointed: bool = False
     tries_algorithms: bool = True
     """cuDNN times its algorithms once a shape, as princeton-vl's train.py asks; ours asks not."""
@@ -124,11 +124,11 @@ class TimedStep:
         torch.backends.cudnn.benchmark = self.way.tries_algorithms
         heat = self.forward(self.images)
         loss = self._losses(heat).mean()
+        if self.way.reads_loss:
+            loss.item()
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.way.reads_loss:
-            loss.item()
 
     def _render(self) -> Tensor:
         return heatmaps.render(self.joints, self.drawn, self.heat_px, "exact", 1.0)
