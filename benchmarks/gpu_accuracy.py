@@ -71,8 +71,9 @@ def main() -> int:
 
 
 DIFFERENCES = {
-    PRINCETON: "its loader re-created, with as many workers as ours (its config has 2); float32 with torch's TF32 for convolutions; cuDNN times its "
-    "algorithms; Adam; the loss read in each step; its targets, decode and crop",
+    PRINCETON: "its loader re-created, with as many workers as ours (its config has 2); float32 "
+    "with torch's TF32 for convolutions; cuDNN times its algorithms; Adam; the loss read in each "
+    "step; its targets, decode and crop",
     OURS: "data.loader auto; one resampling; bf16, channels-last, fused Adam; exact targets and "
     "decode; averaged weights",
     "neither": "network, people, draws' distributions, batch, learning rate, flip test",
