@@ -277,6 +277,29 @@ def test_a_decoder_cache_without_a_gpu_is_refused(loader, tiny_shards):
         )  # fmt: skip
 
 
+def test_a_rank_with_a_cache_meets_the_same_people_again(tiny_shards, monkeypatch):
+    """The reader of the graph with a cache, on a CPU, whose decoder is spared the cache itself."""
+    given, image = {}, dali_crops.fn.decoders.image
+
+    def without_cache(jpeg, *, cache_size, cache_type, **others):
+        given.update(cache_size=cache_size, cache_type=cache_type)
+        return image(jpeg, **others)
+
+    monkeypatch.setattr(dali_crops.fn.decoders, "image", without_cache)
+    monkeypatch.setattr(dali_crops, "require_decoder", lambda *_: None)
+    met = []
+    for rank in range(2):
+        crops = dali_crops.DaliCrops(
+            ShardSet(tiny_shards / "train"), PRESETS["none"], input_px=64, batch_size=6,
+            device="cpu", rank=rank, ranks=2, shuffle_buffer=4, cache_mb=64,
+        )  # fmt: skip
+        epochs = [set(crops.next().records_NR[:, 0].int().tolist()) for _ in range(5)]
+        assert all(epoch == epochs[0] for epoch in epochs) and len(epochs[0]) == 6
+        met.append(epochs[0])
+    assert set.union(*met) == set(range(12))
+    assert given == {"cache_size": 64, "cache_type": "threshold"}
+
+
 @pytest.mark.gpu
 def test_cached_pictures_give_the_same_crops_again(tiny_shards):
     """Twelve people, decoded once each; the second pass comes out of the cache."""
