@@ -86,8 +86,17 @@ fuzz: install
 soak: install
 	$(PYTHON) tests/soak.py $(SOAK)
 
-bench-gpu-loader bench-gpu-train bench-gpu-accuracy: bench-gpu-%:
-	PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) benchmarks/gpu_$*.py --out $(OUT)
+# A plain checkout will do: nothing is installed, and a PYTHONPATH that is set stays.
+BENCH_GPU = PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) benchmarks/$(subst bench-gpu-,gpu_,$@).py --out $(OUT)
+
+bench-gpu-loader:
+	$(BENCH_GPU)
+
+bench-gpu-train:
+	$(BENCH_GPU)
+
+bench-gpu-accuracy:
+	$(BENCH_GPU)
 
 bench: install
 	$(PYTHON) benchmarks/throughput.py

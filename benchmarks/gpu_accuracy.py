@@ -61,7 +61,6 @@ def main() -> int:
     """Pack, train by both ways, evaluate, write."""
     options = make_parser().parse_args()
     device = require_device(options.device)
-    torch.backends.cudnn.benchmark = True  # as princeton-vl's train.py
     deadline = Deadline(options.minutes)
     with tempfile.TemporaryDirectory(prefix="gpu-accuracy-") as folder:
         shards = pack(Path(options.data), Path(folder) / "lspet")
@@ -72,8 +71,9 @@ def main() -> int:
 
 
 DIFFERENCES = {
-    PRINCETON: "its loader re-created; float32 with torch's TF32 for convolutions; Adam; the loss "
-    "read in each step; its targets, decode and crop",
+    PRINCETON: "its loader re-created, with as many workers as ours (its config has 2); float32 "
+    "with torch's TF32 for convolutions; cuDNN times its algorithms; Adam; the loss read in each "
+    "step; its targets, decode and crop",
     OURS: "data.loader auto; one resampling; bf16, channels-last, fused Adam; exact targets and "
     "decode; averaged weights",
     "neither": "network, people, draws' distributions, batch, learning rate, flip test",
@@ -176,6 +176,7 @@ class Trial:
 
     def ours(self, batch_size: int, seed: int, seconds: float) -> dict[str, Any]:
         """A run of training/loop.py. Its seconds are those of building and training."""
+        torch.backends.cudnn.benchmark = False  # as train.py
         began = time.perf_counter()
         config = self._config(batch_size, seed, seconds)
         run = Run(config, self.place, self.folder / "runs" / config.train.name)
@@ -209,6 +210,7 @@ class Trial:
     def princeton(self, seed: int, seconds: float) -> dict[str, Any]:
         """princeton-vl's step and loader, re-created; evaluated by its rules."""
         options, device = self.options, self.place.device
+        torch.backends.cudnn.benchmark = True  # as its train.py
         began = time.perf_counter()
         runtime.seed_everything(seed, 0)
         network = StackedHourglass(options.stacks, options.width, MPII.joint_count, options.depth)
@@ -253,10 +255,11 @@ def princeton_step(
     heat_NSJHW = network(images_NHW3.permute(0, 3, 1, 2))
     losses = [(heat - heat_NJHW).square().mean() for heat in heat_NSJHW.unbind(dim=1)]
     loss = torch.stack(losses).mean()
+    read = loss.item()  # where its log reads it
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    return loss.item()
+    return read
 
 
 def scores(result: dict[str, Any]) -> dict[str, float]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.loading import Load
@@ -51,8 +51,10 @@ class Way(NamedTuple):
     weights: torch.memory_format = torch.channels_last
     fused_adam: bool = True
     reads_loss: bool = False
-    """The host waits for the loss in each step, as princeton-vl's log does."""
+    """The host waits for the loss before it begins the backward pass, for princeton-vl's log."""
     checkpointed: bool = False
+    tries_algorithms: bool = True
+    """cuDNN times its algorithms once a shape, as princeton-vl's train.py asks; ours asks not."""
     graphed: bool = False
     """The network's forward and backward pass are a CUDA graph each."""
     compiles: str = ""
@@ -77,6 +79,7 @@ def ways(device: torch.device) -> list[Way]:
         Way("bf16, NCHW, fused Adam", layout=NCHW, weights=NCHW),
         OURS,
         OURS._replace(name=f"{OURS.name}, activations twice", checkpointed=True),
+        OURS._replace(name=f"{OURS.name}, cuDNN's heuristics", tries_algorithms=False),
     ]
     if device.type == "cuda":
         listed.append(OURS._replace(name=f"{OURS.name}, CUDA graphs", graphed=True))
@@ -118,21 +121,14 @@ class TimedStep:
 
     def __call__(self) -> None:
         """One step."""
-        with self._autocast():
-            heat = self.forward(self.images)
+        torch.backends.cudnn.benchmark = self.way.tries_algorithms
+        heat = self.forward(self.images)
         loss = self._losses(heat).mean()
+        if self.way.reads_loss:
+            loss.item()
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.way.reads_loss:
-            loss.item()
-
-    def _autocast(self) -> torch.autocast:
-        # A captured graph cannot share autocast's cache of weights.
-        return torch.autocast(
-            self.device.type, self.way.dtype, enabled=self.way.dtype != torch.float32,
-            cache_enabled=not self.way.graphed,
-        )  # fmt: skip
 
     def _render(self) -> Tensor:
         return heatmaps.render(self.joints, self.drawn, self.heat_px, "exact", 1.0)
@@ -152,10 +148,27 @@ class TimedStep:
                     module.compile(dynamic=False)
         elif self.way.compiles:
             self.network.compile(mode=self.way.compiles)
+        network = Cast(self.network, self.way)
         if not self.way.graphed:
-            return self.network
-        with self._autocast():
-            return torch.cuda.make_graphed_callables(self.network, (self.images,))  # type: ignore[return-value]
+            return network
+        return torch.cuda.make_graphed_callables(network, (self.images,))  # type: ignore[return-value]
+
+
+class Cast(nn.Module):
+    """A network in autocast. It is inside the module, so that a captured backward pass is not."""
+
+    def __init__(self, network: nn.Module, way: Way):
+        super().__init__()
+        self.network, self.way = network, way
+
+    def forward(self, images_N3HW: Tensor) -> Tensor:
+        """Heatmaps of every stack."""
+        dtype, kind = self.way.dtype, images_N3HW.device.type
+        # A captured graph cannot share autocast's cache of weights.
+        with torch.autocast(
+            kind, dtype, enabled=dtype != torch.float32, cache_enabled=not self.way.graphed
+        ):
+            return self.network(images_N3HW)
 
 
 def step_case(way: Way, size: Network, people: int, device: torch.device) -> Case:
@@ -257,11 +270,8 @@ def memory_facts(size: Network, load: Load, largest: int) -> dict[str, Any]:
     cuDNN chooses by its heuristics here: to try all algorithms for each batch would take minutes.
     """
     chosen = [PRINCETON, OURS, OURS._replace(name="activations twice", checkpointed=True)]
-    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
-    try:
-        return {way.name: memory_of(way, size, load, largest) for way in chosen}
-    finally:
-        torch.backends.cudnn.benchmark = before
+    chosen = [way._replace(tries_algorithms=False) for way in chosen]
+    return {way.name: memory_of(way, size, load, largest) for way in chosen}
 
 
 def memory_of(way: Way, size: Network, load: Load, largest: int) -> dict[str, Any]:

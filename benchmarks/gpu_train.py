@@ -16,6 +16,7 @@ import configs.interrupt  # noqa: F401 - before the slow imports
 import functools
 import gc
 import tempfile
+import traceback
 from typing import Any
 
 import torch
@@ -58,7 +59,6 @@ def main() -> int:
     """Measure and write."""
     options = make_parser().parse_args()
     device = require_device(options.device)
-    torch.backends.cudnn.benchmark = True  # as princeton-vl's train.py
     deadline = Deadline(options.minutes)
     load = Load(options.people, options.batch_size, options.workers, options.input_px, device)
     report: Report = {
@@ -137,7 +137,16 @@ def steps(
     name: str, size: Network, batch: int, chosen: list[Way], load: Load, rounds: int, report: Report
 ) -> list[Result]:
     """Rates of the ways to make one step; what of the card they use goes into the report."""
-    cases = [step_case(way, size, batch, load.device) for way in chosen]
+    cases = []
+    for way in chosen:
+        case = step_case(way, size, batch, load.device)
+        try:
+            case.prepare()
+            case.run()  # compiles, and chooses algorithms
+            cases.append(case)
+        except Exception as error:  # the other ways are worth knowing
+            traceback.print_exc()
+            report["failed"][f"{name}: {way.name}"] = f"{type(error).__name__}: {error}"[:500]
     results = take_turns(cases, rounds, load.device)
     share = utilisation(results, flops_of_a_person(size), report)
     report.setdefault("flops utilisation", {})[name] = share

@@ -349,6 +349,15 @@ def check_values(config: Config) -> None:
         raise InputError(
             "optim.ema_decay", str(config.optim.ema_decay), "0 to below 1", "correct it"
         )
+    _check_together(config)
+    if Path(config.train.name).name != config.train.name or config.train.name in ("", ".", ".."):
+        raise InputError(
+            "train.name", config.train.name, "a plain folder name", "put folders in train.out"
+        )
+
+
+def _check_together(config: Config) -> None:
+    """Raise InputError at settings that do not go together."""
     unit = 4 * 2**config.model.depth
     if config.data.input_px <= 0 or config.data.input_px % unit:
         raise InputError(
@@ -363,10 +372,6 @@ def check_values(config: Config) -> None:
             "both",
             "one of them: torch.compile chooses by itself what to compute twice",
             "leave one out",
-        )
-    if Path(config.train.name).name != config.train.name or config.train.name in ("", ".", ".."):
-        raise InputError(
-            "train.name", config.train.name, "a plain folder name", "put folders in train.out"
         )
 
 

@@ -226,8 +226,10 @@ def test_decoding_only_what_the_affine_reaches_gives_the_same_crops(name, device
         assert torch.equal(expected.draws_ND, found.draws_ND)
         assert torch.equal(expected.input_from_image_N23, found.input_from_image_N23)
         difference = (expected.images_NHW3.int() - found.images_NHW3.int()).abs().float()
-        # A moved origin rounds the affine otherwise: a grey level here and there.
-        assert difference.max() <= 2 and difference.mean() < 0.02
+        if device == "gpu":  # regions may go to another decoder than pictures
+            assert difference.mean() <= 0.5 and np.percentile(difference.cpu(), 99.9) <= 6
+        else:  # a moved origin rounds the affine otherwise: a grey level here and there
+            assert difference.max() <= 2 and difference.mean() < 0.02
 
 
 def test_a_region_is_decoded_and_not_the_picture(tiny_shards, monkeypatch):
@@ -273,6 +275,29 @@ def test_a_decoder_cache_without_a_gpu_is_refused(loader, tiny_shards):
             device=torch.device("cpu"), input_px=64, batch_size=4, workers=0, shuffle_buffer=8,
             seed=0, rank=0, ranks=1, first_step=0, state=b"", cache_mb=64,
         )  # fmt: skip
+
+
+def test_a_rank_with_a_cache_meets_the_same_people_again(tiny_shards, monkeypatch):
+    """The reader of the graph with a cache, on a CPU, whose decoder is spared the cache itself."""
+    given, image = {}, dali_crops.fn.decoders.image
+
+    def without_cache(jpeg, *, cache_size, cache_type, **others):
+        given.update(cache_size=cache_size, cache_type=cache_type)
+        return image(jpeg, **others)
+
+    monkeypatch.setattr(dali_crops.fn.decoders, "image", without_cache)
+    monkeypatch.setattr(dali_crops, "require_decoder", lambda *_: None)
+    met = []
+    for rank in range(2):
+        crops = dali_crops.DaliCrops(
+            ShardSet(tiny_shards / "train"), PRESETS["none"], input_px=64, batch_size=6,
+            device="cpu", rank=rank, ranks=2, shuffle_buffer=4, cache_mb=64,
+        )  # fmt: skip
+        epochs = [set(crops.next().records_NR[:, 0].int().tolist()) for _ in range(5)]
+        assert all(epoch == epochs[0] for epoch in epochs) and len(epochs[0]) == 6
+        met.append(epochs[0])
+    assert set.union(*met) == set(range(12))
+    assert given == {"cache_size": 64, "cache_type": "threshold"}
 
 
 @pytest.mark.gpu

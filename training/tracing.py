@@ -56,8 +56,11 @@ class Tracer:
     def _write(self, done: profile) -> None:
         path = self.folder / TRACE
         temporary = path.with_name("writing_" + TRACE)
-        done.export_chrome_trace(str(temporary))
-        temporary.rename(path)
         self.written = True
-        table = done.key_averages().table(sort_by=self.column, row_limit=_ROWS)
-        self.say(f"{table}\nwrote {path}")
+        self.say(done.key_averages().table(sort_by=self.column, row_limit=_ROWS))
+        try:
+            done.export_chrome_trace(str(temporary))
+            temporary.rename(path)
+            self.say(f"wrote {path}")
+        except OSError as error:
+            self.say(f"{path} cannot be written: {error}; training goes on")
