@@ -11,6 +11,7 @@ import importlib
 import json
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -79,6 +80,7 @@ PLACEHOLDERS = {
     "--images I": "--images data/mpii/images",
     "--output O": "--output data/shards/o{number}",
     "--config C": "--config c.yaml",
+    "--train.name NAME": "--train.name name{number}",
     "--predictions FILE": "--predictions predictions.json",
     "IN OUT": "runs/made/best.pt out.pt",
     "export_onnx.py PATH": "export_onnx.py runs/made/best.pt",
@@ -285,7 +287,7 @@ def write_photographs(folder: Path, picture: Path) -> None:
     (folder / "data" / "synthetic" / "images").mkdir(parents=True)
     (folder / "photos").mkdir()
     for name in ("photo.jpg", "data/synthetic/images/100000000.jpg", "photos/a.jpg"):
-        (folder / name).symlink_to(picture)
+        shutil.copy(picture, folder / name)
     (folder / "people.csv").write_text("image,x,y,width,height\na.jpg,20,20,60,60\n")
     film = cv2.VideoWriter(
         str(folder / "film.mp4"), cv2.VideoWriter.fourcc(*"mp4v"), 10.0, (64, 48)
