@@ -1,6 +1,6 @@
 """People and pictures made for timing: 1280 x 720, as large in them as MPII's, packed both ways."""
 
-import dataclasses
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,16 +65,27 @@ def make_crops(folder: Path, originals: ShardSet, person_px: int = 288) -> Shard
 
 
 def make_many(folder: Path, people: int) -> ShardSet:
-    """As many people as asked for, in full shards: one tar under many names, to spare the disk."""
-    one = folder.with_name(folder.name + "-one")
-    first = make_crops(folder, make_originals(one, PER_SHARD))
-    shard = first.manifest.shards[0]
-    shards = [shard]
-    for number in range(1, -(-people // PER_SHARD)):
-        tar, index = f"{number:05d}.tar", f"{number:05d}.idx"
-        os.link(folder / shard.tar, folder / tar)
-        os.link(folder / shard.index, folder / index)
-        shards.append(dataclasses.replace(shard, tar=tar, index=index))
+    """As many people as asked for, in full shards: the first shard's again and again, renumbered.
+
+    25,600 people take 2.3 GB.
+    """
+    first = make_crops(
+        folder.with_name(folder.name + "-crops"),
+        make_originals(folder.with_name(folder.name + "-one"), PER_SHARD),
+    )
+
+    def samples(number: int) -> Iterator[tuple[str, bytes, bytes, bytes]]:
+        for sample in range(PER_SHARD):
+            row = number * PER_SHARD + sample
+            record = first.record(sample).copy()
+            record[0] = row
+            text = json.dumps({**first.facts(sample), "row": row}).encode()
+            yield f"{row:09d}", record.tobytes(), first.jpeg(sample), text
+
+    folder.mkdir()
+    shards = [
+        write_shard(folder, number, samples(number)) for number in range(-(-people // PER_SHARD))
+    ]
     return _finish(folder, shards, first.manifest.crop)
 
 
