@@ -170,6 +170,13 @@ def test_another_kind_of_network_is_refused(tmp_path):
         checkpoint.load(tmp_path / "x.pt")
 
 
+def test_an_epoch_that_is_no_number_is_refused(shared, tmp_path):
+    raw = torch.load(shared / "golden" / "seed_2hg_dim48_checkpoint.pt", weights_only=True)
+    torch.save({**raw, "epoch": float("inf")}, tmp_path / "x.pt")
+    with pytest.raises(InputError, match="OverflowError"):
+        checkpoint.load(tmp_path / "x.pt")
+
+
 def test_a_run_cannot_be_resumed_from_weights_alone(shared, tmp_path):
     import train
 

@@ -162,7 +162,7 @@ def _foreign(raw: Any, path: Path) -> State | None:
         if theirs is not None:
             try:
                 return _from_foreign(raw, layout.our_weights(theirs), layout is princeton, path)
-            except (KeyError, ValueError, IndexError, TypeError) as error:
+            except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
                 raise InputError(
                     path,
                     f"a network that differs from its kind ({type(error).__name__}: {error})",
