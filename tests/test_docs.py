@@ -66,8 +66,8 @@ NOT_RUN = {
     r"(evaluate|train)\.py --[\w-]+$": "half a command, named in a sentence",
 }
 OF_OTHERS = {"--nproc-per-node", "--nnodes", "--max-restarts", "--signals-to-handle", "--signal"}
-OF_OTHERS |= {"--minutes", "--every", "--loader"}
-"""Options of torchrun and Slurm, and of tests/soak.py."""
+OF_OTHERS |= {"--minutes", "--every", "--loader", "--shm-size"}
+"""Options of torchrun, Slurm and Docker, and of tests/soak.py."""
 PLACEHOLDERS = {
     "--checkpoint PATH": "--checkpoint runs/made/best.pt",
     "tools/predict.py --checkpoint runs/2hg/best.pt": "tools/predict.py --checkpoint "
