@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from configs.errors import InputError, run_main
-from configs.options import Parser, at_least
+from configs.options import Parser, add_device_options, at_least
 from configs.schema import Config
 from configs.skeleton import Skeleton, load_skeleton, require_same_joints
 from evaluation import pckh, report
@@ -272,18 +272,7 @@ def _add_how(how: argparse._ArgumentGroup) -> None:
         type=at_least(0),
         help="processes that crop, or DALI's threads; default: as in training",
     )
-    how.add_argument(
-        "--device",
-        choices=("auto", "cuda", "cpu"),
-        default="auto",
-        help="auto: a GPU where there is one (default: %(default)s)",
-    )
-    how.add_argument(
-        "--precision",
-        choices=("auto", "bf16", "fp16", "fp32"),
-        default="fp32",
-        help="arithmetic (default: %(default)s)",
-    )
+    add_device_options(how)
 
 
 def _add_output(out: argparse._ArgumentGroup) -> None:

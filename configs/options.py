@@ -61,3 +61,19 @@ def at_least(least: int) -> Callable[[str], int]:
         return value
 
     return number
+
+
+def add_device_options(group: argparse._ArgumentGroup) -> None:
+    """Add `--device` and `--precision`, as the programs that run a network take them."""
+    group.add_argument(
+        "--device",
+        choices=("auto", "cuda", "cpu"),
+        default="auto",
+        help="auto: a GPU where there is one (default: %(default)s)",
+    )
+    group.add_argument(
+        "--precision",
+        choices=("auto", "bf16", "fp16", "fp32"),
+        default="fp32",
+        help="arithmetic (default: %(default)s)",
+    )

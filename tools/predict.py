@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from configs.errors import InputError, run_main
 from configs.mpii import PIXELS_PER_SCALE
-from configs.options import Parser, at_least
+from configs.options import Parser, add_device_options, at_least
 from configs.skeleton import Skeleton
 from evaluation.report import draw_skeleton
 from pipelines.annotations import stays_inside
@@ -139,18 +139,7 @@ def make_parser() -> Parser:
         default=usable_cores(),
         help="threads that read (default: all cores)",
     )
-    how.add_argument(
-        "--device",
-        choices=("auto", "cuda", "cpu"),
-        default="auto",
-        help="auto: a GPU where there is one (default: %(default)s)",
-    )
-    how.add_argument(
-        "--precision",
-        choices=("auto", "bf16", "fp16", "fp32"),
-        default="fp32",
-        help="arithmetic (default: %(default)s)",
-    )
+    add_device_options(how)
     add_output_options(parser)
     return parser
 
