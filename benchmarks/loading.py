@@ -17,7 +17,9 @@ from configs.mpii import MPII
 from pipelines import batches, opencv_crops
 from pipelines.augment import PRESETS, Preset
 from pipelines.batches import Target
+from pipelines.memory import keep_freed_memory
 from pipelines.shards import ShardSet
+from training import runtime
 
 
 class Load(NamedTuple):
@@ -45,8 +47,15 @@ START_UPS = 3
 DEFAULTS = {"shuffle_buffer": 1024, "seed": 0, "rank": 0, "ranks": 1, "first_step": 0, "state": b""}
 
 
+def set_up_as_training(load: Load) -> None:
+    """Memory and threads of this process as train.py has them."""
+    keep_freed_memory()
+    runtime.leave_cores_to_workers(load.device, load.workers)
+
+
 def loader_cases(originals: ShardSet, crops: ShardSet, load: Load) -> list[Case]:
     """Augmented batches with heatmaps, on the device; first princeton-vl's steps, re-created."""
+    set_up_as_training(load)
     way = f"dali on {load.device.type}"
     ways: list[tuple[str, ShardSet, Preset, batches.LoaderName]] = [
         ("opencv, originals, princeton preset", originals, PRESETS["princeton"], "opencv"),
@@ -138,6 +147,7 @@ def scaling(
         }
         for found in tries
     ]
+    set_up_as_training(load)
     cases = [
         loader_case(
             f"opencv, crops, {len(split):,} people", split, PRINCETONS_DRAWS, "opencv", load
@@ -149,7 +159,7 @@ def scaling(
 
 def start_up(folder: Path, load: Load) -> dict[str, Any]:
     """Open a split, check its records and make batches; runs in a process of its own."""
-    torch.set_num_threads(1)
+    set_up_as_training(load)
     began = time.perf_counter()
     shards = ShardSet(folder)
     shards.records()

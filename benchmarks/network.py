@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.loading import DEFAULTS, Load
+from benchmarks.loading import DEFAULTS, Load, set_up_as_training
 from benchmarks.princeton_path import render_by_loop
 from benchmarks.timing import Case
 from configs.mpii import MPII
@@ -109,7 +109,7 @@ def _step_case(name: str, dtype: torch.dtype, layout: torch.memory_format, load:
 
 def end_to_end_cases(originals: ShardSet, crops: ShardSet, load: Load) -> list[Case]:
     """Training steps with a loader, against the same steps on one batch that lies ready."""
-    keep_freed_memory()  # as the programs do
+    set_up_as_training(load)
     dtype = runtime.choose_dtype("auto", load.device)
     step = Step(dtype, torch.channels_last, load.device)
     ready = made_batch(step_size(load), load, torch.channels_last)

@@ -97,7 +97,10 @@ def render_by_loop(joints_J2: np.ndarray, heat_px: int = 64) -> np.ndarray:
 def princeton_batches(
     shards: ShardSet, input_px: int, batch_size: int, workers: int, seed: int = 0
 ) -> Iterator[list[torch.Tensor]]:
-    """Endless batches by torch's DataLoader, as that code sets it up."""
+    """Endless batches by torch's DataLoader, as that code sets it up.
+
+    Its workers are processes of their own making: forked ones would treat memory as this one does.
+    """
     sampler = EndlessSampler(len(shards), batch_size, seed, 0, 1)
     return iter(
         DataLoader(
@@ -106,6 +109,7 @@ def princeton_batches(
             num_workers=workers,
             prefetch_factor=PREFETCH if workers else None,
             worker_init_fn=_one_thread,
+            multiprocessing_context="spawn" if workers else None,
         )
     )
 

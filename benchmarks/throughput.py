@@ -18,6 +18,8 @@ import json
 import tempfile
 from typing import Any
 
+import torch
+
 from benchmarks import evaluation, loading, network
 from benchmarks.comparing import compare, draw_chart, read_report
 from benchmarks.loading import Load
@@ -40,7 +42,9 @@ def main() -> None:
     report: dict[str, Any] = {"world": world(device), "options": vars(options)}
     for suite in options.suites:
         print(f"timing {suite} ...", file=sys.stderr, flush=True)
+        threads = torch.get_num_threads()
         report |= run_suite(suite, load, options.rounds)
+        torch.set_num_threads(threads)
     if device.type == "cpu":
         print("not measured: everything on a GPU (no CUDA device is in use)\n")
     if older:

@@ -70,7 +70,7 @@ class Run:
             with _damage_named(source):
                 config, self.remarks = resuming.fit_to_ranks(config, state, place.ranks, source)
         self.config, self.place, self.folder = config, place, folder
-        runtime.leave_cores_to_workers(place, config.data.workers)
+        runtime.leave_cores_to_workers(place.device, config.data.workers)
         self.train_shards = ShardSet(Path(config.data.shards) / "train")
         self.valid_shards = ShardSet(Path(config.data.shards) / "valid")
         preset = preset_of(config.data.preset, config.data.mirror)
