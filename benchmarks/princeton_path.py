@@ -99,7 +99,7 @@ def princeton_batches(
 ) -> Iterator[list[torch.Tensor]]:
     """Endless batches by torch's DataLoader, as that code sets it up.
 
-    Its workers are processes of their own making: forked ones would treat memory as this one does.
+    Its workers are not forked from this process: they would treat memory as it does.
     """
     sampler = EndlessSampler(len(shards), batch_size, seed, 0, 1)
     return iter(
@@ -109,7 +109,7 @@ def princeton_batches(
             num_workers=workers,
             prefetch_factor=PREFETCH if workers else None,
             worker_init_fn=_one_thread,
-            multiprocessing_context="spawn" if workers else None,
+            multiprocessing_context="forkserver" if workers else None,
         )
     )
 

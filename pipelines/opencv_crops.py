@@ -4,6 +4,7 @@ A source gives the bytes of a picture and the record of a person; `ShardSet` is 
 `LooseImages` is the other. All that is random is in a Draw, so that a crop is a pure function.
 """
 
+import gc
 import os
 import signal
 import threading
@@ -326,6 +327,7 @@ def _signals_held() -> Iterator[None]:
 
 def _start_worker(worker: int) -> None:
     """Leave the other cores to the other workers, keep buffers, end when the main process says."""
+    gc.freeze()  # what is inherited is not for this process to destroy: its threads are not here
     cv2.setNumThreads(0)
     keep_freed_memory()
     if hasattr(signal, "sigwaitinfo"):
