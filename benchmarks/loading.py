@@ -138,7 +138,8 @@ def scaling(
     for _ in range(START_UPS):
         for split, found in zip(splits.values(), tries, strict=True):
             with ProcessPoolExecutor(1, context) as pool:
-                found.append(pool.submit(start_up, split.folder, load).result())
+                how = multiprocessing.get_start_method()
+                found.append(pool.submit(start_up, split.folder, load, how).result())
     facts = [
         {
             "people": found[0]["people"],
@@ -157,8 +158,12 @@ def scaling(
     return take_turns(cases, rounds, load.device), facts
 
 
-def start_up(folder: Path, load: Load) -> dict[str, Any]:
-    """Open a split, check its records and make batches; runs in a process of its own."""
+def start_up(folder: Path, load: Load, start_method: str) -> dict[str, Any]:
+    """Open a split, check its records and make batches; runs in a process of its own.
+
+    start_method: of the loader's workers. A spawned process would spawn them, too.
+    """
+    multiprocessing.set_start_method(start_method, force=True)
     set_up_as_training(load)
     began = time.perf_counter()
     shards = ShardSet(folder)

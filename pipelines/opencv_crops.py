@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from configs.errors import InputError
 from pipelines import geometry, princeton
@@ -302,7 +302,30 @@ class _Careful(Dataset):
 def _collate_careful(items: list[Item | InputError]) -> RawBatch | InputError:
     whole = [item for item in items if not isinstance(item, InputError)]
     errors = [item for item in items if isinstance(item, InputError)]
-    return errors[0] if errors else collate(whole)
+    if errors:
+        return errors[0]
+    batch = collate(whole)
+    return batch if get_worker_info() is None else _shared(batch)
+
+
+def _shared(batch: RawBatch) -> RawBatch | InputError:
+    """Its tensors in shared memory, where the main process finds them.
+
+    Left to the queue's own thread, a failure would be a traceback and a batch that never comes.
+    """
+    try:
+        for tensor in batch:
+            tensor.share_memory_()
+    except RuntimeError as error:
+        size = sum(tensor.nbytes for tensor in batch) / 1e6
+        return InputError(
+            "the workers' shared memory, /dev/shm",
+            f"no room for a batch of {size:.1f} MB ({str(error).splitlines()[0]})",
+            f"room for {PREFETCH + 1} batches of each worker and rank",
+            "in a container give it more: docker run --shm-size=2g; or take fewer workers, smaller "
+            "batches, or no workers (0)",
+        )
+    return batch
 
 
 @contextmanager

@@ -1,6 +1,9 @@
 """Data that the tests share: real files where they are at hand, and a tiny made-up set."""
 
+import functools
 import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,16 @@ VALID_SIZES = [(301, 203), (180, 320), (240, 136), (75, 75), (350, 351)]
 # The picture of each person: 12 people in 9 pictures, and 5 in 5.
 TRAIN_PICTURES = [0, 0, 1, 2, 3, 3, 3, 4, 5, 6, 7, 8]
 VALID_PICTURES = [0, 1, 2, 3, 4]
+
+
+@functools.cache
+def may_mount() -> bool:
+    """Whether a test may mount a small disk."""
+    probe = ["unshare", "-rm", "mount", "-t", "tmpfs", "x", "/mnt"]
+    return (
+        bool(shutil.which("unshare"))
+        and not subprocess.run(probe, capture_output=True, check=False).returncode
+    )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import random
-import shutil
 import signal
 import socket
 import subprocess
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import may_mount
 from test_training import ROOT, SMALL
 
 from training import checkpoint
@@ -171,14 +171,7 @@ def test_a_message_that_all_ranks_have_is_shown_once(tmp_path):
     assert log.read_text().count("error: train.steps\n  found:    0") == 1
 
 
-@pytest.mark.skipif(
-    shutil.which("unshare") is None
-    or subprocess.run(
-        ["unshare", "-rm", "mount", "-t", "tmpfs", "x", "/mnt"], capture_output=True, check=False
-    ).returncode
-    != 0,
-    reason="no small disk can be mounted here",
-)
+@pytest.mark.skipif(not may_mount(), reason="no small disk can be mounted here")
 def test_on_a_disk_that_fills_up_the_run_goes_on_and_its_last_checkpoint_is_whole(
     tiny_shards, tmp_path
 ):

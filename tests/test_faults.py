@@ -4,14 +4,18 @@ import json
 import multiprocessing
 import os
 import random
+import shlex
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, may_mount
 from test_training import make_run, metrics, poison, steps, tiny_config, unpoison
 
 import train as train_program
@@ -246,6 +250,25 @@ def test_workers_ignore_the_signals_and_end_at_their_parents_word(tiny_shards, t
         worker.terminate()
         worker.join(10)
     assert not any(worker.is_alive() for worker in workers)
+
+
+@pytest.mark.skipif(not may_mount(), reason="no small disk can be mounted here")
+@pytest.mark.parametrize("megabytes, batch", [(1, 4), (2, 32)])
+def test_too_little_shared_memory_is_said_and_hangs_nothing(
+    megabytes, batch, tiny_shards, tmp_path
+):
+    words = ["train.py", "--data.shards", tiny_shards, "--data.workers", 2, "--data.batch_size", batch,
+             "--data.input_px", 256, "--model.width", "8", "--train.out", tmp_path,
+             "--train.name", "x", "--train.steps", "50", "--train.device", "cpu"]  # fmt: skip
+    mount = f"mount -t tmpfs -o size={megabytes}m x /dev/shm"
+    command = shlex.join([sys.executable, *map(str, words)])
+    done = subprocess.run(
+        ["unshare", "-rm", "bash", "-c", f"{mount} && exec {command}"],
+        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert "no room for a batch of" in done.stderr and "--shm-size" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def subprocess_kill(pid: int, number: int) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -163,7 +164,7 @@ def test_many_people_are_the_first_shards_renumbered(tmp_path, monkeypatch):
 def test_starting_up_reports_seconds_and_memory_of_the_loader(few):
     _, crops = few
     load = loading.Load(4, 2, 1, 64, torch.device("cpu"))
-    facts = loading.start_up(crops.folder, load)
+    facts = loading.start_up(crops.folder, load, multiprocessing.get_start_method())
     assert facts["people"] == 6 and 0 < facts["start_up_s"] < 60
     assert facts["peak_mib"] > 50 or sys.platform != "linux"
 
