@@ -77,21 +77,29 @@ def without_prefix(raw: Any, key: str, prefixes: tuple[str, ...]) -> dict[str, T
     return None
 
 
+def _pattern(part: str) -> re.Pattern[str]:
+    return re.compile(re.escape(part).replace(r"\{\}", r"(\d+)") + r"(?:\.|$)")
+
+
+_TO_OURS = [(_pattern(theirs), ours) for theirs, ours in _PARTS]
+_TO_THEIRS = [(_pattern(ours), theirs) for theirs, ours in _PARTS]
+
+
 def our_name(theirs: str) -> str:
     """Our name of one of its tensors; parts that it does not know stay as they are."""
-    return _translate(theirs, _PARTS)
+    return _translate(theirs, _TO_OURS)
 
 
 def their_name(ours: str) -> str:
     """Its name of one of our tensors."""
-    return _translate(ours, tuple((b, a) for a, b in _PARTS))
+    return _translate(ours, _TO_THEIRS)
 
 
-def _translate(name: str, parts: tuple[tuple[str, str], ...]) -> str:
+def _translate(name: str, parts: list[tuple[re.Pattern[str], str]]) -> str:
     done: list[str] = []
     while name:
-        for source, target in parts:
-            match = re.match(re.escape(source).replace(r"\{\}", r"(\d+)") + r"(?:\.|$)", name)
+        for pattern, target in parts:
+            match = pattern.match(name)
             if match:
                 done.append(target.format(*match.groups()))
                 name = name[match.end() :]
