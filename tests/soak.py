@@ -35,7 +35,8 @@ from tools.make_shards import main as pack  # noqa: E402
 
 INSIDE = "SOAK_INSIDE"
 """Set in the process that may mount a small disk."""
-DISK_MB = 8
+DISK_MB = 512
+"""Half an hour leaves some hundred MiB of TensorBoard's pictures."""
 ROTTEN = (2, 7)
 GROWTH = 1.05
 PATIENCE_S = 180

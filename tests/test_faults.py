@@ -258,8 +258,9 @@ def test_too_little_shared_memory_is_said_and_hangs_nothing(
     megabytes, batch, tiny_shards, tmp_path
 ):
     words = ["train.py", "--data.shards", tiny_shards, "--data.workers", 2,
-             "--data.batch_size", batch, "--data.input_px", 256, "--model.width", "8", "--train.out", tmp_path,
-             "--train.name", "x", "--train.steps", "50", "--train.device", "cpu"]  # fmt: skip
+             "--data.batch_size", batch, "--data.input_px", 256, "--model.width", 8,
+             "--train.out", tmp_path, "--train.name", "x", "--train.steps", 50,
+             "--train.device", "cpu"]  # fmt: skip
     mount = f"mount -t tmpfs -o size={megabytes}m x /dev/shm"
     command = shlex.join([sys.executable, *map(str, words)])
     done = subprocess.run(
