@@ -21,11 +21,11 @@ from typing import Any, NamedTuple, TypeVar
 import cv2
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
 from configs.errors import InputError, run_main
 from configs.mpii import PIXELS_PER_SCALE
 from configs.options import Parser, add_device_options, at_least
+from configs.progress import counting, say
 from configs.skeleton import Skeleton
 from evaluation.report import draw_skeleton
 from pipelines.annotations import stays_inside
@@ -317,7 +317,7 @@ def predict_pictures(
     read = functools.partial(read_subjects, options, estimator)
     with (
         ThreadPoolExecutor(options.workers) as pool,
-        tqdm(total=sum(len(p.rows) for p in pictures), desc="predict", unit="person") as bar,
+        counting("predict", sum(len(p.rows) for p in pictures), "people") as advance,
     ):
         subjects = itertools.chain.from_iterable(ahead(pool, read, pictures, 2 * options.workers))
         for batch in in_batches(subjects, estimator.batch_size):
@@ -328,7 +328,7 @@ def predict_pictures(
                 if out:
                     image = read_picture(picture.path, not options.ignore_exif)
                     write_picture(out, draw(image, people, estimator.skeleton, options.min_score))
-            bar.update(len(batch))
+            advance(len(batch))
 
 
 def whole_pictures(
@@ -352,7 +352,7 @@ def read_subjects(
     except InputError as error:
         if not options.skip_bad:
             raise
-        tqdm.write(f"left out: {error.where}: {error.found}", file=sys.stderr)
+        say(f"left out: {error.where}: {error.found}")
         return []
     return [
         crop_subject(estimator, image, picture, person, {"index": row})
@@ -418,7 +418,7 @@ def predict_video(
     size = 1 if live else min(estimator.batch_size, MOST_FRAMES)
     number = 0
     try:
-        with tqdm(total=frames.count, desc="predict", unit="frame") as bar:
+        with counting("predict", frames.count, "frames") as advance:
             for batch in in_batches(frames, size):
                 subjects = [
                     crop_subject(estimator, image, None, person, {"index": row, "frame": row})
@@ -433,7 +433,7 @@ def predict_video(
                     elif live and not show(drawn):
                         return
                 number += len(batch)
-                bar.update(len(batch))
+                advance(len(batch))
     finally:
         frames.close()
         if video:
