@@ -182,9 +182,14 @@ def read_other(path: Path, skeleton: Skeleton) -> Other:
         result = results[0]
         _check_numbers(result, skeleton)
     except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        found = f"not readable so ({type(error).__name__}: {error})"
+        if isinstance(error, FileNotFoundError):
+            found = "no such file"
+        elif isinstance(error, json.JSONDecodeError):
+            found = f"no JSON ({error})"
         raise InputError(
             path,
-            f"{type(error).__name__}: {error}",
+            found,
             f"a file that evaluate.py --json wrote, with the {skeleton.joint_count} joints of "
             f"{skeleton.name}",
             "evaluate the other run with --json, and give that file",

@@ -329,6 +329,23 @@ def predict_pictures(
                     image = read_picture(picture.path, not options.ignore_exif)
                     write_picture(out, draw(image, people, estimator.skeleton, options.min_score))
             advance(len(batch))
+    say_left_out(pictures, found)
+
+
+def say_left_out(pictures: list[Picture], found: list[Found]) -> None:
+    """Count the bad pictures. Raises InputError if there is no other."""
+    paths = {picture.path for picture in pictures}
+    good = {one.subject.picture.path for one in found if one.subject.picture}
+    if paths and not good:
+        where, count = ", ".join(map(str, sorted(paths)[:3])), len(paths)
+        raise InputError(
+            where + (", ..." if count > 3 else ""),
+            f"{count} picture(s), all of them bad (named above)",
+            "one that OpenCV reads at least",
+            "replace them",
+        )
+    if good != paths:
+        print(f"left out: {len(paths - good):,} of {len(paths):,} pictures", file=sys.stderr)
 
 
 def whole_pictures(
@@ -351,7 +368,8 @@ def read_subjects(
         image = read_picture(picture.path, not options.ignore_exif)
     except InputError as error:
         if not options.skip_bad:
-            raise
+            advice = f"{error.next_step}, or leave such pictures out with --skip-bad"
+            raise InputError(error.where, error.found, error.expected, advice) from error
         say(f"left out: {error.where}: {error.found}")
         return []
     return [
