@@ -38,13 +38,17 @@ install: $(STAMP)
 $(STAMP): pyproject.toml
 	@$(BOOTSTRAP) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo 'error: $(BOOTSTRAP) is older than Python 3.11; name a newer one: make BOOTSTRAP=python3.12'; exit 2; }
+	@echo 'making .venv with $(BOOTSTRAP) ...'
 	$(BOOTSTRAP) -m venv .venv
+	@echo 'fetching and installing $(TORCH): minutes, the most of it to download ...'
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) '$(TORCH)'
 	@# Both DALIs are the same module: neither may be there when the other comes or goes.
 	@if [ "$$(cat .venv/cuda 2>/dev/null || echo $(CUDA))" != "$(CUDA)" ]; then \
 	  .venv/bin/python -m pip uninstall --quiet --yes nvidia-dali-cuda120 nvidia-dali-cuda130; fi
+	@echo 'fetching and installing DALI, OpenCV and the rest (pyproject.toml): minutes again ...'
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 ifeq ($(CUDA),13)
+	@echo 'putting DALI for CUDA 13 in the place of the one for CUDA 12 ...'
 	.venv/bin/python -m pip uninstall --quiet --yes nvidia-dali-cuda120 nvidia-dali-cuda130
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check nvidia-dali-cuda130
 	@echo 'DALI for CUDA 13 stands in for nvidia-dali-cuda120; a conflict that pip reports about it is meant.'

@@ -12,10 +12,10 @@ from typing import Any, Literal, NamedTuple
 import cv2
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from configs.errors import InputError, run_main
 from configs.options import Parser, add_device_options, at_least
+from configs.progress import progress
 from configs.schema import Config
 from configs.skeleton import Skeleton, load_skeleton, require_same_joints
 from evaluation import pckh, report
@@ -32,7 +32,7 @@ from pipelines.batches import Target, target_of
 from pipelines.heatmaps import Rule
 from pipelines.opencv_crops import LooseImages
 from pipelines.shards import ShardSet
-from training import checkpoint, runtime
+from training import checkpoint, runtime, torchrun
 from training.keeping import BEST
 from training.runtime import Runtime
 from training.validation import predict_together
@@ -149,7 +149,7 @@ def score_oracle(options: argparse.Namespace) -> None:
     rules: tuple[Rule, ...] = ("exact", "princeton", "hrnet")
     results: dict[str, dict[str, Any]] = {
         rule: pckh.summary(oracle_keypoints(people, skeleton, rule, 256), people, skeleton)
-        for rule in tqdm(rules, "rules", unit="rule", disable=None, leave=False)
+        for rule in progress(rules, "rules", "rules")
     }
     if options.json:
         write_text(Path(options.json), json.dumps(results, indent=1))
@@ -411,9 +411,9 @@ def predict_everybody(
             network, question.subjects.source, question.subjects.samples, question.target, place,
             loader=loader, batch_size=min(size, share), flip=question.flip,
             workers=config.data.workers if options.workers is None else options.workers,
-            progress=lambda batches, name=loader: tqdm(  # type: ignore[misc]
-                batches, f"evaluate ({name})", -(-share // min(size, share)), unit="batch",
-                disable=None if place.is_first else True,
+            progress=lambda batches, name=loader: progress(  # type: ignore[misc]
+                batches, f"evaluate ({name})", "batches", -(-share // min(size, share)),
+                shown=place.is_first,
             ),
         )  # fmt: skip
     return found
@@ -497,4 +497,4 @@ def say_written(what: object) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, torchrun.speaks)

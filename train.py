@@ -219,4 +219,4 @@ def conclude(run: Run) -> None:
 if __name__ == "__main__":
     # A worker process that fails must not leave the other ranks waiting in silence.
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
-    run_main(main, torchrun.first_to_say)
+    run_main(main, torchrun.speaks)

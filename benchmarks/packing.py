@@ -23,10 +23,10 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 import torch
-from tqdm import tqdm
 
 from configs.errors import InputError, run_main
 from configs.options import Parser, at_least
+from configs.progress import progress
 from configs.skeleton import Skeleton
 from evaluation import pckh
 from evaluation.inference import predict
@@ -100,7 +100,7 @@ def main() -> None:
         packings[f"crop, {person_px} px"] = pack(originals, people, options.reach, person_px)
     warped, areas = make_inputs(originals, options), area_inputs(originals, options)
     rows = []
-    for name, (packed, speed) in tqdm(packings.items(), "comparing", disable=None):
+    for name, (packed, speed) in progress(packings.items(), "comparing", "packings"):
         inputs = make_inputs(packed, options)
         pck = score(packed, people, skeleton, options.checkpoint)
         rows.append(

@@ -1,5 +1,6 @@
 """Timing to be trusted on a noisy machine: warm up, synchronise, take turns, give the spread."""
 
+import itertools
 import multiprocessing
 import os
 import platform
@@ -13,8 +14,8 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 import torch
-from tqdm import tqdm
 
+from configs.progress import counting
 from pipelines.opencv_crops import usable_cores
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,8 +56,10 @@ def take_turns(cases: list[Case], rounds: int, device: torch.device) -> list[Res
     """
     rates: list[list[float]] = [[] for _ in cases]
     costs: list[list[float]] = [[] for _ in cases]
-    for number in tqdm(range(rounds + 1), "rounds", unit="round", disable=None, leave=False):
-        for case, values, cost in zip(cases, rates, costs, strict=True):
+    with counting("timing", (rounds + 1) * len(cases), "turns") as advance:
+        for number, (case, values, cost) in itertools.product(
+            range(rounds + 1), zip(cases, rates, costs, strict=True)
+        ):
             case.prepare()
             synchronize(device)
             busy, start = cpu_seconds(), time.perf_counter()
@@ -67,6 +70,7 @@ def take_turns(cases: list[Case], rounds: int, device: torch.device) -> list[Res
             if number:
                 values.append(units / seconds)
                 cost.append(1e3 * busy / units)
+            advance(1)
     return [
         _result(case.name, values, [v / b for v, b in zip(values, rates[0], strict=True)], cost)
         for case, values, cost in zip(cases, rates, costs, strict=True)

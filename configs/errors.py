@@ -40,38 +40,37 @@ def run_main(main: Callable[[], int | None], speaks: Callable[[str], bool] | Non
     """Run a program's main function and leave with its exit code.
 
     InputError becomes a message on stderr and exit code 2, a missing permission and a full disk
-    likewise, Ctrl-C one sentence and 130, a closed pipe (`| head`) silence. speaks: whether this
-    process is the one to show a message, where several have the same.
+    likewise, Ctrl-C one sentence and 130, a closed pipe (`| head`) silence. speaks: is given a
+    message, and says whether this process is the one to show it, where several have the same.
     """
+    message = ""
     try:
         code = main() or 0
         sys.stdout.flush()
     except InputError as error:
-        code = _fail(str(error), speaks)
+        code, message = EXIT_BAD_INPUT, str(error)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except OSError as error:
         if error.errno not in _USERS_TO_MEND:
             raise
-        code = _fail(
+        code = EXIT_BAD_INPUT
+        message = (
             f"{error.filename or 'writing'}\n  found:    {error.strerror}\n"
             "  expected: a path that this user may use, with space left\n"
-            "  next:     change its permissions, make room, or name another path",
-            speaks,
+            "  next:     change its permissions, make room, or name another path"
         )
     except KeyboardInterrupt:
-        say_interrupted()
         code = EXIT_INTERRUPTED
+    # Only now that the failed calls are gone: a progress bar that they held has ended its line.
+    if code == EXIT_INTERRUPTED:
+        say_interrupted()
+    if message and (speaks is None or speaks(message)):
+        print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(code)
 
 
 def say_interrupted() -> None:
     """What Ctrl-C leaves on the screen."""
     print("\nInterrupted; what was finished is kept.", file=sys.stderr)
-
-
-def _fail(message: str, speaks: Callable[[str], bool] | None) -> int:
-    if speaks is None or speaks(message):
-        print(f"error: {message}", file=sys.stderr, flush=True)
-    return EXIT_BAD_INPUT

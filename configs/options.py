@@ -8,6 +8,11 @@ from typing import Any, NoReturn
 
 from configs.errors import InputError
 
+_KINDS: dict[Any, str] = {int: "whole number", float: "number"}
+_OTHER_NAMES = {"gpu": "cuda", "bfloat16": "bf16", "float16": "fp16", "half": "fp16",
+                "float32": "fp32", "float": "fp32"}  # fmt: skip
+"""What others call a choice, where no letters in common would lead to it."""
+
 
 class Parser(argparse.ArgumentParser):
     """argparse without abbreviations; an unknown option is answered with the nearest known one."""
@@ -24,11 +29,37 @@ class Parser(argparse.ArgumentParser):
         check_options(words, self._option_string_actions, f"{self.prog} --help")
         return super().parse_known_args(words, namespace)
 
+    def _get_value(self, action: argparse.Action, text: str) -> Any:
+        try:
+            return super()._get_value(action, text)
+        except argparse.ArgumentError as error:
+            kind = _KINDS.get(action.type) or getattr(action.type, "__name__", "value")
+            advice = f"see {self.prog} --help"
+            raise InputError(_name(action), repr(text), f"a {kind}", advice) from error
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            raise wrong_choice(_name(action), value, action.choices)
+
     def error(self, message: str) -> NoReturn:
         """Raises InputError instead of printing the usage."""
         raise InputError(
             "command line", message, "options of this program", f"see {self.prog} --help"
         )
+
+
+def _name(action: argparse.Action) -> str:
+    return "/".join(action.option_strings) or action.dest
+
+
+def wrong_choice(option: str, value: object, choices: Iterable[object]) -> InputError:
+    """The error for a value that is none of the choices; it names the nearest."""
+    names, word = [str(choice) for choice in choices], str(value)
+    near = difflib.get_close_matches(_OTHER_NAMES.get(word.lower(), word.lower()), names, n=1)
+    advice = f"did you mean {near[0]}?" if near else "give one of them"
+    if "," in word and set(word.split(",")) <= set(names):
+        advice = f"put spaces between them: {option} {word.replace(',', ' ')}"
+    return InputError(option, repr(value), f"one of {', '.join(names)}", advice)
 
 
 def check_options(words: Iterable[str], known: Iterable[str], listing: str) -> None:
@@ -57,9 +88,10 @@ def at_least(least: int) -> Callable[[str], int]:
     def number(text: str) -> int:
         value = int(text)
         if value < least:
-            raise argparse.ArgumentTypeError(f"{value} is below {least}")
+            raise ValueError
         return value
 
+    number.__name__ = f"whole number from {least} on"  # which the parser's message says
     return number
 
 

@@ -8,7 +8,9 @@ import dataclasses
 import difflib
 import functools
 import itertools
+import re
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +19,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from configs.errors import InputError
-from configs.options import check_options
+from configs.options import check_options, wrong_choice
 from configs.reading import read_yaml
 
 TrackerName = Literal["none", "wandb", "trackio"]
@@ -228,7 +230,7 @@ def parse_config(parser: ArgumentParser, arguments: list[str]) -> tuple[Config, 
     try:
         values = parser.instantiate(parser.parse_args(arguments))
     except (ArgumentError, TypeError, ValueError) as error:
-        raise _type_error(error, "command line and --config") from error
+        raise _wrong_value(error, lambda key: _place(key, arguments)) from error
     sections = {f.name: getattr(values, f.name) for f in dataclasses.fields(Config)}
     config = Config(**sections)
     check_values(config)
@@ -251,7 +253,7 @@ def config_from_dict(raw: dict[str, Any], where: str) -> Config:
     try:
         values = parser.instantiate(parser.parse_object(raw))
     except (ArgumentError, TypeError, ValueError) as error:
-        raise _type_error(error, where) from error
+        raise _wrong_value(error, lambda key: f"{where}: {key}") from error
     return Config(**{f.name: getattr(values, f.name) for f in dataclasses.fields(Config)})
 
 
@@ -431,6 +433,37 @@ def _unknown(where: str, key: str, known: list[str]) -> InputError:
     return InputError(where, f"unknown setting {key}", "a setting of configs/schema.py", advice)
 
 
-def _type_error(error: Exception, where: str) -> InputError:
+def _place(key: str, arguments: list[str]) -> str:
+    """Where a setting was given: its option, or a file of settings."""
+    given = dict(_values(arguments))
+    if f"--{key}" in given:
+        return f"--{key}"
+    file = given.get(f"--{key.split('.')[0]}") or given.get("--config")
+    return f"{file}: {key}" if file else key
+
+
+def _wrong_value(error: Exception, place: Callable[[str], str]) -> InputError:
+    """What the parser says of a value, in our words. place: where a key was given."""
     text = " ".join(str(error).split())
-    return InputError(where, text[:400], "a value of the field's type", "see train.py --help")
+    types = {
+        f"{section}.{name}": kind
+        for section, cls in typing.get_type_hints(Config).items()
+        for name, kind in typing.get_type_hints(cls).items()
+    }
+    said = re.match(r'Parser key "([\w.]+)":.* Got value: (.*)', text)
+    if not said or said[1] not in types:
+        return InputError("settings", text[:400], "values that fit", "see train.py --help")
+    key, value = said.groups()
+    if typing.get_origin(types[key]) is Literal:
+        return wrong_choice(place(key), value, typing.get_args(types[key]))
+    return InputError(place(key), repr(value)[:200], _in_words(key, types[key]), "correct it")
+
+
+def _in_words(key: str, kind: Any) -> str:
+    """What a setting takes that is no choice."""
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    if kind in words:
+        return words[kind]
+    first, *rest = typing.get_args(kind)
+    count = "" if rest == [...] else f"{1 + len(rest)} "
+    return f"a list of {count}{words[first][2:]}s, such as {flat(as_dict(Config()))[key]}"

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
 from configs.errors import InputError
 from configs.mpii import PIXELS_PER_SCALE
+from configs.progress import progress
 from configs.skeleton import Skeleton
 from evaluation import pckh, report
 from pipelines import geometry
@@ -143,7 +143,7 @@ def _pictures(shown: Shown, rows: list[int]) -> list[str | None]:
         return [None] * len(rows)
     tiles = [
         report.plain_tile(shown.source, int(shown.samples[row]), shown.people, row)
-        for row in tqdm(rows, "pictures of the report", unit="picture", leave=False)
+        for row in progress(rows, "pictures of the report", "pictures")
     ]
     for quality in _QUALITIES:
         encoded = [_jpeg(tile, quality) for tile in tiles]
@@ -182,9 +182,14 @@ def read_other(path: Path, skeleton: Skeleton) -> Other:
         result = results[0]
         _check_numbers(result, skeleton)
     except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        found = f"not readable so ({type(error).__name__}: {error})"
+        if isinstance(error, FileNotFoundError):
+            found = "no such file"
+        elif isinstance(error, json.JSONDecodeError):
+            found = f"no JSON ({error})"
         raise InputError(
             path,
-            f"{type(error).__name__}: {error}",
+            found,
             f"a file that evaluate.py --json wrote, with the {skeleton.joint_count} joints of "
             f"{skeleton.name}",
             "evaluate the other run with --json, and give that file",

@@ -102,11 +102,14 @@ def split_file(path: Path, split: str) -> Path:
         names = " and ".join(place.name for place in found)
         raise InputError(path, names, f"one file for {split}", "name the file, or move the other")
     if not found:
+        others = sorted(each.name for each in path.glob("*") if each.suffix in _SUFFIXES)[:4]
+        beside = f"; in the folder: {', '.join(others) or 'none at all'}" if path.is_dir() else ""
         raise InputError(
             places[0],
-            "no such file" + (", nor one of JSON" if path.is_dir() else ""),
+            "no such file" + (", nor one of JSON" if path.is_dir() else "") + beside,
             f"{_FROM_PRINCETON}, mpii_annotations.json, or COCO's JSON",
-            "give the file or its folder with --annotations, or put it there",
+            "give the file or its folder with --annotations, put it there, "
+            "or pack one split alone with --splits",
         )
     return found[0]
 

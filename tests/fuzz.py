@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 for place in (ROOT, ROOT / "tests"):
@@ -32,6 +31,7 @@ import torch  # noqa: E402
 
 from configs import confined  # noqa: E402
 from configs.errors import InputError  # noqa: E402
+from configs.progress import progress  # noqa: E402
 from configs.schema import add_config_options, check_values, config_from_dict, load_yaml  # noqa: E402
 from configs.skeleton import load_skeleton  # noqa: E402
 from evaluation import submission  # noqa: E402
@@ -322,7 +322,7 @@ def fuzz(target: Target, folder: Path, inputs: int, seed: int, keep: Path | None
     """Faults, a line each. The same seed makes the same inputs."""
     path, began = folder / target.file, time.perf_counter()
     whole, faults, outcomes = path.read_bytes(), list[str](), {"read": 0, "refused": 0}
-    for number in tqdm(range(inputs), target.name, disable=None, leave=False):
+    for number in progress(range(inputs), target.name, "inputs"):
         rng = random.Random(f"{seed} {target.name} {number}")
         structured = target.structured if rng.random() < 0.5 else None
         data = (structured or mutate)(whole, rng)
@@ -342,7 +342,7 @@ def fuzz(target: Target, folder: Path, inputs: int, seed: int, keep: Path | None
     path.write_bytes(whole)
     target.read(path)  # the whole file is read
     seconds = time.perf_counter() - began
-    tqdm.write(f"{target.name}: {outcomes}, {len(faults)} faults, {seconds:.0f} s")
+    print(f"{target.name}: {outcomes}, {len(faults)} faults, {seconds:.0f} s", flush=True)
     return faults
 
 

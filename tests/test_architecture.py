@@ -1,6 +1,9 @@
 """Imports run one way: configs <- pipelines <- model <- evaluation <- training <- programs."""
 
 import ast
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -88,3 +91,15 @@ def test_dali_crops_is_imported_lazily():
     top = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
     assert top and all("dali" not in (node.module or "") for node in top)
     assert "pipelines.dali_crops" in imports(ROOT / "pipelines" / "batches.py")
+
+
+def test_the_projects_own_files_alone_are_linted(tmp_path):
+    names = ["call.py", "mine/train.py", "train.py", "tools/predict.py"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    words = [sys.executable, "-m", "ruff", "check", "--show-files", "."]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True)
+    listed = {Path(line).relative_to(tmp_path).as_posix() for line in done.stdout.splitlines()}
+    assert listed == {"pyproject.toml", "train.py", "tools/predict.py"}

@@ -1,5 +1,6 @@
 """Settings: every field reachable from YAML and the command line, every mistake named."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,36 @@ def test_a_wrong_type_or_value_is_fatal_and_named(arguments, named):
     with pytest.raises(InputError) as caught:
         parse(*arguments)
     assert named in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected", "advice"),
+    [("--data.preset hrne", "one of princeton, newell, hrnet, mild, none", "did you mean hrnet?"),
+     ("--data.preset=HRNet", "one of princeton, newell, hrnet, mild, none", "did you mean hrnet?"),
+     ("--train.device gpu", "one of auto, cuda, cpu", "did you mean cuda?"),
+     ("--train.precision bfloat16", "one of auto, bf16, fp16, fp32", "did you mean bf16?"),
+     ("--heatmaps.rule xyz", "one of exact, princeton, hrnet", "give one of them"),
+     ("--optim.lr fast", "a number", "correct it"),
+     ("--train.steps 1.5", "a whole number", "correct it"),
+     ("--data.mirror maybe", "true or false", "correct it"),
+     ("--model.stem [1,2]", "a list of 3 whole numbers, such as [64, 128, 128]", "correct it"),
+     ("--optim.milestones [a]", "a list of whole numbers, such as [100000]", "correct it")],
+)  # fmt: skip
+def test_a_wrong_value_is_told_with_its_option_what_fits_and_the_nearest(words, expected, advice):
+    option, value = re.split("[ =]", words)
+    with pytest.raises(InputError) as caught:
+        parse(*words.split())
+    error = caught.value
+    assert (error.where, error.expected, error.next_step) == (option, expected, advice)
+    assert error.found.strip("'[]") == value.strip("[]").replace(",", ", ")
+
+
+def test_a_wrong_value_of_a_file_is_told_with_the_file(tmp_path):
+    (tmp_path / "c.yaml").write_text("data:\n  preset: hrne\n")
+    with pytest.raises(InputError, match=r"(?s)c\.yaml: data\.preset\n.*did you mean hrnet"):
+        parse("--config", str(tmp_path / "c.yaml"))
+    with pytest.raises(InputError, match=r"(?s)here: train\.device\n.*did you mean cuda"):
+        config_from_dict({"train": {"device": "gpu"}}, "here")
 
 
 @pytest.mark.parametrize("text", ["- a\n- b\n", "optim: [1", "optim: 3\n", "\x00", "&a [*a]"])

@@ -168,7 +168,10 @@ def test_a_message_that_all_ranks_have_is_shown_once(tmp_path):
     wrong = words(tmp_path, tmp_path, "run", 0)
     with started(log, *command, *wrong) as process:
         assert process.wait(PATIENCE_S) == 1
-    assert log.read_text().count("error: train.steps\n  found:    0") == 1
+    text = log.read_text()
+    assert text.count("error: train.steps\n  found:    0") == 1
+    summary = " ".join(text.split("Root Cause", 1)[1].split())
+    assert "traceback : train.steps found: 0 expected: a value above 0" in summary
 
 
 @pytest.mark.skipif(not may_mount(), reason="no small disk can be mounted here")

@@ -2,6 +2,8 @@
 
 import io
 import json
+import math
+import re
 import sys
 import types
 from pathlib import Path
@@ -10,13 +12,15 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_training import HERE, make_run, metrics, tiny_config
 
 import train as train_program
 from configs.errors import InputError
+from configs.schema import parse_config
 from training import curves, log, screen, tracker
-from training.screen import Screen, duration, fit
+from training.screen import Screen, fit
 
 
 class Stream(io.StringIO):
@@ -62,10 +66,6 @@ def test_a_narrow_terminal_keeps_the_most_important_parts():
     assert fit(parts, 4) == "step"
 
 
-def test_durations_are_written_as_a_clock_shows_them():
-    assert [duration(s) for s in (0, 7.4, 754, 18367)] == ["0:00", "0:07", "12:34", "5:06:07"]
-
-
 def test_the_line_of_a_run_tells_everything_and_metrics_hold_the_same(
     tiny_shards, tmp_path, capsys
 ):
@@ -90,6 +90,27 @@ def test_the_line_of_a_run_tells_everything_and_metrics_hold_the_same(
     assert all(100 < line["memory_mb"] < 50_000 for line in logged)
 
 
+def test_the_sample_line_of_the_readme_is_one_that_the_demo_prints():
+    config = parse_config(
+        train_program.make_parser(), ["--config", str(ROOT / "configs/demo.yaml")]
+    )[0]
+    text = (ROOT / "README.md").read_text()
+    line = next(line for line in text.splitlines() if line.startswith("step ") and " left " in line)
+    found = re.fullmatch(
+        r"step ([\d,]+)/([\d,]+)  (\d+):(\d\d) left  loss 0\.\d{5}  PCKh \d+\.\d %  "
+        r"waiting \d+ %  ([\d,]+) people/s  epoch (\d+)/(\d+)  RSS [\d,]+ MB", line,
+    )  # fmt: skip
+    step, steps, minutes, seconds, rate, epoch, epochs = (
+        int(word.replace(",", "")) for word in found.groups()
+    )
+    train = config.train
+    assert (steps, epochs) == (train.steps, train.steps / train.steps_per_epoch)
+    assert epoch == math.ceil(step / train.steps_per_epoch)
+    left = (steps - step) * config.data.batch_size / rate
+    assert left == pytest.approx(60 * minutes + seconds, abs=1)
+    assert "0:09 to its limit" in text
+
+
 def test_the_time_to_the_end_is_that_of_the_steps_so_far(tiny_shards, tmp_path, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(log.time, "perf_counter", lambda: clock[0])
@@ -98,9 +119,10 @@ def test_the_time_to_the_end_is_that_of_the_steps_so_far(tiny_shards, tmp_path, 
     for _ in range(10):
         told.advance()
     clock[0] = 5.0  # 10 of 100 steps in 5 s: 45 s are left
-    assert told._left() == pytest.approx(45)
+    assert told._left() == (pytest.approx(45), "left")
+    assert told._parts()[1] == "0:45 left"
     clock[0] = 20.0  # 180 s are left, but the limit comes after 40
-    assert told._left() == pytest.approx(40)
+    assert told._parts()[1] == "0:40 to its limit"
     told.close()
 
 

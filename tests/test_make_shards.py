@@ -774,4 +774,4 @@ def test_missing_folder_is_named_with_its_option(
               ["--workers", "two"], ["--splits", "test"], ["--packing", "small"]],
 )  # fmt: skip
 def test_option_out_of_range_is_named(tiny_set: Path, tmp_path: Path, words: list[str]) -> None:
-    assert words[0] in refused(pack_arguments(tiny_set, tmp_path / "out", *words)).found
+    assert refused(pack_arguments(tiny_set, tmp_path / "out", *words)).where == words[0]

@@ -363,13 +363,15 @@ def test_a_bad_picture_is_named_and_left_out_on_request(run, tiny_set, tmp_path,
     for name in ("a.jpg", "c.jpg"):
         (images / name).write_bytes(good.read_bytes())
     (images / "b.jpg").write_bytes(b"noise")
-    with pytest.raises(InputError, match=r"b\.jpg"):
+    with pytest.raises(InputError, match=r"(?s)b\.jpg.*next: .*--skip-bad"):
         run(images)
     capsys.readouterr()
     run(images, "--skip-bad", "--save-predictions", tmp_path / "p.json")
     entries, _ = read_json(tmp_path / "p.json")
     assert [(e["image"], e["index"]) for e in entries] == [("a.jpg", 0), ("c.jpg", 2)]
-    assert "left out" in capsys.readouterr().err
+    assert "left out: 1 of 3 pictures" in capsys.readouterr().err
+    with pytest.raises(InputError, match="all of them bad"):
+        run(images / "b.jpg", "--skip-bad")
 
 
 def bad_lines(folder: Path, picture: Path, movie: Path) -> dict[str, tuple[list, str]]:

@@ -81,6 +81,26 @@ def test_an_unknown_option_names_the_nearest_known_one(name):
         parser_of(name).parse_args([option[:-2] + option[-1]])
 
 
+@pytest.mark.parametrize(
+    ("name", "words", "expected", "advice"),
+    [("tools.make_shards", "--splits val", "one of train, valid", "did you mean valid?"),
+     ("tools.make_shards", "--splits train,valid", "one of train, valid",
+      "put spaces between them: --splits train valid"),
+     ("tools.predict", "--device gpu", "one of auto, cuda, cpu", "did you mean cuda?"),
+     ("tools.predict", "--box 1 2 x 4", "a number", "see predict.py --help"),
+     ("evaluate", "--people none", "a whole number from 1 on", "see evaluate.py --help"),
+     ("evaluate", "--people 0", "a whole number from 1 on", "see evaluate.py --help")],
+)  # fmt: skip
+def test_a_wrong_value_is_told_with_its_option_what_fits_and_the_nearest(
+    name, words, expected, advice
+):
+    with pytest.raises(InputError) as caught:
+        parser_of(name).parse_args(words.split())
+    error = caught.value
+    assert (error.where, error.expected, error.next_step) == (words.split()[0], expected, advice)
+    assert error.found.strip("'") in words
+
+
 def test_an_option_like_none_of_them_points_to_the_help():
     with pytest.raises(InputError, match=r"see evaluate\.py --help"):
         parser_of("evaluate").parse_args(["--xyzzy", "3"])

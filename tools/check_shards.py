@@ -22,10 +22,10 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from configs.errors import InputError, run_main
 from configs.options import Parser, at_least
+from configs.progress import counting
 from configs.reading import parse_json
 from pipelines.annotations import safe_name
 from pipelines.pictures import PictureError, check_jpeg
@@ -136,9 +136,9 @@ def split_folders(folder: Path) -> list[Path]:
 
 def shown(results: Iterator[Report], folder: Path, manifest: Manifest) -> Iterator[Report]:
     """The reports, with a progress bar that counts people."""
-    with tqdm(total=manifest.people, desc=f"checking {folder.name}", unit="people") as bar:
+    with counting(f"checking {folder.name}", manifest.people, "people") as advance:
         for report in results:
-            bar.update(report.people)
+            advance(report.people)
             yield report
 
 

@@ -20,10 +20,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from tqdm import tqdm
 
 from configs.errors import InputError, run_main
 from configs.options import Parser, at_least
+from configs.progress import progress
 from evaluation import pckh
 from evaluation.inference import predict
 from evaluation.subjects import split_to_evaluate
@@ -136,9 +136,8 @@ def find_decoders() -> tuple[dict[str, Decoder], dict[str, str]]:
 
 def decode_all(name: str, decoder: Decoder, jpegs: list[bytes]) -> list[Picture]:
     """Everything by one decoder, a few at a time, with progress."""
-    starts = range(0, len(jpegs), 32)
-    bar = tqdm(starts, f"decoding ({name})", unit="batch", disable=None)
-    return [picture for start in bar for picture in decoder(jpegs[start : start + 32])]
+    starts = progress(range(0, len(jpegs), 32), f"decoding ({name})", "batches")
+    return [picture for start in starts for picture in decoder(jpegs[start : start + 32])]
 
 
 def decode_opencv(jpegs: list[bytes]) -> list[Picture]:
@@ -199,7 +198,7 @@ def print_pckh(
             batch_size=config.eval.batch_size, workers=0,
             decoder=functools.partial(_lookup, by_jpeg),
         )  # fmt: skip
-        bar = tqdm(batches, f"predicting ({name})", unit="batch", disable=None)
+        bar = progress(batches, f"predicting ({name})", "batches")
         found = predict(
             network, bar, target, flip=config.eval.flip,
             device=torch.device("cpu"), dtype=torch.float32,

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from configs.errors import InputError, run_main
 from configs.options import Parser
@@ -184,7 +183,8 @@ def write_onnx(path: Path, network: LastStack, facts: dict[str, Any]) -> None:
     # Of another size than 1, which the tracing would take for a constant.
     size = network.target.input_px
     example = torch.zeros(2, 3, size, size)
-    with torch.no_grad(), quiet(), tqdm(desc="trace", total=1, unit="network") as bar:
+    print("tracing the network ...", file=sys.stderr, flush=True)
+    with torch.no_grad(), quiet():
         program = torch.onnx.export(
             network,
             (example,),
@@ -194,7 +194,6 @@ def write_onnx(path: Path, network: LastStack, facts: dict[str, Any]) -> None:
             dynamic_shapes={"images": {0: torch.export.Dim("people")}},
             verbose=False,
         )
-        bar.update()
     assert program is not None
     if network.flip:
         # What reads the file must not add a second flip test.

@@ -33,11 +33,11 @@ from functools import partial
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from configs.errors import InputError, run_main
 from configs.mpii import MPII, PIXELS_PER_SCALE
 from configs.options import Parser, at_least
+from configs.progress import counting, progress
 from configs.skeleton import Skeleton, load_skeleton
 from pipelines import stored_crops
 from pipelines.annotations import People, has_both_splits, read_annotations, split_file
@@ -321,9 +321,8 @@ def check_pictures(options: Options, jobs: list[Job], pool: Executor | None) -> 
     verdicts = read_checks(options.partial / "checked.jsonl")
     todo = [picture for picture in pictures.values() if picture not in verdicts]
     results = spread(pool, partial(inspect_picture, options.images), todo, chunk=16)
-    bar = tqdm(results, "checking", len(todo), unit="pictures", disable=None)
     with (options.partial / "checked.jsonl").open("a") as file:
-        for verdict in bar:
+        for verdict in progress(results, "checking", "pictures", len(todo)):
             verdicts[verdict.picture] = verdict
             if not verdict.fault:
                 file.write(json.dumps(verdict) + "\n")
@@ -439,10 +438,10 @@ def pack_split(
     tasks = shard_tasks(options, job, plan, checked)
     people = sum(len(task.samples) for task in tasks)
     shards: list[Shard] = []
-    with tqdm(total=people, desc=f"packing {job.split}", unit="people", disable=None) as bar:
+    with counting(f"packing {job.split}", people, "people") as advance:
         for shard in spread(pool, finish_shard, tasks):
             shards.append(shard)
-            bar.update(shard.people)
+            advance(shard.people)
     sizes = [task.largest for task in tasks]
     manifest = Manifest(
         split=job.split,

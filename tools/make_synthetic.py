@@ -25,10 +25,10 @@ from typing import NamedTuple
 import cv2
 import h5py
 import numpy as np
-from tqdm import tqdm
 
 from configs.errors import InputError, run_main
 from configs.options import Parser
+from configs.progress import progress
 from tools.synthetic_scenes import SIZES_WH, Row, draw_scene
 
 VERSION = 1
@@ -143,9 +143,8 @@ def draw_data_set(output: Path, options: dict[str, int], workers: int) -> None:
     (temporary / "annot").mkdir()
     for split, name in enumerate(SPLITS):
         pictures = plan_pictures(temporary, options, split)
-        rows = list(
-            tqdm(draw_all(pictures, workers), name, len(pictures), unit="picture", disable=None)
-        )
+        drawn = draw_all(pictures, workers)
+        rows = list(progress(drawn, f"drawing {name}", "pictures", len(pictures)))
         write_annotations(temporary / "annot" / f"{name}.h5", pictures, rows)
     (temporary / "synthetic.json").write_text(json.dumps(options, indent=2) + "\n")
     temporary.rename(output)

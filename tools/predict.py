@@ -21,11 +21,11 @@ from typing import Any, NamedTuple, TypeVar
 import cv2
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
 from configs.errors import InputError, run_main
 from configs.mpii import PIXELS_PER_SCALE
 from configs.options import Parser, add_device_options, at_least
+from configs.progress import counting, say
 from configs.skeleton import Skeleton
 from evaluation.report import draw_skeleton
 from pipelines.annotations import stays_inside
@@ -317,7 +317,7 @@ def predict_pictures(
     read = functools.partial(read_subjects, options, estimator)
     with (
         ThreadPoolExecutor(options.workers) as pool,
-        tqdm(total=sum(len(p.rows) for p in pictures), desc="predict", unit="person") as bar,
+        counting("predict", sum(len(p.rows) for p in pictures), "people") as advance,
     ):
         subjects = itertools.chain.from_iterable(ahead(pool, read, pictures, 2 * options.workers))
         for batch in in_batches(subjects, estimator.batch_size):
@@ -328,7 +328,24 @@ def predict_pictures(
                 if out:
                     image = read_picture(picture.path, not options.ignore_exif)
                     write_picture(out, draw(image, people, estimator.skeleton, options.min_score))
-            bar.update(len(batch))
+            advance(len(batch))
+    say_left_out(pictures, found)
+
+
+def say_left_out(pictures: list[Picture], found: list[Found]) -> None:
+    """Count the bad pictures. Raises InputError if there is no other."""
+    paths = {picture.path for picture in pictures}
+    good = {one.subject.picture.path for one in found if one.subject.picture}
+    if paths and not good:
+        where, count = ", ".join(map(str, sorted(paths)[:3])), len(paths)
+        raise InputError(
+            where + (", ..." if count > 3 else ""),
+            f"{count} picture(s), all of them bad (named above)",
+            "one that OpenCV reads at least",
+            "replace them",
+        )
+    if good != paths:
+        print(f"left out: {len(paths - good):,} of {len(paths):,} pictures", file=sys.stderr)
 
 
 def whole_pictures(
@@ -351,8 +368,9 @@ def read_subjects(
         image = read_picture(picture.path, not options.ignore_exif)
     except InputError as error:
         if not options.skip_bad:
-            raise
-        tqdm.write(f"left out: {error.where}: {error.found}", file=sys.stderr)
+            advice = f"{error.next_step}, or leave such pictures out with --skip-bad"
+            raise InputError(error.where, error.found, error.expected, advice) from error
+        say(f"left out: {error.where}: {error.found}")
         return []
     return [
         crop_subject(estimator, image, picture, person, {"index": row})
@@ -418,7 +436,7 @@ def predict_video(
     size = 1 if live else min(estimator.batch_size, MOST_FRAMES)
     number = 0
     try:
-        with tqdm(total=frames.count, desc="predict", unit="frame") as bar:
+        with counting("predict", frames.count, "frames") as advance:
             for batch in in_batches(frames, size):
                 subjects = [
                     crop_subject(estimator, image, None, person, {"index": row, "frame": row})
@@ -433,7 +451,7 @@ def predict_video(
                     elif live and not show(drawn):
                         return
                 number += len(batch)
-                bar.update(len(batch))
+                advance(len(batch))
     finally:
         frames.close()
         if video:

@@ -19,10 +19,10 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 import torch
-from tqdm import tqdm
 
 from configs.errors import InputError, run_main
 from configs.options import Parser, at_least
+from configs.progress import progress
 from configs.schema import Config, config_from_dict, load_yaml
 from configs.skeleton import Skeleton
 from evaluation.report import LEFT_BGR, MIDDLE_BGR, RIGHT_BGR, color_of, draw_skeleton
@@ -168,7 +168,7 @@ def draw_sheet(
 ) -> Picture:
     """The contact sheet (H, W, 3) BGR: a panel a person, under a legend."""
     zoom = 1.0 if grey_NHW3 is None else amplification(grey_NHW3)
-    people = tqdm(range(len(shown[0].batch.rows_N)), "drawing", unit="person", disable=None)
+    people = progress(range(len(shown[0].batch.rows_N)), "drawing", "people")
     panels = [
         draw_panel(shown, None if grey_NHW3 is None else grey_NHW3[i], zoom, target, i)
         for i in people

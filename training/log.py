@@ -18,6 +18,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from configs.progress import duration
 from configs.schema import Config
 from model.loss import pck, peak_height
 from pipelines import heatmaps
@@ -25,7 +26,7 @@ from pipelines.batches import Batch
 from pipelines.opencv_crops import RawBatch
 from training.curves import draw_curves
 from training.runtime import Runtime
-from training.screen import Screen, duration
+from training.screen import Screen
 from training.tracker import Tracker
 
 METRICS, BOARD = "metrics.jsonl", "tensorboard"
@@ -120,17 +121,19 @@ class Log:
         if not self.enabled:
             return
         self._step = step
-        self._values = {**values, "memory_mb": memory_mb(self._device), "left_s": self._left()}
+        memory, left_s = memory_mb(self._device), self._left()[0]
+        self._values = {**values, "memory_mb": memory, "left_s": left_s}
         self._write("train", step, self._values)
         self._screen.show(self._parts())
 
     def validating(self, batches: Iterable[RawBatch], people: int) -> Iterator[RawBatch]:
-        """The same batches; the live line counts their people. people: on all ranks together."""
+        """The same batches; the line counts their people. people: on all ranks together."""
         done = 0
         for batch in batches:
-            if self.enabled and self._screen.is_live:
+            if self.enabled and (self._screen.is_live or done):
                 part = f"validating: {done:,} of {people:,} people"
                 self._screen.show([f"step {self._step:,}", part])
+            if self.enabled:
                 done = min(people, done + len(batch.records_NR) * self._ranks)
             yield batch
 
@@ -187,7 +190,8 @@ class Log:
         epochs = math.ceil(train.steps / train.steps_per_epoch)
         epoch = max(1, math.ceil(self._step / train.steps_per_epoch))
         pckh = "-" if self._pckh is None else f"{100 * self._pckh:.1f} %"
-        parts = [f"step {self._step:,}/{train.steps:,}", f"{duration(self._left())} left"]
+        seconds, end = self._left()
+        parts = [f"step {self._step:,}/{train.steps:,}", f"{duration(seconds)} {end}"]
         if values:
             memory = "GPU peak" if self._device.type == "cuda" else "RSS"
             parts += [
@@ -200,13 +204,16 @@ class Log:
             ]
         return parts
 
-    def _left(self) -> float:
-        """Seconds to the last step at the rate since the start, or to the time limit."""
+    def _left(self) -> tuple[float, str]:
+        """Seconds to the end, and to which one: the last step at the rate since the start, or the
+        time limit if that comes first."""
         spent = time.perf_counter() - self._started
         done = max(self._step - self._first_step, 1)
         left = spent / done * (self._train.steps - self._step)
         limit = 60 * self._train.max_minutes
-        return max(0.0, min(left, limit - spent) if limit else left)
+        if limit and limit - spent < left:
+            return max(0.0, limit - spent), "to its limit"
+        return left, "left"
 
     def _write(self, kind: str, step: int, values: dict[str, float]) -> None:
         entry: dict[str, Any] = {

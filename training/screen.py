@@ -5,10 +5,10 @@ import sys
 import time
 from typing import TextIO
 
+from configs.progress import SECONDS_BETWEEN_LINES
+
 SECONDS_BETWEEN = 0.2
 """Between two states of the live line."""
-SECONDS_BETWEEN_LINES = 15.0
-"""Between two lines where nobody watches."""
 
 
 class Screen:
@@ -63,10 +63,3 @@ def fit(parts: list[str], columns: int) -> str:
             break
         line += "  " + part
     return line
-
-
-def duration(seconds: float) -> str:
-    """As a clock shows it: 0:07, 12:34, 5:06:07."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"

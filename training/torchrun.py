@@ -1,8 +1,10 @@
 """What the ranks need to know of torchrun, which starts them, and again after a fault."""
 
 import hashlib
+import json
 import os
 import socket
+import time
 import uuid
 from datetime import timedelta
 from pathlib import Path
@@ -70,6 +72,20 @@ def store_of_this_start(rank: int, ranks: int) -> dist.Store | None:
             continue
         return dist.PrefixStore(f"hourglass/{start}", store)
     raise dist.DistStoreError("the first rank did not answer")
+
+
+def speaks(text: str) -> bool:
+    """Give torchrun the message that this rank ends with; whether the rank is to show it itself."""
+    tell(text)
+    return first_to_say(text)
+
+
+def tell(text: str) -> None:
+    """Write a message where torchrun's summary of failures takes it from, under `traceback`."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
+        Path(path).write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}))
 
 
 def first_to_say(text: str) -> bool:

@@ -1,0 +1,142 @@
+"""Long work shows how far it is: a bar on a terminal, plain lines elsewhere."""
+
+import ast
+import io
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from test_architecture import sources
+
+from configs import progress as module
+from configs.errors import InputError, run_main
+from configs.progress import counting, duration, progress, say
+
+COLUMNS = 60
+
+
+class Stream(io.StringIO):
+    def __init__(self, terminal: bool):
+        super().__init__()
+        self.terminal = terminal
+
+    def isatty(self) -> bool:
+        return self.terminal
+
+    def screen(self) -> list[str]:
+        """What a terminal shows in the end, line by line."""
+        return [line.split("\r")[-1].rstrip() for line in self.getvalue().split("\n")]
+
+
+@pytest.fixture
+def clock(monkeypatch) -> list[float]:
+    now = [100.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    return now
+
+
+@pytest.fixture
+def watch(monkeypatch):
+    """Puts a stream in the place of stderr; only the test can, as pytest does so before it."""
+
+    def replace(terminal: bool) -> Stream:
+        monkeypatch.setenv("COLUMNS", str(COLUMNS))
+        monkeypatch.setattr(sys, "stderr", Stream(terminal))
+        return sys.stderr
+
+    return replace
+
+
+def test_a_file_gets_a_plain_line_every_fifteen_seconds(watch, clock):
+    stderr = watch(terminal=False)
+    for _ in progress(range(4000), "checking", "pictures"):
+        clock[0] += 0.01  # 40 s
+    assert stderr.getvalue().splitlines() == [
+        "checking: 1,500 of 4,000 pictures, 0:25 left",
+        "checking: 3,000 of 4,000 pictures, 0:10 left",
+    ]
+
+
+def test_without_a_total_the_line_counts_alone(watch, clock):
+    stderr = watch(terminal=False)
+    with counting("predict", None, "frames") as advance:
+        clock[0] += 20
+        advance(1300)
+    assert stderr.getvalue() == "predict: 1,300 frames\n"
+
+
+def test_short_work_and_silent_processes_say_nothing(watch, clock):
+    stderr = watch(terminal=False)
+    for _ in progress(range(10), "checking", "pictures"):
+        clock[0] += 1.4
+    assert list(progress(iter("ab"), "checking", "pictures", shown=False)) == ["a", "b"]
+    for _ in progress(range(10), "checking", "pictures", shown=False):
+        clock[0] += 20
+    assert stderr.getvalue() == ""
+
+
+def test_a_terminal_gets_a_bar_with_room_for_the_echo_of_control_c(watch):
+    stderr = watch(terminal=True)
+    assert list(progress(range(3), "checking", "pictures")) == [0, 1, 2]
+    line = stderr.screen()[0]
+    assert line.startswith("checking: 100%") and "3/3" in line and "pictures/s" in line
+    assert len(line) <= COLUMNS - 3
+
+
+def test_a_line_said_meanwhile_stays_above_the_bar(watch):
+    stderr = watch(terminal=True)
+    for number in progress(range(2), "checking", "pictures"):
+        if number:
+            say("left out: a.jpg")
+    assert stderr.screen()[0] == "left out: a.jpg"
+    assert stderr.screen()[1].startswith("checking: 100%")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [((KeyboardInterrupt,), "Interrupted; what was finished is kept."),
+     ((InputError, "a.jpg", "no JPEG", "one", "mend it"), "error: a.jpg")],
+)  # fmt: skip
+def test_the_bar_stands_once_above_the_message_that_ends_the_program(watch, error, message):
+    stderr = watch(terminal=True)
+
+    def main():
+        bar = progress(range(9), "checking", "pictures")  # which the traceback holds
+        for _ in bar:
+            raise error[0](*error[1:])
+
+    with pytest.raises(SystemExit):
+        run_main(main)
+    shown = [line for line in stderr.screen() if line]
+    assert [line.split(":")[0] for line in shown[:1]] == ["checking"] and shown[1] == message
+    assert sum("checking" in line for line in shown) == 1
+
+
+def test_durations_are_written_as_a_clock_shows_them():
+    assert [duration(s) for s in (0, 7.4, 754, 18367)] == ["0:00", "0:07", "12:34", "5:06:07"]
+
+
+def test_progress_is_shown_by_this_one_helper():
+    def uses_tqdm(path: Path) -> bool:
+        names = {node.id for node in ast.walk(ast.parse(path.read_text()))
+                 if isinstance(node, ast.Name)}  # fmt: skip
+        return "tqdm" in names
+
+    users = [path for path in [*sources(), ROOT / "tests" / "fuzz.py"] if uses_tqdm(path)]
+    assert users == [ROOT / "configs" / "progress.py"]
+
+
+def test_install_says_what_it_does_before_each_long_step(tmp_path):
+    (tmp_path / "Makefile").write_text((ROOT / "Makefile").read_text())
+    (tmp_path / "pyproject.toml").touch()
+    words = ["make", "--dry-run", "install", "TORCH=torch", "CUDA=13"]
+    text = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    lines = text.replace("\\\n", "").splitlines()
+    installing = [i for i, line in enumerate(lines) if re.search("pip install|-m venv", line)]
+    assert len(installing) == 4
+    for i in installing:
+        said = lines[i - 1] if "echo" in lines[i - 1] else lines[i - 2]
+        assert re.match(r"echo '.* \.\.\.'", said), lines[i]
