@@ -5,7 +5,7 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const { facts, results, other, skeleton, galleries, people } = data;
 const names = Object.keys(results);
 const own = results[names[0]];
-const metric = own.length ? "PCK" : "PCKh";
+const metric = own.metric;
 const length = own.length ? "of the length" : "of the head’s length";
 const state = { joints: null, label: "", gallery: "worst", order: "largest", level: "0.5" };
 let closeup = -1; // place in the gallery of the person who is enlarged
@@ -86,6 +86,8 @@ function drawFacts() {
   if (other) {
     add($("facts"), "dt", {}, "Other run");
     add($("facts"), "dd", {}, other.name);
+    $("doubt").textContent = data.doubt;
+    $("doubt").hidden = !data.doubt;
   }
   for (const remark of facts.remarks ?? []) add($("remarks"), "li", {}, remark);
 }
@@ -366,13 +368,20 @@ function errorTable(table, rows, longest, unit) {
 }
 
 function drawSorted() {
-  const ys = own.person_error_percentiles;
+  const ys = [...own.person_error_percentiles];
   if (ys[0] == null) return;
-  // The last percentiles would press all others flat, so that the axis ends at the 98th.
-  const top = Math.max(0.1, ys[98] * 1.1);
+  // Where the last percentiles would press all others flat, the frame ends above the 98th.
+  const last = ys.at(-1), top = Math.max(0.1, 1.1 * (last > 1.5 * ys[98] ? ys[98] : last));
+  const xs = ys.map((_, i) => i), out = ys.findIndex((v) => v > top);
+  if (out > 0) {
+    const exit = out - 1 + (top - ys[out - 1]) / (ys[out] - ys[out - 1]);
+    xs.splice(out, Infinity, exit);
+    ys.splice(out, Infinity, top);
+    $("sorted-cut").textContent = `The line leaves the frame at ${exit.toFixed(1)} %; the worst person’s error is ${fixed(last)}.`;
+  }
   const step = [0.05, 0.1, 0.2, 0.25, 0.5, 1, 2, 5, 10, 20, 50].find((s) => top / s <= 6) ?? 100;
   const yTicks = Array.from({ length: Math.floor(top / step) + 1 }, (_, i) => i * step);
-  chart($("sorted"), [{ kind: "own", xs: ys.map((_, i) => i), ys: ys.map((v) => (v > top ? null : v)) }], {
+  chart($("sorted"), [{ kind: "own", xs, ys }], {
     x: [0, 100], y: [0, top], xTicks: [0, 25, 50, 75, 100], yTicks,
     xText: (v) => `${v} %`, yText: (v) => fixed(v, Number.isInteger(10 * step) ? 1 : 2), yTitle: `mean error, in parts ${length}`,
   });
@@ -465,7 +474,7 @@ function openCloseup(place) {
   const rows = shownPeople();
   closeup = (place + rows.length) % rows.length;
   const person = people[rows[closeup]];
-  $("closeup-title").textContent = person.picture + (person.person < 0 ? "" : `, person ${person.person}`);
+  $("closeup-title").textContent = $("closeup-title").title = person.picture + (person.person < 0 ? "" : `, person ${person.person}`);
   $("closeup-facts").textContent = `Mean error ${fixed(person.error, 3)}, ${foundText(person)} joints found at 0.5; ` +
     `the box is ${Math.round(person.box_px)} px wide. ${closeup + 1} of ${rows.length}.`;
   $("closeup-picture").replaceChildren();
