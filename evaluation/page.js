@@ -54,7 +54,8 @@ function drawResult() {
   stat("AUC", own.auc, "mean over 0 to 0.5");
   stat("visible", own.visible.pooled, `${count(own.visible.joints_counted)} joints, at 0.5`);
   stat("occluded", own.occluded.pooled, `${count(own.occluded.joints_counted)} joints, at 0.5`);
-  for (const name of names.slice(1)) stat(name, results[name].pckh["0.5"].pooled, "for comparison, at 0.5");
+  for (const name of names.slice(1))
+    stat(name, results[name].pckh["0.5"].pooled, name === "mean pose" ? "one pose for everybody, at 0.5" : "for comparison, at 0.5");
   if (other) {
     const before = other.result.pckh["0.5"].pooled;
     stat("other run", before, `at 0.5; here ${points(half.pooled, before)} points`);
@@ -141,7 +142,7 @@ function meansRow(body, label, note, columns, value) {
 
 function chart(box, series, { x, y, xTicks, yTicks, xText, yText, yTitle, cursor, labelled }) {
   const width = box.clientWidth, height = box.clientHeight;
-  const right = labelled && width > 520 ? 84 : 12;
+  const narrow = 18, right = labelled && width > 520 ? 84 : narrow;
   const area = { left: 40, right: width - right, top: 18, bottom: height - 26 };
   const px = (v) => area.left + ((v - x[0]) / (x[1] - x[0])) * (area.right - area.left);
   const py = (v) => area.bottom - ((v - y[0]) / (y[1] - y[0])) * (area.bottom - area.top);
@@ -156,7 +157,7 @@ function chart(box, series, { x, y, xTicks, yTicks, xText, yText, yTitle, cursor
   add(svg, "text", { x: 0, y: 8 }, yTitle);
   for (const { xs, ys, kind } of series) add(svg, "path", { class: kind, d: path(xs.map(px), ys.map((v) => v == null ? null : py(v))) });
   if (cursor != null) add(svg, "line", { class: "cursor", x1: px(cursor), x2: px(cursor), y1: area.top, y2: area.bottom });
-  if (right > 12) endLabels(svg, series.filter((s) => s.label), area, py);
+  if (right > narrow) endLabels(svg, series.filter((s) => s.label), area, py);
   return (clientX) => x[0] + ((clientX - box.getBoundingClientRect().left - area.left) / (area.right - area.left)) * (x[1] - x[0]);
 }
 
@@ -350,7 +351,7 @@ function drawErrors() {
   const longest = Math.max(0.05, ...[...pairs, ...sizes].map((row) => row.error_quartiles[2] ?? 0)) * 1.05;
   errorTable($("pairs"), pairs, longest, "joints");
   errorTable($("sizes"), sizes, longest, "people");
-  for (const note of document.querySelectorAll(".unit-note")) note.textContent = `Errors in parts ${length}; tracks end at ${fixed(longest)}.`;
+  for (const note of document.querySelectorAll(".unit-note")) note.textContent = `Errors in parts ${length}; the grey tracks end at ${fixed(longest)}.`;
 }
 
 function errorTable(table, rows, longest, unit) {

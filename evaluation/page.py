@@ -136,7 +136,7 @@ def _pictures(shown: Shown, rows: list[int]) -> list[str | None]:
         return [None] * len(rows)
     tiles = [
         report.plain_tile(shown.source, int(shown.samples[row]), shown.people, row)
-        for row in tqdm(rows, "pictures of the report", unit="picture", leave=False)
+        for row in tqdm(rows, "pictures of the report", unit="picture", leave=False, disable=None)
     ]
     for quality in _QUALITIES:
         encoded = [_jpeg(tile, quality) for tile in tiles]

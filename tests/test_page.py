@@ -363,6 +363,8 @@ def test_a_narrow_screen_needs_no_scrolling_sideways(width, report, browser):
     browser.show(report.page, width, 780)
     choose(browser, "joint", 0)
     assert_fits(browser, width)
+    places = "[...document.querySelectorAll('nav a')].map(a => a.getBoundingClientRect())"
+    assert browser.ask(f"{places}.every(p => p.width && p.height && p.right <= {width})")
 
 
 def assert_fits(browser: Browser, width: int) -> None:
