@@ -21,7 +21,8 @@ from configs.skeleton import Skeleton, load_skeleton, require_same_joints
 from evaluation import pckh, report
 from evaluation.inference import Predictions, choose_batch_size
 from evaluation.oracle import oracle_keypoints
-from evaluation.page import Other, Shown, page, read_other
+from evaluation.other_run import Other, doubt, read_other
+from evaluation.page import Shown, page
 from evaluation.predictions import as_coco, as_entries, read_predictions, write_mat
 from evaluation.subjects import Subjects, from_loose_pictures, from_shards
 from evaluation.submission import read_release, write_submission
@@ -40,7 +41,7 @@ from training.validation import predict_together
 LoaderName = Literal["opencv", "dali"]
 
 COMPARISON_LEGEND = (
-    "PCKh in %; < and <= say whether an error equal to the threshold counts as found (groups: <=)"
+    "{} in %; < and <= say whether an error equal to the threshold counts as found (groups: <=)"
 )
 
 
@@ -154,7 +155,7 @@ def score_oracle(options: argparse.Namespace) -> None:
     if options.json:
         write_text(Path(options.json), json.dumps(results, indent=1))
     print(f"\nperfect heatmaps at 256 px, decoded again: the ceiling on {options.annotations}")
-    print(COMPARISON_LEGEND + "\n")
+    print(COMPARISON_LEGEND.format(skeleton.metric) + "\n")
     print(report.table(results, skeleton))
 
 
@@ -181,7 +182,8 @@ def score_file(options: argparse.Namespace) -> None:
     predicted = read_predictions(path, people)
     own = predicted.truth if options.ground_truth == "file" else None
     results = {"predictions": pckh.summary(predicted.keypoints_NJ2, own or people, skeleton)}
-    facts = {"predictions_file": str(path), "ground_truth": "file" if own else "annotations"}
+    facts = {"predictions_file": str(path), "data": options.annotations}
+    facts |= {"ground_truth": "file" if own else "annotations"}
     if options.json:
         write_text(Path(options.json), json.dumps({**facts, **results}, indent=1))
     if options.report:
@@ -189,7 +191,7 @@ def score_file(options: argparse.Namespace) -> None:
         shown = Shown(own or people, keypoints, skeleton, source, np.arange(people.count))
         write_text(report_file(options), page(facts, results, other, shown, options.people))
     print(f"\n{path} against {'its own ground truth' if own else options.annotations}")
-    print(COMPARISON_LEGEND + "\n")
+    print(COMPARISON_LEGEND.format(skeleton.metric) + "\n")
     print(report.table(results, skeleton))
     print()
     print(report.explain(results["predictions"]))
@@ -433,7 +435,7 @@ def print_results(
     if not first["joints_counted"]:
         print("No joint is annotated, so that there is nothing to score.")
         return
-    print(COMPARISON_LEGEND + "\n")
+    print(COMPARISON_LEGEND.format(question.subjects.skeleton.metric) + "\n")
     print(report.table(results, question.subjects.skeleton))
     print()
     print(report.explain(first))
@@ -444,9 +446,14 @@ def print_results(
 
 
 def print_comparison(other: Other | None, results: dict[str, dict[str, Any]]) -> None:
-    """The gap between the first result and another run's, if there is one."""
-    if other:
-        print("\n" + report.gap((other.name, other.result), next(iter(results.items()))))
+    """The gap between the first result and another run's, if there is one, and what it is worth."""
+    if not other:
+        return
+    name, own = next(iter(results.items()))
+    print(f"\nthe other run: {other.name}")
+    if why := doubt(own, other.result):
+        print(f"warning: {why}")
+    print(report.gap(("the other run", other.result), (name, own)))
 
 
 def write_files(

@@ -196,11 +196,11 @@ def conclude(run: Run) -> None:
     made = {
         "config.yaml": "every setting",
         LAST: f"weights, optimizer and place in the data after step {run.step:,}",
-        BEST: f"the best by validation, PCKh@0.5 {100 * run.best:.2f} %",
+        BEST: f"the best by validation, {run.skeleton.metric}@0.5 {100 * run.best:.2f} %",
         **{path.name: "of its step" for path in keeping.numbered(run.folder)},
         SKIPPED: "people whose loss or gradients were not finite",
         METRICS: "every number",
-        CURVES: "loss and PCKh over the steps",
+        CURVES: f"loss and {run.skeleton.metric} over the steps",
         PEOPLE: "people of the last validation",
         BOARD: f"tensorboard --logdir {run.folder}",
     }

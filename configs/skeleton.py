@@ -75,6 +75,11 @@ class Skeleton(NamedTuple):
         return tuple(sides)
 
     @property
+    def metric(self) -> str:
+        """PCKh where the annotation file gives each person's length, that of the head; else PCK."""
+        return "PCK" if self.length else "PCKh"
+
+    @property
     def has_names(self) -> bool:
         """Whether it is known what the joints are."""
         return all(self.names)

@@ -5,7 +5,7 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const { facts, results, other, skeleton, galleries, people } = data;
 const names = Object.keys(results);
 const own = results[names[0]];
-const metric = own.length ? "PCK" : "PCKh";
+const metric = own.metric;
 const length = own.length ? "of the length" : "of the head’s length";
 const state = { joints: null, label: "", gallery: "worst", order: "largest", level: "0.5" };
 let closeup = -1; // place in the gallery of the person who is enlarged
@@ -54,7 +54,8 @@ function drawResult() {
   stat("AUC", own.auc, "mean over 0 to 0.5");
   stat("visible", own.visible.pooled, `${count(own.visible.joints_counted)} joints, at 0.5`);
   stat("occluded", own.occluded.pooled, `${count(own.occluded.joints_counted)} joints, at 0.5`);
-  for (const name of names.slice(1)) stat(name, results[name].pckh["0.5"].pooled, "for comparison, at 0.5");
+  for (const name of names.slice(1))
+    stat(name, results[name].pckh["0.5"].pooled, name === "mean pose" ? "one pose for everybody, at 0.5" : "for comparison, at 0.5");
   if (other) {
     const before = other.result.pckh["0.5"].pooled;
     stat("other run", before, `at 0.5; here ${points(half.pooled, before)} points`);
@@ -86,6 +87,8 @@ function drawFacts() {
   if (other) {
     add($("facts"), "dt", {}, "Other run");
     add($("facts"), "dd", {}, other.name);
+    $("doubt").textContent = data.doubt;
+    $("doubt").hidden = !data.doubt;
   }
   for (const remark of facts.remarks ?? []) add($("remarks"), "li", {}, remark);
 }
@@ -139,7 +142,7 @@ function meansRow(body, label, note, columns, value) {
 
 function chart(box, series, { x, y, xTicks, yTicks, xText, yText, yTitle, cursor, labelled }) {
   const width = box.clientWidth, height = box.clientHeight;
-  const right = labelled && width > 520 ? 84 : 12;
+  const narrow = 18, right = labelled && width > 520 ? 84 : narrow;
   const area = { left: 40, right: width - right, top: 18, bottom: height - 26 };
   const px = (v) => area.left + ((v - x[0]) / (x[1] - x[0])) * (area.right - area.left);
   const py = (v) => area.bottom - ((v - y[0]) / (y[1] - y[0])) * (area.bottom - area.top);
@@ -154,7 +157,7 @@ function chart(box, series, { x, y, xTicks, yTicks, xText, yText, yTitle, cursor
   add(svg, "text", { x: 0, y: 8 }, yTitle);
   for (const { xs, ys, kind } of series) add(svg, "path", { class: kind, d: path(xs.map(px), ys.map((v) => v == null ? null : py(v))) });
   if (cursor != null) add(svg, "line", { class: "cursor", x1: px(cursor), x2: px(cursor), y1: area.top, y2: area.bottom });
-  if (right > 12) endLabels(svg, series.filter((s) => s.label), area, py);
+  if (right > narrow) endLabels(svg, series.filter((s) => s.label), area, py);
   return (clientX) => x[0] + ((clientX - box.getBoundingClientRect().left - area.left) / (area.right - area.left)) * (x[1] - x[0]);
 }
 
@@ -348,7 +351,7 @@ function drawErrors() {
   const longest = Math.max(0.05, ...[...pairs, ...sizes].map((row) => row.error_quartiles[2] ?? 0)) * 1.05;
   errorTable($("pairs"), pairs, longest, "joints");
   errorTable($("sizes"), sizes, longest, "people");
-  for (const note of document.querySelectorAll(".unit-note")) note.textContent = `Errors in parts ${length}; tracks end at ${fixed(longest)}.`;
+  for (const note of document.querySelectorAll(".unit-note")) note.textContent = `Errors in parts ${length}; the grey tracks end at ${fixed(longest)}.`;
 }
 
 function errorTable(table, rows, longest, unit) {
@@ -366,13 +369,20 @@ function errorTable(table, rows, longest, unit) {
 }
 
 function drawSorted() {
-  const ys = own.person_error_percentiles;
+  const ys = [...own.person_error_percentiles];
   if (ys[0] == null) return;
-  // The last percentiles would press all others flat, so that the axis ends at the 98th.
-  const top = Math.max(0.1, ys[98] * 1.1);
+  // Where the last percentiles would press all others flat, the frame ends above the 98th.
+  const last = ys.at(-1), top = Math.max(0.1, 1.1 * (last > 1.5 * ys[98] ? ys[98] : last));
+  const xs = ys.map((_, i) => i), out = ys.findIndex((v) => v > top);
+  if (out > 0) {
+    const exit = out - 1 + (top - ys[out - 1]) / (ys[out] - ys[out - 1]);
+    xs.splice(out, Infinity, exit);
+    ys.splice(out, Infinity, top);
+    $("sorted-cut").textContent = `The line leaves the frame at ${exit.toFixed(1)} %; the worst person’s error is ${fixed(last)}.`;
+  }
   const step = [0.05, 0.1, 0.2, 0.25, 0.5, 1, 2, 5, 10, 20, 50].find((s) => top / s <= 6) ?? 100;
   const yTicks = Array.from({ length: Math.floor(top / step) + 1 }, (_, i) => i * step);
-  chart($("sorted"), [{ kind: "own", xs: ys.map((_, i) => i), ys: ys.map((v) => (v > top ? null : v)) }], {
+  chart($("sorted"), [{ kind: "own", xs, ys }], {
     x: [0, 100], y: [0, top], xTicks: [0, 25, 50, 75, 100], yTicks,
     xText: (v) => `${v} %`, yText: (v) => fixed(v, Number.isInteger(10 * step) ? 1 : 2), yTitle: `mean error, in parts ${length}`,
   });
@@ -465,7 +475,7 @@ function openCloseup(place) {
   const rows = shownPeople();
   closeup = (place + rows.length) % rows.length;
   const person = people[rows[closeup]];
-  $("closeup-title").textContent = person.picture + (person.person < 0 ? "" : `, person ${person.person}`);
+  $("closeup-title").textContent = $("closeup-title").title = person.picture + (person.person < 0 ? "" : `, person ${person.person}`);
   $("closeup-facts").textContent = `Mean error ${fixed(person.error, 3)}, ${foundText(person)} joints found at 0.5; ` +
     `the box is ${Math.round(person.box_px)} px wide. ${closeup + 1} of ${rows.length}.`;
   $("closeup-picture").replaceChildren();

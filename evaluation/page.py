@@ -14,11 +14,11 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from configs.errors import InputError
 from configs.mpii import PIXELS_PER_SCALE
 from configs.progress import progress
 from configs.skeleton import Skeleton
 from evaluation import pckh, report
+from evaluation.other_run import Other, doubt
 from pipelines import geometry
 from pipelines.annotations import People
 from pipelines.opencv_crops import Source
@@ -45,14 +45,6 @@ class Shown(NamedTuple):
     """(N,) number in the source of each person."""
 
 
-class Other(NamedTuple):
-    """Another run to compare with."""
-
-    name: str
-    result: dict[str, Any]
-    """A `pckh.summary`, perhaps of an earlier version that had no curves."""
-
-
 def page(
     facts: dict[str, Any],
     results: dict[str, dict[str, Any]],
@@ -72,6 +64,7 @@ def page(
         "facts": facts,
         "results": results,
         "other": other._asdict() if other else None,
+        "doubt": doubt(next(iter(results.values())), other.result) if other else None,
         "skeleton": {
             "names": [name or f"joint {j}" for j, name in enumerate(skeleton.names)],
             "sides": skeleton.sides,
@@ -163,51 +156,16 @@ def _fill(data: dict[str, Any]) -> str:
         Path(__file__).with_name(f"page.{kind}").read_text(encoding="utf-8")
         for kind in ("html", "css", "js")
     )
+    colors = {"right": report.RIGHT_BGR, "left": report.LEFT_BGR, "middle": report.MIDDLE_BGR}
+    sides = "".join(f"--{side}: rgb({r} {g} {b}); " for side, (b, g, r) in colors.items())
     # A `<` in a string could end the script element; in JSON it may be written by its number.
     block = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     # The data come last, so that nothing is looked for inside them.
-    parts = (("/*STYLE*/", style), ("/*SCRIPT*/", script), ("/*DATA*/", block))
+    parts = (
+        ("/*STYLE*/", f":root {{ {sides}}}\n{style}"),
+        ("/*SCRIPT*/", script),
+        ("/*DATA*/", block),
+    )
     for place, text in parts:
         template = template.replace(place, text, 1)
     return template
-
-
-def read_other(path: Path, skeleton: Skeleton) -> Other:
-    """The first result of a file of --json. Raises InputError unless it has these joints."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        results = [v for v in content.values() if isinstance(v, dict) and "pckh" in v]
-        if not results:
-            raise ValueError("no result in it")
-        result = results[0]
-        _check_numbers(result, skeleton)
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        found = f"not readable so ({type(error).__name__}: {error})"
-        if isinstance(error, FileNotFoundError):
-            found = "no such file"
-        elif isinstance(error, json.JSONDecodeError):
-            found = f"no JSON ({error})"
-        raise InputError(
-            path,
-            found,
-            f"a file that evaluate.py --json wrote, with the {skeleton.joint_count} joints of "
-            f"{skeleton.name}",
-            "evaluate the other run with --json, and give that file",
-        ) from error
-    source = content.get("checkpoint") or content.get("predictions_file")
-    return Other(f"{source} ({path})" if source else str(path), result)
-
-
-def _check_numbers(result: dict[str, Any], skeleton: Skeleton) -> None:
-    """Raise ValueError, TypeError or KeyError unless everything that is compared is there."""
-    if result["joint_names"] != list(skeleton.names):
-        raise ValueError(f"joints {', '.join(map(str, result['joint_names'][:4]))}, ...")
-    values = [result["auc"]]
-    for score in (result["pckh"][str(threshold)] for threshold in pckh.THRESHOLDS):
-        values += [score[mean] for mean in ("pooled", "unweighted", "weighted")]
-        values += [score["groups"][name] for name, _ in skeleton.groups]
-        values += [score["joints"][joint] for joint in range(skeleton.joint_count)]
-    if "curves" in result:  # files of before there were curves have none
-        values += [*result["curves"]["thresholds"], *result["curves"]["pooled"]]
-    if any(value is not None and not isinstance(value, float | int) for value in values):
-        raise TypeError("a rate that is no number")

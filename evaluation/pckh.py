@@ -4,6 +4,7 @@ Errors are distances in image px divided by `normalize`. Joints that are not mar
 without a known `normalize`, are NaN and never count.
 """
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -184,7 +185,9 @@ def summary(keypoints_NJ2: npt.NDArray, people: People, skeleton: Skeleton) -> d
     occluded = np.where(people.visible, np.nan, errors)
     return plain({
         "people": people.count,
+        "metric": skeleton.metric,
         "length": length_in_words(skeleton),
+        "truth_sha256": truth_sha256(people),
         "people_without_length": int((people.normalize <= 0).sum()),
         "joints_counted": int(counts.sum()),
         "joint_names": list(skeleton.names),
@@ -207,6 +210,23 @@ def summary(keypoints_NJ2: npt.NDArray, people: People, skeleton: Skeleton) -> d
         "by_size": by_size(errors, people),
         "person_error_percentiles": _quantiles(person_errors(errors), _PERCENTILES),
     })  # fmt: skip
+
+
+def truth_sha256(people: People) -> str:
+    """What predictions are scored against, in 64 hexadecimal digits; the order does not count.
+
+    Pictures, marked joints and lengths, as float32, which is what shards keep. Boxes and visibility
+    are left out: they say what the network was shown, and what is told apart, not what is right.
+    """
+    joints = np.where(people.marked[..., None], people.joints, 0).astype("<f4")
+    rows = zip(people.images, people.marked, joints, people.normalize.astype("<f4"), strict=True)
+    digests = [
+        hashlib.sha256(
+            picture.encode("utf-8", "backslashreplace") + b"\0" + b"".join(r.tobytes() for r in row)
+        ).digest()
+        for picture, *row in rows
+    ]
+    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
 
 
 def plain(value: Any) -> Any:

@@ -13,8 +13,9 @@ from test_training import make_run, steps, tiny_config
 
 import evaluate
 from configs.mpii import L_WRIST, MPII, R_WRIST
-from configs.skeleton import Skeleton
-from evaluation import page, pckh
+from configs.skeleton import Length, Skeleton
+from evaluation import other_run, page, pckh
+from evaluation import report as pictures
 from evaluation.predictions import as_entries
 from pipelines.annotations import read_annotations
 from pipelines.shards import ShardSet
@@ -154,6 +155,86 @@ def test_the_numbers_of_the_page_are_those_of_the_json(report, browser):
     assert cells == [[percent(row["visible"]), percent(row["occluded"])] for row in rows]
 
 
+def test_another_run_is_named_and_doubted_where_it_was_scored_on_other_data(
+    report, tiny_set, tmp_path, browser
+):
+    folder = report.page.parents[1]
+    content = json.loads((folder / "other.json").read_text())
+    del content["predictions"]["truth_sha256"]
+    (tmp_path / "old.json").write_text(json.dumps(content))
+    for other, why in ((folder / "other.json", ""), (tmp_path / "old.json", "not known")):
+        valid = tiny_set / "annot" / "valid.h5"
+        evaluate_with("--predictions", folder / "own_found.json", "--annotations", valid,
+                      "--compare", other, "--report", tmp_path / "p.html")  # fmt: skip
+        browser.show(tmp_path / "p.html", *WIDE)
+        name = f"{folder / 'other_found.json'}, on {valid} ({other})"
+        assert name in texts(browser, "#facts dd")
+        (shown,) = texts(browser, "#doubt")
+        assert why in shown and bool(why) == bool(shown)
+        assert browser.ask("document.getElementById('doubt').offsetHeight > 0") == bool(why)
+
+
+def test_the_colours_of_the_page_are_those_of_the_pictures(report, browser):
+    browser.show(report.page, *WIDE)
+    colours = {
+        "right": pictures.RIGHT_BGR,
+        "left": pictures.LEFT_BGR,
+        "middle": pictures.MIDDLE_BGR,
+    }
+    for side, bgr in colours.items():
+        for what, style in ((f".found .{side}", "stroke"), (f".key.{side}", "backgroundColor"),
+                            (f"#bars .side.{side}", "backgroundColor")):  # fmt: skip
+            found = browser.ask(f"getComputedStyle(document.querySelector('{what}')).{style}")
+            assert found == f"rgb{bgr[::-1]}", what
+
+
+@pytest.mark.parametrize("worst", [2.0, 40.0])
+def test_the_line_of_errors_ends_in_its_frame_or_says_where_it_leaves_it(worst, tmp_path, browser):
+    joints = np.full((200, 16, 2), 100.0)
+    people = people_at(joints, normalize=100.0)
+    found = joints + np.linspace(0, 150, 200)[:, None, None] * [1, 0]
+    found[-1] = joints[-1] + [100 * worst, 0]
+    shown = page.Shown(people, found, MPII, None, np.arange(200))
+    result = pckh.summary(found, people, MPII)
+    (tmp_path / "page.html").write_text(page.page({}, {"network": result}, None, shown), "utf-8")
+    browser.show(tmp_path / "page.html", *WIDE)
+    xy = "[...document.querySelectorAll('#sorted path.own')][0].getAttribute('d')"
+    points = [tuple(map(float, p.split())) for p in browser.ask(xy)[1:].split("L")]
+    (said,) = texts(browser, "#sorted-cut")
+    if worst == 2.0:
+        assert said == "" and len(points) == 101 and points[-1][1] > 18
+    else:
+        assert said.startswith("The line leaves the frame at 99.") and said.endswith("is 40.00.")
+        assert points[-1][1] == 18  # at the frame's upper edge
+
+
+@pytest.mark.parametrize("width", [400, 1400])
+def test_names_and_verdicts_of_an_enlarged_person_stay_on_one_line(width, report, browser):
+    browser.show(report.page, width, 900)
+    browser.ask("document.querySelector('.tile').click()")
+    lines = """[...document.querySelectorAll('#closeup h2, #closeup-joints th, #closeup-joints td')]
+        .map(e => (e.clientHeight - parseFloat(getComputedStyle(e).paddingTop) * 2) /
+            parseFloat(getComputedStyle(e).lineHeight))"""
+    heights = browser.ask(lines)
+    assert len(heights) == 1 + 3 * 17 and max(heights) < 1.3
+    assert "missed, occluded" in texts(browser, "#closeup-joints td")
+    cells = "[...document.querySelectorAll('#closeup h2, #closeup th')]"
+    assert not browser.ask(f"{cells}.some(e => e.scrollWidth > e.clientWidth)")
+
+
+@pytest.mark.parametrize(("length", "metric"), [(None, "PCKh"), (Length((), 0.4), "PCK")])
+def test_pckh_is_said_only_where_the_annotation_gives_the_length(length, metric, tmp_path, browser):
+    people = people_at(np.full((2, 16, 2), 100.0))
+    skeleton = MPII._replace(length=length)
+    result = pckh.summary(people.joints, people, skeleton)
+    shown = page.Shown(people, people.joints, skeleton, None, np.arange(2))
+    (tmp_path / "page.html").write_text(page.page({}, {"network": result}, None, shown), "utf-8")
+    browser.show(tmp_path / "page.html", *WIDE)
+    said = browser.ask("document.title + document.body.innerText")
+    assert f"{metric}@0.5, pooled over 16 joints" in said
+    assert metric == "PCKh" or "PCKh" not in said
+
+
 def test_a_network_makes_a_page_beside_its_other_files(tiny_shards, tmp_path, browser):
     run = make_run(tiny_config(tiny_shards), tmp_path / "run")
     steps(run, 2)
@@ -282,6 +363,8 @@ def test_a_narrow_screen_needs_no_scrolling_sideways(width, report, browser):
     browser.show(report.page, width, 780)
     choose(browser, "joint", 0)
     assert_fits(browser, width)
+    places = "[...document.querySelectorAll('nav a')].map(a => a.getBoundingClientRect())"
+    assert browser.ask(f"{places}.every(p => p.width && p.height && p.right <= {width})")
 
 
 def assert_fits(browser: Browser, width: int) -> None:
@@ -300,7 +383,7 @@ def test_words_in_the_data_never_become_markup(tmp_path, browser):
     shown = page.Shown(people, joints + np.array([1, 2]), skeleton, None, np.arange(3))
     result = pckh.summary(shown.keypoints_NJ2, people, skeleton)
     facts = {"checkpoint": evil, "remarks": [evil]}
-    other = page.Other(evil, result)
+    other = other_run.Other(evil, result)
     (tmp_path / "page.html").write_text(page.page(facts, {evil: result}, other, shown), "utf-8")
     browser.show(tmp_path / "page.html", *WIDE)
     assert len(texts(browser, ".tile")) == 3

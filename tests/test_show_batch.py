@@ -32,8 +32,8 @@ def test_every_preset_makes_a_sheet(preset, tiny_shards, tmp_path, monkeypatch, 
     output = tmp_path / "deep" / "sheet.png"
     words = ["--shards", tiny_shards, "--people", 5, "--input-px", 64, "--output", output]
     call(monkeypatch, *words, "--preset", preset)
-    # Three panels of two tiles and a frame of 2 px a row, a caption below each, a legend on top.
-    assert cv2.imread(str(output)).shape == (26 + 2 * (256 + 20 + 4), 3 * (512 + 4), 3)
+    # Two panels of two tiles and a frame of 2 px a row, a caption below each, a legend on top.
+    assert cv2.imread(str(output)).shape == (26 + 3 * (256 + 20 + 4), 2 * (512 + 4), 3)
     assert capsys.readouterr().out == f"wrote {output}\n"
 
 
@@ -80,6 +80,19 @@ def test_a_joint_is_drawn_at_its_place_in_the_colour_of_its_side(joint, color):
     maps = show_batch.draw_heatmaps(batch, MPII, 0)
     assert maps[160:176, 48:64].reshape(-1, 3).tolist() == [[min(c + 45, 255) for c in color]] * 256
     assert maps[100, 100].tolist() == [45, 45, 45]
+
+
+@pytest.mark.parametrize("loaders", [1, 2])
+@pytest.mark.parametrize("people", [6, 12, 24])
+def test_a_sheet_is_about_as_wide_as_high(loaders, people):
+    batch = Batch(*(part.expand(people, *part.shape[1:]) for part in one_person(3, (3.0, 10.0))))
+    nothing, draws = torch.zeros(0), torch.zeros(people, 10)
+    shown = [show_batch.Shown("x", batches.RawBatch(nothing, nothing, draws, nothing), batch)]
+    grey = None if loaders == 1 else np.zeros((people, 64, 64, 3), np.float32)
+    sheet = show_batch.draw_sheet(
+        shown * loaders, grey, Target(PRESETS["none"], "exact", 1.0, 64, MPII)
+    )
+    assert 0.75 < sheet.shape[1] / sheet.shape[0] < 2.4
 
 
 def test_differences_are_shown_where_they_are_and_black_means_none():

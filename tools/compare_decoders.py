@@ -190,7 +190,7 @@ def print_pckh(
     skeleton = shards.manifest.skeleton
     target = target_of(config.data, config.heatmaps, skeleton)
     people, samples = shards.people()
-    print(f"\n{'PCKh of ' + str(path):40}{'@0.5':>10}{'@0.1':>10}  (pooled, %)")
+    print(f"\n{f'{skeleton.metric} of {path}':40}{'@0.5':>10}{'@0.1':>10}  (pooled, %)")
     for name, decoded in pictures.items():
         by_jpeg = dict(zip(jpegs, decoded, strict=True))
         batches = still_batches(

@@ -34,7 +34,8 @@ from pipelines.shards import MANIFEST, ShardSet, unpack_records
 from training import runtime
 
 TILE_PX, CAPTION_PX, LEGEND_PX = 256, 20, 26
-TILES_A_ROW = 8
+SHEET_SHAPE = 4 / 3
+"""Width over height, about: what a screen shows whole."""
 INK = (30, 30, 30)
 
 Picture = npt.NDArray[np.uint8]
@@ -173,13 +174,19 @@ def draw_sheet(
         draw_panel(shown, None if grey_NHW3 is None else grey_NHW3[i], zoom, target, i)
         for i in people
     ]
-    width = panels[0].shape[1]
-    columns = min(len(panels), max(1, TILES_A_ROW * TILE_PX // width))
+    height, width = panels[0].shape[:2]
+    columns = columns_of(len(panels), width / height)
     panels += [np.full_like(panels[0], 255)] * (-len(panels) % columns)
     rows = [np.hstack(panels[i : i + columns]) for i in range(0, len(panels), columns)]
     names = [*(one.name for one in shown), "heatmaps"]
     names += [] if grey_NHW3 is None else [f"difference x {zoom:.3g} (black: none)"]
     return np.vstack([legend(width * columns, names), *rows])
+
+
+def columns_of(panels: int, shape: float) -> int:
+    """The number of columns that brings the sheet nearest to its shape. shape: of a panel."""
+    shapes = [c * shape / -(-panels // c) for c in range(1, panels + 1)]
+    return int(np.argmin(np.abs(np.log(np.array(shapes) / SHEET_SHAPE)))) + 1
 
 
 def amplification(grey_NHW3: npt.NDArray[np.float32]) -> float:

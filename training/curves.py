@@ -24,15 +24,15 @@ class Curve(NamedTuple):
     values: list[float]
 
 
-def draw_curves(entries: list[dict[str, Any]]) -> Picture:
-    """(380, 1240, 3) BGR: the loss, on a logarithmic axis, and PCKh in per cent, over the steps.
+def draw_curves(entries: list[dict[str, Any]], metric: str = "PCKh") -> Picture:
+    """(380, 1240, 3) BGR: the loss, on a logarithmic axis, and PCK in per cent, over the steps.
 
-    entries: lines of metrics.jsonl.
+    entries: lines of metrics.jsonl. metric: the name of the validation's, PCKh or PCK.
     """
     loss = [curve("loss of training", entries, "train", "loss")]
     rates = [
-        curve("PCKh@0.5 of validation", entries, "valid", "pckh@0.5_pooled", 100),
-        curve("PCKh@0.1 of validation", entries, "valid", "pckh@0.1_pooled", 100),
+        curve(f"{metric}@0.5 of validation", entries, "valid", "pckh@0.5_pooled", 100),
+        curve(f"{metric}@0.1 of validation", entries, "valid", "pckh@0.1_pooled", 100),
         curve("PCK of training (augmented)", entries, "train", "pck", 100),
     ]
     last = max([entry["step"] for entry in entries], default=1)

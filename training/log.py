@@ -91,14 +91,16 @@ class Totals:
 class Log:
     """The log of one process; silent unless it is the first rank."""
 
-    def __init__(self, folder: Path, config: Config, place: Runtime, first_step: int):
-        """folder: the run's. first_step: where this start begins."""
+    def __init__(
+        self, folder: Path, config: Config, place: Runtime, first_step: int, metric: str = "PCKh"
+    ):
+        """folder: the run's. first_step: where this start begins. metric: its name, PCKh or PCK."""
         self.enabled = place.is_first
         if not self.enabled:
             return
         self._folder, self._train, self._device = folder, config.train, place.device
         self._first_step = self._step = first_step
-        self._ranks = place.ranks
+        self._ranks, self._metric = place.ranks, metric
         self._writes = True
         cut(folder / METRICS, first_step)
         self._pckh = _last_pckh(folder / METRICS)
@@ -150,7 +152,7 @@ class Log:
         if not self.enabled:
             return
         with self._losses_allowed():
-            curves = draw_curves(read_metrics(self._folder / METRICS))
+            curves = draw_curves(read_metrics(self._folder / METRICS), self._metric)
             self._keep_pictures(step, {PEOPLE: people_HW3, CURVES: curves})
 
     def _keep_pictures(self, step: int, images: dict[str, npt.NDArray[np.uint8]]) -> None:
@@ -196,7 +198,7 @@ class Log:
             memory = "GPU peak" if self._device.type == "cuda" else "RSS"
             parts += [
                 f"loss {values['loss']:.5f}",
-                f"PCKh {pckh}",
+                f"{self._metric} {pckh}",
                 f"waiting {100 * values['wait_share']:.0f} %",
                 f"{values['people_per_s']:,.0f} people/s",
                 f"epoch {epoch}/{epochs}",

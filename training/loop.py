@@ -164,7 +164,7 @@ class Run:
             schema.save_yaml(self.given, self.folder / "config.yaml")
             self.guard.begin(self.step)
             keeping.take_back(self.folder)
-        log = Log(self.folder, self.config, self.place, self.step)
+        log = Log(self.folder, self.config, self.place, self.step, self.skeleton.metric)
         for remark in self.remarks:
             log.say(remark)
         return log
@@ -289,7 +289,7 @@ class Run:
                    "auc": result["auc"] or 0.0, "peak": result["peak"]}  # fmt: skip
         self.log.validation(self.step, numbers)
         self.log.say(
-            f"step {self.step}: PCKh@0.5 {100 * pooled:.2f} % pooled over "
+            f"step {self.step}: {self.skeleton.metric}@0.5 {100 * pooled:.2f} % pooled over "
             f"{result['joints_counted']} joints of {result['people']} people"
             f"{' (best so far)' if is_best else ''}"
         )

@@ -1,0 +1,74 @@
+"""--compare says whose run it is compared with, and warns where the gap is not the networks'."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import evaluate
+from evaluation import other_run, pckh
+from evaluation.predictions import as_entries
+from pipelines.annotations import read_annotations
+from pipelines.shards import ShardSet
+
+
+def score(annotations: Path, output: Path, *words: object) -> Path:
+    """The --json of predictions that lie 5 px beside an annotation."""
+    people, _ = read_annotations(annotations, "valid")
+    found = output.with_suffix(".found.json")
+    scores = np.ones(people.joints.shape[:2])
+    found.write_text(json.dumps(as_entries(people, people.joints + 5, scores)))
+    with pytest.MonkeyPatch.context() as patch:
+        words = ("--predictions", found, "--annotations", annotations, "--json", output, *words)
+        patch.setattr(sys, "argv", ["evaluate.py", *map(str, words)])
+        evaluate.main()
+    return output
+
+
+def test_another_split_is_named_and_warned_of_and_the_same_one_is_not(tiny_set, tmp_path, capsys):
+    valid, train = (tiny_set / "annot" / f"{split}.h5" for split in ("valid", "train"))
+    others = [score(path, tmp_path / f"{path.stem}.json") for path in (valid, train)]
+    printed = []
+    for other in others:
+        capsys.readouterr()
+        score(valid, tmp_path / "own.json", "--compare", other)
+        printed.append(capsys.readouterr().out.split("the other run: ")[1].splitlines())
+    for lines, path, other in zip(printed, (valid, train), others, strict=True):
+        assert lines[0] == f"{other.with_suffix('.found.json')}, on {path} ({other})"
+    assert printed[0][1].startswith("gap, predictions minus the other run")
+    assert printed[1][1].startswith("warning: The other run was scored on other data: 12 people ")
+    assert " joints there, 5 people with " in printed[1][1]
+
+
+@pytest.mark.parametrize("change", ["joint", "length", "picture"])
+def test_one_number_of_the_annotation_makes_other_data(change, tiny_set):
+    people, skeleton = read_annotations(tiny_set / "annot", "valid")
+    joints, normalize = people.joints.copy(), people.normalize.copy()
+    joints[tuple(np.argwhere(people.marked)[0])] += 1
+    normalize[0] += 1
+    other = {
+        "joint": people._replace(joints=joints),
+        "length": people._replace(normalize=normalize),
+        "picture": people._replace(images=("x.jpg", *people.images[1:])),
+    }[change]
+    own, there = (pckh.summary(each.joints, each, skeleton) for each in (people, other))
+    assert "in both, but other pictures" in (other_run.doubt(own, there) or "")
+    assert other_run.doubt(own, own) is None
+
+
+def test_shards_hold_the_same_data_as_their_annotation_in_any_order(tiny_set, tiny_shards):
+    people, _ = read_annotations(tiny_set / "annot", "valid")
+    packed, _ = ShardSet(tiny_shards / "valid").people()
+    assert pckh.truth_sha256(people) == pckh.truth_sha256(packed)
+    assert pckh.truth_sha256(people) == pckh.truth_sha256(packed.select([4, 2, 0, 1, 3]))
+    assert pckh.truth_sha256(people) != pckh.truth_sha256(packed.select([4, 2, 0, 1, 1]))
+
+
+def test_a_file_without_the_record_is_of_unknown_data(tiny_set, tmp_path):
+    own = json.loads(score(tiny_set / "annot" / "valid.h5", tmp_path / "own.json").read_text())
+    old = {key: value for key, value in own["predictions"].items() if key != "truth_sha256"}
+    assert "not known" in (other_run.doubt(own["predictions"], old) or "")
+    fewer = {**old, "people": 4}
+    assert "4 people with" in (other_run.doubt(own["predictions"], fewer) or "")
