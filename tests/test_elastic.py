@@ -159,6 +159,35 @@ def test_two_nodes_lose_a_rank_go_on_and_stop_at_a_signal_to_one_of_them(tiny_sh
     assert checkpoint.load(run / "last.pt")["step"] == last_step(run)
 
 
+def test_of_two_nodes_one_is_lost_whole_and_the_other_goes_on_with_the_same_global_batch(
+    tiny_shards, tmp_path
+):
+    logs, run, port = [tmp_path / "log0", tmp_path / "log1"], tmp_path / "run", free_port()
+    command = [
+        *torchrun("--nnodes", "1:2", "--nproc-per-node", 1, "--rdzv-backend", "c10d",
+                  "--rdzv-id", "x", "--rdzv-endpoint", f"127.0.0.1:{port}",
+                  "--local-addr", "127.0.0.1"),
+        *words(tiny_shards, tmp_path, "run", 100_000, "--train.steps_per_epoch", 5),
+    ]  # fmt: skip
+    with started(logs[0], *command) as first:
+        wait_until(lambda: listens(port), first, logs[0])  # the nodes meet at the one that stays
+        with started(logs[1], *command) as second:
+            wait_until(lambda: last_step(run) >= 7, first, logs[0])
+            assert children(second.pid), "two nodes work"
+        alone = "the run had 2 rank(s) and has 1; a step takes 8 people as before"
+        wait_until(lambda: alone in " ".join(logs[0].read_text().split()), first, logs[0])
+        stood = checkpoint.load(run / "last.pt")["step"]
+        wait_until(lambda: last_step(run) >= stood + 7, first, logs[0])
+        os.kill(children(first.pid)[0], signal.SIGUSR1)
+        assert first.wait(PATIENCE_S) == 0
+    assert checkpoint.load(run / "last.pt")["ranks"] == 1 and (run / "resume_me").exists()
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as caller:
+        return caller.connect_ex(("127.0.0.1", port)) == 0
+
+
 def test_a_run_of_one_rank_goes_on_with_two_at_an_epochs_end_and_says_so(tiny_shards, tmp_path):
     """With accumulation on one rank, both forms put the same people through batch norm together."""
     log, more = tmp_path / "log", ["--train.steps_per_epoch", 2, "--optim.accumulate", 2]
@@ -242,19 +271,16 @@ def test_the_shell_lines_for_kubernetes_end_with_75_at_sigterm_and_go_on_when_ru
     worker = job["spec"]["pytorchReplicaSpecs"]["Worker"]
     (container,) = worker["template"]["spec"]["containers"]
     assert container["command"] == ["bash", "-c"] and worker["restartPolicy"] == "OnFailure"
-    # The first words are the page's own, and those that follow make it tiny.
     (script,) = container["args"]
-    tiny = " ".join(map(str, words(tiny_shards, tmp_path, "8hg", 100_000, "--resume", "auto")))
-    for old, new in {
-        "torchrun --nproc-per-node 4": f"{sys.executable} -m torch.distributed.run --standalone "
-        "--nproc-per-node 2",
-        re.search(r"train\.py .*?--resume auto", script, re.DOTALL)[0]: tiny.replace(
-            "[8,16,16]", "'[8,16,16]'"
-        ),
+    tiny = " ".join(map(str, words(tiny_shards, tmp_path, "8hg", 100_000, "--resume auto")))
+    launch = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2"
+    for pattern, new in {
+        r"torchrun --nproc-per-node 4": launch,
+        r"train\.py .* --resume auto": tiny.replace("[8,16,16]", "'[8,16,16]'"),
         "/runs/": f"{tmp_path}/",
     }.items():
-        assert old in script
-        script = script.replace(old, new)
+        script, count = re.subn(f"(?s){pattern}", lambda _: new, script)  # noqa: B023
+        assert count == 1, pattern
     for _ in range(2):
         stood = last_step(run)
         with log.open("a") as file, subprocess.Popen(
