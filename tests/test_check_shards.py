@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -59,10 +60,21 @@ def rebuild(folder: Path, change: Callable[[tarfile.TarInfo, bytes], None]) -> N
     change_manifest(folder, lambda raw: raw["shards"][1].update(facts))
 
 
+def four_and_six(manifest: dict) -> None:
+    """Another count for two shards; the sum stays."""
+    for shard, people in zip(manifest["shards"], (4, 6), strict=False):
+        shard["people"] = people
+
+
 @pytest.mark.parametrize("decode", [[], ["--decode"]])
 def test_whole_shards_leave_with_0(tiny_shards, capsys, decode):
     code, lines = check(tiny_shards, capsys, *decode)
     assert code == 0 and "17 people, all is well" in lines[-1]
+
+
+def test_a_progress_bar_counts_the_people(packed, capsys):
+    main([str(packed), "--workers", "1"])
+    assert re.search(r"checking train: 100%.* 12/12 ", capsys.readouterr().err)
 
 
 def test_shards_of_crops_leave_with_0(tiny_set, tmp_path, capsys):
@@ -95,7 +107,8 @@ def test_one_flipped_bit_is_found_and_the_file_is_named(packed, name, capsys):
      (lambda p: shutil.copy(p / "00000.idx", p / "00001.idx"), "00001.idx: key 000000005: not wh"),
      (lambda p: (p / "00001.idx").write_bytes(b"\xff"), "00001.idx: 0 people, the tar has 5"),
      (lambda p: (p / "00001.tar").write_bytes(b"x" * 9000), "00001.tar: no tar"),
-     (lambda p: change_manifest(p, lambda raw: raw.update(max_width=399)), "size that the manif")],
+     (lambda p: change_manifest(p, lambda raw: raw.update(max_width=399)), "size that the manif"),
+     (lambda p: change_manifest(p, four_and_six), "00000.tar: 5 people, the manifest says 4")],
 )  # fmt: skip
 def test_damaged_files_are_named_and_leave_with_1(packed, damage, expected, capsys):
     damage(packed)

@@ -1,5 +1,7 @@
 """Files that attack end in one error: no code is run, no folder left, no memory filled."""
 
+import ast
+import contextlib
 import gzip
 import io
 import json
@@ -10,7 +12,7 @@ import struct
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import cv2
@@ -19,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, noise_picture, write_jpeg
+from test_architecture import imports, sources
 from test_training import make_run, tiny_config
 
 from configs import confined
@@ -70,7 +73,11 @@ def test_the_size_in_a_header_is_found_without_decoding(options, tmp_path):
 
 
 @pytest.mark.parametrize("junk", [b"", b"\x00junk"])
-def test_a_jpeg_that_claims_to_be_huge_is_refused_by_every_decoder(jpeg, junk, tmp_path):
+def test_a_jpeg_that_claims_to_be_huge_is_refused_before_it_is_decoded(
+    jpeg, junk, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(cv2, "imdecode", None)
+    monkeypatch.setattr(cv2, "imread", None)
     bomb = claiming(jpeg, 65_500, 65_500)
     bomb = bomb[:20] + junk + bomb[20:]  # after the segment JFIF
     (tmp_path / "bomb.jpg").write_bytes(bomb)
@@ -167,6 +174,36 @@ def external_link(file: h5py.File) -> None:
 def test_h5_that_reaches_out_or_claims_to_be_huge_is_refused(change, found, tiny_set, tmp_path):
     with pytest.raises(InputError, match=found):
         read_annotations(h5_with(tiny_set, tmp_path / "a.h5", change), "valid")
+
+
+@pytest.mark.parametrize("where", ["/", "scale"])
+def test_an_attribute_in_h5_that_claims_4_gb_takes_no_memory(where, tiny_set, tmp_path):
+    """Attributes are never read; libhdf5 meets this one as it opens the file."""
+    path = h5_with(tiny_set, tmp_path / "a.h5", lambda h5: h5[where].attrs.create(
+        "bomb", np.arange(1000.0)))  # fmt: skip
+    data = path.read_bytes()
+    dimension = struct.pack("<Q", 1000)
+    at = data.index(dimension, data.index(b"bomb\0"))
+    path.write_bytes(data[:at] + struct.pack("<Q", 2**29) + data[at + 8 :])
+    with h5py.File(path) as file, pytest.raises((OSError, KeyError, RuntimeError, MemoryError)):
+        file[where].attrs["bomb"][()]  # it is a bomb
+    with address_space(LIMIT):
+        try:
+            assert read_annotations(path, "valid")[0].count == 5
+        except InputError as error:
+            assert str(path) in error.where
+
+
+@contextlib.contextmanager
+def address_space(extra: int) -> Iterator[None]:
+    """What this process has and so many bytes more; a larger need is a MemoryError."""
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + extra, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
 @pytest.mark.parametrize("module", ["h5py.File", "scipy.io.loadmat"])
@@ -316,6 +353,32 @@ def test_nothing_is_unpickled(tmp_path, tiny_set):
     assert trap.exists(), "the trap works"
 
 
+def doors_of(path: Path) -> list[str]:
+    """What a source file names that can run code of a file, or let its names leave a folder."""
+    found = [name for name in imports(path) if name.split(".")[0] in
+             {"pickle", "dill", "marshal", "shelve", "joblib"}]  # fmt: skip
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            call = ast.unparse(node.func)
+            safe = {"torch.load": "weights_only=True", "yaml.load": "_PlainLoader"}.get(call)
+            if call in {"eval", "exec", "np.load", "numpy.load"} or call.endswith(
+                (".extract", ".extractall", ".unsafe_load", ".full_load")
+            ):
+                found.append(call)
+            elif safe and safe not in ast.unparse(node):
+                found.append(ast.unparse(node))
+    return found
+
+
+def test_no_source_file_names_a_function_that_runs_what_it_reads_or_unpacks_a_tar(tmp_path):
+    assert len(sources()) > 50
+    assert not {path.name: doors for path in sources() if (doors := doors_of(path))}
+    (tmp_path / "a.py").write_text(
+        "import pickle\nnp.load(x)\ntorch.load(x)\nyaml.load(x, yaml.Loader)\ntar.extractall()"
+    )
+    assert len(doors_of(tmp_path / "a.py")) == 5
+
+
 # Checkpoints
 
 
@@ -333,10 +396,7 @@ def refused(state: dict, path: Path, match: str | None) -> None:
 
 
 def test_a_checkpoint_of_a_huge_network_takes_no_memory(state, tmp_path):
-    limits = resource.getrlimit(resource.RLIMIT_AS)
-    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (size + LIMIT, limits[1]))
-    try:
+    with address_space(LIMIT):
         config = {**state["config"], "model": {**state["config"]["model"], "width": 8192}}
         refused({**state, "config": config}, tmp_path / "wide.pt", "weights of another network")
         config["model"] = {**config["model"], "width": 10**9}
@@ -346,8 +406,6 @@ def test_a_checkpoint_of_a_huge_network_takes_no_memory(state, tmp_path):
         name = next(iter(state["model"]))
         model = {**state["model"], name: torch.zeros(1).expand(10**6, 10**6)}
         refused({**state, "model": model}, tmp_path / "view.pt", "without its values")
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
 def test_a_compressed_checkpoint_is_refused(state, tmp_path):

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -12,10 +13,12 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import may_mount
-from test_training import ROOT, SMALL
+from test_training import ROOT, SMALL, metrics
 
 from training import checkpoint
 
@@ -154,6 +157,146 @@ def test_two_nodes_lose_a_rank_go_on_and_stop_at_a_signal_to_one_of_them(tiny_sh
         assert [first.wait(PATIENCE_S), second.wait(PATIENCE_S)] == [0, 0]
     assert (run / "resume_me").exists()
     assert checkpoint.load(run / "last.pt")["step"] == last_step(run)
+
+
+def test_of_two_nodes_one_is_lost_whole_and_the_other_goes_on_with_the_same_global_batch(
+    tiny_shards, tmp_path
+):
+    logs, run, port = [tmp_path / "log0", tmp_path / "log1"], tmp_path / "run", free_port()
+    command = [
+        *torchrun("--nnodes", "1:2", "--nproc-per-node", 1, "--rdzv-backend", "c10d",
+                  "--rdzv-id", "x", "--rdzv-endpoint", f"127.0.0.1:{port}",
+                  "--local-addr", "127.0.0.1"),
+        *words(tiny_shards, tmp_path, "run", 100_000, "--train.steps_per_epoch", 5),
+    ]  # fmt: skip
+    with started(logs[0], *command) as first:
+        wait_until(lambda: listens(port), first, logs[0])  # the nodes meet at the one that stays
+        with started(logs[1], *command) as second:
+            wait_until(lambda: last_step(run) >= 7, first, logs[0])
+            assert children(second.pid), "two nodes work"
+        alone = "the run had 2 rank(s) and has 1; a step takes 8 people as before"
+        wait_until(lambda: alone in " ".join(logs[0].read_text().split()), first, logs[0])
+        stood = checkpoint.load(run / "last.pt")["step"]
+        wait_until(lambda: last_step(run) >= stood + 7, first, logs[0])
+        os.kill(children(first.pid)[0], signal.SIGUSR1)
+        assert first.wait(PATIENCE_S) == 0
+    assert checkpoint.load(run / "last.pt")["ranks"] == 1 and (run / "resume_me").exists()
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as caller:
+        return caller.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_a_run_of_one_rank_goes_on_with_two_at_an_epochs_end_and_says_so(tiny_shards, tmp_path):
+    """With accumulation on one rank, both forms put the same people through batch norm together."""
+    log, more = tmp_path / "log", ["--train.steps_per_epoch", 2, "--optim.accumulate", 2]
+    for name, steps in (("run", 4), ("quiet", 6)):
+        with started(log, *words(tiny_shards, tmp_path, name, steps, *more)) as process:
+            assert process.wait(PATIENCE_S) == 0, log.read_text()[-4000:]
+    command = torchrun("--standalone", "--nproc-per-node", 2)
+    command += [*words(tiny_shards, tmp_path, "run", 6, *more), "--resume"]
+    with started(log, *command) as process:
+        assert process.wait(PATIENCE_S) == 0, log.read_text()[-4000:]
+    said = " ".join(log.read_text().split())
+    assert "the run had 1 rank(s) and has 2; a step takes 8 people as before, 4 per rank" in said
+    assert "people follow each other as before" in said
+    losses = [
+        [line["loss"] for line in metrics(tmp_path / name, "train")] for name in ("run", "quiet")
+    ]
+    assert len(losses[0]) == 6 and losses[0][:4] == losses[1][:4]
+    # Sums over ranks are rounded otherwise.
+    np.testing.assert_allclose(losses[0][4:], losses[1][4:], rtol=1e-3)
+
+
+STUCK = """
+import sys, time, train
+from training.loop import Run
+
+real = Run._train_step
+def step(run, totals):
+    real(run, totals)
+    if run.step == 3:
+        print("in the fourth step", flush=True)
+        while True:
+            time.sleep(0.01)
+Run._train_step = step
+sys.exit(train.main())
+"""
+
+
+def test_a_second_signal_ends_a_step_that_takes_long_and_the_checkpoint_before_it_is_whole(
+    tiny_shards, tmp_path
+):
+    log, run = tmp_path / "log", tmp_path / "run"
+    command = words(tiny_shards, tmp_path, "run", 6, "--train.steps_per_epoch", 2)
+    with started(log, "-c", STUCK, *command[1:]) as process:
+        wait_until(lambda: "in the fourth step" in log.read_text(), process, log)
+        process.send_signal(signal.SIGUSR1)
+        time.sleep(1)
+        assert process.poll() is None, "the first one waits for the step"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(5) == -signal.SIGTERM
+    assert checkpoint.load(run / "last.pt")["step"] == 2 and not (run / "resume_me").exists()
+    with started(log, *command, "--resume", "auto") as process:
+        assert process.wait(PATIENCE_S) == 0, log.read_text()[-4000:]
+    assert checkpoint.load(run / "last.pt")["step"] == 6
+
+
+def test_sigusr1_to_a_torchrun_that_is_told_to_forward_it_stops_the_run_kindly(
+    tiny_shards, tmp_path
+):
+    log, run = tmp_path / "log", tmp_path / "run"
+    command = [
+        *torchrun("--standalone", "--nproc-per-node", 2, "--signals-to-handle",
+                  "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"),
+        *words(tiny_shards, tmp_path, "run", 100_000),
+    ]  # fmt: skip
+    with started(log, *command) as process:
+        wait_until(lambda: last_step(run) >= 3, process, log)
+        process.send_signal(signal.SIGUSR1)
+        process.wait(PATIENCE_S)
+    step = checkpoint.load(run / "last.pt")["step"]
+    assert step >= 3 and "SIGUSR1" in (run / "resume_me").read_text()
+    assert last_step(run) == step
+
+
+def test_the_shell_lines_for_kubernetes_end_with_75_at_sigterm_and_go_on_when_run_again(
+    tiny_shards, tmp_path
+):
+    """The container's command of docs/multi-node.md, with a tiny run on CPUs in place of 8hg."""
+    log, run = tmp_path / "log", tmp_path / "8hg"
+    text = (ROOT / "docs" / "multi-node.md").read_text()
+    job = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
+    worker = job["spec"]["pytorchReplicaSpecs"]["Worker"]
+    (container,) = worker["template"]["spec"]["containers"]
+    assert container["command"] == ["bash", "-c"] and worker["restartPolicy"] == "OnFailure"
+    (script,) = container["args"]
+    tiny = " ".join(map(str, words(tiny_shards, tmp_path, "8hg", 100_000, "--resume auto")))
+    launch = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2"
+    for pattern, new in {
+        r"torchrun --nproc-per-node 4": launch,
+        r"train\.py .* --resume auto": tiny.replace("[8,16,16]", "'[8,16,16]'"),
+        "/runs/": f"{tmp_path}/",
+    }.items():
+        script, count = re.subn(f"(?s){pattern}", lambda _: new, script)  # noqa: B023
+        assert count == 1, pattern
+    for _ in range(2):
+        stood = last_step(run)
+        with log.open("a") as file, subprocess.Popen(
+            ["bash", "-c", script], cwd=ROOT, env=ENVIRONMENT, stdout=file, stderr=file,
+            start_new_session=True,
+        ) as shell:  # fmt: skip
+            try:
+                wait_until(lambda: last_step(run) >= stood + 3, shell, log)  # noqa: B023
+                shell.send_signal(signal.SIGTERM)
+                assert shell.wait(PATIENCE_S) == 75, log.read_text()[-4000:]
+            finally:
+                for pid in [shell.pid, *children(shell.pid)]:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(pid, signal.SIGKILL)
+    assert "continuing from" in log.read_text()
+    assert checkpoint.load(run / "last.pt")["step"] > stood
 
 
 def free_port() -> int:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, may_mount
-from test_training import make_run, metrics, poison, steps, tiny_config, unpoison
+from test_training import HERE, make_run, metrics, poison, steps, tiny_config, unpoison
 
 import train as train_program
 from configs.errors import InputError
@@ -138,6 +138,63 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(sealed, tmp
         train_program.find_start(tmp_path, "auto", [])
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="no /proc to look a file up in")
+def test_a_checkpoint_is_whole_and_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    done, fsync, replace = list[tuple[str, str]](), os.fsync, Path.replace
+
+    def noting_fsync(descriptor: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        assert path.is_dir() or seal.damage(path) == "", "what is synced is not all of it"
+        done.append(("sync", path.name))
+        fsync(descriptor)
+
+    def noting_replace(path: Path, target: Path) -> Path:
+        done.append(("rename", target.name))
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", noting_fsync)
+    monkeypatch.setattr(Path, "replace", noting_replace)
+    folder = tmp_path.name
+    keeping.save(tmp_path, {"step": 3}, ["last.pt", "best.pt"], keep=2)
+    assert done == [
+        ("sync", "step_00000003.pt.tmp"), ("rename", "step_00000003.pt"), ("sync", folder),
+        ("rename", "last.pt"), ("rename", "best.pt"), ("sync", folder),
+    ]  # fmt: skip
+
+
+def broken(*_: object, **__: object) -> None:
+    raise OSError(5, "Input/output error")
+
+
+def broken_writer(*_: object, **__: object) -> None:
+    raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "fault"),
+    [(torch, "save", broken_writer), (os, "fsync", broken), (Path, "replace", broken)],
+)
+def test_whatever_part_of_a_write_fails_the_last_checkpoint_is_whole_and_the_run_alive(
+    owner, name, fault, tiny_shards, tmp_path, capsys, monkeypatch
+):
+    run = make_run(tiny_config(tiny_shards, train={"steps_per_epoch": 2}), tmp_path)
+    real, seen = run.save, {}
+
+    def save(names: list[str]) -> None:
+        with monkeypatch.context() as patch:
+            if run.step == 4:
+                patch.setattr(owner, name, fault)
+            real(names)
+        seen[run.step] = checkpoint.load(tmp_path / "last.pt")["step"]
+
+    run.save = save  # type: ignore[method-assign]
+    run.train()
+    assert seen == {2: 2, 4: 2, 6: 6} and not list(tmp_path.glob("*.tmp"))
+    text = " ".join(capsys.readouterr().err.split())
+    assert text.count("WARNING: no checkpoint of step 4 could be written") == 1
+    assert "training goes on" in text
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full to write to")
 def test_a_full_disk_leaves_the_last_checkpoint_whole_and_the_run_alive(
     tiny_shards, tmp_path, capsys
@@ -232,6 +289,26 @@ def test_a_run_stopped_at_the_limit_names_the_file_of_its_people(tiny_shards, tm
     with pytest.raises(InputError, match=r"2 steps in a row .*skipped_batches\.jsonl"):
         run.train()
     assert len((tmp_path / "skipped_batches.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.usefixtures("unpoison")
+def test_with_fp16_the_search_for_a_scale_is_no_fault_and_a_loss_that_stays_not_finite_is(
+    tiny_shards, tmp_path, capsys
+):
+    train = {"steps": 30, "steps_per_epoch": 30, "max_bad_steps": 4, "precision": "fp16"}
+    config = tiny_config(tiny_shards, train=train)
+    run = make_run(config, tmp_path, place=HERE._replace(dtype=torch.float16))
+    before = {name: tensor.clone() for name, tensor in run.network.named_parameters()}
+    poison(run, set(range(30)))
+    with pytest.raises(InputError, match=r"4 steps in a row .*skipped_batches\.jsonl"):
+        run.train()
+    # The scale of 2^16 is halved at each step, and from the 17th on it has no room left.
+    assert run.step == 20
+    assert "skipped" not in capsys.readouterr().err.split("step 18:")[0]
+    lines = [json.loads(x) for x in (tmp_path / "skipped_batches.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [17, 18, 19, 20]
+    for name, tensor in run.network.named_parameters():
+        assert torch.equal(tensor, before[name]), name
 
 
 def test_workers_ignore_the_signals_and_end_at_their_parents_word(tiny_shards, tmp_path):

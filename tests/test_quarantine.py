@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -32,12 +33,18 @@ def loader_is_there(request) -> None:
 def damaged(split: Path, copy: Path, *samples: int, fault: bytes = b"\x13") -> Path:
     """A copy of a split in which these pictures are noise from their first byte to their last."""
     shutil.copytree(split, copy)
-    data = ShardSet(copy)
     for sample in samples:
-        with data.tars[data._extents.shard[sample]].open("r+b") as file:
-            file.seek(int(data._extents.offset["jpg"][sample]))
-            file.write(fault * int(data._extents.size["jpg"][sample] / len(fault)))
+        rot(copy, sample, fault)
     return copy
+
+
+def rot(split: Path, sample: int, fault: bytes = b"\x13") -> None:
+    """Overwrite a picture where it lies, so that whoever has the tar open or mapped sees it."""
+    time.sleep(0.3)  # batches made ahead are done: none sees half of it
+    data = ShardSet(split)
+    with data.tars[data._extents.shard[sample]].open("r+b", buffering=0) as file:
+        file.seek(int(data._extents.offset["jpg"][sample]))
+        file.write(fault * int(data._extents.size["jpg"][sample] / len(fault)))
 
 
 def loader_of(name: str, workers: int = 0):
@@ -119,6 +126,79 @@ def test_without_leave_to_skip_the_error_names_shard_and_key(name, fault, tiny_s
         for _ in range(9):
             loader.next()
     assert caught.value.where == f"{folder / '00001.tar'}: sample 6 (key 000000006)"
+
+
+WITH_WORKERS = [("opencv", 0), ("opencv", 1), ("dali", 1)]
+
+
+@pytest.mark.parametrize(("name", "workers"), WITH_WORKERS)
+def test_a_neighbour_stands_in_from_when_a_picture_rots_in_mid_run(
+    name, workers, tiny_shards, tmp_path
+):
+    folder = Path(shutil.copytree(tiny_shards / "train", tmp_path / "train"))
+    before = ShardSet(tiny_shards / "train")
+    quarantine = Quarantine(ShardSet(folder), tmp_path / "run", 5)
+    whole = loader_of(name)(before, 0, b"")
+    skipping = SkippingLoader(loader_of(name, workers), quarantine, 0, b"")
+    pairs, known = [], []
+    for number in range(24):  # eight passes; up to four batches are made ahead
+        if number in (4, 14):  # and then the stand-in itself
+            rot(folder, {4: 6, 14: 7}[number])
+        pairs.append((clone(whole.next()), clone(skipping.next())))
+        known.append(sorted(quarantine.faults))
+    first, second = known.index([6]), known.index([6, 7])
+    assert 4 <= first < 14 <= second < 21
+    for stand_in, part in [
+        ({}, pairs[:first]), ({6: 7}, pairs[first:second]), ({6: 8, 7: 8}, pairs[second:])
+    ]:  # fmt: skip
+        given = compare(before, stand_in, [a for a, _ in part], [b for _, b in part])
+        assert given >= len(stand_in)
+
+
+@pytest.mark.parametrize(("name", "workers"), WITH_WORKERS)
+def test_without_leave_to_skip_a_picture_that_rots_in_mid_run_is_named(
+    name, workers, tiny_shards, tmp_path
+):
+    folder = Path(shutil.copytree(tiny_shards / "train", tmp_path / "train"))
+    loader = loader_of(name, workers)(ShardSet(folder), 0, b"")
+    loader.next()
+    rot(folder, 6)
+    with pytest.raises(BadSamplesError, match="on_bad_sample skip") as caught:
+        for _ in range(9):
+            loader.next()
+    assert caught.value.where == f"{folder / '00001.tar'}: sample 6 (key 000000006)"
+
+
+@pytest.mark.parametrize("name", LOADERS)
+@pytest.mark.parametrize("leave", ["skip", "stop"])
+def test_a_run_whose_picture_rots_goes_on_and_says_so_or_ends_with_its_name(
+    leave, name, tiny_shards, tmp_path, capsys
+):
+    data = Path(shutil.copytree(tiny_shards, tmp_path / "data"))
+    config = tiny_config(
+        data, data={"loader": name, "on_bad_sample": leave}, train={"steps": 12}
+    )  # fmt: skip
+    run = make_run(config, tmp_path / "run")
+    real = run._train_step
+
+    def step(totals):
+        if run.step == 4:
+            rot(data / "train", 6)
+        real(totals)
+
+    run._train_step = step  # type: ignore[method-assign]
+    person = f"{data / 'train' / '00001.tar'}: sample 6 (key 000000006)"
+    if leave == "stop":
+        with pytest.raises(BadSamplesError) as caught:
+            run.train()
+        assert caught.value.where == person and run.step >= 4
+        return
+    run.train()
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.count(f"{person} is left out, a neighbour stands in") == 1
+    lines = (tmp_path / "run" / LIST).read_text().splitlines()
+    assert [json.loads(line)["sample"] for line in lines] == [6]
+    assert checkpoint.load(tmp_path / "run" / "last.pt")["step"] == 12
 
 
 def test_evaluation_by_dali_names_the_picture_and_never_skips(tiny_shards, tmp_path):

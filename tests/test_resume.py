@@ -5,16 +5,20 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import torch
 from test_training import HERE, ROOT, make_run, tiny_config
-from two_ranks import rows_of, step
+from torch import Tensor
+from two_ranks import content, differences, rows_of, step, watched
 
 import train as train_program
 from configs.errors import InputError
-from training import checkpoint, keeping, resuming
+from pipelines.opencv_crops import RawBatch
+from training import checkpoint, keeping, resuming, runtime
+from training.loop import Run
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +43,111 @@ def told(folder: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("loader", ["opencv", "dali"])
 def test_two_ranks_stopped_after_each_step_end_with_the_same_bytes(loader, two_ranks):
     assert [rank[loader] for rank in told(two_ranks)] == [[], []]
+
+
+@pytest.mark.parametrize(("loader", "workers"), [("opencv", 0), ("opencv", 1), ("dali", 0)])
+def test_one_rank_stopped_after_each_step_ends_with_the_same_bytes(
+    loader, workers, tiny_shards, tmp_path
+):
+    """Batches, losses, weights, averages, optimizer, schedule, scaler and generators of fp16."""
+    if loader == "dali":
+        pytest.importorskip("nvidia.dali")
+    place = HERE._replace(dtype=torch.float16)
+    assert differences(loader, tiny_shards, tmp_path, place, workers) == []
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_skips_the_step_on_both(two_ranks):
+    expected = {"skipped": 1.0, "weights stay": True, "statistics are finite": True}
+    assert [rank["poisoned"] for rank in told(two_ranks)] == [expected] * 2
+    lines = (two_ranks / "poisoned" / "skipped_batches.jsonl").read_text().splitlines()
+    found = [json.loads(line) for line in lines]
+    assert [(x["step"], x["rank"], x["loss_is_finite"]) for x in found] == [
+        (1, 0, True), (1, 1, False)
+    ]  # fmt: skip
+
+
+class Trace(NamedTuple):
+    """What a run of a few steps was given, and what came of it."""
+
+    given: list[bytes]
+    """Of each batch: affines, draws and records."""
+    crops_SNHW3: Tensor
+    losses_S: Tensor
+
+
+def traced(run: Run, steps: int) -> Trace:
+    """Train so many steps of one batch each."""
+    batches = list[RawBatch]()
+    watched(run, batches)
+    losses = [step(run).sums[0].item() for _ in range(steps)]
+    return Trace(
+        [content(batch[1:]) for batch in batches],
+        torch.stack([batch.images_NHW3.float() for batch in batches]),
+        torch.tensor(losses, dtype=torch.float64),
+    )
+
+
+def noise_of(values: list[Tensor]) -> Tensor:
+    """(S,) how far several runs have been apart up to each step. values: of each, (S, ...)."""
+    stacked = torch.stack(values).reshape(len(values), len(values[0]), -1)
+    apart = stacked.amax(0) - stacked.amin(0)
+    return apart.amax(-1).cummax(0).values
+
+
+def beyond(values: Tensor, unstopped: list[Tensor]) -> list[int]:
+    """The steps at which a run is farther from all unstopped ones than twice their noise."""
+    nearest = torch.stack([noise_of([values, other]) for other in unstopped]).amin(0)
+    return torch.nonzero(nearest > 2 * noise_of(unstopped)).flatten().tolist()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("loader", ["opencv", "dali"])
+def test_a_resumed_run_is_within_the_noise_of_unstopped_ones(
+    loader, device, tiny_shards, tmp_path, capsys
+):
+    """The noise of a GPU is measured here, by three unstopped runs, and printed; a CPU has none."""
+    if loader == "dali":
+        pytest.importorskip("nvidia.dali")
+    place = runtime.start(device, "fp32" if device == "cpu" else "auto")
+    config = tiny_config(
+        tiny_shards, data={"loader": loader, "preset": "princeton"}, optim={"ema_decay": 0.9},
+        train={"steps": 12, "steps_per_epoch": 12},
+    )  # fmt: skip
+    unstopped = [traced(make_run(config, tmp_path / str(i), place=place), 12) for i in range(3)]
+    first = make_run(config, tmp_path / "parts", place=place)
+    begun = traced(first, 5)
+    first.save(["last.pt"])
+    state = checkpoint.load(tmp_path / "parts" / "last.pt")
+    ended = traced(make_run(config, tmp_path / "parts", state, place), 7)
+    resumed = Trace(
+        begun.given + ended.given,
+        torch.cat([begun.crops_SNHW3, ended.crops_SNHW3]),
+        torch.cat([begun.losses_S, ended.losses_S]),
+    )
+    assert len(set(resumed.given)) == 12
+    assert all(trace.given == resumed.given for trace in unstopped), "other people or draws"
+    facts = {"device": device, "loader": loader, "precision": str(place.dtype),
+             "last loss": resumed.losses_S[-1].item()}  # fmt: skip
+    for name in ("crops_SNHW3", "losses_S"):
+        others, mine = [getattr(trace, name) for trace in unstopped], getattr(resumed, name)
+        facts[f"{name}: noise"] = noise_of(others)[-1].item()
+        facts[f"{name}: resumed"] = noise_of([mine, others[0]])[-1].item()
+        assert beyond(mine, others) == [], facts
+        assert device == "cuda" or facts[f"{name}: noise"] == 0
+    with capsys.disabled():
+        print(f"\n{json.dumps(facts)}")
+    # A run that forgot its optimizer is found out.
+    state = {**state, "optimizer": {**state["optimizer"], "state": {}}}
+    forgot = traced(make_run(config, tmp_path / "parts", state, place), 7).losses_S
+    assert beyond(torch.cat([begun.losses_S, forgot]), [t.losses_S for t in unstopped])
+
+
+def test_noise_grows_over_the_steps_and_a_run_beyond_it_is_told():
+    runs = [torch.tensor(x) for x in ([5.0, 4.0, 3.0], [5.0, 4.1, 3.0], [5.0, 4.0, 3.05])]
+    assert noise_of(runs).tolist() == pytest.approx([0, 0.1, 0.1])
+    assert beyond(torch.tensor([5.0, 4.2, 3.15]), runs) == []
+    assert beyond(torch.tensor([5.01, 4.0, 3.3]), runs) == [0, 2]
+    assert noise_of([torch.zeros(2, 3, 4), torch.ones(2, 3, 4)]).tolist() == [1, 1]
 
 
 def test_ranks_exchange_bytes_of_any_length(two_ranks):
@@ -157,8 +266,6 @@ def test_only_ranks_that_the_same_torchrun_started_resume_by_themselves(tiny_sha
 
 
 def test_a_decision_of_the_first_rank_is_plain_values_or_its_error():
-    from training import runtime
-
     assert runtime.decided_by_first(lambda: ("a", ["b"]), HERE) == ["a", ["b"]]
 
     def refuse() -> None:

@@ -1,10 +1,12 @@
 """Shards: the record, the index and the manifest, against DALI's and webdataset's own tools."""
 
+import dataclasses
 import json
 import pickle
 import shutil
 import struct
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -383,3 +385,30 @@ def test_damaged_records_and_facts_are_named(tiny_shards, tmp_path):
             file.write(b"\xff" * size)  # as float32: not a number
         with pytest.raises(InputError, match="sample 3"):
             getattr(ShardSet(copy), method)()
+
+
+@pytest.mark.slow
+def test_what_is_wrong_with_22000_people_is_found_in_seconds(
+    tiny_shards: Path, tmp_path: Path
+) -> None:
+    small, folder = ShardSet(tiny_shards / "train"), tmp_path / "train"
+    folder.mkdir()
+    parts = small.record(7).copy(), small.jpeg(7), small._component(7, "json")
+
+    def samples(first: int) -> Iterator[tuple[str, bytes, bytes, bytes]]:
+        record, jpeg, text = parts
+        for row in range(first, first + 1000):
+            record[0] = row
+            yield f"{row:09d}", record.tobytes(), jpeg, text
+
+    made = tuple(shards.write_shard(folder, n, samples(1000 * n)) for n in range(22))
+    shards.write_manifest(folder, dataclasses.replace(small.manifest, people=22_000, shards=made))
+    began = time.perf_counter()
+    assert len(ShardSet(folder).records()) == 22_000
+    assert time.perf_counter() - began < 10
+    tar = folder / "00021.tar"
+    tar.write_bytes(tar.read_bytes().replace(b"000021990.jpg\0", b"000021991.jpg\0", 1))
+    began = time.perf_counter()
+    with pytest.raises(InputError, match="key 000021990"):
+        ShardSet(folder).records()
+    assert time.perf_counter() - began < 10

@@ -412,7 +412,12 @@ def test_lines_after_the_checkpoint_are_dropped_on_resuming(tiny_shards, tmp_pat
     assert [line["step"] for line in metrics(tmp_path, "train")] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_signal_ends_the_step_and_keeps_it(tiny_shards, tmp_path):
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGINT, *(pytest.param(s, marks=pytest.mark.slow) for s in
+                      (signal.SIGTERM, signal.SIGUSR1))],
+)  # fmt: skip
+def test_a_signal_ends_the_step_and_keeps_it(number, tiny_shards, tmp_path):
     words = ["--data.shards", tiny_shards, "--train.out", tmp_path, "--train.name", "r", *SMALL,
              "--train.steps", 100_000, "--train.steps_per_epoch", 100_000,
              "--data.workers", 1]  # fmt: skip
@@ -426,7 +431,7 @@ def test_a_signal_ends_the_step_and_keeps_it(tiny_shards, tmp_path):
         if lines.exists() and lines.read_text().count("\n") >= 3:
             break
         time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the workers get it too
+    os.killpg(process.pid, number)  # as a terminal does: the workers get it too
     _, text = process.communicate(timeout=60)
     assert process.returncode == 75, text
     assert "STOPPED EARLY" in text and "Traceback" not in text

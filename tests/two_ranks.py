@@ -5,12 +5,14 @@ arguments: shards, an empty folder.
 
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from test_training import tiny_config
+from test_training import poison, tiny_config
 
+from pipelines.opencv_crops import RawBatch
 from training import checkpoint, runtime
 from training.log import Totals
 from training.loop import Run
@@ -28,6 +30,7 @@ def main() -> None:
     plain = place._replace(dtype=torch.float32)
     for loader in ("opencv", "dali"):
         found[f"{loader} goes on"] = on_two_ranks(loader, shards, folder / f"{loader}2", plain)
+    found["poisoned"] = poisoned_on_the_second(shards, folder / "poisoned", plain)
     (folder / f"rank{place.rank}.json").write_text(json.dumps(found))
     runtime.stop()
 
@@ -40,28 +43,51 @@ def step(run: Run) -> Totals:
     return totals
 
 
-def differences(loader: str, shards: Path, folder: Path, place: Runtime) -> list[str]:
+def watched(run: Run, batches: list[RawBatch]) -> Run:
+    """The same run, which keeps a copy of each batch that its loader hands out."""
+    hand_out = run.loader.next
+
+    def next_kept() -> RawBatch:
+        raw = hand_out()
+        batches.append(RawBatch(*(tensor.cpu().clone() for tensor in raw)))
+        return raw
+
+    run.loader.next = next_kept  # type: ignore[method-assign]
+    return run
+
+
+def content(tensors: Iterable[torch.Tensor]) -> bytes:
+    return b"".join(tensor.numpy().tobytes() for tensor in tensors)
+
+
+def differences(
+    loader: str, shards: Path, folder: Path, place: Runtime, workers: int = 0
+) -> list[str]:
     """What differs between four steps on end and four, each in a run resumed from the one before.
 
-    Everything that a checkpoint holds is compared, on the rank that writes it, and the losses and
-    weights of both.
+    Everything that a checkpoint holds is compared, on the rank that writes it, and the batches,
+    losses and weights of both.
     """
     config = tiny_config(
         shards,
-        data={"loader": loader, "preset": "princeton", "batch_size": 2},
+        data={"loader": loader, "preset": "princeton", "batch_size": 2, "workers": workers},
         optim={"ema_decay": 0.9, "accumulate": 2, "schedule": "cosine", "warmup_steps": 2},
         train={"precision": "fp16"},
     )
     (folder / "parts").mkdir(parents=True, exist_ok=True)
-    whole = Run(config, place, folder)
+    batches, batches_of_parts = list[RawBatch](), list[RawBatch]()
+    whole = watched(Run(config, place, folder), batches)
     expected = [step(whole).sums.tolist() for _ in range(4)]
-    part, losses = Run(config, place, folder / "parts"), []
+    part, losses = watched(Run(config, place, folder / "parts"), batches_of_parts), []
     for _ in range(4):
         losses.append(step(part).sums.tolist())
         part.save(["last.pt"])
         state = checkpoint.load(folder / "parts" / "last.pt")
-        part = Run(config, place, folder / "parts", state)
+        part = watched(Run(config, place, folder / "parts", state), batches_of_parts)
     differing = [] if losses == expected and losses[0] != losses[1] else ["losses"]
+    given = [content(batch) for batch in batches]
+    if [content(batch) for batch in batches_of_parts] != given or len(set(given)) != 8:
+        differing.append("batches")
     weights = dict(part.network.named_parameters())
     for name, tensor in whole.network.named_parameters():
         if not torch.equal(tensor, weights[name]):
@@ -99,6 +125,24 @@ def on_two_ranks(loader: str, shards: Path, folder: Path, place: Runtime) -> dic
         "first rows": begun,
         "rows": [rows_of(totals) for totals in after],
         "losses": [totals.sums[0].item() for totals in after],
+    }
+
+
+def poisoned_on_the_second(shards: Path, folder: Path, place: Runtime) -> dict[str, Any]:
+    """One step in which the second rank's loss alone is not finite: what is left on this rank."""
+    folder.mkdir(exist_ok=True)
+    run = Run(tiny_config(shards), place, folder)
+    before = {name: tensor.clone() for name, tensor in run.network.named_parameters()}
+    if place.rank == 1:
+        poison(run, {0})
+    run.log = run._open_log()
+    totals = step(run)
+    run._report(totals)
+    run.log.close()
+    return {
+        "skipped": totals.bad_steps.item(),
+        "weights stay": all(torch.equal(t, before[n]) for n, t in run.network.named_parameters()),
+        "statistics are finite": all(b.isfinite().all().item() for b in run.network.buffers()),
     }
 
 
