@@ -13,7 +13,7 @@ from jsonargparse import ArgumentParser
 from configs.errors import EXIT_RESUME, InputError, run_main
 from configs.schema import add_config_options, parse_config
 from pipelines.batches import choose_loader
-from pipelines.shards import CropRule
+from pipelines.manifest import CropRule
 from training import checkpoint, keeping, runtime, torchrun
 from training.checkpoint import State
 from training.guard import SKIPPED

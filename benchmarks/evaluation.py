@@ -17,7 +17,8 @@ from pipelines import heatmaps, opencv_crops, princeton
 from pipelines.augment import preset_of
 from pipelines.batches import Target
 from pipelines.opencv_crops import RawBatch
-from pipelines.shards import ShardSet, unpack_records
+from pipelines.records import unpack_records
+from pipelines.shards import ShardSet
 from training.runtime import Runtime
 from training.validation import predict_together
 

@@ -37,7 +37,8 @@ from configs.options import Parser, at_least
 from pipelines import batches
 from pipelines.augment import PRESETS, Draw
 from pipelines.opencv_crops import RawBatch, crop_person, decode, usable_cores
-from pipelines.shards import ShardSet, unpack_records
+from pipelines.records import unpack_records
+from pipelines.shards import ShardSet
 
 HW_LOADS = (0.65, 0.0, 0.35, 1.0)
 BATCHES = (64, 32, 128, 256)

@@ -11,16 +11,9 @@ import numpy as np
 from configs.mpii import MPII
 from pipelines import stored_crops
 from pipelines.annotations import People
-from pipelines.shards import (
-    CropRule,
-    Manifest,
-    Shard,
-    ShardSet,
-    describe,
-    pack_record,
-    write_manifest,
-    write_shard,
-)
+from pipelines.manifest import CropRule, Manifest, Shard, write_manifest
+from pipelines.records import describe, pack_record
+from pipelines.shards import ShardSet, write_shard
 
 WIDTH, HEIGHT = 1280, 720
 # h5 scale of MPII's people: percentiles 5, 25, 50, 75, 95.

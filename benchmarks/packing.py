@@ -36,7 +36,7 @@ from pipelines.augment import PRESETS, Draw, draw, draw_rng
 from pipelines.batches import still_batches, target_of
 from pipelines.memory import keep_freed_memory
 from pipelines.opencv_crops import LooseImages, crop_person, decode, image_from_stored
-from pipelines.shards import record_of, unpack_records
+from pipelines.records import record_of, unpack_records
 from training import checkpoint
 
 Crop = npt.NDArray[np.uint8]

@@ -17,7 +17,8 @@ from pipelines import princeton
 from pipelines.augment import PRESETS, Draw, draw, draw_rng
 from pipelines.geometry import STRIDE
 from pipelines.opencv_crops import EndlessSampler
-from pipelines.shards import ShardSet, unpack_records
+from pipelines.records import unpack_records
+from pipelines.shards import ShardSet
 
 PREFETCH = 2
 """torch's own."""

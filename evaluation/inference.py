@@ -13,7 +13,7 @@ from pipelines import heatmaps, princeton
 from pipelines.batches import Target, images_N3HW
 from pipelines.geometry import STRIDE
 from pipelines.opencv_crops import RawBatch
-from pipelines.shards import unpack_records
+from pipelines.records import unpack_records
 
 
 class Predictions(NamedTuple):

@@ -10,7 +10,7 @@ from configs.skeleton import Side, Skeleton
 from pipelines import geometry, opencv_crops
 from pipelines.annotations import People
 from pipelines.opencv_crops import Source
-from pipelines.shards import unpack_records
+from pipelines.records import unpack_records
 
 RIGHT_BGR, LEFT_BGR, MIDDLE_BGR = (70, 70, 255), (255, 160, 40), (80, 220, 80)
 TRUTH_BGR = (255, 255, 255)

@@ -8,8 +8,9 @@ import numpy.typing as npt
 
 from configs.skeleton import Skeleton, require_same_joints
 from pipelines.annotations import People, read_annotations
+from pipelines.manifest import MANIFEST
 from pipelines.opencv_crops import LooseImages, Source
-from pipelines.shards import MANIFEST, ShardSet
+from pipelines.shards import ShardSet
 
 
 class Subjects(NamedTuple):

@@ -17,7 +17,8 @@ from pipelines.constants import on_device
 from pipelines.geometry import STRIDE
 from pipelines.opencv_crops import RawBatch
 from pipelines.pictures import BadSamplesError
-from pipelines.shards import ShardSet, unpack_records
+from pipelines.records import unpack_records
+from pipelines.shards import ShardSet
 
 LoaderName = Literal["auto", "dali", "opencv"]
 

@@ -23,7 +23,8 @@ from pipelines import augment
 from pipelines.augment import Distribution, Draw, Preset
 from pipelines.opencv_crops import RawBatch, Source
 from pipelines.pictures import BadSamplesError, PictureError, check_jpeg, require_sane_size
-from pipelines.shards import HEADER, ShardSet
+from pipelines.records import HEADER
+from pipelines.shards import ShardSet
 
 Node = Any
 """A DALI data node; one scalar or tensor a sample."""

@@ -25,7 +25,7 @@ from pipelines.annotations import People, stays_inside
 from pipelines.augment import Draw, Preset, draw, draw_rng, draws_array
 from pipelines.memory import keep_freed_memory
 from pipelines.pictures import BadSamplesError, require_sane_size
-from pipelines.shards import Records, record_of, unpack_records
+from pipelines.records import Records, record_of, unpack_records
 
 PREFETCH = 4
 """Batches that each worker process makes ahead."""
@@ -45,7 +45,7 @@ class RawBatch(NamedTuple):
     draws_ND: torch.Tensor
     """float32, columns in the order of augment.Draw."""
     records_NR: torch.Tensor
-    """Layout in pipelines/shards.py: float32 from shards, float64 from loose pictures."""
+    """Layout in pipelines/records.py: float32 from shards, float64 from loose pictures."""
 
 
 Item = tuple[npt.NDArray, npt.NDArray[np.float32], Draw, npt.NDArray[np.floating]]

@@ -1,23 +1,19 @@
-"""People <-> WebDataset tar shards: the record, the index, the manifest, and reading at random.
+"""People <-> WebDataset tar shards: writing, the index, and reading at random.
 
 A split is a folder of NNNNN.tar, each with its wds2idx index NNNNN.idx, and one manifest.json. A
 sample is one person with three components:
 
-    <key>.f32   little-endian float32 record (layout below), which DALI reads without parsing
+    <key>.f32   little-endian float32 record (pipelines/records.py), which DALI reads as it is
     <key>.jpg   the picture
     <key>.json  the same facts for a person to read, and the name of the picture
-
-Record: HEADER fields, then (x, y, marked, visible) for each of the J joints.
 """
 
 import copy
 import hashlib
 import io
-import json
 import os
 import tarfile
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,195 +22,21 @@ import numpy.typing as npt
 import webdataset
 
 from configs.errors import InputError
-from configs.reading import parse_json, read_bytes, read_json
-from configs.skeleton import Skeleton, skeleton_from_plain
+from configs.reading import parse_json, read_bytes
 from pipelines.annotations import People, safe_name
+from pipelines.manifest import PACK_AGAIN, Shard, read_manifest, sha256
 from pipelines.pictures import claimed_size, require_sane_size
+from pipelines.records import record_faults, record_length, unpack_records
 
-FORMAT = "stacked-hourglass-shards"
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
 COMPONENTS = ("f32", "jpg", "json")
 _INDEX_VERSION = "v1.2"
 
-HEADER = (
-    "row",  # place in the annotation file's split, from 0
-    "center_x", "center_y",  # image px
-    "scale",  # box side / 200 px
-    "normalize",  # px, 0 where unknown
-    "width", "height",  # of the stored picture, px
-    "a", "b", "tx", "c", "d", "ty",  # affine, stored picture px -> image px, row by row
-)  # fmt: skip
-IDENTITY_AFFINE: tuple[float, ...] = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
-_PACK_AGAIN = "pack the data again with tools/make_shards.py into a new folder"
-
-# Bytes, and px: what no whole split has more of.
-_LARGEST_MANIFEST, _LARGEST_INDEX_LINE = 64 << 20, 1024
+# Bytes: what no whole split has more of.
+_LARGEST_INDEX_LINE = 1024
 LARGEST = {"f32": 1 << 20, "jpg": 256 << 20, "json": 4 << 20}
-_FARTHEST_PX = 131_072.0
-_MOST_JOINTS = 10_000
 _TAR_BLOCK = 512
 _JPEG_HEADER_BYTES = 4096
 """The size stands in the first of them, but for pictures with a thumbnail or a colour profile."""
-
-
-def record_length(joints: int) -> int:
-    """Number of float32 values in the record of a person with that many joints."""
-    return len(HEADER) + 4 * joints
-
-
-def record_of(
-    people: People,
-    row: int,
-    width: int,
-    height: int,
-    image_from_stored: tuple[float, ...] = IDENTITY_AFFINE,
-) -> npt.NDArray[np.float64]:
-    """(record_length,) record of one person, in full precision; as it is for the original picture.
-
-    width, height: of the stored picture, px. image_from_stored: six numbers, row by row.
-    """
-    facts = np.stack([people.marked[row], people.visible[row]], axis=-1)
-    joints = np.concatenate([people.joints[row], facts], axis=-1)
-    header = [row, *people.center[row], people.scale[row], people.normalize[row], width, height]
-    return np.concatenate([header, image_from_stored, joints.ravel()])
-
-
-def pack_record(
-    people: People,
-    row: int,
-    width: int,
-    height: int,
-    image_from_stored: tuple[float, ...] = IDENTITY_AFFINE,
-) -> npt.NDArray[np.float32]:
-    """(record_length,) '<f4' record as a shard holds it."""
-    return record_of(people, row, width, height, image_from_stored).astype("<f4")
-
-
-class Records(NamedTuple):
-    """Fields of a batch of records, numpy or torch alike. Units: docs/conventions.md."""
-
-    row_N: Any
-    center_N2: Any
-    scale_N: Any
-    normalize_N: Any
-    size_N2: Any
-    """Width and height of the stored picture, px."""
-    image_from_stored_N23: Any
-    joints_NJ2: Any
-    marked_NJ: Any
-    visible_NJ: Any
-
-
-def unpack_records(records_NR: Any) -> Records:
-    """Name the fields of (N, record_length) records; the results are views where they can be."""
-    count = records_NR.shape[0]
-    joints_NJ4 = records_NR[:, len(HEADER) :].reshape(count, -1, 4)
-    return Records(
-        row_N=records_NR[:, 0],
-        center_N2=records_NR[:, 1:3],
-        scale_N=records_NR[:, 3],
-        normalize_N=records_NR[:, 4],
-        size_N2=records_NR[:, 5:7],
-        image_from_stored_N23=records_NR[:, 7:13].reshape(count, 2, 3),
-        joints_NJ2=joints_NJ4[..., :2],
-        marked_NJ=joints_NJ4[..., 2] > 0,
-        visible_NJ=joints_NJ4[..., 3] > 0,
-    )
-
-
-def describe(
-    people: People,
-    row: int,
-    skeleton: Skeleton,
-    width: int,
-    height: int,
-    image_from_stored: tuple[float, ...] = IDENTITY_AFFINE,
-) -> bytes:
-    """The JSON component: what the record holds, in words, as UTF-8."""
-    joints = {
-        name: {
-            "x": float(people.joints[row, j, 0]),
-            "y": float(people.joints[row, j, 1]),
-            "marked": bool(people.marked[row, j]),
-            "visible": bool(people.visible[row, j]),
-        }
-        for j, name in enumerate(skeleton.names)
-    }
-    facts = {
-        "image": people.images[row],
-        "row": int(row),
-        "index": int(people.index[row]),
-        "person": int(people.person[row]),
-        "center": people.center[row].tolist(),
-        "scale": float(people.scale[row]),
-        "normalize": float(people.normalize[row]),
-        "width": width,
-        "height": height,
-        "joints": joints,
-    }
-    if image_from_stored != IDENTITY_AFFINE:
-        facts["image_from_stored"] = [image_from_stored[:3], image_from_stored[3:]]
-    return json.dumps(facts, indent=1).encode()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shard:
-    """One tar of a split."""
-
-    tar: str
-    """File name inside the split's folder."""
-    index: str
-    people: int
-    bytes: int
-    sha256: str
-    index_sha256: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class CropRule:
-    """How much of a picture shards of crops hold, and how finely."""
-
-    preset: str
-    """The preset whose strongest draw decides the region."""
-    reach: float
-    """Side of the region / side of the person's box."""
-    person_px: int
-    """Most px that the side of a person's box has."""
-    quality: int
-    """Of the JPEGs."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Manifest:
-    """What a folder of shards holds and how it was made."""
-
-    split: str
-    packing: str
-    people: int
-    joints: int
-    skeleton: Skeleton
-    shards: tuple[Shard, ...]
-    max_width: int
-    """Largest stored picture, px."""
-    max_height: int
-    source: dict[str, str]
-    """Annotation file, its SHA-256, and the folder of pictures."""
-    seed: int
-    """Of the shuffle of people."""
-    crop: CropRule | None = None
-    """None where the pictures are the originals."""
-    left_out: list[str] = field(default_factory=list)
-    """People whose pictures could not be packed."""
-    command: str = ""
-    format: str = FORMAT
-    format_version: int = FORMAT_VERSION
-
-
-def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_shard(
@@ -254,117 +76,6 @@ def index_text(tar: Path) -> str:
             samples.setdefault(key, []).append(entry)
     lines = [f"{_INDEX_VERSION} {len(samples)}", *(" ".join(parts) for parts in samples.values())]
     return "\n".join(lines) + "\n"
-
-
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write manifest.json whole or not at all."""
-    text = json.dumps({**asdict(manifest), "skeleton": manifest.skeleton.plain()}, indent=1)
-    temporary = folder / (MANIFEST + ".tmp")
-    temporary.write_text(text + "\n")
-    temporary.rename(folder / MANIFEST)
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """Read manifest.json and check what it says of itself. Raises InputError."""
-    path = folder / MANIFEST
-    try:
-        raw = read_json(path, _LARGEST_MANIFEST)
-    except FileNotFoundError as error:
-        raise InputError(
-            folder,
-            "no manifest.json" if folder.is_dir() else "no such folder",
-            "a folder of shards made by tools/make_shards.py",
-            "pack the data first: python tools/make_shards.py --help",
-        ) from error
-    except (ValueError, NotADirectoryError, IsADirectoryError) as error:
-        raise InputError(path, f"not readable ({error})", "a manifest", _PACK_AGAIN) from error
-    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
-        raise InputError(path, "another kind of file", f"format {FORMAT!r}", _PACK_AGAIN)
-    if raw.get("format_version") != FORMAT_VERSION:
-        found = f"format version {raw.get('format_version')}"
-        raise InputError(path, found, f"format version {FORMAT_VERSION}", _PACK_AGAIN)
-    try:
-        raw["shards"] = tuple(Shard(**shard) for shard in raw["shards"])
-        raw["skeleton"] = skeleton_from_plain(raw["skeleton"])
-        raw["crop"] = _crop_rule(raw["crop"]) if raw.get("crop") else None
-        manifest = Manifest(**raw)
-        _check_manifest(manifest)
-    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise InputError(
-            path, f"a damaged manifest ({error})", "a manifest", _PACK_AGAIN
-        ) from error
-    return manifest
-
-
-def _crop_rule(raw: dict[str, Any]) -> CropRule:
-    rule = CropRule(
-        preset=str(raw["preset"]),
-        reach=float(raw["reach"]),
-        person_px=int(raw["person_px"]),
-        quality=int(raw["quality"]),
-    )
-    if not (0 < rule.reach < np.inf and rule.person_px > 0):
-        raise ValueError(f"a crop of reach {rule.reach} and {rule.person_px} px")
-    return rule
-
-
-def _check_manifest(manifest: Manifest) -> None:
-    """Raise ValueError unless its numbers are possible and agree with each other."""
-    shards = manifest.shards
-    numbers = {
-        "people": manifest.people, "max_width": manifest.max_width,
-        "max_height": manifest.max_height, "joints": manifest.joints,
-        **{f"{shard.tar}: people": shard.people for shard in shards},
-        **{f"{shard.tar}: bytes": shard.bytes for shard in shards},
-    }  # fmt: skip
-    for name, value in numbers.items():
-        if type(value) is not int or value <= 0:
-            raise ValueError(f"{name} is {value!r}, not a whole number above 0")
-    if sum(shard.people for shard in shards) != manifest.people:
-        raise ValueError("the shards' people do not add up to people")
-    if manifest.skeleton.joint_count != manifest.joints or manifest.joints > _MOST_JOINTS:
-        raise ValueError("joints are not those of the skeleton")
-    names = [name for shard in shards for name in (shard.tar, shard.index)]
-    for name in names:
-        if not safe_name(name) or Path(name).name != name or names.count(name) > 1:
-            raise ValueError(f"file name {name!r:.100}, which is not plain or is there twice")
-    if (manifest.packing, manifest.crop is None) not in (("original", True), ("crop", False)):
-        raise ValueError(f"packing {manifest.packing!r}, and the rule of crops {manifest.crop}")
-    if not isinstance(manifest.source, dict) or not isinstance(manifest.left_out, list):
-        raise ValueError("source or left_out of another kind")
-
-
-def record_faults(
-    records_NR: npt.NDArray[np.float32], manifest: Manifest
-) -> dict[str, npt.NDArray[np.bool_]]:
-    """(N,) masks of what is impossible in the records of a split, by its name in words."""
-    fields = unpack_records(records_NR.astype(np.float64))
-    affine = fields.image_from_stored_N23
-    with np.errstate(invalid="ignore", over="ignore"):
-        determinant = affine[:, 0, 0] * affine[:, 1, 1] - affine[:, 0, 1] * affine[:, 1, 0]
-        points = np.concatenate([fields.joints_NJ2, fields.center_N2[:, None]], axis=1)
-        largest = (manifest.max_width, manifest.max_height)
-        sizes = (fields.size_N2 >= 1) & (fields.size_N2 <= largest)
-        marks = records_NR[:, len(HEADER) :].reshape(len(records_NR), -1, 4)[..., 2:]
-        return {
-            "values that are no numbers": ~np.isfinite(records_NR).all(axis=1),
-            "a scale that is not above 0": ~(fields.scale_N > 0)
-            | ~(fields.scale_N < _FARTHEST_PX / 200),
-            "a joint or centre far out": ~(np.abs(points) < _FARTHEST_PX).all(axis=(1, 2)),
-            "a normalize that is no length": ~((fields.normalize_N >= 0)
-                                               & (fields.normalize_N < _FARTHEST_PX)),
-            "an affine without an inverse": ~(np.abs(determinant) > 1e-9),
-            "a size that the manifest excludes": ~sizes.all(axis=1),
-            "marks other than 0 and 1": ~np.isin(marks, (0, 1)).all(axis=(1, 2)),
-            "the row of another person": _repeated(fields.row_N),
-        }  # fmt: skip
-
-
-def _repeated(row_N: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
-    """(N,) whether a row is no whole number from 0, or was there before."""
-    first = np.zeros(len(row_N), dtype=bool)
-    first[np.unique(row_N, return_index=True)[1]] = True
-    return ~first | ~(row_N >= 0) | (row_N != np.floor(row_N))
 
 
 class _Extents(NamedTuple):
@@ -413,7 +124,7 @@ class ShardSet:
         values with the manifest, and pictures that claim to be huge are refused.
         """
         records = np.stack([self._checked_record(sample) for sample in range(len(self))])
-        faults = record_faults(records, self.manifest)
+        faults = record_faults(records, self.manifest.largest)
         found = [(int(bad.argmax()), int(bad.sum()), what) for what, bad in faults.items()]
         found = [fault for fault in found if fault[1]]
         if found:
@@ -422,7 +133,7 @@ class ShardSet:
                 self.where(first[0]),
                 f"damaged record(s): {'; '.join(f'{n} with {what}' for _, n, what in found)}",
                 "finite numbers in the ranges of docs/conventions.md, each person once",
-                _PACK_AGAIN,
+                PACK_AGAIN,
             )
         return records
 
@@ -439,7 +150,7 @@ class ShardSet:
                     raise ValueError(f"{name} {facts[name]!r:.100}")
         except (ValueError, AttributeError, TypeError) as error:
             raise InputError(
-                self.where(sample), f"damaged JSON ({error})", "the facts of a person", _PACK_AGAIN
+                self.where(sample), f"damaged JSON ({error})", "the facts of a person", PACK_AGAIN
             ) from error
         return facts
 
@@ -469,7 +180,7 @@ class ShardSet:
             mine = numbers[shard_N == shard]
             if not good[mine].any():
                 raise InputError(self.tars[shard], f"{len(mine)} damaged pictures of {len(mine)}",
-                                 "a good one, to stand in for the others", _PACK_AGAIN)  # fmt: skip
+                                 "a good one, to stand in for the others", PACK_AGAIN)  # fmt: skip
             following = np.concatenate([mine, mine])
             for place in np.flatnonzero(~good[mine]):
                 rest = following[place:]
@@ -511,7 +222,7 @@ class ShardSet:
     def _path(self, name: str) -> Path:
         path = self.folder / name
         if not path.is_file():
-            raise InputError(path, "missing", "every shard with its index beside it", _PACK_AGAIN)
+            raise InputError(path, "missing", "every shard with its index beside it", PACK_AGAIN)
         return path
 
     def _component(self, sample: int, extension: str) -> bytes:
@@ -523,7 +234,7 @@ class ShardSet:
                 self.where(sample),
                 f"{len(data)} bytes of {extension}",
                 f"{size} bytes at offset {offset}",
-                "the tar was cut off; " + _PACK_AGAIN,
+                "the tar was cut off; " + PACK_AGAIN,
             )
         return data
 
@@ -549,7 +260,7 @@ class ShardSet:
                     self.where(sample),
                     f"something else where the index has the {extension} of this key",
                     "a tar with its own index, both whole",
-                    _PACK_AGAIN,
+                    PACK_AGAIN,
                 )
         head = data[picture:]
         whole = self.jpeg(sample) if claimed_size(head) is None else head
@@ -568,7 +279,7 @@ class ShardSet:
         table_NC2 = np.concatenate(tables)
         if len(set(keys)) != len(keys):
             twice = next(key for place, key in enumerate(keys) if key in keys[:place])
-            raise InputError(self.folder, f"the key {twice} twice", "each key once", _PACK_AGAIN)
+            raise InputError(self.folder, f"the key {twice} twice", "each key once", PACK_AGAIN)
         wanted = 4 * record_length(self.manifest.joints)
         bad = table_NC2[:, 0, 1] != wanted
         if bad.any():
@@ -576,7 +287,7 @@ class ShardSet:
                 f"{self.folder}: sample {bad.argmax()}",
                 f"a record of {table_NC2[bad.argmax(), 0, 1]} bytes",
                 f"{wanted} bytes for {self.manifest.joints} joints",
-                _PACK_AGAIN,
+                PACK_AGAIN,
             )
         return _Extents(
             shard=np.concatenate(shards),
@@ -609,7 +320,7 @@ def _read_index(path: Path, shard: Shard) -> tuple[list[str], npt.NDArray[np.int
     except (ValueError, OverflowError) as error:
         raise InputError(
             path, f"an index that does not fit its tar ({error})",
-            f"the wds2idx index of {shard.people} people in {shard.tar}", _PACK_AGAIN,
+            f"the wds2idx index of {shard.people} people in {shard.tar}", PACK_AGAIN,
         ) from error  # fmt: skip
     return keys, table
 

@@ -18,6 +18,7 @@ from test_shards import change_manifest
 
 from configs.errors import InputError
 from pipelines import shards
+from pipelines.manifest import sha256
 from pipelines.shards import ShardSet
 from tools.check_shards import main
 
@@ -40,7 +41,7 @@ def overwrite(folder: Path, sample: int, component: str, data: bytes, vouch: boo
     with split.tars[number].open("r+b") as file:
         file.seek(int(split._extents.offset[component][sample]))
         file.write(data)
-    digest = shards.sha256(split.tars[number])
+    digest = sha256(split.tars[number])
     if vouch:
         change_manifest(folder, lambda raw: raw["shards"][number].update(sha256=digest))
 
@@ -55,8 +56,8 @@ def rebuild(folder: Path, change: Callable[[tarfile.TarInfo, bytes], None]) -> N
             change(member, data)
             new.addfile(member, io.BytesIO(data) if member.isreg() else None)
     index.write_text(shards.index_text(tar))
-    facts = {"bytes": tar.stat().st_size, "sha256": shards.sha256(tar),
-             "index_sha256": shards.sha256(index)}  # fmt: skip
+    facts = {"bytes": tar.stat().st_size, "sha256": sha256(tar),
+             "index_sha256": sha256(index)}  # fmt: skip
     change_manifest(folder, lambda raw: raw["shards"][1].update(facts))
 
 
@@ -72,7 +73,8 @@ def test_whole_shards_leave_with_0(tiny_shards, capsys, decode):
     assert code == 0 and "17 people, all is well" in lines[-1]
 
 
-def test_a_progress_bar_counts_the_people(packed, capsys):
+def test_a_progress_bar_counts_the_people(packed, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     main([str(packed), "--workers", "1"])
     assert re.search(r"checking train: 100%.* 12/12 ", capsys.readouterr().err)
 

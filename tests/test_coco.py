@@ -24,7 +24,8 @@ from pipelines.annotations import People, read_annotations
 from pipelines.augment import PRESETS, Draw
 from pipelines.batches import heat_joints
 from pipelines.opencv_crops import crop_person
-from pipelines.shards import ShardSet, record_of, unpack_records
+from pipelines.records import record_of, unpack_records
+from pipelines.shards import ShardSet
 from tools import make_shards
 from training import checkpoint
 

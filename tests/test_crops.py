@@ -7,9 +7,10 @@ import torch
 
 from configs.errors import InputError
 from configs.mpii import MPII
-from pipelines import batches, geometry, princeton, shards
+from pipelines import batches, geometry, princeton
 from pipelines.augment import PRESETS, Draw, preset_of
 from pipelines.batches import Target
+from pipelines.manifest import FORMAT_VERSION
 from pipelines.opencv_crops import (
     CropDataset,
     CropLoader,
@@ -202,4 +203,4 @@ def test_every_preset_but_princetons_needs_one_warp_alone(tiny_shards, monkeypat
         calls.clear()
         CropDataset(split, PRESETS[name], 64, 0)[(0, 0)]
         assert len(calls) == 1, name
-    assert split.manifest.format_version == shards.FORMAT_VERSION
+    assert split.manifest.format_version == FORMAT_VERSION

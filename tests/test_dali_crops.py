@@ -9,7 +9,8 @@ from configs.errors import InputError
 from pipelines import batches, geometry, princeton
 from pipelines.augment import PRESETS, Draw
 from pipelines.opencv_crops import crop_person, decode
-from pipelines.shards import ShardSet, unpack_records
+from pipelines.records import unpack_records
+from pipelines.shards import ShardSet
 
 pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed")
 from pipelines import dali_crops

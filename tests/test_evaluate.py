@@ -22,7 +22,8 @@ from pipelines.augment import preset_of
 from pipelines.batches import Target, finish, heat_joints, still_batches
 from pipelines.heatmaps import decode, render
 from pipelines.opencv_crops import CropDataset, CropLoader, ListSampler, LooseImages, collate
-from pipelines.shards import ShardSet, unpack_records
+from pipelines.records import unpack_records
+from pipelines.shards import ShardSet
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")

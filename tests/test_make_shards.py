@@ -22,8 +22,9 @@ from conftest import ROOT, noise_picture, pack_arguments, write_jpeg
 
 from configs.errors import InputError, run_main
 from pipelines import pictures
+from pipelines.manifest import read_manifest
 from pipelines.pictures import PictureError, check_jpeg
-from pipelines.shards import ShardSet, read_manifest
+from pipelines.shards import ShardSet
 from tools import make_shards, pack_tasks
 from tools.make_shards import main
 

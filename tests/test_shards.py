@@ -18,7 +18,9 @@ from configs.errors import InputError
 from configs.mpii import MPII
 from pipelines import shards
 from pipelines.annotations import People, read_annotations
-from pipelines.shards import ShardSet, pack_record, read_manifest, unpack_records, write_shard
+from pipelines.manifest import read_manifest, sha256, write_manifest
+from pipelines.records import pack_record, record_length, unpack_records
+from pipelines.shards import ShardSet, write_shard
 
 
 @pytest.fixture
@@ -44,7 +46,7 @@ def change_manifest(folder: Path, change: Callable[[dict[str, Any]], Any]) -> No
 def test_record_is_little_endian_float32_in_the_documented_order(tiny_set: Path) -> None:
     people = train_people(tiny_set)
     data = pack_record(people, 4, 256, 255).tobytes()
-    assert len(data) == 4 * (13 + 4 * 16) == 4 * shards.record_length(16)
+    assert len(data) == 4 * (13 + 4 * 16) == 4 * record_length(16)
     values = struct.unpack("<77f", data)
     x, y = people.center[4]
     head = (4, x, y, people.scale[4], people.normalize[4], 256, 255)
@@ -165,8 +167,8 @@ def test_manifest_digests_are_those_of_the_files(tiny_shards: Path) -> None:
     manifest = read_manifest(tiny_shards / "train")
     assert [shard.people for shard in manifest.shards] == [5, 5, 2]
     for shard in manifest.shards:
-        assert shards.sha256(tiny_shards / "train" / shard.tar) == shard.sha256
-        assert shards.sha256(tiny_shards / "train" / shard.index) == shard.index_sha256
+        assert sha256(tiny_shards / "train" / shard.tar) == shard.sha256
+        assert sha256(tiny_shards / "train" / shard.index) == shard.index_sha256
     assert (manifest.max_width, manifest.max_height) == (400, 310)
     assert manifest.skeleton == MPII
 
@@ -212,7 +214,7 @@ def rewrite_index(packed: Path, change: Callable[[list[str]], list[str]]) -> Non
     """Change the lines of the middle shard's index, and let the manifest vouch for them."""
     index = packed / "00001.idx"
     index.write_text("\n".join(change(index.read_text().splitlines())) + "\n")
-    digest = shards.sha256(index)
+    digest = sha256(index)
     change_manifest(packed, lambda raw: raw["shards"][1].update(index_sha256=digest))
 
 
@@ -402,7 +404,7 @@ def test_what_is_wrong_with_22000_people_is_found_in_seconds(
             yield f"{row:09d}", record.tobytes(), jpeg, text
 
     made = tuple(shards.write_shard(folder, n, samples(1000 * n)) for n in range(22))
-    shards.write_manifest(folder, dataclasses.replace(small.manifest, people=22_000, shards=made))
+    write_manifest(folder, dataclasses.replace(small.manifest, people=22_000, shards=made))
     began = time.perf_counter()
     assert len(ShardSet(folder).records()) == 22_000
     assert time.perf_counter() - began < 10

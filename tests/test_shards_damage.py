@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.manifest import MANIFEST, sha256
 from pipelines.opencv_crops import decode
-from pipelines.shards import MANIFEST, ShardSet, sha256
+from pipelines.shards import ShardSet
 
 
 def damage_picture(split: Path, copy: Path, sample: int) -> Path:

@@ -17,7 +17,7 @@ from pipelines import batches, heatmaps
 from pipelines.augment import PRESETS, Draw
 from pipelines.batches import Batch, Target
 from pipelines.opencv_crops import RawBatch
-from pipelines.shards import HEADER
+from pipelines.records import HEADER
 from training import tracing
 from training.log import Totals
 from training.runtime import Runtime

@@ -20,14 +20,10 @@ from evaluation import report
 from pipelines import batches, geometry, stored_crops
 from pipelines.augment import PRESETS, Distribution, Draw, Preset, draw
 from pipelines.batches import Target, still_batches
+from pipelines.manifest import CropRule, read_manifest
 from pipelines.opencv_crops import crop_person, decode
-from pipelines.shards import (
-    CropRule,
-    Records,
-    ShardSet,
-    read_manifest,
-    unpack_records,
-)
+from pipelines.records import Records, unpack_records
+from pipelines.shards import ShardSet
 from pipelines.stored_crops import Region
 from tools.make_shards import main
 

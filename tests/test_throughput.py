@@ -34,7 +34,8 @@ from pipelines.augment import PRESETS
 from pipelines.batches import Target
 from pipelines.heatmaps import decode, render
 from pipelines.opencv_crops import CropDataset, collate
-from pipelines.shards import ShardSet, unpack_records
+from pipelines.records import unpack_records
+from pipelines.shards import ShardSet
 from training.runtime import Runtime
 from training.validation import predict_together
 

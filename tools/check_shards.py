@@ -28,21 +28,10 @@ from configs.options import Parser, at_least
 from configs.progress import counting
 from configs.reading import parse_json
 from pipelines.annotations import safe_name
+from pipelines.manifest import MANIFEST, Manifest, Shard, read_manifest, sha256
 from pipelines.pictures import PictureError, check_jpeg
-from pipelines.shards import (
-    COMPONENTS,
-    IDENTITY_AFFINE,
-    LARGEST,
-    MANIFEST,
-    Manifest,
-    Shard,
-    index_text,
-    read_manifest,
-    record_faults,
-    record_length,
-    sha256,
-    unpack_records,
-)
+from pipelines.records import IDENTITY_AFFINE, record_faults, record_length, unpack_records
+from pipelines.shards import COMPONENTS, LARGEST, index_text
 from tools.pack_workers import crew, spread
 
 EXIT_DAMAGED = 1
@@ -239,7 +228,7 @@ def range_faults(
     """Records with impossible values."""
     return [
         Fault(f"{tar}: key {keys[place]}", f"a record with {what}")
-        for what, bad in record_faults(records, manifest).items()
+        for what, bad in record_faults(records, manifest.largest).items()
         for place in np.flatnonzero(bad)
     ]
 

@@ -28,8 +28,9 @@ from model.onnx_network import INPUT, OUTPUT, OnnxNetwork
 from pipelines.augment import PRESETS
 from pipelines.batches import Target, images_N3HW
 from pipelines.geometry import STRIDE
+from pipelines.manifest import MANIFEST
 from pipelines.opencv_crops import CropDataset, collate
-from pipelines.shards import MANIFEST, ShardSet
+from pipelines.shards import ShardSet
 from training import checkpoint, exported
 from training.estimator import PoseEstimator, read_picture
 

@@ -42,22 +42,19 @@ from configs.skeleton import Skeleton, load_skeleton
 from pipelines import stored_crops
 from pipelines.annotations import People, has_both_splits, read_annotations, split_file
 from pipelines.augment import PRESETS
-from pipelines.pictures import Picture, Verdict, find_picture, inspect_picture
-from pipelines.shards import (
+from pipelines.manifest import (
     FORMAT,
     FORMAT_VERSION,
-    IDENTITY_AFFINE,
     MANIFEST,
     CropRule,
     Manifest,
     Shard,
-    describe,
-    pack_record,
     read_manifest,
-    record_length,
     sha256,
     write_manifest,
 )
+from pipelines.pictures import Picture, Verdict, find_picture, inspect_picture
+from pipelines.records import IDENTITY_AFFINE, describe, pack_record, record_length
 from tools.pack_tasks import Sample, Task, finish_shard
 from tools.pack_workers import crew, spread
 from tools.packing_summary import summary

@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 from configs.errors import InputError
 from pipelines import stored_crops
+from pipelines.manifest import CropRule, Shard, sha256
 from pipelines.pictures import Picture
-from pipelines.shards import CropRule, Shard, sha256, write_shard
+from pipelines.shards import write_shard
 from pipelines.stored_crops import Region
 
 

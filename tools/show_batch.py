@@ -29,8 +29,10 @@ from evaluation.report import LEFT_BGR, MIDDLE_BGR, RIGHT_BGR, color_of, draw_sk
 from pipelines import batches, geometry, heatmaps, opencv_crops
 from pipelines.augment import PRESETS, Draw, Preset
 from pipelines.batches import Batch, LoaderName, Target
+from pipelines.manifest import MANIFEST
 from pipelines.opencv_crops import RawBatch
-from pipelines.shards import MANIFEST, ShardSet, unpack_records
+from pipelines.records import unpack_records
+from pipelines.shards import ShardSet
 from training import runtime
 
 TILE_PX, CAPTION_PX, LEGEND_PX = 256, 20, 26

@@ -26,7 +26,7 @@ from pipelines.batches import Target, target_of
 from pipelines.boxes import MARGIN, Square, check_square, square_about, whole_picture
 from pipelines.opencv_crops import Item, collate, crop_person
 from pipelines.pictures import require_sane_size
-from pipelines.shards import record_of, unpack_records
+from pipelines.records import record_of, unpack_records
 from training import checkpoint, runtime
 
 Picture = str | Path | npt.NDArray[np.uint8]

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from configs.errors import InputError
-from pipelines.shards import ShardSet, unpack_records
+from pipelines.records import unpack_records
+from pipelines.shards import ShardSet
 from training import runtime
 from training.log import Log, Totals, cut
 from training.optimizer import Average
