@@ -14,6 +14,8 @@ import torch
 from test_training import make_run, steps, tiny_config
 from torch import nn
 
+import evaluate
+from configs.errors import InputError, run_main
 from configs.mpii import MPII
 from configs.skeleton import Skeleton
 from evaluation import inference, pckh, report
@@ -23,6 +25,7 @@ from pipelines.batches import Target, finish, heat_joints, still_batches
 from pipelines.heatmaps import decode, render
 from pipelines.opencv_crops import CropDataset, CropLoader, ListSampler, LooseImages, collate
 from pipelines.shards import ShardSet, unpack_records
+from training import checkpoint
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -368,9 +371,6 @@ def bad_inputs(trained: Path, tiny_shards: Path, tiny_set: Path, tmp_path: Path)
 
 
 def test_bad_input_ends_in_one_clear_error(trained, tiny_shards, tiny_set, tmp_path, monkeypatch):
-    import evaluate
-    from configs.errors import run_main
-
     cases = bad_inputs(trained, tiny_shards, tiny_set, tmp_path)
     assert len(cases) == 20
     for name, (words, expected) in cases.items():
@@ -397,22 +397,66 @@ def test_a_picture_that_rots_after_packing_is_named(trained, tiny_shards, tmp_pa
 
 def test_no_permission_to_write_is_one_clear_error(trained, monkeypatch, tmp_path, capsys):
     """As root nothing is forbidden, so the operating system's answer is put in its mouth."""
-    import evaluate
-    from configs.errors import run_main
 
     def forbidden(self, *args, **kwargs):
         raise PermissionError(13, "Permission denied", str(self))
 
-    monkeypatch.setattr(Path, "write_text", forbidden)
+    monkeypatch.setattr(Path, "write_bytes", forbidden)
     monkeypatch.setattr(
         sys,
         "argv",
-        ["evaluate.py", "--checkpoint", str(trained / "best.pt"), "--json", "/x/n.json"],
+        [
+            "evaluate.py",
+            "--checkpoint",
+            str(trained / "best.pt"),
+            "--json",
+            str(tmp_path / "n.json"),
+        ],
     )
     with pytest.raises(SystemExit) as left:
         run_main(evaluate.main)
     assert left.value.code == 2
     assert "Permission denied" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_told_with_the_file(trained, monkeypatch, tmp_path, capsys):
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "index.html.tmp").symlink_to("/dev/full")  # where nothing has room
+    words = [
+        "--checkpoint",
+        trained / "best.pt",
+        "--report",
+        tmp_path / "report",
+        "--batch-size",
+        5,
+    ]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words)])
+    with pytest.raises(SystemExit) as left:
+        run_main(evaluate.main)
+    assert left.value.code == 2
+    text = capsys.readouterr().err
+    assert f"error: {tmp_path}/report/index.html\n  found:    No space left on device" in text
+    assert not list((tmp_path / "report").iterdir())
+
+
+def test_a_missing_best_pt_is_told_with_the_command_for_the_last(trained, tmp_path, monkeypatch):
+    run = tmp_path / "runs" / "stopped"
+    run.mkdir(parents=True)
+    shutil.copy(trained / "best.pt", run / "last.pt")
+    for given in (run / "best.pt", run):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", "--checkpoint", str(given), "--no-flip"])
+        with pytest.raises(InputError, match=r"last\.pt is there; best\.pt comes with") as caught:
+            evaluate.main()
+        again = f"python evaluate.py --checkpoint {run / 'last.pt'} --no-flip"
+        assert caught.value.next_step == again
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--runs", str(tmp_path / "runs")])
+    with pytest.raises(InputError) as caught:
+        evaluate.main()
+    assert caught.value.next_step == f"python evaluate.py --checkpoint {run / 'last.pt'}"
+    with pytest.raises(InputError, match="give .*last.pt"):  # from Python there is no command
+        checkpoint.load(run / "best.pt")
+    with pytest.raises(InputError, match="give its path"):
+        checkpoint.load(tmp_path / "best.pt")
 
 
 def test_the_list_sampler_covers_every_sample_once(tiny_shards):

@@ -383,3 +383,20 @@ def test_damaged_records_and_facts_are_named(tiny_shards, tmp_path):
             file.write(b"\xff" * size)  # as float32: not a number
         with pytest.raises(InputError, match="sample 3"):
             getattr(ShardSet(copy), method)()
+
+
+@pytest.mark.parametrize(
+    ("given", "advice"),
+    [("above/tiny/train/train", "{0}/tiny/train is itself a split; give the folder above it, {0}/tiny"),
+     ("above", "give a folder of splits: {0}/tiny"),
+     ("above/train", "give a folder of splits: {0}/tiny"),
+     ("above/tiny/valid", "pack that split too; there is {0}/tiny/train"),
+     ("nowhere/train", "pack the data first: python tools/make_shards.py --help")],
+)  # fmt: skip
+def test_a_folder_too_high_or_too_low_is_told_with_the_right_one(
+    tiny_shards, tmp_path, given, advice
+):
+    shutil.copytree(tiny_shards / "train", tmp_path / "above" / "tiny" / "train")
+    with pytest.raises(InputError) as caught:
+        read_manifest(tmp_path / given)
+    assert caught.value.next_step == advice.format(tmp_path / "above")
