@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import cv2
 import numpy as np
 import torch
+from torch import nn
 
 from configs.errors import InputError, run_main
 from configs.options import Parser, add_device_options, at_least
@@ -21,7 +22,7 @@ from configs.schema import Config
 from configs.skeleton import Skeleton, load_skeleton, require_same_joints
 from configs.writing import write_whole
 from evaluation import pckh, report
-from evaluation.inference import Predictions, choose_batch_size
+from evaluation.inference import FEW, Predictions, choose_batch_size
 from evaluation.oracle import oracle_keypoints
 from evaluation.page import Other, Shown, page, read_other
 from evaluation.predictions import as_coco, as_entries, read_predictions, write_mat
@@ -400,30 +401,37 @@ def predict_everybody(
     config = checkpoint.config_of(question.state, question.path)
     network = checkpoint.evaluation_network(question.state, question.path).to(place.device)
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    size = options.batch_size
-    if size is None:
-        if place.is_first:
-            print("finding the fastest batch size ...", file=sys.stderr, flush=True)
-        size, rates = choose_batch_size(
-            network, question.target, flip=question.flip, device=place.device, dtype=place.dtype
-        )
-        if place.is_first:
-            tried = ", ".join(f"{size}: {rate:,.0f}" for size, rate in rates.items())
-            note = f"batch size {size}, the fastest here (people/s by size: {tried})"
-            print(note, file=sys.stderr)
-    share = -(-question.subjects.people.count // place.ranks)
+    people = question.subjects.people.count
+    share = -(-people // place.ranks)
+    size = min(options.batch_size or fastest_batch(network, question, share, place), share)
+    if place.is_first:
+        print(f"predicting {people:,} people, {size} at a time ...", file=sys.stderr, flush=True)
     found: dict[LoaderName, Predictions] = {}
     for loader in question.loaders:
         found[loader] = predict_together(
             network, question.subjects.source, question.subjects.samples, question.target, place,
-            loader=loader, batch_size=min(size, share), flip=question.flip,
+            loader=loader, batch_size=size, flip=question.flip,
             workers=config.data.workers if options.workers is None else options.workers,
             progress=lambda batches, name=loader: progress(  # type: ignore[misc]
-                batches, f"evaluate ({name})", "batches", -(-share // min(size, share)),
+                batches, f"evaluate ({name})", "batches", -(-share // size),
                 shown=place.is_first,
             ),
         )  # fmt: skip
     return found
+
+
+def fastest_batch(network: nn.Module, question: Question, share: int, place: Runtime) -> int:
+    """The batch size that suits this machine. share: people whom this rank is to predict."""
+    if place.is_first and share > FEW:
+        print("finding the fastest batch size ...", file=sys.stderr, flush=True)
+    size, rates = choose_batch_size(
+        network, question.target, share,
+        flip=question.flip, device=place.device, dtype=place.dtype,
+    )  # fmt: skip
+    if place.is_first and rates:
+        tried = ", ".join(f"{each}: {rate:,.0f}" for each, rate in rates.items())
+        print(f"batches of {size} are fastest (people/s by size: {tried})", file=sys.stderr)
+    return size
 
 
 def print_results(

@@ -387,7 +387,8 @@ def test_damaged_records_and_facts_are_named(tiny_shards, tmp_path):
 
 @pytest.mark.parametrize(
     ("given", "advice"),
-    [("above/tiny/train/train", "{0}/tiny/train is itself a split; give the folder above it, {0}/tiny"),
+    [("above/tiny/train/train",
+      "{0}/tiny/train is itself a split; give the folder above it, {0}/tiny"),
      ("above", "give a folder of splits: {0}/tiny"),
      ("above/train", "give a folder of splits: {0}/tiny"),
      ("above/tiny/valid", "pack that split too; there is {0}/tiny/train"),
