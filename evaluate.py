@@ -5,6 +5,7 @@ import configs.interrupt  # noqa: F401 - before the slow imports
 # isort: split
 import argparse
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -12,14 +13,16 @@ from typing import Any, Literal, NamedTuple
 import cv2
 import numpy as np
 import torch
+from torch import nn
 
 from configs.errors import InputError, run_main
 from configs.options import Parser, add_device_options, at_least
 from configs.progress import progress
 from configs.schema import Config
 from configs.skeleton import Skeleton, load_skeleton, require_same_joints
+from configs.writing import write_whole
 from evaluation import pckh, report
-from evaluation.inference import Predictions, choose_batch_size
+from evaluation.inference import FEW, Predictions, choose_batch_size
 from evaluation.oracle import oracle_keypoints
 from evaluation.other_run import Other, doubt, read_other
 from evaluation.page import Shown, page
@@ -34,7 +37,7 @@ from pipelines.heatmaps import Rule
 from pipelines.opencv_crops import LooseImages
 from pipelines.shards import ShardSet
 from training import checkpoint, runtime, torchrun
-from training.keeping import BEST
+from training.keeping import BEST, LAST
 from training.runtime import Runtime
 from training.validation import predict_together
 
@@ -314,18 +317,23 @@ def _add_output(out: argparse._ArgumentGroup) -> None:
 
 def newest_checkpoint(runs: Path) -> Path:
     """best.pt of the run that wrote one last. Raises InputError."""
-    found = sorted(runs.glob("*/best.pt"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise InputError(
-            runs, "no */best.pt", "a run of train.py", "train first, or give --checkpoint PATH"
-        )
-    return found[-1]
+    for name in (BEST, LAST):
+        found = sorted(runs.glob(f"*/{name}"), key=lambda path: path.stat().st_mtime)
+        if found and name == BEST:
+            return found[-1]
+    if found:
+        advice = f"python evaluate.py --checkpoint {shlex.quote(str(found[-1]))}"
+        why = f"no */{BEST}, which comes with the first validation, but {found[-1]}"
+        raise InputError(runs, why, "a validated run of train.py", advice)
+    raise InputError(
+        runs, f"no */{BEST}", "a run of train.py", "train first, or give --checkpoint PATH"
+    )
 
 
 def find_question(options: argparse.Namespace) -> Question:
     """Checkpoint, people and pictures, and how they are to be brought together."""
     path = Path(options.checkpoint) if options.checkpoint else newest_checkpoint(Path(options.runs))
-    path = path / BEST if path.is_dir() else path
+    path = path / BEST if (path / BEST).is_file() else path
     state = checkpoint.load(path, onnx=True)
     config = checkpoint.config_of(state, path)
     trained = checkpoint.skeleton_of(state)
@@ -395,30 +403,37 @@ def predict_everybody(
     config = checkpoint.config_of(question.state, question.path)
     network = checkpoint.evaluation_network(question.state, question.path).to(place.device)
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    size = options.batch_size
-    if size is None:
-        if place.is_first:
-            print("finding the fastest batch size ...", file=sys.stderr, flush=True)
-        size, rates = choose_batch_size(
-            network, question.target, flip=question.flip, device=place.device, dtype=place.dtype
-        )
-        if place.is_first:
-            tried = ", ".join(f"{size}: {rate:,.0f}" for size, rate in rates.items())
-            note = f"batch size {size}, the fastest here (people/s by size: {tried})"
-            print(note, file=sys.stderr)
-    share = -(-question.subjects.people.count // place.ranks)
+    people = question.subjects.people.count
+    share = -(-people // place.ranks)
+    size = min(options.batch_size or fastest_batch(network, question, share, place), share)
+    if place.is_first:
+        print(f"predicting {people:,} people, {size} at a time ...", file=sys.stderr, flush=True)
     found: dict[LoaderName, Predictions] = {}
     for loader in question.loaders:
         found[loader] = predict_together(
             network, question.subjects.source, question.subjects.samples, question.target, place,
-            loader=loader, batch_size=min(size, share), flip=question.flip,
+            loader=loader, batch_size=size, flip=question.flip,
             workers=config.data.workers if options.workers is None else options.workers,
             progress=lambda batches, name=loader: progress(  # type: ignore[misc]
-                batches, f"evaluate ({name})", "batches", -(-share // min(size, share)),
+                batches, f"evaluate ({name})", "batches", -(-share // size),
                 shown=place.is_first,
             ),
         )  # fmt: skip
     return found
+
+
+def fastest_batch(network: nn.Module, question: Question, share: int, place: Runtime) -> int:
+    """The batch size that suits this machine. share: people whom this rank is to predict."""
+    if place.is_first and share > FEW:
+        print("finding the fastest batch size ...", file=sys.stderr, flush=True)
+    size, rates = choose_batch_size(
+        network, question.target, share,
+        flip=question.flip, device=place.device, dtype=place.dtype,
+    )  # fmt: skip
+    if place.is_first and rates:
+        tried = ", ".join(f"{each}: {rate:,.0f}" for each, rate in rates.items())
+        print(f"batches of {size} are fastest (people/s by size: {tried})", file=sys.stderr)
+    return size
 
 
 def print_results(
@@ -481,20 +496,15 @@ def write_files(
             found.keypoints_NJ2[rows],
             subjects.skeleton,
         )
-        Path(options.picture).parent.mkdir(parents=True, exist_ok=True)
-        if not cv2.imwrite(options.picture, sheet):
-            raise InputError(
-                options.picture, "cannot be written", "a .png or .jpg", "name another file"
-            )
-        say_written(options.picture)
+        path = Path(options.picture)
+        _, encoded = cv2.imencode(path.suffix, sheet)
+        write_whole(path, encoded.tobytes())
+        say_written(path)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all, and say so."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text + "\n", encoding="utf-8")
-    temporary.rename(path)
+    write_whole(path, (text + "\n").encode())
     say_written(path)
 
 

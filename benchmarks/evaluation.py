@@ -56,7 +56,10 @@ def evaluate_cases(shards: ShardSet, workers: int, device: torch.device) -> list
     twin = StackedHourglass(2, width, shards.manifest.joints).to(device).eval()
     twin.load_state_dict(network.state_dict())
     twin.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    size, _ = choose_batch_size(twin, target, flip=True, device=device, dtype=torch.float32)
+    # As for many more people, so that every size that these can fill is tried.
+    size, _ = choose_batch_size(
+        twin, target, 16 * people, flip=True, device=device, dtype=torch.float32
+    )
     place = Runtime(0, 1, device, torch.float32)
 
     def one_by_one() -> int:

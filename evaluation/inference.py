@@ -1,7 +1,8 @@
 """The network on people: flip test, decoding, and back to the pixels of the original picture."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
@@ -51,54 +52,76 @@ def predict(
     return Predictions(np.concatenate(keypoints), np.concatenate(scores))
 
 
-_LARGEST_BATCH = 128
+_SMALL_BATCH, _LARGEST_BATCH = 8, 128
+_BATCHES = 16
+"""A size is tried if the people make so many batches of it, or trying would be much of the work."""
+FEW = _SMALL_BATCH * _BATCHES
+"""People for whom small batches do, and nothing is measured."""
 _SECONDS_TO_CHOOSE = 4.0
+_ROUNDS = 4
 _WORTH_DOUBLING = 1.05
-"""A batch of twice the size must be faster by this factor, or it only costs memory."""
+"""A larger batch must be faster by this factor, or it only costs memory."""
 
 
 @torch.no_grad()
 def choose_batch_size(
-    model: nn.Module, target: Target, *, flip: bool, device: torch.device, dtype: torch.dtype
-) -> tuple[int, dict[int, float]]:
-    """The fastest batch size of 1, 2, 4, ..., and the people/s measured for each size tried.
-
-    On a CPU a small network can be slower in large batches, when its tensors leave the cache. The
-    search stops after two sizes in a row that were no faster, or after some seconds.
-    """
-    rates: dict[int, float] = {}
-    began, size, best = time.perf_counter(), 1, 1
-    while size <= min(_LARGEST_BATCH, 4 * best) and (
-        time.perf_counter() - began < _SECONDS_TO_CHOOSE or not rates
-    ):
-        try:
-            rates[size] = _people_per_second(model, size, target, flip, device, dtype)
-        except torch.OutOfMemoryError:
-            break
-        if rates[size] > _WORTH_DOUBLING * rates[best]:
-            best = size
-        size *= 2
-    return best, rates
-
-
-def _people_per_second(
     model: nn.Module,
-    size: int,
     target: Target,
+    people: int,
+    *,
     flip: bool,
     device: torch.device,
     dtype: torch.dtype,
-) -> float:
-    shape = (size, 3, target.input_px, target.input_px)
-    images = torch.rand(shape, device=device).contiguous(memory_format=torch.channels_last)
-    seconds = []
-    for _ in range(3):  # the first one warms up
+) -> tuple[int, dict[int, float]]:
+    """The fastest batch size of 1, 2, 4, ..., and the people/s measured for each size tried.
+
+    people: who are to be predicted. On a CPU a small network can be slower in large batches, when
+    its tensors leave the cache.
+    """
+    if people <= FEW:
+        return min(people, _SMALL_BATCH), {}
+    side = target.input_px
+
+    def seconds(size: int) -> float:
+        images = torch.rand(size, 3, side, side, device=device)
+        images = images.contiguous(memory_format=torch.channels_last)
         start = time.perf_counter()
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             heat = last_heatmaps(model, images, target, flip)
         heatmaps.decode(heat, target.rule)[0].cpu()
-        seconds.append(time.perf_counter() - start)
-    return size / min(seconds[1:])
+        return time.perf_counter() - start
+
+    return fastest_size(seconds, min(people // _BATCHES, _LARGEST_BATCH))
+
+
+def fastest_size(seconds: Callable[[int], float], most: int) -> tuple[int, dict[int, float]]:
+    """The size whose batch takes the fewest seconds a person, and the people/s of each size tried.
+
+    seconds: runs a batch of a size. The least of some rounds counts, each over all sizes, so that a
+    slow moment decides nothing. The first round may take half of the time, the others the rest;
+    the very first batch, which starts things up, is not timed.
+    """
+    least: dict[int, float] = {}
+    spent, size = 0.0, 1
+    with suppress(torch.OutOfMemoryError):
+        seconds(1)
+        while size <= most and spent + size * _a_person(least) <= _SECONDS_TO_CHOOSE / 2:
+            least[size] = seconds(size)
+            spent += least[size]
+            size *= 2
+        for _ in range(_ROUNDS - 1):
+            for size in least:
+                if spent + least[size] <= _SECONDS_TO_CHOOSE:
+                    took = seconds(size)
+                    spent, least[size] = spent + took, min(took, least[size])
+    rates = {size: size / took for size, took in least.items()}
+    worth = max(rates.values(), default=0.0) / _WORTH_DOUBLING
+    return min((size for size in rates if rates[size] >= worth), default=1), rates
+
+
+def _a_person(least: dict[int, float]) -> float:
+    """Seconds that one takes in the fastest size so far."""
+    return min((took / size for size, took in least.items()), default=0.0)
 
 
 def last_heatmaps(model: nn.Module, images_N3HW: Tensor, target: Target, flip: bool) -> Tensor:

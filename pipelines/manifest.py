@@ -104,7 +104,7 @@ def read_manifest(folder: Path) -> Manifest:
             folder,
             "no manifest.json" if folder.is_dir() else "no such folder",
             "a folder of shards made by tools/make_shards.py",
-            "pack the data first: python tools/make_shards.py --help",
+            _what_else(folder) or "pack the data first: python tools/make_shards.py --help",
         ) from error
     except (ValueError, NotADirectoryError, IsADirectoryError) as error:
         raise InputError(path, f"not readable ({error})", "a manifest", PACK_AGAIN) from error
@@ -122,6 +122,21 @@ def read_manifest(folder: Path) -> Manifest:
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise InputError(path, f"a damaged manifest ({error})", "a manifest", PACK_AGAIN) from error
     return manifest
+
+
+def _what_else(folder: Path) -> str:
+    """What was meant, perhaps, by a folder that is no split; empty if nothing near it is one."""
+    parent = folder.parent
+    if (parent / MANIFEST).is_file():
+        return f"{parent} is itself a split; give the folder above it, {parent.parent}"
+    for place in (folder, parent):  # the latter where a program has added the name of a split
+        packed = sorted({each.parent.parent for each in place.glob(f"*/*/{MANIFEST}")})
+        if packed:
+            return f"give a folder of splits: {', '.join(map(str, packed[:4]))}"
+    beside = sorted(each.parent for each in parent.glob(f"*/{MANIFEST}"))
+    if beside:
+        return f"pack that split too; there is {', '.join(map(str, beside[:4]))}"
+    return ""
 
 
 def _crop_rule(raw: dict[str, Any]) -> CropRule:

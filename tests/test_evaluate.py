@@ -14,6 +14,8 @@ import torch
 from test_training import make_run, steps, tiny_config
 from torch import nn
 
+import evaluate
+from configs.errors import InputError, run_main
 from configs.mpii import MPII
 from configs.skeleton import Skeleton
 from evaluation import inference, pckh, report
@@ -24,6 +26,7 @@ from pipelines.heatmaps import decode, render
 from pipelines.opencv_crops import CropDataset, CropLoader, ListSampler, LooseImages, collate
 from pipelines.records import unpack_records
 from pipelines.shards import ShardSet
+from training import checkpoint
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -307,14 +310,62 @@ def test_a_gpu_predicts_what_the_cpu_predicts(trained, tmp_path):
     assert (np.abs(other - one)[..., :2].max(axis=-1) < 0.5).mean() > 0.9
 
 
-def test_the_batch_size_is_the_fastest_one_measured(trained, monkeypatch):
-    """Rates are put in its mouth: this is about the choice, not about the clock."""
-    rates = {1: 10.0, 2: 19.0, 4: 19.5, 8: 12.0, 16: 99.0}
-    monkeypatch.setattr(inference, "_people_per_second", lambda model, size, *_: rates[size])
-    size, tried = inference.choose_batch_size(
-        nn.Identity(), target_of(), flip=False, device=CPU, dtype=torch.float32
-    )
-    assert size == 2 and list(tried) == [1, 2, 4, 8]  # 4 is not worth it, and 8 was the last try
+class Machine:
+    """Batches that take made times: people/s by size, and slow moments by number of the batch."""
+
+    def __init__(self, rates: dict[int, float], stalls: dict[int, float] | None = None):
+        self.rates, self.stalls, self.sizes, self.spent = rates, stalls or {}, [], 0.0
+
+    def __call__(self, size: int) -> float:
+        if size not in self.rates:
+            raise torch.OutOfMemoryError
+        took = size / self.rates[size] + self.stalls.get(len(self.sizes), 0.0)
+        self.sizes.append(size)
+        self.spent += took
+        return took
+
+
+RATES = {1: 100.0, 2: 150.0, 4: 230.0, 8: 400.0, 16: 410.0, 32: 700.0, 64: 720.0, 128: 600.0}
+
+
+@pytest.mark.parametrize("stalled", [None, 0, 2, 3, 4, 6, 8, 12])
+def test_the_fastest_batch_is_found_over_a_dip_and_through_a_slow_moment(stalled):
+    stalls = {} if stalled is None else {stalled: 0.5, stalled + 1: 0.3}
+    machine = Machine(RATES, stalls)
+    size, rates = inference.fastest_size(machine, 128)
+    assert size == 32  # 64 is hardly faster; 16 was a dip
+    assert list(rates) == list(RATES) and rates[8] == pytest.approx(400)
+
+
+def test_the_search_for_the_fastest_batch_is_over_in_time():
+    """Of a big network on a CPU, where a batch gains nothing; the first batch warms up."""
+    for slow, sizes in ((0.2, {1}), (3.0, {1, 2}), (60.0, {1, 2, 4, 8, 16, 32})):
+        machine = Machine(dict.fromkeys(RATES, slow))
+        size, rates = inference.fastest_size(machine, 128)
+        assert size == 1 and set(rates) == sizes
+        assert machine.spent - 1 / slow <= max(4.0, 1 / slow)
+
+
+def test_a_batch_that_does_not_fit_ends_the_search():
+    size, rates = inference.fastest_size(Machine({1: 10.0, 2: 19.0, 4: 30.0}), 128)
+    assert size == 4 and list(rates) == [1, 2, 4]
+    assert inference.fastest_size(Machine({}), 128) == (1, {})
+
+
+@pytest.mark.parametrize(("people", "expected"), [(5, 5), (16, 8), (inference.FEW, 8)])
+def test_for_a_few_people_nothing_is_measured(people, expected):
+    words = {"flip": False, "device": CPU, "dtype": torch.float32}
+    chosen = inference.choose_batch_size(None, target_of(), people, **words)
+    assert chosen == (expected, {})
+
+
+def test_batches_that_are_measured_are_a_small_part_of_the_work(monkeypatch):
+    asked = []
+    monkeypatch.setattr(inference, "fastest_size", lambda seconds, most: asked.append(most))
+    for people in (inference.FEW + 1, 400, 3000):
+        words = {"flip": False, "device": CPU, "dtype": torch.float32}
+        inference.choose_batch_size(None, target_of(), people, **words)
+    assert asked == [8, 25, 128]
 
 
 def one_joint_result() -> dict:
@@ -369,9 +420,6 @@ def bad_inputs(trained: Path, tiny_shards: Path, tiny_set: Path, tmp_path: Path)
 
 
 def test_bad_input_ends_in_one_clear_error(trained, tiny_shards, tiny_set, tmp_path, monkeypatch):
-    import evaluate
-    from configs.errors import run_main
-
     cases = bad_inputs(trained, tiny_shards, tiny_set, tmp_path)
     assert len(cases) == 20
     for name, (words, expected) in cases.items():
@@ -398,22 +446,66 @@ def test_a_picture_that_rots_after_packing_is_named(trained, tiny_shards, tmp_pa
 
 def test_no_permission_to_write_is_one_clear_error(trained, monkeypatch, tmp_path, capsys):
     """As root nothing is forbidden, so the operating system's answer is put in its mouth."""
-    import evaluate
-    from configs.errors import run_main
 
     def forbidden(self, *args, **kwargs):
         raise PermissionError(13, "Permission denied", str(self))
 
-    monkeypatch.setattr(Path, "write_text", forbidden)
+    monkeypatch.setattr(Path, "write_bytes", forbidden)
     monkeypatch.setattr(
         sys,
         "argv",
-        ["evaluate.py", "--checkpoint", str(trained / "best.pt"), "--json", "/x/n.json"],
+        [
+            "evaluate.py",
+            "--checkpoint",
+            str(trained / "best.pt"),
+            "--json",
+            str(tmp_path / "n.json"),
+        ],
     )
     with pytest.raises(SystemExit) as left:
         run_main(evaluate.main)
     assert left.value.code == 2
     assert "Permission denied" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_told_with_the_file(trained, monkeypatch, tmp_path, capsys):
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "index.html.tmp").symlink_to("/dev/full")  # where nothing has room
+    words = [
+        "--checkpoint",
+        trained / "best.pt",
+        "--report",
+        tmp_path / "report",
+        "--batch-size",
+        5,
+    ]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words)])
+    with pytest.raises(SystemExit) as left:
+        run_main(evaluate.main)
+    assert left.value.code == 2
+    text = capsys.readouterr().err
+    assert f"error: {tmp_path}/report/index.html\n  found:    No space left on device" in text
+    assert not list((tmp_path / "report").iterdir())
+
+
+def test_a_missing_best_pt_is_told_with_the_command_for_the_last(trained, tmp_path, monkeypatch):
+    run = tmp_path / "runs" / "stopped"
+    run.mkdir(parents=True)
+    shutil.copy(trained / "best.pt", run / "last.pt")
+    for given in (run / "best.pt", run):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", "--checkpoint", str(given), "--no-flip"])
+        with pytest.raises(InputError, match=r"last\.pt is there; best\.pt comes with") as caught:
+            evaluate.main()
+        again = f"python evaluate.py --checkpoint {run / 'last.pt'} --no-flip"
+        assert caught.value.next_step == again
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--runs", str(tmp_path / "runs")])
+    with pytest.raises(InputError) as caught:
+        evaluate.main()
+    assert caught.value.next_step == f"python evaluate.py --checkpoint {run / 'last.pt'}"
+    with pytest.raises(InputError, match=r"give .*last\.pt"):  # from Python there is no command
+        checkpoint.load(run / "best.pt")
+    with pytest.raises(InputError, match="give its path"):
+        checkpoint.load(tmp_path / "best.pt")
 
 
 def test_the_list_sampler_covers_every_sample_once(tiny_shards):

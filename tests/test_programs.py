@@ -205,7 +205,11 @@ def test_ctrl_c_ends_a_program_with_a_sentence(program, tiny_shards, tmp_path):
                      tiny_shards, "--device", "cpu", "--workers", 1],
         "throughput": ["benchmarks/throughput.py", "--device", "cpu", "--suites", "train"],
     }[program]  # fmt: skip
-    marker = {"show_batch": "cutting out", "evaluate": "fastest batch", "throughput": "timing"}
+    marker = {
+        "show_batch": "cutting out",
+        "evaluate": "predicting 5 people",
+        "throughput": "timing",
+    }
     code, text = interrupted(words, says(marker[program]))
     assert code == 130 and "Traceback" not in text
     assert "Interrupted; what was finished is kept." in text

@@ -273,3 +273,12 @@ def test_a_decision_of_the_first_rank_is_plain_values_or_its_error():
 
     with pytest.raises(InputError, match=r"where\n  found:    found"):
         runtime.decided_by_first(refuse, HERE)
+
+
+def test_a_refused_change_is_named_and_a_free_one_is_not():
+    old = tiny_config(Path("x"))
+    new = tiny_config(Path("x"), data={"preset": "newell"}, optim={"lr": 1e-5}, train={"seed": 9})
+    with pytest.raises(InputError) as caught:
+        resuming.fit_to_ranks(new, saved(old, 1, step=6), 1, Path("last.pt"))
+    names = [line.split()[0] for line in caught.value.found.split("; ")]
+    assert names == ["data.preset", "train.seed"]

@@ -27,6 +27,7 @@ from configs.mpii import PIXELS_PER_SCALE
 from configs.options import Parser, add_device_options, at_least
 from configs.progress import counting, say
 from configs.skeleton import Skeleton
+from configs.writing import write_whole
 from evaluation.report import draw_skeleton
 from pipelines.annotations import stays_inside
 from pipelines.boxes import MARGIN, Person, Square, read_people, square_about, whole_picture
@@ -474,15 +475,7 @@ def write_picture(path: Path, image_HW3: npt.NDArray[np.uint8]) -> None:
     fine, data = cv2.imencode(path.suffix, image_HW3)
     if not fine:
         raise InputError(path, "OpenCV cannot write it", "a .png or .jpg", "name another file")
-    write_bytes(path, data.tobytes())
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(data)
-    temporary.rename(path)
+    write_whole(path, data.tobytes())
 
 
 def write_results(options: argparse.Namespace, skeleton: Skeleton, found: list[Found]) -> None:
@@ -492,10 +485,10 @@ def write_results(options: argparse.Namespace, skeleton: Skeleton, found: list[F
     found = sorted(found, key=lambda one: one.subject.facts["index"])
     entries = [as_entry(one) for one in found]
     if options.save_predictions:
-        write_bytes(options.save_predictions, (json.dumps(entries) + "\n").encode())
+        write_whole(options.save_predictions, (json.dumps(entries) + "\n").encode())
     if options.save_coco:
         coco = [as_coco(entry) for entry in entries]
-        write_bytes(options.save_coco, (json.dumps(coco) + "\n").encode())
+        write_whole(options.save_coco, (json.dumps(coco) + "\n").encode())
     for path in (options.save_predictions, options.save_coco, options.overlay):
         if path and path.exists():
             print(f"wrote {path}", file=sys.stderr)

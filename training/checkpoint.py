@@ -3,6 +3,8 @@
 import errno
 import os
 import re
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +82,7 @@ def load(path: Path, onnx: bool = False) -> State:
     has no weights to train or convert; `evaluation_network` runs it.
     """
     if not path.is_file():
-        raise InputError(path, "no such file", "a checkpoint (last.pt, best.pt)", "give its path")
+        raise _missing(path)
     if path.suffix == ".onnx" and not onnx:
         raise InputError(
             path,
@@ -104,6 +106,22 @@ def load(path: Path, onnx: bool = False) -> State:
         )
     _check_kinds(state, path)
     return state
+
+
+def _missing(path: Path) -> InputError:
+    """The error for what is no file; it gives the command with a checkpoint that lies there."""
+    expected = "a checkpoint (last.pt, best.pt)"
+    folder, found = (path, "a folder") if path.is_dir() else (path.parent, "no such file")
+    there = [folder / name for name in ("best.pt", "last.pt") if (folder / name).is_file()]
+    if not there:
+        return InputError(path, found, expected, "give its path")
+    other = there[0]
+    if other.name == "last.pt":
+        found += ", and no best.pt in it" if path.is_dir() else ""
+        found += ", but last.pt is there; best.pt comes with the first validation"
+    words = [str(other) if word == str(path) else word for word in sys.argv]
+    again = shlex.join(["python", *words]) if str(other) in words else f"give {other}"
+    return InputError(path, found, expected, again)
 
 
 def _check_kinds(state: State, path: Path) -> None:
@@ -241,7 +259,8 @@ def config_of(state: State, path: Path) -> Config:
 def compare_settings(saved: dict[str, Any], config: Config, path: Path) -> list[str]:
     """What a resumed run changes of its settings, a sentence each.
 
-    saved: the config in the checkpoint. Raises InputError for a change that makes it another run.
+    saved: the config in the checkpoint. Raises InputError for changes that make it another run,
+    and names those alone.
     """
     now = flat(as_dict(config))
     changed = {
@@ -249,10 +268,11 @@ def compare_settings(saved: dict[str, Any], config: Config, path: Path) -> list[
         for name, before in flat(saved).items()
         if before != now[name] and name not in FREE_ON_RESUME
     }
-    if changed.keys() & FIXED_ON_RESUME:
+    refused = [line for name, line in changed.items() if name in FIXED_ON_RESUME]
+    if refused:
         raise InputError(
             path,
-            "; ".join(changed.values()),
+            "; ".join(refused),
             "the settings that the run began with",
             "resume with the config.yaml in its folder, or begin a new run with --init_from",
         )
