@@ -190,10 +190,12 @@ def test_whole_shards_raise_nothing(packed: Path) -> None:
 
 
 def test_folder_of_no_shards_is_named(tmp_path: Path) -> None:
-    assert error_of(tmp_path).found == "no manifest.json"
-    assert error_of(tmp_path / "nothing").found == "no such folder"
-    (tmp_path / "file").touch()
-    assert str(tmp_path / "file") in error_of(tmp_path / "file").where
+    empty = tmp_path / "nothing" / "near"  # the folder above has other tests' shards in it
+    empty.mkdir(parents=True)
+    assert error_of(empty).found == "no manifest.json"
+    assert error_of(empty / "nothing").found == "no such folder"
+    (empty / "file").touch()
+    assert str(empty / "file") in error_of(empty / "file").where
 
 
 @pytest.mark.parametrize("name", ["00001.idx", "00002.tar"])
