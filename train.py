@@ -5,6 +5,7 @@ import configs.interrupt  # noqa: F401 - before the slow imports
 # isort: split
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,15 @@ from training.loop import Run
 from training.tracker import require_tracker
 
 AUTO = "auto"
+PROFILED_STEPS = 5
+"""Of --profile."""
 
 
 def main() -> int:
     """Read the settings, join the ranks, check or reopen the run's folder, train."""
     config, options = parse_config(make_parser(), sys.argv[1:])
+    if options["profile"]:
+        config = replace(config, train=replace(config.train, profile_steps=PROFILED_STEPS))
     require_tracker(config.train.tracker)
     if options["resume"] not in (None, AUTO) and options["init_from"]:
         raise InputError("command line", "--resume and --init_from", "one of them", "leave one out")
@@ -83,6 +88,12 @@ def make_parser() -> ArgumentParser:
     parser.add_argument(
         "--init_from",
         help="begin a new run with the weights of this checkpoint, nothing else of it",
+    )
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help=f"the same as --train.profile_steps {PROFILED_STEPS}: write trace.json and a table of "
+        "operators",
     )
     add_config_options(parser)
     return parser

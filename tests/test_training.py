@@ -462,10 +462,12 @@ def test_train_then_resume_from_the_command_line(tiny_shards, tmp_path):
     assert "\nstep 1/4  " in first.stderr and "\r" not in first.stderr
     refused = command(*words)
     assert refused.returncode == 2 and "--resume" in refused.stderr
-    more = [*words, "--train.steps", 6]
-    second = command(*more, "--resume")
+    more = [*words, "--train.steps", 15]
+    second = command(*more, "--resume", "--profile")
     assert second.returncode == 0, second.stderr
-    assert [m["step"] for m in metrics(tmp_path / "r", "train")] == [1, 2, 3, 4, 5, 6]
+    assert [m["step"] for m in metrics(tmp_path / "r", "train")] == list(range(1, 16))
+    assert "aten::" in second.stderr
+    assert "convolution" in (tmp_path / "r" / "trace.json").read_text()
 
 
 def test_training_without_shards_says_what_to_do(tmp_path):
