@@ -393,6 +393,41 @@ def test_every_bad_picture_of_both_splits_is_listed(own_set: Path, tmp_path: Pat
     assert not list(tmp_path.rglob("*.tar"))
 
 
+def test_of_very_many_bad_pictures_the_first_are_shown_and_a_file_has_all(
+    own_set: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(make_shards, "SHOWN", 3)
+    names = [f"{number:09d}.jpg" for number in (0, 1, 2, 3, 100)]
+    for name in names[:4]:
+        (own_set / "images" / name).unlink()
+    (own_set / "images" / names[4]).write_bytes(b"")
+    error = refused(pack_arguments(own_set, tmp_path / "out"))
+    assert error.found == "5 bad of 14 pictures, of 8 people: 4 missing, 1 empty"
+    partial = tmp_path / "out.partial"
+    assert capsys.readouterr().err.splitlines() == [
+        *(f"bad picture: {name}: missing" for name in names[:3]),
+        f"... and 2 more, all of them in {partial}/bad_pictures.txt",
+    ]
+    lines = (partial / "bad_pictures.txt").read_text().splitlines()
+    assert [line.split(": ")[1] for line in lines] == names
+    assert f"{partial} keeps what was checked" in error.next_step
+    main(pack_arguments(own_set, tmp_path / "out", "--skip-bad"))
+    said = capsys.readouterr().err
+    assert (
+        said.count("bad picture: ") == 3 and "... and 2 more, all of them in manifest.json" in said
+    )
+    assert not partial.exists()
+
+
+def test_a_refusal_before_any_work_leaves_nothing_behind(tiny_set: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    refused(pack_arguments(tiny_set, tmp_path / "out", "--images", tmp_path / "empty"))
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+
+
 def test_skip_bad_packs_the_rest_and_names_what_it_left_out(own_set: Path, tmp_path: Path) -> None:
     reasons = spoil(own_set / "images")
     main(pack_arguments(own_set, tmp_path / "out", "--skip-bad"))

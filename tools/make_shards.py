@@ -24,6 +24,7 @@ import os
 import shlex
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Executor
 from concurrent.futures.process import BrokenProcessPool
@@ -60,6 +61,8 @@ from tools.pack_workers import crew, spread
 from tools.packing_summary import summary
 
 SPLITS = ("train", "valid")
+CHECKED = "checked.jsonl"
+"""Of the folder of unfinished work: good pictures, which need not be decoded again."""
 DATA = Path("data/mpii")
 HOW_TO_GET_DATA = """download it into data/mpii:
     data/mpii/images  the pictures: mpii_human_pose_v1.tar.gz (12.9 GB) from the web site of MPII
@@ -70,6 +73,8 @@ HOW_TO_GET_DATA = """download it into data/mpii:
     python tools/make_synthetic.py --output data/synthetic
     python tools/make_shards.py --annotations data/synthetic/annot \\
       --images data/synthetic/images --output data/shards/synthetic"""
+SHOWN, BAD = 10, "bad_pictures.txt"
+"""Bad pictures on the screen; where all are listed if there are more."""
 JPEG_QUALITY = 95
 """Of stored crops."""
 # Bytes, to estimate the disk space: a tar's block and its end, a person's index line and JSON.
@@ -275,7 +280,9 @@ def explained(options: Options) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        print(f"\nStopped. Finished work is kept in {options.partial}: {again}.", file=sys.stderr)
+        is_kept = options.partial.exists()
+        kept = f"Finished work is kept in {options.partial}" if is_kept else "Nothing is done yet"
+        print(f"\nStopped. {kept}: {again}.", file=sys.stderr)
         raise
     except BrokenProcessPool as error:
         where, next_step = f"--workers {options.workers}", f"with fewer --workers, {again}"
@@ -304,7 +311,20 @@ def locked(options: Options) -> Iterator[None]:
         except BlockingIOError as error:
             found, expected = "in use by another run of this program", "one run at a time"
             raise InputError(options.partial, found, expected, "wait for it to end") from error
-        yield
+        try:
+            yield
+        finally:
+            leave_nothing_empty(options)
+
+
+def leave_nothing_empty(options: Options) -> None:
+    """Remove the folder of unfinished work if no work is in it."""
+    checks = options.partial / CHECKED
+    if checks.exists() and not checks.stat().st_size:
+        checks.unlink()
+    if {path.name for path in options.partial.glob("*")} == {"lock"}:
+        (options.partial / "lock").unlink()
+        options.partial.rmdir()
 
 
 def check_pictures(options: Options, jobs: list[Job], pool: Executor | None) -> dict[str, Verdict]:
@@ -315,10 +335,10 @@ def check_pictures(options: Options, jobs: list[Job], pool: Executor | None) -> 
         found = f"none of the {len(names):,} pictures, such as {names[0]}"
         raise InputError(options.images, found, "the pictures", "name their folder with --images")
     check_space(options, jobs, pictures)
-    verdicts = read_checks(options.partial / "checked.jsonl")
+    verdicts = read_checks(options.partial / CHECKED)
     todo = [picture for picture in pictures.values() if picture not in verdicts]
     results = spread(pool, partial(inspect_picture, options.images), todo, chunk=16)
-    with (options.partial / "checked.jsonl").open("a") as file:
+    with (options.partial / CHECKED).open("a") as file:
         for verdict in progress(results, "checking", "pictures", len(todo)):
             verdicts[verdict.picture] = verdict
             if not verdict.fault:
@@ -342,21 +362,33 @@ def read_checks(path: Path) -> dict[Picture, Verdict]:
 
 
 def report_bad(options: Options, jobs: list[Job], checked: dict[str, Verdict]) -> None:
-    """List every bad picture, and raise InputError unless they are to be left out."""
+    """List the first bad pictures, say where the others are listed, and raise InputError unless
+    they are to be left out."""
     bad = {name: verdict.fault for name, verdict in checked.items() if verdict.fault}
-    for name, fault in bad.items():
-        print(f"bad picture: {name}: {fault}", file=sys.stderr)
     if not bad:
         return
+    lines = [f"bad picture: {name}: {fault}" for name, fault in bad.items()]
+    rest = f"... and {len(lines) - SHOWN:,} more, all of them in " if len(lines) > SHOWN else ""
+    print("\n".join(lines[:SHOWN]), file=sys.stderr)
     people = sum(name in bad for job in jobs for name in job.people.images)
-    if not options.skip_bad:
-        raise InputError(
-            options.images,
-            f"{len(bad):,} bad of {len(checked):,} pictures (listed above), of {people:,} people",
-            "whole RGB JPEGs as annotated (pipelines/pictures.py says why others are refused)",
-            "mend them and run the same command, or leave these people out with --skip-bad",
-        )
-    print(f"left out: {people:,} people of {len(bad):,} bad pictures", file=sys.stderr)
+    if options.skip_bad:
+        if rest:
+            print(f"{rest}{MANIFEST} of their split, as left_out", file=sys.stderr)
+        print(f"left out: {people:,} people of {len(bad):,} bad pictures", file=sys.stderr)
+        return
+    if rest:
+        (options.partial / BAD).write_text("\n".join(lines) + "\n")
+        print(f"{rest}{options.partial / BAD}", file=sys.stderr)
+    kinds = Counter(fault.split(" (")[0] for fault in bad.values()).most_common(3)
+    raise InputError(
+        options.images,
+        f"{len(bad):,} bad of {len(checked):,} pictures, of {people:,} people: "
+        + ", ".join(f"{count:,} {kind}" for kind, count in kinds)
+        + (", ..." if sum(count for _, count in kinds) < len(bad) else ""),
+        "whole RGB JPEGs as annotated (pipelines/pictures.py says why others are refused)",
+        "mend them and run the same command, or leave these people out with --skip-bad. "
+        f"{options.partial} keeps what was checked until then; without a next time, remove it",
+    )
 
 
 def left_out(job: Job, checked: dict[str, Verdict]) -> list[str]:
@@ -509,7 +541,7 @@ def publish(options: Options, split: str) -> None:
 def remove_partial(options: Options) -> None:
     """Remove the folder of unfinished work, unless another split's still lies there."""
     if not any(options.partial.glob("*.state")):
-        for name in ("checked.jsonl", "lock"):
+        for name in (CHECKED, BAD, "lock"):
             (options.partial / name).unlink(missing_ok=True)
         with suppress(OSError):  # somebody put a file of their own there
             options.partial.rmdir()
