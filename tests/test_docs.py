@@ -349,7 +349,7 @@ def write_photographs(folder: Path, picture: Path) -> None:
     """A photograph, a folder of them with its people, and a film."""
     (folder / "data" / "synthetic" / "images").mkdir(parents=True)
     (folder / "photos").mkdir()
-    for name in ("photo.jpg", "data/synthetic/images/100000000.jpg", "photos/a.jpg"):
+    for name in ("photo.jpg", "data/synthetic/images/100000024.jpg", "photos/a.jpg"):
         shutil.copy(picture, folder / name)
     (folder / "people.csv").write_text("image,x,y,width,height\na.jpg,20,20,60,60\n")
     film = cv2.VideoWriter(
@@ -413,3 +413,11 @@ def test_the_other_commands_run_in_the_order_of_the_pages(sandbox, monkeypatch, 
         ran += 1
     assert not failed, "\n".join(f"{c.page}: {c.text}\n  {why}" for c, why in failed.items())
     assert ran >= 20
+
+
+@pytest.mark.slow
+def test_the_python_of_the_readme_names_every_joint(sandbox, monkeypatch, capsys):
+    monkeypatch.chdir(sandbox)
+    (block,) = re.findall(r"^```python\n(.*?)^```", PAGES[0].read_text(), re.MULTILINE | re.DOTALL)
+    exec(block, {})
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(MPII.names)
