@@ -129,7 +129,7 @@ class DaliCrops:
         """The next batch. Raises BadSamplesError; then only `state` of this loader can be used."""
         try:
             outputs = self.pipeline.run(*_stream(self.pipeline))
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:  # a picture; numbers of a record
             raise _gave_up(error, self.shards, self._failed_samples()) from error
         return RawBatch(*(torch.from_dlpack(output.as_tensor()) for output in outputs))
 
@@ -140,6 +140,9 @@ class DaliCrops:
         fails at once, or because of a batch that was made ahead.
         """
         split = self.shards
+        rotten = split.rotten_records()
+        if rotten:
+            return {split.origin(i): "its record is not what it was at the start" for i in rotten}
         sample_of_row = {float(split.record(i)[0]): split.origin(i) for i in range(len(split))}
         with tempfile.TemporaryDirectory() as folder:
             indices = _indices_of_one_picture(split, Path(folder))
@@ -319,7 +322,7 @@ def _fault(source: Source, sample: int) -> str:
     return ""
 
 
-def _gave_up(error: RuntimeError, source: Source, faults: dict[int, str]) -> InputError:
+def _gave_up(error: Exception, source: Source, faults: dict[int, str]) -> InputError:
     """The error of a pipeline that ended, and of the people whose pictures ended it."""
     if faults:
         first = min(faults)
@@ -333,7 +336,7 @@ def _gave_up(error: RuntimeError, source: Source, faults: dict[int, str]) -> Inp
     )
 
 
-def _reason(error: RuntimeError) -> str:
+def _reason(error: Exception) -> str:
     """The line after "encountered:", or the first one."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     after = lines.index("encountered:") + 1 if "encountered:" in lines else 0

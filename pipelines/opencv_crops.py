@@ -268,6 +268,8 @@ class CropLoader:
             pin_memory=pin,
             worker_init_fn=_start_worker,
             prefetch_factor=PREFETCH if workers else None,
+            # Else each start of a run would take a number from the generator that it restores.
+            generator=torch.Generator(),
         )
 
     def __iter__(self) -> Iterator[RawBatch]:

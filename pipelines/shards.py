@@ -101,6 +101,7 @@ class ShardSet:
         self.indices = [self._path(shard.index) for shard in self.manifest.shards]
         self._extents = self._read_indices()
         self._origin = np.arange(len(self))
+        self._records: npt.NDArray[np.float32] | None = None
         self._files: dict[int, io.BufferedReader] = {}
 
     def __len__(self) -> int:
@@ -114,8 +115,17 @@ class ShardSet:
         return self._component(sample, "jpg")
 
     def record(self, sample: int) -> npt.NDArray[np.float32]:
-        """(record_length,) the record of one person."""
+        """(record_length,) the record of one person; from memory once `records` has read it."""
+        if self._records is not None:
+            return self._records[sample]
         return np.frombuffer(self._component(sample, "f32"), dtype="<f4")
+
+    def rotten_records(self) -> list[int]:
+        """Samples whose record on the disk is no longer the one that `records` has read."""
+        known = () if self._records is None else self._records
+        return [
+            i for i, record in enumerate(known) if self._component(i, "f32") != record.tobytes()
+        ]
 
     def records(self) -> npt.NDArray[np.float32]:
         """(N, record_length) all records, in the order of the samples. Raises InputError.
@@ -135,6 +145,8 @@ class ShardSet:
                 "finite numbers in the ranges of docs/conventions.md, each person once",
                 PACK_AGAIN,
             )
+        records.setflags(write=False)
+        self._records = records
         return records
 
     def facts(self, sample: int) -> dict[str, Any]:
@@ -188,6 +200,7 @@ class ShardSet:
             indices[shard] = folder / self.indices[shard].name
             _write_patched_index(self.indices[shard], indices[shard], origin[mine] - mine[0])
         changed._origin, changed._files, changed.indices = origin, {}, indices
+        changed._records = None if self._records is None else self._records[origin]
         changed._extents = _Extents(
             shard=shard_N,
             key=tuple(self._extents.key[i] for i in origin),

@@ -1,5 +1,6 @@
 """Faults are injected: damaged files, full disks, signals, numbers that are not finite."""
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -381,6 +382,35 @@ def test_a_second_signal_ends_at_once(second):
     os.kill(process.pid, second)
     process.join(20)
     assert process.exitcode == -second and time.monotonic() - began < 10
+
+
+def work_without_an_end_of_pythons(pipe) -> None:
+    """One operation of a second or two, in which Python hears no signal."""
+    signal.signal(signal.SIGCHLD, lambda *_: None)  # as a DataLoader has it
+    with signals.noted() as noted:
+        pipe.send("ready")
+        hashlib.pbkdf2_hmac("sha256", b"", b"", 4_000_000)
+        pipe.send(noted)
+        time.sleep(30)
+
+
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGUSR1, signal.SIGCHLD])
+def test_two_signals_within_one_operation_of_torch_are_two(first):
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe()
+    process = context.Process(target=work_without_an_end_of_pythons, args=(there,))
+    process.start()
+    assert here.recv() == "ready"
+    began = time.monotonic()
+    for number in (first, signal.SIGTERM):
+        time.sleep(0.2)
+        os.kill(process.pid, number)
+    if first == signal.SIGCHLD:  # a worker has ended, and one signal came
+        assert here.recv() == [signal.SIGTERM]
+        process.kill()
+    process.join(20)
+    expected = signal.SIGKILL if first == signal.SIGCHLD else signal.SIGTERM
+    assert process.exitcode == -expected and time.monotonic() - began < 15
 
 
 def test_a_signal_that_torchrun_forwards_once_more_is_the_same_one():

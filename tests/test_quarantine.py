@@ -38,13 +38,13 @@ def damaged(split: Path, copy: Path, *samples: int, fault: bytes = b"\x13") -> P
     return copy
 
 
-def rot(split: Path, sample: int, fault: bytes = b"\x13") -> None:
-    """Overwrite a picture where it lies, so that whoever has the tar open or mapped sees it."""
+def rot(split: Path, sample: int, fault: bytes = b"\x13", part: str = "jpg") -> None:
+    """Overwrite a picture or a record where it lies: who has the tar open or mapped sees it."""
     time.sleep(0.3)  # batches made ahead are done: none sees half of it
     data = ShardSet(split)
     with data.tars[data._extents.shard[sample]].open("r+b", buffering=0) as file:
-        file.seek(int(data._extents.offset["jpg"][sample]))
-        file.write(fault * int(data._extents.size["jpg"][sample] / len(fault)))
+        file.seek(int(data._extents.offset[part][sample]))
+        file.write(fault * int(data._extents.size[part][sample] / len(fault)))
 
 
 def loader_of(name: str, workers: int = 0):
@@ -167,6 +167,37 @@ def test_without_leave_to_skip_a_picture_that_rots_in_mid_run_is_named(
         for _ in range(9):
             loader.next()
     assert caught.value.where == f"{folder / '00001.tar'}: sample 6 (key 000000006)"
+
+
+@pytest.mark.parametrize(("name", "workers"), WITH_WORKERS)
+@pytest.mark.parametrize("fault", [b"\x13", b"\0"])
+def test_a_record_that_rots_in_mid_run_changes_nothing_or_ends_the_run_with_its_name(
+    fault, name, workers, tiny_shards, tmp_path
+):
+    """OpenCV's path has read all records at the start; DALI reads them from the tar."""
+    folder = Path(shutil.copytree(tiny_shards / "train", tmp_path / "train"))
+    whole = loader_of(name)(ShardSet(tiny_shards / "train"), 0, b"")
+    data = ShardSet(folder)
+    data.records()
+    loader = loader_of(name, workers)(data, 0, b"")
+    loader.next(), whole.next()
+    rot(folder, 6, fault, "f32")
+    if name == "opencv":
+        for _ in range(9):
+            assert all(map(torch.equal, loader.next(), whole.next()))
+    elif fault == b"\x13":
+        with pytest.raises(BadSamplesError, match="its record is not what it was") as caught:
+            for _ in range(9):
+                loader.next()
+        assert caught.value.where == f"{folder / '00001.tar'}: sample 6 (key 000000006)"
+        quarantine = Quarantine(data, tmp_path / "run", 5)
+        skipping = SkippingLoader(loader_of(name), quarantine, 0, b"")
+        assert all(skipping.next().input_from_image_N23.isfinite().all() for _ in range(9))
+        assert set(quarantine.faults) == {6}
+    else:  # crops of no numbers; the loss tells, and who is asked for names finds the record
+        assert not all(loader.next().input_from_image_N23.isfinite().all() for _ in range(9))
+        with pytest.raises(InputError, match="sample 6"):
+            data.records()
 
 
 @pytest.mark.parametrize("name", LOADERS)

@@ -78,6 +78,7 @@ def differences(
     batches, batches_of_parts = list[RawBatch](), list[RawBatch]()
     whole = watched(Run(config, place, folder), batches)
     expected = [step(whole).sums.tolist() for _ in range(4)]
+    whole.save(["last.pt"])  # now: the generator is this process's, which the parts change
     part, losses = watched(Run(config, place, folder / "parts"), batches_of_parts), []
     for _ in range(4):
         losses.append(step(part).sums.tolist())
@@ -92,7 +93,6 @@ def differences(
     for name, tensor in whole.network.named_parameters():
         if not torch.equal(tensor, weights[name]):
             differing.append(name)
-    whole.save(["last.pt"])
     if place.is_first:
         state = leaves(checkpoint.load(folder / "last.pt"))
         resumed = leaves(checkpoint.load(folder / "parts" / "last.pt"))
