@@ -35,8 +35,8 @@ from tools.make_shards import main as pack  # noqa: E402
 
 INSIDE = "SOAK_INSIDE"
 """Set in the process that may mount a small disk."""
-DISK_MB = 512
-"""Half an hour leaves some hundred MiB of TensorBoard's pictures."""
+DISK_MB = 1024
+"""Half an hour, twice, leaves some hundred MiB of TensorBoard's pictures."""
 ROTTEN = (2, 7)
 GROWTH = 1.05
 PATIENCE_S = 180
@@ -65,7 +65,7 @@ class Soak:
         return [
             "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2,
             "--max-restarts", 1000,
-            *words(self.shards, self.folder, name, steps, "--train.steps_per_epoch", 50,
+            *words(self.shards, self.folder, name, steps, "--train.steps_per_epoch", 200,
                    "--data.on_bad_sample", "skip", "--data.loader", self.loader,
                    "--data.workers", 1, "--train.keep_last", 1, "--resume", "auto"),
         ]  # fmt: skip
