@@ -58,6 +58,19 @@ def test_a_file_gets_whole_lines_without_control_codes_at_most_one_in_fifteen_se
     assert stream.getvalue() == expected
 
 
+def test_a_long_validation_tells_a_file_how_far_it_is(tiny_shards, tmp_path, monkeypatch, capsys):
+    clock = [100.0]
+    monkeypatch.setattr(screen.time, "monotonic", lambda: clock[0])
+    told = log.Log(tmp_path, tiny_config(tiny_shards), HERE, 3)
+    batch = types.SimpleNamespace(records_NR=np.zeros((4, 1)))
+    for _ in told.validating([batch] * 6, 22):
+        clock[0] += 8
+    told.close()
+    assert capsys.readouterr().err.splitlines() == [
+        f"step 3  validating: {done} of 22 people" for done in (4, 12, 20)
+    ]
+
+
 def test_a_narrow_terminal_keeps_the_most_important_parts():
     parts = ["step 1/9", "0:07 left", "loss 0.1"]
     assert fit(parts, 100) == "step 1/9  0:07 left  loss 0.1"
