@@ -70,6 +70,7 @@ def test_the_page_followed_to_the_letter_ends_in_a_pck_far_above_the_mean_pose(f
     assert list(network["pckh"]["0.5"]["groups"]) == ["head", "hand", "foot"]
     assert network["pckh"]["0.5"]["pooled"] > 0.75 > 0.5 > mean["pckh"]["0.5"]["pooled"]
     assert "Errors are divided by 0.15 x the distance of head and left_foot." in printed[5]
+    assert "PCK@0.5" in printed[4] and "PCKh" not in printed[4] + printed[5]
     # The file of predictions scores as the network did, but for the order of its people.
     assert row_of("predictions @0.1", printed[6]) == row_of("network @0.1", printed[5])
     assert "Other joints: 2 tensors start fresh" in printed[8]
