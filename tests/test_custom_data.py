@@ -11,10 +11,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from configs.mpii import MPII
-from configs.schema import as_dict, config_from_dict, load_yaml
 from pipelines.shards import ShardSet
-from training import checkpoint
 
 PAGE = (ROOT / "docs" / "custom-data.md").read_text()
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -33,15 +30,6 @@ def saved_files() -> dict[str, str]:
 
 def commands() -> list[str]:
     return [block[2] for block in BLOCK.finditer(PAGE) if block[1] == "bash"]
-
-
-def mpii_checkpoint(folder: Path) -> None:
-    """Fresh weights for MPII's joints, of the size of the page's config."""
-    config = config_from_dict(load_yaml(str(folder / "figures.yaml")), "figures.yaml")
-    network = checkpoint.build_network(config, MPII.joint_count)
-    (folder / "runs" / "mpii").mkdir(parents=True)
-    state = {"config": as_dict(config), "skeleton": MPII.plain(), "step": 0, "ema": {}}
-    checkpoint.save(folder / "runs/mpii/best.pt", {**state, "model": network.state_dict()})
 
 
 def bash(command: str, folder: Path) -> str:
@@ -63,7 +51,6 @@ def followed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]
         (folder / name).symlink_to(ROOT / name)
     for name, text in saved_files().items():
         (folder / name).write_text(text)
-    mpii_checkpoint(folder)
     return folder, [bash(command, folder) for command in commands()]
 
 
@@ -76,16 +63,20 @@ def row_of(name: str, printed: str) -> list[str]:
 @pytest.mark.slow
 def test_the_page_followed_to_the_letter_ends_in_a_pck_far_above_the_mean_pose(followed):
     folder, printed = followed
-    assert len(printed) == 8
+    assert len(printed) == 9
     pck = json.loads((folder / "pck.json").read_text())
     network, mean = pck["network"], pck["mean pose"]
     assert network["people"] == 20 and network["joints_counted"] == 100
     assert list(network["pckh"]["0.5"]["groups"]) == ["head", "hand", "foot"]
     assert network["pckh"]["0.5"]["pooled"] > 0.75 > 0.5 > mean["pckh"]["0.5"]["pooled"]
     assert "Errors are divided by 0.15 x the distance of head and left_foot." in printed[5]
+    assert "PCK@0.5" in printed[4] and "PCKh" not in printed[4] + printed[5]
     # The file of predictions scores as the network did, but for the order of its people.
     assert row_of("predictions @0.1", printed[6]) == row_of("network @0.1", printed[5])
-    assert "Other joints: 2 tensors start fresh" in printed[7]
+    assert "Other joints: 2 tensors start fresh" in printed[8]
+    lines = (folder / "runs/figures_from_people/metrics.jsonl").read_text().splitlines()
+    begun = json.loads(lines[-1])
+    assert begun["kind"] == "valid" and begun["pckh@0.1_pooled"] > network["pckh"]["0.1"]["pooled"]
 
 
 @pytest.mark.slow

@@ -47,7 +47,7 @@ FIGURES += "test_the_page_followed_to_the_letter_ends_in_a_pck_far_above_the_mea
 ELSEWHERE = {
     r"make (demo|test|test-slow)$": ".ci/run",
     r"make (docs-check|lint)$": "make test",
-    r"(python|tar|evaluate).*figures": FIGURES,
+    r"(python|tar|evaluate).*(figures|data/people|data/shards/people)": FIGURES,
     r"torchrun .*evaluate\.py": "tests/test_evaluate.py::"
     "test_predictions_do_not_depend_on_the_batch_size_or_the_number_of_processes",
     r"torchrun .*train\.py": "tests/test_training.py::"
