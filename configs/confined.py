@@ -5,6 +5,7 @@ child is a fork, so that this costs milliseconds; it parses, says how it went, a
 """
 
 import faulthandler
+import gc
 import json
 import os
 import signal
@@ -80,6 +81,7 @@ def _in_words(code: int) -> str:
 
 def _be_child(parse: Callable[[], object], writer: int) -> NoReturn:
     """Parse and tell; whatever happens, this process does nothing else."""
+    gc.disable()  # what is inherited may want threads that are not here to be destroyed
     try:
         _limit()
         told: dict[str, Any] = {}

@@ -273,7 +273,7 @@ class CropLoader:
         )
 
     def __iter__(self) -> Iterator[RawBatch]:
-        with _signals_held():
+        with _signals_held(), _garbage_held():
             batches = iter(self._batches)
         for batch in batches:
             if isinstance(batch, InputError):
@@ -350,9 +350,26 @@ def _signals_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+@contextmanager
+def _garbage_held() -> Iterator[None]:
+    """Destroy nothing that only the collector finds; processes started meanwhile begin so.
+
+    What a worker inherits is not for it to destroy: a dead pipeline of DALI would wait for threads
+    that are not there.
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
 def _start_worker(worker: int) -> None:
     """Leave the other cores to the other workers, keep buffers, end when the main process says."""
-    gc.freeze()  # what is inherited is not for this process to destroy: its threads are not here
+    gc.freeze()  # see _garbage_held
+    gc.enable()
     cv2.setNumThreads(0)
     keep_freed_memory()
     if hasattr(signal, "sigwaitinfo"):

@@ -1,5 +1,6 @@
 """Faults are injected: damaged files, full disks, signals, numbers that are not finite."""
 
+import gc
 import hashlib
 import json
 import multiprocessing
@@ -348,6 +349,31 @@ def test_too_little_shared_memory_is_said_and_hangs_nothing(
     assert done.returncode == 2, done.stderr[-2000:]
     assert "no room for a batch of" in done.stderr and "--shm-size" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_worker_never_destroys_what_it_inherits(tiny_shards, tmp_path):
+    """A dead pipeline of DALI would wait for its threads, which are not in the worker, for ever."""
+    armed, log = [True], tmp_path / "log"
+
+    class Inherited:
+        def __init__(self):
+            self.cycle = self
+
+        def __del__(self):
+            log.touch()
+
+    def inherit() -> None:
+        if armed:
+            gc.set_threshold(1)
+            Inherited()
+
+    os.register_at_fork(after_in_child=inherit)
+    try:
+        steps(make_run(tiny_config(tiny_shards, data={"workers": 1}), tmp_path / "run"), 2)
+    finally:
+        armed.clear()
+    assert not log.exists()
+    assert gc.isenabled()
 
 
 def subprocess_kill(pid: int, number: int) -> None:

@@ -34,13 +34,18 @@ def damaged(split: Path, copy: Path, *samples: int, fault: bytes = b"\x13") -> P
     """A copy of a split in which these pictures are noise from their first byte to their last."""
     shutil.copytree(split, copy)
     for sample in samples:
-        rot(copy, sample, fault)
+        overwrite(copy, sample, fault)
     return copy
 
 
 def rot(split: Path, sample: int, fault: bytes = b"\x13", part: str = "jpg") -> None:
-    """Overwrite a picture or a record where it lies: who has the tar open or mapped sees it."""
-    time.sleep(0.3)  # batches made ahead are done: none sees half of it
+    """The same in mid-run, once all batches are made that are made ahead: none sees half of it."""
+    time.sleep(0.3)
+    overwrite(split, sample, fault, part)
+
+
+def overwrite(split: Path, sample: int, fault: bytes, part: str = "jpg") -> None:
+    """A picture or a record, where it lies: whoever has the tar open or mapped sees it."""
     data = ShardSet(split)
     with data.tars[data._extents.shard[sample]].open("r+b", buffering=0) as file:
         file.seek(int(data._extents.offset[part][sample]))

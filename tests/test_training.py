@@ -477,6 +477,23 @@ def test_training_without_shards_says_what_to_do(tmp_path):
     assert not (tmp_path / "hourglass").exists(), "a run that never began left a folder"
 
 
+@pytest.mark.parametrize("split", ["train", "valid"])
+@pytest.mark.parametrize("fault", ["a tar cut off", "an index of another tar", "a lying manifest"])
+def test_a_run_on_damaged_shards_is_refused_before_it_begins(fault, split, tiny_shards, tmp_path):
+    data = Path(shutil.copytree(tiny_shards, tmp_path / "data"))
+    if fault == "a tar cut off":
+        os.truncate(data / split / "00000.tar", 30_000)
+    elif fault == "an index of another tar":
+        other = {"train": "train/00001.idx", "valid": "train/00000.idx"}[split]
+        shutil.copy(data / other, data / split / "00000.idx")
+    else:
+        manifest = data / split / "manifest.json"
+        manifest.write_text(manifest.read_text().replace('"people": 5', '"people": 4', 1))
+    with pytest.raises(InputError) as caught:
+        make_run(tiny_config(data), tmp_path / "run")
+    assert str(data / split) in caught.value.where and not list((tmp_path / "run").iterdir())
+
+
 @pytest.mark.slow
 def test_two_ranks_train_validate_and_resume_under_torchrun(tiny_shards, tmp_path):
     words = ["--data.shards", tiny_shards, "--train.out", tmp_path, "--train.name", "r", *SMALL,
