@@ -317,13 +317,15 @@ def _add_output(out: argparse._ArgumentGroup) -> None:
 
 def newest_checkpoint(runs: Path) -> Path:
     """best.pt of the run that wrote one last. Raises InputError."""
-    for name in (BEST, LAST):
-        found = sorted(runs.glob(f"*/{name}"), key=lambda path: path.stat().st_mtime)
-        if found and name == BEST:
-            return found[-1]
-    if found:
-        advice = f"python evaluate.py --checkpoint {shlex.quote(str(found[-1]))}"
-        why = f"no */{BEST}, which comes with the first validation, but {found[-1]}"
+    best, last = (
+        sorted(runs.glob(f"*/{name}"), key=lambda path: path.stat().st_mtime)
+        for name in (BEST, LAST)
+    )
+    if best:
+        return best[-1]
+    if last:
+        advice = f"python evaluate.py --checkpoint {shlex.quote(str(last[-1]))}"
+        why = f"no */{BEST}, which comes with the first validation, but {last[-1]}"
         raise InputError(runs, why, "a validated run of train.py", advice)
     raise InputError(
         runs, f"no */{BEST}", "a run of train.py", "train first, or give --checkpoint PATH"

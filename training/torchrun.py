@@ -6,6 +6,7 @@ import os
 import socket
 import time
 import uuid
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -83,7 +84,9 @@ def speaks(text: str) -> bool:
 def tell(text: str) -> None:
     """Write a message where torchrun's summary of failures takes it from, under `traceback`."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if path:
+    if not path:
+        return
+    with suppress(OSError):  # the message is what counts
         extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
         Path(path).write_text(json.dumps({"message": {"message": text, "extraInfo": extra}}))
 
