@@ -652,7 +652,7 @@ def test_ctrl_c_ends_with_130_and_says_how_to_continue(
         wait_until((tmp_path / "out.partial" / "train" / "00001.tar").exists, 30)
     os.killpg(run.pid, signal.SIGINT)  # as a terminal does: to the workers, too
     try:
-        _, errors = run.communicate(timeout=20)
+        _, errors = run.communicate(timeout=120)
     finally:
         end_group(run)
     assert run.returncode == 130
