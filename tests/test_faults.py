@@ -203,11 +203,12 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole_and_the_run_alive(
 ):
     config = tiny_config(tiny_shards, train={"steps": 6, "steps_per_epoch": 2})
     run = make_run(config, tmp_path)
-    (tmp_path / "step_00000004.pt.tmp").symlink_to("/dev/full")
     seen = {}
     real = run.save
 
     def save(names: list[str]) -> None:
+        if run.step == 4:
+            (tmp_path / "step_00000004.pt.tmp").symlink_to("/dev/full")
         real(names)
         seen[run.step] = checkpoint.load(tmp_path / "last.pt")["step"]
 
@@ -215,14 +216,20 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole_and_the_run_alive(
     run.train()
     assert seen == {2: 2, 4: 2, 6: 6}
     text = " ".join(capsys.readouterr().err.split())
-    assert "WARNING: no checkpoint of step 4 could be written" in text
+    assert text.count("WARNING: no checkpoint of step 4 could be written") == 1
     assert "No space left on device; training goes on" in text
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full to write to")
 def test_a_run_whose_end_could_not_be_written_does_not_end_well(tiny_shards, tmp_path):
     run = make_run(tiny_config(tiny_shards, train={"steps": 2, "steps_per_epoch": 2}), tmp_path)
-    (tmp_path / "step_00000002.pt.tmp").symlink_to("/dev/full")
+    real = run.save
+
+    def save(names: list[str]) -> None:
+        (tmp_path / "step_00000002.pt.tmp").symlink_to("/dev/full")
+        real(names)
+
+    run.save = save  # type: ignore[method-assign]
     with pytest.raises(InputError, match="no checkpoint of step 2"):
         run.train()
 
@@ -473,6 +480,22 @@ def test_a_signal_in_the_last_step_of_an_epoch_leaves_the_validation_for_later(
     make_run(
         tiny_config(tiny_shards, train={"steps": 4, "steps_per_epoch": 2}), tmp_path, state
     ).train()
+    assert [line["step"] for line in metrics(tmp_path, "valid")] == [2, 4]
+
+
+def test_a_validation_that_fails_loses_no_step_of_its_epoch(tiny_shards, tmp_path):
+    config = tiny_config(tiny_shards, train={"steps": 4, "steps_per_epoch": 2})
+    run = make_run(config, tmp_path)
+
+    def rotten(progress):
+        raise InputError("valid/00000.tar, key 000000001", "no picture", "a JPEG", "replace it")
+
+    run.validate = rotten  # type: ignore[method-assign]
+    with pytest.raises(InputError, match="key 000000001"):
+        run.train()
+    state = checkpoint.load(tmp_path / "last.pt")
+    assert state["step"] == 2 and state["validation_due"]
+    make_run(config, tmp_path, state).train()
     assert [line["step"] for line in metrics(tmp_path, "valid")] == [2, 4]
 
 

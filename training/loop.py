@@ -150,6 +150,7 @@ class Run:
                 if self.interrupted:  # there may be seconds left: no time to validate
                     self.save([LAST])
                 elif self.validation_due:
+                    self.save([LAST])  # whatever may happen in a validation
                     result = self._finish_epoch()
                 totals = Totals(place.device)
             self._say_why_it_ended(noted)
@@ -354,8 +355,12 @@ class Run:
                 keeping.save(self.folder, state, names, self.config.train.keep_last)
                 self.unsaved = ""
             except OSError as error:
-                self.unsaved = f"no checkpoint of step {self.step} could be written: {error}"
-                self.log.say(f"WARNING: {self.unsaved}; training goes on")
+                before, self.unsaved = (
+                    self.unsaved,
+                    (f"no checkpoint of step {self.step} could be written: {error}"),
+                )
+                if self.unsaved != before:
+                    self.log.say(f"WARNING: {self.unsaved}; training goes on")
         runtime.barrier(self.place)
 
     def _state(self, rng: list[bytes], loaders: list[bytes]) -> State:
