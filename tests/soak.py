@@ -35,8 +35,8 @@ from tools.make_shards import main as pack  # noqa: E402
 
 INSIDE = "SOAK_INSIDE"
 """Set in the process that may mount a small disk."""
-DISK_MB = 1024
-"""Half an hour, twice, leaves some hundred MiB of TensorBoard's pictures."""
+DISK_MB = 256
+"""Half an hour, twice, leaves a hundred of them at most."""
 ROTTEN = (2, 7)
 GROWTH = 1.05
 PATIENCE_S = 180
@@ -126,10 +126,10 @@ class Soak:
         self.done.append("full disk")
         tell(f"step {last_step(self.run)}: full disk")
         failed = self.log.read_text().count("training goes on")
-        with (self.folder / "full").open("wb") as file, contextlib.suppress(OSError):
-            while True:
-                file.write(bytes(1 << 16))
-                file.flush()
+        with (self.folder / "full").open("wb", buffering=0) as file:
+            with contextlib.suppress(OSError):
+                while True:
+                    file.write(bytes(1 << 16))
         self.wait_for(
             lambda: (
                 self.log.read_text().count("training goes on") > failed
@@ -244,7 +244,7 @@ def main() -> int:
         if os.environ[INSIDE] == "disk":
             size = f"size={DISK_MB}m"
             subprocess.run(["mount", "-t", "tmpfs", "-o", size, "x", folder / "disk"], check=True)
-            at_end.callback(subprocess.run, ["umount", folder / "disk"], check=True)
+            at_end.callback(subprocess.run, ["umount", "--lazy", folder / "disk"], check=True)
         soak = Soak(folder / "disk", folder / "shards", options.loader, options.minutes,
                     options.every)  # fmt: skip
         steps = soak.soak()
