@@ -126,10 +126,10 @@ class Soak:
         self.done.append("full disk")
         tell(f"step {last_step(self.run)}: full disk")
         failed = self.log.read_text().count("training goes on")
-        with (self.folder / "full").open("wb", buffering=0) as file:
-            with contextlib.suppress(OSError):
-                while True:
-                    file.write(bytes(1 << 16))
+        full = (self.folder / "full").open("wb", buffering=0)
+        with full as file, contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(1 << 16))
         self.wait_for(
             lambda: (
                 self.log.read_text().count("training goes on") > failed
