@@ -193,4 +193,3 @@ def test_workers_find_the_same_as_one_process(packed):
         for workers in (1, 2)
     ]  # fmt: skip
     assert [d.returncode for d in done] == [1, 1] and done[0].stdout == done[1].stdout
-    assert "checking train" in done[1].stderr
