@@ -129,8 +129,9 @@ def _check_kinds(state: State, path: Path) -> None:
     try:
         skeleton_from_plain(state["skeleton"])
         for name in ("model", "ema"):
-            tensors = state.get(name) or {}
-            if not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+            tensors = state.get(name, {})
+            whole = isinstance(tensors, dict)
+            if not whole or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
                 raise ValueError(f"{name} has values that are no tensors")
         if type(state["step"]) is not int or state["step"] < 0:
             raise ValueError(f"step {state['step']!r:.100}")
