@@ -423,7 +423,8 @@ def test_a_compressed_checkpoint_is_refused(state, tmp_path):
 @pytest.mark.parametrize(
     "change",
     [{"step": -1}, {"step": "6"}, {"model": [1]}, {"model": {"a": 3}}, {"model": 0.0}, {"ema": 7},
-     {"config": 3}, {"config": {}}, {"config": {"data": {"preset": "no"}}}, {"skeleton": {}}, {"skeleton": None},
+     {"config": 3}, {"config": {}}, {"config": {"data": {"preset": "no"}}}, {"skeleton": {}},
+     {"skeleton": None},
      {"skeleton": {"names": ["a"], "name": 1, "flip_pairs": [[0, 5]], "limbs": [], "groups": []}}],
 )  # fmt: skip
 def test_a_checkpoint_of_other_contents_is_refused(change, state, tmp_path):
