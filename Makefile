@@ -1,4 +1,5 @@
 # make demo       the whole way on synthetic people, from nothing to a picture of predictions
+#                 (DEMO=data/other draws them there, if data/synthetic holds others)
 # make test       lint, types, and the default test suite
 # make test-slow  the tests that take longer
 # make test-gpu PYTHON=python3    the tests that need a GPU, with a Python that is already there
@@ -30,7 +31,7 @@ FUZZ ?=
 SOAK ?=
 OUT ?= runs/gpu
 
-.PHONY: demo install lint test test-slow test-gpu docs-check fuzz soak bench clean-demo bench-gpu-loader bench-gpu-train bench-gpu-accuracy
+.PHONY: demo install lint test test-slow test-gpu docs-check fuzz soak bench bench-gpu-loader bench-gpu-train bench-gpu-accuracy
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -57,16 +58,14 @@ endif
 	@echo $(CUDA) > .venv/cuda
 	@touch $@
 
-demo: install clean-demo
+demo: install
 	$(PYTHON) tools/make_synthetic.py --output $(DEMO) --train 1500 --valid 300 --max-width 640
 	$(PYTHON) tools/make_shards.py --annotations $(DEMO)/annot --images $(DEMO)/images --output data/shards/synthetic
+	@rm -rf runs/demo
 	$(PYTHON) train.py --config configs/demo.yaml
 	$(PYTHON) evaluate.py --checkpoint runs/demo/best.pt --json runs/demo/pckh.json --report runs/demo/report --picture runs/demo/predictions.png
 
 # The demo's own run alone; a packed data set is kept and packed again only if it changed.
-clean-demo:
-	@rm -rf runs/demo
-
 lint: install
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .

@@ -51,12 +51,13 @@ def main() -> int:
         if options["init_from"] and not state:
             start_from(Path(options["init_from"]), run)
         run.remarks = remarks + run.remarks
+        runtime.decided_by_first(lambda: keeping.begin(folder, launchers), place)
         if place.is_first:
-            keeping.begin(folder, launchers)
             announce(run)
+        began_at = run.step
         run.train()
         if place.is_first:
-            conclude(run)
+            conclude(run, began_at)
         # torchrun takes any other code for a failure, and starts the ranks again.
         return EXIT_RESUME if run.interrupted and not torchrun.started_us() else 0
     except RuntimeError as error:
@@ -202,8 +203,8 @@ def describe_pictures(crop: CropRule | None, input_px: int) -> str:
     return f"crops as far as {crop.preset} reaches, {crop.person_px} px a person at most{small}"
 
 
-def conclude(run: Run) -> None:
-    """Say what was made, and the command that comes next."""
+def conclude(run: Run, began_at: int) -> None:
+    """Say what was made, and the command that comes next. began_at: the step of this start."""
     made = {
         "config.yaml": "every setting",
         LAST: f"weights, optimizer and place in the data after step {run.step:,}",
@@ -215,6 +216,8 @@ def conclude(run: Run) -> None:
         PEOPLE: "people of the last validation",
         BOARD: f"tensorboard --logdir {run.folder}",
     }
+    if run.step == began_at:
+        print(f"The run was done: step {run.step:,} is its last. More: --train.steps")
     print(f"Made, after {run.step:,} of {run.config.train.steps:,} steps:")
     for name, what in made.items():
         if (run.folder / name).exists():

@@ -13,7 +13,8 @@ EXIT_BAD_INPUT = 2
 EXIT_RESUME = 75
 """A signal ended the run, its checkpoint is written: start it again (EX_TEMPFAIL of sysexits.h)."""
 EXIT_INTERRUPTED = 130
-_USERS_TO_MEND = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT}
+_USERS_TO_MEND = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT,
+                  errno.ENOTDIR, errno.EISDIR, errno.EEXIST}  # fmt: skip
 
 
 class InputError(Exception):

@@ -1,11 +1,13 @@
 """Whom to evaluate on: a split of shards, or an annotation file with loose pictures."""
 
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from configs.errors import InputError
 from configs.skeleton import Skeleton, require_same_joints
 from pipelines.annotations import People, read_annotations
 from pipelines.manifest import MANIFEST
@@ -45,10 +47,21 @@ def from_shards(folder: Path) -> Subjects:
     folder = split_to_evaluate(folder)
     shards = ShardSet(folder)
     people, samples = shards.people()
-    beside = folder.parent / "train"
-    train = ShardSet(beside) if (beside / MANIFEST).is_file() else None
     skeleton = shards.manifest.skeleton
-    if train:
-        require_same_joints(train.manifest.skeleton, skeleton, beside, folder)
-    seen = train.people()[0] if train else None
-    return Subjects(people, shards, samples, skeleton, seen, str(folder))
+    train = _people_to_train_on(folder.parent / "train", skeleton, folder)
+    return Subjects(people, shards, samples, skeleton, train, str(folder))
+
+
+def _people_to_train_on(beside: Path, skeleton: Skeleton, folder: Path) -> People | None:
+    """Those of the training split, if there is one; a damaged one is said, and costs no more."""
+    if not (beside / MANIFEST).is_file():
+        return None
+    try:
+        train = ShardSet(beside)
+        people = train.people()[0]
+    except InputError as error:
+        print(f"no mean pose, for the training split is damaged: {error.where}: {error.found}",
+              file=sys.stderr)  # fmt: skip
+        return None
+    require_same_joints(train.manifest.skeleton, skeleton, beside, folder)
+    return people

@@ -179,6 +179,15 @@ def test_evaluate_takes_the_newest_run_and_writes_what_was_asked_for(
     assert np.array([e["keypoints"] for e in entries]).shape == (5, 16, 3)
 
 
+def test_a_damaged_training_split_costs_the_mean_pose_alone(trained, tiny_shards, tmp_path):
+    shutil.copytree(tiny_shards, tmp_path / "shards")
+    os.truncate(tmp_path / "shards" / "train" / "00000.tar", 3000)
+    done = command("--checkpoint", trained / "best.pt", "--shards", tmp_path / "shards")
+    assert done.returncode == 0, done.stderr
+    assert "network @0.5" in done.stdout and "mean pose" not in done.stdout
+    assert "no mean pose, for the training split is damaged" in done.stderr
+
+
 def test_files_are_written_even_if_nobody_reads_the_table(trained, tmp_path):
     """As with `| head`; and a run's folder stands for its best.pt."""
     words = [sys.executable, "evaluate.py", "--checkpoint", trained, "--workers", "0",

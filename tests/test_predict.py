@@ -124,6 +124,17 @@ def test_the_python_call_and_the_program_agree(run, estimator, tiny_set, tmp_pat
     assert keypoints.shape == (5, estimator.skeleton.joint_count, 2)
 
 
+@pytest.mark.parametrize(
+    ("picture", "boxes", "message"),
+    [(np.zeros((9, 9, 3), np.uint8), [[1, 1, -5, 3]], "above 0"),
+     (np.zeros((9, 9, 3), np.uint8), [[1, 1, 0, 3]], "above 0"),
+     (torch.zeros(1, 9, 9), None, "a Tensor"), (".", None, "a folder")],
+)  # fmt: skip
+def test_what_is_no_box_or_no_picture_is_told(picture, boxes, message, estimator):
+    with pytest.raises(InputError, match=message):
+        estimator(picture, boxes)
+
+
 def test_a_box_without_a_margin_is_a_centre_and_a_scale(estimator, tiny_set):
     picture = next((tiny_set / "images").glob("*.jpg"))
     box = estimator(picture, [40.5, 30.5, 80, 80], margin=1.0)

@@ -470,6 +470,29 @@ def test_train_then_resume_from_the_command_line(tiny_shards, tmp_path):
     assert "convolution" in (tmp_path / "r" / "trace.json").read_text()
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no such locks there")
+def test_a_run_that_another_process_trains_is_refused(tiny_shards, tmp_path):
+    held = "import sys, pathlib; from training import keeping; keeping.begin(pathlib.Path("
+    held += "sys.argv[1]), []); print('held', flush=True); sys.stdin.read()"
+    words = ["--data.shards", tiny_shards, "--train.out", tmp_path, "--train.name", "r", *SMALL]
+    with subprocess.Popen([sys.executable, "-c", held, tmp_path / "r"], cwd=ROOT,
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:  # fmt: skip
+        assert other.stdout.readline() == b"held\n"
+        done = command(*words, "--resume", "auto")
+        assert done.returncode == 2 and f"(process {other.pid} on " in done.stderr, done.stderr
+        other.communicate()
+    assert command(*words, "--resume", "auto").returncode == 0, "the lock outlived its process"
+    again = command(*words, "--resume")
+    assert "The run was done: step 4 is its last" in again.stdout
+
+
+def test_an_output_folder_in_a_file_is_one_message(tiny_shards, tmp_path):
+    (tmp_path / "file").touch()
+    done = command("--data.shards", tiny_shards, "--train.out", tmp_path / "file", *SMALL)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"error: {tmp_path / 'file'}" in done.stderr
+
+
 def test_training_without_shards_says_what_to_do(tmp_path):
     done = command("--data.shards", tmp_path / "none", "--train.out", tmp_path, *SMALL)
     assert done.returncode == 2 and "Traceback" not in done.stderr

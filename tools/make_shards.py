@@ -414,8 +414,8 @@ def check_space(options: Options, jobs: list[Job], pictures: dict[str, Picture])
     if need > free:
         raise InputError(
             options.output,
-            f"{free / 1e9:,.2f} GB free",
-            f"{need / 1e9:,.2f} GB for the shards",
+            f"{free / 1e6:,.1f} MB free",
+            f"{need / 1e6:,.1f} MB for the shards",
             "make room, or name a place on another disk with --output",
         )
 
@@ -564,7 +564,8 @@ def summarise(options: Options, manifests: list[Manifest], seconds: float) -> No
     folder = shlex.quote(str(options.output))
     if "train" in options.splits:
         preset = f" --data.preset {options.crop.preset}" if options.crop else ""
-        print(f"next: python train.py --data.shards {folder}{preset}")
+        print(f"next: python train.py --config configs/2hg.yaml --data.shards {folder}{preset}")
+        print("      (or another of configs/: they are recipes for other data and other budgets)")
     else:
         print(f"next: python evaluate.py --checkpoint PATH --shards {folder}")
 

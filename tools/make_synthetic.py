@@ -72,6 +72,7 @@ def main() -> None:
         f"next: python tools/make_shards.py --annotations {args.output}/annot"
         f" --images {args.output}/images --output data/shards/synthetic"
     )
+    print("then: python train.py --config configs/demo.yaml (their sides differ: no mirroring)")
 
 
 def make_parser() -> Parser:

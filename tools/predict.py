@@ -302,6 +302,9 @@ def overlay_path(
         raise InputError(
             out, f"one file, for {len(pictures)} pictures", "a folder", "name a folder"
         )
+    if out.suffix and not out.is_dir() and len(pictures) == 1:
+        kinds = " ".join(sorted(PICTURES))
+        raise InputError(out, "another kind of file", f"a folder, or one of {kinds}", "name it so")
     inside = picture.people[0].image if options.people else picture.path.name
     path = out / inside
     return path if path.suffix.lower() in PICTURES else path.with_suffix(".png")

@@ -185,10 +185,14 @@ def read_picture(picture: Picture, upright: bool = True) -> npt.NDArray[np.uint8
     """
     if isinstance(picture, np.ndarray):
         return _checked_array(picture)
+    if not isinstance(picture, (str, Path)):
+        raise InputError("picture", f"a {type(picture).__name__}", "a path, or a numpy array",
+                         "convert it, such as tensor.numpy()")  # fmt: skip
     flags = cv2.IMREAD_COLOR | (0 if upright else cv2.IMREAD_IGNORE_ORIENTATION)
     path = Path(picture)
     if not path.is_file():
-        raise InputError(path, "no such file", "a picture", "give its path")
+        found = "a folder" if path.is_dir() else "no such file"
+        raise InputError(path, found, "a picture", "give its path")
     content = path.read_bytes()
     require_sane_size(content, path, _MOST_PIXELS)
     data = np.frombuffer(content, dtype=np.uint8)
@@ -222,7 +226,12 @@ def _checked_array(image: npt.NDArray) -> npt.NDArray[np.uint8]:
 
 def _squares(boxes: Any, centers: Any, scales: Any, margin: float) -> list[Square] | None:
     if boxes is not None and centers is None and scales is None:
-        return [square_about(row, margin) for row in _rows(boxes, "boxes", 4)]
+        rows = _rows(boxes, "boxes", 4)
+        if not (rows[:, 2:] > 0).all():
+            smallest = rows[:, 2:].min(axis=0).tolist()
+            expected = "x, y, width, height in px, the last two above 0"
+            raise InputError("boxes", f"a width or height of {smallest}", expected, "correct it")
+        return [square_about(row, margin) for row in rows]
     if boxes is None and centers is not None and scales is not None:
         middles = _rows(centers, "centers", 2)
         sizes = np.asarray(scales, dtype=np.float64).reshape(-1)

@@ -7,6 +7,7 @@ it.
 
 import os
 import shutil
+import socket
 from pathlib import Path
 
 from configs.errors import InputError
@@ -16,6 +17,8 @@ from training.checkpoint import State
 LAST, BEST = "last.pt", "best.pt"
 RESUME_ME = "resume_me"
 """Is in the folder of a run that a signal ended, until the run goes on."""
+LOCK = "lock"
+"""Is held by the process that trains the run, and names it."""
 LAUNCHERS = "launchers"
 """The torchrun processes that the run's ranks were last started by."""
 
@@ -69,9 +72,37 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def begin(folder: Path, launchers: list[str]) -> None:
-    """Make a run's folder, and note who started it."""
+    """Make a run's folder, keep other processes out of it, and note who started it."""
     folder.mkdir(parents=True, exist_ok=True)
+    lock(folder)
     (folder / LAUNCHERS).write_text("".join(f"{name}\n" for name in launchers))
+
+
+def lock(folder: Path) -> None:
+    """Keep other processes from training this run until this one ends. Raises InputError.
+
+    The lock is the kernel's: it goes with the process, however that ends, and worker processes do
+    not inherit it. Where there are no locks nobody is kept out.
+    """
+    try:
+        import fcntl  # it is there on Linux and macOS
+    except ImportError:
+        return
+    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT)  # stays open
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        holder = os.read(descriptor, 200).decode(errors="replace").strip()
+        raise InputError(
+            folder,
+            f"another process that trains this run ({holder})",
+            "one at a time",
+            "wait for its end, stop it, or choose another --train.name",
+        ) from error
+    except OSError:  # a file system without locks
+        return
+    os.truncate(descriptor, 0)
+    os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 
 
 def was_begun_by(folder: Path, launchers: list[str]) -> bool:
