@@ -170,7 +170,7 @@ def test_summary_names_the_next_command(
     main(pack_arguments(tiny_set, tmp_path / "out"))
     text = capsys.readouterr().out
     assert "12 people in 3 shards" in text and "5 people in 1 shards" in text
-    assert f"python train.py --data.shards {tmp_path / 'out'}" in text
+    assert f"python train.py --config configs/2hg.yaml --data.shards {tmp_path / 'out'}" in text
 
 
 # Pictures that are refused
@@ -724,7 +724,7 @@ def test_full_disk_is_refused_before_anything_is_written(
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=need))
     error = refused(pack_arguments(tiny_set, tmp_path / "out"))
-    assert error.found == "0.00 GB free" and error.expected.endswith("GB for the shards")
+    assert error.found == "0.2 MB free" and error.expected.endswith("MB for the shards")
     assert not (tmp_path / "out").exists() and not list(tmp_path.rglob("*.tar"))
 
 
