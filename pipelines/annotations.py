@@ -471,11 +471,17 @@ def head_length(
     return np.where(known, HEAD_LENGTH_FROM_NECK_TO_TOP * length, 0.0)
 
 
+_LONGEST_NAME, _LONGEST_PART = 1024, 255
+"""Bytes of a name with its folders, and of a file's or folder's own, which is what disks take."""
+
+
 def safe_name(name: str) -> bool:
-    """Whether a file name stays in the folder that it is joined to."""
+    """Whether a file name stays in the folder that it is joined to, and no disk finds it long."""
+    if not name.isprintable() or len(name.encode()) > _LONGEST_NAME:
+        return False
     parts = re.split(r"[/\\]", name)
     plain = "" not in parts and not {".", ".."} & set(parts) and ":" not in parts[0]
-    return plain and name.isprintable()
+    return plain and all(len(part.encode()) <= _LONGEST_PART for part in parts)
 
 
 def stays_inside(folder: Path, name: str) -> bool:

@@ -350,6 +350,7 @@ def test_manifest_of_another_version_is_named(packed: Path) -> None:
         lambda raw: raw["shards"][0].update(tar="../train/00000.tar"),
         lambda raw: raw["shards"][0].update(index="/etc/passwd"),
         lambda raw: raw["shards"][0].update(tar=""),
+        lambda raw: raw["shards"][0].update(tar="9" * 300 + ".tar"),
         lambda raw: raw["shards"][0].update(tar=".."),
         lambda raw: raw["shards"][0].update(tar="a\0b"),
         lambda raw: raw.pop("skeleton"),
