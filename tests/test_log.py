@@ -5,6 +5,7 @@ import json
 import math
 import re
 import sys
+import traceback
 import types
 from pathlib import Path
 
@@ -69,6 +70,22 @@ def test_a_long_validation_tells_a_file_how_far_it_is(tiny_shards, tmp_path, mon
     assert capsys.readouterr().err.splitlines() == [
         f"step 3  validating: {done} of 22 people" for done in (4, 12, 20)
     ]
+
+
+def test_tensorboard_begins_anew_after_a_full_disk_and_keeps_no_tracebacks(
+    tiny_shards, tmp_path, capsys
+):
+    told = log.Log(tmp_path, tiny_config(tiny_shards), HERE, 0)
+    full = OSError(28, "No space left on device")
+    told._board._get_file_writer().event_writer._async_writer._worker.exception = full
+    for step in range(1, 6):
+        told.train(step, {"loss": float(step), "wait_share": 0.0, "people_per_s": 9.0})
+    told.close()
+    assert capsys.readouterr().err.count("the log cannot be written") == 1
+    frames = sum(1 for _ in traceback.walk_tb(full.__traceback__))
+    assert frames < 20, "each later call makes it longer"
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [2, 3, 4, 5]
 
 
 def test_a_narrow_terminal_keeps_the_most_important_parts():
@@ -243,12 +260,12 @@ def test_the_end_names_everything_that_was_made_and_the_next_command(tiny_shards
     folder = tmp_path / "run"
     run = make_run(tiny_config(tiny_shards), folder)
     run.train()
-    train_program.conclude(run)
+    train_program.conclude(run, 0)
     text = capsys.readouterr().out
     assert all(str(path) in text for path in folder.iterdir())
     assert f"Next: python evaluate.py --checkpoint {folder / 'best.pt'}" in text
     run.interrupted = True
-    train_program.conclude(run)
+    train_program.conclude(run, 0)
     assert f"train.py --config {folder / 'config.yaml'} --resume" in capsys.readouterr().out
 
 

@@ -5,7 +5,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -106,7 +106,9 @@ class Log:
         self._pckh = _last_pckh(folder / METRICS)
         self._started = time.perf_counter()
         self._file = (folder / METRICS).open("a")
-        self._board = SummaryWriter(str(folder / BOARD), purge_step=first_step)
+        self._board: SummaryWriter | None = SummaryWriter(
+            str(folder / BOARD), purge_step=first_step
+        )
         self._tracker = Tracker(config, folder)
         self._screen = Screen()
         self._values: dict[str, float] = {}
@@ -167,7 +169,9 @@ class Log:
                     encoded_image_string=data,
                 ),
             )
-            self._board._get_file_writer().add_summary(Summary(value=[value]), step)
+            self._on_board(
+                lambda board: board._get_file_writer().add_summary(Summary(value=[value]), step)  # noqa: B023
+            )
             self._tracker.picture(step, f"pictures/{Path(name).stem}", image[..., ::-1])
 
     def say(self, text: str) -> None:
@@ -182,7 +186,8 @@ class Log:
             if self._screen.is_live and self._values:
                 self._screen.show(self._parts(), at_once=True)
             self._screen.close()
-            for each in (self._tracker, self._board, self._file):
+            self._on_board(SummaryWriter.close)
+            for each in (self._tracker, self._file):
                 with self._losses_allowed():
                     each.close()
 
@@ -227,11 +232,27 @@ class Log:
         with self._losses_allowed():
             self._file.write(json.dumps(entry) + "\n")
             self._file.flush()
-        with self._losses_allowed():
-            for name, value in values.items():
-                self._board.add_scalar(f"{kind}/{name}", value, step)
+            # So there is room.
+            self._board = self._board or SummaryWriter(str(self._folder / BOARD))
+        for name, value in values.items():
+            self._on_board(lambda board: board.add_scalar(f"{kind}/{name}", value, step))  # noqa: B023
         with self._losses_allowed():
             self._tracker.log(step, {f"{kind}/{name}": value for name, value in values.items()})
+
+    def _on_board(self, write: Callable[[SummaryWriter], object]) -> None:
+        """Write to TensorBoard, if it works.
+
+        After a failure its thread is dead: it would write nothing more, and raise the same error at
+        each call, whose traceback grows without end. So it is let go, and a new one begins later.
+        """
+        if self._board is None:
+            return
+        with self._losses_allowed():
+            try:
+                write(self._board)
+            except OSError:
+                self._board = None
+                raise
 
     @contextmanager
     def _losses_allowed(self) -> Iterator[None]:
