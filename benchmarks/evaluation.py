@@ -28,7 +28,7 @@ Points = npt.NDArray[np.float64]
 def decode_cases(shards: ShardSet, device: torch.device) -> list[Case]:
     """Heatmaps -> joints in the picture, without crop and network."""
     count = len(shards)
-    records = torch.from_numpy(shards.records())
+    records = torch.from_numpy(shards.records().copy())
     fields = unpack_records(records.double().numpy())
     heat = torch.rand(count, shards.manifest.joints, 64, 64, device=device) ** 4
     target = target_of_princeton(shards)
