@@ -172,10 +172,11 @@ class Soak:
             "watched_s": last,
             "rss_mb_early": mean(s.rss_mb for s in early),
             "rss_mb_late": mean(s.rss_mb for s in late),
-            "threads_early": max(s.threads for s in early),
-            "threads_late": max(s.threads for s in late),
-            "files_early": max(s.files for s in early),
-            "files_late": max(s.files for s in late),
+            # The least: a validation's workers come and go.
+            "threads_early": min(s.threads for s in early),
+            "threads_late": min(s.threads for s in late),
+            "files_early": min(s.files for s in early),
+            "files_late": min(s.files for s in late),
         }
         return {name: round(value, 1) for name, value in found.items()}
 
