@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-SPEAK_AFTER = timedelta(seconds=3)
+SPEAK_AFTER = timedelta(seconds=8)
 """How long a rank leaves it to the first one to show a message."""
 MEET_WITHIN = timedelta(minutes=30)
 """How long ranks wait for each other, as torch.distributed does."""
