@@ -3,6 +3,7 @@
 import functools
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+# A shell starts background jobs with Ctrl-C ignored, and so would be every program that is tested.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # (width, height) px of the tiny set's pictures; no two alike, so that a mix-up shows.
 TRAIN_SIZES = [(320, 180), (200, 260), (161, 97), (256, 256), (400, 150),
