@@ -66,6 +66,7 @@ class _Lines:
         self._began = self._shown = time.monotonic()
 
     def update(self, more: int) -> None:
+        """So many more are done; prints a line if it is time for one."""
         self._done += more
         now = time.monotonic()
         if now - self._shown < SECONDS_BETWEEN_LINES:

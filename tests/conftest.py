@@ -1,6 +1,7 @@
 """Data that the tests share: real files where they are at hand, and a tiny made-up set."""
 
 import functools
+import io
 import os
 import shutil
 import signal
@@ -27,6 +28,21 @@ VALID_SIZES = [(301, 203), (180, 320), (240, 136), (75, 75), (350, 351)]
 # The picture of each person: 12 people in 9 pictures, and 5 in 5.
 TRAIN_PICTURES = [0, 0, 1, 2, 3, 3, 3, 4, 5, 6, 7, 8]
 VALID_PICTURES = [0, 1, 2, 3, 4]
+
+
+class Stream(io.StringIO):
+    """An output that is a terminal, or a file."""
+
+    def __init__(self, terminal: bool):
+        super().__init__()
+        self.terminal = terminal
+
+    def isatty(self) -> bool:
+        return self.terminal
+
+    def screen(self) -> list[str]:
+        """What a terminal shows in the end, line by line."""
+        return [line.split("\r")[-1].rstrip() for line in self.getvalue().split("\n")]
 
 
 @functools.cache

@@ -1,6 +1,5 @@
 """What a run tells: lines on a terminal and in a file, pictures, a tracker, the end."""
 
-import io
 import json
 import math
 import re
@@ -13,7 +12,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, Stream
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_training import HERE, make_run, metrics, tiny_config
 
@@ -22,15 +21,6 @@ from configs.errors import InputError
 from configs.schema import parse_config
 from training import curves, log, screen, tracker
 from training.screen import Screen, fit
-
-
-class Stream(io.StringIO):
-    def __init__(self, terminal: bool):
-        super().__init__()
-        self.terminal = terminal
-
-    def isatty(self) -> bool:
-        return self.terminal
 
 
 def test_a_terminal_sees_one_line_that_is_written_over_and_whole_lines_above_it():

@@ -1,14 +1,13 @@
 """Long work shows how far it is: a bar on a terminal, plain lines elsewhere."""
 
 import ast
-import io
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, Stream
 from test_architecture import sources
 
 from configs import progress as module
@@ -16,19 +15,6 @@ from configs.errors import InputError, run_main
 from configs.progress import counting, duration, progress, say
 
 COLUMNS = 60
-
-
-class Stream(io.StringIO):
-    def __init__(self, terminal: bool):
-        super().__init__()
-        self.terminal = terminal
-
-    def isatty(self) -> bool:
-        return self.terminal
-
-    def screen(self) -> list[str]:
-        """What a terminal shows in the end, line by line."""
-        return [line.split("\r")[-1].rstrip() for line in self.getvalue().split("\n")]
 
 
 @pytest.fixture

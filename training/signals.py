@@ -31,6 +31,7 @@ def noted() -> Iterator[list[int]]:
     os.set_blocking(announced, False)
 
     def note(number: int, frame: object) -> None:
+        """Keep the signal's number; let the next one, or one that came with it, end the process."""
         nonlocal first_at
         first_at = first_at or time.monotonic()
         numbers.append(number)
