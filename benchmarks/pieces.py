@@ -16,6 +16,7 @@ import torch
 from benchmarks.timing import Result, table, world
 from configs.errors import InputError
 from configs.options import Parser
+from configs.writing import write_whole
 
 Report = dict[str, Any]
 
@@ -128,10 +129,7 @@ def _plain(name: str, found: Any) -> Any:
 
 def keep(report: Report, path: Path, panels: Callable[[Report], dict[str, list["Bar"]]]) -> None:
     """Write a report, whole or not at all, and its bars."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(report, indent=1) + "\n")
-    temporary.replace(path)
+    write_whole(path, (json.dumps(report, indent=1) + "\n").encode())
     draw_bars(panels(report), path.with_suffix(".png"), report["world"]["device"])
 
 

@@ -4,6 +4,7 @@ Keypoints are in px of the original pictures, people in the annotation's order. 
 which picture a prediction is for, that is checked against the annotation.
 """
 
+import io
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ import numpy.typing as npt
 from configs.confined import rehearse
 from configs.errors import InputError
 from configs.reading import LARGEST_JSON, read_json
+from configs.writing import write_whole
 from pipelines.annotations import People
 
 HEAD_BOX_SHARE = 0.6
@@ -178,11 +180,9 @@ def open_mat(path: Path, names: list[str], expected: str) -> dict[str, Any]:
 def write_mat(path: Path, variables: dict[str, Any]) -> None:
     """Write a .mat file whole or not at all. Raises InputError without SciPy."""
     scipy_io = _scipy_io(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        scipy_io.savemat(file, variables, long_field_names=True, do_compression=True)
-    temporary.rename(path)
+    file = io.BytesIO()
+    scipy_io.savemat(file, variables, long_field_names=True, do_compression=True)
+    write_whole(path, file.getvalue())
 
 
 def _scipy_io(path: Path) -> Any:

@@ -11,6 +11,7 @@ import numpy as np
 from configs.errors import InputError
 from configs.reading import read_json
 from configs.skeleton import Skeleton, skeleton_from_plain
+from configs.writing import write_whole
 from pipelines.annotations import safe_name
 
 FORMAT = "stacked-hourglass-shards"
@@ -89,9 +90,7 @@ def sha256(path: Path) -> str:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write manifest.json whole or not at all."""
     text = json.dumps({**asdict(manifest), "skeleton": manifest.skeleton.plain()}, indent=1)
-    temporary = folder / (MANIFEST + ".tmp")
-    temporary.write_text(text + "\n")
-    temporary.rename(folder / MANIFEST)
+    write_whole(folder / MANIFEST, (text + "\n").encode())
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -6,12 +6,15 @@ learns later than another changes no batch.
 """
 
 import json
+import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from configs.errors import InputError
 from configs.reading import parse_json, read_bytes
+from configs.writing import write_whole
 from pipelines.batches import Loader
 from pipelines.opencv_crops import RawBatch
 from pipelines.pictures import BadSamplesError
@@ -33,13 +36,18 @@ class Quarantine:
         self.shards, self.folder, self.limit, self.rank = shards, folder, limit, rank
         self.faults = self._read()
         self.told = set(self.faults)
-        """Samples that are in the file."""
+        """Samples that were said."""
+        self.is_written = True
 
     def patched(self) -> ShardSet:
         """The split with everybody's stand-ins. Raises InputError where a tar has none."""
         if not self.faults:
             return self.shards
-        return self.shards.with_stand_ins(set(self.faults), self.folder / f"indices_{self.rank}")
+        bad = set(self.faults)
+        try:
+            return self.shards.with_stand_ins(bad, self.folder / f"indices_{self.rank}")
+        except OSError:  # a full disk
+            return self.shards.with_stand_ins(bad, Path(tempfile.mkdtemp(prefix="indices_")))
 
     def add(self, error: BadSamplesError) -> None:
         """Take in what a loader met. Raises InputError beyond the limit, or if nothing is new."""
@@ -47,7 +55,8 @@ class Quarantine:
             raise error
         self.faults |= error.faults
         if self.rank == 0:
-            self.write()
+            with suppress(OSError):  # `learn` writes it again, and says why it cannot
+                self.write()
         self.check(len(self.faults))
 
     def check(self, count: int) -> None:
@@ -64,18 +73,31 @@ class Quarantine:
     def learn(self, others: list[bytes]) -> list[str]:
         """Take in every rank's `report` for the file, and return a sentence for each new fault.
 
+        A file that cannot be written is one more: who is left out is found again without it.
         Raises InputError beyond the limit; with the same reports, on every rank.
         """
         known = {int(s): text for part in others for s, text in json.loads(part).items()}
         new = sorted(known.keys() - self.told)
         self.told |= known.keys()
-        if self.rank == 0 and new:
-            self.write(known)
-        self.check(len(known.keys() | self.faults.keys()))
-        return [
+        lines = [
             f"{self.shards.where(sample)} is left out, a neighbour stands in: {known[sample]}"
             for sample in new
         ]
+        if self.rank == 0 and (new or not self.is_written):
+            lines += self._keep(known)
+        self.check(len(known.keys() | self.faults.keys()))
+        return lines
+
+    def _keep(self, known: dict[int, str]) -> list[str]:
+        """Write the file; a sentence if that fails, the first time."""
+        was_written, self.is_written = self.is_written, True
+        try:
+            self.write(known)
+        except OSError as error:
+            self.is_written = False
+            if was_written:
+                return [f"the list of them cannot be written: {error}; training goes on"]
+        return []
 
     def report(self) -> bytes:
         """What this rank knows, for `learn`."""
@@ -93,10 +115,7 @@ class Quarantine:
             }
             for sample, fault in sorted(faults.items())
         ]
-        self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = self.folder / (LIST + ".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        temporary.replace(self.folder / LIST)
+        write_whole(self.folder / LIST, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
     def _read(self) -> dict[int, str]:
         """People of these shards in the file; those of others, packed anew since, do not count."""

@@ -23,6 +23,7 @@ import webdataset
 
 from configs.errors import InputError
 from configs.reading import parse_json, read_bytes
+from configs.writing import write_whole
 from pipelines.annotations import People, safe_name
 from pipelines.manifest import PACK_AGAIN, Shard, read_manifest, sha256
 from pipelines.pictures import claimed_size, require_sane_size
@@ -341,10 +342,7 @@ def _read_index(path: Path, shard: Shard) -> tuple[list[str], npt.NDArray[np.int
 def _write_patched_index(source: Path, target: Path, lines_N: npt.NDArray[np.int64]) -> None:
     """An index whose n-th person is the lines_N[n]-th of the source, written whole."""
     header, *lines = source.read_text().splitlines()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(target.name + ".tmp")
-    temporary.write_text("\n".join([header, *(lines[i] for i in lines_N)]) + "\n")
-    temporary.replace(target)
+    write_whole(target, ("\n".join([header, *(lines[i] for i in lines_N)]) + "\n").encode())
 
 
 def _check_places(table_NC2: npt.NDArray[np.int64], tar_bytes: int) -> None:

@@ -1,5 +1,6 @@
 """Faults are injected: damaged files, full disks, signals, numbers that are not finite."""
 
+import errno
 import gc
 import hashlib
 import json
@@ -217,7 +218,17 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole_and_the_run_alive(
     assert seen == {2: 2, 4: 2, 6: 6}
     text = " ".join(capsys.readouterr().err.split())
     assert text.count("WARNING: no checkpoint of step 4 could be written") == 1
-    assert "No space left on device; training goes on" in text
+    assert "No space left on device: " in text and "step_00000004.pt'; training goes on" in text
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full to write to")
+@pytest.mark.parametrize("numbers", [10, 1_000_000])
+def test_a_full_disk_is_told_as_what_it_is_and_nothing_stays(numbers, tmp_path):
+    (tmp_path / "x.pt.tmp").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device: '.*/x\.pt'") as caught:
+        checkpoint.save(tmp_path / "x.pt", {"weights": torch.zeros(numbers)})
+    assert caught.value.errno == errno.ENOSPC
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full to write to")

@@ -122,6 +122,30 @@ def test_worker_processes_give_the_same_stand_ins(tiny_shards, tmp_path):
     assert compare(ShardSet(tiny_shards / "train"), {3: 4}, whole, found) >= 2
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full to write to")
+@pytest.mark.parametrize("name", LOADERS)
+def test_a_picture_may_turn_out_rotten_while_the_disk_is_full(name, tiny_shards, tmp_path):
+    folder, run = damaged(tiny_shards / "train", tmp_path / "bad", 6), tmp_path / "run"
+
+    def fill(file: str) -> None:
+        (run / file).parent.mkdir(parents=True, exist_ok=True)
+        (run / f"{file}.tmp").symlink_to("/dev/full")
+
+    fill(LIST)
+    fill("indices_0/00001.idx")
+    whole, found, quarantine = whole_and_skipping(name, tiny_shards / "train", folder, run)
+    assert compare(ShardSet(tiny_shards / "train"), {6: 7}, whole, found) >= 2
+    assert not (run / LIST).exists() and not (run / "indices_0" / "00001.idx").exists()
+    said = []
+    for _ in range(2):
+        fill(LIST)
+        said += quarantine.learn([quarantine.report()])
+    assert len(said) == 2 and "left out" in said[0]
+    assert "No space left" in said[1] and said[1].endswith("bad_samples.jsonl'; training goes on")
+    assert quarantine.learn([quarantine.report()]) == [], "there is room again"
+    assert set(Quarantine(ShardSet(folder), run, 5).faults) == {6}
+
+
 @pytest.mark.parametrize("name", LOADERS)
 @pytest.mark.parametrize("fault", [b"\x13", b"\xff\xd8\xff\xe0", b"\xff\xd8" + bytes(60)])
 def test_without_leave_to_skip_the_error_names_shard_and_key(name, fault, tiny_shards, tmp_path):

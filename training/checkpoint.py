@@ -6,7 +6,7 @@ import re
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -49,16 +49,44 @@ def write(path: Path, raw: State) -> None:
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("w+b") as file:
-            torch.save(raw, file)
+            _write_zip(raw, file)
             seal.seal(file)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
         sync_folder(path.parent)
-    except RuntimeError as error:  # torch's writer hides what the file said
-        raise OSError(errno.EIO, f"torch.save failed: {str(error)[:120]}", str(path)) from error
+    except OSError as error:  # of a full disk it does not say the file
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _write_zip(raw: State, file: BinaryIO) -> None:
+    """torch.save. Raises OSError; torch's writer itself hides what the file said."""
+    sink = _Sink(file)
+    try:
+        torch.save(raw, sink)  # type: ignore[arg-type]
+    except RuntimeError as error:
+        hidden = OSError(errno.EIO, f"torch.save failed: {str(error)[:120]}")
+        raise sink.fault or hidden from error
+
+
+class _Sink:
+    """A file for torch.save that keeps its first fault."""
+
+    def __init__(self, file: BinaryIO):
+        self.file = file
+        self.fault: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.fault = self.fault or error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
 
 
 def sync_folder(folder: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from configs.errors import InputError
+from configs.writing import write_whole
 from model.onnx_network import open_session
 
 KEY = "stacked_hourglass"
@@ -39,12 +40,7 @@ def write_safetensors(path: Path, weights: dict[str, Tensor], state: dict[str, A
     """Write weights and facts, whole or not at all. Raises InputError."""
     tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
     metadata = {"format": "pt", KEY: facts_text(state)}
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_bytes(_safetensors(path).torch.save(tensors, metadata))
-        temporary.rename(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, _safetensors(path).torch.save(tensors, metadata))
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:

@@ -20,6 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from configs.progress import duration
 from configs.schema import Config
+from configs.writing import write_whole
 from model.loss import pck, peak_height
 from pipelines import heatmaps
 from pipelines.batches import Batch
@@ -270,9 +271,7 @@ def cut(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = [line for line in path.read_text().splitlines() if _is_up_to(line, step)]
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(f"{line}\n" for line in kept))
-    temporary.replace(path)
+    write_whole(path, "".join(f"{line}\n" for line in kept).encode())
 
 
 def _is_up_to(line: str, step: int) -> bool:
@@ -303,9 +302,7 @@ def _write_picture(path: Path, image_HW3: npt.NDArray[np.uint8]) -> bytes:
     """Write a BGR picture whole or not at all, and return the file's bytes."""
     ok, encoded = cv2.imencode(path.suffix, image_HW3)
     assert ok, path
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(encoded.tobytes())
-    temporary.rename(path)
+    write_whole(path, encoded.tobytes())
     return encoded.tobytes()
 
 
