@@ -74,4 +74,4 @@ def run_main(main: Callable[[], int | None], speaks: Callable[[str], bool] | Non
 
 def say_interrupted() -> None:
     """What Ctrl-C leaves on the screen."""
-    print("\nInterrupted; what was finished is kept.", file=sys.stderr)
+    print("\nInterrupted; what was whole by then is kept.", file=sys.stderr)

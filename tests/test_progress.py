@@ -83,7 +83,7 @@ def test_a_line_said_meanwhile_stays_above_the_bar(watch):
 
 @pytest.mark.parametrize(
     ("error", "message"),
-    [((KeyboardInterrupt,), "Interrupted; what was finished is kept."),
+    [((KeyboardInterrupt,), "Interrupted; what was whole by then is kept."),
      ((InputError, "a.jpg", "no JPEG", "one", "mend it"), "error: a.jpg")],
 )  # fmt: skip
 def test_the_bar_stands_once_above_the_message_that_ends_the_program(watch, error, message):

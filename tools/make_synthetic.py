@@ -18,7 +18,8 @@ import multiprocessing
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing
 from multiprocessing.pool import Pool
 from typing import NamedTuple
 
@@ -140,15 +141,18 @@ def draw_data_set(output: Path, options: dict[str, int], workers: int) -> None:
     """Draw everything beside output, and rename it to output at the end."""
     temporary = output.with_name(f"{output.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
-    (temporary / "images").mkdir(parents=True)
-    (temporary / "annot").mkdir()
-    for split, name in enumerate(SPLITS):
-        pictures = plan_pictures(temporary, options, split)
-        drawn = draw_all(pictures, workers)
-        rows = list(progress(drawn, f"drawing {name}", "pictures", len(pictures)))
-        write_annotations(temporary / "annot" / f"{name}.h5", pictures, rows)
-    (temporary / "synthetic.json").write_text(json.dumps(options, indent=2) + "\n")
-    temporary.rename(output)
+    try:
+        (temporary / "images").mkdir(parents=True)
+        (temporary / "annot").mkdir()
+        for split, name in enumerate(SPLITS):
+            pictures = plan_pictures(temporary, options, split)
+            with closing(draw_all(pictures, workers)) as drawn:
+                rows = list(progress(drawn, f"drawing {name}", "pictures", len(pictures)))
+            write_annotations(temporary / "annot" / f"{name}.h5", pictures, rows)
+        (temporary / "synthetic.json").write_text(json.dumps(options, indent=2) + "\n")
+        temporary.rename(output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def plan_pictures(folder: Path, options: dict[str, int], split: int) -> list[Picture]:
@@ -166,7 +170,7 @@ def plan_pictures(folder: Path, options: dict[str, int], split: int) -> list[Pic
     return pictures
 
 
-def draw_all(pictures: list[Picture], workers: int) -> Iterator[list[Row]]:
+def draw_all(pictures: list[Picture], workers: int) -> Generator[list[Row]]:
     """The rows of each picture, in order; pictures are written on the way."""
     if workers == 1:
         yield from map(draw_picture, pictures)
