@@ -103,6 +103,7 @@ class TimedStep:
     def __init__(self, way: Way, size: Network, people: int, device: torch.device):
         """Build the network and the batch; compile and capture what the way asks for."""
         self.way, self.device = way, device
+        torch.backends.cudnn.benchmark = way.tries_algorithms  # a capture is of what it chooses
         heat_px = size.input_px // STRIDE
         images = torch.rand(people, 3, size.input_px, size.input_px, device=device)
         self.images = images.contiguous(memory_format=way.layout)
@@ -277,19 +278,22 @@ def memory_facts(size: Network, load: Load, largest: int) -> dict[str, Any]:
 def memory_of(way: Way, size: Network, load: Load, largest: int) -> dict[str, Any]:
     """Peaks of one way; `fits` is the largest batch that ran, `does_not` the first that did not."""
     peaks: dict[int, float] = {}
-    people, failed = max(1, load.batch_size // 2), None
+    people, failed, why = max(1, load.batch_size // 2), None, "out of memory"
     while people <= largest and failed is None:
         try:
             peaks[people] = peak_mb(way, size, people, load.device)
             people *= 2
         except torch.OutOfMemoryError:
             failed = people
+        except RuntimeError as error:  # of cuDNN, for tensors that are too large for it
+            failed, why = people, f"{error}"[:200]
         gc.collect()
         if load.device.type == "cuda":
             torch.cuda.empty_cache()
     *_, second, last = [0, *peaks]
     each = (peaks[last] - peaks.get(second, 0.0)) / (last - second) if last else None
-    return {"peak_mb": peaks, "mb_a_person": each, "fits": last or None, "does_not": failed}
+    return {"peak_mb": peaks, "mb_a_person": each, "fits": last or None,
+            "does_not": failed, "why": why if failed else None}  # fmt: skip
 
 
 def peak_mb(way: Way, size: Network, people: int, device: torch.device) -> float:

@@ -156,6 +156,7 @@ def steps(
 
 def whole_steps(load: Load, options: Any) -> dict[str, Any]:
     """Steps of 2 stacks with each loader; the time that data cost, as a share."""
+    torch.backends.cudnn.benchmark = False  # as train.py has it
     with tempfile.TemporaryDirectory(prefix="gpu-train-") as folder:
         originals = make_originals(Path(folder) / "originals", load.people)
         crops = make_crops(Path(folder) / "crops", originals)

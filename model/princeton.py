@@ -173,7 +173,11 @@ def their_adam_state(ours: dict[str, Any], network: StackedHourglass) -> dict[st
     """The state of our Adam for its parameters; dead ones have none, as in its own checkpoints."""
     places = _parameter_places(network)
     group = {**ours["param_groups"][0], "params": list(range(max(places) + 1)), "fused": None}
-    return {"state": {places[n]: s for n, s in ours["state"].items()}, "param_groups": [group]}
+    state = {
+        places[n]: {name: tensor.contiguous() for name, tensor in moments.items()}
+        for n, moments in ours["state"].items()
+    }
+    return {"state": state, "param_groups": [group]}
 
 
 def size_of(weights: dict[str, Tensor]) -> Size:

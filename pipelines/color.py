@@ -101,4 +101,4 @@ def _shift_hsv(
     for offset in (5, 3, 1):
         k = torch.remainder(sector + offset, 6)
         channels.append(value - value * saturation * torch.minimum(k, 4 - k).clamp(0, 1))
-    return torch.stack(channels, dim=1)
+    return torch.stack(channels, dim=-1).permute(0, 3, 1, 2)  # channels-last, as it came

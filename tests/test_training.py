@@ -60,6 +60,30 @@ def steps(run: Run, count: int) -> list[float]:
     return losses
 
 
+def test_moments_of_another_layout_are_taken_over_element_by_element(tiny_shards, tmp_path):
+    """princeton-vl's checkpoints are NCHW, our weights channels-last."""
+    config = tiny_config(tiny_shards)
+    run = make_run(config, tmp_path / "run")
+    steps(run, 2)
+    run.save(["last.pt"])
+    losses, weights, strides = [], [], []
+    for name in ("as saved", "NCHW"):
+        state = checkpoint.load(tmp_path / "run" / "last.pt")
+        if name == "NCHW":
+            for moments in state["optimizer"]["state"].values():
+                moments |= {key: tensor.contiguous() for key, tensor in moments.items()}
+        resumed = make_run(config, tmp_path / name, state)
+        losses.append(steps(resumed, 2))
+        weights.append(resumed.network.state_dict())
+        strides += [
+            (parameter.stride(), moments["exp_avg"].stride(), moments["exp_avg_sq"].stride())
+            for parameter, moments in resumed.optimizer.state.items()
+        ]
+    assert losses[0] == losses[1]
+    assert all(torch.equal(a, weights[1][key]) for key, a in weights[0].items())
+    assert len(strides) > 50 and all(len(set(each)) == 1 for each in strides)
+
+
 def metrics(folder: Path, kind: str) -> list[dict]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if line["kind"] == kind]
@@ -156,7 +180,7 @@ def test_the_average_follows_its_formula():
     average, expected = Average(network, decay), values[0]
     for step, value in enumerate(values[1:]):
         torch.nn.init.constant_(network.weight, value)
-        average.update(network, step)
+        average.update(step)
         d = min(decay, (1 + step) / (10 + step))
         expected = d * expected + (1 - d) * value
     assert average.tensors["weight"].item() == pytest.approx(expected)

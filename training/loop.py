@@ -211,7 +211,7 @@ class Run:
         totals.add_step(self._apply_gradients())
         self.optimizer.zero_grad(set_to_none=True)
         if self.average:
-            self.average.update(self.network, self.step)
+            self.average.update(self.step)
 
     def _backward(self, batch: Batch, totals: Totals, last: bool) -> None:
         place, optim = self.place, self.config.optim
@@ -379,6 +379,7 @@ class Run:
             "ranks": self.place.ranks,
             "people_a_step": resuming.people_a_step(self.config, self.place.ranks),
             "loader": self._loader_name(),
+            "loader_device": self.place.device.type,
             "loader_began": self.loader_began,
             "rng": [_as_tensor(data) for data in rng],
             "loader_states": [_as_tensor(data) for data in loaders],
@@ -426,6 +427,11 @@ class Run:
                 "resume with the settings of the run, or begin a new one with --init_from",
             )
         self.optimizer.load_state_dict(saved)
+        # Fused Adam goes through memory as it lies, and other code's moments are not channels-last.
+        for parameter, moments in self.optimizer.state.items():
+            for name, moment in moments.items():
+                if moment.shape == parameter.shape:
+                    moments[name] = torch.empty_like(parameter).copy_(moment)
         for group in self.optimizer.param_groups:
             group["weight_decay"] = self.config.optim.weight_decay
 
@@ -434,10 +440,13 @@ class Run:
         if "loader_states" not in state:
             return b""
         loader, before = self._loader_name(), state["loader"]
+        device = self.place.device.type
         if loader != before:
             self.remarks.append(
                 f"the loader was {before} and is {loader}: the order of people is another"
             )
+        elif loader == "dali" and state.get("loader_device", device) != device:
+            self.remarks.append("DALI runs on another kind of device: it begins a new pass")
         elif state["ranks"] != self.place.ranks:
             self.remarks.append(
                 "people follow each other as before"

@@ -37,16 +37,17 @@ class Average:
     def __init__(self, network: nn.Module, decay: float):
         """decay: per step, approached from below so that the first steps do not weigh for long."""
         self.decay = decay
-        self.tensors = {name: t.detach().clone() for name, t in network.state_dict().items()}
+        now = network.state_dict()  # the very tensors, which a step changes in place
+        self.tensors = {name: t.detach().clone() for name, t in now.items()}
+        floats = [name for name, t in now.items() if t.is_floating_point()]
+        counts = [name for name in now if name not in floats]
+        self._averaged = [self.tensors[n] for n in floats], [now[n] for n in floats]
+        self._copied = [self.tensors[n] for n in counts], [now[n] for n in counts]
 
     @torch.no_grad()
-    def update(self, network: nn.Module, step: int) -> None:
+    def update(self, step: int) -> None:
         """Take in the weights after a step, counted from 0."""
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
-        now = network.state_dict()
-        floats = [name for name, t in now.items() if t.is_floating_point()]
-        torch._foreach_lerp_(
-            [self.tensors[name] for name in floats], [now[name] for name in floats], weight
-        )
-        for name in now.keys() - set(floats):
-            self.tensors[name].copy_(now[name])
+        torch._foreach_lerp_(*self._averaged, weight)
+        if self._copied[0]:
+            torch._foreach_copy_(*self._copied)
