@@ -25,7 +25,8 @@ import train as train_program
 from configs.errors import InputError
 from pipelines.opencv_crops import STOP_SIGNALS
 from training import checkpoint, keeping, seal, signals
-from training.log import cut
+from training.log import Totals, cut
+from training.loop import Run
 
 __all__ = ["unpoison"]
 
@@ -312,23 +313,95 @@ def test_a_run_stopped_at_the_limit_names_the_file_of_its_people(tiny_shards, tm
 
 
 @pytest.mark.usefixtures("unpoison")
-def test_with_fp16_the_search_for_a_scale_is_no_fault_and_a_loss_that_stays_not_finite_is(
-    tiny_shards, tmp_path, capsys
-):
-    train = {"steps": 30, "steps_per_epoch": 30, "max_bad_steps": 4, "precision": "fp16"}
-    config = tiny_config(tiny_shards, train=train)
-    run = make_run(config, tmp_path, place=HERE._replace(dtype=torch.float16))
-    before = {name: tensor.clone() for name, tensor in run.network.named_parameters()}
-    poison(run, set(range(30)))
-    with pytest.raises(InputError, match=r"4 steps in a row .*skipped_batches\.jsonl"):
+def half_precision_run(shards: Path, folder: Path, **train: object) -> Run:
+    train = {"steps": 30, "steps_per_epoch": 30, "precision": "fp16", **train}
+    config = tiny_config(shards, train=train, optim={"ema_decay": 0.9})
+    return make_run(config, folder, place=HERE._replace(dtype=torch.float16))
+
+
+def test_with_fp16_the_search_for_a_scale_is_no_fault(tiny_shards, tmp_path, capsys):
+    run = half_precision_run(tiny_shards, tmp_path, max_bad_steps=2)
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    before = run.network.heads[0].weight.clone()
+    run.train()
+    assert run.scaler.get_scale() < 2.0**36, "gradients overflow before"
+    assert not torch.equal(run.network.heads[0].weight, before)
+    assert "skipped" not in capsys.readouterr().err
+    assert sum(line["bad_steps"] for line in metrics(tmp_path, "train")) == 0
+
+
+def test_with_fp16_a_scale_without_room_is_a_fault(tiny_shards, tmp_path):
+    run = half_precision_run(tiny_shards, tmp_path, max_bad_steps=4)
+    run.network.heads[0].weight.register_hook(lambda gradient: gradient * torch.inf)
+    with pytest.raises(InputError, match="4 steps in a row"):
         run.train()
     # The scale of 2^16 is halved at each step, and from the 17th on it has no room left.
     assert run.step == 20
-    assert "skipped" not in capsys.readouterr().err.split("step 18:")[0]
     lines = [json.loads(x) for x in (tmp_path / "skipped_batches.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [17, 18, 19, 20]
-    for name, tensor in run.network.named_parameters():
-        assert torch.equal(tensor, before[name]), name
+    assert all(line["loss_is_finite"] for line in lines)
+
+
+@pytest.mark.usefixtures("unpoison")
+def test_a_line_without_a_finite_loss_has_none(tiny_shards, tmp_path):
+    run = make_run(tiny_config(tiny_shards), tmp_path)
+    poison(run, {2, 3})
+    run.train()
+    lines = [
+        json.loads(x, parse_constant=pytest.fail)
+        for x in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    ]
+    values = [line["loss"] for line in lines if line["kind"] == "train"]
+    assert values[1] is None and None not in (values[0], values[2])
+
+
+@pytest.mark.usefixtures("unpoison")
+def test_with_fp16_one_loss_that_is_not_finite_is_counted_and_spoils_nothing(
+    tiny_shards, tmp_path, capsys
+):
+    run = half_precision_run(tiny_shards, tmp_path, steps=8, steps_per_epoch=8)
+    poison(run, {3})
+    run.train()
+    assert capsys.readouterr().err.count("skipped 1 of the last 2 steps") == 1
+    assert [line["bad_steps"] for line in metrics(tmp_path, "train")] == [0, 1, 0, 0]
+    state = checkpoint.load(tmp_path / "last.pt")
+    for name in ("model", "ema"):
+        assert all(tensor.isfinite().all() for tensor in state[name].values()), name
+
+
+@pytest.mark.usefixtures("unpoison")
+@pytest.mark.parametrize(
+    ("bad", "limit", "ends_at"),
+    [(range(1, 7), 6, 8),  # from the middle of a line of the log to the middle of another
+     ([0, 1, 2, 4, 5, 6], 3, 4), ([0, 1, 2, 4, 5, 6], 4, None), ([1, 2, 5, 6], 3, None)],
+)  # fmt: skip
+def test_skipped_steps_in_a_row_are_counted_one_by_one(bad, limit, ends_at, tiny_shards, tmp_path):
+    train = {"steps": 12, "steps_per_epoch": 12, "log_every": 4, "max_bad_steps": limit}
+    run = make_run(tiny_config(tiny_shards, train=train), tmp_path)
+    poison(run, set(bad))
+    if ends_at is None:
+        run.train()
+        return
+    with pytest.raises(InputError, match=f"step {ends_at}\n.*{limit} steps in a row"):
+        run.train()
+
+
+@pytest.mark.usefixtures("unpoison")
+def test_averaged_statistics_go_back_to_their_own_and_not_the_networks(tiny_shards, tmp_path):
+    config = tiny_config(tiny_shards, optim={"ema_decay": 0.99}, train={"log_every": 1})
+    run = make_run(config, tmp_path)
+    run.log = run._open_log()
+    for bad in (False, True):
+        if bad:
+            own = {name: tensor.clone() for name, tensor in run.average.tensors.items()}
+            poison(run, {0})
+        totals = Totals(run.place.device)
+        run.network.train()
+        run._train_step(totals)
+        run._report(totals)
+    name = "stem.conv.1.running_mean"
+    assert torch.equal(run.average.tensors[name], own[name])
+    assert not torch.equal(own[name], run.network.state_dict()[name])
 
 
 def test_workers_ignore_the_signals_and_end_at_their_parents_word(tiny_shards, tmp_path):

@@ -238,7 +238,7 @@ def test_one_step_of_adam_from_the_checkpoint_equals_plain_torch(golden_path, cr
     # A fresh copy: torch's optimizers work on the very tensors that they are given.
     run._restore_optimizer(checkpoint.load(golden_path)["optimizer"], golden_path)
     stack_losses(mine(images), target, torch.ones(4, 16), "empty").mean().backward()
-    assert not run._apply_gradients()
+    assert not run._apply_gradients(torch.tensor(True))
     moved = 0.0
     for (name, a), b in zip(plain.named_parameters(), mine.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=0, msg=name)

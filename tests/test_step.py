@@ -18,7 +18,7 @@ from pipelines.augment import PRESETS, Draw
 from pipelines.batches import Batch, Target
 from pipelines.opencv_crops import RawBatch
 from pipelines.records import HEADER
-from training import tracing
+from training import runtime, tracing
 from training.log import Totals
 from training.runtime import Runtime
 
@@ -78,6 +78,21 @@ def test_a_step_reads_nothing_from_the_device_and_brings_nothing_to_it(preset, r
     monkeypatch.setattr(torch.Tensor, "new_tensor", lambda *_, **__: pytest.fail("the same"))
     with Watch() as watch:
         step()
+    assert not watch.found and totals.steps == 2
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("options", [{"ema_decay": 0.9, "clip_norm": 1.0}, {"accumulate": 2}])
+def test_a_step_of_a_run_reads_no_value(precision, options, tiny_shards, tmp_path):
+    """The whole of it, with optimizer, scaler and average: on a GPU it would wait for the value."""
+    config = tiny_config(tiny_shards, optim=options, train={"precision": precision})
+    place = Runtime(0, 1, torch.device("cpu"), runtime.choose_dtype(precision, torch.device("cpu")))
+    run = make_run(config, tmp_path / "run", place=place)
+    run.network.train()
+    totals = Totals(place.device)
+    run._train_step(totals)
+    with Watch() as watch:
+        run._train_step(totals)
     assert not watch.found and totals.steps == 2
 
 

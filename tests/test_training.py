@@ -229,6 +229,7 @@ def test_a_step_whose_loss_is_not_finite_is_skipped_and_counted(
         [s["step"].item() if "step" in s else 0 for s in run.optimizer.state.values()]
     )
     poison(run, {0})
+    run.log = run._open_log()
     totals = Totals(run.place.device)
     run._train_step(totals)
     for name, tensor in run.network.named_parameters():
@@ -237,7 +238,6 @@ def test_a_step_whose_loss_is_not_finite_is_skipped_and_counted(
         [s["step"].item() if "step" in s else 0 for s in run.optimizer.state.values()]
     )
     assert after == moments
-    run.log = run._open_log()
     run._report(totals)
     assert "skipped 1 of the last 1 steps" in capsys.readouterr().err
     assert all(torch.isfinite(b).all() for b in run.network.buffers())

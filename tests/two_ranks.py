@@ -40,6 +40,7 @@ def step(run: Run) -> Totals:
     run.network.train()
     run._train_step(totals)
     run.step += 1
+    torch.rand(1)  # as dropout would: a generator that is not restored is found out
     return totals
 
 
@@ -133,9 +134,9 @@ def poisoned_on_the_second(shards: Path, folder: Path, place: Runtime) -> dict[s
     folder.mkdir(exist_ok=True)
     run = Run(tiny_config(shards), place, folder)
     before = {name: tensor.clone() for name, tensor in run.network.named_parameters()}
+    run.log = run._open_log()
     if place.rank == 1:
         poison(run, {0})
-    run.log = run._open_log()
     totals = step(run)
     run._report(totals)
     run.log.close()

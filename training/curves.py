@@ -46,7 +46,7 @@ def curve(
     points = [
         (entry["step"], factor * entry[key])
         for entry in entries
-        if entry["kind"] == kind and math.isfinite(entry.get(key, math.nan))
+        if entry["kind"] == kind and entry.get(key) is not None and math.isfinite(entry[key])
     ]
     return Curve(name, [step for step, _ in points], [value for _, value in points])
 

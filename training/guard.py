@@ -30,7 +30,8 @@ class Guard:
         """shards: of training. folder: of the run. limit: train.max_bad_steps."""
         self.network, self.shards, self.folder, self.limit = network, shards, folder, limit
         self.in_a_row = 0
-        self.good_statistics = self._statistics()
+        self.good = list[Tensor]()
+        """The statistics as they were when last all was well."""
 
     def begin(self, step: int) -> None:
         """Drop what is written of the steps after this one; they come again."""
@@ -45,23 +46,35 @@ class Guard:
         """
         if not bad:
             self.in_a_row = 0
-            self.good_statistics = self._statistics()
+            self.remember(average)
             return
-        self.in_a_row = self.in_a_row + bad if bad == totals.steps else 0
+        longest = self._longest_row(totals)
         log.say(
             f"step {step}: skipped {bad} of the last {totals.steps} steps, "
             "whose loss or gradients were not finite"
         )
         self._write_people(step - totals.steps + 1, totals, log, place)
         self._mend_statistics(average)
-        if self.in_a_row >= self.limit:
+        if longest >= self.limit:
             raise InputError(
                 f"{self.folder}: step {step}",
-                f"{self.in_a_row} steps in a row whose loss or gradients are not finite; "
+                f"{longest} steps in a row whose loss or gradients are not finite; "
                 f"their people are in {self.folder / SKIPPED}",
                 "a loss that is a number",
                 "lower optim.lr, set optim.clip_norm 1.0 or train.precision fp32, and --resume",
             )
+
+    def remember(self, average: Average | None) -> None:
+        """Copy the statistics, to which a batch that spoils them goes back."""
+        self.good = [tensor.clone() for tensor in self._statistics(average)]
+
+    def _longest_row(self, totals: Totals) -> int:
+        """Of skipped steps, the ones before these included."""
+        longest = 0
+        for bad in torch.stack(totals.skipped).tolist():
+            self.in_a_row = self.in_a_row + 1 if bad else 0
+            longest = max(longest, self.in_a_row)
+        return longest
 
     def _write_people(self, first_step: int, totals: Totals, log: Log, place: Runtime) -> None:
         """A line for each batch of a skipped step, of all ranks, into skipped_batches.jsonl."""
@@ -97,15 +110,12 @@ class Guard:
 
     def _mend_statistics(self, average: Average | None) -> None:
         """Put back batch-norm statistics that a forward pass spoilt, in the average too."""
-        buffers = dict(self.network.named_buffers())
-        if all(torch.isfinite(b).all() for b in buffers.values() if b.is_floating_point()):
-            return
-        for name, value in self.good_statistics.items():
-            buffers[name].copy_(value)
-            if average and name in average.tensors:
-                average.tensors[name].copy_(value)
+        statistics = self._statistics(average)
+        if not all(torch.isfinite(tensor).all() for tensor in statistics):
+            torch._foreach_copy_(statistics, self.good)
 
-    def _statistics(self) -> dict[str, Tensor]:
-        return {
-            name: b.clone() for name, b in self.network.named_buffers() if b.is_floating_point()
-        }
+    def _statistics(self, average: Average | None) -> list[Tensor]:
+        """The running means and variances of the network, and of its average."""
+        buffers = {n: b for n, b in self.network.named_buffers() if b.is_floating_point()}
+        averages = average.tensors if average else {}
+        return [*buffers.values(), *(averages[name] for name in buffers if name in averages)]

@@ -72,6 +72,10 @@ class Totals:
         self.rows.append((batch.rows_N, torch.isfinite(values[0])))
         self.batches += 1
 
+    def losses_were_finite(self, batches: int) -> Tensor:
+        """Whether those of the last so many batches were, on this rank."""
+        return torch.stack([finite for _, finite in self.rows[-batches:]]).all()
+
     def add_step(self, bad: Tensor) -> None:
         """Take in whether a step was skipped."""
         self.bad_steps += bad
@@ -228,7 +232,7 @@ class Log:
             "kind": kind,
             "step": step,
             "time": round(time.time(), 3),
-            **values,
+            **{name: None if math.isnan(value) else value for name, value in values.items()},
         }
         with self._losses_allowed():
             self._file.write(json.dumps(entry) + "\n")

@@ -165,6 +165,7 @@ class Run:
             schema.save_yaml(self.given, self.folder / "config.yaml")
             self.guard.begin(self.step)
             keeping.take_back(self.folder)
+        self.guard.remember(self.average)
         log = Log(self.folder, self.config, self.place, self.step, self.skeleton.metric)
         for remark in self.remarks:
             log.say(remark)
@@ -208,7 +209,7 @@ class Run:
                 raw, self.target, self.place.device, renders=not self.config.train.fuse_targets
             )
             self._backward(batch, totals, last=part == optim.accumulate - 1)
-        totals.add_step(self._apply_gradients())
+        totals.add_step(self._apply_gradients(totals.losses_were_finite(optim.accumulate)))
         self.optimizer.zero_grad(set_to_none=True)
         if self.average:
             self.average.update(self.step)
@@ -232,11 +233,11 @@ class Run:
             )  # fmt: skip
         return stack_losses(heat_NSJHW, batch.heat_NJHW, batch.drawn_NJ, unmarked)
 
-    def _apply_gradients(self) -> Tensor:
+    def _apply_gradients(self, losses_are_finite: Tensor) -> Tensor:
         """Clip and step. Returns whether the step was skipped because a gradient is not finite.
 
-        Ranks agree, because gradients are reduced. With fp16 a skipped step is the scaler's way to
-        find its scale, and counts as bad only if the scale has no room left.
+        Ranks agree, because gradients are reduced. With fp16 a skipped step after finite losses is
+        the scaler's way to find its scale, and counts as bad only if the scale has no room left.
         """
         self.scaler.unscale_(self.optimizer)
         parameters = list(self.network.parameters())
@@ -247,7 +248,8 @@ class Run:
         if self.scaler.is_enabled():
             self.scaler.step(self.optimizer)
             self.scaler.update()
-            return bad & (self.scaler._scale < 1)  # type: ignore[operator]
+            lost = runtime.sum_over_ranks((~losses_are_finite).float(), self.place) > 0
+            return bad & (lost | (self.scaler._scale < 1))  # type: ignore[operator]
         if isinstance(self.optimizer, torch.optim.Adam):
             # The fused kernel leaves weights and moments alone if this is 1, without a host sync.
             self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
@@ -262,7 +264,8 @@ class Run:
         numbers = torch.cat([totals.sums, totals.good_batches[None], totals.bad_steps[None]])
         *sums, good, bad = runtime.sum_over_ranks(numbers, place).tolist()
         seconds = time.perf_counter() - totals.started
-        values = {n: v / max(good, 1) for n, v in zip(Totals.NAMES, sums, strict=True)}
+        means = [total / good if good else math.nan for total in sums]
+        values = dict(zip(Totals.NAMES, means, strict=True))
         bad_steps = math.ceil(bad / place.ranks)
         values |= {
             "lr": self.optimizer.param_groups[0]["lr"],
@@ -294,7 +297,7 @@ class Run:
             f"{result['joints_counted']} joints of {result['people']} people"
             f"{' (best so far)' if is_best else ''}"
         )
-        if result["peak"] < COLLAPSED_PEAK and self.step >= COLLAPSE_FROM_STEP:
+        if not result["peak"] >= COLLAPSED_PEAK and self.step >= COLLAPSE_FROM_STEP:
             self.log.say(
                 f"step {self.step}: the heatmaps peak at {result['peak']:.3f} on average, so the "
                 "network answers almost nothing but zeros. If this stays, lower optim.lr or raise "
