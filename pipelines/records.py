@@ -3,6 +3,7 @@
 Record: HEADER fields, then (x, y, marked, visible) for each of the J joints.
 """
 
+import hashlib
 import json
 from typing import Any, NamedTuple
 
@@ -88,6 +89,14 @@ def unpack_records(records_NR: Any) -> Records:
         marked_NJ=joints_NJ4[..., 2] > 0,
         visible_NJ=joints_NJ4[..., 3] > 0,
     )
+
+
+def people_sha256(records_NR: npt.NDArray[np.float32]) -> str:
+    """Who they are, in their order, in 64 hexadecimal digits; the same for both packings."""
+    of_the_picture = [i for i, name in enumerate(HEADER) if name in ("width", "height")]
+    of_the_picture += range(HEADER.index("a"), len(HEADER))
+    people = np.delete(records_NR, of_the_picture, axis=1)
+    return hashlib.sha256(np.ascontiguousarray(people, dtype="<f4").tobytes()).hexdigest()
 
 
 def describe(

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from conftest import pack_arguments
 from test_training import HERE, ROOT, make_run, tiny_config
 from torch import Tensor
 from two_ranks import content, differences, rows_of, step, watched
@@ -17,6 +18,9 @@ from two_ranks import content, differences, rows_of, step, watched
 import train as train_program
 from configs.errors import InputError
 from pipelines.opencv_crops import RawBatch
+from pipelines.records import HEADER, people_sha256
+from pipelines.shards import ShardSet
+from tools.make_shards import main as pack
 from training import checkpoint, keeping, resuming, runtime
 from training.loop import Run
 
@@ -140,6 +144,29 @@ def test_a_resumed_run_is_within_the_noise_of_unstopped_ones(
     state = {**state, "optimizer": {**state["optimizer"], "state": {}}}
     forgot = traced(make_run(config, tmp_path / "parts", state, place), 7).losses_S
     assert beyond(torch.cat([begun.losses_S, forgot]), [t.losses_S for t in unstopped])
+
+
+def test_a_run_does_not_go_on_with_other_people(tiny_set, tiny_shards, tmp_path):
+    config = tiny_config(tiny_shards, data={"preset": "hrnet"})
+    make_run(config, tmp_path / "run").save(["last.pt"])
+    state = checkpoint.load(tmp_path / "run" / "last.pt")
+    assert pack(pack_arguments(tiny_set, tmp_path / "crops", "--packing", "crop")) == 0
+    make_run(tiny_config(tmp_path / "crops", data={"preset": "hrnet"}), tmp_path / "run", state)
+    state["people_sha256"] = "0" * 64
+    with pytest.raises(InputError, match=r"12 people, not the 12 of .*last\.pt") as caught:
+        make_run(config, tmp_path / "run", state)
+    assert "--init_from" in caught.value.next_step
+
+
+def test_the_hash_of_people_is_of_who_and_in_which_order(tiny_shards):
+    records = ShardSet(tiny_shards / "train").records().copy()
+    known = people_sha256(records)
+    for column, name in enumerate([*HEADER, "x", "y", "marked", "visible"]):
+        other = records.copy()
+        other[3, column] += 1
+        is_of_the_picture = name in ("width", "height", "a", "b", "tx", "c", "d", "ty")
+        assert (people_sha256(other) == known) == is_of_the_picture, name
+    assert people_sha256(records[::-1]) != known
 
 
 def test_noise_grows_over_the_steps_and_a_run_beyond_it_is_told():

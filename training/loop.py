@@ -30,6 +30,7 @@ from pipelines.augment import preset_of, still
 from pipelines.batches import Batch, target_of
 from pipelines.opencv_crops import RawBatch
 from pipelines.quarantine import Quarantine, SkippingLoader
+from pipelines.records import people_sha256
 from pipelines.shards import ShardSet
 from training import checkpoint, keeping, resuming, runtime, signals, torchrun
 from training.checkpoint import State
@@ -76,7 +77,7 @@ class Run:
         preset = preset_of(config.data.preset, config.data.mirror)
         for shards, needed in ((self.train_shards, preset), (self.valid_shards, still(preset))):
             stored_crops.require(shards.manifest, needed, shards.folder)
-        self.train_shards.records()  # all of them are sound
+        self.people_sha256 = people_sha256(self.train_shards.records())  # all of them are sound
         self.skeleton = self.train_shards.manifest.skeleton
         require_same_joints(self.valid_shards.manifest.skeleton, self.skeleton,
                             self.valid_shards.folder, self.train_shards.folder)  # fmt: skip
@@ -379,6 +380,8 @@ class Run:
             "best": self.best,
             "seconds": self.seconds,
             "validation_due": self.validation_due,
+            "people": len(self.train_shards),
+            "people_sha256": self.people_sha256,
             "ranks": self.place.ranks,
             "people_a_step": resuming.people_a_step(self.config, self.place.ranks),
             "loader": self._loader_name(),
@@ -394,6 +397,13 @@ class Run:
             checkpoint.skeleton_of(state), self.skeleton, source, self.train_shards.folder
         )
         checkpoint.require_same_size(state, self.config, source)
+        if state.get("people_sha256", self.people_sha256) != self.people_sha256:
+            raise InputError(
+                self.train_shards.folder,
+                f"{len(self.train_shards):,} people, not the {state['people']:,} of {source}",
+                "the people that the run was begun with, in their order",
+                f"give their shards (--data.shards), or begin a new run with --init_from {source}",
+            )
         if "loader_states" not in state:
             self.remarks += checkpoint.foreign_remarks(state, self.config)
         checkpoint.load_weights(self.network, state["model"], source)
