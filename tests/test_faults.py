@@ -23,6 +23,7 @@ from test_training import HERE, make_run, metrics, poison, steps, tiny_config, u
 
 import train as train_program
 from configs.errors import InputError
+from configs.schema import Config, save_yaml
 from pipelines.opencv_crops import STOP_SIGNALS
 from training import checkpoint, keeping, seal, signals
 from training.log import cut
@@ -139,6 +140,37 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(sealed, tmp
     flipped(tmp_path / "last.pt", 100, 1)
     with pytest.raises(InputError, match="all of them damaged"):
         train_program.find_start(tmp_path, "auto", [])
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [("config.yaml", lambda folder: save_yaml(Config(), folder / "config.yaml")),
+     ("launchers", lambda folder: keeping.begin(folder, ["node1 7 100"])),
+     ("resume_me", lambda folder: keeping.ask_to_resume(folder, "STOPPED EARLY"))],
+)  # fmt: skip
+def test_a_kill_in_a_write_leaves_the_small_files_of_a_run_as_they_were(
+    name, write, tmp_path, monkeypatch
+):
+    def killed(path: Path, data: str | bytes) -> None:
+        path.open("w").close()
+        raise KeyboardInterrupt
+
+    (tmp_path / name).write_text("of before")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "write_text", killed)
+        patch.setattr(Path, "write_bytes", killed)
+        write(tmp_path)
+    assert (tmp_path / name).read_text() == "of before"
+
+
+def test_launchers_that_cannot_be_read_are_nobody(tmp_path):
+    assert not keeping.was_begun_by(tmp_path, ["node1 7 100"])
+    (tmp_path / "launchers").write_bytes(b"\xff\xfe\0\nnode1 7 100\n")
+    assert not keeping.was_begun_by(tmp_path, ["node2 7 100"])
+    assert keeping.was_begun_by(tmp_path, ["node1 7 100"])
+    (tmp_path / "launchers").unlink()
+    (tmp_path / "launchers").mkdir()
+    assert not keeping.was_begun_by(tmp_path, ["node1 7 100"])
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="no /proc to look a file up in")

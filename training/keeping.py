@@ -11,6 +11,7 @@ import socket
 from pathlib import Path
 
 from configs.errors import InputError
+from configs.writing import write_whole
 from training import checkpoint
 from training.checkpoint import State
 
@@ -75,7 +76,7 @@ def begin(folder: Path, launchers: list[str]) -> None:
     """Make a run's folder, keep other processes out of it, and note who started it."""
     folder.mkdir(parents=True, exist_ok=True)
     lock(folder)
-    (folder / LAUNCHERS).write_text("".join(f"{name}\n" for name in launchers))
+    write_whole(folder / LAUNCHERS, "".join(f"{name}\n" for name in launchers).encode())
 
 
 def lock(folder: Path) -> None:
@@ -107,13 +108,16 @@ def lock(folder: Path) -> None:
 
 def was_begun_by(folder: Path, launchers: list[str]) -> bool:
     """Whether one of these started the run's ranks before, so that this is a restart."""
-    path = folder / LAUNCHERS
-    return path.exists() and bool(set(launchers) & set(path.read_text().splitlines()))
+    try:
+        before = (folder / LAUNCHERS).read_text(errors="replace").splitlines()
+    except OSError:  # there is none, or none that tells
+        return False
+    return bool(set(launchers) & set(before))
 
 
 def ask_to_resume(folder: Path, text: str) -> None:
     """Leave the marker that tells a job script to start the run again. Raises OSError."""
-    (folder / RESUME_ME).write_text(text + "\n")
+    write_whole(folder / RESUME_ME, f"{text}\n".encode())
 
 
 def take_back(folder: Path) -> None:
