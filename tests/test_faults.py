@@ -142,6 +142,44 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(sealed, tmp
         train_program.find_start(tmp_path, "auto", [])
 
 
+def unreadable(path: Path, number: int, monkeypatch) -> None:
+    """Let a file fail as a disk lets it: when it is read, or opened."""
+    real = Path.open
+
+    def fail(opened: Path, *rest, **options):
+        if os.path.samefile(opened, path):
+            raise OSError(number, os.strerror(number), str(opened))
+        return real(opened, *rest, **options)
+
+    monkeypatch.setattr(Path, "open", fail)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES])
+def test_a_checkpoint_that_cannot_be_read_is_said_and_the_one_before_it_is_used(
+    number, tiny_shards, tmp_path, monkeypatch
+):
+    run = make_run(tiny_config(tiny_shards), tmp_path)
+    for run.step in (2, 4):
+        run.save(["last.pt"])
+    unreadable(tmp_path / "last.pt", number, monkeypatch)
+    start, remarks = train_program.find_start(tmp_path, "auto", [])
+    assert Path(start).name == "step_00000002.pt"
+    assert remarks[0].startswith(f"{tmp_path}/last.pt cannot be read ({os.strerror(number)})")
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(errno.EIO, r"found: .* all of them damaged"), (errno.EACCES, r"last\.pt\n.* no permission")],
+)
+def test_if_no_checkpoint_can_be_read_the_reason_is_told(
+    number, said, sealed, tmp_path, monkeypatch
+):
+    shutil.copy(sealed, tmp_path / "last.pt")
+    unreadable(tmp_path / "last.pt", number, monkeypatch)
+    with pytest.raises(InputError, match=said):
+        train_program.find_start(tmp_path, "auto", [])
+
+
 @pytest.mark.parametrize(
     ("name", "write"),
     [("config.yaml", lambda folder: save_yaml(Config(), folder / "config.yaml")),

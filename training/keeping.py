@@ -48,9 +48,11 @@ def numbered(folder: Path) -> list[Path]:
 def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint of a run, and a sentence about each damaged one before it.
 
-    None if the run has none yet. Raises InputError if it has some and all are damaged.
+    One that cannot be read is as good as damaged. None if the run has none yet. Raises InputError
+    if it has some and none of them is whole.
     """
     remarks: list[str] = []
+    forbidden: list[Path] = []
     seen: list[os.stat_result] = []
     for path in [folder / LAST, *numbered(folder), folder / BEST]:
         if not path.is_file() or any(os.path.samestat(path.stat(), other) for other in seen):
@@ -60,8 +62,18 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
             checkpoint.load(path)
         except InputError as error:
             remarks.append(f"{path} is damaged ({error.found}); the one before it is looked at")
+        except OSError as error:  # sectors that cannot be read, say
+            remarks.append(f"{path} cannot be read ({error.strerror}); the one before it is tried")
+            forbidden += [path] if isinstance(error, PermissionError) else []
         else:
             return path, [*remarks, f"{path} is whole, and used"] if remarks else []
+    if forbidden:
+        raise InputError(
+            forbidden[0],
+            "no permission to read it, and no other checkpoint that is whole",
+            "checkpoints that this user may read",
+            "change their permissions, or start as the user who trained the run",
+        )
     if remarks:
         raise InputError(
             folder,
