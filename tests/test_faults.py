@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, may_mount
-from test_training import HERE, make_run, metrics, poison, steps, tiny_config, unpoison
+from test_training import HERE, SMALL, make_run, metrics, poison, steps, tiny_config, unpoison
 
 import train as train_program
 from configs.errors import InputError
@@ -330,6 +330,25 @@ def test_a_log_that_cannot_be_written_is_said_once_and_ends_no_run(tiny_shards, 
     run.train()
     assert capsys.readouterr().err.count("the log cannot be written") == 1
     assert checkpoint.load(tmp_path / "last.pt")["step"] == 6
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full to write to")
+@pytest.mark.parametrize("steps, code", [(4, 0), (0, 2)])
+def test_a_run_whose_reader_is_gone_and_whose_output_is_on_a_full_disk_goes_on_to_its_end(
+    steps, code, tiny_shards, tmp_path
+):
+    words = ["train.py", *SMALL, "--data.shards", tiny_shards, "--train.out", tmp_path,
+             "--train.name", "run", "--train.steps", steps]  # fmt: skip
+    read, gone = os.pipe()
+    os.close(read)
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, *map(str, words)], cwd=ROOT, stdout=full, stderr=gone, timeout=120,
+            env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False,
+        )  # fmt: skip
+    os.close(gone)
+    assert done.returncode == code
+    assert code or checkpoint.load(tmp_path / "run" / "last.pt")["step"] == steps
 
 
 def test_half_a_line_of_a_killed_run_is_dropped(tmp_path):
