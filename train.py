@@ -40,6 +40,8 @@ def main() -> int:
     try:
         place = runtime.start(config.train.device, config.train.precision)
         folder = Path(config.train.out) / config.train.name
+        if place.is_first:
+            keeping.take_back(folder)
         launcher = torchrun.launcher().encode()
         launchers = sorted({name.decode() for name in runtime.gather_bytes(launcher, place)} - {""})
         source, remarks = runtime.decided_by_first(

@@ -17,7 +17,7 @@ from training.checkpoint import State
 
 LAST, BEST = "last.pt", "best.pt"
 RESUME_ME = "resume_me"
-"""Is in the folder of a run that a signal ended, until the run goes on."""
+"""Is in the folder of a run that a signal ended, until it is started again."""
 LOCK = "lock"
 """Is held by the process that trains the run, and names it."""
 LAUNCHERS = "launchers"
@@ -133,7 +133,7 @@ def ask_to_resume(folder: Path, text: str) -> None:
 
 
 def take_back(folder: Path) -> None:
-    """Remove that marker: the run goes on, and would leave it again."""
+    """Remove that marker: the run is started again, and would leave it again."""
     (folder / RESUME_ME).unlink(missing_ok=True)
 
 
