@@ -21,6 +21,7 @@ from training.guard import SKIPPED
 from training.keeping import BEST, LAST, RESUME_ME
 from training.log import BOARD, CURVES, METRICS, PEOPLE
 from training.loop import Run
+from training.screen import let_output_fail
 from training.tracker import require_tracker
 
 AUTO = "auto"
@@ -39,6 +40,8 @@ def main() -> int:
     try:
         place = runtime.start(config.train.device, config.train.precision)
         folder = Path(config.train.out) / config.train.name
+        if place.is_first:
+            keeping.take_back(folder)
         launcher = torchrun.launcher().encode()
         launchers = sorted({name.decode() for name in runtime.gather_bytes(launcher, place)} - {""})
         source, remarks = runtime.decided_by_first(
@@ -233,4 +236,5 @@ def conclude(run: Run, began_at: int) -> None:
 if __name__ == "__main__":
     # A worker process that fails must not leave the other ranks waiting in silence.
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
+    let_output_fail()
     run_main(main, torchrun.speaks)

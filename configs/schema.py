@@ -21,6 +21,7 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 from configs.errors import InputError
 from configs.options import check_options, wrong_choice
 from configs.reading import read_yaml
+from configs.writing import write_whole
 
 TrackerName = Literal["none", "wandb", "trackio"]
 
@@ -270,7 +271,7 @@ def as_dict(config: Config) -> dict[str, Any]:
 
 def save_yaml(config: Config, path: Path) -> None:
     """Write every field, so that the file repeats the run by itself."""
-    path.write_text(yaml.safe_dump(as_dict(config), sort_keys=False))
+    write_whole(path, yaml.safe_dump(as_dict(config), sort_keys=False).encode())
 
 
 def load_yaml(path: str) -> dict[str, Any]:

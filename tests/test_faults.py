@@ -19,10 +19,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, may_mount
-from test_training import HERE, make_run, metrics, poison, steps, tiny_config, unpoison
+from test_training import HERE, SMALL, make_run, metrics, poison, steps, tiny_config, unpoison
 
 import train as train_program
 from configs.errors import InputError
+from configs.schema import Config, save_yaml
 from pipelines.opencv_crops import STOP_SIGNALS
 from training import checkpoint, keeping, seal, signals
 from training.log import Totals, cut
@@ -140,6 +141,75 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(sealed, tmp
     flipped(tmp_path / "last.pt", 100, 1)
     with pytest.raises(InputError, match="all of them damaged"):
         train_program.find_start(tmp_path, "auto", [])
+
+
+def unreadable(path: Path, number: int, monkeypatch) -> None:
+    """Let a file fail as a disk lets it: when it is read, or opened."""
+    real = Path.open
+
+    def fail(opened: Path, *rest, **options):
+        if os.path.samefile(opened, path):
+            raise OSError(number, os.strerror(number), str(opened))
+        return real(opened, *rest, **options)
+
+    monkeypatch.setattr(Path, "open", fail)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES])
+def test_a_checkpoint_that_cannot_be_read_is_said_and_the_one_before_it_is_used(
+    number, tiny_shards, tmp_path, monkeypatch
+):
+    run = make_run(tiny_config(tiny_shards), tmp_path)
+    for run.step in (2, 4):
+        run.save(["last.pt"])
+    unreadable(tmp_path / "last.pt", number, monkeypatch)
+    start, remarks = train_program.find_start(tmp_path, "auto", [])
+    assert Path(start).name == "step_00000002.pt"
+    assert remarks[0].startswith(f"{tmp_path}/last.pt cannot be read ({os.strerror(number)})")
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(errno.EIO, r"found: .* all of them damaged"), (errno.EACCES, r"last\.pt\n.* no permission")],
+)
+def test_if_no_checkpoint_can_be_read_the_reason_is_told(
+    number, said, sealed, tmp_path, monkeypatch
+):
+    shutil.copy(sealed, tmp_path / "last.pt")
+    unreadable(tmp_path / "last.pt", number, monkeypatch)
+    with pytest.raises(InputError, match=said):
+        train_program.find_start(tmp_path, "auto", [])
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [("config.yaml", lambda folder: save_yaml(Config(), folder / "config.yaml")),
+     ("launchers", lambda folder: keeping.begin(folder, ["node1 7 100"])),
+     ("resume_me", lambda folder: keeping.ask_to_resume(folder, "STOPPED EARLY"))],
+)  # fmt: skip
+def test_a_kill_in_a_write_leaves_the_small_files_of_a_run_as_they_were(
+    name, write, tmp_path, monkeypatch
+):
+    def killed(path: Path, data: str | bytes) -> None:
+        path.open("w").close()
+        raise KeyboardInterrupt
+
+    (tmp_path / name).write_text("of before")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "write_text", killed)
+        patch.setattr(Path, "write_bytes", killed)
+        write(tmp_path)
+    assert (tmp_path / name).read_text() == "of before"
+
+
+def test_launchers_that_cannot_be_read_are_nobody(tmp_path):
+    assert not keeping.was_begun_by(tmp_path, ["node1 7 100"])
+    (tmp_path / "launchers").write_bytes(b"\xff\xfe\0\nnode1 7 100\n")
+    assert not keeping.was_begun_by(tmp_path, ["node2 7 100"])
+    assert keeping.was_begun_by(tmp_path, ["node1 7 100"])
+    (tmp_path / "launchers").unlink()
+    (tmp_path / "launchers").mkdir()
+    assert not keeping.was_begun_by(tmp_path, ["node1 7 100"])
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="no /proc to look a file up in")
@@ -261,6 +331,25 @@ def test_a_log_that_cannot_be_written_is_said_once_and_ends_no_run(tiny_shards, 
     run.train()
     assert capsys.readouterr().err.count("the log cannot be written") == 1
     assert checkpoint.load(tmp_path / "last.pt")["step"] == 6
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full to write to")
+@pytest.mark.parametrize("steps, code", [(4, 0), (0, 2)])
+def test_a_run_whose_reader_is_gone_and_whose_output_is_on_a_full_disk_goes_on_to_its_end(
+    steps, code, tiny_shards, tmp_path
+):
+    words = ["train.py", *SMALL, "--data.shards", tiny_shards, "--train.out", tmp_path,
+             "--train.name", "run", "--train.steps", steps]  # fmt: skip
+    read, gone = os.pipe()
+    os.close(read)
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, *map(str, words)], cwd=ROOT, stdout=full, stderr=gone, timeout=120,
+            env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False,
+        )  # fmt: skip
+    os.close(gone)
+    assert done.returncode == code
+    assert code or checkpoint.load(tmp_path / "run" / "last.pt")["step"] == steps
 
 
 def test_half_a_line_of_a_killed_run_is_dropped(tmp_path):

@@ -1,5 +1,6 @@
 """What a run tells: lines on a terminal and in a file, pictures, a tracker, the end."""
 
+import errno
 import json
 import math
 import re
@@ -47,6 +48,22 @@ def test_a_file_gets_whole_lines_without_control_codes_at_most_one_in_fifteen_se
     shown.close()
     expected = "step 0  loss 1\nstep 15  loss 1\nstep 30  loss 1\nthe end\n"
     assert stream.getvalue() == expected
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_screen_that_takes_nothing_fails_nothing(terminal):
+    class Gone(Stream):
+        def flush(self):
+            raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+        def write(self, text):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    shown = Screen(Gone(terminal))
+    assert shown.is_live is terminal
+    shown.show(["step 1"])
+    shown.say("a sentence")
+    shown.close()
 
 
 def test_a_long_validation_tells_a_file_how_far_it_is(tiny_shards, tmp_path, monkeypatch, capsys):

@@ -17,6 +17,7 @@ from two_ranks import content, differences, rows_of, step, watched
 
 import train as train_program
 from configs.errors import InputError
+from configs.schema import save_yaml
 from pipelines.opencv_crops import RawBatch
 from pipelines.records import HEADER, people_sha256
 from pipelines.shards import ShardSet
@@ -280,6 +281,21 @@ def test_auto_begins_a_run_and_continues_it(tiny_shards, tmp_path):
     make_run(tiny_config(tiny_shards), folder).save(["last.pt"])
     start, remarks = train_program.find_start(folder, "auto", [])
     assert (start, remarks) == (str(folder / "last.pt"), [f"continuing from {folder / 'last.pt'}"])
+
+
+def test_a_start_that_fails_leaves_no_marker_that_asks_for_another(
+    tiny_shards, tmp_path, monkeypatch
+):
+    run = make_run(tiny_config(tiny_shards), tmp_path / "run")
+    run.save(["last.pt"])
+    save_yaml(run.given, tmp_path / "config.yaml")
+    keeping.ask_to_resume(tmp_path / "run", "STOPPED EARLY")
+    words = ["--config", tmp_path / "config.yaml", "--train.out", tmp_path, "--train.name", "run",
+             "--data.shards", tmp_path / "none"]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, words), "--resume"])
+    with pytest.raises(InputError, match="none"):
+        train_program.main()
+    assert not (tmp_path / "run" / "resume_me").exists()
 
 
 def test_only_ranks_that_the_same_torchrun_started_resume_by_themselves(tiny_shards, tmp_path):

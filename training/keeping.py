@@ -11,12 +11,13 @@ import socket
 from pathlib import Path
 
 from configs.errors import InputError
+from configs.writing import write_whole
 from training import checkpoint
 from training.checkpoint import State
 
 LAST, BEST = "last.pt", "best.pt"
 RESUME_ME = "resume_me"
-"""Is in the folder of a run that a signal ended, until the run goes on."""
+"""Is in the folder of a run that a signal ended, until it is started again."""
 LOCK = "lock"
 """Is held by the process that trains the run, and names it."""
 LAUNCHERS = "launchers"
@@ -47,9 +48,11 @@ def numbered(folder: Path) -> list[Path]:
 def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint of a run, and a sentence about each damaged one before it.
 
-    None if the run has none yet. Raises InputError if it has some and all are damaged.
+    One that cannot be read is as good as damaged. None if the run has none yet. Raises InputError
+    if it has some and none of them is whole.
     """
     remarks: list[str] = []
+    forbidden: list[Path] = []
     seen: list[os.stat_result] = []
     for path in [folder / LAST, *numbered(folder), folder / BEST]:
         if not path.is_file() or any(os.path.samestat(path.stat(), other) for other in seen):
@@ -59,8 +62,18 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
             checkpoint.load(path)
         except InputError as error:
             remarks.append(f"{path} is damaged ({error.found}); the one before it is looked at")
+        except OSError as error:  # sectors that cannot be read, say
+            remarks.append(f"{path} cannot be read ({error.strerror}); the one before it is tried")
+            forbidden += [path] if isinstance(error, PermissionError) else []
         else:
             return path, [*remarks, f"{path} is whole, and used"] if remarks else []
+    if forbidden:
+        raise InputError(
+            forbidden[0],
+            "no permission to read it, and no other checkpoint that is whole",
+            "checkpoints that this user may read",
+            "change their permissions, or start as the user who trained the run",
+        )
     if remarks:
         raise InputError(
             folder,
@@ -75,7 +88,7 @@ def begin(folder: Path, launchers: list[str]) -> None:
     """Make a run's folder, keep other processes out of it, and note who started it."""
     folder.mkdir(parents=True, exist_ok=True)
     lock(folder)
-    (folder / LAUNCHERS).write_text("".join(f"{name}\n" for name in launchers))
+    write_whole(folder / LAUNCHERS, "".join(f"{name}\n" for name in launchers).encode())
 
 
 def lock(folder: Path) -> None:
@@ -107,17 +120,20 @@ def lock(folder: Path) -> None:
 
 def was_begun_by(folder: Path, launchers: list[str]) -> bool:
     """Whether one of these started the run's ranks before, so that this is a restart."""
-    path = folder / LAUNCHERS
-    return path.exists() and bool(set(launchers) & set(path.read_text().splitlines()))
+    try:
+        before = (folder / LAUNCHERS).read_text(errors="replace").splitlines()
+    except OSError:  # there is none, or none that tells
+        return False
+    return bool(set(launchers) & set(before))
 
 
 def ask_to_resume(folder: Path, text: str) -> None:
     """Leave the marker that tells a job script to start the run again. Raises OSError."""
-    (folder / RESUME_ME).write_text(text + "\n")
+    write_whole(folder / RESUME_ME, f"{text}\n".encode())
 
 
 def take_back(folder: Path) -> None:
-    """Remove that marker: the run goes on, and would leave it again."""
+    """Remove that marker: the run is started again, and would leave it again."""
     (folder / RESUME_ME).unlink(missing_ok=True)
 
 

@@ -3,7 +3,8 @@
 import shutil
 import sys
 import time
-from typing import TextIO
+from contextlib import suppress
+from typing import Any, TextIO
 
 from configs.progress import SECONDS_BETWEEN_LINES
 
@@ -11,12 +12,43 @@ SECONDS_BETWEEN = 0.2
 """Between two states of the live line."""
 
 
+class Unfailing:
+    """A text stream that nothing fails on: what a closed pipe or a full disk does not take is lost.
+
+    Whoever reads along may go, and a disk fill up; that is no reason to end a run.
+    """
+
+    def __init__(self, stream: TextIO):
+        """stream: stdout or stderr."""
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """All of the text, if the stream takes it."""
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """As far as the stream lets it."""
+        with suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        """Everything else is the stream's own."""
+        return getattr(self._stream, name)
+
+
+def let_output_fail() -> None:
+    """Go on without a screen where stdout or stderr takes no more; the exit code stays, too."""
+    sys.stdout, sys.stderr = Unfailing(sys.stdout), Unfailing(sys.stderr)
+
+
 class Screen:
     """On a terminal one live line at the bottom; elsewhere whole lines, without control codes."""
 
     def __init__(self, stream: TextIO | None = None):
         """stream: stderr if it is not given."""
-        self._stream = stream or sys.stderr
+        self._stream = Unfailing(stream or sys.stderr)
         self.is_live = self._stream.isatty()
         self._line = ""
         self._shown = -float("inf")
