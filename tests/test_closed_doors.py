@@ -5,6 +5,7 @@ import contextlib
 import gzip
 import io
 import json
+import math
 import os
 import pickle
 import resource
@@ -22,7 +23,7 @@ import pytest
 import torch
 from conftest import ROOT, noise_picture, write_jpeg
 from test_architecture import imports, sources
-from test_training import make_run, tiny_config
+from test_training import make_run, steps, tiny_config
 
 from configs import confined
 from configs.errors import InputError
@@ -435,13 +436,52 @@ def test_a_checkpoint_of_other_contents_is_refused(change, state, tmp_path):
     "change",
     [{"optimizer": {}}, {"optimizer": {"state": {0: {"exp_avg": 3}}, "param_groups": []}},
      {"rng": [torch.zeros(3)]}, {"best": None, "ranks": None},
-     {"ema": {"no": torch.zeros(1)}}, {"scaler": {"scale": 1}, "rng": []}],
+     {"ema": {"no": torch.zeros(1)}}, {"scaler": {"scale": 1}, "rng": []},
+     {"people_a_step": math.inf}, {"people_a_step": 1e308}, {"people_a_step": 5},
+     {"people_a_step": 4 * 65_537}, {"best": "0.5"}, {"rng": [torch.zeros(5056)]},
+     {"scaler": {"scale": "x"}}, {"scaler": {"_growth_tracker": 2**40}}],
 )  # fmt: skip
 def test_a_run_is_not_continued_from_other_contents(change, state, tiny_shards, tmp_path):
     config = tiny_config(tiny_shards, optim={"ema_decay": 0.9})
     checkpoint.write(tmp_path / "a.pt", {**state, **change})
     with pytest.raises(InputError):
         make_run(config, tmp_path, checkpoint.load(tmp_path / "a.pt"))
+
+
+def test_what_a_resumed_run_reads_is_of_its_kind_or_the_checkpoint_is_damaged(state, tmp_path):
+    fields = {"best", "seconds", "loader_began", "people_a_step", "ranks", "validation_due",
+              "loader", "loader_device", "rng", "loader_states", "scaler"}  # fmt: skip
+    assert fields == checkpoint._PLACE_IN_A_RUN.keys() and fields <= state.keys()
+    checkpoint._check_kinds({**state, "best": 0, "seconds": 5}, tmp_path)
+    for name in fields:
+        for value in (math.nan, math.inf, -3, None, [1], {"scale": -1.0}, 2**64, 10**400):
+            with pytest.raises(InputError, match=f"{name} |too large|digits"):
+                checkpoint._check_kinds({**state, name: value}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"exp_avg_sq": torch.zeros(2)}, {"exp_avg_sq": 3.0}, {"exp_avg_sq": None},
+     {"step": torch.zeros(2)}, {"step": torch.tensor(math.nan)}, {"step": torch.tensor(-1.0)}],
+)  # fmt: skip
+def test_a_run_is_not_continued_from_other_moments(change, tiny_shards, tmp_path):
+    config = tiny_config(tiny_shards)
+    run = make_run(config, tmp_path / "run")
+    steps(run, 1)
+    run.save(["last.pt"])
+    state = checkpoint.load(tmp_path / "run" / "last.pt")
+    assert make_run(config, tmp_path / "same", state).step == 1
+    state["optimizer"]["state"][3] |= change
+    with pytest.raises(InputError):
+        make_run(config, tmp_path / "other", state)
+
+
+def test_of_the_optimizers_settings_a_checkpoint_tells_none(state, tiny_shards, tmp_path):
+    for group in state["optimizer"]["param_groups"]:
+        group |= {"betas": "x", "eps": math.nan, "amsgrad": True, "weight_decay": 1e9}
+    run = make_run(tiny_config(tiny_shards), tmp_path, state)
+    assert run.optimizer.param_groups[0]["betas"] == (0.9, 0.999)
+    assert math.isfinite(steps(run, 2)[-1])
 
 
 def test_json_of_somebody_else_stays_small(tmp_path):

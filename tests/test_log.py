@@ -20,7 +20,7 @@ from test_training import HERE, make_run, metrics, tiny_config
 import train as train_program
 from configs.errors import InputError
 from configs.schema import parse_config
-from training import curves, log, screen, tracker
+from training import checkpoint, curves, log, screen, tracker
 from training.screen import Screen, fit
 
 
@@ -293,3 +293,41 @@ def test_a_resumed_run_shows_the_pckh_of_its_last_validation(tmp_path):
     log.cut(tmp_path / "metrics.jsonl", 2)
     assert log._last_pckh(tmp_path / "metrics.jsonl") == 0.2
     assert len(log.read_metrics(tmp_path / "metrics.jsonl")) == 2
+
+
+ROTTEN = [
+    b'{"kind": "valid", "st\xe5p": 1, "pckh@0.5_pooled": 0.1}', b'{"stfp": 1}', b"5", b"null",
+    b"[]", b'"step"', b'{"step": "1"}', b'{"step": 1.5}', b'{"step": -1}', b'{"step": 1e999}',
+    b"[" * 100_000, b'{"step": true}', b'{"st',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "skipped_batches.jsonl"])
+def test_rotten_lines_are_dropped_and_the_run_goes_on(name, tiny_shards, tmp_path):
+    config = tiny_config(tiny_shards, train={"steps": 4, "steps_per_epoch": 2})
+    run = make_run(config, tmp_path)
+    run.config = tiny_config(tiny_shards, train={"steps": 2, "steps_per_epoch": 2})
+    run.train()
+    path = tmp_path / name
+    whole = path.read_bytes() if path.exists() else b'{"step": 1, "rows": [1]}\n'
+    path.write_bytes(b"\n".join(ROTTEN) + b"\n" + whole)
+    make_run(config, tmp_path, checkpoint.load(tmp_path / "last.pt")).train()
+    assert path.read_bytes().startswith(whole)
+    assert not any(line in path.read_bytes().splitlines() for line in ROTTEN)
+
+
+def test_lines_of_which_only_the_step_is_left_whole_are_shown_as_far_as_they_can(tmp_path):
+    """A bit is flipped in a name or a digit: a line has a step, and anything else."""
+    good = {"kind": "valid", "step": 3, "pckh@0.5_pooled": 0.25}
+    others = [{"step": 1}, {"kind": "valid", "step": 4}, {**good, "pckh@0.5_pooled": "x"},
+              {"kind": ["train"], "step": 2, "loss": 1.0}, {**good, "pckh@0.5_pooled": None},
+              *({"kind": "train", "step": 2, "loss": x} for x in (10**400, -1e308, 5e-324)),
+             ]  # fmt: skip
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in [good, *others]))
+    assert log._last_pckh(path) == 0.25
+    lines = log.read_metrics(path)
+    assert len(lines) == 9
+    assert curves.curve("", lines, "valid", "pckh@0.5_pooled", 100)[1:] == ([3], [25.0])
+    assert curves.curve("", lines, "train", "loss").values == []
+    assert curves.draw_curves([*lines, {**good, "pckh@0.5_pooled": 8.5}]).shape == (380, 1240, 3)

@@ -1,10 +1,12 @@
 """Checkpoints: tensors and plain values only, sealed, written beside, renamed, never unpickled."""
 
 import errno
+import math
 import os
 import re
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -165,10 +167,56 @@ def _check_kinds(state: State, path: Path) -> None:
             raise ValueError(f"step {state['step']!r:.100}")
         if not isinstance(state["config"], dict):
             raise ValueError("a config that is no dict")
+        for name, is_sound in _PLACE_IN_A_RUN.items():
+            if name in state and not is_sound(state[name]):
+                raise ValueError(f"{name} {state[name]!r:.100}")
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise InputError(
             path, f"damaged ({type(error).__name__}: {error})", "a whole checkpoint", _USE_ANOTHER
         ) from error
+
+
+def _is_count(value: Any, least: int = 0) -> bool:
+    return type(value) is int and least <= value < 2**31
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _are_bytes(value: Any) -> bool:
+    """Whether it is a list of states, one of each rank."""
+    return isinstance(value, list) and all(
+        isinstance(each, Tensor) and each.dtype == torch.uint8 and each.dim() == 1 for each in value
+    )
+
+
+def _is_scaler(value: Any) -> bool:
+    """Whether it is the state of torch's GradScaler, or empty where there was none."""
+    return isinstance(value, dict) and all(
+        _is_count(each) if name == "_growth_tracker" else _is_number(each) and 0 < each < 3e38
+        for name, each in value.items()
+    )
+
+
+_PLACE_IN_A_RUN: dict[str, Callable[[Any], bool]] = {
+    "best": lambda value: _is_number(value) and -1 <= value <= 1,
+    "seconds": lambda value: _is_number(value) and 0 <= value < 2**40,
+    "validation_due": lambda value: isinstance(value, bool),
+    "ranks": lambda value: _is_count(value, 1),
+    "people_a_step": lambda value: _is_count(value, 1),
+    "loader": _is_name,
+    "loader_device": _is_name,
+    "loader_began": _is_count,
+    "rng": _are_bytes,
+    "loader_states": _are_bytes,
+    "scaler": _is_scaler,
+}
+"""What a resumed run reads besides weights and moments, and whether it is sound."""
 
 
 def _read(path: Path) -> Any:
@@ -366,19 +414,20 @@ def trained_network(state: State, path: Path, averaged: bool = True) -> StackedH
     config, joints = config_of(state, path), skeleton_of(state).joint_count
     weights = state["ema"] if averaged and state.get("ema") else state["model"]
     with torch.device("meta"):  # costs no memory, whatever the config says
-        _require_fit(build_network(config, joints), weights, path)
+        require_fit(build_network(config, joints), weights, path)
     network = build_network(config, joints)
     network.load_state_dict(weights)
     return network.eval()
 
 
 def load_weights(network: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
-    """Load every tensor. Raises InputError that names the first ones that do not fit."""
-    _require_fit(network, weights, path)
+    """Load every tensor. Raises InputError as `require_fit` does."""
+    require_fit(network, weights, path)
     network.load_state_dict(weights)
 
 
-def _require_fit(network: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
+def require_fit(network: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
+    """Raise InputError unless these are the network's tensors, by name and shape."""
     differing = _differences(network.state_dict(), weights)
     if differing:
         raise InputError(

@@ -42,13 +42,18 @@ def draw_curves(entries: list[dict[str, Any]], metric: str = "PCKh") -> Picture:
 def curve(
     name: str, entries: list[dict[str, Any]], kind: str, key: str, factor: float = 1.0
 ) -> Curve:
-    """The finite numbers under a key of the lines of one kind."""
+    """The numbers under a key of the lines of one kind."""
     points = [
         (entry["step"], factor * entry[key])
         for entry in entries
-        if entry["kind"] == kind and entry.get(key) is not None and math.isfinite(entry[key])
+        if entry.get("kind") == kind and _can_be_drawn(entry.get(key))
     ]
     return Curve(name, [step for step, _ in points], [value for _, value in points])
+
+
+def _can_be_drawn(value: object) -> bool:
+    """Whether it is a loss or a rate; what a rotten line holds may be anything."""
+    return isinstance(value, (int, float)) and (value == 0 or 1e-99 < value < 1e99)
 
 
 def _panel(unit: str, curves: list[Curve], last_step: float, is_log: bool) -> Picture:
@@ -58,7 +63,8 @@ def _panel(unit: str, curves: list[Curve], last_step: float, is_log: bool) -> Pi
         low, high = math.log10(min(values, default=1e-3)), math.log10(max(values, default=1.0))
         low, high = low - 0.05, max(high, low + 0.1) + 0.05
     else:
-        low, high = 0.0, next(h for h in (10.0, 25.0, 50.0, 100.0) if max(values, default=0) <= h)
+        top = max(values, default=0.0)
+        low, high = 0.0, next((h for h in (10.0, 25.0, 50.0, 100.0) if top <= h), top)
     ticks = log_ticks(low, high) if is_log else [high * fifth / 5 for fifth in range(6)]
     for tick in ticks:
         y = _y(math.log10(tick) if is_log else tick, low, high)

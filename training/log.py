@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from configs.progress import duration
+from configs.reading import parse_json
 from configs.schema import Config
 from configs.writing import write_whole
 from model.loss import pck, peak_height
@@ -274,15 +275,18 @@ def cut(path: Path, step: int) -> None:
     """Drop the lines after a step: a run resumed from there writes them again."""
     if not path.exists():
         return
-    kept = [line for line in path.read_text().splitlines() if _is_up_to(line, step)]
-    write_whole(path, "".join(f"{line}\n" for line in kept).encode())
+    kept = [line for line in path.read_bytes().splitlines() if _entry(line, step)]
+    write_whole(path, b"".join(line + b"\n" for line in kept))
 
 
-def _is_up_to(line: str, step: int) -> bool:
+def _entry(line: bytes, last_step: int = sys.maxsize) -> dict[str, Any]:
+    """What a line says; nothing if it is of a later step, rotten, or half-written."""
     try:
-        return json.loads(line)["step"] <= step
-    except ValueError:  # a line that a killed run did not end
-        return False
+        entry = parse_json(line)
+    except ValueError:
+        return {}
+    step = entry.get("step") if isinstance(entry, dict) else None
+    return entry if type(step) is int and 0 <= step <= last_step else {}
 
 
 def memory_mb(device: torch.device) -> float:
@@ -297,9 +301,8 @@ def memory_mb(device: torch.device) -> float:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of metrics.jsonl; on a full disk the last one may be cut off as yet."""
-    lines = path.read_text().splitlines()
-    return [json.loads(line) for line in lines if _is_up_to(line, sys.maxsize)]
+    """The whole lines of metrics.jsonl; each has a `step`, and may lack anything else."""
+    return [entry for line in path.read_bytes().splitlines() if (entry := _entry(line))]
 
 
 def _write_picture(path: Path, image_HW3: npt.NDArray[np.uint8]) -> bytes:
@@ -313,5 +316,5 @@ def _write_picture(path: Path, image_HW3: npt.NDArray[np.uint8]) -> bytes:
 def _last_pckh(path: Path) -> float | None:
     """The PCKh@0.5 of the last validation, if there was one."""
     lines = read_metrics(path) if path.exists() else []
-    rates = [line["pckh@0.5_pooled"] for line in lines if line["kind"] == "valid"]
-    return rates[-1] if rates else None
+    rates = [line.get("pckh@0.5_pooled") for line in lines if line.get("kind") == "valid"]
+    return next((rate for rate in reversed(rates) if isinstance(rate, float)), None)

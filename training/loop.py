@@ -9,7 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,8 @@ class Run:
             loader_state = self._restore(state, source) if state else b""
         if config.optim.ema_decay and self.average is None:
             self.average = Average(self.network, config.optim.ema_decay)
-        self.loader = self._make_loader(loader_state)
+        with _damage_named(source) if loader_state else nullcontext():
+            self.loader = self._make_loader(loader_state)
         self.forward = self._wrap()
         self.fused_losses = (
             torch.compile(stack_losses_of_joints) if config.train.fuse_targets else None
@@ -420,6 +421,7 @@ class Run:
         if source.resolve().parent == self.folder.resolve():
             self.best = state.get("best", -1.0)  # of this folder's best.pt
         if state["ema"] and self.config.optim.ema_decay:
+            checkpoint.require_fit(self.network, state["ema"], source)
             self.average = Average(self.network, self.config.optim.ema_decay)
             for name, tensor in state["ema"].items():
                 self.average.tensors[name].copy_(tensor)
@@ -431,22 +433,24 @@ class Run:
 
     def _restore_optimizer(self, saved: State, path: Path) -> None:
         """Take over the optimizer's moments. Raises InputError if they are another optimizer's."""
-        kind = "exp_avg" if self.config.optim.name == "adam" else "square_avg"
-        if any(kind not in moments for moments in saved["state"].values()):
+        kinds = ["exp_avg", "exp_avg_sq"] if self.config.optim.name == "adam" else ["square_avg"]
+        if any(kinds[0] not in moments for moments in saved["state"].values()):
             raise InputError(
                 path,
                 "the state of another optimizer",
                 f"that of optim.name: {self.config.optim.name}",
                 "resume with the settings of the run, or begin a new one with --init_from",
             )
-        self.optimizer.load_state_dict(saved)
+        # All else of the optimizer is the config's to say.
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": saved["state"]})
         # Fused Adam goes through memory as it lies, and other code's moments are not channels-last.
         for parameter, moments in self.optimizer.state.items():
-            for name, moment in moments.items():
-                if moment.shape == parameter.shape:
-                    moments[name] = torch.empty_like(parameter).copy_(moment)
-        for group in self.optimizer.param_groups:
-            group["weight_decay"] = self.config.optim.weight_decay
+            for name in kinds:
+                if moments[name].shape != parameter.shape:
+                    raise ValueError(f"{name} of shape {tuple(moments[name].shape)}")
+                moments[name] = torch.empty_like(parameter).copy_(moments[name])
+            if not 0 <= moments["step"].item() < 2**31:
+                raise ValueError(f"a moment of step {moments['step']}")
 
     def _loader_state(self, state: State) -> bytes:
         """DALI's state, if as many ranks were loaded by it before; else its order begins anew."""
@@ -512,7 +516,14 @@ def _damage_named(source: Path) -> Iterator[None]:
     """Turn what a checkpoint of other contents than ours makes fail into an InputError."""
     try:
         yield
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except (
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        OverflowError,
+        RuntimeError,
+    ) as error:
         raise InputError(
             source,
             f"a checkpoint that cannot be continued ({type(error).__name__}: {str(error)[:200]})",

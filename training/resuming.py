@@ -11,6 +11,8 @@ from configs.schema import Config, flat
 from training import checkpoint
 from training.checkpoint import State
 
+_MOST_RANKS = 65_536
+
 
 def people_a_step(config: Config, ranks: int) -> int:
     """The global batch, over all ranks and all batches of a step."""
@@ -48,8 +50,12 @@ def fit_to_ranks(
 
 
 def _people_before(state: State, source: Path) -> int:
-    saved = checkpoint.config_of(state, source)
-    return int(state.get("people_a_step", people_a_step(saved, state["ranks"])))
+    """Of each step so far. Raises ValueError for what no number of ranks comes to."""
+    of_a_rank = people_a_step(checkpoint.config_of(state, source), 1)
+    people: int = state.get("people_a_step", of_a_rank * state["ranks"])
+    if people % of_a_rank or people > of_a_rank * _MOST_RANKS:
+        raise ValueError(f"{people} people a step, {of_a_rank} on a rank")
+    return people
 
 
 def _check_boundary(state: State, ranks: int, source: Path) -> None:
