@@ -142,7 +142,7 @@ class DaliCrops:
         split = self.shards
         rotten = split.rotten_records()
         if rotten:
-            return {split.origin(i): "its record is not what it was at the start" for i in rotten}
+            return {split.origin(i): fault for i, fault in rotten.items()}
         sample_of_row = {float(split.record(i)[0]): split.origin(i) for i in range(len(split))}
         with tempfile.TemporaryDirectory() as folder:
             indices = _indices_of_one_picture(split, Path(folder))
@@ -319,6 +319,8 @@ def _fault(source: Source, sample: int) -> str:
         check_jpeg(source.jpeg(sample))
     except PictureError as error:
         return error.reason
+    except InputError as error:  # not there, or not readable
+        return error.found
     return ""
 
 
@@ -326,7 +328,7 @@ def _gave_up(error: Exception, source: Source, faults: dict[int, str]) -> InputE
     """The error of a pipeline that ended, and of the people whose pictures ended it."""
     if faults:
         first = min(faults)
-        more = f", and {len(faults) - 1} more of its batch" if len(faults) > 1 else ""
+        more = f", and {len(faults) - 1} more people" if len(faults) > 1 else ""
         return BadSamplesError.of(faults, source.where(first), faults[first] + more)
     return InputError(
         getattr(source, "folder", "DALI"),
@@ -368,6 +370,8 @@ def _graph(
         ext=["jpg", "f32"],
         dtypes=[types.UINT8, types.FLOAT],
         missing_component_behavior="error",
+        # A tar that is cut off, or a bad sector, would end the process by SIGBUS if it were mapped.
+        dont_use_mmap=True,
         random_shuffle=shuffle_buffer > 0,
         **shuffle,
         initial_fill=max(1, min(shuffle_buffer, len(shards))),

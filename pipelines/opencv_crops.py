@@ -58,7 +58,7 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def jpeg(self, sample: int) -> bytes:
-        """The stored picture of one person."""
+        """The stored picture of one person. Raises InputError if it cannot be read."""
 
     def record(self, sample: int) -> npt.NDArray[np.floating]:
         """(record_length,) of one person."""
@@ -94,8 +94,13 @@ class LooseImages:
         return self.people.count
 
     def jpeg(self, sample: int) -> bytes:
-        """The file's bytes."""
-        return (self.folder / self.people.images[sample]).read_bytes()
+        """The file's bytes. Raises InputError."""
+        path = self.folder / self.people.images[sample]
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise InputError(path, f"not readable ({error.strerror})", "a JPEG on a sound disk",
+                             "restore the file") from error  # fmt: skip
 
     def record(self, sample: int) -> npt.NDArray[np.float64]:
         """The record; the picture's size is left at 0, for it is not decoded here."""
@@ -178,10 +183,10 @@ class CropDataset(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> Item:
         sample, epoch = key
         drawn = draw(self.preset, draw_rng(self.seed, epoch, sample))
-        record = self.source.record(sample)
-        jpeg, where = self.source.jpeg(sample), self.source.where(sample)
+        where = self.source.where(sample)
         try:
-            image = self.decoder(jpeg, where)
+            record = self.source.record(sample)
+            image = self.decoder(self.source.jpeg(sample), where)
         except InputError as error:
             raise BadSamplesError.of({sample: error.found}, where, error.found) from error
         fields = unpack_records(record[None])

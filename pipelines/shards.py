@@ -121,12 +121,22 @@ class ShardSet:
             return self._records[sample]
         return np.frombuffer(self._component(sample, "f32"), dtype="<f4")
 
-    def rotten_records(self) -> list[int]:
-        """Samples whose record on the disk is no longer the one that `records` has read."""
-        known = () if self._records is None else self._records
-        return [
-            i for i, record in enumerate(known) if self._component(i, "f32") != record.tobytes()
-        ]
+    def rotten_records(self) -> dict[int, str]:
+        """Samples whose record on the disk is gone, or no longer what `records` has read; and why.
+
+        Tars are opened anew, for one may have gone since.
+        """
+        self._files.clear()
+        found = {sample: self._record_fault(sample) for sample in range(len(self))}
+        return {sample: fault for sample, fault in found.items() if fault}
+
+    def _record_fault(self, sample: int) -> str:
+        try:
+            data = self._component(sample, "f32")
+        except InputError as error:
+            return error.found
+        same = self._records is None or data == self._records[sample].tobytes()
+        return "" if same else "its record is not what it was at the start"
 
     def records(self) -> npt.NDArray[np.float32]:
         """(N, record_length) all records, in the order of the samples. Raises InputError.
@@ -246,18 +256,24 @@ class ShardSet:
         if len(data) != size:
             raise InputError(
                 self.where(sample),
-                f"{len(data)} bytes of {extension}",
+                f"{len(data)} of {size} bytes of {extension}: the tar was cut off",
                 f"{size} bytes at offset {offset}",
-                "the tar was cut off; " + PACK_AGAIN,
+                PACK_AGAIN,
             )
         return data
 
     def _read(self, sample: int, offset: int, size: int) -> bytes:
-        """What the sample's tar has there; shorter where it ends."""
+        """What the sample's tar has there; shorter where it ends. Raises InputError."""
         shard = int(self._extents.shard[sample])
-        if shard not in self._files:
-            self._files[shard] = self.tars[shard].open("rb", buffering=0)  # type: ignore[assignment]
-        return os.pread(self._files[shard].fileno(), size, offset)
+        try:
+            if shard not in self._files:
+                self._files[shard] = self.tars[shard].open("rb", buffering=0)  # type: ignore[assignment]
+            return os.pread(self._files[shard].fileno(), size, offset)
+        except OSError as error:  # a bad sector; a tar that is gone
+            raise InputError(
+                self.where(sample), f"not readable ({error.strerror})", "a tar on a sound disk",
+                "restore the tar, or " + PACK_AGAIN,
+            ) from error  # fmt: skip
 
     def _checked_record(self, sample: int) -> npt.NDArray[np.float32]:
         """The record, if the headers about it are those of this sample. One read for all three."""
@@ -341,7 +357,11 @@ def _read_index(path: Path, shard: Shard) -> tuple[list[str], npt.NDArray[np.int
 
 def _write_patched_index(source: Path, target: Path, lines_N: npt.NDArray[np.int64]) -> None:
     """An index whose n-th person is the lines_N[n]-th of the source, written whole."""
-    header, *lines = source.read_text().splitlines()
+    try:
+        header, *lines = source.read_text().splitlines()
+    except OSError as error:
+        raise InputError(source, f"not readable ({error.strerror})", "the index of its tar",
+                         "restore it, or " + PACK_AGAIN) from error  # fmt: skip
     write_whole(target, ("\n".join([header, *(lines[i] for i in lines_N)]) + "\n").encode())
 
 

@@ -1,6 +1,8 @@
 """A damaged picture met in training: named, or replaced by a neighbour and nothing else changed."""
 
+import errno
 import json
+import os
 import shutil
 import time
 from pathlib import Path
@@ -12,7 +14,7 @@ from test_training import make_run, steps, tiny_config
 
 from configs.errors import InputError
 from pipelines.augment import PRESETS
-from pipelines.batches import train_loader
+from pipelines.batches import Loader, train_loader
 from pipelines.opencv_crops import RawBatch
 from pipelines.pictures import BadSamplesError
 from pipelines.quarantine import LIST, Quarantine, SkippingLoader
@@ -227,6 +229,95 @@ def test_a_record_that_rots_in_mid_run_changes_nothing_or_ends_the_run_with_its_
         assert not all(loader.next().input_from_image_N23.isfinite().all() for _ in range(9))
         with pytest.raises(InputError, match="sample 6"):
             data.records()
+
+
+def place_of(data: ShardSet, sample: int) -> tuple[int, int]:
+    """First byte and size of a picture in its tar."""
+    return int(data._extents.offset["jpg"][sample]), int(data._extents.size["jpg"][sample])
+
+
+@pytest.fixture
+def bad_sector(tiny_shards, monkeypatch) -> ShardSet:
+    """The tiny set on a disk that cannot read the picture of sample 6."""
+    data, real = ShardSet(tiny_shards / "train"), os.pread
+    start, _ = place_of(data, 6)
+
+    def pread(file: int, count: int, offset: int) -> bytes:
+        if os.readlink(f"/proc/self/fd/{file}") == str(data.tars[1]) and start == offset:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(file, count, offset)
+
+    monkeypatch.setattr(os, "pread", pread)
+    return data
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_for_a_picture_in_a_bad_sector_a_neighbour_stands_in(workers, bad_sector, tmp_path):
+    quarantine = Quarantine(bad_sector, tmp_path / "run", 5)
+    skipping = SkippingLoader(loader_of("opencv", workers), quarantine, 0, b"")
+    rows = [row for _ in range(9) for row in skipping.next().records_NR[:, 0].tolist()]
+    row = {sample: float(bad_sector.record(sample)[0]) for sample in (6, 7)}
+    assert len(rows) == 36 and row[6] not in rows and rows.count(row[7]) == 6
+    assert quarantine.faults == {6: "not readable (Input/output error)"}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_without_leave_to_skip_a_picture_in_a_bad_sector_is_named(workers, bad_sector):
+    loader = loader_of("opencv", workers)(bad_sector, 0, b"")
+    with pytest.raises(BadSamplesError, match="Input/output error") as caught:
+        for _ in range(9):
+            loader.next()
+    assert caught.value.where == f"{bad_sector.tars[1]}: sample 6 (key 000000006)"
+
+
+@pytest.mark.parametrize(("name", "workers"), WITH_WORKERS)
+@pytest.mark.parametrize("leave", ["skip", "stop"])
+def test_of_a_tar_cut_off_in_mid_run_only_those_are_left_out_whose_bytes_are_gone(
+    leave, name, workers, tiny_shards, tmp_path
+):
+    folder = Path(shutil.copytree(tiny_shards / "train", tmp_path / "train"))
+    data = ShardSet(folder)
+    data.records()
+    quarantine = Quarantine(data, tmp_path / "run", 2)
+    make = loader_of(name, workers)
+    loader = SkippingLoader(make, quarantine, 0, b"") if leave == "skip" else make(data, 0, b"")
+    loader.next()
+    start, size = place_of(data, 8)
+    os.truncate(data.tars[1], start + size // 2)
+    if leave == "skip":
+        for _ in range(18):
+            loader.next()
+        assert set(quarantine.faults) == {8, 9}
+        assert all("the tar was cut off" in fault for fault in quarantine.faults.values())
+        return
+    with pytest.raises(BadSamplesError, match=r"key 00000000[89].*\n.*the tar was cut off"):
+        for _ in range(18):
+            loader.next()
+
+
+@pytest.mark.parametrize("name", LOADERS)
+@pytest.mark.parametrize("leave", ["skip", "stop"])
+def test_a_tar_that_vanishes_in_mid_run_is_named_and_stops_it_at_the_limit(
+    leave, name, tiny_shards, tmp_path
+):
+    folder = Path(shutil.copytree(tiny_shards / "train", tmp_path / "train"))
+    data = ShardSet(folder)
+    loader: Loader = loader_of(name)(data, 0, b"")
+    if leave == "skip":
+        quarantine = Quarantine(data, tmp_path / "run", 2)
+        loader = SkippingLoader(loader_of(name), quarantine, 0, b"")
+    data.tars[1].unlink()
+    with pytest.raises(InputError) as caught:
+        for _ in range(9):
+            loader.next()
+    if leave == "stop":
+        assert isinstance(caught.value, BadSamplesError)
+        assert caught.value.where.startswith(f"{data.tars[1]}: sample ")
+        assert caught.value.found.startswith("not readable (No such file or directory)")
+    else:
+        assert "people with damaged pictures" in caught.value.found
+        lines = [json.loads(line) for line in (tmp_path / "run" / LIST).read_text().splitlines()]
+        assert {line["sample"] for line in lines} <= set(MIDDLE) and len(lines) > 2
 
 
 @pytest.mark.parametrize("name", LOADERS)
