@@ -121,8 +121,10 @@ def find_start(folder: Path, resume: str | None, launchers: list[str]) -> tuple[
     source, remarks = keeping.newest_whole(folder)
     if resume == "" and source is None and not restarted:
         raise InputError(
-            folder / LAST, "no such file", "a checkpoint of the run", "begin it without --resume"
-        )
+            folder / LAST, "no such file", "a checkpoint of the run",
+            "begin it without --resume; of a run that was moved give the place, "
+            "--train.out FOLDER --train.name NAME",
+        )  # fmt: skip
     start = str(source or given)
     why = "torchrun started the ranks again: " if restarted else ""
     how = f"continuing from {start}" if start else "there is no checkpoint yet, so it begins anew"
@@ -131,7 +133,7 @@ def find_start(folder: Path, resume: str | None, launchers: list[str]) -> tuple[
 
 def _refuse_other_run(folder: Path, given: Path) -> None:
     """A checkpoint from elsewhere would begin anew in a folder that has a run, and replace it."""
-    if (folder / LAST).exists() and given.resolve().parent != folder.resolve():
+    if keeping.has_checkpoint(folder) and given.resolve().parent != folder.resolve():
         raise InputError(
             folder,
             f"a run of this name, and --resume {given}, which is not of it",
@@ -142,7 +144,7 @@ def _refuse_other_run(folder: Path, given: Path) -> None:
 
 def _refuse_old_folder(folder: Path) -> None:
     if folder.exists():
-        has_checkpoint = (folder / LAST).exists()
+        has_checkpoint = keeping.has_checkpoint(folder)
         raise InputError(
             folder,
             "a run of this name" + ("" if has_checkpoint else ", which has no checkpoint yet"),

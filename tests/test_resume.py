@@ -262,6 +262,35 @@ def test_another_number_of_ranks_is_refused_in_mid_epoch():
         resuming.fit_to_ranks(config, saved(config, 2, step=7), 1, Path("last.pt"))
 
 
+def test_the_refusal_names_the_checkpoint_of_the_epochs_end(tmp_path):
+    config = tiny_config(Path("x"), train={"steps_per_epoch": 6})
+    for name in ("step_00000006.pt", "step_00000012.pt", "step_00000013.pt", "step_of_mine.pt"):
+        (tmp_path / name).touch()
+    with pytest.raises(InputError) as caught:
+        resuming.fit_to_ranks(config, saved(config, 2, step=13), 1, tmp_path / "last.pt")
+    assert caught.value.next_step.endswith(f"--resume {tmp_path / 'step_00000012.pt'}")
+
+
+def test_a_run_without_last_pt_is_a_run(tiny_shards, tmp_path):
+    make_run(tiny_config(tiny_shards), tmp_path / "run").save(["last.pt"])
+    (tmp_path / "run" / "last.pt").unlink()
+    with pytest.raises(InputError) as caught:
+        train_program.find_start(tmp_path / "run", None, [])
+    assert caught.value.next_step.endswith("continue it with --resume")
+    other = tmp_path / "elsewhere" / "last.pt"
+    with pytest.raises(InputError, match="which is not of it"):
+        train_program.find_start(tmp_path / "run", str(other), [])
+    source, _ = train_program.find_start(tmp_path / "run", "", [])
+    assert Path(source).name == "step_00000000.pt"
+
+
+def test_a_start_removes_what_a_killed_one_was_writing(tmp_path):
+    for name in ("step_00000006.pt.tmp", "last.pt.tmp", "last.pt"):
+        (tmp_path / name).touch()
+    keeping.begin(tmp_path, [])
+    assert {path.name for path in tmp_path.iterdir()} == {"last.pt", "launchers", "lock"}
+
+
 def test_a_run_that_a_signal_ended_at_an_epochs_end_validates_when_it_goes_on(
     tiny_shards, tmp_path
 ):

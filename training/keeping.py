@@ -8,6 +8,7 @@ it.
 import os
 import shutil
 import socket
+from contextlib import suppress
 from pathlib import Path
 
 from configs.errors import InputError
@@ -42,7 +43,12 @@ def save(folder: Path, state: State, names: list[str], keep: int) -> None:
 
 def numbered(folder: Path) -> list[Path]:
     """The checkpoints that are named by their step, newest first."""
-    return sorted(folder.glob("step_????????.pt"), reverse=True)
+    return sorted(folder.glob("step_" + 8 * "[0-9]" + ".pt"), reverse=True)
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a run has anything to go on from, damaged or not."""
+    return bool(numbered(folder)) or any((folder / name).exists() for name in (LAST, BEST))
 
 
 def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
@@ -85,9 +91,14 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def begin(folder: Path, launchers: list[str]) -> None:
-    """Make a run's folder, keep other processes out of it, and note who started it."""
+    """Make a run's folder, keep other processes out of it, and note who started it.
+
+    What a killed process was writing is removed.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     lock(folder)
+    for half in folder.glob("*.pt.tmp"):
+        half.unlink(missing_ok=True)
     write_whole(folder / LAUNCHERS, "".join(f"{name}\n" for name in launchers).encode())
 
 
@@ -114,8 +125,9 @@ def lock(folder: Path) -> None:
         ) from error
     except OSError:  # a file system without locks
         return
-    os.truncate(descriptor, 0)
-    os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    with suppress(OSError):  # a full disk: the lock holds without its holder's name
+        os.truncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 
 
 def was_begun_by(folder: Path, launchers: list[str]) -> bool:

@@ -10,6 +10,7 @@ from configs.errors import InputError
 from configs.schema import Config, flat
 from training import checkpoint
 from training.checkpoint import State
+from training.keeping import numbered
 
 _MOST_RANKS = 65_536
 
@@ -62,14 +63,16 @@ def _check_boundary(state: State, ranks: int, source: Path) -> None:
     """Raise InputError in mid-epoch: there each rank has its own place in the data."""
     epoch = flat(state["config"])["train.steps_per_epoch"]
     if state["step"] % epoch:
+        numbers = {path: int(path.stem.removeprefix("step_")) for path in numbered(source.parent)}
+        ended = [path for path, step in numbers.items() if step % epoch == 0]
+        or_from = f", or go back to its end: --resume {ended[0]}" if ended else ""
         raise InputError(
             source,
             f"a run of {state['ranks']} rank(s), now {ranks}, in mid-epoch "
             f"(step {state['step']}, {epoch} an epoch)",
             "the same number of ranks, for each has its own place in the data; "
             "another one at the end of an epoch",
-            f"start {state['ranks']}, or resume from a checkpoint of a step that {epoch} divides "
-            f"(--resume {source.parent}/step_*.pt)",
+            f"start {state['ranks']}{or_from}",
         )
 
 
