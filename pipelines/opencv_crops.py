@@ -282,8 +282,14 @@ class CropLoader:
             batches = iter(self._batches)
         for batch in batches:
             if isinstance(batch, InputError):
-                raise batch
+                break
             yield batch
+        else:
+            return
+        # The workers end here: in the cycle of an error and its traceback the collector would find
+        # them, whose order leaves the workers without a word, and this process waiting for each.
+        del batches
+        raise batch
 
 
 def usable_cores() -> int:
