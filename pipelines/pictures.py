@@ -85,11 +85,15 @@ class BadSamplesError(InputError):
             where,
             found,
             "a whole JPEG",
-            "replace the picture; if it lies in a tar, pack again with tools/make_shards.py, or "
-            "train on without it: --data.on_bad_sample skip",
+            "restore the picture; if it lies in a tar, restore the tar, or pack the split again "
+            "with tools/make_shards.py, whose --skip-bad leaves out what cannot be mended",
         )
         error.faults = faults
         return error
+
+    def advise_to_skip(self) -> None:
+        """Name the way out that training has, and validation, which never skips, has not."""
+        self.next_step += "; or train on without it: --data.on_bad_sample skip"
 
 
 class _Frame(NamedTuple):
