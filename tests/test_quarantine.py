@@ -381,6 +381,11 @@ def test_beyond_the_limit_the_run_stops(name, tiny_shards, tmp_path):
     assert "check_shards.py --decode" in caught.value.next_step
     lines = (tmp_path / "run" / LIST).read_text().splitlines()
     assert [json.loads(line)["key"] for line in lines] == ["000000001", "000000006", "000000011"]
+    whole = ShardSet(tiny_shards / "train")
+    with pytest.raises(InputError, match="remove this list") as caught:  # as is still to be done
+        Quarantine(whole, tmp_path / "run", 2).learn([b"{}"])
+    Path(caught.value.where).unlink()
+    assert Quarantine(whole, tmp_path / "run", 2).learn([b"{}"]) == []
 
 
 def test_a_tar_without_one_good_picture_ends_in_an_error(tiny_shards, tmp_path):
