@@ -153,6 +153,7 @@ class OpenCVLoader:
         except BadSamplesError as error:
             # A stand-in that is damaged itself goes by its own number.
             error.faults = {self.shards.origin(s): text for s, text in error.faults.items()}
+            error.advise_to_skip()
             raise
 
     def state(self) -> bytes:

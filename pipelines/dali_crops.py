@@ -130,7 +130,10 @@ class DaliCrops:
         try:
             outputs = self.pipeline.run(*_stream(self.pipeline))
         except (RuntimeError, ValueError) as error:  # a picture; numbers of a record
-            raise _gave_up(error, self.shards, self._failed_samples()) from error
+            told = _gave_up(error, self.shards, self._failed_samples())
+            if isinstance(told, BadSamplesError):
+                told.advise_to_skip()
+            raise told from error
         return RawBatch(*(torch.from_dlpack(output.as_tensor()) for output in outputs))
 
     def _failed_samples(self) -> dict[int, str]:

@@ -34,9 +34,10 @@ _MOST_SCANS = 100
 _START, _END, _SCAN, _APP1 = 0xD8, 0xD9, 0xDA, 0xE1
 _FRAMES = {0xC0, 0xC1, 0xC2}  # baseline, extended, progressive
 _OTHER_FRAMES = {0xC3, *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0)}
+_PROGRESSIVE = {0xC2, 0xC6, 0xCA, 0xCE}
 _STANDALONE = {0x01, *range(0xD0, 0xD9)}
 # In a scan's data 0xFF comes before 0x00, a restart marker or another 0xFF; else the scan is over.
-_AFTER_SCAN = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
+_NEXT_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
 _EXIF = b"Exif\0\0"
 _ORIENTATION_TAG, _SHORT = 0x0112, 3
 _LIBJPEG_WARNING = re.compile(rb"^(Corrupt|Premature end|Inconsistent|Invalid).*$", re.MULTILINE)
@@ -84,11 +85,15 @@ class BadSamplesError(InputError):
             where,
             found,
             "a whole JPEG",
-            "replace the picture; if it lies in a tar, pack again with tools/make_shards.py, or "
-            "train on without it: --data.on_bad_sample skip",
+            "restore the picture; if it lies in a tar, restore the tar, or pack the split again "
+            "with tools/make_shards.py, whose --skip-bad leaves out what cannot be mended",
         )
         error.faults = faults
         return error
+
+    def advise_to_skip(self) -> None:
+        """Name the way out that training has, and validation, which never skips, has not."""
+        self.next_step += "; or train on without it: --data.on_bad_sample skip"
 
 
 class _Frame(NamedTuple):
@@ -148,9 +153,10 @@ def check_jpeg(data: bytes) -> tuple[int, int]:
 
 
 def require_sane_size(data: bytes, where: object, most: int = MOST_PIXELS) -> None:
-    """Raise InputError if a JPEG or PNG claims more pixels than that. Decodes nothing.
+    """Raise InputError if a JPEG or PNG claims more pixels than that, or a JPEG has too many scans.
 
-    data: its first bytes may do. OpenCV itself refuses more than 2^30 pixels of any kind.
+    data: for the size its first bytes may do. Decodes nothing. OpenCV itself refuses more than 2^30
+    pixels of any kind.
     """
     width, height = claimed_size(data) or (0, 0)
     if width * height > most:
@@ -160,29 +166,50 @@ def require_sane_size(data: bytes, where: object, most: int = MOST_PIXELS) -> No
             f"{most:,} pixels at most",
             "make the picture smaller, or replace it if it is damaged",
         )
+    if _count_scans(data) > _MOST_SCANS:
+        raise InputError(where, f"over {_MOST_SCANS} scans", "a photograph, which has 10 or so",
+                         "save the picture again, or replace it")  # fmt: skip
 
 
 def claimed_size(data: bytes) -> tuple[int, int] | None:
-    """Width and height, px, that a JPEG's or PNG's header gives; None if none is found.
-
-    Of a JPEG it is found as libjpeg does, which passes over whatever lies between segments.
-    """
+    """Width and height, px, that a JPEG's or PNG's header gives; None if none is found."""
     if data[:8] == b"\x89PNG\r\n\x1a\n" and len(data) >= 24:
         return struct.unpack(">II", data[16:24])
-    place = 2 if data[:2] == b"\xff\xd8" else len(data)
-    while (place := data.find(b"\xff", place)) >= 0:
-        marker = data[place + 1 : place + 2]
-        place += 1
-        if marker in (b"", b"\xff", b"\x00") or marker[0] in _STANDALONE:
-            continue
-        length = int.from_bytes(data[place + 1 : place + 3], "big")
-        if marker[0] in _FRAMES | _OTHER_FRAMES and place + 8 <= len(data):
-            height, width = struct.unpack_from(">HH", data, place + 4)
+    for marker, place in _markers(data):
+        if marker in _FRAMES | _OTHER_FRAMES and place + 7 <= len(data):
+            height, width = struct.unpack_from(">HH", data, place + 3)
             return width, height
-        if marker[0] in (_SCAN, _END):
+        if marker in (_SCAN, _END):
             return None
-        place += 1 + max(length, 2)
     return None
+
+
+def _count_scans(data: bytes) -> int:
+    """Scans that libjpeg decodes; it goes through those of the kinds that need several."""
+    scans, components, progressive = 0, b"", False
+    for marker, place in _markers(data):
+        if marker == _END:
+            break
+        if marker in _FRAMES | _OTHER_FRAMES:
+            components, progressive = data[place + 7 : place + 8], marker in _PROGRESSIVE
+        scans += marker == _SCAN
+        if marker == _SCAN and not progressive and data[place + 2 : place + 3] == components:
+            break  # all of the picture is in this one
+    return scans
+
+
+def _markers(data: bytes) -> Iterator[tuple[int, int]]:
+    """Marker and place of its body's length, as libjpeg finds them.
+
+    It passes over whatever lies between segments, a scan's data among it.
+    """
+    place = 2 if data[:2] == b"\xff\xd8" else len(data)
+    while found := _NEXT_MARKER.search(data, place):
+        marker, place = data[found.start() + 1], found.end()
+        if marker in _STANDALONE:
+            continue
+        yield marker, place
+        place += max(int.from_bytes(data[place : place + 2], "big"), 2)
 
 
 def _walk(data: bytes) -> _Frame:
@@ -237,7 +264,7 @@ def _segments(data: bytes) -> Iterator[tuple[int, bytes, int]]:
         yield marker, data[place + 2 : place + length], start
         place += length
         if marker == _SCAN:
-            after = _AFTER_SCAN.search(data, place)
+            after = _NEXT_MARKER.search(data, place)
             if not after:
                 raise PictureError("truncated (no end marker)")
             place = after.start()

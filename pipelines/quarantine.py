@@ -66,8 +66,8 @@ class Quarantine:
                 self.folder / LIST,
                 f"{count} people with damaged pictures",
                 f"{self.limit} at most (data.max_bad_samples)",
-                "run tools/check_shards.py --decode on the training shards, and restore them or "
-                "pack again; then --resume",
+                "run tools/check_shards.py --decode on the training shards, restore them or pack "
+                "again, and remove this list; then --resume",
             )
 
     def learn(self, others: list[bytes]) -> list[str]:

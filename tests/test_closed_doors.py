@@ -31,6 +31,7 @@ from configs.schema import load_yaml
 from configs.skeleton import load_skeleton
 from evaluation.predictions import open_mat, read_predictions
 from pipelines.annotations import read_annotations, stays_inside
+from pipelines.augment import PRESETS
 from pipelines.boxes import read_people
 from pipelines.opencv_crops import LooseImages, decode
 from pipelines.pictures import PictureError, check_jpeg, claimed_size
@@ -109,15 +110,77 @@ def test_shards_with_a_huge_picture_are_refused_at_the_start(tiny_shards, tmp_pa
     assert "sample 6" in caught.value.where
 
 
-def test_a_jpeg_of_a_thousand_scans_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
-    image = noise_picture(np.random.default_rng(0), 64, 64)
-    write_jpeg(tmp_path / "a.jpg", image, cv2.IMWRITE_JPEG_PROGRESSIVE, 1)
-    data = (tmp_path / "a.jpg").read_bytes()
-    last = data.rfind(b"\xff\xda")
-    bomb = data[:-2] + (data[last:-2]) * 1000 + b"\xff\xd9"
+def progressive_bomb(jpeg: bytes) -> bytes:
+    """A progressive JPEG whose last scan comes a thousand times more."""
+    image = cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR)
+    data = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_PROGRESSIVE, 1])[1].tobytes()
+    return data[:-2] + data[data.rfind(b"\xff\xda") : -2] * 1000 + b"\xff\xd9"
+
+
+def sequential_bomb(jpeg: bytes) -> bytes:
+    """A baseline JPEG, all of one grey, whose three components come in 1002 scans.
+
+    A block is a DC difference of 0 and an end of block, 00 and 1010 in the usual Huffman tables.
+    """
+    kind = [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
+    data = cv2.imencode(".jpg", np.zeros((64, 64, 3), np.uint8), kind)[1].tobytes()
+    blocks = int("001010" * 64, 2).to_bytes(48, "big")
+    scans = [b"\xff\xda\x00\x08\x01%c\x00\x00\x3f\x00" % part + blocks for part in (1, 2, 3)]
+    return data[: data.find(b"\xff\xda")] + scans[0] + scans[1] + scans[2] * 1000 + b"\xff\xd9"
+
+
+@pytest.mark.parametrize("bomb", [progressive_bomb, sequential_bomb])
+def test_a_jpeg_of_a_thousand_scans_is_refused_before_it_is_decoded(
+    bomb, jpeg, tmp_path, monkeypatch
+):
+    data = bomb(jpeg)
+    assert cv2.imdecode(np.frombuffer(data, np.uint8), 1) is not None, "a decoder would take it"
     monkeypatch.setattr(cv2, "imdecode", None)
     with pytest.raises(PictureError, match="over 100 scans"):
-        check_jpeg(bomb)
+        check_jpeg(data)
+    with pytest.raises(InputError, match="over 100 scans"):
+        decode(data, "a person")
+    (tmp_path / "a.jpg").write_bytes(data)
+    with pytest.raises(InputError, match="over 100 scans"):
+        read_picture(tmp_path / "a.jpg")
+
+
+def test_one_scan_with_all_of_the_picture_is_one_whatever_follows(jpeg):
+    """libjpeg reads no further: a film behind a telephone's photograph does no harm."""
+    after = jpeg[:-2] + jpeg[jpeg.find(b"\xff\xda") : -2] * 200 + b"\xff\xd9"
+    assert decode(after, "").shape == decode(jpeg + b"\xff\xda" * 200, "").shape == (90, 160, 3)
+
+
+class OnePicture:
+    """A source of one person."""
+
+    def __init__(self, jpeg: bytes, split: ShardSet):
+        self.data, self.split = jpeg, split
+
+    def __len__(self) -> int:
+        return 1
+
+    def jpeg(self, sample: int) -> bytes:
+        return self.data
+
+    def record(self, sample: int) -> np.ndarray:
+        return self.split.record(sample)
+
+    def where(self, sample: int) -> str:
+        return "the one person"
+
+
+@pytest.mark.parametrize("bomb", [progressive_bomb, lambda jpeg: claiming(jpeg, 65500, 65500)])
+def test_dali_is_not_even_fed_such_a_picture_in_evaluation(bomb, jpeg, tiny_shards):
+    pytest.importorskip("nvidia.dali")
+    from pipelines.dali_crops import DaliStills
+
+    source = OnePicture(bomb(jpeg), ShardSet(tiny_shards / "valid"))
+    stills = DaliStills(source, np.arange(1), PRESETS["none"], input_px=64, batch_size=1,
+                        device="cpu")  # fmt: skip
+    with pytest.raises(InputError, match=r"over 100 scans|a header that says") as caught:
+        list(stills)
+    assert caught.value.where == "the one person"
 
 
 # Names

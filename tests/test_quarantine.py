@@ -13,8 +13,10 @@ import torch
 from test_training import make_run, steps, tiny_config
 
 from configs.errors import InputError
+from configs.mpii import MPII
+from configs.schema import DataConfig, HeatmapsConfig
 from pipelines.augment import PRESETS
-from pipelines.batches import Loader, train_loader
+from pipelines.batches import Loader, still_batches, target_of, train_loader
 from pipelines.opencv_crops import RawBatch
 from pipelines.pictures import BadSamplesError
 from pipelines.quarantine import LIST, Quarantine, SkippingLoader
@@ -352,15 +354,20 @@ def test_a_run_whose_picture_rots_goes_on_and_says_so_or_ends_with_its_name(
     assert checkpoint.load(tmp_path / "run" / "last.pt")["step"] == 12
 
 
-def test_evaluation_by_dali_names_the_picture_and_never_skips(tiny_shards, tmp_path):
-    pytest.importorskip("nvidia.dali")
-    from pipelines.dali_crops import DaliStills
-
+@pytest.mark.parametrize(("name", "workers"), WITH_WORKERS)
+def test_evaluation_names_the_picture_never_skips_and_does_not_advise_to(
+    name, workers, tiny_shards, tmp_path
+):
     data = ShardSet(damaged(tiny_shards / "valid", tmp_path / "bad", 3))
-    stills = DaliStills(data, np.arange(5), PRESETS["none"], input_px=64, batch_size=2,
-                        device="cpu")  # fmt: skip
-    with pytest.raises(BadSamplesError, match=r"sample 3 \(key 000000003\)"):
+    target = target_of(DataConfig(preset="none", input_px=64), HeatmapsConfig(), MPII)
+    stills = still_batches(
+        data, np.arange(5), target, loader=name, device=torch.device("cpu"), batch_size=2,
+        workers=workers,
+    )  # fmt: skip
+    with pytest.raises(BadSamplesError, match=r"sample 3 \(key 000000003\)") as caught:
         list(stills)
+    assert "on_bad_sample" not in caught.value.next_step
+    assert "make_shards.py, whose --skip-bad" in caught.value.next_step
 
 
 @pytest.mark.parametrize("name", LOADERS)
@@ -374,6 +381,11 @@ def test_beyond_the_limit_the_run_stops(name, tiny_shards, tmp_path):
     assert "check_shards.py --decode" in caught.value.next_step
     lines = (tmp_path / "run" / LIST).read_text().splitlines()
     assert [json.loads(line)["key"] for line in lines] == ["000000001", "000000006", "000000011"]
+    whole = ShardSet(tiny_shards / "train")
+    with pytest.raises(InputError, match="remove this list") as caught:  # as is still to be done
+        Quarantine(whole, tmp_path / "run", 2).learn([b"{}"])
+    Path(caught.value.where).unlink()
+    assert Quarantine(whole, tmp_path / "run", 2).learn([b"{}"]) == []
 
 
 def test_a_tar_without_one_good_picture_ends_in_an_error(tiny_shards, tmp_path):

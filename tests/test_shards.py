@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pickle
 import shutil
 import struct
@@ -275,6 +276,39 @@ def test_record_out_of_range_is_named_by_shard_and_key(packed, field, value, fou
     assert caught.value.where.startswith(str(packed))
     if field:  # of two people with one row, either may be the wrong one
         assert caught.value.where == f"{packed / '00001.tar'}: sample 6 (key 000000006)"
+
+
+def test_index_of_a_tar_whose_end_is_gone_is_refused_even_if_the_manifest_vouches_for_it(
+    packed: Path,
+) -> None:
+    tar, data = packed / "00001.tar", ShardSet(packed)
+    end = int(data._extents.offset["json"][9])  # the last file of this tar
+    whole = end + int(data._extents.size["json"][9])
+
+    def cut(size: int) -> None:
+        os.truncate(tar, size)
+        change_manifest(packed, lambda raw: raw["shards"][1].update(bytes=size))
+
+    cut(end + 512 * -(-(whole - end) // 512))  # without the two empty blocks at a tar's end
+    assert len(ShardSet(packed).records()) == 12
+    cut(end)
+    with pytest.raises(InputError, match="no tar of these sizes") as caught:
+        ShardSet(packed)
+    assert caught.value.where == str(packed / "00001.idx")
+
+
+@pytest.mark.parametrize("part", ["f32", "jpg"])
+def test_header_that_gives_another_size_than_the_index_is_found(packed: Path, part: str) -> None:
+    data = ShardSet(packed)
+    place, size = (int(values[part][8]) for values in (data._extents.offset, data._extents.size))
+    with (packed / "00001.tar").open("r+b") as file:
+        file.seek(place - 512 + 124)  # where a tar's header has the size, in octal
+        assert file.read(12) == b"%011o\0" % size
+        file.seek(-12, 1)
+        file.write(b"%011o\0" % (size - 1))
+    with pytest.raises(InputError, match=f"the index has the {part} of this key") as caught:
+        ShardSet(packed).records()
+    assert "key 000000008" in caught.value.where
 
 
 def test_index_of_another_tar_is_named(packed: Path) -> None:
