@@ -1,7 +1,9 @@
 """A damaged picture met in training: named, or replaced by a neighbour and nothing else changed."""
 
 import errno
+import gc
 import json
+import multiprocessing
 import os
 import shutil
 import time
@@ -148,6 +150,22 @@ def test_a_picture_may_turn_out_rotten_while_the_disk_is_full(name, tiny_shards,
     assert "No space left" in said[1] and said[1].endswith("bad_samples.jsonl'; training goes on")
     assert quarantine.learn([quarantine.report()]) == [], "there is room again"
     assert set(Quarantine(ShardSet(folder), run, 5).faults) == {6}
+
+
+def test_workers_of_a_loader_that_failed_end_at_once(tiny_shards, tmp_path):
+    """Found by the collector instead, each of them would keep the run waiting for five seconds."""
+    folder = damaged(tiny_shards / "train", tmp_path / "bad", 1, 6)
+    before = set(multiprocessing.active_children())
+    quarantine = Quarantine(ShardSet(folder), tmp_path / "run", 5)
+    gc.disable()
+    try:
+        skipping = SkippingLoader(loader_of("opencv", workers=1), quarantine, 0, b"")
+        for _ in range(9):
+            skipping.next()
+            assert len(set(multiprocessing.active_children()) - before) == 1
+    finally:
+        gc.enable()
+    assert set(quarantine.faults) == {1, 6}
 
 
 @pytest.mark.parametrize("name", LOADERS)
