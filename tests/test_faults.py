@@ -20,6 +20,7 @@ import pytest
 import torch
 from conftest import ROOT, may_mount
 from test_training import HERE, SMALL, make_run, metrics, poison, steps, tiny_config, unpoison
+from two_ranks import leaves
 
 import train as train_program
 from configs.errors import InputError
@@ -583,6 +584,47 @@ def test_a_signal_in_the_last_step_of_an_epoch_leaves_the_validation_for_later(
     assert [line["step"] for line in metrics(tmp_path, "valid")] == [2, 4]
 
 
+def test_a_signal_in_a_validation_leaves_it_for_later_and_the_run_ends_as_one_without(
+    tiny_shards, tmp_path
+):
+    """It has three batches, of which one is predicted; also in the run that goes on with it."""
+    config = tiny_config(
+        tiny_shards, train={"steps": 4, "steps_per_epoch": 2}, eval={"batch_size": 2, "flip": False}
+    )
+    predicted = []
+
+    def ask_to_stop(*_: object) -> None:
+        predicted.append(run.step)
+        if not run.noted:  # a second one would end these tests
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    state = None
+    for _ in range(2):
+        run = make_run(config, tmp_path / "run", state)
+        real = run._evaluated_network
+
+        def watched(real=real):
+            network = real()
+            network.register_forward_hook(ask_to_stop)
+            return network
+
+        run._evaluated_network = watched  # type: ignore[method-assign]
+        assert run.train() == {} and run.interrupted
+        state = checkpoint.load(tmp_path / "run" / "last.pt")
+        assert state["step"] == 2 and state["validation_due"] and state["best"] == -1
+        marker = (tmp_path / "run" / "resume_me").read_text()
+        assert marker == "STOPPED EARLY at step 2 of 4: SIGUSR1.\n"
+    assert predicted == [2, 2] and metrics(tmp_path / "run", "valid") == []
+    states = []
+    for name, begun in (("run", state), ("quiet", None)):
+        make_run(config, tmp_path / name, begun).train()
+        states.append(leaves(checkpoint.load(tmp_path / name / "last.pt")))
+        del states[-1]["seconds/"]
+    assert [line["step"] for line in metrics(tmp_path / "run", "valid")] == [2, 4]
+    differing = [name for name in states[0] if states[0][name] != states[1].get(name)]
+    assert differing == [] and len(states[0]) == len(states[1]) > 100
+
+
 def test_a_validation_that_fails_loses_no_step_of_its_epoch(tiny_shards, tmp_path):
     config = tiny_config(tiny_shards, train={"steps": 4, "steps_per_epoch": 2})
     run = make_run(config, tmp_path)
@@ -602,7 +644,13 @@ def test_a_validation_that_fails_loses_no_step_of_its_epoch(tiny_shards, tmp_pat
 def test_a_rank_whose_torchrun_is_gone_ends_with_a_checkpoint(tiny_shards, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     run = make_run(tiny_config(tiny_shards, train={"steps": 50, "steps_per_epoch": 50}), tmp_path)
-    monkeypatch.setattr(os, "getppid", lambda: 1)
+    real = run._train_step
+
+    def orphaned(totals):
+        real(totals)
+        monkeypatch.setattr(os, "getppid", lambda: 1)
+
+    run._train_step = orphaned  # type: ignore[method-assign]
     run.train()
     assert run.interrupted and checkpoint.load(tmp_path / "last.pt")["step"] == 1
     assert "torchrun is gone" in (tmp_path / "resume_me").read_text()
