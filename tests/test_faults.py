@@ -562,6 +562,54 @@ def test_a_signal_that_torchrun_forwards_once_more_is_the_same_one():
     process.join(10)
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc that tells masks")
+def test_a_signal_to_a_start_that_resumes_ends_it_with_75_before_its_first_step(
+    tiny_shards, tmp_path
+):
+    words = ["train.py", *SMALL, "--data.shards", tiny_shards, "--train.out", tmp_path,
+             "--train.name", "run", "--train.steps", 100_000, "--resume", "auto"]  # fmt: skip
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # to a run that is not there yet, and is
+        process = subprocess.Popen(
+            [sys.executable, *map(str, words)], cwd=ROOT, stderr=subprocess.PIPE, text=True,
+            stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        end = time.monotonic() + 2
+        while not holds(process.pid, number) and time.monotonic() < end:
+            time.sleep(0.01)
+        process.send_signal(number)
+        said, text = process.communicate(timeout=120)
+        assert process.returncode == 75, text
+        name = signal.Signals(number).name
+        marker = (tmp_path / "run" / "resume_me").read_text()
+        assert marker == f"STOPPED EARLY at step 0 of 100000: {name}.\n"
+        assert "The run was done" not in said and "Traceback" not in text
+        assert checkpoint.load(tmp_path / "run" / "last.pt")["step"] == 0
+    assert "continuing from" in text
+
+
+def holds(pid: int, number: int) -> bool:
+    """Whether a process holds a signal back."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return bool(int(status.split("SigBlk:")[1].split()[0], 16) >> (number - 1) & 1)
+
+
+@pytest.mark.parametrize(
+    ("words", "restarts", "held"),
+    [("--resume", "0", True), ("--resume=auto", "0", True), ("", "1", True), ("", "0", False)],
+)
+def test_signals_to_a_start_are_held_if_a_run_goes_on(words, restarts, held):
+    code = (
+        "import configs.interrupt as i, signal; i.hold_signals_of_a_resumed_run();"
+        "print(*sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words.split()], cwd=ROOT, text=True, capture_output=True,
+        env={**os.environ, "TORCHELASTIC_RESTART_COUNT": restarts}, check=True,
+    )  # fmt: skip
+    expected = sorted([signal.SIGTERM, signal.SIGUSR1]) if held else []
+    assert [int(word) for word in done.stdout.split()] == expected, "Ctrl-C ends a start at once"
+
+
 def test_a_signal_in_the_last_step_of_an_epoch_leaves_the_validation_for_later(
     tiny_shards, tmp_path
 ):

@@ -127,7 +127,7 @@ class Run:
             Tracer(self.folder, self._steps_to_trace(), place.device, self.log.say) as tracer,
         ):
             self.interrupted = runtime.any_rank(self._is_asked_to_stop(), place)
-            if self.interrupted:  # by a signal to the start, which signals.hold kept
+            if self.interrupted:  # by a signal that came while the program started
                 self.save([LAST])
             elif self.validation_due:
                 result = self._finish_epoch()
