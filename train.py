@@ -1,6 +1,9 @@
 """Train a stacked hourglass network: python (or torchrun) train.py --config configs/2hg.yaml"""
 
-import configs.interrupt  # noqa: F401 - before the slow imports
+import configs.interrupt  # before the slow imports
+
+if __name__ == "__main__":
+    configs.interrupt.hold_signals_of_a_resumed_run()
 
 # isort: split
 import os
@@ -221,7 +224,7 @@ def conclude(run: Run, began_at: int) -> None:
         PEOPLE: "people of the last validation",
         BOARD: f"tensorboard --logdir {run.folder}",
     }
-    if run.step == began_at:
+    if run.step == began_at and not run.interrupted:
         print(f"The run was done: step {run.step:,} is its last. More: --train.steps")
     print(f"Made, after {run.step:,} of {run.config.train.steps:,} steps:")
     for name, what in made.items():

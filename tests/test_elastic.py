@@ -246,6 +246,43 @@ def test_a_second_signal_ends_a_step_that_takes_long_and_the_checkpoint_before_i
     assert checkpoint.load(run / "last.pt")["step"] == 6
 
 
+STOPPED = """
+import os, signal, sys, train
+from training.loop import Run
+
+real = Run._evaluated_network
+def network(run):
+    made = real(run)
+    if run.place.rank == 1 and run.step == 4:
+        made.register_forward_hook(lambda *_: run.noted or os.kill(os.getpid(), signal.SIGUSR1))
+    return made
+Run._evaluated_network = network
+sys.exit(train.main())
+"""
+
+
+def test_a_signal_to_one_of_two_ranks_in_a_validation_stops_both_and_the_bytes_are_those_without(
+    tiny_shards, tmp_path
+):
+    """Of three people, one a batch, the second rank has one, and is told to stop in that."""
+    log, run = tmp_path / "log", tmp_path / "run"
+    (tmp_path / "stopped.py").write_text(STOPPED)
+    launch = torchrun("--standalone", "--nproc-per-node", 2)
+    more = ["--train.steps_per_epoch", 4, "--eval.people", 3, "--eval.batch_size", 1]
+    program, *options = words(tiny_shards, tmp_path, "run", 8, *more)
+    with started(log, *launch, tmp_path / "stopped.py", *options) as process:
+        assert process.wait(PATIENCE_S) == 0, log.read_text()[-4000:]
+    assert "STOPPED EARLY at step 4 of 8" in (run / "resume_me").read_text()
+    state = checkpoint.load(run / "last.pt")
+    assert state["step"] == 4 and state["validation_due"] and metrics(run, "valid") == []
+    quiet = words(tiny_shards, tmp_path, "quiet", 8, *more)
+    for command in ([program, *options, "--resume"], quiet):
+        with started(log, *launch, *command) as process:
+            assert process.wait(PATIENCE_S) == 0, log.read_text()[-4000:]
+    assert metrics(run, "valid")[0]["step"] == 4 and not (run / "resume_me").exists()
+    assert_same_weights(run / "last.pt", tmp_path / "quiet" / "last.pt", *ALL)
+
+
 def test_sigusr1_to_a_torchrun_that_is_told_to_forward_it_stops_the_run_kindly(
     tiny_shards, tmp_path
 ):

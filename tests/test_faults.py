@@ -20,6 +20,7 @@ import pytest
 import torch
 from conftest import ROOT, may_mount
 from test_training import HERE, SMALL, make_run, metrics, poison, steps, tiny_config, unpoison
+from two_ranks import leaves
 
 import train as train_program
 from configs.errors import InputError
@@ -634,6 +635,54 @@ def test_a_signal_that_torchrun_forwards_once_more_is_the_same_one():
     process.join(10)
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc that tells masks")
+def test_a_signal_to_a_start_that_resumes_ends_it_with_75_before_its_first_step(
+    tiny_shards, tmp_path
+):
+    words = ["train.py", *SMALL, "--data.shards", tiny_shards, "--train.out", tmp_path,
+             "--train.name", "run", "--train.steps", 100_000, "--resume", "auto"]  # fmt: skip
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # to a run that is not there yet, and is
+        process = subprocess.Popen(
+            [sys.executable, *map(str, words)], cwd=ROOT, stderr=subprocess.PIPE, text=True,
+            stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        end = time.monotonic() + 2
+        while not holds(process.pid, number) and time.monotonic() < end:
+            time.sleep(0.01)
+        process.send_signal(number)
+        said, text = process.communicate(timeout=120)
+        assert process.returncode == 75, text
+        name = signal.Signals(number).name
+        marker = (tmp_path / "run" / "resume_me").read_text()
+        assert marker == f"STOPPED EARLY at step 0 of 100000: {name}.\n"
+        assert "The run was done" not in said and "Traceback" not in text
+        assert checkpoint.load(tmp_path / "run" / "last.pt")["step"] == 0
+    assert "continuing from" in text
+
+
+def holds(pid: int, number: int) -> bool:
+    """Whether a process holds a signal back."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return bool(int(status.split("SigBlk:")[1].split()[0], 16) >> (number - 1) & 1)
+
+
+@pytest.mark.parametrize(
+    ("words", "restarts", "held"),
+    [("--resume", "0", True), ("--resume=auto", "0", True), ("", "1", True), ("", "0", False)],
+)
+def test_signals_to_a_start_are_held_if_a_run_goes_on(words, restarts, held):
+    code = (
+        "import configs.interrupt as i, signal; i.hold_signals_of_a_resumed_run();"
+        "print(*sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words.split()], cwd=ROOT, text=True, capture_output=True,
+        env={**os.environ, "TORCHELASTIC_RESTART_COUNT": restarts}, check=True,
+    )  # fmt: skip
+    expected = sorted([signal.SIGTERM, signal.SIGUSR1]) if held else []
+    assert [int(word) for word in done.stdout.split()] == expected, "Ctrl-C ends a start at once"
+
+
 def test_a_signal_in_the_last_step_of_an_epoch_leaves_the_validation_for_later(
     tiny_shards, tmp_path
 ):
@@ -656,6 +705,47 @@ def test_a_signal_in_the_last_step_of_an_epoch_leaves_the_validation_for_later(
     assert [line["step"] for line in metrics(tmp_path, "valid")] == [2, 4]
 
 
+def test_a_signal_in_a_validation_leaves_it_for_later_and_the_run_ends_as_one_without(
+    tiny_shards, tmp_path
+):
+    """It has three batches, of which one is predicted; also in the run that goes on with it."""
+    config = tiny_config(
+        tiny_shards, train={"steps": 4, "steps_per_epoch": 2}, eval={"batch_size": 2, "flip": False}
+    )
+    predicted = []
+
+    def ask_to_stop(*_: object) -> None:
+        predicted.append(run.step)
+        if not run.noted:  # a second one would end these tests
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    state = None
+    for _ in range(2):
+        run = make_run(config, tmp_path / "run", state)
+        real = run._evaluated_network
+
+        def watched(real=real):
+            network = real()
+            network.register_forward_hook(ask_to_stop)
+            return network
+
+        run._evaluated_network = watched  # type: ignore[method-assign]
+        assert run.train() == {} and run.interrupted
+        state = checkpoint.load(tmp_path / "run" / "last.pt")
+        assert state["step"] == 2 and state["validation_due"] and state["best"] == -1
+        marker = (tmp_path / "run" / "resume_me").read_text()
+        assert marker == "STOPPED EARLY at step 2 of 4: SIGUSR1.\n"
+    assert predicted == [2, 2] and metrics(tmp_path / "run", "valid") == []
+    states = []
+    for name, begun in (("run", state), ("quiet", None)):
+        make_run(config, tmp_path / name, begun).train()
+        states.append(leaves(checkpoint.load(tmp_path / name / "last.pt")))
+        del states[-1]["seconds/"]
+    assert [line["step"] for line in metrics(tmp_path / "run", "valid")] == [2, 4]
+    differing = [name for name in states[0] if states[0][name] != states[1].get(name)]
+    assert differing == [] and len(states[0]) == len(states[1]) > 100
+
+
 def test_a_validation_that_fails_loses_no_step_of_its_epoch(tiny_shards, tmp_path):
     config = tiny_config(tiny_shards, train={"steps": 4, "steps_per_epoch": 2})
     run = make_run(config, tmp_path)
@@ -675,7 +765,13 @@ def test_a_validation_that_fails_loses_no_step_of_its_epoch(tiny_shards, tmp_pat
 def test_a_rank_whose_torchrun_is_gone_ends_with_a_checkpoint(tiny_shards, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     run = make_run(tiny_config(tiny_shards, train={"steps": 50, "steps_per_epoch": 50}), tmp_path)
-    monkeypatch.setattr(os, "getppid", lambda: 1)
+    real = run._train_step
+
+    def orphaned(totals):
+        real(totals)
+        monkeypatch.setattr(os, "getppid", lambda: 1)
+
+    run._train_step = orphaned  # type: ignore[method-assign]
     run.train()
     assert run.interrupted and checkpoint.load(tmp_path / "last.pt")["step"] == 1
     assert "torchrun is gone" in (tmp_path / "resume_me").read_text()

@@ -40,7 +40,7 @@ from training.log import Log, Totals
 from training.optimizer import Average, learning_rate, make_optimizer
 from training.runtime import Runtime
 from training.tracing import Tracer
-from training.validation import predict_together
+from training.validation import StoppedError, predict_together
 
 SHEET_PEOPLE = 12
 """People in the picture of a validation."""
@@ -103,6 +103,7 @@ class Run:
             torch.compile(stack_losses_of_joints) if config.train.fuse_targets else None
         )
         self.interrupted, self.unsaved, self.parent = False, "", os.getppid()
+        self.noted: list[int] = []
         self.guard = Guard(self.network, self.train_shards, folder, config.train.max_bad_steps)
 
     def restart_average(self) -> None:
@@ -113,23 +114,26 @@ class Run:
     def train(self) -> dict[str, Any]:
         """Train to the last step, the time limit or a signal, and write what came of it.
 
-        Returns the numbers of the last validation. A signal (training/signals.py) lets the step end
-        and writes last.pt; `interrupted` is set then. Raises InputError if the end of the run could
-        not be written.
+        Returns the numbers of the last validation. A signal (training/signals.py) lets the step or
+        the batch of a validation end and writes last.pt; `interrupted` is set then. Raises
+        InputError if the end of the run could not be written.
         """
         train, place, started = self.config.train, self.place, time.perf_counter()
         spent_before = self.seconds
         result: dict[str, Any] = {}
-        totals, stop = Totals(place.device), False
+        totals, timed_out = Totals(place.device), False
         # The live line is closed before an error is told.
         with (
-            signals.noted() as noted,
+            signals.noted() as self.noted,
             closing(self._open_log()) as self.log,
             Tracer(self.folder, self._steps_to_trace(), place.device, self.log.say) as tracer,
         ):
-            if self.validation_due:
+            self.interrupted = runtime.any_rank(self._is_asked_to_stop(), place)
+            if self.interrupted:  # by a signal that came while the program started
+                self.save([LAST])
+            elif self.validation_due:
                 result = self._finish_epoch()
-            while self.step < train.steps and not stop:
+            while self.step < train.steps and not (self.interrupted or timed_out):
                 self.network.train()
                 self._train_step(totals)
                 self.step += 1
@@ -141,21 +145,19 @@ class Run:
                 at_line = self.step % train.log_every == 0
                 # Ranks on GPUs meet here at a line alone, for to meet is to wait for the GPU.
                 if at_epoch or at_line or place.ranks == 1 or place.device.type == "cpu":
-                    asked = bool(noted) or torchrun.is_gone(self.parent)
-                    self.interrupted = runtime.any_rank(asked, place)
+                    self.interrupted = runtime.any_rank(self._is_asked_to_stop(), place)
                 if not (at_epoch or at_line or self.interrupted):
                     continue
                 self._report(totals)
                 timed_out = runtime.any_rank(self._is_late(seconds), place)
                 self.validation_due = at_epoch or timed_out
-                stop = self.interrupted or timed_out
                 if self.interrupted:  # there may be seconds left: no time to validate
                     self.save([LAST])
                 elif self.validation_due:
                     self.save([LAST])  # whatever may happen in a validation
                     result = self._finish_epoch()
                 totals = Totals(place.device)
-            self._say_why_it_ended(noted)
+            self._say_why_it_ended()
         if self.unsaved and not self.interrupted:
             raise InputError(self.folder, self.unsaved, "room for a checkpoint", "--resume then")
         return result
@@ -180,7 +182,10 @@ class Run:
         limit = 60 * self.config.train.max_minutes
         return bool(limit) and seconds >= limit
 
-    def _say_why_it_ended(self, noted: list[int]) -> None:
+    def _is_asked_to_stop(self) -> bool:
+        return bool(self.noted) or torchrun.is_gone(self.parent)
+
+    def _say_why_it_ended(self) -> None:
         """Of a run that ended early; after a signal the marker for job scripts says it too."""
         train = self.config.train
         if self.step == train.steps and not self.interrupted:
@@ -188,7 +193,7 @@ class Run:
         why = f"train.max_minutes {train.max_minutes} is over"
         if self.interrupted:
             other = "torchrun is gone, or a signal reached another rank"
-            why = signal.Signals(noted[0]).name if noted else other
+            why = signal.Signals(self.noted[0]).name if self.noted else other
         text = f"STOPPED EARLY at step {self.step} of {train.steps}: {why}. "
         self.log.say(text + "--resume, without a path, continues.")
         if self.interrupted and self.place.is_first:
@@ -284,9 +289,16 @@ class Run:
                 self.log.say(f"step {self.step}: {line}")
 
     def _finish_epoch(self) -> dict[str, Any]:
-        """Validate, say how it went, and write the checkpoints."""
+        """Validate, say how it went, and write the checkpoints.
+
+        If a signal comes, the checkpoint from before the validation stays as it is.
+        """
         people = self.config.eval.people or self.valid_people.count
-        result = self.validate(lambda batches: self.log.validating(batches, people))
+        try:
+            result = self.validate(lambda batches: self.log.validating(batches, people))
+        except StoppedError:
+            self.interrupted = True
+            return {}
         pooled = result["pckh"]["0.5"]["pooled"] or 0.0
         is_best = pooled > self.best
         self.best = max(self.best, pooled)
@@ -314,12 +326,15 @@ class Run:
     def validate(
         self, progress: Callable[[Iterable[RawBatch]], Iterable[RawBatch]] = iter
     ) -> dict[str, Any]:
-        """PCKh of the averaged weights, or of the network where there are none, over all ranks."""
+        """PCKh of the averaged weights, or of the network where there are none, over all ranks.
+
+        Raises StoppedError between two batches if a signal comes.
+        """
         chosen = np.arange(self.valid_people.count)[: self.config.eval.people or None]
         found = predict_together(
             self._evaluated_network(), self.valid_shards, self.valid_samples[chosen], self.target,
             self.place, batch_size=self.config.eval.batch_size, workers=self.config.data.workers,
-            flip=self.config.eval.flip, progress=progress,
+            flip=self.config.eval.flip, progress=progress, stop=self._is_asked_to_stop,
         )  # fmt: skip
         self.predicted_NJ2 = found.keypoints_NJ2
         people = self.valid_people.select(chosen)

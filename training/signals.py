@@ -18,6 +18,7 @@ PATIENCE_S = 10.0
 def noted() -> Iterator[list[int]]:
     """Collect SIGINT, SIGTERM and SIGUSR1 in the list instead of ending; a second one ends at once.
 
+    Those that configs/interrupt.py held back while the program started are the first in it.
     torchrun forwards what it gets, and what is sent to a whole job reaches a rank twice; so there a
     second one counts only after PATIENCE_S.
     """
@@ -48,6 +49,8 @@ def noted() -> Iterator[list[int]]:
     for number in STOP_SIGNALS:
         signal.signal(number, note)
     woken_before = signal.set_wakeup_fd(announced, warn_on_full_buffer=False)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     try:
         yield numbers
     finally:
