@@ -25,7 +25,7 @@ from conftest import ROOT, noise_picture, write_jpeg
 from test_architecture import imports, sources
 from test_training import make_run, steps, tiny_config
 
-from configs import confined
+from configs import confined, reading
 from configs.errors import InputError
 from configs.schema import load_yaml
 from configs.skeleton import load_skeleton
@@ -277,6 +277,9 @@ def test_bombs_of_json_yaml_and_gzip_end_in_an_error(tiny_set, tmp_path):
         for _ in range(700):
             file.write(bytes(1 << 20).replace(b"\0", b" "))
     (tmp_path / "lists.json").write_bytes(b"[" + b"[]," * 60_000_000 + b"[]]")
+    # As much as is let through: two GiB of dicts, and more numbers than there is memory for.
+    (tmp_path / "dicts.json").write_bytes(b"[" + b'{"":0},' * 9_999_999 + b"0]")
+    (tmp_path / "numbers.json").write_bytes(b"[" + b"0.5," * 79_999_990 + b"0]")
     (tmp_path / "deep.json").write_bytes(b"[" * 10_000_000)
     laughs = "a0: &a0 [x, x]\n" + "".join(
         f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 12)
@@ -296,7 +299,7 @@ folder = Path(sys.argv[1])
 refused = []
 for name, read in [
     *((name, lambda p: read_annotations(p, "valid"))
-      for name in ("zeros.json.gz", "lists.json", "deep.json")),
+      for name in ("zeros.json.gz", "lists.json", "dicts.json", "numbers.json", "deep.json")),
     *((name, read_people) for name in ("lists.json", "deep.json")),
     *((name, read) for name in ("laughs.yaml", "deep.yaml")
       for read in (lambda p: load_yaml(str(p)), load_skeleton)),
@@ -311,7 +314,31 @@ print(len(refused))
         [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False, timeout=120,
     )  # fmt: skip
-    assert done.stdout.strip() == "9", done.stderr
+    assert done.stdout.strip() == "11", done.stderr
+
+
+def test_json_of_cocos_size_passes_and_is_weighed_by_what_it_takes_in_memory(monkeypatch):
+    """In the proportions of person_keypoints_train2017.json, by the thousand people."""
+    person = {"segmentation": [[510.66] * 76], "area": 702.1, "iscrowd": 0, "image_id": 289343,
+              "bbox": [473.07, 395.93, 38.65, 28.67], "keypoints": [0] * 51, "num_keypoints": 0,
+              "category_id": 18, "id": 1768}  # fmt: skip
+    names = ("license", "file_name", "coco_url", "height", "width", "flickr_url", "id")
+    image = dict.fromkeys(names, "x")
+    monkeypatch.setattr(reading, "_LARGEST_WEIGHT", reading._LARGEST_WEIGHT // 1000)
+    people = [person] * 262 + [image] * 118
+    assert len(reading.parse_json(json.dumps(people).encode())) == 380
+    with pytest.raises(ValueError, match="more values than"):
+        reading.parse_json(json.dumps(people * 2).encode())
+    for odd in ("{}", '{"":0}', '"a"', "[]", "[0.5]"):
+        text = "[" + ",".join([odd] * 50_000) + "]"
+        with pytest.raises(ValueError, match="more values than"):
+            reading.parse_json(text.encode())
+
+
+def test_memory_that_runs_out_is_an_error_of_ours(monkeypatch):
+    monkeypatch.setattr(json, "loads", lambda data: bytearray(1 << 60))
+    with pytest.raises(ValueError, match="memory"):
+        reading.parse_json(b"[]")
 
 
 class Evil:
