@@ -157,6 +157,15 @@ def test_links_and_names_that_leave_the_folder_are_found_in_a_tar(packed, capsys
     assert any("no plain file of a plain name" in line and "/000000008" in line for line in lines)
 
 
+def test_long_names_without_end_are_no_tar(packed, capsys):
+    header = tarfile.TarInfo("././@LongLink")
+    header.type, header.size = tarfile.GNUTYPE_LONGNAME, 2
+    one = header.tobuf(tarfile.GNU_FORMAT) + b"x\0".ljust(512, b"\0")
+    (packed / "00001.tar").write_bytes(one * 1500)
+    code, lines = check(packed, capsys)
+    assert code == 1 and any(x.startswith(f"{packed / '00001.tar'}: no tar (") for x in lines)
+
+
 def test_faults_are_bounded_and_counted(packed, capsys):
     for sample in range(12):
         overwrite(packed, sample, "json", b"[")
