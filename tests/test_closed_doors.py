@@ -35,7 +35,7 @@ from pipelines.boxes import read_people
 from pipelines.opencv_crops import LooseImages, decode
 from pipelines.pictures import PictureError, check_jpeg, claimed_size
 from pipelines.shards import ShardSet
-from training import checkpoint
+from training import checkpoint, seal
 from training.estimator import read_picture
 
 LIMIT = 3 << 30
@@ -164,10 +164,18 @@ def external_link(file: h5py.File) -> None:
     file["scale"] = h5py.ExternalLink("/etc/other.h5", "scale")
 
 
+def virtual(file: h5py.File) -> None:
+    del file["scale"]
+    layout = h5py.VirtualLayout(shape=(5,), dtype="f8")
+    layout[:] = h5py.VirtualSource("/etc/other.h5", "scale", shape=(5,))
+    file.create_virtual_dataset("scale", layout)
+
+
 @pytest.mark.parametrize(
     ("change", "found"),
     [(external_link, "scale is a link"),
      (replaced("scale", shape=(5,), dtype="u1", external=[("/etc/passwd", 0, 5)]), "another file"),
+     (virtual, "the values of scale lie in another file"),
      (replaced("scale", shape=(2**29,), dtype="f8", chunks=(2**20,)), "claims 4,294,967,296 bytes"),
      (replaced("imgname", shape=(2**40,), dtype="S8", chunks=(2**10,)), "claims"),
      (replaced("index", shape=(5,), dtype=h5py.ref_dtype), "type object")],
@@ -446,6 +454,22 @@ def test_a_compressed_checkpoint_is_refused(state, tmp_path):
             new.writestr(record.filename, old.read(record))
     with pytest.raises(InputError, match="compressed records"):
         checkpoint.load(tmp_path / "b.pt")
+
+
+def test_records_that_claim_more_than_the_file_has_are_refused(state, tmp_path):
+    with io.BytesIO() as file:
+        torch.save({"format": checkpoint.FORMAT, **state}, file)
+        data = bytearray(file.getvalue())
+    entry = data.index(b"PK\x01\x02")  # of the archive's directory
+    entry = data.index(b"PK\x01\x02", entry + 1)
+    assert struct.unpack_from("<I", data, entry + 24)[0] < len(data)
+    for claimed in (len(data), 2**31):
+        struct.pack_into("<I", data, entry + 24, claimed)
+        with (tmp_path / "a.pt").open("w+b") as file:
+            file.write(data)
+            seal.seal(file)
+        with pytest.raises(InputError, match=r"records of [\d,]+ bytes"):
+            checkpoint.load(tmp_path / "a.pt")
 
 
 @pytest.mark.parametrize(
