@@ -16,7 +16,7 @@ _LARGEST_WEIGHT = 80_000_000
 """Of one JSON text: each is 50 bytes of memory at most (`{"":0.5},` weighs 8 and takes 240).
 
 COCO's person_keypoints_train2017.json weighs about 50 million: 13 of 262,000 people's joints, 20 of
-their outlines, the rest of brackets and names; MPII's annotation of 25,000 people less than 3.
+their outlines, the rest of brackets and names; MPII's annotation of 25,000 people less than 5.
 """
 _LARGEST_YAML = 4 << 20
 _DEEPEST_YAML = 50

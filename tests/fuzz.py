@@ -17,6 +17,7 @@ import signal
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -204,6 +205,26 @@ def change_facts(text: str, rng: random.Random) -> str:
     return change_json(text.encode(), rng).decode("utf-8", "replace")
 
 
+def change_png(data: bytes, rng: random.Random) -> bytes:
+    """What is inside of a chunk, or of the pixels' stream; checksums are those of the result."""
+    chunks, place = [], 8
+    while place < len(data):
+        end = place + 12 + int.from_bytes(data[place : place + 4], "big")
+        chunks.append((data[place + 4 : place + 8], data[place + 8 : end - 4]))
+        place = end
+    number = rng.randrange(len(chunks))
+    kind, body = chunks[number]
+    if kind == b"IDAT" and rng.random() < 0.5:
+        body = zlib.compress(mutate(zlib.decompress(body), rng))
+    else:
+        body = mutate(body, rng)
+    chunks[number] = kind, body
+    return data[:8] + b"".join(
+        len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big")
+        for kind, body in chunks
+    )
+
+
 def change_safetensors(data: bytes, rng: random.Random) -> bytes:
     """The header, or our facts in it."""
     size = 8 + int.from_bytes(data[:8], "little")
@@ -283,7 +304,8 @@ def prepare(tiny: Path, packed: Path, folder: Path) -> list[Target]:
         Target("people csv", "people.csv", read_people),
         Target("people json", "people.json", read_people, change_json),
         Target("picture", "picture.jpg", read_picture),
-        *(Target(f"picture {suffix}", f"picture{suffix}", read_picture) for suffix in PICTURES),
+        *(Target(f"picture {suffix}", f"picture{suffix}", read_picture,
+                 change_png if suffix == ".png" else None) for suffix in PICTURES),
         Target("bad samples", LIST, lambda p: Quarantine(whole, p.parent, 5)),
         Target("resume", "run/last.pt", lambda p: resume(p, config), change_checkpoint),
         Target("bearpaw's checkpoint", "bearpaw.pt", read_checkpoint, change_checkpoint),
@@ -499,7 +521,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", help="names of readers")
     parser.add_argument("--keep", type=Path, help="folder for inputs that were faults")
     options = parser.parse_args()
-    cv2.setLogLevel(0)
+    cv2.utils.logging.setLogLevel(0)
     from conftest import make_tiny_set, pack_arguments
 
     from tools.make_shards import main as pack
