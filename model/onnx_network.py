@@ -11,21 +11,35 @@ from configs.errors import InputError
 INPUT, OUTPUT = "images", "heatmaps"
 """Names in the graph: (N, 3, S, S) float32 RGB in 0..1, and (N, J, S/4, S/4) of the last stack."""
 
+_EXPECTED = "a file that tools/export_onnx.py wrote"
+
 
 class OnnxNetwork(nn.Module):
     """Answers as `StackedHourglass` does, with the last stack alone."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, joints: int):
         """Open the file, on a GPU if this ONNX Runtime has one. Raises InputError."""
         super().__init__()
+        self.path, self.joints = path, joints
         self.session = open_session(path)
         self.eval()
 
     def forward(self, images_N3HW: Tensor) -> Tensor:
-        """RGB in 0..1 -> heatmaps (N, 1, J, H/4, W/4) on the same device."""
+        """RGB in 0..1 -> heatmaps (N, 1, J, H/4, W/4) on the same device. Raises InputError."""
         images = images_N3HW.float().contiguous().cpu().numpy()
-        (heat,) = self.session.run([OUTPUT], {INPUT: images})
+        count, _, height, width = images.shape
+        try:
+            (heat,) = self.session.run([OUTPUT], {INPUT: images})
+        except Exception as error:  # it raises a type of its own for each kind of fault
+            raise self._unusable(f"a graph that cannot be run ({str(error)[:200]})") from error
+        shape = (count, self.joints, height // 4, width // 4)
+        found = getattr(heat, "shape", None), str(getattr(heat, "dtype", None))
+        if found != (shape, "float32"):
+            raise self._unusable(f"heatmaps of shape {found[0]}, {found[1]}, and not {shape}")
         return torch.from_numpy(heat).to(images_N3HW.device)[:, None]
+
+    def _unusable(self, found: str) -> InputError:
+        return InputError(self.path, found, _EXPECTED, "export it again")
 
 
 def open_session(path: Path) -> Any:
@@ -44,6 +58,6 @@ def open_session(path: Path) -> Any:
         raise InputError(
             path,
             f"not readable as ONNX ({str(error)[:120]})",
-            "a file that tools/export_onnx.py wrote",
+            _EXPECTED,
             "export it again",
         ) from error

@@ -17,9 +17,11 @@ import signal
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 
@@ -27,15 +29,23 @@ ROOT = Path(__file__).resolve().parents[1]
 for place in (ROOT, ROOT / "tests"):
     sys.path.insert(0, str(place))
 
+import cv2  # noqa: E402
 import torch  # noqa: E402
 
 from configs import confined  # noqa: E402
 from configs.errors import InputError  # noqa: E402
 from configs.progress import progress  # noqa: E402
-from configs.schema import add_config_options, check_values, config_from_dict, load_yaml  # noqa: E402
+from configs.schema import (  # noqa: E402
+    Config,
+    add_config_options,
+    check_values,
+    config_from_dict,
+    load_yaml,
+)
 from configs.skeleton import load_skeleton  # noqa: E402
 from evaluation import submission  # noqa: E402
 from evaluation.predictions import as_coco, as_entries, read_predictions, write_mat  # noqa: E402
+from model.onnx_network import INPUT, OUTPUT  # noqa: E402
 from pipelines.annotations import People, read_annotations  # noqa: E402
 from pipelines.boxes import read_people  # noqa: E402
 from pipelines.opencv_crops import decode  # noqa: E402
@@ -43,10 +53,17 @@ from pipelines.pictures import PictureError, check_jpeg  # noqa: E402
 from pipelines.quarantine import LIST, Quarantine  # noqa: E402
 from pipelines.shards import ShardSet  # noqa: E402
 from tools.check_shards import main as check_shards  # noqa: E402
-from training import checkpoint, keeping  # noqa: E402
+from train import load_run  # noqa: E402
+from training import checkpoint, curves, estimator, exported, keeping, log  # noqa: E402
+from training.loop import Run  # noqa: E402
+from training.runtime import Runtime  # noqa: E402
 
 SECONDS = 60
 """For one input; more is a hang."""
+PICTURES = (".png", ".webp", ".tiff", ".bmp", ".gif", ".jp2", ".avif", ".ppm", ".pfm", ".hdr",
+            ".ras")  # fmt: skip
+HERE = Runtime(0, 1, torch.device("cpu"), torch.float16)
+"""With fp16, so that there is a scaler."""
 ODD_NUMBERS = [0, 1, -1, 2**31, 2**53, 2**63, 2**64, 10**30, 0.5, 1e308, -1e308, float("nan"),
                float("inf"), -0.0]  # fmt: skip
 ODD_VALUES = [*ODD_NUMBERS, None, True, "", "x", "../x", "/etc/passwd", "a\0b", "\ud800",
@@ -173,6 +190,77 @@ def change_h5(data: bytes, rng: random.Random) -> bytes:
         return Path(file.name).read_bytes()
 
 
+def change_line(data: bytes, rng: random.Random) -> bytes:
+    """One line of a .jsonl."""
+    lines = data.splitlines()
+    place = rng.randrange(len(lines))
+    lines[place] = change_json(lines[place], rng)
+    return b"\n".join(lines)
+
+
+def change_facts(text: str, rng: random.Random) -> str:
+    """What training/exported.py writes into others' formats."""
+    if rng.random() < 0.1:
+        return rng.choice(["[", '{"": ', "[1", ""]) * 10**5
+    return change_json(text.encode(), rng).decode("utf-8", "replace")
+
+
+def change_png(data: bytes, rng: random.Random) -> bytes:
+    """What is inside of a chunk, or of the pixels' stream; checksums are those of the result."""
+    chunks, place = [], 8
+    while place < len(data):
+        end = place + 12 + int.from_bytes(data[place : place + 4], "big")
+        chunks.append((data[place + 4 : place + 8], data[place + 8 : end - 4]))
+        place = end
+    number = rng.randrange(len(chunks))
+    kind, body = chunks[number]
+    if kind == b"IDAT" and rng.random() < 0.5:
+        body = zlib.compress(mutate(zlib.decompress(body), rng))
+    else:
+        body = mutate(body, rng)
+    chunks[number] = kind, body
+    return data[:8] + b"".join(
+        len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big")
+        for kind, body in chunks
+    )
+
+
+def change_safetensors(data: bytes, rng: random.Random) -> bytes:
+    """The header, or our facts in it."""
+    size = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:size])
+    if rng.random() < 0.5:
+        facts = header["__metadata__"]
+        facts[exported.KEY] = change_facts(facts[exported.KEY], rng)
+    else:
+        header = change_value(header, rng)
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data[size:]
+
+
+def change_onnx(data: bytes, rng: random.Random) -> bytes:
+    """Our facts, names and kinds in the graph, or shapes."""
+    import onnx
+
+    model = onnx.load_from_string(data)
+    graph, kind, odd = model.graph, rng.randrange(5), rng.choice([0, -1, 3, 2**31, 2**62])
+    node, tensor = rng.choice(graph.node), rng.choice(graph.initializer)
+    numbers = [a for n in graph.node for a in n.attribute if a.ints]
+    if kind == 0:
+        model.metadata_props[0].value = change_facts(model.metadata_props[0].value, rng)
+    elif kind == 1:
+        node.op_type = rng.choice([n.op_type for n in graph.node] + ["Reshape", "Loop", "x"])
+    elif kind == 2:
+        names = rng.choice([n for n in (node.input, node.output) if len(n)])
+        names[rng.randrange(len(names))] = rng.choice(["", "x", INPUT, OUTPUT, tensor.name])
+    elif kind == 3 and tensor.dims:
+        tensor.dims[rng.randrange(len(tensor.dims))] = odd
+    else:
+        ints = rng.choice(numbers).ints
+        ints[rng.randrange(len(ints))] = odd
+    return model.SerializeToString()
+
+
 def prepare(tiny: Path, packed: Path, folder: Path) -> list[Target]:
     """Whole files of every kind in the folder, and who reads them."""
     people = read_annotations(tiny / "annot", "valid")[0]
@@ -192,6 +280,9 @@ def prepare(tiny: Path, packed: Path, folder: Path) -> list[Target]:
     whole = ShardSet(folder / "split")
     (folder / LIST).write_text(json.dumps({"sample": 1, "key": whole.key(1), "fault": "x"}) + "\n")
     coco = load_skeleton(ROOT / "configs" / "skeletons" / "coco.yaml")
+    write_pictures(folder)
+    config = write_run(packed, folder / "run")
+    write_exported(folder)
     return [
         Target("h5", "valid.h5", lambda p: read_annotations(p, "valid"), change_h5),
         Target("json", "mpii.json", lambda p: read_annotations(p, "valid"), change_json),
@@ -213,7 +304,14 @@ def prepare(tiny: Path, packed: Path, folder: Path) -> list[Target]:
         Target("people csv", "people.csv", read_people),
         Target("people json", "people.json", read_people, change_json),
         Target("picture", "picture.jpg", read_picture),
+        *(Target(f"picture {suffix}", f"picture{suffix}", read_picture,
+                 change_png if suffix == ".png" else None) for suffix in PICTURES),
         Target("bad samples", LIST, lambda p: Quarantine(whole, p.parent, 5)),
+        Target("resume", "run/last.pt", lambda p: resume(p, config), change_checkpoint),
+        Target("bearpaw's checkpoint", "bearpaw.pt", read_checkpoint, change_checkpoint),
+        Target("safetensors", "a.safetensors", read_checkpoint, change_safetensors),
+        Target("onnx", "a.onnx", read_onnx, change_onnx),
+        Target("metrics", "run/metrics.jsonl", read_log, change_line),
     ]  # fmt: skip
 
 
@@ -268,6 +366,46 @@ def write_checkpoints(packed: Path, folder: Path) -> None:
     state = {**state, "format": checkpoint.FORMAT, "format_version": checkpoint.FORMAT_VERSION}
     theirs = checkpoint.to_princeton(state, folder)
     torch.save(theirs, folder / "princeton.pt")
+    from test_bearpaw import Plain
+
+    torch.save({"state_dict": Plain(1, 16, depth=2, feats=8).state_dict()}, folder / "bearpaw.pt")
+
+
+def write_exported(folder: Path) -> None:
+    """last.pt as safetensors and ONNX."""
+    import onnxruntime
+
+    from tools import export_onnx
+
+    onnxruntime.set_default_logger_severity(4)
+    exports = ["--onnx", folder / "a.onnx", "--safetensors", folder / "a.safetensors"]
+    words = ["export_onnx.py", folder / "last.pt", *exports]
+    with mock.patch("sys.argv", [*map(str, words)]), contextlib.redirect_stdout(io.StringIO()):
+        export_onnx.main()
+
+
+def write_pictures(folder: Path) -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (40, 36, 3), dtype=np.uint8)
+    for suffix in PICTURES:
+        image = picture.astype(np.float32) if suffix == ".pfm" else picture
+        assert cv2.imwrite(str(folder / f"picture{suffix}"), image)
+
+
+def write_run(packed: Path, folder: Path) -> Config:
+    """A run after its first validation. Returns the config that it goes on with, for one step."""
+    from test_training import make_run, tiny_config
+
+    raw: dict[str, Any] = {
+        "model": {"stacks": 1, "width": 8, "depth": 1, "stem": [4, 4, 4]},
+        "optim": {"ema_decay": 0.9},
+    }
+    first, second = (
+        tiny_config(packed, **raw, train={"steps": n, "steps_per_epoch": 1, "log_every": 1})
+        for n in (1, 2)
+    )
+    with contextlib.redirect_stderr(io.StringIO()):
+        make_run(first, folder, place=HERE).train()
+    return second
 
 
 def read_split(folder: Path) -> None:
@@ -299,9 +437,32 @@ def read_checkpoint(path: Path) -> None:
 
 
 def read_picture(path: Path) -> None:
+    """As packing, training and prediction do."""
     with contextlib.suppress(PictureError):
         check_jpeg(path.read_bytes())
-    decode(path.read_bytes(), str(path))
+    with contextlib.suppress(InputError):
+        decode(path.read_bytes(), str(path))
+    estimator.read_picture(path)
+
+
+def resume(path: Path, config: Config) -> None:
+    """One step, a validation and a checkpoint, in a folder of their own."""
+    state = load_run(path)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        Run(config, HERE, Path(folder), state).train()
+
+
+def read_onnx(path: Path) -> None:
+    state = checkpoint.load(path, onnx=True)
+    checkpoint.config_of(state, path)
+    checkpoint.evaluation_network(state, path)(torch.zeros(1, 3, 64, 64))
+
+
+def read_log(path: Path) -> None:
+    """As a run does that goes on."""
+    log.cut(path, 10)
+    f"{log._last_pckh(path) or 0.0:.1f}"
+    curves.draw_curves(log.read_metrics(path))
 
 
 @contextlib.contextmanager
@@ -360,6 +521,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", help="names of readers")
     parser.add_argument("--keep", type=Path, help="folder for inputs that were faults")
     options = parser.parse_args()
+    cv2.utils.logging.setLogLevel(0)
     from conftest import make_tiny_set, pack_arguments
 
     from tools.make_shards import main as pack

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, noise_picture, write_jpeg
 from test_shards import change_manifest
 
 from configs.errors import InputError
@@ -46,14 +46,18 @@ def overwrite(folder: Path, sample: int, component: str, data: bytes, vouch: boo
         change_manifest(folder, lambda raw: raw["shards"][number].update(sha256=digest))
 
 
-def rebuild(folder: Path, change: Callable[[tarfile.TarInfo, bytes], None]) -> None:
-    """Write the middle tar anew, its index too, and let the manifest vouch for both."""
+def rebuild(folder: Path, change: Callable[[tarfile.TarInfo, bytes], bytes | None]) -> None:
+    """Write the middle tar anew, its index too, and let the manifest vouch for both.
+
+    change: may change a member, and return other content for it.
+    """
     tar, index = folder / "00001.tar", folder / "00001.idx"
     with tarfile.open(tar) as old:
         members = [(m, old.extractfile(m).read()) for m in old]  # type: ignore[union-attr]
     with tarfile.open(tar, "w", format=tarfile.USTAR_FORMAT) as new:
         for member, data in members:
-            change(member, data)
+            data = change(member, data) or data
+            member.size = len(data) if member.isreg() else 0
             new.addfile(member, io.BytesIO(data) if member.isreg() else None)
     index.write_text(shards.index_text(tar))
     facts = {"bytes": tar.stat().st_size, "sha256": sha256(tar),
@@ -155,6 +159,52 @@ def test_links_and_names_that_leave_the_folder_are_found_in_a_tar(packed, capsys
     assert code == 1
     assert any("key 000000007: '000000007.json' is no plain file" in line for line in lines)
     assert any("no plain file of a plain name" in line and "/000000008" in line for line in lines)
+
+
+def test_long_names_without_end_are_no_tar(packed, capsys):
+    header = tarfile.TarInfo("././@LongLink")
+    header.type, header.size = tarfile.GNUTYPE_LONGNAME, 2
+    one = header.tobuf(tarfile.GNU_FORMAT) + b"x\0".ljust(512, b"\0")
+    (packed / "00001.tar").write_bytes(one * 1500)
+    code, lines = check(packed, capsys)
+    assert code == 1 and any(x.startswith(f"{packed / '00001.tar'}: no tar (") for x in lines)
+
+
+@pytest.mark.parametrize("more", [(1, 0), (0, 1)])
+def test_a_picture_of_another_size_than_the_records_is_found(more, packed, tmp_path, capsys):
+    width, height = (int(x) + y for x, y in zip(ShardSet(packed).record(7)[5:7], more, strict=True))
+    picture = noise_picture(np.random.default_rng(0), width, height)
+    write_jpeg(tmp_path / "a.jpg", picture)
+    other = (tmp_path / "a.jpg").read_bytes()
+    rebuild(packed, lambda m, data: other if m.name == "000000007.jpg" else data)
+    assert check(packed, capsys)[0] == 0, "pictures are looked at with --decode alone"
+    code, lines = check(packed, capsys, "--decode")
+    expected = f"key 000000007: a picture of {width} x {height} px, not as in the record"
+    assert code == 1 and [x for x in lines if "key " in x] == [
+        f"{packed / '00001.tar'}: {expected}"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("member", "size", "found"),
+    [("json", 4 << 20, None), ("json", (4 << 20) + 1, "4,194,305 bytes of 'json'"),
+     ("f32", (1 << 20) + 1, "1,048,577 bytes of 'f32'")],
+)  # fmt: skip
+def test_members_beyond_their_largest_size_are_not_read(member, size, found, packed, capsys):
+    name = f"000000007.{member}"
+    rebuild(packed, lambda m, data: data.ljust(size) if m.name == name else data)
+    code, lines = check(packed, capsys)
+    expected = [f"{packed / '00001.tar'}: key 000000007: {found}"] if found else []
+    assert [x for x in lines if "key 000000007" in x] == expected and code == bool(found)
+
+
+def test_members_of_other_kinds_are_not_read(packed, capsys):
+    def change(member: tarfile.TarInfo, data: bytes) -> None:
+        member.name = member.name.replace("000000007.json", "000000007.txt")
+
+    rebuild(packed, change)
+    code, lines = check(packed, capsys)
+    assert code == 1 and any("bytes of 'txt'" in line for line in lines)
 
 
 def test_faults_are_bounded_and_counted(packed, capsys):

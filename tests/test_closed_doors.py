@@ -25,7 +25,7 @@ from conftest import ROOT, noise_picture, write_jpeg
 from test_architecture import imports, sources
 from test_training import make_run, steps, tiny_config
 
-from configs import confined
+from configs import confined, reading
 from configs.errors import InputError
 from configs.schema import load_yaml
 from configs.skeleton import load_skeleton
@@ -36,7 +36,7 @@ from pipelines.boxes import read_people
 from pipelines.opencv_crops import LooseImages, decode
 from pipelines.pictures import PictureError, check_jpeg, claimed_size
 from pipelines.shards import ShardSet
-from training import checkpoint
+from training import checkpoint, seal
 from training.estimator import read_picture
 
 LIMIT = 3 << 30
@@ -227,10 +227,18 @@ def external_link(file: h5py.File) -> None:
     file["scale"] = h5py.ExternalLink("/etc/other.h5", "scale")
 
 
+def virtual(file: h5py.File) -> None:
+    del file["scale"]
+    layout = h5py.VirtualLayout(shape=(5,), dtype="f8")
+    layout[:] = h5py.VirtualSource("/etc/other.h5", "scale", shape=(5,))
+    file.create_virtual_dataset("scale", layout)
+
+
 @pytest.mark.parametrize(
     ("change", "found"),
     [(external_link, "scale is a link"),
      (replaced("scale", shape=(5,), dtype="u1", external=[("/etc/passwd", 0, 5)]), "another file"),
+     (virtual, "the values of scale lie in another file"),
      (replaced("scale", shape=(2**29,), dtype="f8", chunks=(2**20,)), "claims 4,294,967,296 bytes"),
      (replaced("imgname", shape=(2**40,), dtype="S8", chunks=(2**10,)), "claims"),
      (replaced("index", shape=(5,), dtype=h5py.ref_dtype), "type object")],
@@ -340,6 +348,9 @@ def test_bombs_of_json_yaml_and_gzip_end_in_an_error(tiny_set, tmp_path):
         for _ in range(700):
             file.write(bytes(1 << 20).replace(b"\0", b" "))
     (tmp_path / "lists.json").write_bytes(b"[" + b"[]," * 60_000_000 + b"[]]")
+    # As much as is let through: two GiB of dicts, and more numbers than there is memory for.
+    (tmp_path / "dicts.json").write_bytes(b"[" + b'{"":0},' * 9_999_999 + b"0]")
+    (tmp_path / "numbers.json").write_bytes(b"[" + b"0.5," * 79_999_990 + b"0]")
     (tmp_path / "deep.json").write_bytes(b"[" * 10_000_000)
     laughs = "a0: &a0 [x, x]\n" + "".join(
         f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 12)
@@ -359,7 +370,7 @@ folder = Path(sys.argv[1])
 refused = []
 for name, read in [
     *((name, lambda p: read_annotations(p, "valid"))
-      for name in ("zeros.json.gz", "lists.json", "deep.json")),
+      for name in ("zeros.json.gz", "lists.json", "dicts.json", "numbers.json", "deep.json")),
     *((name, read_people) for name in ("lists.json", "deep.json")),
     *((name, read) for name in ("laughs.yaml", "deep.yaml")
       for read in (lambda p: load_yaml(str(p)), load_skeleton)),
@@ -374,7 +385,31 @@ print(len(refused))
         [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False, timeout=120,
     )  # fmt: skip
-    assert done.stdout.strip() == "9", done.stderr
+    assert done.stdout.strip() == "11", done.stderr
+
+
+def test_json_of_cocos_size_passes_and_is_weighed_by_what_it_takes_in_memory(monkeypatch):
+    """In the proportions of person_keypoints_train2017.json, by the thousand people."""
+    person = {"segmentation": [[510.66] * 76], "area": 702.1, "iscrowd": 0, "image_id": 289343,
+              "bbox": [473.07, 395.93, 38.65, 28.67], "keypoints": [0] * 51, "num_keypoints": 0,
+              "category_id": 18, "id": 1768}  # fmt: skip
+    names = ("license", "file_name", "coco_url", "height", "width", "flickr_url", "id")
+    image = dict.fromkeys(names, "x")
+    monkeypatch.setattr(reading, "_LARGEST_WEIGHT", reading._LARGEST_WEIGHT // 1000)
+    people = [person] * 262 + [image] * 118
+    assert len(reading.parse_json(json.dumps(people).encode())) == 380
+    with pytest.raises(ValueError, match="more values than"):
+        reading.parse_json(json.dumps(people * 2).encode())
+    for odd in ("{}", '{"":0}', '"a"', "[]", "[0.5]"):
+        text = "[" + ",".join([odd] * 50_000) + "]"
+        with pytest.raises(ValueError, match="more values than"):
+            reading.parse_json(text.encode())
+
+
+def test_memory_that_runs_out_is_an_error_of_ours(monkeypatch):
+    monkeypatch.setattr(json, "loads", lambda data: bytearray(1 << 60))
+    with pytest.raises(ValueError, match="memory"):
+        reading.parse_json(b"[]")
 
 
 class Evil:
@@ -484,6 +519,22 @@ def test_a_compressed_checkpoint_is_refused(state, tmp_path):
         checkpoint.load(tmp_path / "b.pt")
 
 
+def test_records_that_claim_more_than_the_file_has_are_refused(state, tmp_path):
+    with io.BytesIO() as file:
+        torch.save({"format": checkpoint.FORMAT, **state}, file)
+        data = bytearray(file.getvalue())
+    entry = data.index(b"PK\x01\x02")  # of the archive's directory
+    entry = data.index(b"PK\x01\x02", entry + 1)
+    assert struct.unpack_from("<I", data, entry + 24)[0] < len(data)
+    for claimed in (len(data), 2**31):
+        struct.pack_into("<I", data, entry + 24, claimed)
+        with (tmp_path / "a.pt").open("w+b") as file:
+            file.write(data)
+            seal.seal(file)
+        with pytest.raises(InputError, match=r"records of [\d,]+ bytes"):
+            checkpoint.load(tmp_path / "a.pt")
+
+
 @pytest.mark.parametrize(
     "change",
     [{"step": -1}, {"step": "6"}, {"model": [1]}, {"model": {"a": 3}}, {"model": 0.0}, {"ema": 7},
@@ -502,7 +553,8 @@ def test_a_checkpoint_of_other_contents_is_refused(change, state, tmp_path):
      {"ema": {"no": torch.zeros(1)}}, {"scaler": {"scale": 1}, "rng": []},
      {"people_a_step": math.inf}, {"people_a_step": 1e308}, {"people_a_step": 5},
      {"people_a_step": 4 * 65_537}, {"best": "0.5"}, {"rng": [torch.zeros(5056)]},
-     {"scaler": {"scale": "x"}}, {"scaler": {"_growth_tracker": 2**40}}],
+     {"scaler": {"scale": "x"}}, {"scaler": {"_growth_tracker": 2**40}},
+     {"scaler": {"growth_interval": 0.5}}],
 )  # fmt: skip
 def test_a_run_is_not_continued_from_other_contents(change, state, tiny_shards, tmp_path):
     config = tiny_config(tiny_shards, optim={"ema_decay": 0.9})

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from test_training import make_run, steps, tiny_config
 import evaluate
 from configs.errors import InputError
 from evaluation.inference import last_heatmaps
+from model.onnx_network import OnnxNetwork
 from pipelines.batches import images_N3HW
 from pipelines.opencv_crops import collate
 from tools import export_onnx, predict
@@ -253,3 +255,40 @@ def test_the_facts_can_be_read_by_anybody(trained, export, tmp_path):
     facts = json.loads(header["__metadata__"]["stacked_hourglass"])
     assert facts["skeleton"]["names"][0] == "r_ankle"
     assert facts["config"]["data"]["input_px"] == 64
+
+
+@needs_onnx
+@pytest.mark.parametrize(
+    ("shape", "found"), [((5, 3, 1, 1), "cannot be run"), ((7, 3, 4, 4), "and not (1, 16, 16, 16)")]
+)
+def test_a_graph_that_fails_or_answers_in_another_shape_is_refused(shape, found, tmp_path):
+    from onnx import TensorProto, helper, save
+
+    numbers = np.zeros(shape, np.float32).ravel()
+    weight = helper.make_tensor("w", TensorProto.FLOAT, shape, numbers)
+    kernel = [4, 4]
+    graph = helper.make_graph(
+        [
+            helper.make_node(
+                "Conv", ["images", "w"], ["heatmaps"], strides=kernel, kernel_shape=kernel
+            )
+        ],
+        "g",
+        [helper.make_tensor_value_info("images", TensorProto.FLOAT, ["n", "c", "h", "w"])],
+        [helper.make_tensor_value_info("heatmaps", TensorProto.FLOAT, None)],
+        [weight],
+    )
+    opset = [helper.make_opsetid("", 17)]
+    save(helper.make_model(graph, opset_imports=opset, ir_version=8), tmp_path / "a.onnx")
+    with pytest.raises(InputError, match=re.escape(found)):
+        OnnxNetwork(tmp_path / "a.onnx", 16)(torch.zeros(1, 3, 64, 64))
+
+
+@needs_safetensors
+def test_facts_nested_without_end_are_refused(tmp_path):
+    from safetensors.torch import save_file
+
+    path = tmp_path / "a.safetensors"
+    save_file({"a": torch.zeros(1)}, path, {"stacked_hourglass": "[" * 100_000})
+    with pytest.raises(InputError, match="no facts of ours"):
+        checkpoint.load(path)

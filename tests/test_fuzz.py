@@ -10,12 +10,15 @@ from configs.errors import InputError
 
 NAMES = ["h5", "json", "json.gz", "coco", "mat", "mat with truth", "release", "tar", "index",
          "manifest", "config", "skeleton", "checkpoint", "princeton's checkpoint", "predictions",
-         "coco results", "people csv", "people json", "picture", "bad samples"]  # fmt: skip
+         "coco results", "people csv", "people json", "picture", "bad samples", "resume",
+         "bearpaw's checkpoint", "safetensors", "onnx", "metrics",
+         *(f"picture {suffix}" for suffix in fuzz.PICTURES)]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def targets(tiny_set, tiny_shards, tmp_path_factory) -> tuple[Path, dict[str, fuzz.Target]]:
-    pytest.importorskip("scipy")
+    for module in ("scipy", "safetensors", "onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(module)
     folder = tmp_path_factory.mktemp("fuzz")
     return folder, {t.name: t for t in fuzz.prepare(tiny_set, tiny_shards, folder)}
 

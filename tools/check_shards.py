@@ -140,8 +140,9 @@ def check_shard(task: Task) -> Report:
     try:
         faults += index_faults(tar, index)
         keys, records, more = read_samples(task, tar)
-    except (tarfile.TarError, OSError, ValueError) as error:
-        # OSError alone is what a missing file gives, and that is said above.
+    except (tarfile.TarError, OSError, ValueError, RecursionError) as error:
+        # OSError alone is what a missing file gives, and that is said above. tarfile calls itself
+        # for each header of a long name.
         more = (
             [] if isinstance(error, FileNotFoundError) else [Fault(str(tar), f"no tar ({error})")]
         )

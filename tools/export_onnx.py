@@ -77,7 +77,7 @@ def export_onnx(options: argparse.Namespace, facts: dict[str, Any]) -> None:
     whole = LastStack(estimator.network, target, options.flip)
     with written_beside(options.onnx) as temporary:
         write_onnx(temporary, whole, facts)
-        largest = largest_difference(OnnxNetwork(temporary), whole, crops)
+        largest = largest_difference(OnnxNetwork(temporary, joints), whole, crops)
         if not largest <= TOLERANCE:
             raise InputError(
                 options.onnx,

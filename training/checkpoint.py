@@ -198,11 +198,12 @@ def _are_bytes(value: Any) -> bool:
 def _is_scaler(value: Any) -> bool:
     """Whether it is the state of torch's GradScaler, or empty where there was none."""
     return isinstance(value, dict) and all(
-        _is_count(each) if name == "_growth_tracker" else _is_number(each) and 0 < each < 3e38
+        _is_count(each) if name in _SCALERS_COUNTS else _is_number(each) and 0 < each < 3e38
         for name, each in value.items()
     )
 
 
+_SCALERS_COUNTS = {"growth_interval", "_growth_tracker"}
 _PLACE_IN_A_RUN: dict[str, Callable[[Any], bool]] = {
     "best": lambda value: _is_number(value) and -1 <= value <= 1,
     "seconds": lambda value: _is_number(value) and 0 <= value < 2**40,
@@ -406,7 +407,9 @@ def build_network(config: Config, joints: int) -> StackedHourglass:
 
 def evaluation_network(state: State, path: Path, averaged: bool = True) -> nn.Module:
     """What `trained_network` gives, or the graph of an .onnx, which answers alike."""
-    return OnnxNetwork(path) if state.get("onnx") else trained_network(state, path, averaged)
+    if state.get("onnx"):
+        return OnnxNetwork(path, skeleton_of(state).joint_count)
+    return trained_network(state, path, averaged)
 
 
 def trained_network(state: State, path: Path, averaged: bool = True) -> StackedHourglass:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from configs.errors import InputError
+from configs.reading import parse_json
 from configs.writing import write_whole
 from model.onnx_network import open_session
 
@@ -60,7 +61,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 def _facts(metadata: dict[str, str], path: Path) -> dict[str, Any]:
     try:
-        facts = json.loads(metadata[KEY])
+        facts = parse_json(metadata[KEY].encode())
         return {name: facts[name] for name in _FACTS}
     except (KeyError, ValueError, TypeError) as error:
         raise InputError(

@@ -9,7 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +96,7 @@ class Run:
             loader_state = self._restore(state, source) if state else b""
         if config.optim.ema_decay and self.average is None:
             self.average = Average(self.network, config.optim.ema_decay)
-        with _damage_named(source) if loader_state else nullcontext():
-            self.loader = self._make_loader(loader_state)
+        self.loader = self._make_loader(loader_state)
         self.forward = self._wrap()
         self.fused_losses = (
             torch.compile(stack_losses_of_joints) if config.train.fuse_targets else None
