@@ -215,7 +215,7 @@ def conclude(run: Run, began_at: int) -> None:
     """Say what was made, and the command that comes next. began_at: the step of this start."""
     made = {
         "config.yaml": "every setting",
-        LAST: f"weights, optimizer and place in the data after step {run.step:,}",
+        LAST: f"weights, optimizer and place in the data after step {run.saved_step:,}",
         BEST: f"the best by validation, {run.skeleton.metric}@0.5 {100 * run.best:.2f} %",
         **{path.name: "of its step" for path in keeping.numbered(run.folder)},
         SKIPPED: "people whose loss or gradients were not finite",
@@ -230,8 +230,12 @@ def conclude(run: Run, began_at: int) -> None:
     for name, what in made.items():
         if (run.folder / name).exists():
             print(f"  {run.folder / name}  ({what})")
+    if run.unsaved:
+        print(f"LOST: steps {run.saved_step + 1:,} to {run.step:,}: {run.unsaved}")
     if run.interrupted:
-        print(f"Stopped by a signal: {run.folder / RESUME_ME} is there until the run goes on")
+        marker = run.folder / RESUME_ME
+        marked = f"{marker} is there until the run goes on"
+        print(f"Stopped by a signal: {marked if marker.exists() else f'no room for {marker}'}")
         config = run.folder / "config.yaml"
         print(f"Next: python train.py --config {config} --resume")
     elif run.best >= 0:

@@ -318,6 +318,30 @@ def test_a_run_whose_end_could_not_be_written_does_not_end_well(tiny_shards, tmp
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full to write to")
+def test_the_end_tells_what_a_full_disk_cost(tiny_shards, tmp_path, capsys):
+    run = make_run(tiny_config(tiny_shards, train={"steps": 9, "log_every": 1}), tmp_path)
+    steps(run, 2)
+    run.save(["last.pt"])
+    real = run.save
+
+    def save(names: list[str]) -> None:
+        for name in ("step_00000003.pt", "resume_me"):
+            (tmp_path / f"{name}.tmp").symlink_to("/dev/full")
+        real(names)
+
+    run.save = save  # type: ignore[method-assign]
+    run._is_asked_to_stop = lambda: run.step == 3  # type: ignore[method-assign]
+    run.train()
+    train_program.conclude(run, 0)
+    text = capsys.readouterr().out
+    assert "last.pt  (weights, optimizer and place in the data after step 2)" in text
+    assert "LOST: steps 3 to 3: no checkpoint of step 3 could be written" in text
+    assert f"no room for {tmp_path / 'resume_me'}" in text
+    again = make_run(run.config, tmp_path, checkpoint.load(tmp_path / "last.pt"))
+    assert (again.step, again.saved_step) == (2, 2)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full to write to")
 def test_a_log_that_cannot_be_written_is_said_once_and_ends_no_run(tiny_shards, tmp_path, capsys):
     run = make_run(tiny_config(tiny_shards), tmp_path)
     real = run._open_log

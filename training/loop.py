@@ -90,6 +90,7 @@ class Run:
         self.optimizer = make_optimizer(self.network, config.optim)
         self.scaler = torch.amp.GradScaler(place.device.type, enabled=place.dtype == torch.float16)
         self.step, self.best, self.seconds = 0, -1.0, 0.0
+        self.saved_step = 0  # of last.pt
         self.average: Average | None = None
         self.loader_began, self.validation_due = 0, False
         with _damage_named(source):
@@ -372,7 +373,7 @@ class Run:
             try:
                 state = self._state(rng, loaders)
                 keeping.save(self.folder, state, names, self.config.train.keep_last)
-                self.unsaved = ""
+                self.unsaved, self.saved_step = "", self.step
             except OSError as error:
                 before, self.unsaved = (
                     self.unsaved,
@@ -434,6 +435,7 @@ class Run:
         self.validation_due = state.get("validation_due", False)
         if source.resolve().parent == self.folder.resolve():
             self.best = state.get("best", -1.0)  # of this folder's best.pt
+            self.saved_step = self.step
         if state["ema"] and self.config.optim.ema_decay:
             checkpoint.require_fit(self.network, state["ema"], source)
             self.average = Average(self.network, self.config.optim.ema_decay)
