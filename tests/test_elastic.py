@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import yaml
 from conftest import may_mount
+from test_faults import holds
 from test_training import ROOT, SMALL, metrics
 from two_ranks import leaves
 
@@ -246,6 +247,20 @@ def test_a_second_signal_ends_a_step_that_takes_long_and_the_checkpoint_before_i
     assert checkpoint.load(run / "last.pt")["step"] == 6
 
 
+def test_sigterm_to_a_torchrun_whose_ranks_still_start_leaves_the_marker(tiny_shards, tmp_path):
+    log, run = tmp_path / "log", tmp_path / "run"
+    command = [*torchrun("--standalone", "--nproc-per-node", 2),
+               *words(tiny_shards, tmp_path, "run", 100_000, "--resume", "auto")]  # fmt: skip
+    with started(log, *command) as process:
+        wait_until(lambda: len(children(process.pid)) == 2, process, log)
+        ranks = children(process.pid)
+        wait_until(lambda: all(holds(pid, signal.SIGTERM) for pid in ranks), process, log)
+        process.send_signal(signal.SIGTERM)
+        process.wait(PATIENCE_S)
+    assert "STOPPED EARLY at step 0 of 100000: SIGTERM" in (run / "resume_me").read_text()
+    assert checkpoint.load(run / "last.pt")["step"] == 0
+
+
 STOPPED = """
 import os, signal, sys, train
 from training.loop import Run
@@ -254,8 +269,12 @@ real = Run._evaluated_network
 def network(run):
     made = real(run)
     if run.place.rank == 1 and run.step == 4:
-        made.register_forward_hook(lambda *_: run.noted or os.kill(os.getpid(), signal.SIGUSR1))
+        made.register_forward_hook(ask_to_stop)
     return made
+def ask_to_stop(*_):
+    if not asked:
+        asked.append(os.kill(os.getpid(), signal.SIGUSR1))
+asked = []
 Run._evaluated_network = network
 sys.exit(train.main())
 """
