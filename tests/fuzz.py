@@ -212,7 +212,7 @@ def change_png(data: bytes, rng: random.Random) -> bytes:
         end = place + 12 + int.from_bytes(data[place : place + 4], "big")
         chunks.append((data[place + 4 : place + 8], data[place + 8 : end - 4]))
         place = end
-    number = rng.randrange(len(chunks))
+    number = rng.randrange(len(chunks) - 1)  # the last one is empty
     kind, body = chunks[number]
     if kind == b"IDAT" and rng.random() < 0.5:
         body = zlib.compress(mutate(zlib.decompress(body), rng))
