@@ -74,7 +74,20 @@ def four_and_six(manifest: dict) -> None:
 @pytest.mark.parametrize("decode", [[], ["--decode"]])
 def test_whole_shards_leave_with_0(tiny_shards, capsys, decode):
     code, lines = check(tiny_shards, capsys, *decode)
-    assert code == 0 and "17 people, all is well" in lines[-1]
+    assert code == 0 and "17 people of train and valid, all is well" in lines[-1]
+
+
+def test_a_split_without_a_manifest_is_a_fault_and_the_splits_are_named(
+    tiny_shards, tmp_path, capsys
+):
+    shutil.copytree(tiny_shards, tmp_path / "shards")
+    (tmp_path / "shards" / "train" / "manifest.json").unlink()
+    code, lines = check(tmp_path / "shards", capsys)
+    assert code == 1
+    assert f"{tmp_path / 'shards' / 'train'}: no manifest.json beside its tars" in lines
+    shutil.rmtree(tmp_path / "shards" / "train")
+    code, lines = check(tmp_path / "shards", capsys)
+    assert code == 0 and "5 people of valid, all is well" in lines[-1]
 
 
 def test_a_progress_bar_counts_the_people(packed, capsys, monkeypatch):

@@ -69,8 +69,8 @@ class Report(NamedTuple):
 def main(argv: list[str] | None = None) -> int:
     """Check every split, print what is wrong, and say how it went."""
     options = make_parser().parse_args(argv)
-    faults: list[Fault] = []
-    people, folders = 0, split_folders(options.shards)
+    folders = split_folders(options.shards)
+    faults, people = without_manifest(options.shards), 0
     with crew(options.workers) as pool:
         for folder in folders:
             try:
@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
             faults += [fault for report in reports for fault in report.faults]
             faults += repeated(folder, reports)
             people += manifest.people
-    return conclude(faults, people, options)
+    return conclude(faults, people, folders, options)
 
 
 def make_parser() -> Parser:
@@ -121,6 +121,13 @@ def split_folders(folder: Path) -> list[Path]:
             "give the folder that was packed with --output",
         )
     return splits
+
+
+def without_manifest(folder: Path) -> list[Fault]:
+    """Splits that hold tars and nothing that says what they hold."""
+    tars = {path.parent for path in folder.glob("*/*.tar")}
+    lost = sorted(path for path in tars if not (path / MANIFEST).is_file())
+    return [Fault(str(path), f"no {MANIFEST} beside its tars") for path in lost]
 
 
 def shown(results: Iterator[Report], folder: Path, manifest: Manifest) -> Iterator[Report]:
@@ -294,15 +301,18 @@ def repeated(folder: Path, reports: list[Report]) -> list[Fault]:
     return faults
 
 
-def conclude(faults: list[Fault], people: int, options: argparse.Namespace) -> int:
+def conclude(
+    faults: list[Fault], people: int, folders: list[Path], options: argparse.Namespace
+) -> int:
     """Print the faults, bounded, and the sum. Returns the exit code."""
+    splits = " and ".join(folder.name for folder in folders)
     for fault in faults[: options.show]:
         print(f"{fault.where}: {fault.what}")
     if len(faults) > options.show:
         print(f"... and {len(faults) - options.show:,} more")
     pictures = "pictures decoded" if options.decode else "pictures not decoded (--decode)"
     if not faults:
-        print(f"{options.shards}: {people:,} people, all is well; {pictures}")
+        print(f"{options.shards}: {people:,} people of {splits}, all is well; {pictures}")
         return 0
     print(f"{options.shards}: DAMAGED, {len(faults):,} fault(s); {people:,} people; {pictures}")
     print("next: restore these files from a copy, or pack again with tools/make_shards.py")
