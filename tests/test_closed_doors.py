@@ -591,6 +591,16 @@ def test_a_run_is_not_continued_from_other_moments(change, tiny_shards, tmp_path
         make_run(config, tmp_path / "other", state)
 
 
+def test_a_checkpoint_of_others_from_before_its_beginning_is_refused(tiny_shards, tmp_path):
+    size = {"stacks": 1, "width": 8, "depth": 4, "stem": [64, 128, 128]}
+    run = make_run(tiny_config(tiny_shards, model=size, data={"input_px": 64}), tmp_path)
+    theirs = checkpoint.to_princeton(run._state([], []), tmp_path)
+    for epoch, match in ((-1, "step -"), (math.inf, "OverflowError")):
+        torch.save({**theirs, "epoch": epoch}, tmp_path / "a.pt")
+        with pytest.raises(InputError, match=match):
+            checkpoint.load(tmp_path / "a.pt")
+
+
 def test_of_the_optimizers_settings_a_checkpoint_tells_none(state, tiny_shards, tmp_path):
     for group in state["optimizer"]["param_groups"]:
         group |= {"betas": "x", "eps": math.nan, "amsgrad": True, "weight_decay": 1e9}

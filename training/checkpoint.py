@@ -123,6 +123,7 @@ def load(path: Path, onnx: bool = False) -> State:
     state = read_exported(path) if path.suffix in (".safetensors", ".onnx") else _read(path)
     foreign = _foreign(state, path)
     if foreign is not None:
+        _check_kinds(foreign, path)
         return foreign
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise InputError(path, "another kind of file", f"format {FORMAT!r}", "give a checkpoint")
