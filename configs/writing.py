@@ -1,5 +1,6 @@
 """Files written whole or not at all."""
 
+import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,7 +13,10 @@ def write_whole(path: Path, data: bytes) -> None:
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(data)
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:  # of a full disk it does not say the file
         raise OSError(error.errno, error.strerror, str(path)) from error
