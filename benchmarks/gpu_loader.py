@@ -46,7 +46,7 @@ PREFETCHES = (2, 1, 4)
 CACHE_MB = 8_000
 """Holds all made crops, decoded."""
 AXIS_SECONDS = 40.0
-LOADERS_SECONDS = 150.0
+LOADERS_SECONDS = 165.0
 
 
 class Setting(NamedTuple):

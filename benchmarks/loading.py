@@ -65,6 +65,8 @@ def loader_cases(originals: ShardSet, crops: ShardSet, load: Load) -> list[Case]
         ("opencv, crops, hrnet", crops, PRESETS["hrnet"], "opencv"),
     ]
     if batches.dali_is_installed():
+        preset = PRESETS["princeton"]  # of configs/2hg.yaml and 8hg.yaml
+        ways.append((f"{way}, originals, princeton preset", originals, preset, "dali"))
         ways.append((f"{way}, originals, hrnet", originals, PRESETS["hrnet"], "dali"))
         ways.append((f"{way}, crops, hrnet", crops, PRESETS["hrnet"], "dali"))
     return [
