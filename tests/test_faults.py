@@ -793,7 +793,7 @@ def test_a_rank_whose_torchrun_is_gone_ends_with_a_checkpoint(tiny_shards, tmp_p
 
     def orphaned(totals):
         real(totals)
-        monkeypatch.setattr(os, "getppid", lambda: 1)
+        monkeypatch.setattr(os, "getppid", lambda: run.parent + 1)
 
     run._train_step = orphaned  # type: ignore[method-assign]
     run.train()
