@@ -565,7 +565,8 @@ def test_a_run_is_not_continued_from_other_contents(change, state, tiny_shards, 
 
 def test_what_a_resumed_run_reads_is_of_its_kind_or_the_checkpoint_is_damaged(state, tmp_path):
     fields = {"best", "seconds", "loader_began", "people_a_step", "ranks", "validation_due",
-              "loader", "loader_device", "rng", "loader_states", "scaler"}  # fmt: skip
+              "loader", "loader_device", "rng", "loader_states", "scaler", "people",
+              "people_sha256"}  # fmt: skip
     assert fields == checkpoint._PLACE_IN_A_RUN.keys() and fields <= state.keys()
     checkpoint._check_kinds({**state, "best": 0, "seconds": 5}, tmp_path)
     for name in fields:

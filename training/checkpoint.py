@@ -210,6 +210,8 @@ _PLACE_IN_A_RUN: dict[str, Callable[[Any], bool]] = {
     "best": lambda value: _is_number(value) and -1 <= value <= 1,
     "seconds": lambda value: _is_number(value) and 0 <= value < 2**40,
     "validation_due": lambda value: isinstance(value, bool),
+    "people": lambda value: _is_count(value, 1),
+    "people_sha256": _is_name,
     "ranks": lambda value: _is_count(value, 1),
     "people_a_step": lambda value: _is_count(value, 1),
     "loader": _is_name,
