@@ -61,3 +61,15 @@ def open_session(path: Path) -> Any:
             _EXPECTED,
             "export it again",
         ) from error
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What an ONNX file says of itself. Raises InputError."""
+    meta = open_session(path).get_modelmeta()
+    try:
+        metadata: dict[str, str] = meta.custom_metadata_map
+    except UnicodeDecodeError as error:
+        raise InputError(
+            path, f"metadata that is not UTF-8 ({error})", _EXPECTED, "export it again"
+        ) from error
+    return metadata

@@ -190,6 +190,15 @@ def test_a_graph_that_answers_otherwise_is_not_kept(
     assert list(tmp_path.iterdir()) == []
 
 
+@needs_onnx
+def test_metadata_that_is_not_utf_8_is_refused(plain_onnx, tmp_path):
+    data = plain_onnx.read_bytes()
+    assert b'"skeleton": {' in data
+    (tmp_path / "a.onnx").write_bytes(data.replace(b'"skeleton": {', b'"skel\xff\xffon": {'))
+    with pytest.raises(InputError, match="metadata that is not UTF-8"):
+        checkpoint.load(tmp_path / "a.onnx", onnx=True)
+
+
 def test_an_onnx_is_not_taken_for_weights(tmp_path):
     (tmp_path / "t.onnx").write_bytes(b"whatever")
     with pytest.raises(InputError, match="not trained"):

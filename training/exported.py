@@ -13,7 +13,7 @@ from torch import Tensor
 from configs.errors import InputError
 from configs.reading import parse_json
 from configs.writing import write_whole
-from model.onnx_network import open_session
+from model.onnx_network import read_metadata
 
 KEY = "stacked_hourglass"
 _FACTS = ("format", "format_version", "config", "skeleton", "step")
@@ -31,7 +31,7 @@ def read_exported(path: Path) -> dict[str, Any]:
     Of an .onnx there are no weights, and `onnx` says that it is one.
     """
     if path.suffix == ".onnx":
-        metadata = open_session(path).get_modelmeta().custom_metadata_map
+        metadata = read_metadata(path)
         return {**_facts(metadata, path), "model": {}, "ema": {}, "onnx": True}
     metadata, weights = _read_safetensors(path)
     return {**_facts(metadata, path), "model": weights, "ema": {}}
