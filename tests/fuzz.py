@@ -534,6 +534,9 @@ def main() -> int:
             pack(pack_arguments(folder / "tiny", folder / "packed"))
         (folder / "files").mkdir()
         targets = prepare(folder / "tiny", folder / "packed", folder / "files")
+        names = [target.name for target in targets]
+        if unknown := set(options.only or ()) - set(names):
+            parser.error(f"--only: no reader {', '.join(sorted(unknown))}; there are {names}")
         limit_memory()
         faults = []
         for target in targets:
