@@ -3,7 +3,6 @@
 import errno
 import math
 import os
-import pickle
 import re
 import shlex
 import sys
@@ -234,14 +233,14 @@ def _read(path: Path) -> Any:
         return raw
     except PermissionError:
         raise
-    except pickle.UnpicklingError as error:
-        raise InputError(
-            path,
-            "objects that only running code of the file could make, or damage",
-            "tensors and plain values",
-            "let who made it save the weights alone: torch.save(model.state_dict(), PATH)",
-        ) from error
     except Exception as error:  # torch raises a different type for each kind of damage
+        if type(error).__name__ == "UnpicklingError":
+            raise InputError(
+                path,
+                "objects that only running code of the file could make, or damage",
+                "tensors and plain values",
+                "let who made it save the weights alone: torch.save(model.state_dict(), PATH)",
+            ) from error
         raise InputError(
             path,
             f"not readable as a checkpoint ({type(error).__name__}: {str(error)[:120]})",
