@@ -403,6 +403,8 @@ def predict_everybody(
 ) -> dict[LoaderName, Predictions]:
     """Everybody's joints through each loader, in the annotation's order."""
     config = checkpoint.config_of(question.state, question.path)
+    workers = config.data.workers if options.workers is None else options.workers
+    runtime.leave_cores_to_workers(place.device, workers)
     network = checkpoint.evaluation_network(question.state, question.path).to(place.device)
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     people = question.subjects.people.count
@@ -415,7 +417,7 @@ def predict_everybody(
         found[loader] = predict_together(
             network, question.subjects.source, question.subjects.samples, question.target, place,
             loader=loader, batch_size=size, flip=question.flip,
-            workers=config.data.workers if options.workers is None else options.workers,
+            workers=workers,
             progress=lambda batches, name=loader: progress(  # type: ignore[misc]
                 batches, f"evaluate ({name})", "batches", -(-share // size),
                 shown=place.is_first,

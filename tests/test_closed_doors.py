@@ -553,8 +553,8 @@ def test_a_checkpoint_of_other_contents_is_refused(change, state, tmp_path):
      {"ema": {"no": torch.zeros(1)}}, {"scaler": {"scale": 1}, "rng": []},
      {"people_a_step": math.inf}, {"people_a_step": 1e308}, {"people_a_step": 5},
      {"people_a_step": 4 * 65_537}, {"best": "0.5"}, {"rng": [torch.zeros(5056)]},
-     {"scaler": {"scale": "x"}}, {"scaler": {"_growth_tracker": 2**40}},
-     {"scaler": {"growth_interval": 0.5}}],
+     {"scaler": {"scale": "x"}}, {"scaler": {"scale": 10**30}},
+     {"scaler": {"_growth_tracker": 2**40}}, {"scaler": {"growth_interval": 0.5}}],
 )  # fmt: skip
 def test_a_run_is_not_continued_from_other_contents(change, state, tiny_shards, tmp_path):
     config = tiny_config(tiny_shards, optim={"ema_decay": 0.9})

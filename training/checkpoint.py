@@ -182,7 +182,9 @@ def _is_count(value: Any, least: int = 0) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    if type(value) is int:
+        return abs(value) < 2**63  # torch takes no larger ones
+    return type(value) is float and math.isfinite(value)
 
 
 def _is_name(value: Any) -> bool:
