@@ -61,11 +61,11 @@ endif
 demo: install
 	$(PYTHON) tools/make_synthetic.py --output $(DEMO) --train 1500 --valid 300 --max-width 640
 	$(PYTHON) tools/make_shards.py --annotations $(DEMO)/annot --images $(DEMO)/images --output data/shards/synthetic
+	@# The demo's own run alone; a packed data set is kept, and packed again only if it changed.
 	@rm -rf runs/demo
 	$(PYTHON) train.py --config configs/demo.yaml
 	$(PYTHON) evaluate.py --checkpoint runs/demo/best.pt --json runs/demo/pckh.json --report runs/demo/report --picture runs/demo/predictions.png
 
-# The demo's own run alone; a packed data set is kept and packed again only if it changed.
 lint: install
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
