@@ -15,31 +15,32 @@ import numpy as np
 import torch
 from torch import nn
 
-from configs.errors import InputError, run_main
-from configs.options import Parser, add_device_options, at_least
-from configs.progress import progress
+from common import distributed as runtime
+from common import torchrun
+from common.cli import Parser, add_device_options, at_least, progress
+from common.distributed import Runtime
+from common.errors import InputError, run_main
+from common.files import write_whole
 from configs.schema import Config
 from configs.skeleton import Skeleton, load_skeleton, require_same_joints
-from configs.writing import write_whole
 from evaluation import pckh, report
+from evaluation.dataset import Subjects, from_loose_pictures, from_shards
 from evaluation.inference import FEW, Predictions, choose_batch_size
 from evaluation.oracle import oracle_keypoints
 from evaluation.other_run import Other, doubt, read_other
 from evaluation.page import Shown, page
 from evaluation.predictions import as_coco, as_entries, read_predictions, write_mat
-from evaluation.subjects import Subjects, from_loose_pictures, from_shards
 from evaluation.submission import read_release, write_submission
-from pipelines import stored_crops
+from evaluation.validation import predict_together
+from model import checkpoint
+from pipelines import crop_packing as stored_crops
 from pipelines.annotations import read_annotations
 from pipelines.augment import still
-from pipelines.batches import Target, target_of
 from pipelines.heatmaps import Rule
-from pipelines.opencv_crops import LooseImages
+from pipelines.loader import Target, target_of
+from pipelines.opencv_loader import LooseImages
 from pipelines.shards import ShardSet
-from training import checkpoint, runtime, torchrun
-from training.keeping import BEST, LAST
-from training.runtime import Runtime
-from training.validation import predict_together
+from training.checkpoint_manager import BEST, LAST
 
 LoaderName = Literal["opencv", "dali"]
 

@@ -14,18 +14,21 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from configs.errors import EXIT_RESUME, InputError, run_main
+from common import distributed as runtime
+from common import torchrun
+from common.errors import EXIT_RESUME, InputError, run_main
 from configs.schema import add_config_options, parse_config
-from pipelines.batches import choose_loader
+from model import checkpoint
+from model.checkpoint import State
+from pipelines.loader import choose_loader
 from pipelines.manifest import CropRule
-from training import checkpoint, keeping, runtime, torchrun
-from training.checkpoint import State
-from training.guard import SKIPPED
-from training.keeping import BEST, LAST, RESUME_ME
-from training.log import BOARD, CURVES, METRICS, PEOPLE
-from training.loop import Run
+from training import checkpoint_manager as keeping
+from training.checkpoint_manager import BEST, LAST, RESUME_ME
+from training.metrics import BOARD, CURVES, METRICS, PEOPLE
+from training.nonfinite import SKIPPED
 from training.screen import let_output_fail
 from training.tracker import require_tracker
+from training.trainer import Run
 
 AUTO = "auto"
 PROFILED_STEPS = 5

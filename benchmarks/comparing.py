@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from configs.errors import InputError
+from common.errors import InputError
 
 SAME_PLACE = ("device", "processor", "cores")
 

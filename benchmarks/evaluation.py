@@ -11,16 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.timing import Case
+from common.distributed import Runtime
 from evaluation.inference import choose_batch_size, image_keypoints, last_heatmaps
+from evaluation.validation import predict_together
 from model.hourglass import StackedHourglass
-from pipelines import heatmaps, opencv_crops, princeton
+from pipelines import heatmaps, princeton
+from pipelines import opencv_loader as opencv_crops
 from pipelines.augment import preset_of
-from pipelines.batches import Target
-from pipelines.opencv_crops import RawBatch
-from pipelines.records import unpack_records
+from pipelines.loader import Target
+from pipelines.opencv_loader import RawBatch
+from pipelines.shard_format import unpack_records
 from pipelines.shards import ShardSet
-from training.runtime import Runtime
-from training.validation import predict_together
 
 Points = npt.NDArray[np.float64]
 

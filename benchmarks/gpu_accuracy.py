@@ -37,20 +37,20 @@ from benchmarks.pieces import (
 )
 from benchmarks.princeton_path import princeton_batches
 from benchmarks.timing import ROOT, synchronize
+from common import distributed as runtime
+from common.cli import Parser, at_least
+from common.distributed import Runtime
+from common.errors import InputError, run_main
+from common.system import usable_cores
 from configs import schema
-from configs.errors import InputError, run_main
 from configs.mpii import MPII
-from configs.options import Parser, at_least
 from evaluation import pckh
+from evaluation.validation import predict_together
 from model.hourglass import StackedHourglass
 from pipelines.augment import PRESETS
-from pipelines.batches import Target
-from pipelines.opencv_crops import usable_cores
+from pipelines.loader import Target
 from pipelines.shards import ShardSet
-from training import runtime
-from training.loop import Run
-from training.runtime import Runtime
-from training.validation import predict_together
+from training.trainer import Run
 
 PRINCETON, OURS = "princeton-vl's way", "ours"
 VALIDATION_SECONDS = 12.0
@@ -175,7 +175,7 @@ class Trial:
         return {**found, "people_per_s": found["people"] / found["seconds"]}
 
     def ours(self, batch_size: int, seed: int, seconds: float) -> dict[str, Any]:
-        """A run of training/loop.py. Its seconds are those of building and training."""
+        """A run of training/trainer.py. Its seconds are those of building and training."""
         torch.backends.cudnn.benchmark = False  # as train.py
         began = time.perf_counter()
         config = self._config(batch_size, seed, seconds)

@@ -32,12 +32,13 @@ from benchmarks.pieces import (
     run_pieces,
 )
 from benchmarks.timing import Case, Result, take_turns
-from configs.errors import run_main
-from configs.options import Parser, at_least
-from pipelines import batches
+from common.cli import Parser, at_least
+from common.errors import run_main
+from common.system import usable_cores
+from pipelines import loader as batches
 from pipelines.augment import PRESETS, Draw
-from pipelines.opencv_crops import RawBatch, crop_person, decode, usable_cores
-from pipelines.records import unpack_records
+from pipelines.opencv_loader import RawBatch, crop_person, decode
+from pipelines.shard_format import unpack_records
 from pipelines.shards import ShardSet
 
 HW_LOADS = (0.65, 0.0, 0.35, 1.0)
@@ -161,7 +162,7 @@ def dali_case(name: str, shards: ShardSet, setting: Setting, load: Load) -> Case
     steps = max(1, load.people // setting.batch_size)
 
     def prepare() -> None:
-        from pipelines.dali_crops import DaliCrops
+        from pipelines.dali_loader import DaliCrops
 
         running.append(
             DaliCrops(
@@ -197,7 +198,7 @@ def pixel_gaps(packings: dict[str, ShardSet], load: Load) -> list[dict[str, Any]
 
 def pixel_gap(shards: ShardSet, hw_decoder_load: float, load: Load) -> dict[str, float]:
     """Grey levels of one batch: mean, 99.9th percentile and largest difference."""
-    from pipelines.dali_crops import DaliCrops
+    from pipelines.dali_loader import DaliCrops
 
     preset = PRESETS["hrnet"]
     people = min(load.batch_size, len(shards))

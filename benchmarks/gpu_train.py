@@ -45,9 +45,9 @@ from benchmarks.pieces import (
     run_pieces,
 )
 from benchmarks.timing import Result, table, take_turns
-from configs.errors import run_main
-from configs.options import Parser, at_least
-from pipelines.opencv_crops import usable_cores
+from common.cli import Parser, at_least
+from common.errors import run_main
+from common.system import usable_cores
 
 LARGEST_BATCH = 4096
 END_TO_END_SECONDS = 70.0

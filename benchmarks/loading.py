@@ -13,13 +13,14 @@ import torch
 from benchmarks import princeton_path
 from benchmarks.made_people import first_shards, make_many
 from benchmarks.timing import Case, Result, memory_mib, take_turns
+from common import distributed as runtime
+from common.system import keep_freed_memory
 from configs.mpii import MPII
-from pipelines import batches, opencv_crops
+from pipelines import loader as batches
+from pipelines import opencv_loader as opencv_crops
 from pipelines.augment import PRESETS, Preset
-from pipelines.batches import Target
-from pipelines.memory import keep_freed_memory
+from pipelines.loader import Target
 from pipelines.shards import ShardSet
-from training import runtime
 
 
 class Load(NamedTuple):

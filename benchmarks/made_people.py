@@ -9,10 +9,10 @@ import cv2
 import numpy as np
 
 from configs.mpii import MPII
-from pipelines import stored_crops
+from pipelines import crop_packing as stored_crops
 from pipelines.annotations import People
 from pipelines.manifest import CropRule, Manifest, Shard, write_manifest
-from pipelines.records import describe, pack_record
+from pipelines.shard_format import describe, pack_record
 from pipelines.shards import ShardSet, write_shard
 
 WIDTH, HEIGHT = 1280, 720

@@ -9,16 +9,17 @@ from torch import Tensor
 from benchmarks.loading import DEFAULTS, Load, set_up_as_training
 from benchmarks.princeton_path import render_by_loop
 from benchmarks.timing import Case
+from common import distributed as runtime
+from common.system import keep_freed_memory
 from configs.mpii import MPII
 from model.hourglass import StackedHourglass
 from model.loss import stack_losses
-from pipelines import batches, heatmaps
+from pipelines import heatmaps
+from pipelines import loader as batches
 from pipelines.augment import PRESETS
-from pipelines.batches import Batch, Target
 from pipelines.geometry import STRIDE
-from pipelines.memory import keep_freed_memory
+from pipelines.loader import Batch, Target
 from pipelines.shards import ShardSet
-from training import runtime
 
 
 def heatmap_cases(batch_size: int, device: torch.device) -> list[Case]:

@@ -24,20 +24,20 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from configs.errors import InputError, run_main
-from configs.options import Parser, at_least
-from configs.progress import progress
+from common.cli import Parser, at_least, progress
+from common.errors import InputError, run_main
+from common.system import keep_freed_memory
 from configs.skeleton import Skeleton
 from evaluation import pckh
 from evaluation.inference import predict
-from pipelines import geometry, stored_crops
+from model import checkpoint
+from pipelines import crop_packing as stored_crops
+from pipelines import geometry
 from pipelines.annotations import People, read_annotations
 from pipelines.augment import PRESETS, Draw, draw, draw_rng
-from pipelines.batches import still_batches, target_of
-from pipelines.memory import keep_freed_memory
-from pipelines.opencv_crops import LooseImages, crop_person, decode, image_from_stored
-from pipelines.records import record_of, unpack_records
-from training import checkpoint
+from pipelines.loader import still_batches, target_of
+from pipelines.opencv_loader import LooseImages, crop_person, decode, image_from_stored
+from pipelines.shard_format import record_of, unpack_records
 
 Crop = npt.NDArray[np.uint8]
 

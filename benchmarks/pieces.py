@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from benchmarks.timing import Result, table, world
-from configs.errors import InputError
-from configs.options import Parser
-from configs.writing import write_whole
+from common.cli import Parser
+from common.errors import InputError
+from common.files import write_whole
 
 Report = dict[str, Any]
 

@@ -16,8 +16,8 @@ from configs.mpii import MPII, PIXELS_PER_SCALE
 from pipelines import princeton
 from pipelines.augment import PRESETS, Draw, draw, draw_rng
 from pipelines.geometry import STRIDE
-from pipelines.opencv_crops import EndlessSampler
-from pipelines.records import unpack_records
+from pipelines.opencv_loader import EndlessSampler
+from pipelines.shard_format import unpack_records
 from pipelines.shards import ShardSet
 
 PREFETCH = 2

@@ -25,9 +25,9 @@ from benchmarks.comparing import compare, draw_chart, read_report
 from benchmarks.loading import Load
 from benchmarks.made_people import make_crops, make_originals
 from benchmarks.timing import Case, Result, table, take_turns, world
-from configs.errors import InputError, run_main
-from configs.options import Parser, at_least
-from training import runtime
+from common import distributed as runtime
+from common.cli import Parser, at_least
+from common.errors import InputError, run_main
 
 SUITES = ("loader", "scaling", "heatmaps", "train", "end_to_end", "decode", "evaluate")
 

@@ -15,8 +15,8 @@ import cv2
 import numpy as np
 import torch
 
-from configs.progress import counting
-from pipelines.opencv_crops import usable_cores
+from common.cli import counting
+from common.system import usable_cores
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from configs.errors import InputError
+from common.errors import InputError
 
 SECONDS = 120
 """Annotations of 100,000 people take one or two."""

@@ -8,7 +8,7 @@ import signal
 import sys
 from types import TracebackType
 
-from configs.errors import say_interrupted
+from common.errors import say_interrupted
 
 
 def _show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -22,7 +22,7 @@ sys.excepthook = _show
 
 
 def hold_signals_of_a_resumed_run() -> None:
-    """Keep SIGTERM and SIGUSR1 for `training/signals.py` while a run that goes on is started.
+    """Keep SIGTERM and SIGUSR1 for `training/preemption.py` while a run that goes on is started.
 
     The kernel keeps them, whatever is imported meanwhile. A run that begins has nothing to lose
     yet, and Ctrl-C is somebody who waits: these end the start at once.

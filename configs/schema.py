@@ -18,10 +18,9 @@ from typing import Any, Literal
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
-from configs.errors import InputError
-from configs.options import check_options, wrong_choice
-from configs.reading import read_yaml
-from configs.writing import write_whole
+from common.cli import check_options, wrong_choice
+from common.errors import InputError
+from common.files import read_yaml, write_whole
 
 TrackerName = Literal["none", "wandb", "trackio"]
 

@@ -10,8 +10,8 @@ import re
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from configs.errors import InputError
-from configs.reading import read_yaml
+from common.errors import InputError
+from common.files import read_yaml
 
 Pairs = tuple[tuple[int, int], ...]
 Groups = tuple[tuple[str, tuple[int, ...]], ...]

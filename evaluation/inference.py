@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from pipelines import heatmaps, princeton
-from pipelines.batches import Target, images_N3HW
 from pipelines.geometry import STRIDE
-from pipelines.opencv_crops import RawBatch
-from pipelines.records import unpack_records
+from pipelines.loader import Target, images_N3HW
+from pipelines.opencv_loader import RawBatch
+from pipelines.shard_format import unpack_records
 
 
 class Predictions(NamedTuple):

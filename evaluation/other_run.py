@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from configs.errors import InputError
+from common.errors import InputError
 from configs.skeleton import Skeleton
 from evaluation import pckh
 

@@ -14,14 +14,14 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from common.cli import progress
 from configs.mpii import PIXELS_PER_SCALE
-from configs.progress import progress
 from configs.skeleton import Skeleton
 from evaluation import pckh, report
 from evaluation.other_run import Other, doubt
 from pipelines import geometry
 from pipelines.annotations import People
-from pipelines.opencv_crops import Source
+from pipelines.opencv_loader import Source
 
 PER_GALLERY = 24
 _WORST_OF_JOINTS = 64

@@ -11,10 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from common.errors import InputError
+from common.files import LARGEST_JSON, read_json, write_whole
 from configs.confined import rehearse
-from configs.errors import InputError
-from configs.reading import LARGEST_JSON, read_json
-from configs.writing import write_whole
 from pipelines.annotations import People
 
 HEAD_BOX_SHARE = 0.6

@@ -7,10 +7,11 @@ import numpy as np
 import numpy.typing as npt
 
 from configs.skeleton import Side, Skeleton
-from pipelines import geometry, opencv_crops
+from pipelines import geometry
+from pipelines import opencv_loader as opencv_crops
 from pipelines.annotations import People
-from pipelines.opencv_crops import Source
-from pipelines.records import unpack_records
+from pipelines.opencv_loader import Source
+from pipelines.shard_format import unpack_records
 
 RIGHT_BGR, LEFT_BGR, MIDDLE_BGR = (70, 70, 255), (255, 160, 40), (80, 220, 80)
 TRUTH_BGR = (255, 255, 255)

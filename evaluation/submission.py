@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from configs.errors import InputError
+from common.errors import InputError
 from evaluation.predictions import open_mat, write_mat
 from pipelines.annotations import People
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from model.princeton import without_prefix
+from model.foreign_checkpoints import without_prefix
 
 INPUT_MEAN = (0.4404, 0.4440, 0.4327)
 """RGB in 0..1, the constant of anibali/pytorch-stacked-hourglass."""

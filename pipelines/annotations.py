@@ -16,8 +16,9 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
+from common.errors import InputError
+from common.files import LARGEST_JSON, bounded, parse_json
 from configs.confined import rehearse
-from configs.errors import InputError
 from configs.mpii import (
     BOX_SCALE,
     BOX_SHIFT_Y_PX,
@@ -27,7 +28,6 @@ from configs.mpii import (
     PIXELS_PER_SCALE,
     UPPER_NECK,
 )
-from configs.reading import LARGEST_JSON, bounded, parse_json
 from configs.skeleton import Skeleton
 
 _LARGEST_COLUMN = 256 << 20

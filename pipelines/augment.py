@@ -1,7 +1,7 @@
 """Named augmentation presets, and drawing from them. Applying a draw is done elsewhere.
 
 The rules are those of the code that each preset is named after; the table is read by the OpenCV
-path (`draw`, numpy) and by the DALI graph (`pipelines/dali_crops.py`), so there is one table.
+path (`draw`, numpy) and by the DALI graph (`pipelines/dali_loader.py`), so there is one table.
 """
 
 from typing import Literal, NamedTuple

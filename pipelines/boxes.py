@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from configs.errors import InputError
+from common.errors import InputError
+from common.files import parse_json, read_bytes
 from configs.mpii import BOX_SCALE, PIXELS_PER_SCALE
-from configs.reading import parse_json, read_bytes
 
 MARGIN = BOX_SCALE
 """Side of the square over the longer side of a box drawn tightly about a person: MPII's own."""

@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from configs.errors import InputError
-from configs.reading import read_json
+from common.errors import InputError
+from common.files import read_json, write_whole
 from configs.skeleton import Skeleton, skeleton_from_plain
-from configs.writing import write_whole
 from pipelines.annotations import safe_name
 
 FORMAT = "stacked-hourglass-shards"

@@ -3,7 +3,7 @@
 A split is a folder of NNNNN.tar, each with its wds2idx index NNNNN.idx, and one manifest.json. A
 sample is one person with three components:
 
-    <key>.f32   little-endian float32 record (pipelines/records.py), which DALI reads as it is
+    <key>.f32   little-endian float32 record (pipelines/shard_format.py), which DALI reads as it is
     <key>.jpg   the picture
     <key>.json  the same facts for a person to read, and the name of the picture
 """
@@ -21,13 +21,12 @@ import numpy as np
 import numpy.typing as npt
 import webdataset
 
-from configs.errors import InputError
-from configs.reading import parse_json, read_bytes
-from configs.writing import write_whole
+from common.errors import InputError
+from common.files import parse_json, read_bytes, write_whole
 from pipelines.annotations import People, safe_name
+from pipelines.jpeg import claimed_size, require_sane_size
 from pipelines.manifest import PACK_AGAIN, Shard, read_manifest, sha256
-from pipelines.pictures import claimed_size, require_sane_size
-from pipelines.records import record_faults, record_length, unpack_records
+from pipelines.shard_format import record_faults, record_length, unpack_records
 
 COMPONENTS = ("f32", "jpg", "json")
 _INDEX_VERSION = "v1.2"

@@ -32,9 +32,10 @@ for place in (ROOT, ROOT / "tests"):
 import cv2  # noqa: E402
 import torch  # noqa: E402
 
+from common.cli import progress  # noqa: E402
+from common.distributed import Runtime  # noqa: E402
+from common.errors import InputError  # noqa: E402
 from configs import confined  # noqa: E402
-from configs.errors import InputError  # noqa: E402
-from configs.progress import progress  # noqa: E402
 from configs.schema import (  # noqa: E402
     Config,
     add_config_options,
@@ -43,20 +44,25 @@ from configs.schema import (  # noqa: E402
     load_yaml,
 )
 from configs.skeleton import load_skeleton  # noqa: E402
-from evaluation import submission  # noqa: E402
+from evaluation import (
+    estimator,
+    submission,
+)
 from evaluation.predictions import as_coco, as_entries, read_predictions, write_mat  # noqa: E402
-from model.onnx_network import INPUT, OUTPUT  # noqa: E402
+from model import checkpoint, exported
+from model.export import INPUT, OUTPUT  # noqa: E402
 from pipelines.annotations import People, read_annotations  # noqa: E402
+from pipelines.bad_samples import LIST, Quarantine  # noqa: E402
 from pipelines.boxes import read_people  # noqa: E402
-from pipelines.opencv_crops import decode  # noqa: E402
-from pipelines.pictures import PictureError, check_jpeg  # noqa: E402
-from pipelines.quarantine import LIST, Quarantine  # noqa: E402
+from pipelines.jpeg import PictureError, check_jpeg  # noqa: E402
+from pipelines.opencv_loader import decode  # noqa: E402
 from pipelines.shards import ShardSet  # noqa: E402
 from tools.check_shards import main as check_shards  # noqa: E402
 from train import load_run  # noqa: E402
-from training import checkpoint, curves, estimator, exported, keeping, log  # noqa: E402
-from training.loop import Run  # noqa: E402
-from training.runtime import Runtime  # noqa: E402
+from training import checkpoint_manager as keeping
+from training import curves
+from training import metrics as log
+from training.trainer import Run  # noqa: E402
 
 SECONDS = 60
 """For one input; more is a hang."""
@@ -199,7 +205,7 @@ def change_line(data: bytes, rng: random.Random) -> bytes:
 
 
 def change_facts(text: str, rng: random.Random) -> str:
-    """What training/exported.py writes into others' formats."""
+    """What model/exported.py writes into others' formats."""
     if rng.random() < 0.1:
         return rng.choice(["[", '{"": ', "[1", ""]) * 10**5
     return change_json(text.encode(), rng).decode("utf-8", "replace")

@@ -31,8 +31,8 @@ for place in (ROOT, ROOT / "tests"):
 from test_elastic import assert_same_weights, children, last_step, started  # noqa: E402
 from test_quarantine import damaged, overwrite  # noqa: E402
 
-from pipelines.opencv_crops import EndlessSampler  # noqa: E402
-from pipelines.quarantine import LIST  # noqa: E402
+from pipelines.bad_samples import LIST  # noqa: E402
+from pipelines.opencv_loader import EndlessSampler  # noqa: E402
 
 INSIDE = "SOAK_INSIDE"
 """Set in the process that may mount a small disk."""
@@ -270,7 +270,7 @@ def losses(folder: Path) -> dict[int, float]:
 
 
 def last_checkpoint_step(folder: Path) -> int:
-    from training import checkpoint
+    from model import checkpoint
 
     return checkpoint.load(folder / "last.pt")["step"]
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import random_people, write_h5
 
-from configs.errors import InputError
+from common.errors import InputError
 from configs.mpii import MPII
 from pipelines.annotations import People, head_length, read_annotations, safe_name
 

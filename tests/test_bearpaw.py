@@ -5,10 +5,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from configs.errors import InputError
+from common.errors import InputError
 from configs.mpii import MPII
-from model import bearpaw
-from training import checkpoint
+from model import bearpaw, checkpoint
 
 
 class Bottleneck(nn.Module):

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from configs.errors import InputError
+from common.errors import InputError
 from pipelines.boxes import Person, Square, check_square, read_people, square_about, whole_picture
 from pipelines.geometry import input_from_image, transform
 

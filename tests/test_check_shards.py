@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT, noise_picture, write_jpeg
 from test_shards import change_manifest
 
-from configs.errors import InputError
+from common.errors import InputError
 from pipelines import shards
 from pipelines.manifest import sha256
 from pipelines.shards import ShardSet

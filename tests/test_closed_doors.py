@@ -25,19 +25,20 @@ from conftest import ROOT, noise_picture, write_jpeg
 from test_architecture import imports, sources
 from test_training import make_run, steps, tiny_config
 
-from configs import confined, reading
-from configs.errors import InputError
+from common import files as reading
+from common.errors import InputError
+from configs import confined
 from configs.schema import load_yaml
 from configs.skeleton import load_skeleton
+from evaluation.estimator import read_picture
 from evaluation.predictions import open_mat, read_predictions
+from model import checkpoint, seal
 from pipelines.annotations import read_annotations, stays_inside
 from pipelines.augment import PRESETS
 from pipelines.boxes import read_people
-from pipelines.opencv_crops import LooseImages, decode
-from pipelines.pictures import PictureError, check_jpeg, claimed_size
+from pipelines.jpeg import PictureError, check_jpeg, claimed_size
+from pipelines.opencv_loader import LooseImages, decode
 from pipelines.shards import ShardSet
-from training import checkpoint, seal
-from training.estimator import read_picture
 
 LIMIT = 3 << 30
 
@@ -173,7 +174,7 @@ class OnePicture:
 @pytest.mark.parametrize("bomb", [progressive_bomb, lambda jpeg: claiming(jpeg, 65500, 65500)])
 def test_dali_is_not_even_fed_such_a_picture_in_evaluation(bomb, jpeg, tiny_shards):
     pytest.importorskip("nvidia.dali")
-    from pipelines.dali_crops import DaliStills
+    from pipelines.dali_loader import DaliStills
 
     source = OnePicture(bomb(jpeg), ShardSet(tiny_shards / "valid"))
     stills = DaliStills(source, np.arange(1), PRESETS["none"], input_px=64, batch_size=1,
@@ -360,7 +361,7 @@ def test_bombs_of_json_yaml_and_gzip_end_in_an_error(tiny_set, tmp_path):
     code = f"""
 import resource, sys
 from pathlib import Path
-from configs.errors import InputError
+from common.errors import InputError
 from configs.schema import load_yaml
 from configs.skeleton import load_skeleton
 from pipelines.annotations import read_annotations

@@ -15,19 +15,19 @@ from conftest import noise_picture, pack_arguments, random_people, write_h5, wri
 from test_training import make_run, tiny_config
 
 import evaluate
-from configs.errors import InputError
+from common.errors import InputError
 from configs.skeleton import Length, Skeleton, default_groups, unnamed
 from evaluation import pckh
 from evaluation.oracle import oracle_keypoints
 from evaluation.predictions import as_coco, read_predictions
+from model import checkpoint
 from pipelines.annotations import People, read_annotations
 from pipelines.augment import PRESETS, Draw
-from pipelines.batches import heat_joints
-from pipelines.opencv_crops import crop_person
-from pipelines.records import record_of, unpack_records
+from pipelines.loader import heat_joints
+from pipelines.opencv_loader import crop_person
+from pipelines.shard_format import record_of, unpack_records
 from pipelines.shards import ShardSet
 from tools import make_shards
-from training import checkpoint
 
 NAMES = ("head", "left_hand", "right_hand", "left_foot", "right_foot")
 PAIRS = ((1, 2), (3, 4))

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from jsonargparse import ArgumentParser
 
-from configs.errors import InputError
+from common.errors import InputError
 from configs.schema import (
     Config,
     add_config_options,

@@ -5,13 +5,14 @@ import numpy as np
 import pytest
 import torch
 
-from configs.errors import InputError
+from common.errors import InputError
 from configs.mpii import MPII
-from pipelines import batches, geometry, princeton
+from pipelines import geometry, princeton
+from pipelines import loader as batches
 from pipelines.augment import PRESETS, Draw, preset_of
-from pipelines.batches import Target
+from pipelines.loader import Target
 from pipelines.manifest import FORMAT_VERSION
-from pipelines.opencv_crops import (
+from pipelines.opencv_loader import (
     CropDataset,
     CropLoader,
     EndlessSampler,

@@ -5,15 +5,16 @@ import numpy as np
 import pytest
 import torch
 
-from configs.errors import InputError
-from pipelines import batches, geometry, princeton
+from common.errors import InputError
+from pipelines import geometry, princeton
+from pipelines import loader as batches
 from pipelines.augment import PRESETS, Draw
-from pipelines.opencv_crops import crop_person, decode
-from pipelines.records import unpack_records
+from pipelines.opencv_loader import crop_person, decode
+from pipelines.shard_format import unpack_records
 from pipelines.shards import ShardSet
 
 pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed")
-from pipelines import dali_crops
+from pipelines import dali_loader as dali_crops
 
 DEVICES = ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)]
 

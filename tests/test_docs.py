@@ -26,13 +26,13 @@ import yaml
 from conftest import ROOT
 from test_submission import write_release
 
-from configs.errors import InputError
+from common.errors import InputError
 from configs.mpii import MPII
 from configs.schema import as_dict, config_from_dict
 from evaluation import pckh
 from evaluation.predictions import as_entries
+from model import checkpoint
 from pipelines.shards import ShardSet
-from training import checkpoint
 
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 PAGES += sorted((ROOT / "docs").rglob("*.md"))

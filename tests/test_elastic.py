@@ -21,7 +21,7 @@ from test_faults import holds
 from test_training import ROOT, SMALL, metrics
 from two_ranks import leaves
 
-from training import checkpoint
+from model import checkpoint
 
 pytestmark = pytest.mark.slow
 PATIENCE_S = 180
@@ -215,7 +215,7 @@ def test_a_run_of_one_rank_goes_on_with_two_at_an_epochs_end_and_says_so(tiny_sh
 
 STUCK = """
 import sys, time, train
-from training.loop import Run
+from training.trainer import Run
 
 real = Run._train_step
 def step(run, totals):
@@ -263,7 +263,7 @@ def test_sigterm_to_a_torchrun_whose_ranks_still_start_leaves_the_marker(tiny_sh
 
 STOPPED = """
 import os, signal, sys, train
-from training.loop import Run
+from training.trainer import Run
 
 real = Run._evaluated_network
 def network(run):

@@ -6,8 +6,8 @@ import time
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from configs.errors import InputError, run_main
-from training import torchrun
+from common import torchrun
+from common.errors import InputError, run_main
 
 
 def ending(error: BaseException | None, capsys) -> tuple[int, str]:

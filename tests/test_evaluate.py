@@ -15,18 +15,18 @@ from test_training import make_run, steps, tiny_config
 from torch import nn
 
 import evaluate
-from configs.errors import InputError, run_main
+from common.errors import InputError, run_main
 from configs.mpii import MPII
 from configs.skeleton import Skeleton
 from evaluation import inference, pckh, report
+from model import checkpoint
 from pipelines.annotations import read_annotations
 from pipelines.augment import preset_of
-from pipelines.batches import Target, finish, heat_joints, still_batches
 from pipelines.heatmaps import decode, render
-from pipelines.opencv_crops import CropDataset, CropLoader, ListSampler, LooseImages, collate
-from pipelines.records import unpack_records
+from pipelines.loader import Target, finish, heat_joints, still_batches
+from pipelines.opencv_loader import CropDataset, CropLoader, ListSampler, LooseImages, collate
+from pipelines.shard_format import unpack_records
 from pipelines.shards import ShardSet
-from training import checkpoint
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")

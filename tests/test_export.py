@@ -14,14 +14,14 @@ from test_predict import read_json
 from test_training import make_run, steps, tiny_config
 
 import evaluate
-from configs.errors import InputError
+from common.errors import InputError
+from evaluation.estimator import PoseEstimator, read_picture
 from evaluation.inference import last_heatmaps
-from model.onnx_network import OnnxNetwork
-from pipelines.batches import images_N3HW
-from pipelines.opencv_crops import collate
+from model import checkpoint
+from model.export import OnnxNetwork
+from pipelines.loader import images_N3HW
+from pipelines.opencv_loader import collate
 from tools import export_onnx, predict
-from training import checkpoint
-from training.estimator import PoseEstimator, read_picture
 
 needs_onnx = pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("onnx", "onnxscript", "onnxruntime"))),

@@ -23,12 +23,14 @@ from test_training import HERE, SMALL, make_run, metrics, poison, steps, tiny_co
 from two_ranks import leaves
 
 import train as train_program
-from configs.errors import InputError
+from common.errors import InputError
 from configs.schema import Config, save_yaml
-from pipelines.opencv_crops import STOP_SIGNALS
-from training import checkpoint, keeping, seal, signals
-from training.log import Totals, cut
-from training.loop import Run
+from model import checkpoint, seal
+from pipelines.opencv_loader import STOP_SIGNALS
+from training import checkpoint_manager as keeping
+from training import preemption as signals
+from training.metrics import Totals, cut
+from training.trainer import Run
 
 __all__ = ["unpoison"]
 
@@ -411,9 +413,9 @@ def test_the_people_of_skipped_steps_are_written_down(tiny_shards, tmp_path):
 
 
 def run_batches():
-    import training.loop
+    import training.trainer
 
-    return training.loop.batches
+    return training.trainer.batches
 
 
 @pytest.mark.usefixtures("unpoison")

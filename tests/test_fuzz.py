@@ -6,7 +6,7 @@ from pathlib import Path
 import fuzz
 import pytest
 
-from configs.errors import InputError
+from common.errors import InputError
 
 NAMES = ["h5", "json", "json.gz", "coco", "mat", "mat with truth", "release", "tar", "index",
          "manifest", "config", "skeleton", "checkpoint", "princeton's checkpoint", "predictions",

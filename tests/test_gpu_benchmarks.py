@@ -11,7 +11,7 @@ from benchmarks import gpu_accuracy, gpu_loader, gpu_steps, gpu_train, pieces
 from benchmarks.gpu_steps import Network, TimedStep, ways
 from benchmarks.pieces import Deadline, Piece, run_pieces
 from benchmarks.timing import Result
-from configs.errors import InputError
+from common.errors import InputError
 from model.hourglass import StackedHourglass
 from model.loss import stack_losses
 

@@ -18,9 +18,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_training import HERE, make_run, metrics, tiny_config
 
 import train as train_program
-from configs.errors import InputError
+from common.errors import InputError
 from configs.schema import parse_config
-from training import checkpoint, curves, log, screen, tracker
+from model import checkpoint
+from training import curves, screen, tracker
+from training import metrics as log
 from training.screen import Screen, fit
 
 

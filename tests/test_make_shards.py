@@ -20,10 +20,10 @@ import numpy as np
 import pytest
 from conftest import ROOT, noise_picture, pack_arguments, write_jpeg
 
-from configs.errors import InputError, run_main
-from pipelines import pictures
+from common.errors import InputError, run_main
+from pipelines import jpeg as pictures
+from pipelines.jpeg import PictureError, check_jpeg
 from pipelines.manifest import read_manifest
-from pipelines.pictures import PictureError, check_jpeg
 from pipelines.shards import ShardSet
 from tools import make_shards, pack_tasks
 from tools.make_shards import main

@@ -8,7 +8,7 @@ import h5py
 import numpy as np
 import pytest
 
-from configs.errors import InputError
+from common.errors import InputError
 from configs.mpii import (
     HEAD_TOP,
     L_ANKLE,

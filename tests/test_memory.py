@@ -9,7 +9,7 @@ from conftest import ROOT
 COUNT = """
 import resource, sys
 import numpy as np
-from pipelines.memory import keep_freed_memory
+from common.system import keep_freed_memory
 kept = keep_freed_memory() if sys.argv[1] == "keep" else None
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt

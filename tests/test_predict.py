@@ -15,15 +15,15 @@ from test_make_shards import exif, with_segment
 from test_training import make_run, steps, tiny_config
 
 import evaluate
-from configs.errors import InputError, run_main
+from common.errors import InputError, run_main
 from configs.skeleton import Skeleton
 from evaluation import report
+from evaluation.estimator import PoseEstimator, read_picture
 from evaluation.inference import Predictions
 from model.hourglass import StackedHourglass
 from pipelines.annotations import read_annotations
-from pipelines.pictures import check_jpeg
+from pipelines.jpeg import check_jpeg
 from tools import predict, video
-from training.estimator import PoseEstimator, read_picture
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 from test_pckh import people_at
 
 import evaluate
-from configs.errors import InputError
+from common.errors import InputError
 from evaluation.predictions import as_coco, as_entries, read_predictions, write_mat
 
 

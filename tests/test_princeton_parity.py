@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 import torch
 
-from configs.errors import InputError
+from common.errors import InputError
 from configs.mpii import MPII
 from evaluation.inference import predict
-from model import princeton as weights
+from model import checkpoint
+from model import foreign_checkpoints as weights
 from model.loss import stack_losses
 from pipelines import heatmaps, princeton
 from pipelines.annotations import read_annotations
 from pipelines.augment import preset_of
-from pipelines.batches import Target, still_batches
-from pipelines.opencv_crops import LooseImages
-from training import checkpoint
+from pipelines.loader import Target, still_batches
+from pipelines.opencv_loader import LooseImages
 
 TARGET = Target(preset_of("princeton", True), "princeton", 1.0, 256, MPII)
 PEOPLE = 15
@@ -211,8 +211,8 @@ def test_weights_and_adam_state_come_back_as_they_were(golden_path, network):
 
 def test_one_step_of_adam_from_the_checkpoint_equals_plain_torch(golden_path, crops, golden):
     """Reading, loss, fused Adam and the guard against bad gradients, against torch's own loop."""
-    from training.loop import Run
     from training.optimizer import make_optimizer
+    from training.trainer import Run
 
     state = checkpoint.load(golden_path)
     config = checkpoint.config_of(state, golden_path)

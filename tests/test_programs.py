@@ -17,11 +17,11 @@ import torch
 from conftest import ROOT
 
 import train as train_program
-from configs.errors import InputError
-from configs.options import Parser
+from common.cli import Parser
+from common.errors import InputError
 from configs.schema import Config, parse_config
-from pipelines import batches
-from pipelines.batches import target_of
+from pipelines import loader as batches
+from pipelines.loader import target_of
 from pipelines.shards import ShardSet
 
 PROGRAMS = ["evaluate", "benchmarks.throughput", "benchmarks.gpu_loader", "benchmarks.gpu_train",
@@ -220,7 +220,7 @@ def fresh_checkpoint(folder: Path) -> Path:
     """A network of full size without training."""
     from configs.mpii import MPII
     from configs.schema import as_dict
-    from training import checkpoint
+    from model import checkpoint
 
     network = checkpoint.build_network(Config(), MPII.joint_count)
     state = {"config": as_dict(Config()), "skeleton": MPII.plain(), "step": 0, "ema": {}}

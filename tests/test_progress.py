@@ -10,9 +10,9 @@ import pytest
 from conftest import ROOT, Stream
 from test_architecture import sources
 
-from configs import progress as module
-from configs.errors import InputError, run_main
-from configs.progress import counting, duration, progress, say
+from common import progress as module
+from common.cli import counting, duration, progress, say
+from common.errors import InputError, run_main
 
 COLUMNS = 60
 

@@ -14,16 +14,16 @@ import pytest
 import torch
 from test_training import make_run, steps, tiny_config
 
-from configs.errors import InputError
+from common.errors import InputError
 from configs.mpii import MPII
 from configs.schema import DataConfig, HeatmapsConfig
+from model import checkpoint
 from pipelines.augment import PRESETS
-from pipelines.batches import Loader, still_batches, target_of, train_loader
-from pipelines.opencv_crops import RawBatch
-from pipelines.pictures import BadSamplesError
-from pipelines.quarantine import LIST, Quarantine, SkippingLoader
+from pipelines.bad_samples import LIST, Quarantine, SkippingLoader
+from pipelines.jpeg import BadSamplesError
+from pipelines.loader import Loader, still_batches, target_of, train_loader
+from pipelines.opencv_loader import RawBatch
 from pipelines.shards import ShardSet
-from training import checkpoint
 
 LOADERS = ["opencv", "dali"]
 MIDDLE = range(5, 10)

@@ -16,14 +16,17 @@ from torch import Tensor
 from two_ranks import content, differences, rows_of, step, watched
 
 import train as train_program
-from configs.errors import InputError
+from common import distributed as runtime
+from common.errors import InputError
 from configs.schema import save_yaml
-from pipelines.opencv_crops import RawBatch
-from pipelines.records import HEADER, people_sha256
+from model import checkpoint
+from pipelines.opencv_loader import RawBatch
+from pipelines.shard_format import HEADER, people_sha256
 from pipelines.shards import ShardSet
 from tools.make_shards import main as pack
-from training import checkpoint, keeping, resuming, runtime
-from training.loop import Run
+from training import checkpoint_manager as keeping
+from training import resuming
+from training.trainer import Run
 
 
 @pytest.fixture(scope="module")

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import webdataset
 
-from configs.errors import InputError
+from common.errors import InputError
 from configs.mpii import MPII
 from pipelines import shards
 from pipelines.annotations import People, read_annotations
 from pipelines.manifest import read_manifest, sha256, write_manifest
-from pipelines.records import pack_record, record_length, unpack_records
+from pipelines.shard_format import pack_record, record_length, unpack_records
 from pipelines.shards import ShardSet, write_shard
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.manifest import MANIFEST, sha256
-from pipelines.opencv_crops import decode
+from pipelines.opencv_loader import decode
 from pipelines.shards import ShardSet
 
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from test_dali_crops import opencv_twin
 
-from configs.errors import InputError
+from common.errors import InputError
 from configs.mpii import MPII
 from evaluation.report import LEFT_BGR, MIDDLE_BGR, RIGHT_BGR
-from pipelines import batches
+from pipelines import loader as batches
 from pipelines.augment import PRESETS
-from pipelines.batches import Batch, Target
+from pipelines.loader import Batch, Target
 from pipelines.shards import ShardSet
 from tools import packing_summary, show_batch
 

@@ -6,7 +6,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from configs.errors import InputError
+from common.errors import InputError
 from configs.mpii import MPII
 from configs.skeleton import (
     Length,

@@ -8,19 +8,21 @@ import torch
 from test_training import make_run, steps, tiny_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from configs.errors import InputError
+from common import distributed as runtime
+from common.distributed import Runtime
+from common.errors import InputError
 from configs.mpii import MPII
 from configs.schema import Config, ModelConfig, TrainConfig, check_values
 from model.hourglass import StackedHourglass
 from model.loss import stack_losses, stack_losses_of_joints
-from pipelines import batches, heatmaps
+from pipelines import heatmaps
+from pipelines import loader as batches
 from pipelines.augment import PRESETS, Draw
-from pipelines.batches import Batch, Target
-from pipelines.opencv_crops import RawBatch
-from pipelines.records import HEADER
-from training import runtime, tracing
-from training.log import Totals
-from training.runtime import Runtime
+from pipelines.loader import Batch, Target
+from pipelines.opencv_loader import RawBatch
+from pipelines.shard_format import HEADER
+from training import profiler as tracing
+from training.metrics import Totals
 
 META = torch.device("meta")
 COMPILER = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")

@@ -14,17 +14,19 @@ from conftest import pack_arguments, write_h5, write_jpeg
 
 import evaluate
 import train
-from configs.errors import InputError
+from common.errors import InputError
 from configs.mpii import MPII
 from evaluation import report
-from pipelines import batches, geometry, stored_crops
+from pipelines import crop_packing as stored_crops
+from pipelines import geometry
+from pipelines import loader as batches
 from pipelines.augment import PRESETS, Distribution, Draw, Preset, draw
-from pipelines.batches import Target, still_batches
+from pipelines.crop_packing import Region
+from pipelines.loader import Target, still_batches
 from pipelines.manifest import CropRule, read_manifest
-from pipelines.opencv_crops import crop_person, decode
-from pipelines.records import Records, unpack_records
+from pipelines.opencv_loader import crop_person, decode
+from pipelines.shard_format import Records, unpack_records
 from pipelines.shards import ShardSet
-from pipelines.stored_crops import Region
 from tools.make_shards import main
 
 RULE = CropRule(preset="hrnet", reach=1.25 * math.sqrt(2), person_px=96, quality=95)

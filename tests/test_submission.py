@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from test_pckh import people_at
 
-from configs.errors import InputError
+from common.errors import InputError
 from evaluation.submission import read_release, write_submission
 
 scipy_io = pytest.importorskip("scipy.io")

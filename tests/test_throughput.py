@@ -26,18 +26,19 @@ from benchmarks import (
     timing,
 )
 from benchmarks.timing import Case, take_turns
-from configs.errors import InputError
+from common.distributed import Runtime
+from common.errors import InputError
 from configs.mpii import MPII
+from evaluation.validation import predict_together
 from model.hourglass import StackedHourglass
-from pipelines import batches, princeton
+from pipelines import loader as batches
+from pipelines import princeton
 from pipelines.augment import PRESETS
-from pipelines.batches import Target
 from pipelines.heatmaps import decode, render
-from pipelines.opencv_crops import CropDataset, collate
-from pipelines.records import unpack_records
+from pipelines.loader import Target
+from pipelines.opencv_loader import CropDataset, collate
+from pipelines.shard_format import unpack_records
 from pipelines.shards import ShardSet
-from training.runtime import Runtime
-from training.validation import predict_together
 
 ROOT = Path(__file__).parents[1]
 

@@ -15,15 +15,16 @@ import pytest
 import torch
 
 import train as train_program
-from configs.errors import InputError
+from common import distributed as runtime
+from common.distributed import Runtime
+from common.errors import InputError
 from configs.schema import Config, config_from_dict
 from configs.skeleton import unnamed
-from pipelines.batches import choose_loader
-from training import checkpoint, runtime
-from training.log import Totals
-from training.loop import Run
+from model import checkpoint
+from pipelines.loader import choose_loader
+from training.metrics import Totals
 from training.optimizer import Average, learning_rate
-from training.runtime import Runtime
+from training.trainer import Run
 
 ROOT = Path(__file__).parents[1]
 HERE = Runtime(0, 1, torch.device("cpu"), torch.float32)
@@ -188,7 +189,7 @@ def test_the_average_follows_its_formula():
 
 def poison(run: Run, bad_calls: set[int]) -> None:
     """Make the images of some batches not finite."""
-    from pipelines import batches
+    from pipelines import loader as batches
 
     real, calls = batches.finish, [0]
 
@@ -199,16 +200,16 @@ def poison(run: Run, bad_calls: set[int]) -> None:
             batch = batch._replace(images_N3HW=batch.images_N3HW * float("nan"))
         return batch
 
-    run_module = sys.modules["training.loop"]
+    run_module = sys.modules["training.trainer"]
     run_module.batches = type("Patched", (), {**vars(batches), "finish": staticmethod(finish)})  # type: ignore[attr-defined]
 
 
 @pytest.fixture
 def unpoison():
-    from pipelines import batches
+    from pipelines import loader as batches
 
     yield
-    sys.modules["training.loop"].batches = batches  # type: ignore[attr-defined]
+    sys.modules["training.trainer"].batches = batches  # type: ignore[attr-defined]
 
 
 @pytest.mark.usefixtures("unpoison")
@@ -257,7 +258,7 @@ def test_too_many_such_steps_in_a_row_stop_the_run(tiny_shards, tmp_path):
 
 
 def test_a_collapse_to_zero_is_said(tiny_shards, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("training.loop.COLLAPSE_FROM_STEP", 1)
+    monkeypatch.setattr("training.trainer.COLLAPSE_FROM_STEP", 1)
     config = tiny_config(tiny_shards, train={"steps": 1, "steps_per_epoch": 1}, optim={"lr": 1e-9})
     run = make_run(config, tmp_path / "run")
     torch.nn.init.zeros_(run.network.heads[0].weight)

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from test_training import poison, tiny_config
 
-from pipelines.opencv_crops import RawBatch
-from training import checkpoint, runtime
-from training.log import Totals
-from training.loop import Run
-from training.runtime import Runtime
+from common import distributed as runtime
+from common.distributed import Runtime
+from model import checkpoint
+from pipelines.opencv_loader import RawBatch
+from training.metrics import Totals
+from training.trainer import Run
 
 
 def main() -> None:

@@ -23,14 +23,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from configs.errors import InputError, run_main
-from configs.options import Parser, at_least
-from configs.progress import counting
-from configs.reading import parse_json
+from common.cli import Parser, at_least, counting
+from common.errors import InputError, run_main
+from common.files import parse_json
 from pipelines.annotations import safe_name
+from pipelines.jpeg import PictureError, check_jpeg
 from pipelines.manifest import MANIFEST, Manifest, Shard, read_manifest, sha256
-from pipelines.pictures import PictureError, check_jpeg
-from pipelines.records import IDENTITY_AFFINE, record_faults, record_length, unpack_records
+from pipelines.shard_format import IDENTITY_AFFINE, record_faults, record_length, unpack_records
 from pipelines.shards import COMPONENTS, LARGEST, index_text
 from tools.pack_workers import crew, spread
 

@@ -21,16 +21,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from configs.errors import InputError, run_main
-from configs.options import Parser, at_least
-from configs.progress import progress
+from common.cli import Parser, at_least, progress
+from common.errors import InputError, run_main
 from evaluation import pckh
+from evaluation.dataset import split_to_evaluate
 from evaluation.inference import predict
-from evaluation.subjects import split_to_evaluate
-from pipelines import opencv_crops
-from pipelines.batches import dali_is_installed, still_batches, target_of
+from model import checkpoint
+from pipelines import opencv_loader as opencv_crops
+from pipelines.loader import dali_is_installed, still_batches, target_of
 from pipelines.shards import ShardSet
-from training import checkpoint
 
 Picture = npt.NDArray[np.uint8]
 Decoder = Callable[[list[bytes]], list[Picture]]
@@ -154,7 +153,7 @@ def decode_pillow(jpegs: list[bytes]) -> list[Picture]:
 
 def decode_dali(jpegs: list[bytes], device: str) -> list[Picture]:
     """By DALI, all at once."""
-    from pipelines.dali_crops import decode_pictures
+    from pipelines.dali_loader import decode_pictures
 
     return decode_pictures(jpegs, "gpu" if device == "gpu" else "cpu")
 

@@ -11,9 +11,9 @@ import configs.interrupt  # noqa: F401 - before the slow imports
 # isort: split
 import argparse
 
-from configs.errors import InputError, run_main
-from configs.options import Parser
-from training import checkpoint
+from common.cli import Parser
+from common.errors import InputError, run_main
+from model import checkpoint
 
 
 def main() -> None:

@@ -21,18 +21,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from configs.errors import InputError, run_main
-from configs.options import Parser
+from common.cli import Parser
+from common.errors import InputError, run_main
+from evaluation.estimator import PoseEstimator, read_picture
 from evaluation.inference import last_heatmaps
-from model.onnx_network import INPUT, OUTPUT, OnnxNetwork
+from model import checkpoint, exported
+from model.export import INPUT, OUTPUT, OnnxNetwork
 from pipelines.augment import PRESETS
-from pipelines.batches import Target, images_N3HW
 from pipelines.geometry import STRIDE
+from pipelines.loader import Target, images_N3HW
 from pipelines.manifest import MANIFEST
-from pipelines.opencv_crops import CropDataset, collate
+from pipelines.opencv_loader import CropDataset, collate
 from pipelines.shards import ShardSet
-from training import checkpoint, exported
-from training.estimator import PoseEstimator, read_picture
 
 TOLERANCE = 1e-4
 """Largest difference of a heatmap's pixel between torch and ONNX Runtime; a peak is about 1."""

@@ -1,7 +1,7 @@
 """Packs pictures and annotations into tar shards, one person a sample (pipelines/shards.py).
 
 The pictures are stored as they are, or as crops that are smaller and faster to decode
-(pipelines/stored_crops.py). Every picture is decoded before the first shard is written. A split is
+(pipelines/crop_packing.py). Every picture is decoded before the first shard is written. A split is
 written in a folder beside the output and moved there when it is whole, so that an interrupted run
 can be continued and the output never holds half a split.
 """
@@ -35,14 +35,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from configs.errors import InputError, run_main
+from common.cli import Parser, at_least, counting, progress
+from common.errors import InputError, run_main
 from configs.mpii import MPII, PIXELS_PER_SCALE
-from configs.options import Parser, at_least
-from configs.progress import counting, progress
 from configs.skeleton import Skeleton, load_skeleton
-from pipelines import stored_crops
+from pipelines import crop_packing as stored_crops
 from pipelines.annotations import People, has_both_splits, read_annotations, split_file
 from pipelines.augment import PRESETS
+from pipelines.jpeg import Picture, Verdict, find_picture, inspect_picture
 from pipelines.manifest import (
     FORMAT,
     FORMAT_VERSION,
@@ -54,8 +54,7 @@ from pipelines.manifest import (
     sha256,
     write_manifest,
 )
-from pipelines.pictures import Picture, Verdict, find_picture, inspect_picture
-from pipelines.records import IDENTITY_AFFINE, describe, pack_record, record_length
+from pipelines.shard_format import IDENTITY_AFFINE, describe, pack_record, record_length
 from tools.pack_tasks import Sample, Task, finish_shard
 from tools.pack_workers import crew, spread
 from tools.packing_summary import summary
@@ -385,7 +384,7 @@ def report_bad(options: Options, jobs: list[Job], checked: dict[str, Verdict]) -
         f"{len(bad):,} bad of {len(checked):,} pictures, of {people:,} people: "
         + ", ".join(f"{count:,} {kind}" for kind, count in kinds)
         + (", ..." if sum(count for _, count in kinds) < len(bad) else ""),
-        "whole RGB JPEGs as annotated (pipelines/pictures.py says why others are refused)",
+        "whole RGB JPEGs as annotated (pipelines/jpeg.py says why others are refused)",
         "mend them and run the same command, or leave these people out with --skip-bad. "
         f"{options.partial} keeps what was checked until then; without a next time, remove it",
     )

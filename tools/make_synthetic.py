@@ -27,9 +27,8 @@ import cv2
 import h5py
 import numpy as np
 
-from configs.errors import InputError, run_main
-from configs.options import Parser
-from configs.progress import progress
+from common.cli import Parser, progress
+from common.errors import InputError, run_main
 from tools.synthetic_scenes import SIZES_WH, Row, draw_scene
 
 VERSION = 1

@@ -7,12 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from configs.errors import InputError
-from pipelines import stored_crops
+from common.errors import InputError
+from pipelines import crop_packing as stored_crops
+from pipelines.crop_packing import Region
+from pipelines.jpeg import Picture
 from pipelines.manifest import CropRule, Shard, sha256
-from pipelines.pictures import Picture
 from pipelines.shards import write_shard
-from pipelines.stored_crops import Region
 
 
 class Sample(NamedTuple):

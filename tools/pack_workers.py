@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import cv2
 
-from pipelines.memory import keep_freed_memory
+from common.system import keep_freed_memory
 
 T = TypeVar("T")
 R = TypeVar("R")

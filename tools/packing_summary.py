@@ -9,7 +9,7 @@ import numpy.typing as npt
 from configs.mpii import PIXELS_PER_SCALE
 from configs.skeleton import Skeleton
 from pipelines.annotations import People
-from pipelines.records import unpack_records
+from pipelines.shard_format import unpack_records
 from pipelines.shards import ShardSet
 
 BINS = 10

@@ -22,18 +22,18 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from configs.errors import InputError, run_main
+from common.cli import Parser, add_device_options, at_least, counting, say
+from common.errors import InputError, run_main
+from common.files import write_whole
+from common.system import usable_cores
 from configs.mpii import PIXELS_PER_SCALE
-from configs.options import Parser, add_device_options, at_least
-from configs.progress import counting, say
 from configs.skeleton import Skeleton
-from configs.writing import write_whole
+from evaluation.estimator import PoseEstimator, read_picture
 from evaluation.report import draw_skeleton
 from pipelines.annotations import stays_inside
 from pipelines.boxes import MARGIN, Person, Square, read_people, square_about, whole_picture
-from pipelines.opencv_crops import Item, usable_cores
+from pipelines.opencv_loader import Item
 from tools.video import CODECS, Frames, VideoFile, check_window, show
-from training.estimator import PoseEstimator, read_picture
 
 PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 """What counts as a picture in a folder; a file that is named by itself may end otherwise."""

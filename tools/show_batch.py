@@ -20,20 +20,21 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from configs.errors import InputError, run_main
-from configs.options import Parser, at_least
-from configs.progress import progress
+from common import distributed as runtime
+from common.cli import Parser, at_least, progress
+from common.errors import InputError, run_main
 from configs.schema import Config, config_from_dict, load_yaml
 from configs.skeleton import Skeleton
 from evaluation.report import LEFT_BGR, MIDDLE_BGR, RIGHT_BGR, color_of, draw_skeleton
-from pipelines import batches, geometry, heatmaps, opencv_crops
+from pipelines import geometry, heatmaps
+from pipelines import loader as batches
+from pipelines import opencv_loader as opencv_crops
 from pipelines.augment import PRESETS, Draw, Preset
-from pipelines.batches import Batch, LoaderName, Target
+from pipelines.loader import Batch, LoaderName, Target
 from pipelines.manifest import MANIFEST
-from pipelines.opencv_crops import RawBatch
-from pipelines.records import unpack_records
+from pipelines.opencv_loader import RawBatch
+from pipelines.shard_format import unpack_records
 from pipelines.shards import ShardSet
-from training import runtime
 
 TILE_PX, CAPTION_PX, LEGEND_PX = 256, 20, 26
 SHEET_SHAPE = 4 / 3

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from configs.errors import InputError
+from common.errors import InputError
 
 CODECS = {".avi": "MJPG", ".mp4": "mp4v"}
 """Kinds of video that are written, with their codecs."""

@@ -6,11 +6,11 @@ docs/decisions/011.
 import dataclasses
 from pathlib import Path
 
-from configs.errors import InputError
+from common.errors import InputError
 from configs.schema import Config, flat
-from training import checkpoint
-from training.checkpoint import State
-from training.keeping import numbered
+from model import checkpoint
+from model.checkpoint import State
+from training.checkpoint_manager import numbered
 
 _MOST_RANKS = 65_536
 

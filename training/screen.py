@@ -6,7 +6,7 @@ import time
 from contextlib import suppress
 from typing import Any, TextIO
 
-from configs.progress import SECONDS_BETWEEN_LINES
+from common.cli import SECONDS_BETWEEN_LINES
 
 SECONDS_BETWEEN = 0.2
 """Between two states of the live line."""

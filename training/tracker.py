@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from configs.errors import InputError
+from common.errors import InputError
 from configs.schema import Config, TrackerName, as_dict
 
 PROJECT = "stacked-hourglass"

@@ -12,12 +12,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from configs.errors import InputError
-from configs.reading import parse_json, read_bytes
-from configs.writing import write_whole
-from pipelines.batches import Loader
-from pipelines.opencv_crops import RawBatch
-from pipelines.pictures import BadSamplesError
+from common.errors import InputError
+from common.files import parse_json, read_bytes, write_whole
+from pipelines.jpeg import BadSamplesError
+from pipelines.loader import Loader
+from pipelines.opencv_loader import RawBatch
 from pipelines.shards import ShardSet
 
 LIST = "bad_samples.jsonl"

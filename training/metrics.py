@@ -18,16 +18,15 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from configs.progress import duration
-from configs.reading import parse_json
+from common.cli import duration
+from common.distributed import Runtime
+from common.files import parse_json, write_whole
 from configs.schema import Config
-from configs.writing import write_whole
 from model.loss import pck, peak_height
 from pipelines import heatmaps
-from pipelines.batches import Batch
-from pipelines.opencv_crops import RawBatch
+from pipelines.loader import Batch
+from pipelines.opencv_loader import RawBatch
 from training.curves import draw_curves
-from training.runtime import Runtime
 from training.screen import Screen
 from training.tracker import Tracker
 

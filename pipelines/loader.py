@@ -8,16 +8,18 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from configs.errors import InputError
+from common.errors import InputError
 from configs.schema import DataConfig, HeatmapsConfig
 from configs.skeleton import Skeleton
-from pipelines import color, heatmaps, opencv_crops, princeton, stored_crops
+from pipelines import color, heatmaps, princeton
+from pipelines import crop_packing as stored_crops
+from pipelines import opencv_loader as opencv_crops
 from pipelines.augment import Preset, preset_of, still
 from pipelines.constants import on_device
 from pipelines.geometry import STRIDE
-from pipelines.opencv_crops import RawBatch
-from pipelines.pictures import BadSamplesError
-from pipelines.records import unpack_records
+from pipelines.jpeg import BadSamplesError
+from pipelines.opencv_loader import RawBatch
+from pipelines.shard_format import unpack_records
 from pipelines.shards import ShardSet
 
 LoaderName = Literal["auto", "dali", "opencv"]
@@ -185,7 +187,7 @@ def still_batches(
         sampler = opencv_crops.ListSampler(samples, batch_size)
         return opencv_crops.CropLoader(dataset, sampler, workers, device.type == "cuda")
     choose_loader(loader, device)  # says how to install DALI where it is not
-    from pipelines.dali_crops import DaliStills
+    from pipelines.dali_loader import DaliStills
 
     return DaliStills(
         source, samples, preset, input_px=target.input_px, batch_size=batch_size,
@@ -247,7 +249,7 @@ def train_loader(
             shards, preset, input_px=input_px, batch_size=batch_size, workers=workers,
             pin=device.type == "cuda", seed=seed, rank=rank, ranks=ranks, first_step=first_step,
         )  # fmt: skip
-    from pipelines.dali_crops import DaliCrops
+    from pipelines.dali_loader import DaliCrops
 
     return DaliCrops(
         shards, preset, input_px=input_px, batch_size=batch_size,

@@ -24,7 +24,7 @@ from typing import IO, NamedTuple
 import cv2
 import numpy as np
 
-from configs.errors import InputError
+from common.errors import InputError
 
 MOST_PIXELS = 64_000_000
 """More than any camera of the data sets; a header that claims more is an attack or an accident."""

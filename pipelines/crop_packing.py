@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from configs.errors import InputError
+from common.errors import InputError
 from configs.mpii import PIXELS_PER_SCALE
 from pipelines.augment import PRESETS, Preset
 from pipelines.manifest import CropRule, Manifest
@@ -103,7 +103,7 @@ def shrink(image_HW3: npt.NDArray, part: Region) -> npt.NDArray:
 def crop_jpeg(jpeg: bytes, part: Region, quality: int) -> bytes:
     """The region of a picture as a JPEG; the bytes themselves where it is all of the picture.
 
-    jpeg: of a picture that pipelines/pictures.py let pass. Chroma is halved, as in photographs.
+    jpeg: of a picture that pipelines/jpeg.py let pass. Chroma is halved, as in photographs.
     """
     flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
     image = cv2.imdecode(np.frombuffer(jpeg, np.uint8), flags)

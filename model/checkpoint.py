@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
-from configs.errors import InputError
+from common.errors import InputError
 from configs.mpii import MPII
 from configs.schema import (
     FIXED_ON_RESUME,
@@ -28,11 +28,11 @@ from configs.schema import (
     flat,
 )
 from configs.skeleton import Skeleton, skeleton_from_plain, unnamed
-from model import bearpaw, princeton
+from model import bearpaw, seal
+from model import foreign_checkpoints as princeton
+from model.export import OnnxNetwork
+from model.exported import read_exported
 from model.hourglass import StackedHourglass
-from model.onnx_network import OnnxNetwork
-from training import seal
-from training.exported import read_exported
 
 FORMAT = "stacked-hourglass-checkpoint"
 FORMAT_VERSION = 1

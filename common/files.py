@@ -1,9 +1,8 @@
-"""Files from elsewhere, read with a bound, so that none makes the memory run out.
-
-All raise ValueError (or OSError) for what they refuse; who called knows what to advise.
-"""
+"""Files read with a bound on their size, and files written whole or not at all."""
 
 import json
+import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -82,3 +81,22 @@ class _PlainLoader(yaml.SafeLoader):
         node = super().compose_node(parent, index)
         self._depth -= 1
         return node
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file beside and rename it; folders above it are made. Raises OSError that names it.
+
+    An older file stays until the new one is whole.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(data)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:  # of a full disk it does not say the file
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)

@@ -11,10 +11,10 @@ import socket
 from contextlib import suppress
 from pathlib import Path
 
-from configs.errors import InputError
-from configs.writing import write_whole
-from training import checkpoint
-from training.checkpoint import State
+from common.errors import InputError
+from common.files import write_whole
+from model import checkpoint
+from model.checkpoint import State
 
 LAST, BEST = "last.pt", "best.pt"
 RESUME_ME = "resume_me"

@@ -19,28 +19,34 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from common import distributed as runtime
+from common import torchrun
+from common.distributed import Runtime
+from common.errors import InputError
 from configs import schema
-from configs.errors import InputError
 from configs.schema import Config
 from configs.skeleton import require_same_joints
 from evaluation import pckh, report
+from evaluation.validation import StoppedError, predict_together
+from model import checkpoint
+from model.checkpoint import State
 from model.loss import stack_losses, stack_losses_of_joints
-from pipelines import batches, stored_crops
+from pipelines import crop_packing as stored_crops
+from pipelines import loader as batches
 from pipelines.augment import preset_of, still
-from pipelines.batches import Batch, target_of
-from pipelines.opencv_crops import RawBatch
-from pipelines.quarantine import Quarantine, SkippingLoader
-from pipelines.records import people_sha256
+from pipelines.bad_samples import Quarantine, SkippingLoader
+from pipelines.loader import Batch, target_of
+from pipelines.opencv_loader import RawBatch
+from pipelines.shard_format import people_sha256
 from pipelines.shards import ShardSet
-from training import checkpoint, keeping, resuming, runtime, signals, torchrun
-from training.checkpoint import State
-from training.guard import Guard
-from training.keeping import BEST, LAST
-from training.log import Log, Totals
+from training import checkpoint_manager as keeping
+from training import preemption as signals
+from training import resuming
+from training.checkpoint_manager import BEST, LAST
+from training.metrics import Log, Totals
+from training.nonfinite import Guard
 from training.optimizer import Average, learning_rate, make_optimizer
-from training.runtime import Runtime
-from training.tracing import Tracer
-from training.validation import StoppedError, predict_together
+from training.profiler import Tracer
 
 SHEET_PEOPLE = 12
 """People in the picture of a validation."""
@@ -114,8 +120,8 @@ class Run:
     def train(self) -> dict[str, Any]:
         """Train to the last step, the time limit or a signal, and write what came of it.
 
-        Returns the numbers of the last validation. A signal (training/signals.py) lets the step or
-        the batch of a validation end and writes last.pt; `interrupted` is set then. Raises
+        Returns the numbers of the last validation. A signal (training/preemption.py) lets the step
+        or the batch of a validation end and writes last.pt; `interrupted` is set then. Raises
         InputError if the end of the run could not be written.
         """
         train, place, started = self.config.train, self.place, time.perf_counter()

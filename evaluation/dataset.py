@@ -7,11 +7,11 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from configs.errors import InputError
+from common.errors import InputError
 from configs.skeleton import Skeleton, require_same_joints
 from pipelines.annotations import People, read_annotations
 from pipelines.manifest import MANIFEST
-from pipelines.opencv_crops import LooseImages, Source
+from pipelines.opencv_loader import LooseImages, Source
 from pipelines.shards import ShardSet
 
 

@@ -19,13 +19,13 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from configs.errors import InputError
+from common.errors import InputError
+from common.system import keep_freed_memory, usable_cores
 from pipelines import geometry, princeton
 from pipelines.annotations import People, stays_inside
 from pipelines.augment import Draw, Preset, draw, draw_rng, draws_array
-from pipelines.memory import keep_freed_memory
-from pipelines.pictures import BadSamplesError, require_sane_size
-from pipelines.records import Records, record_of, unpack_records
+from pipelines.jpeg import BadSamplesError, require_sane_size
+from pipelines.shard_format import Records, record_of, unpack_records
 
 PREFETCH = 4
 """Batches that each worker process makes ahead."""
@@ -45,7 +45,7 @@ class RawBatch(NamedTuple):
     draws_ND: torch.Tensor
     """float32, columns in the order of augment.Draw."""
     records_NR: torch.Tensor
-    """Layout in pipelines/records.py: float32 from shards, float64 from loose pictures."""
+    """Layout in pipelines/shard_format.py: float32 from shards, float64 from loose pictures."""
 
 
 Item = tuple[npt.NDArray, npt.NDArray[np.float32], Draw, npt.NDArray[np.floating]]
@@ -290,13 +290,6 @@ class CropLoader:
         # them, whose order leaves the workers without a word, and this process waiting for each.
         del batches
         raise batch
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 class _Careful(Dataset):

@@ -10,10 +10,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from configs.errors import InputError
-from pipelines.memory import keep_freed_memory
-from pipelines.opencv_crops import usable_cores
-from training import torchrun
+from common import torchrun
+from common.errors import InputError
+from common.system import keep_freed_memory, usable_cores
 
 
 class Runtime(NamedTuple):

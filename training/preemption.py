@@ -7,8 +7,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from pipelines.opencv_crops import STOP_SIGNALS
-from training import torchrun
+from common import torchrun
+from pipelines.opencv_loader import STOP_SIGNALS
 
 PATIENCE_S = 10.0
 """Under torchrun, signals within this time of the first are the same one, forwarded."""

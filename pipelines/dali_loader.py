@@ -17,13 +17,13 @@ import torch
 from nvidia.dali import fn, math, pipeline_def, types
 from nvidia.dali.pipeline import Pipeline
 
-from configs.errors import InputError
+from common.errors import InputError
 from configs.mpii import PIXELS_PER_SCALE
 from pipelines import augment
 from pipelines.augment import Distribution, Draw, Preset
-from pipelines.opencv_crops import RawBatch, Source
-from pipelines.pictures import BadSamplesError, PictureError, check_jpeg, require_sane_size
-from pipelines.records import HEADER
+from pipelines.jpeg import BadSamplesError, PictureError, check_jpeg, require_sane_size
+from pipelines.opencv_loader import RawBatch, Source
+from pipelines.shard_format import HEADER
 from pipelines.shards import ShardSet
 
 Node = Any

@@ -1,7 +1,7 @@
 """What happens to a run whose loss or gradients are not finite.
 
-The step was skipped on the device (training/loop.py); here, once a line of the log, it is said, the
-people of its batches are written down, and what it touched is mended.
+The step was skipped on the device (training/trainer.py); here, once a line of the log, it is
+said, its people are written down, and what it touched is mended.
 """
 
 import functools
@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from configs.errors import InputError
-from pipelines.records import unpack_records
+from common import distributed as runtime
+from common.distributed import Runtime
+from common.errors import InputError
+from pipelines.shard_format import unpack_records
 from pipelines.shards import ShardSet
-from training import runtime
-from training.log import Log, Totals, cut
+from training.metrics import Log, Totals, cut
 from training.optimizer import Average
-from training.runtime import Runtime
 
 SKIPPED = "skipped_batches.jsonl"
 

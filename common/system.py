@@ -1,6 +1,7 @@
-"""What this process does with memory that it has freed."""
+"""The machine: usable cores, and what malloc does with freed memory."""
 
 import ctypes
+import os
 import sys
 
 # From malloc.h of glibc.
@@ -25,3 +26,10 @@ def keep_freed_memory() -> bool:
         return False
     done = mallopt(_M_MMAP_THRESHOLD, _LARGEST_BLOCK)
     return bool(done and mallopt(_M_TRIM_THRESHOLD, _MOST_KEPT))
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -10,10 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-from configs.errors import InputError
-from configs.reading import parse_json
-from configs.writing import write_whole
-from model.onnx_network import read_metadata
+from common.errors import InputError
+from common.files import parse_json, write_whole
+from model.export import read_metadata
 
 KEY = "stacked_hourglass"
 _FACTS = ("format", "format_version", "config", "skeleton", "step")

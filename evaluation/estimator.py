@@ -1,6 +1,6 @@
 """A trained network as a Python call: pictures in, joints out.
 
-    from training.estimator import PoseEstimator
+    from evaluation.estimator import PoseEstimator
 
     estimator = PoseEstimator.from_checkpoint("runs/2hg/best.pt")
     keypoints_NJ2, scores_NJ = estimator("photo.jpg", boxes=[[410, 95, 180, 420]])
@@ -18,16 +18,17 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from configs.errors import InputError
+from common import distributed as runtime
+from common.errors import InputError
 from evaluation.inference import Predictions, predict
+from model import checkpoint
 from pipelines import augment
 from pipelines.annotations import People
-from pipelines.batches import Target, target_of
 from pipelines.boxes import MARGIN, Square, check_square, square_about, whole_picture
-from pipelines.opencv_crops import Item, collate, crop_person
-from pipelines.pictures import require_sane_size
-from pipelines.records import record_of, unpack_records
-from training import checkpoint, runtime
+from pipelines.jpeg import require_sane_size
+from pipelines.loader import Target, target_of
+from pipelines.opencv_loader import Item, collate, crop_person
+from pipelines.shard_format import record_of, unpack_records
 
 Picture = str | Path | npt.NDArray[np.uint8]
 """A file, or an array as cv2.imread gives it: (H, W, 3) BGR or (H, W) grey, uint8."""

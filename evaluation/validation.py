@@ -10,11 +10,11 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from common import distributed as runtime
+from common.distributed import Runtime
 from evaluation.inference import Predictions, predict
-from pipelines.batches import Target, still_batches
-from pipelines.opencv_crops import RawBatch, Source
-from training import runtime
-from training.runtime import Runtime
+from pipelines.loader import Target, still_batches
+from pipelines.opencv_loader import RawBatch, Source
 
 
 class StoppedError(Exception):

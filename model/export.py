@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from configs.errors import InputError
+from common.errors import InputError
 
 INPUT, OUTPUT = "images", "heatmaps"
 """Names in the graph: (N, 3, S, S) float32 RGB in 0..1, and (N, J, S/4, S/4) of the last stack."""
