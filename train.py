@@ -21,7 +21,7 @@ from configs.schema import add_config_options, parse_config
 from model import checkpoint
 from model.checkpoint import State
 from pipelines.loader import choose_loader
-from pipelines.manifest import CropRule
+from pipelines.shard_format import CropRule
 from training import checkpoint_manager as keeping
 from training.checkpoint_manager import BEST, LAST, RESUME_ME
 from training.metrics import BOARD, CURVES, METRICS, PEOPLE

@@ -11,8 +11,14 @@ import numpy as np
 from configs.mpii import MPII
 from pipelines import crop_packing as stored_crops
 from pipelines.annotations import People
-from pipelines.manifest import CropRule, Manifest, Shard, write_manifest
-from pipelines.shard_format import describe, pack_record
+from pipelines.shard_format import (
+    CropRule,
+    Manifest,
+    Shard,
+    pack_record,
+    person_json,
+    write_manifest,
+)
 from pipelines.shards import ShardSet, write_shard
 
 WIDTH, HEIGHT = 1280, 720
@@ -32,7 +38,7 @@ def make_originals(folder: Path, people: int) -> ShardSet:
     def samples() -> Iterator[tuple[str, bytes, bytes, bytes]]:
         for row in range(people):
             record = pack_record(crowd, row, WIDTH, HEIGHT).tobytes()
-            facts = describe(crowd, row, MPII, WIDTH, HEIGHT)
+            facts = person_json(crowd, row, MPII, WIDTH, HEIGHT)
             yield f"{row:09d}", record, jpegs[row % len(jpegs)], facts
 
     folder.mkdir()
@@ -50,7 +56,7 @@ def make_crops(folder: Path, originals: ShardSet, person_px: int = 288) -> Shard
             affine = part.image_from_stored
             record = pack_record(crowd, row, part.width, part.height, affine).tobytes()
             jpeg = originals.jpeg(int(samples_N[row]))
-            facts = describe(crowd, row, MPII, part.width, part.height, affine)
+            facts = person_json(crowd, row, MPII, part.width, part.height, affine)
             yield f"{row:09d}", record, stored_crops.crop_jpeg(jpeg, part, rule.quality), facts
 
     folder.mkdir()

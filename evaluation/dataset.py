@@ -10,8 +10,8 @@ import numpy.typing as npt
 from common.errors import InputError
 from configs.skeleton import Skeleton, require_same_joints
 from pipelines.annotations import People, read_annotations
-from pipelines.manifest import MANIFEST
 from pipelines.opencv_loader import LooseImages, Source
+from pipelines.shard_format import MANIFEST
 from pipelines.shards import ShardSet
 
 

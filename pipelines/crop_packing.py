@@ -15,7 +15,7 @@ import numpy.typing as npt
 from common.errors import InputError
 from configs.mpii import PIXELS_PER_SCALE
 from pipelines.augment import PRESETS, Preset
-from pipelines.manifest import CropRule, Manifest
+from pipelines.shard_format import CropRule, Manifest
 
 _MARGIN_PX = 2
 """Stored px about the region: a bilinear warp reads the neighbours of what it reaches."""

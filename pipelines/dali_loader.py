@@ -23,7 +23,7 @@ from pipelines import augment
 from pipelines.augment import Distribution, Draw, Preset
 from pipelines.jpeg import BadSamplesError, PictureError, check_jpeg, require_sane_size
 from pipelines.opencv_loader import RawBatch, Source
-from pipelines.shard_format import HEADER
+from pipelines.shard_format import COLUMNS
 from pipelines.shards import ShardSet
 
 Node = Any
@@ -154,7 +154,7 @@ class DaliCrops:
             probe = self._build(indices, self.state())
             for _ in range(self.prefetch + 1):
                 *_, records = probe.run(*_stream(probe))
-                rows = torch.from_dlpack(records.as_tensor())[:, 0].tolist()
+                rows = torch.from_dlpack(records.as_tensor())[:, COLUMNS["row"]].tolist()
                 faults = _faults(split, {sample_of_row[row] for row in rows})
                 if faults:
                     return faults
@@ -416,7 +416,7 @@ def _crops(
     else:
         input_from_image = _affine(record, drawn, input_px)
         image = _decode(jpeg, decoder)
-        image_from_stored = fn.reshape(record[7 : len(HEADER)], shape=[2, 3])
+        image_from_stored = fn.reshape(record[COLUMNS["image_from_stored"]], shape=[2, 3])
     crops = fn.warp_affine(
         image,
         matrix=_from_corners(fn.transforms.combine(image_from_stored, input_from_image)),
@@ -439,9 +439,9 @@ def _from_corners(affine: Node) -> Node:
 
 def _affine(record: Node, drawn: Draw, input_px: int) -> Node:
     """geometry.input_from_image as a graph."""
-    zoom = input_px / (PIXELS_PER_SCALE * record[3] * drawn.scale)
+    zoom = input_px / (PIXELS_PER_SCALE * record[COLUMNS["scale"]] * drawn.scale)
     middle = (input_px - 1) / 2
-    affine = fn.transforms.translation(offset=-record[1:3])
+    affine = fn.transforms.translation(offset=-record[COLUMNS["center"]])
     affine = fn.transforms.scale(affine, scale=fn.stack(zoom, zoom))
     affine = fn.transforms.rotation(affine, angle=drawn.rotation_deg)
     affine = fn.transforms.scale(affine, scale=_mirror_scale(drawn))
@@ -450,8 +450,8 @@ def _affine(record: Node, drawn: Draw, input_px: int) -> Node:
 
 def _princeton_corners(record: Node, input_px: int) -> tuple[Node, Node]:
     """princeton.box_corners as a graph: (x, y) of both corners, whole numbers in float64."""
-    center = fn.cast(record[1:3], dtype=types.FLOAT64)
-    box_px = PIXELS_PER_SCALE * fn.cast(record[3], dtype=types.FLOAT64)
+    center = fn.cast(record[COLUMNS["center"]], dtype=types.FLOAT64)
+    box_px = PIXELS_PER_SCALE * fn.cast(record[COLUMNS["scale"]], dtype=types.FLOAT64)
     shift = input_px * (-center / box_px + 0.5)
     upper_left = _truncate(-shift * (box_px / input_px))
     lower_right = _truncate((input_px - shift) * (box_px / input_px))
@@ -460,15 +460,16 @@ def _princeton_corners(record: Node, input_px: int) -> tuple[Node, Node]:
 
 def _reached(record: Node, drawn: Draw, input_px: int) -> tuple[Node, Node]:
     """Corners (x, y) of the upright box about what `_affine` reaches in the image, px."""
-    half = 0.5 * PIXELS_PER_SCALE * record[3] * drawn.scale  # of the square, edge to edge
+    scale = record[COLUMNS["scale"]]
+    half = 0.5 * PIXELS_PER_SCALE * scale * drawn.scale  # of the square, edge to edge
     turn = drawn.rotation_deg * (pi / 180)
     half = half * (math.abs(math.cos(turn)) + math.abs(math.sin(turn))) + _MARGIN_PX
-    return record[1:3] - half, record[1:3] + half
+    return record[COLUMNS["center"]] - half, record[COLUMNS["center"]] + half
 
 
 def _inside(first: Node, last: Node, record: Node) -> tuple[Node, Node]:
     """Whole corners of a box, cut at the picture's borders; at least a pixel is left."""
-    size = record[5:7]
+    size = record[COLUMNS["size"]]
     start = math.min(math.max(math.floor(_float(first)), 0.0), size - 1.0)
     end = math.max(math.min(math.ceil(_float(last)) + 1.0, size), start + 1.0)
     return start, end

@@ -1,34 +1,67 @@
-"""A person as a row of float32 numbers, which DALI reads without parsing, and as JSON for people.
+"""The on-disk format of a split of shards: the record of a person, and manifest.json.
 
-Record: HEADER fields, then (x, y, marked, visible) for each of the J joints.
+A record is a row of little-endian float32 numbers, which DALI reads without parsing: the fields of
+COLUMNS, then (x, y, marked, visible) for each of the J joints.
 """
 
 import hashlib
 import json
-from typing import Any, NamedTuple
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from types import UnionType
+from typing import Any, NamedTuple, get_origin
 
 import numpy as np
 import numpy.typing as npt
 
-from configs.skeleton import Skeleton
-from pipelines.annotations import People
+from common.errors import InputError
+from common.files import read_json, write_whole
+from configs.skeleton import Skeleton, skeleton_from_plain
+from pipelines.annotations import People, safe_name
 
-HEADER = (
-    "row",  # place in the annotation file's split, from 0
-    "center_x", "center_y",  # image px
-    "scale",  # box side / 200 px
-    "normalize",  # px, 0 where unknown
-    "width", "height",  # of the stored picture, px
-    "a", "b", "tx", "c", "d", "ty",  # affine, stored picture px -> image px, row by row
-)  # fmt: skip
+COLUMNS: dict[str, Any] = {
+    "row": 0,  # in the annotation file's split, from 0
+    "center": slice(1, 3),  # x, y in image px
+    "scale": 3,  # box side / 200 px
+    "normalize": 4,  # px, 0 where unknown
+    "size": slice(5, 7),  # width and height of the stored picture, px
+    "image_from_stored": slice(7, 13),  # affine of pixel centres, px, row by row
+}
+"""Index of each field in a record."""
+HEADER_LENGTH = 13
 IDENTITY_AFFINE: tuple[float, ...] = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
-_FARTHEST_PX = 131_072.0
-"""From the origin; no picture has more."""
+_LARGEST_COORDINATE = 131_072.0
+"""px; larger than any picture."""
+
+FORMAT = "stacked-hourglass-shards"
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+PACK_AGAIN = "pack the data again with tools/make_shards.py into a new folder"
+_LARGEST_MANIFEST = 64 << 20
+"""Bytes."""
+_MOST_JOINTS = 10_000
+_FEWEST_BYTES = 6 * 512
+"""Of a person in a tar: three files of a header and at least one block."""
+
+
+class Records(NamedTuple):
+    """Fields of a batch of records, of numpy or torch alike. Units: docs/conventions.md."""
+
+    row_N: Any
+    center_N2: Any
+    scale_N: Any
+    normalize_N: Any
+    size_N2: Any
+    """Width and height of the stored picture, px."""
+    image_from_stored_N23: Any
+    joints_NJ2: Any
+    marked_NJ: Any
+    visible_NJ: Any
 
 
 def record_length(joints: int) -> int:
     """Number of float32 values in the record of a person with that many joints."""
-    return len(HEADER) + 4 * joints
+    return HEADER_LENGTH + 4 * joints
 
 
 def record_of(
@@ -38,7 +71,7 @@ def record_of(
     height: int,
     image_from_stored: tuple[float, ...] = IDENTITY_AFFINE,
 ) -> npt.NDArray[np.float64]:
-    """(record_length,) record of one person, in full precision; as it is for the original picture.
+    """(record_length,) record of one person in full precision.
 
     width, height: of the stored picture, px. image_from_stored: six numbers, row by row.
     """
@@ -55,36 +88,21 @@ def pack_record(
     height: int,
     image_from_stored: tuple[float, ...] = IDENTITY_AFFINE,
 ) -> npt.NDArray[np.float32]:
-    """(record_length,) '<f4' record as a shard holds it."""
+    """(record_length,) '<f4' record as stored in a shard; arguments as of record_of."""
     return record_of(people, row, width, height, image_from_stored).astype("<f4")
 
 
-class Records(NamedTuple):
-    """Fields of a batch of records, numpy or torch alike. Units: docs/conventions.md."""
-
-    row_N: Any
-    center_N2: Any
-    scale_N: Any
-    normalize_N: Any
-    size_N2: Any
-    """Width and height of the stored picture, px."""
-    image_from_stored_N23: Any
-    joints_NJ2: Any
-    marked_NJ: Any
-    visible_NJ: Any
-
-
 def unpack_records(records_NR: Any) -> Records:
-    """Name the fields of (N, record_length) records; the results are views where they can be."""
+    """Split (N, record_length) records into fields; the results are views where possible."""
     count = records_NR.shape[0]
-    joints_NJ4 = records_NR[:, len(HEADER) :].reshape(count, -1, 4)
+    joints_NJ4 = records_NR[:, HEADER_LENGTH:].reshape(count, -1, 4)
     return Records(
-        row_N=records_NR[:, 0],
-        center_N2=records_NR[:, 1:3],
-        scale_N=records_NR[:, 3],
-        normalize_N=records_NR[:, 4],
-        size_N2=records_NR[:, 5:7],
-        image_from_stored_N23=records_NR[:, 7:13].reshape(count, 2, 3),
+        row_N=records_NR[:, COLUMNS["row"]],
+        center_N2=records_NR[:, COLUMNS["center"]],
+        scale_N=records_NR[:, COLUMNS["scale"]],
+        normalize_N=records_NR[:, COLUMNS["normalize"]],
+        size_N2=records_NR[:, COLUMNS["size"]],
+        image_from_stored_N23=records_NR[:, COLUMNS["image_from_stored"]].reshape(count, 2, 3),
         joints_NJ2=joints_NJ4[..., :2],
         marked_NJ=joints_NJ4[..., 2] > 0,
         visible_NJ=joints_NJ4[..., 3] > 0,
@@ -92,14 +110,13 @@ def unpack_records(records_NR: Any) -> Records:
 
 
 def people_sha256(records_NR: npt.NDArray[np.float32]) -> str:
-    """Who they are, in their order, in 64 hexadecimal digits; the same for both packings."""
-    of_the_picture = [i for i, name in enumerate(HEADER) if name in ("width", "height")]
-    of_the_picture += range(HEADER.index("a"), len(HEADER))
-    people = np.delete(records_NR, of_the_picture, axis=1)
+    """Hexadecimal SHA-256 of the people and their order; equal for both packings of one split."""
+    picture_fields = np.r_[COLUMNS["size"], COLUMNS["image_from_stored"]]
+    people = np.delete(records_NR, picture_fields, axis=1)
     return hashlib.sha256(np.ascontiguousarray(people, dtype="<f4").tobytes()).hexdigest()
 
 
-def describe(
+def person_json(
     people: People,
     row: int,
     skeleton: Skeleton,
@@ -107,7 +124,7 @@ def describe(
     height: int,
     image_from_stored: tuple[float, ...] = IDENTITY_AFFINE,
 ) -> bytes:
-    """The JSON component: what the record holds, in words, as UTF-8."""
+    """The JSON component of a sample: the fields of its record with names, UTF-8."""
     joints = {
         name: {
             "x": float(people.joints[row, j, 0]),
@@ -137,33 +154,185 @@ def describe(
 def record_faults(
     records_NR: npt.NDArray[np.float32], largest: tuple[int, int]
 ) -> dict[str, npt.NDArray[np.bool_]]:
-    """(N,) masks of what is impossible in the records of a split, by its name in words.
+    """(N,) masks of impossible records of a split, by a description of the fault.
 
     largest: width and height that no stored picture exceeds, px.
     """
-    fields = unpack_records(records_NR.astype(np.float64))
-    affine = fields.image_from_stored_N23
+    values = unpack_records(records_NR.astype(np.float64))
+    affine = values.image_from_stored_N23
+    rows, first = np.unique(values.row_N, return_index=True)
+    is_repeated = np.ones(len(records_NR), dtype=bool)
+    is_repeated[first[(rows >= 0) & (rows == np.floor(rows))]] = False
+    points = np.concatenate([values.joints_NJ2, values.center_N2[:, None]], axis=1)
+    marks = records_NR[:, HEADER_LENGTH:].reshape(len(records_NR), -1, 4)[..., 2:]
     with np.errstate(invalid="ignore", over="ignore"):
         determinant = affine[:, 0, 0] * affine[:, 1, 1] - affine[:, 0, 1] * affine[:, 1, 0]
-        points = np.concatenate([fields.joints_NJ2, fields.center_N2[:, None]], axis=1)
-        sizes = (fields.size_N2 >= 1) & (fields.size_N2 <= largest)
-        marks = records_NR[:, len(HEADER) :].reshape(len(records_NR), -1, 4)[..., 2:]
-        return {
-            "values that are no numbers": ~np.isfinite(records_NR).all(axis=1),
-            "a scale that is not above 0": ~(fields.scale_N > 0)
-            | ~(fields.scale_N < _FARTHEST_PX / 200),
-            "a joint or centre far out": ~(np.abs(points) < _FARTHEST_PX).all(axis=(1, 2)),
-            "a normalize that is no length": ~((fields.normalize_N >= 0)
-                                               & (fields.normalize_N < _FARTHEST_PX)),
-            "an affine without an inverse": ~(np.abs(determinant) > 1e-9),
-            "a size that the manifest excludes": ~sizes.all(axis=1),
-            "marks other than 0 and 1": ~np.isin(marks, (0, 1)).all(axis=(1, 2)),
-            "the row of another person": _repeated(fields.row_N),
-        }  # fmt: skip
+    valid = {
+        "values that are not finite": np.isfinite(records_NR).all(axis=1),
+        "a scale out of range": (values.scale_N > 0) & (values.scale_N < _LARGEST_COORDINATE / 200),
+        "a joint or centre out of range": (np.abs(points) < _LARGEST_COORDINATE).all(axis=(1, 2)),
+        "a normalize out of range": (values.normalize_N >= 0)
+        & (values.normalize_N < _LARGEST_COORDINATE),
+        "an affine without an inverse": np.abs(determinant) > 1e-9,
+        "a size that the manifest excludes": (
+            (values.size_N2 >= 1) & (values.size_N2 <= largest)
+        ).all(axis=1),
+        "marks other than 0 and 1": np.isin(marks, (0, 1)).all(axis=(1, 2)),
+        "a repeated or impossible row": ~is_repeated,
+    }
+    return {fault: ~is_valid for fault, is_valid in valid.items()}
 
 
-def _repeated(row_N: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
-    """(N,) whether a row is no whole number from 0, or was there before."""
-    first = np.zeros(len(row_N), dtype=bool)
-    first[np.unique(row_N, return_index=True)[1]] = True
-    return ~first | ~(row_N >= 0) | (row_N != np.floor(row_N))
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One tar of a split."""
+
+    tar: str
+    """File name inside the split's folder."""
+    index: str
+    people: int
+    bytes: int
+    sha256: str
+    index_sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class CropRule:
+    """Extent and resolution of stored crops."""
+
+    preset: str
+    """The preset whose largest crop is stored."""
+    reach: float
+    """Side of the stored region / side of the person's box."""
+    person_px: int
+    """Largest side of a person's box, stored px."""
+    quality: int
+    """Of the JPEGs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a folder of shards contains and how it was made."""
+
+    split: str
+    packing: str
+    people: int
+    joints: int
+    skeleton: Skeleton
+    shards: tuple[Shard, ...]
+    max_width: int
+    """Largest stored picture, px."""
+    max_height: int
+    source: dict[str, str]
+    """Annotation file, its SHA-256, and the folder of pictures."""
+    seed: int
+    """Of the shuffle of people."""
+    crop: CropRule | None = None
+    """None where the pictures are the originals."""
+    left_out: list[str] = field(default_factory=list)
+    """People whose pictures could not be packed."""
+    command: str = ""
+    format: str = FORMAT
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def largest(self) -> tuple[int, int]:
+        """Width and height that no stored picture exceeds, px."""
+        return self.max_width, self.max_height
+
+
+def file_sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write manifest.json atomically."""
+    text = json.dumps({**asdict(manifest), "skeleton": manifest.skeleton.plain()}, indent=1)
+    write_whole(folder / MANIFEST, (text + "\n").encode())
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check manifest.json. Raises InputError."""
+    path = folder / MANIFEST
+    try:
+        raw = read_json(path, _LARGEST_MANIFEST)
+    except FileNotFoundError as error:
+        found = "no manifest.json" if folder.is_dir() else "no such folder"
+        expected = "a folder of shards made by tools/make_shards.py"
+        raise InputError(folder, found, expected, _nearby_splits(folder)) from error
+    except (ValueError, NotADirectoryError, IsADirectoryError) as error:
+        raise InputError(path, f"not readable ({error})", "a manifest", PACK_AGAIN) from error
+    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+        raise InputError(path, "another kind of file", f"format {FORMAT!r}", PACK_AGAIN)
+    if raw.get("format_version") != FORMAT_VERSION:
+        found = f"format version {raw.get('format_version')}"
+        raise InputError(path, found, f"format version {FORMAT_VERSION}", PACK_AGAIN)
+    try:
+        manifest = _manifest(raw)
+    except ValueError as error:
+        raise InputError(path, f"a damaged manifest ({error})", "a manifest", PACK_AGAIN) from error
+    return manifest
+
+
+def _nearby_splits(folder: Path) -> str:
+    """Advice for a folder without a manifest: the splits in or beside it, or how to pack one."""
+    for place in (folder, folder.parent):
+        patterns = (MANIFEST, f"*/{MANIFEST}", f"*/*/{MANIFEST}")
+        splits = sorted(path.parent for pattern in patterns for path in place.glob(pattern))
+        if splits:
+            return f"give the folder above one of these splits: {', '.join(map(str, splits[:4]))}"
+    return "pack the data first: python tools/make_shards.py --help"
+
+
+def _manifest(raw: dict[str, Any]) -> Manifest:
+    """The manifest of a JSON object. Raises ValueError unless it agrees with itself."""
+    shards = raw.get("shards")
+    if not isinstance(shards, list):
+        raise ValueError("no list of shards")
+    try:
+        skeleton = skeleton_from_plain(raw.get("skeleton", {}))
+    except LookupError as error:
+        raise ValueError(f"a skeleton without {error}") from error
+    crop = _parse(CropRule, raw["crop"]) if raw.get("crop") else None
+    tars = tuple(_parse(Shard, shard) for shard in shards)
+    manifest = _parse(Manifest, {**raw, "shards": tars, "skeleton": skeleton, "crop": crop})
+    if sum(shard.people for shard in tars) != manifest.people or not tars:
+        raise ValueError("the shards' people do not add up to people")
+    if min(manifest.max_width, manifest.max_height) <= 0:
+        raise ValueError("a largest picture without pixels")
+    if skeleton.joint_count != manifest.joints or not 0 < manifest.joints <= _MOST_JOINTS:
+        raise ValueError("joints are not those of the skeleton")
+    for shard in tars:
+        if not 0 < shard.people * _FEWEST_BYTES <= shard.bytes:
+            raise ValueError(f"{shard.tar}: {shard.people} people in {shard.bytes} bytes")
+    names = [name for shard in tars for name in (shard.tar, shard.index)]
+    if len(set(names)) != len(names):
+        raise ValueError("one file name twice")
+    for name in names:
+        if not safe_name(name) or Path(name).name != name:
+            raise ValueError(f"file name {name!r:.100}, which is not plain")
+    if manifest.packing != ("crop" if crop else "original"):
+        raise ValueError(f"packing {manifest.packing!r:.100} and the rule of crops {crop}")
+    return manifest
+
+
+def _parse(cls: Any, raw: Any) -> Any:
+    """A dataclass from a dict of its fields. Raises ValueError for missing or mistyped fields."""
+    if not isinstance(raw, dict):
+        raise ValueError(f"{raw!r:.100} in place of a {cls.__name__}")
+    known = {each.name: each for each in fields(cls)}
+    required = {
+        name
+        for name, each in known.items()
+        if each.default is MISSING and each.default_factory is MISSING
+    }
+    if not required <= raw.keys() <= known.keys():
+        raise ValueError(f"fields {', '.join(raw)} of a {cls.__name__}"[:300])
+    for name, value in raw.items():
+        kind = known[name].type
+        plain: Any = kind if isinstance(kind, UnionType) else get_origin(kind) or kind
+        if not isinstance(value, plain) or isinstance(value, bool):
+            raise ValueError(f"{name} is {value!r:.100}")
+    return cls(**raw)

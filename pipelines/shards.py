@@ -25,8 +25,15 @@ from common.errors import InputError
 from common.files import parse_json, read_bytes, write_whole
 from pipelines.annotations import People, safe_name
 from pipelines.jpeg import claimed_size, require_sane_size
-from pipelines.manifest import PACK_AGAIN, Shard, read_manifest, sha256
-from pipelines.shard_format import record_faults, record_length, unpack_records
+from pipelines.shard_format import (
+    PACK_AGAIN,
+    Shard,
+    file_sha256,
+    read_manifest,
+    record_faults,
+    record_length,
+    unpack_records,
+)
 
 COMPONENTS = ("f32", "jpg", "json")
 _INDEX_VERSION = "v1.2"
@@ -61,8 +68,8 @@ def write_shard(
         index=index.name,
         people=people,
         bytes=tar.stat().st_size,
-        sha256=sha256(tar),
-        index_sha256=sha256(index),
+        sha256=file_sha256(tar),
+        index_sha256=file_sha256(index),
     )
 
 

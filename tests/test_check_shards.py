@@ -18,7 +18,7 @@ from test_shards import change_manifest
 
 from common.errors import InputError
 from pipelines import shards
-from pipelines.manifest import sha256
+from pipelines.shard_format import file_sha256
 from pipelines.shards import ShardSet
 from tools.check_shards import main
 
@@ -41,7 +41,7 @@ def overwrite(folder: Path, sample: int, component: str, data: bytes, vouch: boo
     with split.tars[number].open("r+b") as file:
         file.seek(int(split._extents.offset[component][sample]))
         file.write(data)
-    digest = sha256(split.tars[number])
+    digest = file_sha256(split.tars[number])
     if vouch:
         change_manifest(folder, lambda raw: raw["shards"][number].update(sha256=digest))
 
@@ -60,8 +60,8 @@ def rebuild(folder: Path, change: Callable[[tarfile.TarInfo, bytes], bytes | Non
             member.size = len(data) if member.isreg() else 0
             new.addfile(member, io.BytesIO(data) if member.isreg() else None)
     index.write_text(shards.index_text(tar))
-    facts = {"bytes": tar.stat().st_size, "sha256": sha256(tar),
-             "index_sha256": sha256(index)}  # fmt: skip
+    facts = {"bytes": tar.stat().st_size, "sha256": file_sha256(tar),
+             "index_sha256": file_sha256(index)}  # fmt: skip
     change_manifest(folder, lambda raw: raw["shards"][1].update(facts))
 
 
@@ -137,8 +137,8 @@ def test_damaged_files_are_named_and_leave_with_1(packed, damage, expected, caps
 
 @pytest.mark.parametrize(
     ("component", "data", "expected"),
-    [("f32", np.float32([2, 90, 90, np.nan]).tobytes(), "a record with values that are no numbers"),
-     ("f32", np.float32([2, 90, 90, -1]).tobytes(), "a record with a scale that is not above 0"),
+    [("f32", np.float32([2, 90, 90, np.nan]).tobytes(), "a record with values that are not finite"),
+     ("f32", np.float32([2, 90, 90, -1]).tobytes(), "a record with a scale out of range"),
      ("json", b"[", "damaged JSON"),
      ("jpg", b"\x13" * 50, "picture: not a JPEG")],
 )  # fmt: skip

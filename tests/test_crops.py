@@ -11,7 +11,6 @@ from pipelines import geometry, princeton
 from pipelines import loader as batches
 from pipelines.augment import PRESETS, Draw, preset_of
 from pipelines.loader import Target
-from pipelines.manifest import FORMAT_VERSION
 from pipelines.opencv_loader import (
     CropDataset,
     CropLoader,
@@ -20,6 +19,7 @@ from pipelines.opencv_loader import (
     LooseImages,
     collate,
 )
+from pipelines.shard_format import FORMAT_VERSION
 from pipelines.shards import ShardSet
 
 CPU = torch.device("cpu")

@@ -23,7 +23,7 @@ from conftest import ROOT, noise_picture, pack_arguments, write_jpeg
 from common.errors import InputError, run_main
 from pipelines import jpeg as pictures
 from pipelines.jpeg import PictureError, check_jpeg
-from pipelines.manifest import read_manifest
+from pipelines.shard_format import read_manifest
 from pipelines.shards import ShardSet
 from tools import make_shards, pack_tasks
 from tools.make_shards import main

@@ -18,8 +18,14 @@ from common.errors import InputError
 from configs.mpii import MPII
 from pipelines import shards
 from pipelines.annotations import People, read_annotations
-from pipelines.manifest import read_manifest, sha256, write_manifest
-from pipelines.shard_format import pack_record, record_length, unpack_records
+from pipelines.shard_format import (
+    file_sha256,
+    pack_record,
+    read_manifest,
+    record_length,
+    unpack_records,
+    write_manifest,
+)
 from pipelines.shards import ShardSet, write_shard
 
 
@@ -167,8 +173,8 @@ def test_manifest_digests_are_those_of_the_files(tiny_shards: Path) -> None:
     manifest = read_manifest(tiny_shards / "train")
     assert [shard.people for shard in manifest.shards] == [5, 5, 2]
     for shard in manifest.shards:
-        assert sha256(tiny_shards / "train" / shard.tar) == shard.sha256
-        assert sha256(tiny_shards / "train" / shard.index) == shard.index_sha256
+        assert file_sha256(tiny_shards / "train" / shard.tar) == shard.sha256
+        assert file_sha256(tiny_shards / "train" / shard.index) == shard.index_sha256
     assert (manifest.max_width, manifest.max_height) == (400, 310)
     assert manifest.skeleton == MPII
 
@@ -216,7 +222,7 @@ def rewrite_index(packed: Path, change: Callable[[list[str]], list[str]]) -> Non
     """Change the lines of the middle shard's index, and let the manifest vouch for them."""
     index = packed / "00001.idx"
     index.write_text("\n".join(change(index.read_text().splitlines())) + "\n")
-    digest = sha256(index)
+    digest = file_sha256(index)
     change_manifest(packed, lambda raw: raw["shards"][1].update(index_sha256=digest))
 
 
@@ -259,10 +265,10 @@ def test_picture_of_another_key_behind_a_record_is_found(packed: Path) -> None:
 
 @pytest.mark.parametrize(
     ("field", "value", "found"),
-    [(0, 3, "row of another person"), (0, 0.5, "row of another person"), (1, np.inf, "no numbers"),
-     (3, 0, "scale that is not above 0"), (4, -1, "normalize"), (5, 0, "size that the manifest"),
+    [(0, 3, "repeated or impossible row"), (0, 0.5, "repeated or impossible row"), (1, np.inf, "not finite"),
+     (3, 0, "scale out of range"), (4, -1, "normalize"), (5, 0, "size that the manifest"),
      (6, 311, "size that the manifest"), (7, 0, "affine without an inverse"),
-     (13, 1e9, "joint or centre far out"), (16, 0.5, "marks other than 0 and 1")],
+     (13, 1e9, "joint or centre out of range"), (16, 0.5, "marks other than 0 and 1")],
 )  # fmt: skip
 def test_record_out_of_range_is_named_by_shard_and_key(packed, field, value, found) -> None:
     data = ShardSet(packed)
@@ -449,10 +455,10 @@ def test_what_is_wrong_with_one_of_22000_people_is_found(tiny_shards: Path, tmp_
 @pytest.mark.parametrize(
     ("given", "advice"),
     [("above/tiny/train/train",
-      "{0}/tiny/train is itself a split; give the folder above it, {0}/tiny"),
-     ("above", "give a folder of splits: {0}/tiny"),
-     ("above/train", "give a folder of splits: {0}/tiny"),
-     ("above/tiny/valid", "pack that split too; there is {0}/tiny/train"),
+      "give the folder above one of these splits: {0}/tiny/train"),
+     ("above", "give the folder above one of these splits: {0}/tiny/train"),
+     ("above/train", "give the folder above one of these splits: {0}/tiny/train"),
+     ("above/tiny/valid", "give the folder above one of these splits: {0}/tiny/train"),
      ("nowhere/train", "pack the data first: python tools/make_shards.py --help")],
 )  # fmt: skip
 def test_a_folder_too_high_or_too_low_is_told_with_the_right_one(

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.manifest import MANIFEST, sha256
 from pipelines.opencv_loader import decode
+from pipelines.shard_format import MANIFEST, file_sha256
 from pipelines.shards import ShardSet
 
 
@@ -22,7 +22,7 @@ def damage_picture(split: Path, copy: Path, sample: int) -> Path:
         file.seek(int(extents.offset["jpg"][sample]))
         file.write(b"\x13" * int(extents.size["jpg"][sample]))
     manifest = json.loads((copy / MANIFEST).read_text())
-    manifest["shards"][extents.shard[sample]]["sha256"] = sha256(tar)
+    manifest["shards"][extents.shard[sample]]["sha256"] = file_sha256(tar)
     (copy / MANIFEST).write_text(json.dumps(manifest))
     return copy
 

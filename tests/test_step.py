@@ -20,7 +20,7 @@ from pipelines import loader as batches
 from pipelines.augment import PRESETS, Draw
 from pipelines.loader import Batch, Target
 from pipelines.opencv_loader import RawBatch
-from pipelines.shard_format import HEADER
+from pipelines.shard_format import record_length
 from training import profiler as tracing
 from training.metrics import Totals
 
@@ -36,7 +36,7 @@ def raw_batch(people: int, device: torch.device) -> RawBatch:
         torch.randint(0, 255, (people, 64, 64, 3), dtype=torch.uint8).to(device),
         torch.randn(people, 2, 3).to(device),
         draws.to(device),
-        torch.rand(people, len(HEADER) + 4 * MPII.joint_count).to(device),
+        torch.rand(people, record_length(MPII.joint_count)).to(device),
     )
 
 

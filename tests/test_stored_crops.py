@@ -23,9 +23,8 @@ from pipelines import loader as batches
 from pipelines.augment import PRESETS, Distribution, Draw, Preset, draw
 from pipelines.crop_packing import Region
 from pipelines.loader import Target, still_batches
-from pipelines.manifest import CropRule, read_manifest
 from pipelines.opencv_loader import crop_person, decode
-from pipelines.shard_format import Records, unpack_records
+from pipelines.shard_format import CropRule, Records, read_manifest, unpack_records
 from pipelines.shards import ShardSet
 from tools.make_shards import main
 

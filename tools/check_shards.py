@@ -28,8 +28,17 @@ from common.errors import InputError, run_main
 from common.files import parse_json
 from pipelines.annotations import safe_name
 from pipelines.jpeg import PictureError, check_jpeg
-from pipelines.manifest import MANIFEST, Manifest, Shard, read_manifest, sha256
-from pipelines.shard_format import IDENTITY_AFFINE, record_faults, record_length, unpack_records
+from pipelines.shard_format import (
+    IDENTITY_AFFINE,
+    MANIFEST,
+    Manifest,
+    Shard,
+    file_sha256,
+    read_manifest,
+    record_faults,
+    record_length,
+    unpack_records,
+)
 from pipelines.shards import COMPONENTS, LARGEST, index_text
 from tools.pack_workers import crew, spread
 
@@ -170,7 +179,7 @@ def file_faults(path: Path, size: int | None, digest: str) -> list[Fault]:
     found = path.stat().st_size
     if size is not None and found != size:
         return [Fault(str(path), f"{found:,} bytes, the manifest says {size:,}")]
-    if sha256(path) != digest:
+    if file_sha256(path) != digest:
         return [Fault(str(path), "its SHA-256 is not the one in the manifest")]
     return []
 

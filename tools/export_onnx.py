@@ -30,8 +30,8 @@ from model.export import INPUT, OUTPUT, OnnxNetwork
 from pipelines.augment import PRESETS
 from pipelines.geometry import STRIDE
 from pipelines.loader import Target, images_N3HW
-from pipelines.manifest import MANIFEST
 from pipelines.opencv_loader import CropDataset, collate
+from pipelines.shard_format import MANIFEST
 from pipelines.shards import ShardSet
 
 TOLERANCE = 1e-4

@@ -43,18 +43,21 @@ from pipelines import crop_packing as stored_crops
 from pipelines.annotations import People, has_both_splits, read_annotations, split_file
 from pipelines.augment import PRESETS
 from pipelines.jpeg import Picture, Verdict, find_picture, inspect_picture
-from pipelines.manifest import (
+from pipelines.shard_format import (
     FORMAT,
     FORMAT_VERSION,
+    IDENTITY_AFFINE,
     MANIFEST,
     CropRule,
     Manifest,
     Shard,
+    file_sha256,
+    pack_record,
+    person_json,
     read_manifest,
-    sha256,
+    record_length,
     write_manifest,
 )
-from pipelines.shard_format import IDENTITY_AFFINE, describe, pack_record, record_length
 from tools.pack_tasks import Sample, Task, finish_shard
 from tools.pack_workers import crew, spread
 from tools.packing_summary import summary
@@ -223,7 +226,11 @@ def read_jobs(options: Options) -> list[Job]:
     for split in options.splits:
         people, skeleton = read_annotations(options.annotations, split, given)
         path = split_file(options.annotations, split)
-        source = {"annotations": str(path), "sha256": sha256(path), "images": str(options.images)}
+        source = {
+            "annotations": str(path),
+            "sha256": file_sha256(path),
+            "images": str(options.images),
+        }
         jobs.append(Job(split, people, skeleton, source))
     return jobs
 
@@ -521,7 +528,7 @@ def prepare(
         )
         width, height, affine = region.width, region.height, region.image_from_stored
     record = pack_record(job.people, row, width, height, affine).tobytes()
-    text = describe(job.people, row, job.skeleton, width, height, affine)
+    text = person_json(job.people, row, job.skeleton, width, height, affine)
     return Sample(key, record, text, picture, region, width, height)
 
 

@@ -11,7 +11,7 @@ from common.errors import InputError
 from pipelines import crop_packing as stored_crops
 from pipelines.crop_packing import Region
 from pipelines.jpeg import Picture
-from pipelines.manifest import CropRule, Shard, sha256
+from pipelines.shard_format import CropRule, Shard, file_sha256
 from pipelines.shards import write_shard
 
 
@@ -64,7 +64,7 @@ def _finished(state: Path, inputs: dict[str, str], folder: Path) -> Shard | None
         noted = json.loads(state.read_text())
         shard = Shard(**noted.pop("shard"))
         files = [(folder / shard.tar, shard.sha256), (folder / shard.index, shard.index_sha256)]
-        whole = all(sha256(path) == digest for path, digest in files)
+        whole = all(file_sha256(path) == digest for path, digest in files)
     except (OSError, ValueError, TypeError, KeyError):
         return None
     return shard if whole and noted == inputs else None

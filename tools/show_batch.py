@@ -31,9 +31,8 @@ from pipelines import loader as batches
 from pipelines import opencv_loader as opencv_crops
 from pipelines.augment import PRESETS, Draw, Preset
 from pipelines.loader import Batch, LoaderName, Target
-from pipelines.manifest import MANIFEST
 from pipelines.opencv_loader import RawBatch
-from pipelines.shard_format import unpack_records
+from pipelines.shard_format import COLUMNS, MANIFEST, unpack_records
 from pipelines.shards import ShardSet
 
 TILE_PX, CAPTION_PX, LEGEND_PX = 256, 20, 26
@@ -145,10 +144,10 @@ def make_batches(
 
 def opencv_twin(shards: ShardSet, raw: RawBatch, preset: Preset) -> RawBatch:
     """The crops that OpenCV makes of the people and draws of a batch."""
-    sample_of = {float(row): i for i, row in enumerate(shards.records()[:, 0])}
+    sample_of = {float(row): i for i, row in enumerate(shards.records()[:, COLUMNS["row"]])}
     items = []
     for record, drawn in zip(raw.records_NR.numpy(), raw.draws_ND.tolist(), strict=True):
-        sample = sample_of[float(record[0])]
+        sample = sample_of[float(record[COLUMNS["row"]])]
         image = opencv_crops.decode(shards.jpeg(sample), shards.where(sample))
         draw = Draw(*drawn)
         fields = unpack_records(record[None])
