@@ -23,15 +23,25 @@ from common.errors import InputError, run_main
 from common.files import write_whole
 from configs.schema import Config
 from configs.skeleton import Skeleton, load_skeleton, require_same_joints
-from evaluation import pckh, report
-from evaluation.dataset import Subjects, from_loose_pictures, from_shards
-from evaluation.inference import FEW, Predictions, choose_batch_size
-from evaluation.oracle import oracle_keypoints
-from evaluation.other_run import Other, doubt, read_other
-from evaluation.page import Shown, page
-from evaluation.predictions import as_coco, as_entries, read_predictions, write_mat
-from evaluation.submission import read_release, write_submission
-from evaluation.validation import predict_together
+from evaluation import pckh, report, visualize
+from evaluation.dataset import EvaluationDataset, open_pictures_dataset, open_shards_dataset
+from evaluation.html_report import ReportData, html_report
+from evaluation.inference import (
+    FEW,
+    Predictions,
+    choose_batch_size,
+    oracle_keypoints,
+    predict_distributed,
+)
+from evaluation.predictions import (
+    as_coco,
+    as_entries,
+    read_predictions,
+    read_release,
+    write_mat,
+    write_submission,
+)
+from evaluation.report import ReferenceRun, data_mismatch, read_reference
 from model import checkpoint
 from pipelines import crop_packing as stored_crops
 from pipelines.annotations import read_annotations
@@ -56,7 +66,7 @@ class Question(NamedTuple):
     """Of the checkpoint."""
     state: checkpoint.State
     target: Target
-    subjects: Subjects
+    subjects: EvaluationDataset
     flip: bool
     loaders: tuple[LoaderName, ...]
     """One, or both of them for the comparison."""
@@ -85,7 +95,7 @@ def evaluate_network(options: argparse.Namespace, place: Runtime) -> None:
     question = find_question(options)
     subjects = question.subjects
     release = read_release(Path(options.release), subjects.people) if options.release else None
-    other = read_other(Path(options.compare), subjects.skeleton) if options.compare else None
+    other = read_reference(Path(options.compare), subjects.skeleton) if options.compare else None
     found = predict_everybody(options, question, place)
     if not place.is_first:
         return
@@ -109,8 +119,8 @@ def evaluate_network(options: argparse.Namespace, place: Runtime) -> None:
     write_files(options, subjects, first, {**facts, **results})
     if options.report:
         people, source, samples, skeleton, *_ = subjects
-        shown = Shown(people, first.keypoints_NJ2, skeleton, source, samples)
-        write_text(report_file(options), page(facts, results, other, shown, options.people))
+        shown = ReportData(people, first.keypoints_NJ2, skeleton, source, samples)
+        write_text(report_file(options), html_report(facts, results, other, shown, options.people))
     # After the files, so that `| head` cuts off the table alone.
     print_results(options, question, results)
     print_comparison(other, results)
@@ -181,7 +191,7 @@ def score_file(options: argparse.Namespace) -> None:
         )
     people, skeleton = read_annotations(Path(options.annotations), "valid", given_skeleton(options))
     path = Path(options.predictions)
-    other = read_other(Path(options.compare), skeleton) if options.compare else None
+    other = read_reference(Path(options.compare), skeleton) if options.compare else None
     source = LooseImages(people, Path(options.images)) if options.images else None
     predicted = read_predictions(path, people)
     own = predicted.truth if options.ground_truth == "file" else None
@@ -192,8 +202,8 @@ def score_file(options: argparse.Namespace) -> None:
         write_text(Path(options.json), json.dumps({**facts, **results}, indent=1))
     if options.report:
         keypoints = predicted.keypoints_NJ2
-        shown = Shown(own or people, keypoints, skeleton, source, np.arange(people.count))
-        write_text(report_file(options), page(facts, results, other, shown, options.people))
+        shown = ReportData(own or people, keypoints, skeleton, source, np.arange(people.count))
+        write_text(report_file(options), html_report(facts, results, other, shown, options.people))
     print(f"\n{path} against {'its own ground truth' if own else options.annotations}")
     print(COMPARISON_LEGEND.format(skeleton.metric) + "\n")
     print(report.table(results, skeleton))
@@ -383,11 +393,13 @@ def differences(
     return remarks
 
 
-def find_subjects(options: argparse.Namespace, config: Config, trained: Skeleton) -> Subjects:
+def find_subjects(
+    options: argparse.Namespace, config: Config, trained: Skeleton
+) -> EvaluationDataset:
     """People and pictures, from shards or loose. trained: the network's joints. InputError."""
     joints = given_skeleton(options) or (trained if trained.has_names else None)
     if not (options.annotations or options.images):
-        return from_shards(Path(options.shards or config.data.shards))
+        return open_shards_dataset(Path(options.shards or config.data.shards))
     if not (options.annotations and options.images) or options.shards:
         given = [n for n in ("annotations", "images", "shards") if getattr(options, n)]
         raise InputError(
@@ -396,7 +408,7 @@ def find_subjects(options: argparse.Namespace, config: Config, trained: Skeleton
             "--annotations with --images, or --shards alone",
             "give one of the two",
         )
-    return from_loose_pictures(Path(options.annotations), Path(options.images), joints)
+    return open_pictures_dataset(Path(options.annotations), Path(options.images), joints)
 
 
 def predict_everybody(
@@ -415,7 +427,7 @@ def predict_everybody(
         print(f"predicting {people:,} people, {size} at a time ...", file=sys.stderr, flush=True)
     found: dict[LoaderName, Predictions] = {}
     for loader in question.loaders:
-        found[loader] = predict_together(
+        found[loader] = predict_distributed(
             network, question.subjects.source, question.subjects.samples, question.target, place,
             loader=loader, batch_size=size, flip=question.flip,
             workers=workers,
@@ -465,19 +477,22 @@ def print_results(
         print("\n" + report.gap(*list(results.items())[:2]))
 
 
-def print_comparison(other: Other | None, results: dict[str, dict[str, Any]]) -> None:
+def print_comparison(other: ReferenceRun | None, results: dict[str, dict[str, Any]]) -> None:
     """The gap between the first result and another run's, if there is one, and what it is worth."""
     if not other:
         return
     name, own = next(iter(results.items()))
     print(f"\nthe other run: {other.name}")
-    if why := doubt(own, other.result):
+    if why := data_mismatch(own, other.result):
         print(f"warning: {why}")
     print(report.gap(("the other run", other.result), (name, own)))
 
 
 def write_files(
-    options: argparse.Namespace, subjects: Subjects, found: Predictions, results: dict[str, Any]
+    options: argparse.Namespace,
+    subjects: EvaluationDataset,
+    found: Predictions,
+    results: dict[str, Any],
 ) -> None:
     """The files that were asked for."""
     if options.json:
@@ -494,7 +509,7 @@ def write_files(
     if options.picture:
         count = min(options.people, subjects.people.count)
         rows = np.linspace(0, subjects.people.count - 1, count).astype(int)
-        sheet = report.draw_people(
+        sheet = visualize.draw_people(
             subjects.source,
             subjects.samples[rows],
             subjects.people.select(rows),

@@ -12,8 +12,12 @@ from torch import Tensor, nn
 
 from benchmarks.timing import Case
 from common.distributed import Runtime
-from evaluation.inference import choose_batch_size, image_keypoints, last_heatmaps
-from evaluation.validation import predict_together
+from evaluation.inference import (
+    choose_batch_size,
+    image_keypoints,
+    last_heatmaps,
+    predict_distributed,
+)
 from model.hourglass import StackedHourglass
 from pipelines import heatmaps, princeton
 from pipelines import opencv_loader as opencv_crops
@@ -69,7 +73,7 @@ def evaluate_cases(shards: ShardSet, workers: int, device: torch.device) -> list
         return people
 
     def batched() -> int:
-        predict_together(
+        predict_distributed(
             twin, shards, samples, target, place, batch_size=size, workers=workers, flip=True
         )
         return people

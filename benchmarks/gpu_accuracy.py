@@ -45,7 +45,7 @@ from common.system import usable_cores
 from configs import schema
 from configs.mpii import MPII
 from evaluation import pckh
-from evaluation.validation import predict_together
+from evaluation.inference import predict_distributed
 from model.hourglass import StackedHourglass
 from pipelines.augment import PRESETS
 from pipelines.loader import Target
@@ -237,7 +237,7 @@ class Trial:
         valid = ShardSet(self.shards / "valid")
         people, samples_N = valid.people()
         target = Target(PRESETS["princeton"], "princeton", 1.0, self.options.input_px, MPII)
-        found = predict_together(
+        found = predict_distributed(
             network.eval(), valid, samples_N, target, self.place._replace(dtype=torch.float32),
             batch_size=32, workers=self.options.workers, flip=True,
         )  # fmt: skip

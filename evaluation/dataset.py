@@ -15,7 +15,7 @@ from pipelines.shard_format import MANIFEST
 from pipelines.shards import ShardSet
 
 
-class Subjects(NamedTuple):
+class EvaluationDataset(NamedTuple):
     """People with pictures, in the annotation's order."""
 
     people: People
@@ -28,11 +28,15 @@ class Subjects(NamedTuple):
     name: str
 
 
-def from_loose_pictures(annotations: Path, images: Path, joints: Skeleton | None) -> Subjects:
+def open_pictures_dataset(
+    annotations: Path, images: Path, joints: Skeleton | None
+) -> EvaluationDataset:
     """People of an annotation file, pictures in a folder. joints: of it, or MPII's. InputError."""
     people, skeleton = read_annotations(annotations, "valid", joints)
     source = LooseImages(people, images)
-    return Subjects(people, source, np.arange(people.count), skeleton, None, str(annotations))
+    return EvaluationDataset(
+        people, source, np.arange(people.count), skeleton, None, str(annotations)
+    )
 
 
 def split_to_evaluate(folder: Path) -> Path:
@@ -42,14 +46,14 @@ def split_to_evaluate(folder: Path) -> Path:
     return folder
 
 
-def from_shards(folder: Path) -> Subjects:
+def open_shards_dataset(folder: Path) -> EvaluationDataset:
     """People of a split, or of the split `valid` in a folder of splits. Raises InputError."""
     folder = split_to_evaluate(folder)
     shards = ShardSet(folder)
     people, samples = shards.people()
     skeleton = shards.manifest.skeleton
     train = _people_to_train_on(folder.parent / "train", skeleton, folder)
-    return Subjects(people, shards, samples, skeleton, train, str(folder))
+    return EvaluationDataset(people, shards, samples, skeleton, train, str(folder))
 
 
 def _people_to_train_on(beside: Path, skeleton: Skeleton, folder: Path) -> People | None:

@@ -1,19 +1,26 @@
 """The network on people: flip test, decoding, and back to the pixels of the original picture."""
 
+import itertools
+import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from pipelines import heatmaps, princeton
+from common import distributed as runtime
+from common.distributed import Runtime
+from configs.skeleton import Skeleton
+from pipelines import geometry, heatmaps, princeton
+from pipelines.annotations import People
+from pipelines.augment import Draw, draws_array
 from pipelines.geometry import STRIDE
-from pipelines.loader import Target, images_N3HW
-from pipelines.opencv_loader import RawBatch
+from pipelines.loader import Target, images_N3HW, still_batches
+from pipelines.opencv_loader import RawBatch, Source
 from pipelines.shard_format import unpack_records
 
 
@@ -153,3 +160,118 @@ def image_keypoints(joints_NJ2: Tensor, raw: RawBatch, target: Target) -> npt.ND
     heat_from_image = heatmaps.heat_from_input(target.rule) @ input_from_image
     image_from_heat = np.linalg.inv(heat_from_image)
     return joints @ image_from_heat[:, :2, :2].transpose(0, 2, 1) + image_from_heat[:, None, :2, 2]
+
+
+class StoppedError(Exception):
+    """A prediction was left between two batches, by all ranks at the same one."""
+
+
+def predict_distributed(
+    network: nn.Module,
+    source: Source,
+    samples: npt.NDArray[np.int64],
+    target: Target,
+    place: Runtime,
+    *,
+    loader: Literal["opencv", "dali"] = "opencv",
+    batch_size: int,
+    workers: int,
+    flip: bool,
+    progress: Callable[[Iterable[RawBatch]], Iterable[RawBatch]] = iter,
+    should_stop: Callable[[], bool] | None = None,
+) -> Predictions:
+    """Joints of these samples in this order, the same on every rank; each rank predicts its share.
+
+    network: in eval mode, on the device. progress: wraps the batches, to show how far they are.
+    should_stop: is asked before each batch; once it is true on some rank, all raise StoppedError.
+    """
+    mine = samples[place.rank :: place.ranks]
+    rounds = math.ceil(len(samples) / (place.ranks * batch_size))  # of the first, which has most
+    merged = torch.zeros(len(samples), target.skeleton.joint_count, 3, dtype=torch.float64)
+    if len(mine):
+        batches = still_batches(
+            source, mine, target, loader=loader, device=place.device, batch_size=batch_size,
+            workers=workers,
+        )  # fmt: skip
+        if should_stop:
+            batches = _until(should_stop, batches, rounds, place)
+        found = predict(
+            network, progress(batches), target, flip=flip, device=place.device, dtype=place.dtype
+        )
+        merged[place.rank :: place.ranks, :, :2] = torch.from_numpy(found.keypoints_NJ2)
+        merged[place.rank :: place.ranks, :, 2] = torch.from_numpy(found.scores_NJ)
+    elif should_stop:
+        list(_until(should_stop, (), rounds, place))
+    # Every row is zero but on one rank, so that the sum is exact.
+    merged = runtime.sum_over_ranks(merged.to(place.device), place).cpu()
+    return Predictions(merged[..., :2].numpy(), merged[..., 2].numpy())
+
+
+def _until(
+    should_stop: Callable[[], bool], batches: Iterable[RawBatch], rounds: int, place: Runtime
+) -> Iterator[RawBatch]:
+    """The batches, of which no rank has more than rounds; the ranks meet before each of these."""
+    waiting = iter(batches)
+    for _ in range(rounds):
+        if runtime.any_rank(should_stop(), place):
+            raise StoppedError
+        yield from itertools.islice(waiting, 1)
+
+
+_PEOPLE_AT_A_TIME = 256
+
+
+def oracle_keypoints(
+    people: People, skeleton: Skeleton, rule: heatmaps.Rule, input_px: int
+) -> npt.NDArray[np.float64]:
+    """(N, J, 2) image px: the annotation rendered as heatmaps and decoded again, without pictures.
+
+    `princeton` crops, truncates and projects back by its own rules; the others by our affine.
+    """
+    way = _princeton_way if rule == "princeton" else _affine_way
+    parts = [
+        way(people.select(np.arange(start, min(start + _PEOPLE_AT_A_TIME, people.count))), skeleton,
+            rule, input_px)
+        for start in range(0, people.count, _PEOPLE_AT_A_TIME)
+    ]  # fmt: skip
+    return np.concatenate(parts)
+
+
+def _affine_way(
+    people: People, skeleton: Skeleton, rule: heatmaps.Rule, input_px: int
+) -> npt.NDArray[np.float64]:
+    to_heat = heatmaps.heat_from_input(rule)
+    heat_from_image = np.stack([
+        to_heat @ geometry.input_from_image(center, float(scale), input_px)
+        for center, scale in zip(people.center, people.scale, strict=True)
+    ])  # fmt: skip
+    joints = geometry.transform(heat_from_image, people.joints)
+    decoded = _there_and_back(torch.from_numpy(joints), people, rule, input_px)
+    return geometry.transform(np.linalg.inv(heat_from_image), decoded)
+
+
+def _princeton_way(
+    people: People, skeleton: Skeleton, rule: heatmaps.Rule, input_px: int
+) -> npt.NDArray[np.float64]:
+    heat_px = input_px // STRIDE
+    joints, _ = princeton.heat_joints(
+        torch.from_numpy(people.joints),
+        torch.from_numpy(people.center),
+        torch.from_numpy(people.scale),
+        torch.from_numpy(draws_array([Draw()] * people.count)),
+        torch.tensor(skeleton.mirrored),
+        input_px,
+        heat_px,
+    )
+    decoded = _there_and_back(joints, people, rule, input_px)
+    return princeton.image_points(decoded, people.center, people.scale, input_px, heat_px)
+
+
+def _there_and_back(
+    joints_NJ2: torch.Tensor, people: People, rule: heatmaps.Rule, input_px: int
+) -> npt.NDArray[np.float64]:
+    """Rendered with the rule's usual sigma, and decoded."""
+    sigma = 2.0 if rule == "hrnet" else 1.0
+    marked = torch.from_numpy(people.marked)
+    heat = heatmaps.render(joints_NJ2, marked, input_px // STRIDE, rule, sigma)
+    return heatmaps.decode(heat, rule)[0].double().numpy()

@@ -1,21 +1,12 @@
-"""PCKh as a table, and predictions as a picture."""
+"""Results as text: tables, and the comparison with a reference run."""
 
-from typing import Any
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
 
-import cv2
-import numpy as np
-import numpy.typing as npt
-
-from configs.skeleton import Side, Skeleton
-from pipelines import geometry
-from pipelines import opencv_loader as opencv_crops
-from pipelines.annotations import People
-from pipelines.opencv_loader import Source
-from pipelines.shard_format import unpack_records
-
-RIGHT_BGR, LEFT_BGR, MIDDLE_BGR = (70, 70, 255), (255, 160, 40), (80, 220, 80)
-TRUTH_BGR = (255, 255, 255)
-TILE_PX = 256
+from common.errors import InputError
+from configs.skeleton import Skeleton
+from evaluation import pckh
 
 
 def table(rows: dict[str, dict[str, Any]], skeleton: Skeleton) -> str:
@@ -98,89 +89,82 @@ def _percent(rate: float | None) -> str:
     return "-" if rate is None else f"{100 * rate:.2f} %"
 
 
-def draw_people(
-    source: Source,
-    samples: npt.NDArray[np.int64],
-    people: People,
-    keypoints_NJ2: npt.NDArray[np.float64],
-    skeleton: Skeleton,
-    columns: int = 6,
-) -> npt.NDArray[np.uint8]:
-    """A contact sheet (H, W, 3) BGR: a tile a person, predictions in colour on white annotations.
-
-    samples: (N,) of the source; people and keypoints (image px) in the same order. The person's
-    right is red, the left blue.
-    """
-    tiles = [
-        _tile(source, int(sample), people, row, keypoints_NJ2[row], skeleton)
-        for row, sample in enumerate(samples)
-    ]
-    blank = np.full_like(tiles[0], 255)
-    tiles += [blank] * (-len(tiles) % columns)
-    rows = [np.hstack(tiles[i : i + columns]) for i in range(0, len(tiles), columns)]
-    return np.vstack(rows)
+_COUNTS = ("people", "joints_counted")
 
 
-def _tile(
-    source: Source,
-    sample: int,
-    people: People,
-    row: int,
-    keypoints_J2: npt.NDArray,
-    skeleton: Skeleton,
-) -> npt.NDArray[np.uint8]:
-    tile = plain_tile(source, sample, people, row)
-    tile_from_image = geometry.input_from_image(people.center[row], people.scale[row], TILE_PX)
-    truth = geometry.transform(tile_from_image, people.joints[row])
-    found = geometry.transform(tile_from_image, keypoints_J2)
-    draw_skeleton(tile, truth, people.marked[row], skeleton, 2, plain=True)
-    draw_skeleton(tile, found, np.ones(skeleton.joint_count, dtype=bool), skeleton, 2)
-    return cv2.copyMakeBorder(tile, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=(255, 255, 255))  # type: ignore[return-value]
+class ReferenceRun(NamedTuple):
+    """Another run to compare with."""
+
+    name: str
+    """Its checkpoint, step and data, and its file."""
+    result: dict[str, Any]
+    """A `pckh.summary`, perhaps of an earlier version that had no curves."""
 
 
-def plain_tile(source: Source, sample: int, people: People, row: int) -> npt.NDArray[np.uint8]:
-    """A person's box as a picture, (TILE_PX, TILE_PX, 3) BGR."""
-    image = opencv_crops.decode(source.jpeg(sample), source.where(sample))
-    image_from_stored = opencv_crops.image_from_stored(unpack_records(source.record(sample)[None]))
-    tile_from_image = geometry.input_from_image(people.center[row], people.scale[row], TILE_PX)
-    tile_from_stored = tile_from_image @ image_from_stored
-    shrink = 1 / np.sqrt(np.linalg.det(tile_from_stored[:2, :2]))
-    if shrink > 2:  # a bilinear warp alone would alias
-        image = cv2.GaussianBlur(image, (0, 0), shrink / 3)  # type: ignore[assignment]
-    return cv2.warpAffine(image, tile_from_stored[:2], (TILE_PX, TILE_PX))  # type: ignore[return-value]
+def read_reference(path: Path, skeleton: Skeleton) -> ReferenceRun:
+    """The first result of a file of --json. Raises InputError unless it has these joints."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        results = [v for v in content.values() if isinstance(v, dict) and "pckh" in v]
+        if not results:
+            raise ValueError("no result in it")
+        result = results[0]
+        _check_numbers(result, skeleton)
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        found = f"not readable so ({type(error).__name__}: {error})"
+        if isinstance(error, FileNotFoundError):
+            found = "no such file"
+        elif isinstance(error, json.JSONDecodeError):
+            found = f"no JSON ({error})"
+        raise InputError(
+            path,
+            found,
+            f"a file that evaluate.py --json wrote, with the {skeleton.joint_count} joints of "
+            f"{skeleton.name}",
+            "evaluate the other run with --json, and give that file",
+        ) from error
+    return ReferenceRun(_name(content, path), result)
 
 
-def draw_skeleton(
-    image_HW3: npt.NDArray,
-    joints_J2: npt.NDArray,
-    drawn_J: npt.NDArray,
-    skeleton: Skeleton,
-    line_px: int,
-    plain: bool = False,
-) -> None:
-    """Draw one person onto a BGR picture. joints: px of it. drawn: which of them are shown.
-
-    The person's right is red, the left blue. plain: white lines of twice the width and no joints.
-    """
-    shift = 4  # fractional bits of OpenCV's drawing coordinates
-    far = 2**15 - 1  # px; what is farther away would overflow them
-    points = np.round(np.clip(joints_J2, -far, far) * 2**shift).astype(int)
-    sides = skeleton.sides
-    for a, b in skeleton.limbs:
-        if drawn_J[a] and drawn_J[b]:
-            color = TRUTH_BGR if plain else color_of(sides[a], sides[b])
-            ends = (points[a].tolist(), points[b].tolist())
-            cv2.line(image_HW3, *ends, color, line_px * (1 + plain), cv2.LINE_AA, shift)
-    if not plain:
-        radius = round(1.5 * line_px * 2**shift)
-        for j in np.flatnonzero(drawn_J):
-            color = color_of(sides[j])
-            cv2.circle(image_HW3, points[j].tolist(), radius, color, -1, cv2.LINE_AA, shift)
+def _name(content: dict[str, Any], path: Path) -> str:
+    step = content.get("step")
+    source = content.get("checkpoint") or content.get("predictions_file")
+    parts = [str(source)] if source else []
+    parts += [f"step {step:,}"] if isinstance(step, int) else []
+    parts += [f"on {content['data']}"] if content.get("data") else []
+    return f"{', '.join(parts)} ({path})" if parts else str(path)
 
 
-def color_of(*sides: Side) -> tuple[int, int, int]:
-    """Colour of a joint, or of a limb by the sides of its ends."""
-    beside = set(sides) - {"middle"}
-    if len(beside) != 1:
-        return MIDDLE_BGR
-    return RIGHT_BGR if "right" in beside else LEFT_BGR
+def _check_numbers(result: dict[str, Any], skeleton: Skeleton) -> None:
+    """Raise ValueError, TypeError or KeyError unless everything that is compared is there."""
+    if result["joint_names"] != list(skeleton.names):
+        raise ValueError(f"joints {', '.join(map(str, result['joint_names'][:4]))}, ...")
+    if any(not isinstance(result[count], int) for count in _COUNTS):
+        raise TypeError("a count that is no number")
+    values = [result["auc"]]
+    for score in (result["pckh"][str(threshold)] for threshold in pckh.THRESHOLDS):
+        values += [score[mean] for mean in ("pooled", "unweighted", "weighted")]
+        values += [score["groups"][name] for name, _ in skeleton.groups]
+        values += [score["joints"][joint] for joint in range(skeleton.joint_count)]
+    if "curves" in result:  # files of before there were curves have none
+        values += [*result["curves"]["thresholds"], *result["curves"]["pooled"]]
+    if any(value is not None and not isinstance(value, float | int) for value in values):
+        raise TypeError("a rate that is no number")
+
+
+def data_mismatch(own: dict[str, Any], other: dict[str, Any]) -> str | None:
+    """Why the gap between two summaries is not that of their networks; None where it is."""
+    sizes = [f"{r['people']:,} people with {r['joints_counted']:,} joints" for r in (other, own)]
+    if sizes[0] != sizes[1]:
+        return f"The other run was scored on other data: {sizes[0]} there, {sizes[1]} here."
+    if "truth_sha256" not in other:
+        return (
+            "It is not known whether the other run was scored on the same data: its file is older "
+            "than that record. Evaluate it again with --json."
+        )
+    if other["truth_sha256"] != own["truth_sha256"]:
+        return (
+            f"The other run was scored on other data: {sizes[0]} in both, but other pictures, "
+            "places of joints, or lengths to divide by."
+        )
+    return None

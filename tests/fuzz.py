@@ -46,7 +46,7 @@ from configs.schema import (  # noqa: E402
 from configs.skeleton import load_skeleton  # noqa: E402
 from evaluation import (
     estimator,
-    submission,
+    predictions,
 )
 from evaluation.predictions import as_coco, as_entries, read_predictions, write_mat  # noqa: E402
 from model import checkpoint, exported
@@ -296,7 +296,7 @@ def prepare(tiny: Path, packed: Path, folder: Path) -> list[Target]:
         Target("coco", "coco.json", lambda p: read_annotations(p, "valid", coco), change_json),
         Target("mat", "predictions.mat", lambda p: read_predictions(p, people)),
         Target("mat with truth", "tompson.mat", lambda p: read_predictions(p, people)),
-        Target("release", "tompson.mat", submission._read),
+        Target("release", "tompson.mat", predictions._read_release),
         Target("tar", "split/00000.tar", lambda p: read_split(p.parent)),
         Target("index", "split/00000.idx", lambda p: read_split(p.parent), change_index),
         Target("manifest", "split/manifest.json", lambda p: read_split(p.parent), change_json),

@@ -18,7 +18,7 @@ import evaluate
 from common.errors import InputError
 from configs.skeleton import Length, Skeleton, default_groups, unnamed
 from evaluation import pckh
-from evaluation.oracle import oracle_keypoints
+from evaluation.inference import oracle_keypoints
 from evaluation.predictions import as_coco, read_predictions
 from model import checkpoint
 from pipelines.annotations import People, read_annotations

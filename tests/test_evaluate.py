@@ -18,7 +18,7 @@ import evaluate
 from common.errors import InputError, run_main
 from configs.mpii import MPII
 from configs.skeleton import Skeleton
-from evaluation import inference, pckh, report
+from evaluation import inference, pckh, report, visualize
 from model import checkpoint
 from pipelines.annotations import read_annotations
 from pipelines.augment import preset_of
@@ -136,11 +136,11 @@ def test_the_picture_shows_the_prediction_where_it_is(tiny_shards):
     split = ShardSet(tiny_shards / "valid")
     people, samples = split.people()
     keypoints = np.repeat(people.center[:, None], 16, axis=1)  # all joints at the box's middle
-    sheet = report.draw_people(split, samples[:2], people.select([0, 1]), keypoints[:2], MPII, 2)
+    sheet = visualize.draw_people(split, samples[:2], people.select([0, 1]), keypoints[:2], MPII, 2)
     assert sheet.shape == (258, 516, 3)
     for column in (0, 258):
         spot = sheet[128:131, column + 127 : column + 131].reshape(-1, 3)
-        colours = {report.RIGHT_BGR, report.LEFT_BGR, report.MIDDLE_BGR}
+        colours = {visualize.RIGHT_BGR, visualize.LEFT_BGR, visualize.MIDDLE_BGR}
         assert {tuple(map(int, c)) for c in spot} & colours
 
 

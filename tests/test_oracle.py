@@ -5,7 +5,7 @@ import pytest
 
 from configs.mpii import MPII
 from evaluation import pckh
-from evaluation.oracle import oracle_keypoints
+from evaluation.inference import oracle_keypoints
 from pipelines.annotations import People, read_annotations
 
 

@@ -17,7 +17,7 @@ from test_training import make_run, steps, tiny_config
 import evaluate
 from common.errors import InputError, run_main
 from configs.skeleton import Skeleton
-from evaluation import report
+from evaluation import visualize
 from evaluation.estimator import PoseEstimator, read_picture
 from evaluation.inference import Predictions
 from model.hourglass import StackedHourglass
@@ -164,7 +164,7 @@ def test_any_number_of_joints_is_found(estimator):
     keypoints, scores = one(image, [[10, 10, 90, 90]] * 2)
     assert keypoints.shape == (2, 3, 2) and scores.shape == (2, 3)
     before = image.copy()
-    report.draw_skeleton(image, keypoints[0], scores[0] > -1, three, 2)
+    visualize.draw_skeleton(image, keypoints[0], scores[0] > -1, three, 2)
     assert (image != before).any()
 
 
@@ -254,7 +254,7 @@ def test_overlays_show_everybody_where_they_are_found(run, tiny_set, tmp_path, m
     drawn = {"a.png": (0, 2), "more/b.png": (1,)}
     written = {str(p.relative_to(tmp_path / "drawn")) for p in (tmp_path / "drawn").rglob("*.*")}
     assert written == set(drawn)
-    colours = np.array([report.RIGHT_BGR, report.LEFT_BGR, report.MIDDLE_BGR])
+    colours = np.array([visualize.RIGHT_BGR, visualize.LEFT_BGR, visualize.MIDDLE_BGR])
     for name, rows in drawn.items():
         image = cv2.imread(str(tmp_path / "drawn" / name)).astype(int)
         x, y = np.round(keypoints[list(rows), :, :2]).astype(int).reshape(-1, 2).T

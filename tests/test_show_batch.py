@@ -11,7 +11,7 @@ from test_dali_crops import opencv_twin
 
 from common.errors import InputError
 from configs.mpii import MPII
-from evaluation.report import LEFT_BGR, MIDDLE_BGR, RIGHT_BGR
+from evaluation.visualize import LEFT_BGR, MIDDLE_BGR, RIGHT_BGR
 from pipelines import loader as batches
 from pipelines.augment import PRESETS
 from pipelines.loader import Batch, Target

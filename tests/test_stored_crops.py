@@ -16,7 +16,7 @@ import evaluate
 import train
 from common.errors import InputError
 from configs.mpii import MPII
-from evaluation import report
+from evaluation import visualize
 from pipelines import crop_packing as stored_crops
 from pipelines import geometry
 from pipelines import loader as batches
@@ -286,7 +286,7 @@ def test_pictures_of_predictions_show_the_same_people(tiny_shards, crop_shards):
     for shards in (tiny_shards, crop_shards):
         people, samples = ShardSet(shards / "valid").people()
         source = ShardSet(shards / "valid")
-        sheets.append(report.draw_people(source, samples, people, people.joints, MPII))
+        sheets.append(visualize.draw_people(source, samples, people, people.joints, MPII))
     assert sheets[0].shape == sheets[1].shape and sheets[0].std() > 30
     # The pictures are noise of 12 grey levels, which shrinking smooths.
     assert np.abs(sheets[0].astype(int) - sheets[1]).mean() < 12

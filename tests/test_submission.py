@@ -7,7 +7,7 @@ import pytest
 from test_pckh import people_at
 
 from common.errors import InputError
-from evaluation.submission import read_release, write_submission
+from evaluation.predictions import read_release, write_submission
 
 scipy_io = pytest.importorskip("scipy.io")
 

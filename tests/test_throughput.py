@@ -29,7 +29,7 @@ from benchmarks.timing import Case, take_turns
 from common.distributed import Runtime
 from common.errors import InputError
 from configs.mpii import MPII
-from evaluation.validation import predict_together
+from evaluation.inference import predict_distributed
 from model.hourglass import StackedHourglass
 from pipelines import loader as batches
 from pipelines import princeton
@@ -294,7 +294,7 @@ def test_evaluating_one_by_one_gives_the_joints_of_the_batched_way(made):
     torch.manual_seed(0)
     network, cpu = StackedHourglass(1, 16, 16).eval(), torch.device("cpu")
     alone = [evaluation.predict_by_one(network, made, sample, cpu) for sample in range(6)]
-    together = predict_together(
+    together = predict_distributed(
         network, made, np.arange(6), evaluation.target_of_princeton(made),
         Runtime(0, 1, cpu, torch.float32), batch_size=3, workers=0, flip=True,
     )  # fmt: skip

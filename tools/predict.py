@@ -29,7 +29,7 @@ from common.system import usable_cores
 from configs.mpii import PIXELS_PER_SCALE
 from configs.skeleton import Skeleton
 from evaluation.estimator import PoseEstimator, read_picture
-from evaluation.report import draw_skeleton
+from evaluation.visualize import draw_skeleton
 from pipelines.annotations import stays_inside
 from pipelines.boxes import MARGIN, Person, Square, read_people, square_about, whole_picture
 from pipelines.opencv_loader import Item

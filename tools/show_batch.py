@@ -25,7 +25,7 @@ from common.cli import Parser, at_least, progress
 from common.errors import InputError, run_main
 from configs.schema import Config, config_from_dict, load_yaml
 from configs.skeleton import Skeleton
-from evaluation.report import LEFT_BGR, MIDDLE_BGR, RIGHT_BGR, color_of, draw_skeleton
+from evaluation.visualize import LEFT_BGR, MIDDLE_BGR, RIGHT_BGR, color_of, draw_skeleton
 from pipelines import geometry, heatmaps
 from pipelines import loader as batches
 from pipelines import opencv_loader as opencv_crops

@@ -26,8 +26,8 @@ from common.errors import InputError
 from configs import schema
 from configs.schema import Config
 from configs.skeleton import require_same_joints
-from evaluation import pckh, report
-from evaluation.validation import StoppedError, predict_together
+from evaluation import pckh, visualize
+from evaluation.inference import StoppedError, predict_distributed
 from model import checkpoint
 from model.checkpoint import State
 from model.loss import stack_losses, stack_losses_of_joints
@@ -337,10 +337,10 @@ class Run:
         Raises StoppedError between two batches if a signal comes.
         """
         chosen = np.arange(self.valid_people.count)[: self.config.eval.people or None]
-        found = predict_together(
+        found = predict_distributed(
             self._evaluated_network(), self.valid_shards, self.valid_samples[chosen], self.target,
             self.place, batch_size=self.config.eval.batch_size, workers=self.config.data.workers,
-            flip=self.config.eval.flip, progress=progress, stop=self._is_asked_to_stop,
+            flip=self.config.eval.flip, progress=progress, should_stop=self._is_asked_to_stop,
         )  # fmt: skip
         self.predicted_NJ2 = found.keypoints_NJ2
         people = self.valid_people.select(chosen)
@@ -350,7 +350,7 @@ class Run:
     def _sheet(self) -> npt.NDArray[np.uint8]:
         """A picture of a few people as validated last, the same people each time."""
         rows = np.unique(np.linspace(0, len(self.predicted_NJ2) - 1, SHEET_PEOPLE).astype(int))
-        return report.draw_people(
+        return visualize.draw_people(
             self.valid_shards, self.valid_samples[rows], self.valid_people.select(rows),
             self.predicted_NJ2[rows], self.skeleton,
         )  # fmt: skip

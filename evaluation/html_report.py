@@ -17,8 +17,8 @@ import numpy.typing as npt
 from common.cli import progress
 from configs.mpii import PIXELS_PER_SCALE
 from configs.skeleton import Skeleton
-from evaluation import pckh, report
-from evaluation.other_run import Other, doubt
+from evaluation import pckh, visualize
+from evaluation.report import ReferenceRun, data_mismatch
 from pipelines import geometry
 from pipelines.annotations import People
 from pipelines.opencv_loader import Source
@@ -32,7 +32,7 @@ _QUALITIES = (80, 65, 50, 35, 20, 10)
 """Of JPEG; the first with which all pictures fit into _PICTURE_BYTES as base64."""
 
 
-class Shown(NamedTuple):
+class ReportData(NamedTuple):
     """Whose pictures are on the page, and what was predicted for them."""
 
     people: People
@@ -45,11 +45,11 @@ class Shown(NamedTuple):
     """(N,) number in the source of each person."""
 
 
-def page(
+def html_report(
     facts: dict[str, Any],
     results: dict[str, dict[str, Any]],
-    other: Other | None,
-    shown: Shown,
+    other: ReferenceRun | None,
+    shown: ReportData,
     per_gallery: int = PER_GALLERY,
 ) -> str:
     """The page. facts: of the run, as in --json. results: a name and a `pckh.summary` each.
@@ -64,14 +64,14 @@ def page(
         "facts": facts,
         "results": results,
         "other": other._asdict() if other else None,
-        "doubt": doubt(next(iter(results.values())), other.result) if other else None,
+        "doubt": data_mismatch(next(iter(results.values())), other.result) if other else None,
         "skeleton": {
             "names": [name or f"joint {j}" for j, name in enumerate(skeleton.names)],
             "sides": skeleton.sides,
             "limbs": skeleton.limbs,
             "groups": skeleton.groups,
         },
-        "tile_px": report.TILE_PX,
+        "tile_px": visualize.TILE_PX,
         "galleries": galleries,
         "people": {
             row: {**_person(shown, errors, row), "jpeg": jpeg}
@@ -104,12 +104,12 @@ def _worst_first(errors_N: pckh.Floats) -> list[int]:
     return known[np.argsort(-errors_N[known], kind="stable")].tolist()
 
 
-def _person(shown: Shown, errors_NJ: pckh.Floats, row: int) -> dict[str, Any]:
+def _person(shown: ReportData, errors_NJ: pckh.Floats, row: int) -> dict[str, Any]:
     """One person as the page draws it; points are in px of the tile."""
     people = shown.people
     side = PIXELS_PER_SCALE * people.scale[row]
     center = people.center[row]
-    tile_from_image = geometry.input_from_image(center, people.scale[row], report.TILE_PX)
+    tile_from_image = geometry.input_from_image(center, people.scale[row], visualize.TILE_PX)
     truth, found = (
         np.clip(np.round(geometry.transform(tile_from_image, points), 1), -9999, 9999).tolist()
         for points in (people.joints[row], shown.keypoints_NJ2[row])
@@ -119,7 +119,7 @@ def _person(shown: Shown, errors_NJ: pckh.Floats, row: int) -> dict[str, Any]:
             "picture": people.images[row],
             "person": int(people.person[row]),
             "box_px": float(side),
-            "length": float(people.normalize[row] * report.TILE_PX / side),
+            "length": float(people.normalize[row] * visualize.TILE_PX / side),
             "error": float(pckh.person_errors(errors_NJ[row : row + 1])[0]),
             "errors": errors_NJ[row].tolist(),
             "marked": people.marked[row].tolist(),
@@ -130,12 +130,12 @@ def _person(shown: Shown, errors_NJ: pckh.Floats, row: int) -> dict[str, Any]:
     )
 
 
-def _pictures(shown: Shown, rows: list[int]) -> list[str | None]:
+def _pictures(shown: ReportData, rows: list[int]) -> list[str | None]:
     """A JPEG in base64 for each row, in the best quality that fits; None without pictures."""
     if shown.source is None:
         return [None] * len(rows)
     tiles = [
-        report.plain_tile(shown.source, int(shown.samples[row]), shown.people, row)
+        visualize.person_tile(shown.source, int(shown.samples[row]), shown.people, row)
         for row in progress(rows, "pictures of the report", "pictures")
     ]
     for quality in _QUALITIES:
@@ -156,7 +156,11 @@ def _fill(data: dict[str, Any]) -> str:
         Path(__file__).with_name(f"page.{kind}").read_text(encoding="utf-8")
         for kind in ("html", "css", "js")
     )
-    colors = {"right": report.RIGHT_BGR, "left": report.LEFT_BGR, "middle": report.MIDDLE_BGR}
+    colors = {
+        "right": visualize.RIGHT_BGR,
+        "left": visualize.LEFT_BGR,
+        "middle": visualize.MIDDLE_BGR,
+    }
     sides = "".join(f"--{side}: rgb({r} {g} {b}); " for side, (b, g, r) in colors.items())
     # A `<` in a string could end the script element; in JSON it may be written by its number.
     block = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")

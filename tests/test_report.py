@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import evaluate
-from evaluation import other_run, pckh
+from evaluation import pckh, report
 from evaluation.predictions import as_entries
 from pipelines.annotations import read_annotations
 from pipelines.shards import ShardSet
@@ -54,8 +54,8 @@ def test_one_number_of_the_annotation_makes_other_data(change, tiny_set):
         "picture": people._replace(images=("x.jpg", *people.images[1:])),
     }[change]
     own, there = (pckh.summary(each.joints, each, skeleton) for each in (people, other))
-    assert "in both, but other pictures" in (other_run.doubt(own, there) or "")
-    assert other_run.doubt(own, own) is None
+    assert "in both, but other pictures" in (report.data_mismatch(own, there) or "")
+    assert report.data_mismatch(own, own) is None
 
 
 def test_shards_hold_the_same_data_as_their_annotation_in_any_order(tiny_set, tiny_shards):
@@ -69,6 +69,6 @@ def test_shards_hold_the_same_data_as_their_annotation_in_any_order(tiny_set, ti
 def test_a_file_without_the_record_is_of_unknown_data(tiny_set, tmp_path):
     own = json.loads(score(tiny_set / "annot" / "valid.h5", tmp_path / "own.json").read_text())
     old = {key: value for key, value in own["predictions"].items() if key != "truth_sha256"}
-    assert "not known" in (other_run.doubt(own["predictions"], old) or "")
+    assert "not known" in (report.data_mismatch(own["predictions"], old) or "")
     fewer = {**old, "people": 4}
-    assert "4 people with" in (other_run.doubt(own["predictions"], fewer) or "")
+    assert "4 people with" in (report.data_mismatch(own["predictions"], fewer) or "")

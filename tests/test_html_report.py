@@ -14,9 +14,9 @@ from test_training import make_run, steps, tiny_config
 import evaluate
 from configs.mpii import L_WRIST, MPII, R_WRIST
 from configs.skeleton import Length, Skeleton
-from evaluation import other_run, page, pckh
-from evaluation import report as pictures
+from evaluation import html_report, pckh, visualize
 from evaluation.predictions import as_entries
+from evaluation.report import ReferenceRun
 from pipelines.annotations import read_annotations
 from pipelines.shards import ShardSet
 
@@ -177,9 +177,9 @@ def test_another_run_is_named_and_doubted_where_it_was_scored_on_other_data(
 def test_the_colours_of_the_page_are_those_of_the_pictures(report, browser):
     browser.show(report.page, *WIDE)
     colours = {
-        "right": pictures.RIGHT_BGR,
-        "left": pictures.LEFT_BGR,
-        "middle": pictures.MIDDLE_BGR,
+        "right": visualize.RIGHT_BGR,
+        "left": visualize.LEFT_BGR,
+        "middle": visualize.MIDDLE_BGR,
     }
     for side, bgr in colours.items():
         for what, style in ((f".found .{side}", "stroke"), (f".key.{side}", "backgroundColor"),
@@ -194,9 +194,11 @@ def test_the_line_of_errors_ends_in_its_frame_or_says_where_it_leaves_it(worst, 
     people = people_at(joints, normalize=100.0)
     found = joints + np.linspace(0, 150, 200)[:, None, None] * [1, 0]
     found[-1] = joints[-1] + [100 * worst, 0]
-    shown = page.Shown(people, found, MPII, None, np.arange(200))
+    shown = html_report.ReportData(people, found, MPII, None, np.arange(200))
     result = pckh.summary(found, people, MPII)
-    (tmp_path / "page.html").write_text(page.page({}, {"network": result}, None, shown), "utf-8")
+    (tmp_path / "page.html").write_text(
+        html_report.html_report({}, {"network": result}, None, shown), "utf-8"
+    )
     browser.show(tmp_path / "page.html", *WIDE)
     xy = "[...document.querySelectorAll('#sorted path.own')][0].getAttribute('d')"
     points = [tuple(map(float, p.split())) for p in browser.ask(xy)[1:].split("L")]
@@ -227,8 +229,10 @@ def test_pckh_is_said_only_where_the_annotation_gives_the_length(length, metric,
     people = people_at(np.full((2, 16, 2), 100.0))
     skeleton = MPII._replace(length=length)
     result = pckh.summary(people.joints, people, skeleton)
-    shown = page.Shown(people, people.joints, skeleton, None, np.arange(2))
-    (tmp_path / "page.html").write_text(page.page({}, {"network": result}, None, shown), "utf-8")
+    shown = html_report.ReportData(people, people.joints, skeleton, None, np.arange(2))
+    (tmp_path / "page.html").write_text(
+        html_report.html_report({}, {"network": result}, None, shown), "utf-8"
+    )
     browser.show(tmp_path / "page.html", *WIDE)
     said = browser.ask("document.title + document.body.innerText")
     assert f"{metric}@0.5, pooled over 16 joints" in said
@@ -380,11 +384,13 @@ def test_words_in_the_data_never_become_markup(tmp_path, browser):
     skeleton = Skeleton("evil", (evil, "b"), (), ((0, 1),), ((evil, (0, 1)),))
     joints = np.full((3, 2, 2), 100.0)
     people = people_at(joints)._replace(images=(evil, "/*DATA*/", "$&"))
-    shown = page.Shown(people, joints + np.array([1, 2]), skeleton, None, np.arange(3))
+    shown = html_report.ReportData(people, joints + np.array([1, 2]), skeleton, None, np.arange(3))
     result = pckh.summary(shown.keypoints_NJ2, people, skeleton)
     facts = {"checkpoint": evil, "remarks": [evil]}
-    other = other_run.Other(evil, result)
-    (tmp_path / "page.html").write_text(page.page(facts, {evil: result}, other, shown), "utf-8")
+    other = ReferenceRun(evil, result)
+    (tmp_path / "page.html").write_text(
+        html_report.html_report(facts, {evil: result}, other, shown), "utf-8"
+    )
     browser.show(tmp_path / "page.html", *WIDE)
     assert len(texts(browser, ".tile")) == 3
     assert browser.ask("window.hurt") is None and complaints(browser) == []
@@ -400,9 +406,11 @@ def test_words_in_the_data_never_become_markup(tmp_path, browser):
 
 def test_people_of_whom_nothing_is_known_make_a_page_of_dashes(tmp_path, browser):
     people = people_at(np.zeros((2, 16, 2)), normalize=0.0)
-    shown = page.Shown(people, people.joints, MPII, None, np.arange(2))
+    shown = html_report.ReportData(people, people.joints, MPII, None, np.arange(2))
     result = pckh.summary(people.joints, people, MPII)
-    (tmp_path / "page.html").write_text(page.page({}, {"nobody": result}, None, shown), "utf-8")
+    (tmp_path / "page.html").write_text(
+        html_report.html_report({}, {"nobody": result}, None, shown), "utf-8"
+    )
     browser.show(tmp_path / "page.html", *WIDE)
     assert texts(browser, "#headline") == ["–"] and texts(browser, ".tile") == []
     choose(browser, "joint", 3)
@@ -422,16 +430,18 @@ def test_galleries_hold_the_worst_the_middle_and_the_best():
     errors = np.array(
         [[0.3, 0.3], [0.1, 0.1], [np.nan, np.nan], [0.5, np.nan], [0.2, 0.6], [0, 0.1]]
     )
-    chosen = page.choose_people(errors, 2)  # means 0.3, 0.1, -, 0.5, 0.4, 0.05
+    chosen = html_report.choose_people(errors, 2)  # means 0.3, 0.1, -, 0.5, 0.4, 0.05
     assert chosen["worst"] == [3, 4] and chosen["best"] == [1, 5]
     assert chosen["median"] == [4, 0]
     assert chosen["0"] == [3, 0, 4, 1] and chosen["1"] == [4, 0, 1, 5]
-    assert set(page.choose_people(np.ones((9, 133)), 2)["132"]) == set()  # no room for so many
+    assert (
+        set(html_report.choose_people(np.ones((9, 133)), 2)["132"]) == set()
+    )  # no room for so many
 
 
 def test_pictures_give_up_quality_for_a_page_that_can_be_sent(tiny_shards, monkeypatch):
     people, samples = (split := ShardSet(tiny_shards / "valid")).people()
-    shown = page.Shown(people, people.joints, MPII, split, samples)
-    full = sum(map(len, page._pictures(shown, [0, 1, 2])))
-    monkeypatch.setattr(page, "_PICTURE_BYTES", full - 1)
-    assert sum(map(len, page._pictures(shown, [0, 1, 2]))) < full
+    shown = html_report.ReportData(people, people.joints, MPII, split, samples)
+    full = sum(map(len, html_report._pictures(shown, [0, 1, 2])))
+    monkeypatch.setattr(html_report, "_PICTURE_BYTES", full - 1)
+    assert sum(map(len, html_report._pictures(shown, [0, 1, 2]))) < full
