@@ -1,8 +1,5 @@
 """Evaluate a trained network: python evaluate.py [--checkpoint runs/NAME/best.pt]."""
 
-import configs.interrupt  # noqa: F401 - before the slow imports
-
-# isort: split
 import argparse
 import json
 import shlex
@@ -20,7 +17,7 @@ from common import torchrun
 from common.cli import Parser, add_device_options, at_least, progress
 from common.distributed import Runtime
 from common.errors import InputError, run_main
-from common.files import write_whole
+from common.files import write_atomic
 from configs.schema import Config
 from configs.skeleton import Skeleton, load_skeleton, require_same_joints
 from evaluation import pckh, report, visualize
@@ -518,13 +515,13 @@ def write_files(
         )
         path = Path(options.picture)
         _, encoded = cv2.imencode(path.suffix, sheet)
-        write_whole(path, encoded.tobytes())
+        write_atomic(path, encoded.tobytes())
         say_written(path)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all, and say so."""
-    write_whole(path, (text + "\n").encode())
+    write_atomic(path, (text + "\n").encode())
     say_written(path)
 
 

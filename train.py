@@ -1,11 +1,5 @@
 """Train a stacked hourglass network: python (or torchrun) train.py --config configs/2hg.yaml"""
 
-import configs.interrupt  # before the slow imports
-
-if __name__ == "__main__":
-    configs.interrupt.hold_signals_of_a_resumed_run()
-
-# isort: split
 import os
 import sys
 from dataclasses import replace

@@ -10,9 +10,6 @@ from pathlib import Path
 # `python benchmarks/gpu_accuracy.py` puts benchmarks/ on the path, and not the folder above it.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import configs.interrupt  # noqa: F401 - before the slow imports
-
-# isort: split
 import argparse
 import functools
 import os
@@ -43,7 +40,7 @@ from common.distributed import Runtime
 from common.errors import InputError, run_main
 from common.system import usable_cores
 from configs import schema
-from configs.mpii import MPII
+from configs.skeleton import MPII
 from evaluation import pckh
 from evaluation.inference import predict_distributed
 from model.hourglass import StackedHourglass

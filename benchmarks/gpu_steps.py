@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.loading import Load
 from benchmarks.timing import Case, Result, synchronize, take_turns
-from configs.mpii import MPII
+from configs.skeleton import MPII
 from model.hourglass import Residual, StackedHourglass
 from model.loss import stack_losses, stack_losses_of_joints
 from pipelines import heatmaps

@@ -15,7 +15,7 @@ from benchmarks.made_people import first_shards, make_many
 from benchmarks.timing import Case, Result, memory_mib, take_turns
 from common import distributed as runtime
 from common.system import keep_freed_memory
-from configs.mpii import MPII
+from configs.skeleton import MPII
 from pipelines import loader as batches
 from pipelines import opencv_loader as opencv_crops
 from pipelines.augment import PRESETS, Preset

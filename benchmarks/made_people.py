@@ -8,7 +8,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from configs.mpii import MPII
+from configs.skeleton import MPII
 from pipelines import crop_packing as stored_crops
 from pipelines.annotations import People
 from pipelines.shard_format import (

@@ -11,7 +11,7 @@ from benchmarks.princeton_path import render_by_loop
 from benchmarks.timing import Case
 from common import distributed as runtime
 from common.system import keep_freed_memory
-from configs.mpii import MPII
+from configs.skeleton import MPII
 from model.hourglass import StackedHourglass
 from model.loss import stack_losses
 from pipelines import heatmaps

@@ -11,9 +11,6 @@ from pathlib import Path
 # `python benchmarks/packing.py` puts benchmarks/ on the path, and not the folder above it.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import configs.interrupt  # noqa: F401 - before the slow imports
-
-# isort: split
 import argparse
 import math
 import time

@@ -16,7 +16,7 @@ import torch
 from benchmarks.timing import Result, table, world
 from common.cli import Parser
 from common.errors import InputError
-from common.files import write_whole
+from common.files import write_atomic
 
 Report = dict[str, Any]
 
@@ -129,7 +129,7 @@ def _plain(name: str, found: Any) -> Any:
 
 def keep(report: Report, path: Path, panels: Callable[[Report], dict[str, list["Bar"]]]) -> None:
     """Write a report, whole or not at all, and its bars."""
-    write_whole(path, (json.dumps(report, indent=1) + "\n").encode())
+    write_atomic(path, (json.dumps(report, indent=1) + "\n").encode())
     draw_bars(panels(report), path.with_suffix(".png"), report["world"]["device"])
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from configs.mpii import MPII, PIXELS_PER_SCALE
+from configs.skeleton import MPII, PIXELS_PER_SCALE
 from pipelines import princeton
 from pipelines.augment import PRESETS, Draw, draw, draw_rng
 from pipelines.geometry import STRIDE

@@ -152,7 +152,7 @@ def progress(
             advance(1)
 
 
-def say(text: str) -> None:
+def info(text: str) -> None:
     """A line that stays, above the bar if there is one."""
     tqdm.write(text, file=sys.stderr)
 

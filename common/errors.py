@@ -1,4 +1,4 @@
-"""The one exception that bad input ends in, and how a command-line program shows it.
+"""The one exception for bad input, and how a command-line program reports it.
 
 Every message has four parts: where the fault is, what was found, what was expected, and what to do
 next.
@@ -11,20 +11,27 @@ from collections.abc import Callable
 
 EXIT_BAD_INPUT = 2
 EXIT_RESUME = 75
-"""A signal ended the run, its checkpoint is written: start it again (EX_TEMPFAIL of sysexits.h)."""
+"""A signal ended the run; its checkpoint is written: start it again (EX_TEMPFAIL, sysexits.h)."""
 EXIT_INTERRUPTED = 130
-_USERS_TO_MEND = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT,
-                  errno.ENOTDIR, errno.EISDIR, errno.EEXIST}  # fmt: skip
+_USER_CAN_FIX = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+}
 
 
 class InputError(Exception):
     """Something that the user gave (a file, a folder, an option) cannot be used."""
 
     def __init__(self, where: object, found: str, expected: str, next_step: str):
-        """Keep the four parts, and print them as one block of text.
+        """Keep the four parts; str() prints them as one block of text.
 
-        where: the file, sample or option at fault. found, expected: what is there, what should be.
-        next_step: what the user can do about it, as an imperative.
+        where: the file, sample or option at fault. next_step: what the user can do, an imperative.
         """
         self.where, self.found = str(where), found
         self.expected, self.next_step = expected, next_step
@@ -37,12 +44,12 @@ class InputError(Exception):
         )
 
 
-def run_main(main: Callable[[], int | None], speaks: Callable[[str], bool] | None = None) -> None:
-    """Run a program's main function and leave with its exit code.
+def run_main(main: Callable[[], int | None], show: Callable[[str], bool] | None = None) -> None:
+    """Run a program's main function and exit with its code.
 
-    InputError becomes a message on stderr and exit code 2, a missing permission and a full disk
-    likewise, Ctrl-C one sentence and 130, a closed pipe (`| head`) silence. speaks: is given a
-    message, and says whether this process is the one to show it, where several have the same.
+    InputError, a missing permission and a full disk become a message on stderr and exit code 2,
+    Ctrl-C one sentence and 130; a closed pipe (`| head`) is silent. show: gets the message and
+    returns whether this process prints it; one of several ranks with the same message does.
     """
     message = ""
     try:
@@ -54,24 +61,17 @@ def run_main(main: Callable[[], int | None], speaks: Callable[[str], bool] | Non
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except OSError as error:
-        if error.errno not in _USERS_TO_MEND:
+        if error.errno not in _USER_CAN_FIX:
             raise
-        code = EXIT_BAD_INPUT
-        message = (
-            f"{error.filename or 'writing'}\n  found:    {error.strerror}\n"
-            "  expected: a path that this user may use, with space left\n"
-            "  next:     change its permissions, make room, or name another path"
-        )
+        where, found = error.filename or "writing", error.strerror or str(error)
+        expected = "a path that this user may use, with space left"
+        advice = "change its permissions, free some space, or give another path"
+        code, message = EXIT_BAD_INPUT, str(InputError(where, found, expected, advice))
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED
-    # Only now that the failed calls are gone: a progress bar that they held has ended its line.
+    # Printed after the failed calls have returned, so that their progress bars have ended a line.
     if code == EXIT_INTERRUPTED:
-        say_interrupted()
-    if message and (speaks is None or speaks(message)):
+        print("\nInterrupted; files that were complete are kept.", file=sys.stderr)
+    if message and (show is None or show(message)):
         print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(code)
-
-
-def say_interrupted() -> None:
-    """What Ctrl-C leaves on the screen."""
-    print("\nInterrupted; what was whole by then is kept.", file=sys.stderr)

@@ -20,7 +20,7 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from common.cli import check_options, wrong_choice
 from common.errors import InputError
-from common.files import read_yaml, write_whole
+from common.files import read_yaml, write_atomic
 
 TrackerName = Literal["none", "wandb", "trackio"]
 
@@ -270,7 +270,7 @@ def as_dict(config: Config) -> dict[str, Any]:
 
 def save_yaml(config: Config, path: Path) -> None:
     """Write every field, so that the file repeats the run by itself."""
-    write_whole(path, yaml.safe_dump(as_dict(config), sort_keys=False).encode())
+    write_atomic(path, yaml.safe_dump(as_dict(config), sort_keys=False).encode())
 
 
 def load_yaml(path: str) -> dict[str, Any]:

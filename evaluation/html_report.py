@@ -15,8 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.cli import progress
-from configs.mpii import PIXELS_PER_SCALE
-from configs.skeleton import Skeleton
+from configs.skeleton import PIXELS_PER_SCALE, Skeleton
 from evaluation import pckh, visualize
 from evaluation.report import ReferenceRun, data_mismatch
 from pipelines import geometry

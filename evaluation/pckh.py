@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from configs.mpii import PIXELS_PER_SCALE
-from configs.skeleton import Skeleton, length_in_words
+from configs.skeleton import PIXELS_PER_SCALE, Skeleton, length_in_words
 from pipelines.annotations import People
 
 Floats = npt.NDArray[np.float64]

@@ -13,8 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import InputError
-from common.files import LARGEST_JSON, read_json, write_whole
-from configs.confined import rehearse
+from common.files import LARGEST_JSON, read_json, write_atomic
 from pipelines.annotations import People
 
 HEAD_BOX_SHARE = 0.6
@@ -167,7 +166,6 @@ def open_mat(path: Path, names: list[str], expected: str) -> dict[str, Any]:
     try:
         if path.stat().st_size > LARGEST_JSON:
             raise ValueError(f"more than {LARGEST_JSON >> 20} MiB")
-        rehearse(lambda: scipy_io.loadmat(path, variable_names=names), path)
         return scipy_io.loadmat(path, variable_names=names)
     except FileNotFoundError as error:
         raise InputError(path, "no such file", expected, "give its path") from error
@@ -182,7 +180,7 @@ def write_mat(path: Path, variables: dict[str, Any]) -> None:
     scipy_io = _scipy_io(path)
     file = io.BytesIO()
     scipy_io.savemat(file, variables, long_field_names=True, do_compression=True)
-    write_whole(path, file.getvalue())
+    write_atomic(path, file.getvalue())
 
 
 def _scipy_io(path: Path) -> Any:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import InputError
-from configs.mpii import MPII
 from configs.schema import (
     FIXED_ON_RESUME,
     FREE_ON_RESUME,
@@ -27,7 +26,7 @@ from configs.schema import (
     config_from_dict,
     flat,
 )
-from configs.skeleton import Skeleton, skeleton_from_plain, unnamed
+from configs.skeleton import MPII, Skeleton, skeleton_from_plain, unnamed
 from model import bearpaw, seal
 from model import foreign_checkpoints as princeton
 from model.export import OnnxNetwork

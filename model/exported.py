@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from common.errors import InputError
-from common.files import parse_json, write_whole
+from common.files import parse_json, write_atomic
 from model.export import read_metadata
 
 KEY = "stacked_hourglass"
@@ -40,7 +40,7 @@ def write_safetensors(path: Path, weights: dict[str, Tensor], state: dict[str, A
     """Write weights and facts, whole or not at all. Raises InputError."""
     tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
     metadata = {"format": "pt", KEY: facts_text(state)}
-    write_whole(path, _safetensors(path).torch.save(tensors, metadata))
+    write_atomic(path, _safetensors(path).torch.save(tensors, metadata))
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:

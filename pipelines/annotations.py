@@ -18,8 +18,7 @@ import numpy.typing as npt
 
 from common.errors import InputError
 from common.files import LARGEST_JSON, bounded, parse_json
-from configs.confined import rehearse
-from configs.mpii import (
+from configs.skeleton import (
     BOX_SCALE,
     BOX_SHIFT_Y_PX,
     HEAD_LENGTH_FROM_NECK_TO_TOP,
@@ -27,8 +26,8 @@ from configs.mpii import (
     MPII,
     PIXELS_PER_SCALE,
     UPPER_NECK,
+    Skeleton,
 )
-from configs.skeleton import Skeleton
 
 _LARGEST_COLUMN = 256 << 20
 """Bytes; that of MPII's 25,000 people has 6 million."""
@@ -127,7 +126,6 @@ def has_both_splits(path: Path) -> bool:
 
 def _read_h5(path: Path, skeleton: Skeleton) -> People:
     try:
-        rehearse(lambda: _open_h5(path, skeleton), path)
         columns = _open_h5(path, skeleton)
     except (InputError, PermissionError):
         raise

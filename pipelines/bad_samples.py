@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import InputError
-from common.files import parse_json, read_bytes, write_whole
+from common.files import parse_json, read_bytes, write_atomic
 from pipelines.jpeg import BadSamplesError
 from pipelines.loader import Loader
 from pipelines.opencv_loader import RawBatch
@@ -114,7 +114,9 @@ class Quarantine:
             }
             for sample, fault in sorted(faults.items())
         ]
-        write_whole(self.folder / LIST, "".join(json.dumps(line) + "\n" for line in lines).encode())
+        write_atomic(
+            self.folder / LIST, "".join(json.dumps(line) + "\n" for line in lines).encode()
+        )
 
     def _read(self) -> dict[int, str]:
         """People of these shards in the file; those of others, packed anew since, do not count."""

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from common.errors import InputError
 from common.files import parse_json, read_bytes
-from configs.mpii import BOX_SCALE, PIXELS_PER_SCALE
+from configs.skeleton import BOX_SCALE, PIXELS_PER_SCALE
 
 MARGIN = BOX_SCALE
 """Side of the square over the longer side of a box drawn tightly about a person: MPII's own."""

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import InputError
-from configs.mpii import PIXELS_PER_SCALE
+from configs.skeleton import PIXELS_PER_SCALE
 from pipelines.augment import PRESETS, Preset
 from pipelines.shard_format import CropRule, Manifest
 

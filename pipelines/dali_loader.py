@@ -18,7 +18,7 @@ from nvidia.dali import fn, math, pipeline_def, types
 from nvidia.dali.pipeline import Pipeline
 
 from common.errors import InputError
-from configs.mpii import PIXELS_PER_SCALE
+from configs.skeleton import PIXELS_PER_SCALE
 from pipelines import augment
 from pipelines.augment import Distribution, Draw, Preset
 from pipelines.jpeg import BadSamplesError, PictureError, check_jpeg, require_sane_size

@@ -7,7 +7,7 @@ centres are integers. Nothing here is random, reads a file or chooses a device.
 import numpy as np
 import numpy.typing as npt
 
-from configs.mpii import PIXELS_PER_SCALE
+from configs.skeleton import PIXELS_PER_SCALE
 
 Matrix = npt.NDArray[np.float64]
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from configs.mpii import PIXELS_PER_SCALE
+from configs.skeleton import PIXELS_PER_SCALE
 from pipelines.augment import Draw
 from pipelines.geometry import Matrix, mirror, rotation, scaling, translation
 

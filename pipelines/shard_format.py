@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import InputError
-from common.files import read_json, write_whole
+from common.files import read_json, write_atomic
 from configs.skeleton import Skeleton, skeleton_from_plain
 from pipelines.annotations import People, safe_name
 
@@ -250,7 +250,7 @@ def file_sha256(path: Path) -> str:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write manifest.json atomically."""
     text = json.dumps({**asdict(manifest), "skeleton": manifest.skeleton.plain()}, indent=1)
-    write_whole(folder / MANIFEST, (text + "\n").encode())
+    write_atomic(folder / MANIFEST, (text + "\n").encode())
 
 
 def read_manifest(folder: Path) -> Manifest:

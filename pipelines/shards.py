@@ -22,7 +22,7 @@ import numpy.typing as npt
 import webdataset
 
 from common.errors import InputError
-from common.files import parse_json, read_bytes, write_whole
+from common.files import parse_json, read_bytes, write_atomic
 from pipelines.annotations import People, safe_name
 from pipelines.jpeg import claimed_size, require_sane_size
 from pipelines.shard_format import (
@@ -368,7 +368,7 @@ def _write_patched_index(source: Path, target: Path, lines_N: npt.NDArray[np.int
     except OSError as error:
         raise InputError(source, f"not readable ({error.strerror})", "the index of its tar",
                          "restore it, or " + PACK_AGAIN) from error  # fmt: skip
-    write_whole(target, ("\n".join([header, *(lines[i] for i in lines_N)]) + "\n").encode())
+    write_atomic(target, ("\n".join([header, *(lines[i] for i in lines_N)]) + "\n").encode())
 
 
 def _check_places(table_NC2: npt.NDArray[np.int64], tar_bytes: int) -> None:

@@ -12,7 +12,7 @@ import pytest
 from conftest import random_people, write_h5
 
 from common.errors import InputError
-from configs.mpii import MPII
+from configs.skeleton import MPII
 from pipelines.annotations import People, head_length, read_annotations, safe_name
 
 

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional
 
 from common.errors import InputError
-from configs.mpii import MPII
+from configs.skeleton import MPII
 from model import bearpaw, checkpoint
 
 

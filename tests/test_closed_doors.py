@@ -27,7 +27,6 @@ from test_training import make_run, steps, tiny_config
 
 from common import files as reading
 from common.errors import InputError
-from configs import confined
 from configs.schema import load_yaml
 from configs.skeleton import load_skeleton
 from evaluation.estimator import read_picture
@@ -277,65 +276,6 @@ def address_space(extra: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, limits)
-
-
-@pytest.mark.parametrize("module", ["h5py.File", "scipy.io.loadmat"])
-def test_h5_and_mat_are_read_by_a_child_first(module, tiny_set, tmp_path, monkeypatch):
-    pytest.importorskip("scipy")
-    monkeypatch.setattr(module, lambda *_, **__: os.kill(os.getpid(), 11))
-    for name in ("a.h5", "a.mat"):
-        (tmp_path / name).write_bytes((tiny_set / "annot" / "valid.h5").read_bytes())
-    with pytest.raises(InputError, match=r"its parser crashed \(SIGSEGV\)"):
-        if module.startswith("h5py"):
-            read_annotations(tmp_path / "a.h5", "valid")
-        else:
-            open_mat(tmp_path / "a.mat", ["preds"], "a .mat")
-
-
-# The child process
-
-
-def rehearsed(parse: Callable[[], object], path: Path) -> str:
-    with pytest.raises(ValueError) as caught:
-        confined.rehearse(parse, path)
-    return str(caught.value)
-
-
-def test_a_parser_that_crashes_swells_or_hangs_takes_only_the_child_along(tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    path.touch()
-    monkeypatch.setattr(confined, "SECONDS", 1)
-    monkeypatch.setattr(confined, "MEMORY", 1 << 28)
-    assert rehearsed(lambda: os.kill(os.getpid(), 11), path) == "its parser crashed (SIGSEGV)"
-    assert rehearsed(lambda: os.abort(), path) == "its parser crashed (SIGABRT)"
-    assert rehearsed(lambda: np.ones(1 << 29), path) == "it takes more than 256 MiB of memory"
-    assert (
-        rehearsed(lambda: sum(0 for _ in iter(int, 1)), path) == "its parser was not done after 1 s"
-    )
-    assert rehearsed(lambda: os._exit(7), path) == "its parser ended with 7"
-    assert rehearsed(lambda: 1 // 0, path).startswith("ZeroDivisionError")
-
-    def refuse() -> None:
-        raise InputError("a", "b", "c", "d")
-
-    with pytest.raises(InputError, match=r"a\n"):
-        confined.rehearse(refuse, path)
-
-
-def test_a_file_is_tried_once_while_it_is_unchanged(tmp_path):
-    path, log = tmp_path / "file", tmp_path / "log"
-    path.touch()
-
-    def parse() -> None:
-        with log.open("a") as file:
-            file.write(f"{os.getpid()}\n")
-
-    for _ in range(3):
-        confined.rehearse(parse, path)
-    path.write_text("changed")
-    confined.rehearse(parse, path)
-    pids = log.read_text().split()
-    assert len(pids) == 2 and str(os.getpid()) not in pids
 
 
 # JSON, YAML, CSV

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from common.errors import InputError
-from configs.mpii import MPII
+from configs.skeleton import MPII
 from pipelines import geometry, princeton
 from pipelines import loader as batches
 from pipelines.augment import PRESETS, Draw, preset_of

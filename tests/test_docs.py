@@ -27,8 +27,8 @@ from conftest import ROOT
 from test_submission import write_release
 
 from common.errors import InputError
-from configs.mpii import MPII
 from configs.schema import as_dict, config_from_dict
+from configs.skeleton import MPII
 from evaluation import pckh
 from evaluation.predictions import as_entries
 from model import checkpoint

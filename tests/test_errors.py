@@ -34,7 +34,7 @@ def test_a_forbidden_or_full_place_is_one_message(number, capsys):
 
 def test_control_c_leaves_a_sentence_and_130(capsys):
     code, text = ending(KeyboardInterrupt(), capsys)
-    assert code == 130 and text.strip() == "Interrupted; what was whole by then is kept."
+    assert code == 130 and text.strip() == "Interrupted; files that were complete are kept."
 
 
 def test_success_leaves_with_0_and_silence(capsys):

@@ -16,8 +16,7 @@ from torch import nn
 
 import evaluate
 from common.errors import InputError, run_main
-from configs.mpii import MPII
-from configs.skeleton import Skeleton
+from configs.skeleton import MPII, Skeleton
 from evaluation import inference, pckh, report, visualize
 from model import checkpoint
 from pipelines.annotations import read_annotations

@@ -692,23 +692,6 @@ def holds(pid: int, number: int) -> bool:
     return bool(int(status.split("SigBlk:")[1].split()[0], 16) >> (number - 1) & 1)
 
 
-@pytest.mark.parametrize(
-    ("words", "restarts", "held"),
-    [("--resume", "0", True), ("--resume=auto", "0", True), ("", "1", True), ("", "0", False)],
-)
-def test_signals_to_a_start_are_held_if_a_run_goes_on(words, restarts, held):
-    code = (
-        "import configs.interrupt as i, signal; i.hold_signals_of_a_resumed_run();"
-        "print(*sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, *words.split()], cwd=ROOT, text=True, capture_output=True,
-        env={**os.environ, "TORCHELASTIC_RESTART_COUNT": restarts}, check=True,
-    )  # fmt: skip
-    expected = sorted([signal.SIGTERM, signal.SIGUSR1]) if held else []
-    assert [int(word) for word in done.stdout.split()] == expected, "Ctrl-C ends a start at once"
-
-
 def test_a_signal_in_the_last_step_of_an_epoch_leaves_the_validation_for_later(
     tiny_shards, tmp_path
 ):

@@ -12,8 +12,7 @@ from test_pckh import people_at
 from test_training import make_run, steps, tiny_config
 
 import evaluate
-from configs.mpii import L_WRIST, MPII, R_WRIST
-from configs.skeleton import Length, Skeleton
+from configs.skeleton import L_WRIST, MPII, R_WRIST, Length, Skeleton
 from evaluation import html_report, pckh, visualize
 from evaluation.predictions import as_entries
 from evaluation.report import ReferenceRun

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from common.errors import InputError
-from configs.mpii import (
+from configs.skeleton import (
     HEAD_TOP,
     L_ANKLE,
     L_SHOULDER,

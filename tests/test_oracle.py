@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from configs.mpii import MPII
+from configs.skeleton import MPII
 from evaluation import pckh
 from evaluation.inference import oracle_keypoints
 from pipelines.annotations import People, read_annotations

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from configs.mpii import MPII
+from configs.skeleton import MPII
 from evaluation import pckh
 from pipelines.annotations import People, read_annotations
 

@@ -341,7 +341,7 @@ def test_control_c_leaves_a_whole_video_and_json_of_what_was_finished(
     assert left.value.code == 130
     assert len(read_json(out)[0]) == 8
     assert len(frames_of(tmp_path / "o.avi")) == 8
-    assert "what was whole by then is kept" in capsys.readouterr().err
+    assert "files that were complete are kept" in capsys.readouterr().err
 
 
 def test_control_c_keeps_the_pictures_that_were_finished(run, tiny_set, tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from common.errors import InputError
-from configs.mpii import MPII
+from configs.skeleton import MPII
 from evaluation.inference import predict
 from model import checkpoint
 from model import foreign_checkpoints as weights

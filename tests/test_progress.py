@@ -10,8 +10,8 @@ import pytest
 from conftest import ROOT, Stream
 from test_architecture import sources
 
-from common import progress as module
-from common.cli import counting, duration, progress, say
+from common import cli
+from common.cli import counting, duration, info, progress
 from common.errors import InputError, run_main
 
 COLUMNS = 60
@@ -20,7 +20,7 @@ COLUMNS = 60
 @pytest.fixture
 def clock(monkeypatch) -> list[float]:
     now = [100.0]
-    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(cli.time, "monotonic", lambda: now[0])
     return now
 
 
@@ -76,14 +76,14 @@ def test_a_line_said_meanwhile_stays_above_the_bar(watch):
     stderr = watch(terminal=True)
     for number in progress(range(2), "checking", "pictures"):
         if number:
-            say("left out: a.jpg")
+            info("left out: a.jpg")
     assert stderr.screen()[0] == "left out: a.jpg"
     assert stderr.screen()[1].startswith("checking: 100%")
 
 
 @pytest.mark.parametrize(
     ("error", "message"),
-    [((KeyboardInterrupt,), "Interrupted; what was whole by then is kept."),
+    [((KeyboardInterrupt,), "Interrupted; files that were complete are kept."),
      ((InputError, "a.jpg", "no JPEG", "one", "mend it"), "error: a.jpg")],
 )  # fmt: skip
 def test_the_bar_stands_once_above_the_message_that_ends_the_program(watch, error, message):
@@ -112,7 +112,7 @@ def test_progress_is_shown_by_this_one_helper():
         return "tqdm" in names
 
     users = [path for path in [*sources(), ROOT / "tests" / "fuzz.py"] if uses_tqdm(path)]
-    assert users == [ROOT / "configs" / "progress.py"]
+    assert users == [ROOT / "common" / "cli.py"]
 
 
 def test_install_says_what_it_does_before_each_long_step(tmp_path):

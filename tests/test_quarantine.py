@@ -15,8 +15,8 @@ import torch
 from test_training import make_run, steps, tiny_config
 
 from common.errors import InputError
-from configs.mpii import MPII
 from configs.schema import DataConfig, HeatmapsConfig
+from configs.skeleton import MPII
 from model import checkpoint
 from pipelines.augment import PRESETS
 from pipelines.bad_samples import LIST, Quarantine, SkippingLoader

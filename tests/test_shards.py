@@ -15,7 +15,7 @@ import pytest
 import webdataset
 
 from common.errors import InputError
-from configs.mpii import MPII
+from configs.skeleton import MPII
 from pipelines import shards
 from pipelines.annotations import People, read_annotations
 from pipelines.shard_format import (

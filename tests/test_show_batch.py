@@ -10,7 +10,7 @@ import torch
 from test_dali_crops import opencv_twin
 
 from common.errors import InputError
-from configs.mpii import MPII
+from configs.skeleton import MPII
 from evaluation.visualize import LEFT_BGR, MIDDLE_BGR, RIGHT_BGR
 from pipelines import loader as batches
 from pipelines.augment import PRESETS

@@ -7,8 +7,8 @@ import yaml
 from conftest import ROOT
 
 from common.errors import InputError
-from configs.mpii import MPII
 from configs.skeleton import (
+    MPII,
     Length,
     Skeleton,
     length_in_words,

@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from common import distributed as runtime
 from common.distributed import Runtime
 from common.errors import InputError
-from configs.mpii import MPII
 from configs.schema import Config, ModelConfig, TrainConfig, check_values
+from configs.skeleton import MPII
 from model.hourglass import StackedHourglass
 from model.loss import stack_losses, stack_losses_of_joints
 from pipelines import heatmaps

@@ -15,7 +15,7 @@ from conftest import pack_arguments, write_h5, write_jpeg
 import evaluate
 import train
 from common.errors import InputError
-from configs.mpii import MPII
+from configs.skeleton import MPII
 from evaluation import visualize
 from pipelines import crop_packing as stored_crops
 from pipelines import geometry

@@ -28,7 +28,7 @@ from benchmarks import (
 from benchmarks.timing import Case, take_turns
 from common.distributed import Runtime
 from common.errors import InputError
-from configs.mpii import MPII
+from configs.skeleton import MPII
 from evaluation.inference import predict_distributed
 from model.hourglass import StackedHourglass
 from pipelines import loader as batches

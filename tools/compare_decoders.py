@@ -6,9 +6,6 @@ from pathlib import Path
 # `python tools/compare_decoders.py` puts tools/ on the path, and not the folder of the packages.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import configs.interrupt  # noqa: F401 - before the slow imports
-
-# isort: split
 import argparse
 import functools
 import importlib.util

@@ -12,9 +12,6 @@ from pathlib import Path
 # `python tools/make_shards.py` puts tools/ on the path, and not the folder that holds configs/.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import configs.interrupt  # noqa: F401 - before the slow imports
-
-# isort: split
 import argparse
 import errno
 import fcntl
@@ -37,8 +34,7 @@ import numpy as np
 
 from common.cli import Parser, at_least, counting, progress
 from common.errors import InputError, run_main
-from configs.mpii import MPII, PIXELS_PER_SCALE
-from configs.skeleton import Skeleton, load_skeleton
+from configs.skeleton import MPII, PIXELS_PER_SCALE, Skeleton, load_skeleton
 from pipelines import crop_packing as stored_crops
 from pipelines.annotations import People, has_both_splits, read_annotations, split_file
 from pipelines.augment import PRESETS

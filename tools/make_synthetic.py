@@ -9,9 +9,6 @@ from pathlib import Path
 # `python tools/make_synthetic.py` puts tools/ on the path, and not the folder that holds configs/.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import configs.interrupt  # noqa: F401 - before the slow imports
-
-# isort: split
 import argparse
 import json
 import multiprocessing

@@ -6,8 +6,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from configs.mpii import PIXELS_PER_SCALE
-from configs.skeleton import Skeleton
+from configs.skeleton import PIXELS_PER_SCALE, Skeleton
 from pipelines.annotations import People
 from pipelines.shard_format import unpack_records
 from pipelines.shards import ShardSet

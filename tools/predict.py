@@ -6,9 +6,6 @@ from pathlib import Path
 # `python tools/predict.py` puts tools/ on the path, and not the folder of the packages.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import configs.interrupt  # noqa: F401 - before the slow imports
-
-# isort: split
 import argparse
 import functools
 import itertools
@@ -22,12 +19,11 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from common.cli import Parser, add_device_options, at_least, counting, say
+from common.cli import Parser, add_device_options, at_least, counting, info
 from common.errors import InputError, run_main
-from common.files import write_whole
+from common.files import write_atomic
 from common.system import usable_cores
-from configs.mpii import PIXELS_PER_SCALE
-from configs.skeleton import Skeleton
+from configs.skeleton import PIXELS_PER_SCALE, Skeleton
 from evaluation.estimator import PoseEstimator, read_picture
 from evaluation.visualize import draw_skeleton
 from pipelines.annotations import stays_inside
@@ -374,7 +370,7 @@ def read_subjects(
         if not options.skip_bad:
             advice = f"{error.next_step}, or leave such pictures out with --skip-bad"
             raise InputError(error.where, error.found, error.expected, advice) from error
-        say(f"left out: {error.where}: {error.found}")
+        info(f"left out: {error.where}: {error.found}")
         return []
     return [
         crop_subject(estimator, image, picture, person, {"index": row})
@@ -478,7 +474,7 @@ def write_picture(path: Path, image_HW3: npt.NDArray[np.uint8]) -> None:
     fine, data = cv2.imencode(path.suffix, image_HW3)
     if not fine:
         raise InputError(path, "OpenCV cannot write it", "a .png or .jpg", "name another file")
-    write_whole(path, data.tobytes())
+    write_atomic(path, data.tobytes())
 
 
 def write_results(options: argparse.Namespace, skeleton: Skeleton, found: list[Found]) -> None:
@@ -488,10 +484,10 @@ def write_results(options: argparse.Namespace, skeleton: Skeleton, found: list[F
     found = sorted(found, key=lambda one: one.subject.facts["index"])
     entries = [as_entry(one) for one in found]
     if options.save_predictions:
-        write_whole(options.save_predictions, (json.dumps(entries) + "\n").encode())
+        write_atomic(options.save_predictions, (json.dumps(entries) + "\n").encode())
     if options.save_coco:
         coco = [as_coco(entry) for entry in entries]
-        write_whole(options.save_coco, (json.dumps(coco) + "\n").encode())
+        write_atomic(options.save_coco, (json.dumps(coco) + "\n").encode())
     for path in (options.save_predictions, options.save_coco, options.overlay):
         if path and path.exists():
             print(f"wrote {path}", file=sys.stderr)

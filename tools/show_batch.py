@@ -10,9 +10,7 @@ from pathlib import Path
 # `python tools/show_batch.py` puts tools/ on the path, and not the folder that holds configs/.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import configs.interrupt  # noqa: F401 - before the slow imports
 
-# isort: split
 from typing import NamedTuple
 
 import cv2

@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from configs.mpii import (
+from configs.skeleton import (
     HEAD_TOP,
     L_ANKLE,
     L_ELBOW,

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from configs.mpii import (
+from configs.skeleton import (
     BOX_SCALE,
     BOX_SHIFT_Y_PX,
     HEAD_LENGTH_FROM_NECK_TO_TOP,

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from common.errors import InputError
-from common.files import write_whole
+from common.files import write_atomic
 from model import checkpoint
 from model.checkpoint import State
 
@@ -99,7 +99,7 @@ def begin(folder: Path, launchers: list[str]) -> None:
     lock(folder)
     for half in folder.glob("*.pt.tmp"):
         half.unlink(missing_ok=True)
-    write_whole(folder / LAUNCHERS, "".join(f"{name}\n" for name in launchers).encode())
+    write_atomic(folder / LAUNCHERS, "".join(f"{name}\n" for name in launchers).encode())
 
 
 def lock(folder: Path) -> None:
@@ -141,7 +141,7 @@ def was_begun_by(folder: Path, launchers: list[str]) -> bool:
 
 def ask_to_resume(folder: Path, text: str) -> None:
     """Leave the marker that tells a job script to start the run again. Raises OSError."""
-    write_whole(folder / RESUME_ME, f"{text}\n".encode())
+    write_atomic(folder / RESUME_ME, f"{text}\n".encode())
 
 
 def take_back(folder: Path) -> None:

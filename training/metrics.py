@@ -20,7 +20,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from common.cli import duration
 from common.distributed import Runtime
-from common.files import parse_json, write_whole
+from common.files import parse_json, write_atomic
 from configs.schema import Config
 from model.loss import pck, peak_height
 from pipelines import heatmaps
@@ -275,7 +275,7 @@ def cut(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = [line for line in path.read_bytes().splitlines() if _entry(line, step)]
-    write_whole(path, b"".join(line + b"\n" for line in kept))
+    write_atomic(path, b"".join(line + b"\n" for line in kept))
 
 
 def _entry(line: bytes, last_step: int = sys.maxsize) -> dict[str, Any]:
@@ -308,7 +308,7 @@ def _write_picture(path: Path, image_HW3: npt.NDArray[np.uint8]) -> bytes:
     """Write a BGR picture whole or not at all, and return the file's bytes."""
     ok, encoded = cv2.imencode(path.suffix, image_HW3)
     assert ok, path
-    write_whole(path, encoded.tobytes())
+    write_atomic(path, encoded.tobytes())
     return encoded.tobytes()
 
 

@@ -18,7 +18,6 @@ PATIENCE_S = 10.0
 def noted() -> Iterator[list[int]]:
     """Collect SIGINT, SIGTERM and SIGUSR1 in the list instead of ending; a second one ends at once.
 
-    Those that configs/interrupt.py held back while the program started are the first in it.
     torchrun forwards what it gets, and what is sent to a whole job reaches a rank twice; so there a
     second one counts only after PATIENCE_S.
     """
