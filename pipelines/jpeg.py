@@ -1,45 +1,47 @@
-"""Which JPEGs may be packed: whole ones that every decoder turns into the same picture.
+"""Which JPEGs may be packed: complete ones that every decoder turns into the same picture.
 
-Refused are, beside what is missing or damaged:
+Refused are, besides missing and damaged files:
 
-- grey (1 component) and CMYK (4 components): the bytes are packed as they are, and OpenCV, nvJPEG
-  and libjpeg differ in how they make RGB of them;
+- grey (1 component) and CMYK (4 components): the bytes are packed unchanged, and OpenCV, nvJPEG
+  and libjpeg convert them to RGB differently;
 - an EXIF orientation of 2 to 8: annotations were made on the stored pixels, and decoders disagree
-  on whether to turn them;
-- lossless, hierarchical and arithmetic-coded JPEGs, which the decoder of the GPU does not read.
+  on whether to rotate them;
+- lossless, hierarchical and arithmetic-coded JPEGs, which the GPU decoder does not read.
 
-The structure is checked before anything is decoded, because a decoder fills what is missing with
-grey and says so on stderr at most. Damage that leaves a valid JPEG, as one bit can, stays unseen.
+Some damage leaves a valid JPEG and is not detected.
 """
 
+import io
 import os
 import re
 import struct
 import tempfile
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, NamedTuple
 
 import cv2
 import numpy as np
+from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 
 from common.errors import InputError
 
-MOST_PIXELS = 64_000_000
-"""More than any camera of the data sets; a header that claims more is an attack or an accident."""
+MAX_PIXELS = 64_000_000
+"""More than any camera of the data sets has."""
 
-_MOST_SCANS = 100
-"""Each costs a decoder a pass over the whole picture; photographs have 10 or so."""
-_START, _END, _SCAN, _APP1 = 0xD8, 0xD9, 0xDA, 0xE1
-_FRAMES = {0xC0, 0xC1, 0xC2}  # baseline, extended, progressive
-_OTHER_FRAMES = {0xC3, *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0)}
+_MAX_SCANS = 100
+"""A decoder goes over the whole picture for each; photographs have about 10."""
+_END, _SCAN = 0xD9, 0xDA
+_USUAL_FRAMES = {0xC0, 0xC1, 0xC2}  # baseline, extended, progressive
+_FRAMES = {0xC0 + kind for kind in range(16)} - {0xC4, 0xC8, 0xCC}
 _PROGRESSIVE = {0xC2, 0xC6, 0xCA, 0xCE}
-_STANDALONE = {0x01, *range(0xD0, 0xD9)}
-# In a scan's data 0xFF comes before 0x00, a restart marker or another 0xFF; else the scan is over.
+_WITHOUT_BODY = {0x01, *range(0xD0, 0xD9)}
+# In a scan's data 0xFF is followed by 0x00, a restart marker or another 0xFF.
 _NEXT_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
-_EXIF = b"Exif\0\0"
-_ORIENTATION_TAG, _SHORT = 0x0112, 3
+_ORIENTATION_TAG = 0x0112
 _LIBJPEG_WARNING = re.compile(rb"^(Corrupt|Premature end|Inconsistent|Invalid).*$", re.MULTILINE)
 
 
@@ -97,10 +99,12 @@ class BadSamplesError(InputError):
 
 
 class _Frame(NamedTuple):
-    """What a JPEG's header claims."""
+    """A JPEG's frame header."""
 
-    width: int
+    marker: int
+    bits: int
     height: int
+    width: int
     components: int
 
 
@@ -131,13 +135,7 @@ def inspect_picture(folder: Path, picture: Picture) -> Verdict:
 
 def check_jpeg(data: bytes) -> tuple[int, int]:
     """Width and height, px, of a JPEG that may be packed. Decodes it; raises PictureError."""
-    frame = _walk(data)
-    if frame.components == 1:
-        raise PictureError("grey (1 component)")
-    if frame.components == 4:
-        raise PictureError("CMYK (4 components)")
-    if frame.components != 3:
-        raise PictureError(f"{frame.components} components")
+    _check_header(data)
     with _stderr_captured() as messages:
         image = _decode(data)
         messages.seek(0)
@@ -146,163 +144,112 @@ def check_jpeg(data: bytes) -> tuple[int, int]:
         raise PictureError(f"damaged ({warning[0].decode(errors='replace')})")
     if image is None:
         raise PictureError("damaged (cannot be decoded)")
-    if image.shape[:2] != (frame.height, frame.width):
-        decoded = f"{image.shape[1]} x {image.shape[0]}"
-        raise PictureError(f"decoded to {decoded}, header says {frame.width} x {frame.height}")
-    return frame.width, frame.height
+    return image.shape[1], image.shape[0]
 
 
-def require_sane_size(data: bytes, where: object, most: int = MOST_PIXELS) -> None:
-    """Raise InputError if a JPEG or PNG claims more pixels than that, or a JPEG has too many scans.
+def _check_header(data: bytes) -> None:
+    """Raise PictureError for what is refused without decoding."""
+    if data[:3] != b"\xff\xd8\xff":
+        raise PictureError("not a JPEG" if data else "empty")
+    if all(marker != _END for marker, _ in _markers(data)):
+        raise PictureError("truncated (no end marker)")
+    frame, scans = _frame_and_scans(data)
+    if frame is None or not scans:
+        raise PictureError("damaged (no picture in it)")
+    if frame.marker not in _USUAL_FRAMES:
+        raise PictureError(f"a JPEG of a rare kind (SOF{frame.marker - 0xC0})")
+    if frame.bits != 8:
+        raise PictureError(f"{frame.bits} bits a channel")
+    if frame.width * frame.height > MAX_PIXELS:
+        size = f"{frame.width} x {frame.height}"
+        raise PictureError(f"header says {size}, over {MAX_PIXELS:,} pixels")
+    if scans > _MAX_SCANS:
+        raise PictureError(f"over {_MAX_SCANS} scans")
+    if frame.components != 3:
+        names = {1: "grey (1 component)", 4: "CMYK (4 components)"}
+        raise PictureError(names.get(frame.components, f"{frame.components} components"))
+    orientation = _exif_orientation(data)
+    if 2 <= orientation <= 8:
+        raise PictureError(f"EXIF orientation {orientation}")
 
-    data: for the size its first bytes may do. Decodes nothing. OpenCV itself refuses more than 2^30
-    pixels of any kind.
+
+def _exif_orientation(data: bytes) -> int:
+    """1 (as stored) where there is none that can be read."""
+    if b"Exif\0\0" not in data:
+        return 1
+    exif = Image.Exif()
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            exif.load(JpegImageFile(io.BytesIO(data)).info.get("exif", b""))
+            return int(exif.get(_ORIENTATION_TAG, 1))
+    except (OSError, SyntaxError, ValueError, struct.error):
+        return 1
+
+
+def require_sane_size(data: bytes, where: object, limit: int = MAX_PIXELS) -> None:
+    """Raise InputError if a picture's header claims more pixels, or a JPEG has too many scans.
+
+    data: a file of any format that Pillow can identify; others pass (OpenCV itself refuses more
+    than 2^30 pixels). A JPEG may be cut off after its header. Decodes nothing: 7 us for a JPEG.
     """
-    width, height = claimed_size(data) or (0, 0)
-    if width * height > most:
+    is_jpeg = data[:2] == b"\xff\xd8"
+    frame, scans = _frame_and_scans(data) if is_jpeg else (None, 0)
+    width, height = (frame.width, frame.height) if frame else claimed_size(data) or (0, 0)
+    if width * height > limit:
         raise InputError(
             where,
             f"a header that says {width} x {height}",
-            f"{most:,} pixels at most",
+            f"{limit:,} pixels at most",
             "make the picture smaller, or replace it if it is damaged",
         )
-    if _count_scans(data) > _MOST_SCANS:
-        raise InputError(where, f"over {_MOST_SCANS} scans", "a photograph, which has 10 or so",
-                         "save the picture again, or replace it")  # fmt: skip
+    if scans > _MAX_SCANS:
+        expected = "a photograph, which has about 10"
+        raise InputError(where, f"over {_MAX_SCANS} scans", expected, "save the picture again")
 
 
 def claimed_size(data: bytes) -> tuple[int, int] | None:
-    """Width and height, px, that a JPEG's or PNG's header gives; None if none is found."""
-    if data[:8] == b"\x89PNG\r\n\x1a\n" and len(data) >= 24:
-        return struct.unpack(">II", data[16:24])
-    for marker, place in _markers(data):
-        if marker in _FRAMES | _OTHER_FRAMES and place + 7 <= len(data):
-            height, width = struct.unpack_from(">HH", data, place + 3)
-            return width, height
-        if marker in (_SCAN, _END):
-            return None
+    """Width and height, px, in the header of a picture; None where no header is found."""
+    if data[:2] == b"\xff\xd8":
+        frame, _ = _frame_and_scans(data)
+        return (frame.width, frame.height) if frame else None
+    Image.init()
+    # Image.open does the same, but refuses or warns of large pictures by a limit of its own.
+    for open_with, accepts in Image.OPEN.values():
+        with suppress(OSError, SyntaxError, ValueError, IndexError, struct.error):
+            if accepts is None or accepts(data[:16]):
+                return open_with(io.BytesIO(data), "").size
     return None
 
 
-def _count_scans(data: bytes) -> int:
-    """Scans that libjpeg decodes; it goes through those of the kinds that need several."""
-    scans, components, progressive = 0, b"", False
-    for marker, place in _markers(data):
+def _frame_and_scans(data: bytes) -> tuple[_Frame | None, int]:
+    """The frame header (None: there is none) and the number of scans that libjpeg would decode."""
+    frame, scans = None, 0
+    for marker, start in _markers(data):
         if marker == _END:
             break
-        if marker in _FRAMES | _OTHER_FRAMES:
-            components, progressive = data[place + 7 : place + 8], marker in _PROGRESSIVE
-        scans += marker == _SCAN
-        if marker == _SCAN and not progressive and data[place + 2 : place + 3] == components:
-            break  # all of the picture is in this one
-    return scans
+        if marker in _FRAMES and frame is None and start + 8 <= len(data):
+            frame = _Frame(marker, *struct.unpack_from(">BHHB", data, start + 2))
+        if marker == _SCAN:
+            scans += 1
+            if frame is None or frame.marker in _PROGRESSIVE:
+                continue
+            if data[start + 2 : start + 3] == bytes([frame.components]):
+                break  # the whole picture is in this scan
+    return frame, scans
 
 
 def _markers(data: bytes) -> Iterator[tuple[int, int]]:
-    """Marker and place of its body's length, as libjpeg finds them.
+    """Each marker with the offset of its segment's length field, as libjpeg finds them.
 
-    It passes over whatever lies between segments, a scan's data among it.
+    Like libjpeg, skips whatever lies between segments, including a scan's data.
     """
-    place = 2 if data[:2] == b"\xff\xd8" else len(data)
+    place = 2
     while found := _NEXT_MARKER.search(data, place):
         marker, place = data[found.start() + 1], found.end()
-        if marker in _STANDALONE:
+        if marker in _WITHOUT_BODY:
             continue
         yield marker, place
         place += max(int.from_bytes(data[place : place + 2], "big"), 2)
-
-
-def _walk(data: bytes) -> _Frame:
-    """Follow the markers from the first to the end of the picture; trailing bytes are let be."""
-    if not data:
-        raise PictureError("empty")
-    if data[:3] != b"\xff\xd8\xff":
-        raise PictureError("not a JPEG")
-    frame, scans = None, 0
-    for marker, body, start in _segments(data):
-        if marker in _OTHER_FRAMES:
-            raise PictureError(f"a JPEG of a rare kind (SOF{marker - 0xC0})")
-        if marker in _FRAMES and frame is None:
-            frame = _frame(body)
-        elif marker in _FRAMES:
-            raise PictureError("damaged (two frame headers)")
-        elif marker == _APP1 and 2 <= _orientation(body) <= 8:
-            raise PictureError(f"EXIF orientation {_orientation(body)}")
-        elif marker == _SCAN and frame is None:
-            raise PictureError(f"damaged (a scan before the frame header, at byte {start})")
-        scans += marker == _SCAN
-        if scans > _MOST_SCANS:
-            raise PictureError(f"over {_MOST_SCANS} scans")
-    if frame is None or not scans:
-        raise PictureError("damaged (no picture in it)")
-    return frame
-
-
-def _segments(data: bytes) -> Iterator[tuple[int, bytes, int]]:
-    """(marker, body, offset) of each segment up to the end marker. A thumbnail's lie in a body."""
-    place = 2
-    while True:
-        if data[place : place + 1] not in (b"\xff", b""):
-            raise PictureError(f"damaged (no marker at byte {place})")
-        while data[place + 1 : place + 2] == b"\xff":
-            place += 1
-        if place + 2 > len(data):
-            raise PictureError("truncated (no end marker)")
-        marker, start = data[place + 1], place
-        if marker == _END:
-            return
-        if marker == _START or marker == 0:
-            raise PictureError(f"damaged (marker {marker:#04x} at byte {start})")
-        place += 2
-        if marker in _STANDALONE:
-            continue
-        length = int.from_bytes(data[place : place + 2], "big")
-        if place + max(length, 2) > len(data):
-            raise PictureError("truncated (no end marker)")
-        if length < 2:
-            raise PictureError(f"damaged (a segment of {length} bytes at byte {start})")
-        yield marker, data[place + 2 : place + length], start
-        place += length
-        if marker == _SCAN:
-            after = _NEXT_MARKER.search(data, place)
-            if not after:
-                raise PictureError("truncated (no end marker)")
-            place = after.start()
-
-
-def _frame(body: bytes) -> _Frame:
-    if len(body) < 6:
-        raise PictureError("damaged (a short frame header)")
-    precision, height, width, components = struct.unpack(">BHHB", body[:6])
-    if precision != 8:
-        raise PictureError(f"{precision} bits a channel")
-    if not width or not height:
-        raise PictureError(f"header says {width} x {height}")
-    if width * height > MOST_PIXELS:
-        raise PictureError(f"header says {width} x {height}, over {MOST_PIXELS:,} pixels")
-    return _Frame(width, height, components)
-
-
-def _orientation(body: bytes) -> int:
-    """The orientation that an APP1 segment gives, 1 (as stored) where it gives none."""
-    if not body.startswith(_EXIF):
-        return 1
-    tiff = body[len(_EXIF) :]
-    order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
-    if order is None:
-        return 1
-    try:
-        (directory,) = struct.unpack_from(order + "I", tiff, 4)
-        (entries,) = struct.unpack_from(order + "H", tiff, directory)
-        for entry in range(entries):
-            tag, kind, _, value = struct.unpack_from(
-                order + "HHIH", tiff, directory + 2 + 12 * entry
-            )
-            if tag == _ORIENTATION_TAG and kind == _SHORT:
-                return value
-    except struct.error:  # cut short: no decoder finds an orientation beyond the end
-        pass
-    return 1
 
 
 def _decode(data: bytes) -> np.ndarray | None:

@@ -7,13 +7,18 @@ they write. All numbers must be equal. The results of `before` stay in WORK/befo
 `after` runs anew. Use one machine for both: processors and versions of torch round differently.
 """
 
+import argparse
 import hashlib
 import json
 import math
 import os
 import shutil
 import subprocess
+import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
 

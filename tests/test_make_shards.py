@@ -319,12 +319,7 @@ def test_header_of_no_pixels_is_refused() -> None:
     data = bytearray(jpeg())
     place = frame_at(bytes(data))
     data[place + 1 : place + 3] = bytes(2)
-    assert reason_of(bytes(data)) == "header says 160 x 0"
-
-
-def test_decoded_size_that_differs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pictures, "_decode", lambda _: np.zeros((120, 159, 3), np.uint8))
-    assert reason_of(jpeg()) == "decoded to 159 x 120, header says 160 x 120"
+    assert reason_of(bytes(data)).startswith("damaged")
 
 
 def test_rare_kinds_of_jpeg_are_refused() -> None:
