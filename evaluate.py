@@ -40,9 +40,9 @@ from evaluation.predictions import (
 )
 from evaluation.report import ReferenceRun, data_mismatch, read_reference
 from model import checkpoint
-from pipelines import crop_packing as stored_crops
 from pipelines.annotations import read_annotations
 from pipelines.augment import still
+from pipelines.crop_packing import require_preset_fits
 from pipelines.heatmaps import Rule
 from pipelines.loader import Target, target_of
 from pipelines.opencv_loader import LooseImages
@@ -355,7 +355,7 @@ def find_question(options: argparse.Namespace) -> Question:
     target = target._replace(preset=target.preset._replace(princeton_crop=crop == "princeton"))
     if isinstance(subjects.source, ShardSet):
         shards = subjects.source
-        stored_crops.require(shards.manifest, still(target.preset), shards.folder)
+        require_preset_fits(shards.manifest, still(target.preset), shards.folder)
     loaders: tuple[LoaderName, ...] = (options.loader,)
     if options.compare_loaders:
         loaders = ("opencv", "dali")

@@ -9,8 +9,8 @@ import cv2
 import numpy as np
 
 from configs.skeleton import MPII
-from pipelines import crop_packing as stored_crops
 from pipelines.annotations import People
+from pipelines.crop_packing import crop_jpeg, crop_region, crop_rule
 from pipelines.shard_format import (
     CropRule,
     Manifest,
@@ -47,17 +47,17 @@ def make_originals(folder: Path, people: int) -> ShardSet:
 
 def make_crops(folder: Path, originals: ShardSet, person_px: int = 288) -> ShardSet:
     """The same people as crops that hrnet, and princeton's draws, can reach."""
-    rule = stored_crops.rule_of("hrnet", person_px, 95)
+    rule = crop_rule("hrnet", person_px, 95)
     crowd, samples_N = originals.people()
 
     def samples() -> Iterator[tuple[str, bytes, bytes, bytes]]:
         for row in range(crowd.count):
-            part = stored_crops.region(crowd.center[row], crowd.scale[row], WIDTH, HEIGHT, rule)
+            part = crop_region(crowd.center[row], crowd.scale[row], WIDTH, HEIGHT, rule)
             affine = part.image_from_stored
             record = pack_record(crowd, row, part.width, part.height, affine).tobytes()
             jpeg = originals.jpeg(int(samples_N[row]))
             facts = person_json(crowd, row, MPII, part.width, part.height, affine)
-            yield f"{row:09d}", record, stored_crops.crop_jpeg(jpeg, part, rule.quality), facts
+            yield f"{row:09d}", record, crop_jpeg(jpeg, part, rule.quality), facts
 
     folder.mkdir()
     return _finish(folder, [write_shard(folder, 0, samples())], rule)

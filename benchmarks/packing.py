@@ -28,10 +28,10 @@ from configs.skeleton import Skeleton
 from evaluation import pckh
 from evaluation.inference import predict
 from model import checkpoint
-from pipelines import crop_packing as stored_crops
 from pipelines import geometry
 from pipelines.annotations import People, read_annotations
 from pipelines.augment import PRESETS, Draw, draw, draw_rng
+from pipelines.crop_packing import crop_jpeg, crop_region, crop_rule
 from pipelines.loader import still_batches, target_of
 from pipelines.opencv_loader import LooseImages, crop_person, decode, image_from_stored
 from pipelines.shard_format import record_of, unpack_records
@@ -134,12 +134,12 @@ def make_parser() -> Parser:
 
 def pack(originals: Packed, people: People, reach: str, person_px: int) -> tuple[Packed, float]:
     """The people as crops, and how many a core makes in a second of CPU time."""
-    rule = stored_crops.rule_of(reach, person_px, 95)
+    rule = crop_rule(reach, person_px, 95)
     jpegs, records, began = [], [], time.process_time()
     for row, jpeg in enumerate(originals.jpegs):
         height, width = decode(jpeg, people.images[row]).shape[:2]
-        part = stored_crops.region(people.center[row], people.scale[row], width, height, rule)
-        jpegs.append(stored_crops.crop_jpeg(jpeg, part, rule.quality))
+        part = crop_region(people.center[row], people.scale[row], width, height, rule)
+        jpegs.append(crop_jpeg(jpeg, part, rule.quality))
         records.append(record_of(people, row, part.width, part.height, part.image_from_stored))
     return Packed(jpegs, records), len(jpegs) / (time.process_time() - began)
 

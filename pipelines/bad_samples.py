@@ -44,9 +44,9 @@ class Quarantine:
             return self.shards
         bad = set(self.faults)
         try:
-            return self.shards.with_stand_ins(bad, self.folder / f"indices_{self.rank}")
+            return self.shards.with_replacements(bad, self.folder / f"indices_{self.rank}")
         except OSError:  # a full disk
-            return self.shards.with_stand_ins(bad, Path(tempfile.mkdtemp(prefix="indices_")))
+            return self.shards.with_replacements(bad, Path(tempfile.mkdtemp(prefix="indices_")))
 
     def add(self, error: BadSamplesError) -> None:
         """Take in what a loader met. Raises InputError beyond the limit, or if nothing is new."""

@@ -143,7 +143,7 @@ class DaliCrops:
         fails at once, or because of a batch that was made ahead.
         """
         split = self.shards
-        rotten = split.rotten_records()
+        rotten = split.damaged_records()
         if rotten:
             return {split.origin(i): fault for i, fault in rotten.items()}
         sample_of_row = {float(split.record(i)[0]): split.origin(i) for i in range(len(split))}

@@ -12,10 +12,10 @@ from common.errors import InputError
 from configs.schema import DataConfig, HeatmapsConfig
 from configs.skeleton import Skeleton
 from pipelines import color, heatmaps, princeton
-from pipelines import crop_packing as stored_crops
 from pipelines import opencv_loader as opencv_crops
 from pipelines.augment import Preset, preset_of, still
 from pipelines.constants import on_device
+from pipelines.crop_packing import require_preset_fits
 from pipelines.geometry import STRIDE
 from pipelines.jpeg import BadSamplesError
 from pipelines.opencv_loader import RawBatch
@@ -181,7 +181,7 @@ def still_batches(
     """
     preset = still(target.preset)
     if isinstance(source, ShardSet):
-        stored_crops.require(source.manifest, preset, source.folder)
+        require_preset_fits(source.manifest, preset, source.folder)
     if loader == "opencv":
         dataset = opencv_crops.CropDataset(source, preset, target.input_px, 0, decoder)
         sampler = opencv_crops.ListSampler(samples, batch_size)
@@ -238,7 +238,7 @@ def train_loader(
     workers: worker processes of OpenCV, threads of DALI. cache_mb: of DALI's decoder on a GPU.
     Raises InputError if the preset needs more than the shards hold, or the cache has no place.
     """
-    stored_crops.require(shards.manifest, preset, shards.folder)
+    require_preset_fits(shards.manifest, preset, shards.folder)
     if choose_loader(loader, device) == "opencv":
         if cache_mb:
             raise InputError(

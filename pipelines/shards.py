@@ -127,7 +127,7 @@ class ShardSet:
             return self._records[sample]
         return np.frombuffer(self._component(sample, "f32"), dtype="<f4")
 
-    def rotten_records(self) -> dict[int, str]:
+    def damaged_records(self) -> dict[int, str]:
         """Samples whose record on the disk is gone, or no longer what `records` has read; and why.
 
         Tars are opened anew, for one may have gone since.
@@ -195,7 +195,7 @@ class ShardSet:
         """Whose bytes are given for a sample: its own, or its stand-in's."""
         return int(self._origin[sample])
 
-    def with_stand_ins(self, bad: set[int], folder: Path) -> "ShardSet":
+    def with_replacements(self, bad: set[int], folder: Path) -> "ShardSet":
         """The same split with another person's bytes in the place of each of these samples.
 
         It is the next good one of the same tar, from whose end its start follows. folder: gets the

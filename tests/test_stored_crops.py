@@ -17,11 +17,10 @@ import train
 from common.errors import InputError
 from configs.skeleton import MPII
 from evaluation import visualize
-from pipelines import crop_packing as stored_crops
 from pipelines import geometry
 from pipelines import loader as batches
 from pipelines.augment import PRESETS, Distribution, Draw, Preset, draw
-from pipelines.crop_packing import Region
+from pipelines.crop_packing import Region, crop_extent, crop_jpeg, crop_region, resize_region
 from pipelines.loader import Target, still_batches
 from pipelines.opencv_loader import crop_person, decode
 from pipelines.shard_format import CropRule, Records, read_manifest, unpack_records
@@ -76,7 +75,7 @@ def strongest(name: str) -> list[Draw]:
      ("mild", 1.15 * 6**0.5 / 2), ("none", 1.0)],
 )  # fmt: skip
 def test_reach_is_the_hull_of_the_box_at_the_worst_draw(name, expected):
-    assert stored_crops.reach(PRESETS[name]) == pytest.approx(expected)
+    assert crop_extent(PRESETS[name]) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("name", ["newell", "hrnet", "mild", "none"])
@@ -84,7 +83,7 @@ def test_no_draw_of_a_preset_sees_beyond_its_reach(name):
     """Corners of the input, carried back to the picture, of a thousand draws."""
     rng, corners = np.random.default_rng(0), np.array([[-0.5, -0.5], [255.5, -0.5]])
     corners = np.concatenate([corners, 255 - corners])
-    half = 100 * stored_crops.reach(PRESETS[name]) + 1e-6
+    half = 100 * crop_extent(PRESETS[name]) + 1e-6
     for drawn in [draw(PRESETS[name], rng) for _ in range(1000)]:
         matrix = geometry.input_from_image(
             (0.0, 0.0), 1.0, 256, drawn.scale, drawn.rotation_deg, bool(drawn.flip)
@@ -96,7 +95,7 @@ def test_stored_pixels_are_means_of_the_areas_they_cover():
     """Whole factors, by hand: 4 columns and 3 rows of the picture make a stored pixel."""
     image = np.random.default_rng(0).integers(0, 256, (90, 160, 3), dtype=np.uint8)
     part = Region(left=16, top=30, right=96, bottom=60, width=20, height=10)
-    stored = stored_crops.shrink(image, part)
+    stored = resize_region(image, part)
     means = image[30:60, 16:96].reshape(10, 3, 20, 4, 3).mean(axis=(1, 3))
     np.testing.assert_allclose(stored, means, atol=0.5 + 1e-6)
     # The centre of the first area: columns 16..19 and rows 30..32.
@@ -105,7 +104,7 @@ def test_stored_pixels_are_means_of_the_areas_they_cover():
 
 @pytest.mark.parametrize(("x", "y", "side"), CENTERS_AND_SIDES)
 def test_stored_people_are_small_enough_and_never_enlarged(x, y, side):
-    part = stored_crops.region((x, y), side / 200, WIDTH, HEIGHT, RULE)
+    part = crop_region((x, y), side / 200, WIDTH, HEIGHT, RULE)
     assert 0 <= part.left < part.right <= WIDTH and 0 <= part.top < part.bottom <= HEIGHT
     a, _, _, _, d, _ = part.image_from_stored
     assert side / a <= RULE.person_px and side / d <= RULE.person_px and min(a, d) >= 1
@@ -121,8 +120,8 @@ def test_stored_people_are_small_enough_and_never_enlarged(x, y, side):
 def test_crops_equal_those_of_the_whole_picture_at_the_strongest_draws(x, y, side, name):
     """1 grey level on average; more only in the seam where the picture ends and black begins."""
     image = smooth_picture()
-    part = stored_crops.region((x, y), side / 200, WIDTH, HEIGHT, RULE)
-    stored = stored_crops.shrink(image, part)
+    part = crop_region((x, y), side / 200, WIDTH, HEIGHT, RULE)
+    stored = resize_region(image, part)
     inside = np.full((HEIGHT, WIDTH, 3), 255, np.uint8)
     for drawn in strongest(name):
         crops = []
@@ -143,8 +142,8 @@ def test_crops_equal_those_of_the_whole_picture_at_the_strongest_draws(x, y, sid
 def test_a_region_too_small_for_the_draws_would_show():
     """The comparison above can fail: with a reach of 1 a turned crop has black corners."""
     small = CropRule(preset="none", reach=1.0, person_px=96, quality=95)
-    part = stored_crops.region((300.3, 170.8), 1.0, WIDTH, HEIGHT, small)
-    stored = stored_crops.shrink(smooth_picture(), part)
+    part = crop_region((300.3, 170.8), 1.0, WIDTH, HEIGHT, small)
+    stored = resize_region(smooth_picture(), part)
     crop, _ = crop_person(
         stored, record_of_person(300.3, 170.8, 200, part), Draw(1.25, 45.0), PRESETS["hrnet"], 96
     )
@@ -154,8 +153,8 @@ def test_a_region_too_small_for_the_draws_would_show():
 @pytest.mark.parametrize(("x", "y"), [(-900.0, 100.0), (3000.0, 3000.0), (300.0, -5000.0)])
 def test_a_person_outside_the_picture_gives_a_black_crop(x, y):
     image = np.full((HEIGHT, WIDTH, 3), 200, np.uint8)
-    part = stored_crops.region((x, y), 1.0, WIDTH, HEIGHT, RULE)
-    jpeg = stored_crops.crop_jpeg(cv2.imencode(".jpg", image)[1].tobytes(), part, 95)
+    part = crop_region((x, y), 1.0, WIDTH, HEIGHT, RULE)
+    jpeg = crop_jpeg(cv2.imencode(".jpg", image)[1].tobytes(), part, 95)
     stored = decode(jpeg, "stored")
     assert stored.shape == (part.height, part.width, 3)
     crop, _ = crop_person(
@@ -166,9 +165,9 @@ def test_a_person_outside_the_picture_gives_a_black_crop(x, y):
 
 def test_a_whole_picture_keeps_its_bytes():
     jpeg = cv2.imencode(".jpg", smooth_picture()[:50, :60])[1].tobytes()
-    part = stored_crops.region((30, 25), 0.4, 60, 50, RULE)
+    part = crop_region((30, 25), 0.4, 60, 50, RULE)
     assert part == Region(0, 0, 60, 50, 60, 50)
-    assert stored_crops.crop_jpeg(jpeg, part, 95) == jpeg
+    assert crop_jpeg(jpeg, part, 95) == jpeg
 
 
 # Packed by tools/make_shards.py

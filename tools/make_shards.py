@@ -35,9 +35,9 @@ import numpy as np
 from common.cli import Parser, at_least, counting, progress
 from common.errors import InputError, run_main
 from configs.skeleton import MPII, PIXELS_PER_SCALE, Skeleton, load_skeleton
-from pipelines import crop_packing as stored_crops
 from pipelines.annotations import People, has_both_splits, read_annotations, split_file
 from pipelines.augment import PRESETS
+from pipelines.crop_packing import crop_region, crop_rule
 from pipelines.jpeg import Picture, Verdict, find_picture, inspect_picture
 from pipelines.shard_format import (
     FORMAT,
@@ -180,7 +180,7 @@ def parse_options(argv: list[str] | None) -> Options:
     given = vars(make_parser().parse_args(argv))
     reach, person_px = given.pop("reach"), given.pop("person_px")
     is_crop = given["packing"] == "crop"
-    given["crop"] = stored_crops.rule_of(reach, person_px, JPEG_QUALITY) if is_crop else None
+    given["crop"] = crop_rule(reach, person_px, JPEG_QUALITY) if is_crop else None
     given["splits"] = _splits(given["annotations"], given["splits"])
     _require_data(given["annotations"], given["images"])
     for name in ("annotations", "images", "output"):
@@ -519,9 +519,7 @@ def prepare(
     picture, width, height, _ = checked[job.people.images[row]]
     region, affine = None, IDENTITY_AFFINE
     if crop:
-        region = stored_crops.region(
-            job.people.center[row], job.people.scale[row], width, height, crop
-        )
+        region = crop_region(job.people.center[row], job.people.scale[row], width, height, crop)
         width, height, affine = region.width, region.height, region.image_from_stored
     record = pack_record(job.people, row, width, height, affine).tobytes()
     text = person_json(job.people, row, job.skeleton, width, height, affine)

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.errors import InputError
-from pipelines import crop_packing as stored_crops
-from pipelines.crop_packing import Region
+from pipelines.crop_packing import Region, crop_jpeg
 from pipelines.jpeg import Picture
 from pipelines.shard_format import CropRule, Shard, file_sha256
 from pipelines.shards import write_shard
@@ -73,7 +72,7 @@ def _finished(state: Path, inputs: dict[str, str], folder: Path) -> Shard | None
 def _load(crop: CropRule | None, sample: Sample) -> tuple[str, bytes, bytes, bytes]:
     jpeg = _read(sample.picture)
     if crop and sample.region:
-        jpeg = stored_crops.crop_jpeg(jpeg, sample.region, crop.quality)
+        jpeg = crop_jpeg(jpeg, sample.region, crop.quality)
     return sample.key, sample.record, jpeg, sample.text
 
 

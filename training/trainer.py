@@ -31,10 +31,10 @@ from evaluation.inference import StoppedError, predict_distributed
 from model import checkpoint
 from model.checkpoint import State
 from model.loss import stack_losses, stack_losses_of_joints
-from pipelines import crop_packing as stored_crops
 from pipelines import loader as batches
 from pipelines.augment import preset_of, still
 from pipelines.bad_samples import Quarantine, SkippingLoader
+from pipelines.crop_packing import require_preset_fits
 from pipelines.loader import Batch, target_of
 from pipelines.opencv_loader import RawBatch
 from pipelines.shard_format import people_sha256
@@ -82,7 +82,7 @@ class Run:
         self.valid_shards = ShardSet(Path(config.data.shards) / "valid")
         preset = preset_of(config.data.preset, config.data.mirror)
         for shards, needed in ((self.train_shards, preset), (self.valid_shards, still(preset))):
-            stored_crops.require(shards.manifest, needed, shards.folder)
+            require_preset_fits(shards.manifest, needed, shards.folder)
         self.people_sha256 = people_sha256(self.train_shards.records())  # all of them are sound
         self.skeleton = self.train_shards.manifest.skeleton
         require_same_joints(self.valid_shards.manifest.skeleton, self.skeleton,
