@@ -11,11 +11,16 @@ import cv2
 import numpy as np
 import torch
 from torch import nn
+from torch.distributed.elastic.multiprocessing.errors import record
 
-from common import distributed as runtime
-from common import torchrun
 from common.cli import Parser, add_device_options, at_least, progress
-from common.distributed import Runtime
+from common.distributed import (
+    DistributedContext,
+    init_distributed,
+    report_error_once,
+    set_cpu_threads,
+    shutdown_distributed,
+)
 from common.errors import InputError, run_main
 from common.files import write_atomic
 from configs.schema import Config
@@ -80,21 +85,21 @@ def main() -> None:
     elif options.predictions:
         score_file(options)
     else:
-        place = runtime.start(options.device, options.precision)
+        dist = init_distributed(options.device, options.precision)
         try:
-            evaluate_network(options, place)
+            evaluate_network(options, dist)
         finally:
-            runtime.stop()
+            shutdown_distributed()
 
 
-def evaluate_network(options: argparse.Namespace, place: Runtime) -> None:
+def evaluate_network(options: argparse.Namespace, dist: DistributedContext) -> None:
     """The whole way for one checkpoint, over all ranks; the first one prints and writes."""
     question = find_question(options)
     subjects = question.subjects
     release = read_release(Path(options.release), subjects.people) if options.release else None
     other = read_reference(Path(options.compare), subjects.skeleton) if options.compare else None
-    found = predict_everybody(options, question, place)
-    if not place.is_first:
+    found = predict_everybody(options, question, dist)
+    if not dist.is_first:
         return
     first = found[question.loaders[0]]
     if release:
@@ -409,42 +414,44 @@ def find_subjects(
 
 
 def predict_everybody(
-    options: argparse.Namespace, question: Question, place: Runtime
+    options: argparse.Namespace, question: Question, dist: DistributedContext
 ) -> dict[LoaderName, Predictions]:
     """Everybody's joints through each loader, in the annotation's order."""
     config = checkpoint.config_of(question.state, question.path)
     workers = config.data.workers if options.workers is None else options.workers
-    runtime.leave_cores_to_workers(place.device, workers)
-    network = checkpoint.evaluation_network(question.state, question.path).to(place.device)
+    set_cpu_threads(dist.device, workers)
+    network = checkpoint.evaluation_network(question.state, question.path).to(dist.device)
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     people = question.subjects.people.count
-    share = -(-people // place.ranks)
-    size = min(options.batch_size or fastest_batch(network, question, share, place), share)
-    if place.is_first:
+    share = -(-people // dist.world_size)
+    size = min(options.batch_size or fastest_batch(network, question, share, dist), share)
+    if dist.is_first:
         print(f"predicting {people:,} people, {size} at a time ...", file=sys.stderr, flush=True)
     found: dict[LoaderName, Predictions] = {}
     for loader in question.loaders:
         found[loader] = predict_distributed(
-            network, question.subjects.source, question.subjects.samples, question.target, place,
+            network, question.subjects.source, question.subjects.samples, question.target, dist,
             loader=loader, batch_size=size, flip=question.flip,
             workers=workers,
             progress=lambda batches, name=loader: progress(  # type: ignore[misc]
                 batches, f"evaluate ({name})", "batches", -(-share // size),
-                shown=place.is_first,
+                shown=dist.is_first,
             ),
         )  # fmt: skip
     return found
 
 
-def fastest_batch(network: nn.Module, question: Question, share: int, place: Runtime) -> int:
+def fastest_batch(
+    network: nn.Module, question: Question, share: int, dist: DistributedContext
+) -> int:
     """The batch size that suits this machine. share: people whom this rank is to predict."""
-    if place.is_first and share > FEW:
+    if dist.is_first and share > FEW:
         print("finding the fastest batch size ...", file=sys.stderr, flush=True)
     size, rates = choose_batch_size(
         network, question.target, share,
-        flip=question.flip, device=place.device, dtype=place.dtype,
+        flip=question.flip, device=dist.device, dtype=dist.dtype,
     )  # fmt: skip
-    if place.is_first and rates:
+    if dist.is_first and rates:
         tried = ", ".join(f"{each}: {rate:,.0f}" for each, rate in rates.items())
         print(f"batches of {size} are fastest (people/s by size: {tried})", file=sys.stderr)
     return size
@@ -531,4 +538,4 @@ def say_written(what: object) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main, torchrun.speaks)
+    run_main(record(main), report_error_once)

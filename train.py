@@ -7,9 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
+from torch.distributed.elastic.multiprocessing.errors import record
 
-from common import distributed as runtime
-from common import torchrun
+from common.distributed import (
+    from_first_rank,
+    init_distributed,
+    launched_by_torchrun,
+    mark_run_started,
+    report_error_once,
+    restarted_by_torchrun,
+    shutdown_distributed,
+)
 from common.errors import EXIT_RESUME, InputError, run_main
 from configs.schema import add_config_options, parse_config
 from model import checkpoint
@@ -38,39 +46,33 @@ def main() -> int:
     if options["resume"] not in (None, AUTO) and options["init_from"]:
         raise InputError("command line", "--resume and --init_from", "one of them", "leave one out")
     try:
-        place = runtime.start(config.train.device, config.train.precision)
+        dist = init_distributed(config.train.device, config.train.precision)
         folder = Path(config.train.out) / config.train.name
-        if place.is_first:
+        if dist.is_first:
             keeping.take_back(folder)
-        launcher = torchrun.launcher().encode()
-        launchers = sorted({name.decode() for name in runtime.gather_bytes(launcher, place)} - {""})
-        source, remarks = runtime.decided_by_first(
-            lambda: find_start(folder, options["resume"], launchers), place
+        restarted = restarted_by_torchrun(dist)
+        source, remarks = from_first_rank(
+            lambda: find_start(folder, options["resume"], restarted), dist
         )
         state = load_run(Path(source)) if source else None
-        if place.is_first:
+        if dist.is_first:
             print(f"reading {config.data.shards} ...", file=sys.stderr, flush=True)
-        run = Run(config, place, folder, state, Path(source) if source else None)
+        run = Run(config, dist, folder, state, Path(source) if source else None)
         if options["init_from"] and not state:
             start_from(Path(options["init_from"]), run)
         run.remarks = remarks + run.remarks
-        runtime.decided_by_first(lambda: keeping.begin(folder, launchers), place)
-        if place.is_first:
+        from_first_rank(lambda: keeping.begin(folder), dist)
+        if dist.is_first:
+            mark_run_started()
             announce(run)
         began_at = run.step
         run.train()
-        if place.is_first:
+        if dist.is_first:
             conclude(run, began_at)
         # torchrun takes any other code for a failure, and starts the ranks again.
-        return EXIT_RESUME if run.interrupted and not torchrun.started_us() else 0
-    except RuntimeError as error:
-        if not runtime.is_lost_rank(error):
-            raise
-        rank, reason = os.environ["RANK"], str(error).splitlines()[0][:200]
-        print(f"rank {rank}: another rank is gone, so this one ends ({reason})", file=sys.stderr)
-        return 1
+        return EXIT_RESUME if run.interrupted and not launched_by_torchrun() else 0
     finally:
-        runtime.stop()
+        shutdown_distributed()
 
 
 def make_parser() -> ArgumentParser:
@@ -103,14 +105,13 @@ def make_parser() -> ArgumentParser:
     return parser
 
 
-def find_start(folder: Path, resume: str | None, launchers: list[str]) -> tuple[str, list[str]]:
+def find_start(folder: Path, resume: str | None, restarted: bool) -> tuple[str, list[str]]:
     """The checkpoint to continue from, empty for a new run; and what is to be said of it.
 
     resume: None for a new run, empty for the newest whole checkpoint, "auto" for it if there is
-    one, or a path. launchers: who started this run; a restart by torchrun is "auto". Raises
+    one, or a path. restarted: by torchrun, which is as "auto". Raises
     InputError.
     """
-    restarted = keeping.was_begun_by(folder, launchers)
     given = resume if resume not in (None, "", AUTO) else ""
     if given and not restarted:
         _refuse_other_run(folder, Path(given))
@@ -173,7 +174,7 @@ def start_from(path: Path, run: Run) -> None:
     checkpoint.require_same_size(state, run.config, path)
     fresh = checkpoint.init_weights(run.network, run.skeleton, state, path)
     run.restart_average()
-    if run.place.is_first and fresh:
+    if run.dist.is_first and fresh:
         print(f"Other joints: {len(fresh)} tensors start fresh ({fresh[0]}, ...)")
 
 
@@ -181,8 +182,8 @@ def announce(run: Run) -> None:
     """Say what is about to happen, the global batch size above all."""
     config = run.config
     data, model, optim, train = config.data, config.model, config.optim, config.train
-    place = run.place
-    total = data.batch_size * place.ranks * optim.accumulate
+    dist = run.dist
+    total = data.batch_size * dist.world_size * optim.accumulate
     parameters = sum(p.numel() for p in run.network.parameters())
     facts: dict[str, Any] = {
         "run": run.folder,
@@ -191,10 +192,10 @@ def announce(run: Run) -> None:
         f"{len(run.valid_shards):,} to validate on",
         "pictures": describe_pictures(run.train_shards.manifest.crop, data.input_px),
         "batch": f"{total} = {data.batch_size} per rank "
-        f"x {place.ranks} rank(s) x {optim.accumulate}",
+        f"x {dist.world_size} rank(s) x {optim.accumulate}",
         "steps": f"{train.steps:,}, {train.steps_per_epoch:,} an epoch, from {run.step:,}",
-        "loader": choose_loader(config.data.loader, place.device),
-        "device": f"{place.device}, {str(place.dtype).removeprefix('torch.')}",
+        "loader": choose_loader(config.data.loader, dist.device),
+        "device": f"{dist.device}, {str(dist.dtype).removeprefix('torch.')}",
     }
     for name, fact in facts.items():
         print(f"{name:>8}: {fact}", flush=True)
@@ -243,4 +244,4 @@ if __name__ == "__main__":
     # A worker process that fails must not leave the other ranks waiting in silence.
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
     let_output_fail()
-    run_main(main, torchrun.speaks)
+    run_main(record(main), report_error_once)

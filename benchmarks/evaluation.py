@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.timing import Case
-from common.distributed import Runtime
+from common.distributed import DistributedContext
 from evaluation.inference import (
     choose_batch_size,
     image_keypoints,
@@ -65,7 +65,7 @@ def evaluate_cases(shards: ShardSet, workers: int, device: torch.device) -> list
     size, _ = choose_batch_size(
         twin, target, 16 * people, flip=True, device=device, dtype=torch.float32
     )
-    place = Runtime(0, 1, device, torch.float32)
+    dist = DistributedContext(0, 1, device, torch.float32)
 
     def one_by_one() -> int:
         for sample in samples:
@@ -74,7 +74,7 @@ def evaluate_cases(shards: ShardSet, workers: int, device: torch.device) -> list
 
     def batched() -> int:
         predict_distributed(
-            twin, shards, samples, target, place, batch_size=size, workers=workers, flip=True
+            twin, shards, samples, target, dist, batch_size=size, workers=workers, flip=True
         )
         return people
 

@@ -34,9 +34,8 @@ from benchmarks.pieces import (
 )
 from benchmarks.princeton_path import princeton_batches
 from benchmarks.timing import ROOT, synchronize
-from common import distributed as runtime
 from common.cli import Parser, at_least
-from common.distributed import Runtime
+from common.distributed import DistributedContext, choose_dtype, seed_everything
 from common.errors import InputError, run_main
 from common.system import usable_cores
 from configs import schema
@@ -137,8 +136,8 @@ class Trial:
         """shards: with train and valid. folder: for the runs."""
         self.options, self.shards, self.folder, self.deadline = options, shards, folder, deadline
         self.people = options.people
-        dtype = runtime.choose_dtype("auto", device)
-        self.place = Runtime(0, 1, device, dtype)
+        dtype = choose_dtype("auto", device)
+        self.dist = DistributedContext(0, 1, device, dtype)
         self.left = 0
 
     def pieces(self) -> list[Piece]:
@@ -176,7 +175,7 @@ class Trial:
         torch.backends.cudnn.benchmark = False  # as train.py
         began = time.perf_counter()
         config = self._config(batch_size, seed, seconds)
-        run = Run(config, self.place, self.folder / "runs" / config.train.name)
+        run = Run(config, self.dist, self.folder / "runs" / config.train.name)
         built = time.perf_counter() - began
         result = run.train()
         return {
@@ -206,10 +205,10 @@ class Trial:
 
     def princeton(self, seed: int, seconds: float) -> dict[str, Any]:
         """princeton-vl's step and loader, re-created; evaluated by its rules."""
-        options, device = self.options, self.place.device
+        options, device = self.options, self.dist.device
         torch.backends.cudnn.benchmark = True  # as its train.py
         began = time.perf_counter()
-        runtime.seed_everything(seed, 0)
+        seed_everything(seed, 0)
         network = StackedHourglass(options.stacks, options.width, MPII.joint_count, options.depth)
         network.to(device).train()
         optimizer = torch.optim.Adam(network.parameters(), options.lr)
@@ -235,7 +234,7 @@ class Trial:
         people, samples_N = valid.people()
         target = Target(PRESETS["princeton"], "princeton", 1.0, self.options.input_px, MPII)
         found = predict_distributed(
-            network.eval(), valid, samples_N, target, self.place._replace(dtype=torch.float32),
+            network.eval(), valid, samples_N, target, self.dist._replace(dtype=torch.float32),
             batch_size=32, workers=self.options.workers, flip=True,
         )  # fmt: skip
         return pckh.summary(found.keypoints_NJ2, people, MPII)

@@ -13,7 +13,7 @@ import torch
 from benchmarks import princeton_path
 from benchmarks.made_people import first_shards, make_many
 from benchmarks.timing import Case, Result, memory_mib, take_turns
-from common import distributed as runtime
+from common.distributed import set_cpu_threads
 from common.system import keep_freed_memory
 from configs.skeleton import MPII
 from pipelines import loader as batches
@@ -51,7 +51,7 @@ DEFAULTS = {"shuffle_buffer": 1024, "seed": 0, "rank": 0, "ranks": 1, "first_ste
 def set_up_as_training(load: Load) -> None:
     """Memory and threads of this process as train.py has them."""
     keep_freed_memory()
-    runtime.leave_cores_to_workers(load.device, load.workers)
+    set_cpu_threads(load.device, load.workers)
 
 
 def loader_cases(originals: ShardSet, crops: ShardSet, load: Load) -> list[Case]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from benchmarks.loading import DEFAULTS, Load, set_up_as_training
 from benchmarks.princeton_path import render_by_loop
 from benchmarks.timing import Case
-from common import distributed as runtime
+from common.distributed import choose_dtype
 from common.system import keep_freed_memory
 from configs.skeleton import MPII
 from model.hourglass import StackedHourglass
@@ -78,7 +78,7 @@ def made_batch(size: int, load: Load, layout: torch.memory_format) -> tuple[Tens
 def train_cases(load: Load) -> list[Case]:
     """The training step on a batch that lies ready; first float32 in torch's own layout."""
     keep_freed_memory()  # as the programs do
-    best = runtime.choose_dtype("auto", load.device)
+    best = choose_dtype("auto", load.device)
     ways = [("float32, NCHW", torch.float32, torch.contiguous_format),
             ("float32, channels-last", torch.float32, torch.channels_last)]  # fmt: skip
     if best != torch.float32:
@@ -111,7 +111,7 @@ def _step_case(name: str, dtype: torch.dtype, layout: torch.memory_format, load:
 def end_to_end_cases(originals: ShardSet, crops: ShardSet, load: Load) -> list[Case]:
     """Training steps with a loader, against the same steps on one batch that lies ready."""
     set_up_as_training(load)
-    dtype = runtime.choose_dtype("auto", load.device)
+    dtype = choose_dtype("auto", load.device)
     step = Step(dtype, torch.channels_last, load.device)
     ready = made_batch(step_size(load), load, torch.channels_last)
     preset, repeats = PRESETS["hrnet"], 4 if load.device.type == "cpu" else 40

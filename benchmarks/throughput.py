@@ -22,8 +22,8 @@ from benchmarks.comparing import compare, draw_chart, read_report
 from benchmarks.loading import Load
 from benchmarks.made_people import make_crops, make_originals
 from benchmarks.timing import Case, Result, table, take_turns, world
-from common import distributed as runtime
 from common.cli import Parser, at_least
+from common.distributed import choose_device
 from common.errors import InputError, run_main
 
 SUITES = ("loader", "scaling", "heatmaps", "train", "end_to_end", "decode", "evaluate")
@@ -34,7 +34,7 @@ def main() -> None:
     options = make_parser().parse_args()
     check(options)
     older = read_report(Path(options.compare)) if options.compare else None
-    device = runtime.choose_device(options.device)
+    device = choose_device(options.device)
     load = Load(options.people, options.batch_size, options.workers, options.input_px, device)
     report: dict[str, Any] = {"world": world(device), "options": vars(options)}
     for suite in options.suites:

@@ -1,5 +1,9 @@
-"""Where and how a process computes: its rank, device, precision and seed."""
+"""Ranks, device, precision and seed of a process, and what the ranks exchange.
 
+With one process every function works without torch.distributed.
+"""
+
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -8,59 +12,61 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
+from torch.distributed import DistError, PrefixStore, TCPStore
 
-from common import torchrun
 from common.errors import InputError
 from common.system import keep_freed_memory, usable_cores
 
 
-class Runtime(NamedTuple):
+class DistributedContext(NamedTuple):
     """One process of a run."""
 
     rank: int
-    """Among all processes; decides the share of the data."""
-    ranks: int
+    """Global rank; decides the share of the data."""
+    world_size: int
     device: torch.device
     dtype: torch.dtype
     """Of autocast; float32 switches it off."""
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the process that writes and prints."""
+        """Whether this is rank 0, which writes files and prints."""
         return self.rank == 0
 
 
-def start(
+def init_distributed(
     device: Literal["auto", "cuda", "cpu"], precision: Literal["auto", "bf16", "fp16", "fp32"]
-) -> Runtime:
-    """Find the device and join the other ranks, if torchrun started several. Raises InputError.
+) -> DistributedContext:
+    """Choose the device and join the process group if torchrun started several processes.
 
-    The device is the local rank's GPU; ranks meet over nccl on GPUs and over gloo on CPUs.
+    The device is the GPU of the local rank. Ranks use nccl on GPUs and gloo on CPUs. Raises
+    InputError.
     """
     keep_freed_memory()
     chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    rank = int(os.environ["RANK"]) if ranks > 1 else 0
-    if ranks > 1 and not dist.is_initialized():
-        dist.init_process_group(
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank = int(os.environ["RANK"]) if world_size > 1 else 0
+    if world_size > 1 and not torch.distributed.is_initialized():
+        store = _torchrun_store()
+        # Without a prefix a restarted rank would find the addresses of ranks that have ended.
+        torch.distributed.init_process_group(
             "nccl" if chosen.type == "cuda" else "gloo",
-            store=torchrun.store_of_this_start(rank, ranks),
+            store=PrefixStore(f"start_{_restart_count()}", store) if store else None,
             rank=rank,
-            world_size=ranks,
+            world_size=world_size,
             device_id=chosen if chosen.type == "cuda" else None,
         )
-    return Runtime(rank, ranks, chosen, choose_dtype(precision, chosen))
+    return DistributedContext(rank, world_size, chosen, choose_dtype(precision, chosen))
 
 
-def stop() -> None:
-    """Leave the other ranks."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def shutdown_distributed() -> None:
+    """Leave the process group, if there is one."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def choose_device(device: str, local_rank: int = 0) -> torch.device:
-    """The torch device of a name; `auto` is a GPU where there is one. Raises InputError."""
+    """The torch device for `auto`, `cuda` or `cpu`; `auto` prefers a GPU. Raises InputError."""
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     found = torch.cuda.device_count()
@@ -69,7 +75,7 @@ def choose_device(device: str, local_rank: int = 0) -> torch.device:
             "train.device or --device: cuda",
             "no CUDA device that torch can use",
             "an NVIDIA GPU, its driver, and a CUDA build of torch",
-            "look at nvidia-smi, or take cpu",
+            "check nvidia-smi, or use cpu",
         )
     if local_rank >= found:
         raise InputError(
@@ -83,10 +89,10 @@ def choose_device(device: str, local_rank: int = 0) -> torch.device:
 
 
 def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The type of autocast. `auto`: bf16 where the device computes in it, else fp16 on a GPU.
+    """The autocast dtype. `auto`: bf16 where the device has it, else fp16 on a GPU.
 
-    On a CPU with bf16 instructions it doubles the speed; without them it would be emulated, so that
-    float32 is taken.
+    On a CPU bf16 instructions double the speed. Without them bf16 would be emulated, so `auto` is
+    float32 there.
     """
     if precision != "auto":
         return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
@@ -96,88 +102,127 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 def _cpu_has_bf16() -> bool:
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text() if cpuinfo.exists() else ""
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
-def leave_cores_to_workers(device: torch.device, workers: int) -> None:
-    """On a CPU, compute with as many threads as there are cores beside the worker processes.
+def set_cpu_threads(device: torch.device, workers: int) -> None:
+    """On a CPU, use one torch thread for each core that no worker process needs.
 
-    Threads of one step wait for each other, so that a core shared with another process halves the
+    The threads of one step wait for each other, so a core shared with a busy process halves the
     speed of all: 38 people/s with two threads beside a busy process on two cores, 96 with one.
-    Threads that have nothing to do spin: a loader's batches cost 1.4 ms a person more with two.
     """
     if device.type == "cpu":
-        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        free = usable_cores() // local_ranks - workers
+        free = cores_per_rank() - workers
         torch.set_num_threads(max(1, min(torch.get_num_threads(), free)))
 
 
+def cores_per_rank() -> int:
+    """The usable cores of this machine for each of its ranks."""
+    return max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
 def seed_everything(seed: int, rank: int) -> None:
-    """Seed torch's generators of this rank. Draws and order of the data have seeds of their own."""
+    """Seed torch's generators of this rank. The data order and its draws have their own seeds."""
     torch.manual_seed(int(np.random.SeedSequence([seed, rank]).generate_state(1)[0]))
 
 
-def is_lost_rank(error: RuntimeError) -> bool:
-    """Whether the ranks could not meet, because one is gone. It has said why, if it could."""
-    from_gloo = "gloo" in str(error).lower()
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    return several and (isinstance(error, dist.DistError) or from_gloo)
-
-
-def barrier(runtime: Runtime) -> None:
+def barrier(dist: DistributedContext) -> None:
     """Wait for the other ranks."""
-    if runtime.ranks > 1:
-        dist.barrier()
+    if dist.world_size > 1:
+        torch.distributed.barrier()
 
 
-def sum_over_ranks(tensor: torch.Tensor, runtime: Runtime) -> torch.Tensor:
+def sum_over_ranks(tensor: torch.Tensor, dist: DistributedContext) -> torch.Tensor:
     """The tensor's sum over all ranks, in place."""
-    if runtime.ranks > 1:
-        dist.all_reduce(tensor)
+    if dist.world_size > 1:
+        torch.distributed.all_reduce(tensor)
     return tensor
 
 
-def any_rank(flag: bool, runtime: Runtime) -> bool:
-    """Whether the flag is set on some rank; the same answer everywhere."""
-    if runtime.ranks == 1:
+def any_rank(flag: bool, dist: DistributedContext) -> bool:
+    """Whether the flag is set on any rank; every rank gets the same answer."""
+    if dist.world_size == 1:
         return flag
-    count = torch.tensor(float(flag), device=runtime.device)
-    return bool(sum_over_ranks(count, runtime).item() > 0)
+    count = torch.tensor(float(flag), device=dist.device)
+    return bool(sum_over_ranks(count, dist).item() > 0)
 
 
-def gather_bytes(data: bytes, runtime: Runtime) -> list[bytes]:
-    """Every rank's bytes, in the order of the ranks, on every rank."""
-    if runtime.ranks == 1:
+def gather_bytes(data: bytes, dist: DistributedContext) -> list[bytes]:
+    """Every rank's bytes, ordered by rank, on every rank."""
+    if dist.world_size == 1:
         return [data]
-    lengths = _gather(torch.tensor([len(data)], device=runtime.device), runtime)
+    lengths = _all_gather(torch.tensor([len(data)], device=dist.device), dist)
     longest = int(torch.cat(lengths).max())
     padded = np.frombuffer(data.ljust(longest, b"\0"), dtype=np.uint8).copy()
-    parts = _gather(torch.from_numpy(padded).to(runtime.device), runtime) if longest else lengths
+    parts = _all_gather(torch.from_numpy(padded).to(dist.device), dist) if longest else lengths
     return [
         part.cpu().numpy().tobytes()[: int(length)]
         for part, length in zip(parts, lengths, strict=True)
     ]
 
 
-def _gather(tensor: torch.Tensor, runtime: Runtime) -> list[torch.Tensor]:
-    gathered = [torch.empty_like(tensor) for _ in range(runtime.ranks)]
-    dist.all_gather(gathered, tensor)
+def _all_gather(tensor: torch.Tensor, dist: DistributedContext) -> list[torch.Tensor]:
+    gathered = [torch.empty_like(tensor) for _ in range(dist.world_size)]
+    torch.distributed.all_gather(gathered, tensor)
     return gathered
 
 
-def decided_by_first(decide: Callable[[], Any], runtime: Runtime) -> Any:
-    """What the first rank decides, on every rank; plain values. Its InputError is raised on all."""
+def from_first_rank(function: Callable[[], Any], dist: DistributedContext) -> Any:
+    """What the function returns on rank 0, on every rank; plain JSON values.
+
+    An InputError of rank 0 is raised on every rank.
+    """
     answer: dict[str, Any] = {}
-    if runtime.is_first:
+    if dist.is_first:
         try:
-            answer = {"value": decide()}
+            answer = {"value": function()}
         except InputError as error:
             answer = {"error": error.args}
-    answer = json.loads(gather_bytes(json.dumps(answer).encode(), runtime)[0])
+    answer = json.loads(gather_bytes(json.dumps(answer).encode(), dist)[0])
     if "error" in answer:
         raise InputError(*answer["error"])
     return answer["value"]
+
+
+def launched_by_torchrun() -> bool:
+    """Whether torchrun started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def mark_run_started() -> None:
+    """Let the ranks that torchrun starts after a failure know that this run had begun."""
+    if store := _torchrun_store():
+        store.set("run_started", "")
+
+
+def restarted_by_torchrun(dist: DistributedContext) -> bool:
+    """Whether torchrun started the ranks again after `mark_run_started`."""
+    store = _torchrun_store()
+    return any_rank(store is not None and store.check(["run_started"]), dist)
+
+
+def report_error_once(text: str) -> bool:
+    """Whether this rank is the first to report this text; the ranks count in torchrun's store."""
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    try:
+        store = _torchrun_store()
+        return store is None or store.add(f"error/{_restart_count()}/{digest}", 1) == 1
+    except DistError:  # torchrun has ended
+        return True
+
+
+def _restart_count() -> str:
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+
+
+def _torchrun_store() -> TCPStore | None:
+    """The key-value store that torchrun serves; None without torchrun. Raises DistError.
+
+    torchrun (2.13) keeps its store, with all keys, when it restarts the ranks.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return TCPStore(host, port, is_master=False)

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from common import distributed as runtime
+from common.distributed import choose_device, choose_dtype
 from common.errors import InputError
 from evaluation.inference import Predictions, predict
 from model import checkpoint
@@ -84,13 +84,13 @@ class PoseEstimator:
                 "leave the flip test out",
             )
         wanted = config.eval.flip and skeleton.has_names if flip is None else flip
-        place = runtime.choose_device(device)
+        place = choose_device(device)
         return cls(
             checkpoint.evaluation_network(state, Path(path)).to(place),
             target_of(config.data, config.heatmaps, skeleton),
             flip=wanted,
             device=place,
-            dtype=runtime.choose_dtype(precision, place),
+            dtype=choose_dtype(precision, place),
             batch_size=config.eval.batch_size if batch_size is None else batch_size,
         )
 

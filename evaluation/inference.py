@@ -12,8 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from common import distributed as runtime
-from common.distributed import Runtime
+from common.distributed import DistributedContext, any_rank, sum_over_ranks
 from configs.skeleton import Skeleton
 from pipelines import geometry, heatmaps, princeton
 from pipelines.annotations import People
@@ -171,7 +170,7 @@ def predict_distributed(
     source: Source,
     samples: npt.NDArray[np.int64],
     target: Target,
-    place: Runtime,
+    dist: DistributedContext,
     *,
     loader: Literal["opencv", "dali"] = "opencv",
     batch_size: int,
@@ -185,35 +184,40 @@ def predict_distributed(
     network: in eval mode, on the device. progress: wraps the batches, to show how far they are.
     should_stop: is asked before each batch; once it is true on some rank, all raise StoppedError.
     """
-    mine = samples[place.rank :: place.ranks]
-    rounds = math.ceil(len(samples) / (place.ranks * batch_size))  # of the first, which has most
+    mine = samples[dist.rank :: dist.world_size]
+    rounds = math.ceil(
+        len(samples) / (dist.world_size * batch_size)
+    )  # of the first, which has most
     merged = torch.zeros(len(samples), target.skeleton.joint_count, 3, dtype=torch.float64)
     if len(mine):
         batches = still_batches(
-            source, mine, target, loader=loader, device=place.device, batch_size=batch_size,
+            source, mine, target, loader=loader, device=dist.device, batch_size=batch_size,
             workers=workers,
         )  # fmt: skip
         if should_stop:
-            batches = _until(should_stop, batches, rounds, place)
+            batches = _until(should_stop, batches, rounds, dist)
         found = predict(
-            network, progress(batches), target, flip=flip, device=place.device, dtype=place.dtype
+            network, progress(batches), target, flip=flip, device=dist.device, dtype=dist.dtype
         )
-        merged[place.rank :: place.ranks, :, :2] = torch.from_numpy(found.keypoints_NJ2)
-        merged[place.rank :: place.ranks, :, 2] = torch.from_numpy(found.scores_NJ)
+        merged[dist.rank :: dist.world_size, :, :2] = torch.from_numpy(found.keypoints_NJ2)
+        merged[dist.rank :: dist.world_size, :, 2] = torch.from_numpy(found.scores_NJ)
     elif should_stop:
-        list(_until(should_stop, (), rounds, place))
+        list(_until(should_stop, (), rounds, dist))
     # Every row is zero but on one rank, so that the sum is exact.
-    merged = runtime.sum_over_ranks(merged.to(place.device), place).cpu()
+    merged = sum_over_ranks(merged.to(dist.device), dist).cpu()
     return Predictions(merged[..., :2].numpy(), merged[..., 2].numpy())
 
 
 def _until(
-    should_stop: Callable[[], bool], batches: Iterable[RawBatch], rounds: int, place: Runtime
+    should_stop: Callable[[], bool],
+    batches: Iterable[RawBatch],
+    rounds: int,
+    dist: DistributedContext,
 ) -> Iterator[RawBatch]:
     """The batches, of which no rank has more than rounds; the ranks meet before each of these."""
     waiting = iter(batches)
     for _ in range(rounds):
-        if runtime.any_rank(should_stop(), place):
+        if any_rank(should_stop(), dist):
             raise StoppedError
         yield from itertools.islice(waiting, 1)
 

@@ -33,7 +33,7 @@ import cv2  # noqa: E402
 import torch  # noqa: E402
 
 from common.cli import progress  # noqa: E402
-from common.distributed import Runtime  # noqa: E402
+from common.distributed import DistributedContext  # noqa: E402
 from common.errors import InputError  # noqa: E402
 from configs.schema import (  # noqa: E402
     Config,
@@ -67,7 +67,7 @@ SECONDS = 60
 """For one input; more is a hang."""
 PICTURES = (".png", ".webp", ".tiff", ".bmp", ".gif", ".jp2", ".avif", ".ppm", ".pfm", ".hdr",
             ".ras")  # fmt: skip
-HERE = Runtime(0, 1, torch.device("cpu"), torch.float16)
+HERE = DistributedContext(0, 1, torch.device("cpu"), torch.float16)
 """With fp16, so that there is a scaler."""
 ODD_NUMBERS = [0, 1, -1, 2**31, 2**53, 2**63, 2**64, 10**30, 0.5, 1e308, -1e308, float("nan"),
                float("inf"), -0.0]  # fmt: skip
@@ -409,7 +409,7 @@ def write_run(packed: Path, folder: Path) -> Config:
         for n in (1, 2)
     )
     with contextlib.redirect_stderr(io.StringIO()):
-        make_run(first, folder, place=HERE).train()
+        make_run(first, folder, dist=HERE).train()
     return second
 
 

@@ -1,12 +1,9 @@
 """How a program ends: its exit code, and one message instead of a traceback."""
 
 import errno
-import time
 
 import pytest
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from common import torchrun
 from common.errors import InputError, run_main
 
 
@@ -53,13 +50,3 @@ def test_an_error_survives_a_process_boundary():
 
     error = InputError("a", "b", "c", "d")
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
-
-
-def test_torchruns_summary_shows_the_message_of_a_rank(tmp_path, monkeypatch):
-    path, text = tmp_path / "error.json", str(InputError("train.steps", "0", "more", "correct it"))
-    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(path))
-    assert torchrun.speaks(text), "this process is alone"
-    failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(path))
-    summary = " ".join(str(ChildFailedError("train.py", {0: failure})).split())
-    assert f"traceback : {' '.join(text.split())}" in summary
-    assert abs(failure.timestamp - time.time()) < 60, "by which it finds the first failure"

@@ -127,7 +127,7 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_it_is_used(damage, tiny
     else:
         last.unlink()
         (tmp_path / "step_00000003.pt").unlink()
-    start, remarks = train_program.find_start(tmp_path, "", [])
+    start, remarks = train_program.find_start(tmp_path, "", False)
     assert Path(start).name == "step_00000002.pt"
     if damage != "gone":
         assert remarks[0].startswith(f"{last} is damaged (")
@@ -143,7 +143,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(sealed, tmp
     shutil.copy(sealed, tmp_path / "last.pt")
     flipped(tmp_path / "last.pt", 100, 1)
     with pytest.raises(InputError, match="all of them damaged"):
-        train_program.find_start(tmp_path, "auto", [])
+        train_program.find_start(tmp_path, "auto", False)
 
 
 def unreadable(path: Path, number: int, monkeypatch) -> None:
@@ -166,7 +166,7 @@ def test_a_checkpoint_that_cannot_be_read_is_said_and_the_one_before_it_is_used(
     for run.step in (2, 4):
         run.save(["last.pt"])
     unreadable(tmp_path / "last.pt", number, monkeypatch)
-    start, remarks = train_program.find_start(tmp_path, "auto", [])
+    start, remarks = train_program.find_start(tmp_path, "auto", False)
     assert Path(start).name == "step_00000002.pt"
     assert remarks[0].startswith(f"{tmp_path}/last.pt cannot be read ({os.strerror(number)})")
 
@@ -181,13 +181,12 @@ def test_if_no_checkpoint_can_be_read_the_reason_is_told(
     shutil.copy(sealed, tmp_path / "last.pt")
     unreadable(tmp_path / "last.pt", number, monkeypatch)
     with pytest.raises(InputError, match=said):
-        train_program.find_start(tmp_path, "auto", [])
+        train_program.find_start(tmp_path, "auto", False)
 
 
 @pytest.mark.parametrize(
     ("name", "write"),
     [("config.yaml", lambda folder: save_yaml(Config(), folder / "config.yaml")),
-     ("launchers", lambda folder: keeping.begin(folder, ["node1 7 100"])),
      ("resume_me", lambda folder: keeping.ask_to_resume(folder, "STOPPED EARLY"))],
 )  # fmt: skip
 def test_a_kill_in_a_write_leaves_the_small_files_of_a_run_as_they_were(
@@ -203,16 +202,6 @@ def test_a_kill_in_a_write_leaves_the_small_files_of_a_run_as_they_were(
         patch.setattr(Path, "write_bytes", killed)
         write(tmp_path)
     assert (tmp_path / name).read_text() == "of before"
-
-
-def test_launchers_that_cannot_be_read_are_nobody(tmp_path):
-    assert not keeping.was_begun_by(tmp_path, ["node1 7 100"])
-    (tmp_path / "launchers").write_bytes(b"\xff\xfe\0\nnode1 7 100\n")
-    assert not keeping.was_begun_by(tmp_path, ["node2 7 100"])
-    assert keeping.was_begun_by(tmp_path, ["node1 7 100"])
-    (tmp_path / "launchers").unlink()
-    (tmp_path / "launchers").mkdir()
-    assert not keeping.was_begun_by(tmp_path, ["node1 7 100"])
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="no /proc to look a file up in")

@@ -288,12 +288,12 @@ def test_a_checkpoint_from_elsewhere_does_not_replace_a_run(golden_path, tmp_pat
 
     folder = tmp_path / "run"
     folder.mkdir()
-    assert train.find_start(folder, str(golden_path), []) == (str(golden_path), [])
+    assert train.find_start(folder, str(golden_path), False) == (str(golden_path), [])
     (folder / "last.pt").touch()
     with pytest.raises(InputError, match="a run of this name"):
-        train.find_start(folder, str(golden_path), [])
+        train.find_start(folder, str(golden_path), False)
     own = str(folder / "step_00000001.pt")
-    assert train.find_start(folder, own, []) == (own, [])
+    assert train.find_start(folder, own, False) == (own, [])
 
 
 def test_the_converter_goes_both_ways(golden_path, tmp_path, monkeypatch, capsys):

@@ -16,7 +16,7 @@ from torch import Tensor
 from two_ranks import content, differences, rows_of, step, watched
 
 import train as train_program
-from common import distributed as runtime
+from common.distributed import from_first_rank, init_distributed
 from common.errors import InputError
 from configs.schema import save_yaml
 from model import checkpoint
@@ -60,8 +60,8 @@ def test_one_rank_stopped_after_each_step_ends_with_the_same_bytes(
     """Batches, losses, weights, averages, optimizer, schedule, scaler and generators of fp16."""
     if loader == "dali":
         pytest.importorskip("nvidia.dali")
-    place = HERE._replace(dtype=torch.float16)
-    assert differences(loader, tiny_shards, tmp_path, place, workers) == []
+    dist = HERE._replace(dtype=torch.float16)
+    assert differences(loader, tiny_shards, tmp_path, dist, workers) == []
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_skips_the_step_on_both(two_ranks):
@@ -116,17 +116,17 @@ def test_a_resumed_run_is_within_the_noise_of_unstopped_ones(
     """The noise of a GPU is measured here, by three unstopped runs, and printed; a CPU has none."""
     if loader == "dali":
         pytest.importorskip("nvidia.dali")
-    place = runtime.start(device, "fp32" if device == "cpu" else "auto")
+    dist = init_distributed(device, "fp32" if device == "cpu" else "auto")
     config = tiny_config(
         tiny_shards, data={"loader": loader, "preset": "princeton"}, optim={"ema_decay": 0.9},
         train={"steps": 12, "steps_per_epoch": 12},
     )  # fmt: skip
-    unstopped = [traced(make_run(config, tmp_path / str(i), place=place), 12) for i in range(3)]
-    first = make_run(config, tmp_path / "parts", place=place)
+    unstopped = [traced(make_run(config, tmp_path / str(i), dist=dist), 12) for i in range(3)]
+    first = make_run(config, tmp_path / "parts", dist=dist)
     begun = traced(first, 5)
     first.save(["last.pt"])
     state = checkpoint.load(tmp_path / "parts" / "last.pt")
-    ended = traced(make_run(config, tmp_path / "parts", state, place), 7)
+    ended = traced(make_run(config, tmp_path / "parts", state, dist), 7)
     resumed = Trace(
         begun.given + ended.given,
         torch.cat([begun.crops_SNHW3, ended.crops_SNHW3]),
@@ -134,7 +134,7 @@ def test_a_resumed_run_is_within_the_noise_of_unstopped_ones(
     )
     assert len(set(resumed.given)) == 12
     assert all(trace.given == resumed.given for trace in unstopped), "other people or draws"
-    facts = {"device": device, "loader": loader, "precision": str(place.dtype),
+    facts = {"device": device, "loader": loader, "precision": str(dist.dtype),
              "last loss": resumed.losses_S[-1].item()}  # fmt: skip
     for name in ("crops_SNHW3", "losses_S"):
         others, mine = [getattr(trace, name) for trace in unstopped], getattr(resumed, name)
@@ -146,7 +146,7 @@ def test_a_resumed_run_is_within_the_noise_of_unstopped_ones(
         print(f"\n{json.dumps(facts)}")
     # A run that forgot its optimizer is found out.
     state = {**state, "optimizer": {**state["optimizer"], "state": {}}}
-    forgot = traced(make_run(config, tmp_path / "parts", state, place), 7).losses_S
+    forgot = traced(make_run(config, tmp_path / "parts", state, dist), 7).losses_S
     assert beyond(torch.cat([begun.losses_S, forgot]), [t.losses_S for t in unstopped])
 
 
@@ -290,8 +290,8 @@ def test_a_run_without_last_pt_is_a_run(tiny_shards, tmp_path):
 def test_a_start_removes_what_a_killed_one_was_writing(tmp_path):
     for name in ("step_00000006.pt.tmp", "last.pt.tmp", "last.pt"):
         (tmp_path / name).touch()
-    keeping.begin(tmp_path, [])
-    assert {path.name for path in tmp_path.iterdir()} == {"last.pt", "launchers", "lock"}
+    keeping.begin(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"last.pt", "lock"}
 
 
 def test_a_run_that_a_signal_ended_at_an_epochs_end_validates_when_it_goes_on(
@@ -332,7 +332,7 @@ def test_a_start_that_fails_leaves_no_marker_that_asks_for_another(
 
 def test_only_ranks_that_the_same_torchrun_started_resume_by_themselves(tiny_shards, tmp_path):
     make_run(tiny_config(tiny_shards), tmp_path).save(["last.pt"])
-    keeping.begin(tmp_path, ["node1 7 100", "node2 8 100"])
+    keeping.begin(tmp_path)
     start, remarks = train_program.find_start(tmp_path, None, ["node2 8 100", "node3 9 100"])
     assert start == str(tmp_path / "last.pt") and "torchrun started the ranks again" in remarks[0]
     for another in (["node1 7 200"], []):
@@ -341,13 +341,13 @@ def test_only_ranks_that_the_same_torchrun_started_resume_by_themselves(tiny_sha
 
 
 def test_a_decision_of_the_first_rank_is_plain_values_or_its_error():
-    assert runtime.decided_by_first(lambda: ("a", ["b"]), HERE) == ["a", ["b"]]
+    assert from_first_rank(lambda: ("a", ["b"]), HERE) == ["a", ["b"]]
 
     def refuse() -> None:
         raise InputError("where", "found", "expected", "next")
 
     with pytest.raises(InputError, match=r"where\n  found:    found"):
-        runtime.decided_by_first(refuse, HERE)
+        from_first_rank(refuse, HERE)
 
 
 def test_a_refused_change_is_named_and_a_free_one_is_not():

@@ -8,8 +8,7 @@ import torch
 from test_training import make_run, steps, tiny_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from common import distributed as runtime
-from common.distributed import Runtime
+from common.distributed import DistributedContext, choose_dtype
 from common.errors import InputError
 from configs.schema import Config, ModelConfig, TrainConfig, check_values
 from configs.skeleton import MPII
@@ -88,10 +87,12 @@ def test_a_step_reads_nothing_from_the_device_and_brings_nothing_to_it(preset, r
 def test_a_step_of_a_run_reads_no_value(precision, options, tiny_shards, tmp_path):
     """The whole of it, with optimizer, scaler and average: on a GPU it would wait for the value."""
     config = tiny_config(tiny_shards, optim=options, train={"precision": precision})
-    place = Runtime(0, 1, torch.device("cpu"), runtime.choose_dtype(precision, torch.device("cpu")))
-    run = make_run(config, tmp_path / "run", place=place)
+    dist = DistributedContext(
+        0, 1, torch.device("cpu"), choose_dtype(precision, torch.device("cpu"))
+    )
+    run = make_run(config, tmp_path / "run", dist=dist)
     run.network.train()
-    totals = Totals(place.device)
+    totals = Totals(dist.device)
     run._train_step(totals)
     with Watch() as watch:
         run._train_step(totals)
@@ -114,10 +115,10 @@ def test_the_host_never_waits_for_the_gpu_in_a_step(loader, preset, tiny_shards,
     config = tiny_config(
         tiny_shards, data={"loader": loader, "preset": preset}, optim={"ema_decay": 0.9}
     )
-    place = Runtime(0, 1, torch.device("cuda", 0), torch.bfloat16)
-    run = make_run(config, tmp_path / "run", place=place)
+    dist = DistributedContext(0, 1, torch.device("cuda", 0), torch.bfloat16)
+    run = make_run(config, tmp_path / "run", dist=dist)
     run.network.train()
-    totals = Totals(place.device)
+    totals = Totals(dist.device)
     for _ in range(3):
         run._train_step(totals)
     torch.cuda.set_sync_debug_mode("error")

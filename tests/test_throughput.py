@@ -26,7 +26,7 @@ from benchmarks import (
     timing,
 )
 from benchmarks.timing import Case, take_turns
-from common.distributed import Runtime
+from common.distributed import DistributedContext
 from common.errors import InputError
 from configs.skeleton import MPII
 from evaluation.inference import predict_distributed
@@ -296,7 +296,7 @@ def test_evaluating_one_by_one_gives_the_joints_of_the_batched_way(made):
     alone = [evaluation.predict_by_one(network, made, sample, cpu) for sample in range(6)]
     together = predict_distributed(
         network, made, np.arange(6), evaluation.target_of_princeton(made),
-        Runtime(0, 1, cpu, torch.float32), batch_size=3, workers=0, flip=True,
+        DistributedContext(0, 1, cpu, torch.float32), batch_size=3, workers=0, flip=True,
     )  # fmt: skip
     # An untrained network's maps are nearly flat, so that a hair's breadth can move a maximum.
     assert (np.abs(np.stack(alone) - together.keypoints_NJ2).max(axis=-1) <= 1).mean() > 0.9

@@ -15,8 +15,7 @@ import pytest
 import torch
 
 import train as train_program
-from common import distributed as runtime
-from common.distributed import Runtime
+from common.distributed import DistributedContext, choose_dtype, init_distributed
 from common.errors import InputError
 from configs.schema import Config, config_from_dict
 from configs.skeleton import unnamed
@@ -27,7 +26,7 @@ from training.optimizer import Average, learning_rate
 from training.trainer import Run
 
 ROOT = Path(__file__).parents[1]
-HERE = Runtime(0, 1, torch.device("cpu"), torch.float32)
+HERE = DistributedContext(0, 1, torch.device("cpu"), torch.float32)
 GPU = pytest.mark.gpu
 
 
@@ -45,15 +44,15 @@ def tiny_config(shards: Path, **sections: dict) -> Config:
     return config_from_dict(raw, "test")
 
 
-def make_run(config: Config, folder: Path, state=None, place: Runtime = HERE) -> Run:
+def make_run(config: Config, folder: Path, state=None, dist: DistributedContext = HERE) -> Run:
     folder.mkdir(parents=True, exist_ok=True)
-    return Run(config, place, folder, state)
+    return Run(config, dist, folder, state)
 
 
 def steps(run: Run, count: int) -> list[float]:
     losses = []
     for _ in range(count):
-        totals = Totals(run.place.device)
+        totals = Totals(run.dist.device)
         run.network.train()
         run._train_step(totals)
         run.step += 1
@@ -231,7 +230,7 @@ def test_a_step_whose_loss_is_not_finite_is_skipped_and_counted(
     )
     poison(run, {0})
     run.log = run._open_log()
-    totals = Totals(run.place.device)
+    totals = Totals(run.dist.device)
     run._train_step(totals)
     for name, tensor in run.network.named_parameters():
         assert torch.equal(tensor, before[name]), name
@@ -283,8 +282,8 @@ def test_the_time_limit_ends_with_a_validation_and_a_checkpoint(tiny_shards, tmp
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_lower_precisions_train(precision, tiny_shards, tmp_path):
     config = tiny_config(tiny_shards, train={"precision": precision})
-    place = HERE._replace(dtype=runtime.choose_dtype(precision, HERE.device))
-    run = make_run(config, tmp_path / "run", place=place)
+    dist = HERE._replace(dtype=choose_dtype(precision, HERE.device))
+    run = make_run(config, tmp_path / "run", dist=dist)
     before = run.network.heads[0].weight.clone()
     assert np.isfinite(steps(run, 3)).all()
     assert not torch.equal(before, run.network.heads[0].weight)
@@ -571,10 +570,10 @@ def test_a_compiled_network_trains_like_a_plain_one(tiny_shards, tmp_path):
 @pytest.mark.parametrize("loader", ["opencv", "dali"])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_gpu_trains(loader, compiled, tiny_shards, tmp_path):
-    place = runtime.start("cuda", "auto")
+    dist = init_distributed("cuda", "auto")
     config = tiny_config(tiny_shards, data={"loader": loader}, train={"compile": compiled})
-    run = make_run(config, tmp_path / "run", place=place)
+    run = make_run(config, tmp_path / "run", dist=dist)
     assert np.isfinite(steps(run, 4)).all()
     assert np.isfinite(run.validate()["auc"])
-    assert place.dtype in (torch.bfloat16, torch.float16)
-    assert choose_loader("auto", place.device) == "dali"
+    assert dist.dtype in (torch.bfloat16, torch.float16)
+    assert choose_loader("auto", dist.device) == "dali"

@@ -12,8 +12,12 @@ from typing import Any
 import torch
 from test_training import poison, tiny_config
 
-from common import distributed as runtime
-from common.distributed import Runtime
+from common.distributed import (
+    DistributedContext,
+    gather_bytes,
+    init_distributed,
+    shutdown_distributed,
+)
 from model import checkpoint
 from pipelines.opencv_loader import RawBatch
 from training.metrics import Totals
@@ -22,22 +26,22 @@ from training.trainer import Run
 
 def main() -> None:
     shards, folder = Path(sys.argv[1]), Path(sys.argv[2])
-    place = runtime.start("cpu", "fp16")
+    dist = init_distributed("cpu", "fp16")
     found: dict[str, Any] = {
-        loader: differences(loader, shards, folder / loader, place) for loader in ("opencv", "dali")
+        loader: differences(loader, shards, folder / loader, dist) for loader in ("opencv", "dali")
     }
-    mine = b"x" * 5 if place.rank else b""
-    found["gathered"] = [len(part) for part in runtime.gather_bytes(mine, place)]
-    plain = place._replace(dtype=torch.float32)
+    mine = b"x" * 5 if dist.rank else b""
+    found["gathered"] = [len(part) for part in gather_bytes(mine, dist)]
+    plain = dist._replace(dtype=torch.float32)
     for loader in ("opencv", "dali"):
         found[f"{loader} goes on"] = on_two_ranks(loader, shards, folder / f"{loader}2", plain)
     found["poisoned"] = poisoned_on_the_second(shards, folder / "poisoned", plain)
-    (folder / f"rank{place.rank}.json").write_text(json.dumps(found))
-    runtime.stop()
+    (folder / f"rank{dist.rank}.json").write_text(json.dumps(found))
+    shutdown_distributed()
 
 
 def step(run: Run) -> Totals:
-    totals = Totals(run.place.device)
+    totals = Totals(run.dist.device)
     run.network.train()
     run._train_step(totals)
     run.step += 1
@@ -63,7 +67,7 @@ def content(tensors: Iterable[torch.Tensor]) -> bytes:
 
 
 def differences(
-    loader: str, shards: Path, folder: Path, place: Runtime, workers: int = 0
+    loader: str, shards: Path, folder: Path, dist: DistributedContext, workers: int = 0
 ) -> list[str]:
     """What differs between four steps on end and four, each in a run resumed from the one before.
 
@@ -78,15 +82,15 @@ def differences(
     )
     (folder / "parts").mkdir(parents=True, exist_ok=True)
     batches, batches_of_parts = list[RawBatch](), list[RawBatch]()
-    whole = watched(Run(config, place, folder), batches)
+    whole = watched(Run(config, dist, folder), batches)
     expected = [step(whole).sums.tolist() for _ in range(4)]
     whole.save(["last.pt"])  # now: the generator is this process's, which the parts change
-    part, losses = watched(Run(config, place, folder / "parts"), batches_of_parts), []
+    part, losses = watched(Run(config, dist, folder / "parts"), batches_of_parts), []
     for _ in range(4):
         losses.append(step(part).sums.tolist())
         part.save(["last.pt"])
         state = checkpoint.load(folder / "parts" / "last.pt")
-        part = watched(Run(config, place, folder / "parts", state), batches_of_parts)
+        part = watched(Run(config, dist, folder / "parts", state), batches_of_parts)
     differing = [] if losses == expected and losses[0] != losses[1] else ["losses"]
     given = [content(batch) for batch in batches]
     if [content(batch) for batch in batches_of_parts] != given or len(set(given)) != 8:
@@ -95,7 +99,7 @@ def differences(
     for name, tensor in whole.network.named_parameters():
         if not torch.equal(tensor, weights[name]):
             differing.append(name)
-    if place.is_first:
+    if dist.is_first:
         state = leaves(checkpoint.load(folder / "last.pt"))
         resumed = leaves(checkpoint.load(folder / "parts" / "last.pt"))
         assert len(state) > 100 and any(name.startswith("scaler/") for name in state)
@@ -113,13 +117,15 @@ def leaves(value: Any, name: str = "") -> dict[str, Any]:
     return {name: value}
 
 
-def on_two_ranks(loader: str, shards: Path, folder: Path, place: Runtime) -> dict[str, Any]:
+def on_two_ranks(
+    loader: str, shards: Path, folder: Path, dist: DistributedContext
+) -> dict[str, Any]:
     """Save at the end of an epoch of two steps, go on, and tell of each step its rows and loss."""
     config = tiny_config(
         shards, data={"loader": loader, "preset": "newell"}, train={"steps_per_epoch": 2}
     )
     folder.mkdir(exist_ok=True)
-    run = Run(config, place, folder)
+    run = Run(config, dist, folder)
     begun = [rows_of(step(run)) for _ in range(2)]
     run.save(["last.pt"])
     after = [step(run) for _ in range(2)]
@@ -130,13 +136,13 @@ def on_two_ranks(loader: str, shards: Path, folder: Path, place: Runtime) -> dic
     }
 
 
-def poisoned_on_the_second(shards: Path, folder: Path, place: Runtime) -> dict[str, Any]:
+def poisoned_on_the_second(shards: Path, folder: Path, dist: DistributedContext) -> dict[str, Any]:
     """One step in which the second rank's loss alone is not finite: what is left on this rank."""
     folder.mkdir(exist_ok=True)
-    run = Run(tiny_config(shards), place, folder)
+    run = Run(tiny_config(shards), dist, folder)
     before = {name: tensor.clone() for name, tensor in run.network.named_parameters()}
     run.log = run._open_log()
-    if place.rank == 1:
+    if dist.rank == 1:
         poison(run, {0})
     totals = step(run)
     run._report(totals)

@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from common import distributed as runtime
 from common.cli import Parser, at_least, progress
+from common.distributed import choose_device
 from common.errors import InputError, run_main
 from configs.schema import Config, config_from_dict, load_yaml
 from configs.skeleton import Skeleton
@@ -66,7 +66,7 @@ def main() -> None:
     if input_px % 64:
         raise InputError("--input-px", str(input_px), "a multiple of 64", "give 64, 128, 256, ...")
     target = Target(preset, rule, sigma, input_px, shards.manifest.skeleton)
-    device = runtime.choose_device(options.device)
+    device = choose_device(options.device)
     print(f"cutting out {options.people:,} people ...", file=sys.stderr, flush=True)
     shown = make_batches(shards, target, options.loader, options.people, options.seed, device)
     grey = grey_differences(shown)

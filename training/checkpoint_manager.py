@@ -21,8 +21,6 @@ RESUME_ME = "resume_me"
 """Is in the folder of a run that a signal ended, until it is started again."""
 LOCK = "lock"
 """Is held by the process that trains the run, and names it."""
-LAUNCHERS = "launchers"
-"""The torchrun processes that the run's ranks were last started by."""
 
 
 def save(folder: Path, state: State, names: list[str], keep: int) -> None:
@@ -90,8 +88,8 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
     return None, []
 
 
-def begin(folder: Path, launchers: list[str]) -> None:
-    """Make a run's folder, keep other processes out of it, and note who started it.
+def begin(folder: Path) -> None:
+    """Make a run's folder and keep other processes out of it.
 
     What a killed process was writing is removed.
     """
@@ -99,7 +97,6 @@ def begin(folder: Path, launchers: list[str]) -> None:
     lock(folder)
     for half in folder.glob("*.pt.tmp"):
         half.unlink(missing_ok=True)
-    write_atomic(folder / LAUNCHERS, "".join(f"{name}\n" for name in launchers).encode())
 
 
 def lock(folder: Path) -> None:
@@ -128,15 +125,6 @@ def lock(folder: Path) -> None:
     with suppress(OSError):  # a full disk: the lock holds without its holder's name
         os.truncate(descriptor, 0)
         os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-
-
-def was_begun_by(folder: Path, launchers: list[str]) -> bool:
-    """Whether one of these started the run's ranks before, so that this is a restart."""
-    try:
-        before = (folder / LAUNCHERS).read_text(errors="replace").splitlines()
-    except OSError:  # there is none, or none that tells
-        return False
-    return bool(set(launchers) & set(before))
 
 
 def ask_to_resume(folder: Path, text: str) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from common.cli import duration
-from common.distributed import Runtime
+from common.distributed import DistributedContext
 from common.files import parse_json, write_atomic
 from configs.schema import Config
 from model.loss import pck, peak_height
@@ -97,15 +97,20 @@ class Log:
     """The log of one process; silent unless it is the first rank."""
 
     def __init__(
-        self, folder: Path, config: Config, place: Runtime, first_step: int, metric: str = "PCKh"
+        self,
+        folder: Path,
+        config: Config,
+        dist: DistributedContext,
+        first_step: int,
+        metric: str = "PCKh",
     ):
         """folder: the run's. first_step: where this start begins. metric: its name, PCKh or PCK."""
-        self.enabled = place.is_first
+        self.enabled = dist.is_first
         if not self.enabled:
             return
-        self._folder, self._train, self._device = folder, config.train, place.device
+        self._folder, self._train, self._device = folder, config.train, dist.device
         self._first_step = self._step = first_step
-        self._ranks, self._metric = place.ranks, metric
+        self._ranks, self._metric = dist.world_size, metric
         self._writes = True
         cut(folder / METRICS, first_step)
         self._pckh = _last_pckh(folder / METRICS)

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from common import distributed as runtime
-from common.distributed import Runtime
+from common.distributed import DistributedContext, gather_bytes
 from common.errors import InputError
 from pipelines.shard_format import unpack_records
 from pipelines.shards import ShardSet
@@ -38,7 +37,13 @@ class Guard:
         cut(self.folder / SKIPPED, step)
 
     def check(
-        self, step: int, bad: int, totals: Totals, average: Average | None, log: Log, place: Runtime
+        self,
+        step: int,
+        bad: int,
+        totals: Totals,
+        average: Average | None,
+        log: Log,
+        dist: DistributedContext,
     ) -> None:
         """Look back on the steps of `totals`, the last of which is `step`; bad: how many failed.
 
@@ -53,7 +58,7 @@ class Guard:
             f"step {step}: skipped {bad} of the last {totals.steps} steps, "
             "whose loss or gradients were not finite"
         )
-        self._write_people(step - totals.steps + 1, totals, log, place)
+        self._write_people(step - totals.steps + 1, totals, log, dist)
         self._mend_statistics(average)
         if longest >= self.limit:
             raise InputError(
@@ -76,14 +81,16 @@ class Guard:
             longest = max(longest, self.in_a_row)
         return longest
 
-    def _write_people(self, first_step: int, totals: Totals, log: Log, place: Runtime) -> None:
+    def _write_people(
+        self, first_step: int, totals: Totals, log: Log, dist: DistributedContext
+    ) -> None:
         """A line for each batch of a skipped step, of all ranks, into skipped_batches.jsonl."""
         mine = [
-            {"step": first_step + step, "rank": place.rank, "loss_is_finite": finite, "rows": rows}
+            {"step": first_step + step, "rank": dist.rank, "loss_is_finite": finite, "rows": rows}
             for step, rows, finite in totals.skipped_batches()
         ]
-        parts = runtime.gather_bytes(json.dumps(mine).encode(), place)
-        if not place.is_first:
+        parts = gather_bytes(json.dumps(mine).encode(), dist)
+        if not dist.is_first:
             return
         batches: list[dict[str, Any]] = [batch for part in parts for batch in json.loads(part)]
         batches.sort(key=lambda batch: batch["step"])

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from common import torchrun
+from common.distributed import launched_by_torchrun
 from pipelines.opencv_loader import STOP_SIGNALS
 
 PATIENCE_S = 10.0
@@ -36,7 +36,7 @@ def noted() -> Iterator[list[int]]:
         first_at = first_at or time.monotonic()
         numbers.append(number)
         late = time.monotonic() - first_at > PATIENCE_S
-        if late or not torchrun.started_us():
+        if late or not launched_by_torchrun():
             # The kernel deals with the next one, even while an operation of torch goes on.
             for each in STOP_SIGNALS:
                 signal.signal(each, signal.SIG_DFL)

@@ -19,9 +19,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common import distributed as runtime
-from common import torchrun
-from common.distributed import Runtime
+from common.distributed import (
+    DistributedContext,
+    any_rank,
+    barrier,
+    gather_bytes,
+    launched_by_torchrun,
+    seed_everything,
+    set_cpu_threads,
+    sum_over_ranks,
+)
 from common.errors import InputError
 from configs import schema
 from configs.schema import Config
@@ -62,7 +69,7 @@ class Run:
     def __init__(
         self,
         config: Config,
-        place: Runtime,
+        dist: DistributedContext,
         folder: Path,
         state: State | None = None,
         source: Path | None = None,
@@ -75,9 +82,9 @@ class Run:
         self.given, self.remarks = config, list[str]()
         if state:
             with _damage_named(source):
-                config, self.remarks = resuming.fit_to_ranks(config, state, place.ranks, source)
-        self.config, self.place, self.folder = config, place, folder
-        runtime.leave_cores_to_workers(place.device, config.data.workers)
+                config, self.remarks = resuming.fit_to_ranks(config, state, dist.world_size, source)
+        self.config, self.dist, self.folder = config, dist, folder
+        set_cpu_threads(dist.device, config.data.workers)
         self.train_shards = ShardSet(Path(config.data.shards) / "train")
         self.valid_shards = ShardSet(Path(config.data.shards) / "valid")
         preset = preset_of(config.data.preset, config.data.mirror)
@@ -89,12 +96,12 @@ class Run:
                             self.valid_shards.folder, self.train_shards.folder)  # fmt: skip
         self.target = target_of(config.data, config.heatmaps, self.skeleton)
         self.valid_people, self.valid_samples = self.valid_shards.people()
-        runtime.seed_everything(config.train.seed, 0)  # the same weights on every rank
-        network = checkpoint.build_network(config, self.skeleton.joint_count).to(place.device)
+        seed_everything(config.train.seed, 0)  # the same weights on every rank
+        network = checkpoint.build_network(config, self.skeleton.joint_count).to(dist.device)
         self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        runtime.seed_everything(config.train.seed, place.rank + 1)
+        seed_everything(config.train.seed, dist.rank + 1)
         self.optimizer = make_optimizer(self.network, config.optim)
-        self.scaler = torch.amp.GradScaler(place.device.type, enabled=place.dtype == torch.float16)
+        self.scaler = torch.amp.GradScaler(dist.device.type, enabled=dist.dtype == torch.float16)
         self.step, self.best, self.seconds = 0, -1.0, 0.0
         self.saved_step = 0  # of last.pt
         self.average: Average | None = None
@@ -124,17 +131,17 @@ class Run:
         or the batch of a validation end and writes last.pt; `interrupted` is set then. Raises
         InputError if the end of the run could not be written.
         """
-        train, place, started = self.config.train, self.place, time.perf_counter()
+        train, dist, started = self.config.train, self.dist, time.perf_counter()
         spent_before = self.seconds
         result: dict[str, Any] = {}
-        totals, timed_out = Totals(place.device), False
+        totals, timed_out = Totals(dist.device), False
         # The live line is closed before an error is told.
         with (
             signals.noted() as self.noted,
             closing(self._open_log()) as self.log,
-            Tracer(self.folder, self._steps_to_trace(), place.device, self.log.say) as tracer,
+            Tracer(self.folder, self._steps_to_trace(), dist.device, self.log.say) as tracer,
         ):
-            self.interrupted = runtime.any_rank(self._is_asked_to_stop(), place)
+            self.interrupted = any_rank(self._is_asked_to_stop(), dist)
             if self.interrupted:  # by a signal that came while the program started
                 self.save([LAST])
             elif self.validation_due:
@@ -150,19 +157,19 @@ class Run:
                 at_epoch = self.step % train.steps_per_epoch == 0 or self.step == train.steps
                 at_line = self.step % train.log_every == 0
                 # Ranks on GPUs meet here at a line alone, for to meet is to wait for the GPU.
-                if at_epoch or at_line or place.ranks == 1 or place.device.type == "cpu":
-                    self.interrupted = runtime.any_rank(self._is_asked_to_stop(), place)
+                if at_epoch or at_line or dist.world_size == 1 or dist.device.type == "cpu":
+                    self.interrupted = any_rank(self._is_asked_to_stop(), dist)
                 if not (at_epoch or at_line or self.interrupted):
                     continue
                 self._report(totals)
-                timed_out = runtime.any_rank(self._is_late(seconds), place)
+                timed_out = any_rank(self._is_late(seconds), dist)
                 self.validation_due = at_epoch or timed_out
                 if self.interrupted:  # there may be seconds left: no time to validate
                     self.save([LAST])
                 elif self.validation_due:
                     self.save([LAST])  # whatever may happen in a validation
                     result = self._finish_epoch()
-                totals = Totals(place.device)
+                totals = Totals(dist.device)
             self._say_why_it_ended()
         if self.unsaved and not self.interrupted:
             raise InputError(self.folder, self.unsaved, "room for a checkpoint", "--resume then")
@@ -170,26 +177,29 @@ class Run:
 
     def _open_log(self) -> Log:
         """Make the folder, with the settings in it, and the log; say what _restore found."""
-        if self.place.is_first:
+        if self.dist.is_first:
             self.folder.mkdir(parents=True, exist_ok=True)
             schema.save_yaml(self.given, self.folder / "config.yaml")
             self.guard.begin(self.step)
             keeping.take_back(self.folder)
         self.guard.remember(self.average)
-        log = Log(self.folder, self.config, self.place, self.step, self.skeleton.metric)
+        log = Log(self.folder, self.config, self.dist, self.step, self.skeleton.metric)
         for remark in self.remarks:
             log.say(remark)
         return log
 
     def _steps_to_trace(self) -> int:
-        return self.config.train.profile_steps if self.place.is_first else 0
+        return self.config.train.profile_steps if self.dist.is_first else 0
 
     def _is_late(self, seconds: float) -> bool:
         limit = 60 * self.config.train.max_minutes
         return bool(limit) and seconds >= limit
 
     def _is_asked_to_stop(self) -> bool:
-        return bool(self.noted) or torchrun.is_gone(self.parent)
+        return bool(self.noted) or self._torchrun_has_ended()
+
+    def _torchrun_has_ended(self) -> bool:
+        return launched_by_torchrun() and os.getppid() != self.parent
 
     def _say_why_it_ended(self) -> None:
         """Of a run that ended early; after a signal the marker for job scripts says it too."""
@@ -202,7 +212,7 @@ class Run:
             why = signal.Signals(self.noted[0]).name if self.noted else other
         text = f"STOPPED EARLY at step {self.step} of {train.steps}: {why}. "
         self.log.say(text + "--resume, without a path, continues.")
-        if self.interrupted and self.place.is_first:
+        if self.interrupted and self.dist.is_first:
             try:
                 keeping.ask_to_resume(self.folder, text.strip())
             except OSError as error:
@@ -219,7 +229,7 @@ class Run:
             raw = self.loader.next()
             totals.waited += time.perf_counter() - before
             batch = batches.finish(
-                raw, self.target, self.place.device, renders=not self.config.train.fuse_targets
+                raw, self.target, self.dist.device, renders=not self.config.train.fuse_targets
             )
             self._backward(batch, totals, last=part == optim.accumulate - 1)
         totals.add_step(self._apply_gradients(totals.losses_were_finite(optim.accumulate)))
@@ -228,10 +238,10 @@ class Run:
             self.average.update(self.step)
 
     def _backward(self, batch: Batch, totals: Totals, last: bool) -> None:
-        place, optim = self.place, self.config.optim
+        dist, optim = self.dist, self.config.optim
         if isinstance(self.forward, DistributedDataParallel):
             self.forward.require_backward_grad_sync = last
-        with torch.autocast(place.device.type, place.dtype, enabled=place.dtype != torch.float32):
+        with torch.autocast(dist.device.type, dist.dtype, enabled=dist.dtype != torch.float32):
             heat = self.forward(batch.images_N3HW)
         losses = self._losses(heat, batch)
         self.scaler.scale(losses.mean() / optim.accumulate).backward()
@@ -261,7 +271,7 @@ class Run:
         if self.scaler.is_enabled():
             self.scaler.step(self.optimizer)
             self.scaler.update()
-            lost = runtime.sum_over_ranks((~losses_are_finite).float(), self.place) > 0
+            lost = sum_over_ranks((~losses_are_finite).float(), self.dist) > 0
             return bad & (lost | (self.scaler._scale < 1))  # type: ignore[operator]
         if isinstance(self.optimizer, torch.optim.Adam):
             # The fused kernel leaves weights and moments alone if this is 1, without a host sync.
@@ -273,24 +283,27 @@ class Run:
 
     def _report(self, totals: Totals) -> None:
         """Read the sums, log them, and act on what is not finite."""
-        place = self.place
+        dist = self.dist
         numbers = torch.cat([totals.sums, totals.good_batches[None], totals.bad_steps[None]])
-        *sums, good, bad = runtime.sum_over_ranks(numbers, place).tolist()
+        *sums, good, bad = sum_over_ranks(numbers, dist).tolist()
         seconds = time.perf_counter() - totals.started
         means = [total / good if good else math.nan for total in sums]
         values = dict(zip(Totals.NAMES, means, strict=True))
-        bad_steps = math.ceil(bad / place.ranks)
+        bad_steps = math.ceil(bad / dist.world_size)
         values |= {
             "lr": self.optimizer.param_groups[0]["lr"],
-            "people_per_s": totals.batches * self.config.data.batch_size * place.ranks / seconds,
+            "people_per_s": totals.batches
+            * self.config.data.batch_size
+            * dist.world_size
+            / seconds,
             "wait_share": totals.waited / seconds,
             "bad_steps": float(bad_steps),
             "epoch": self.step / self.config.train.steps_per_epoch,
         }
         self.log.train(self.step, values)
-        self.guard.check(self.step, bad_steps, totals, self.average, self.log, place)
+        self.guard.check(self.step, bad_steps, totals, self.average, self.log, dist)
         if self.config.data.on_bad_sample == "skip":
-            reports = runtime.gather_bytes(self.quarantine.report(), place)
+            reports = gather_bytes(self.quarantine.report(), dist)
             for line in self.quarantine.learn(reports):
                 self.log.say(f"step {self.step}: {line}")
 
@@ -325,7 +338,7 @@ class Run:
             )
         self.validation_due = False
         self.save([LAST, BEST] if is_best else [LAST])
-        if self.place.is_first:
+        if self.dist.is_first:
             self.log.pictures(self.step, self._sheet())
         return result
 
@@ -339,7 +352,7 @@ class Run:
         chosen = np.arange(self.valid_people.count)[: self.config.eval.people or None]
         found = predict_distributed(
             self._evaluated_network(), self.valid_shards, self.valid_samples[chosen], self.target,
-            self.place, batch_size=self.config.eval.batch_size, workers=self.config.data.workers,
+            self.dist, batch_size=self.config.eval.batch_size, workers=self.config.data.workers,
             flip=self.config.eval.flip, progress=progress, should_stop=self._is_asked_to_stop,
         )  # fmt: skip
         self.predicted_NJ2 = found.keypoints_NJ2
@@ -359,12 +372,12 @@ class Run:
         """A network in eval mode with the weights to judge; the same on every rank."""
         network = checkpoint.build_network(self.config, self.skeleton.joint_count)
         weights = self.average.tensors if self.average else self.network.state_dict()
-        if self.place.ranks > 1:
+        if self.dist.world_size > 1:
             weights = {name: tensor.clone() for name, tensor in weights.items()}
             for tensor in weights.values():
                 torch.distributed.broadcast(tensor, 0)
         network.load_state_dict(weights)
-        network.to(self.place.device)
+        network.to(self.dist.device)
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return network.eval()
 
@@ -373,9 +386,9 @@ class Run:
 
         A write that fails leaves the older ones whole, and the run goes on.
         """
-        rng = runtime.gather_bytes(torch.get_rng_state().numpy().tobytes(), self.place)
-        loaders = runtime.gather_bytes(self.loader.state(), self.place)
-        if self.place.is_first:
+        rng = gather_bytes(torch.get_rng_state().numpy().tobytes(), self.dist)
+        loaders = gather_bytes(self.loader.state(), self.dist)
+        if self.dist.is_first:
             try:
                 state = self._state(rng, loaders)
                 keeping.save(self.folder, state, names, self.config.train.keep_last)
@@ -387,7 +400,7 @@ class Run:
                 )
                 if self.unsaved != before:
                     self.log.say(f"WARNING: {self.unsaved}; training goes on")
-        runtime.barrier(self.place)
+        barrier(self.dist)
 
     def _state(self, rng: list[bytes], loaders: list[bytes]) -> State:
         """Everything that continues the run. rng, loaders: the states of each rank."""
@@ -404,10 +417,10 @@ class Run:
             "validation_due": self.validation_due,
             "people": len(self.train_shards),
             "people_sha256": self.people_sha256,
-            "ranks": self.place.ranks,
-            "people_a_step": resuming.people_a_step(self.config, self.place.ranks),
+            "ranks": self.dist.world_size,
+            "people_a_step": resuming.people_a_step(self.config, self.dist.world_size),
             "loader": self._loader_name(),
-            "loader_device": self.place.device.type,
+            "loader_device": self.dist.device.type,
             "loader_began": self.loader_began,
             "rng": [_as_tensor(data) for data in rng],
             "loader_states": [_as_tensor(data) for data in loaders],
@@ -449,8 +462,8 @@ class Run:
                 self.average.tensors[name].copy_(tensor)
         if state.get("scaler"):
             self.scaler.load_state_dict(state["scaler"])
-        if state.get("ranks") == self.place.ranks:
-            torch.set_rng_state(state["rng"][self.place.rank])
+        if state.get("ranks") == self.dist.world_size:
+            torch.set_rng_state(state["rng"][self.dist.rank])
         return self._loader_state(state)
 
     def _restore_optimizer(self, saved: State, path: Path) -> None:
@@ -479,14 +492,14 @@ class Run:
         if "loader_states" not in state:
             return b""
         loader, before = self._loader_name(), state["loader"]
-        device = self.place.device.type
+        device = self.dist.device.type
         if loader != before:
             self.remarks.append(
                 f"the loader was {before} and is {loader}: the order of people is another"
             )
         elif loader == "dali" and state.get("loader_device", device) != device:
             self.remarks.append("DALI runs on another kind of device: it begins a new pass")
-        elif state["ranks"] != self.place.ranks:
+        elif state["ranks"] != self.dist.world_size:
             self.remarks.append(
                 "people follow each other as before"
                 if loader == "opencv"
@@ -494,12 +507,12 @@ class Run:
             )
         else:
             self.loader_began = state.get("loader_began", 0)
-            return bytes(state["loader_states"][self.place.rank].numpy())
+            return bytes(state["loader_states"][self.dist.rank].numpy())
         self.loader_began = self.step if loader == "dali" else 0
         return b""
 
     def _loader_name(self) -> str:
-        return batches.choose_loader(self.config.data.loader, self.place.device)
+        return batches.choose_loader(self.config.data.loader, self.dist.device)
 
     def _make_loader(self, loader_state: bytes) -> batches.Loader:
         data, seed = self.config.data, self.config.train.seed
@@ -508,25 +521,25 @@ class Run:
 
         def make(shards: ShardSet, first_batch: int, state: bytes) -> batches.Loader:
             return batches.train_loader(
-                shards, self.target.preset, loader=data.loader, device=self.place.device,
+                shards, self.target.preset, loader=data.loader, device=self.dist.device,
                 input_px=data.input_px, batch_size=data.batch_size, workers=data.workers,
-                shuffle_buffer=data.shuffle_buffer, seed=seed, rank=self.place.rank,
-                ranks=self.place.ranks, first_step=first_batch, state=state,
+                shuffle_buffer=data.shuffle_buffer, seed=seed, rank=self.dist.rank,
+                ranks=self.dist.world_size, first_step=first_batch, state=state,
                 cache_mb=data.cache_mb,
             )  # fmt: skip
 
         first_batch = self.step * self.config.optim.accumulate
         if data.on_bad_sample == "stop":
             return make(self.train_shards, first_batch, loader_state)
-        limit, rank = data.max_bad_samples, self.place.rank
+        limit, rank = data.max_bad_samples, self.dist.rank
         self.quarantine = Quarantine(self.train_shards, self.folder, limit, rank)
         return SkippingLoader(make, self.quarantine, first_batch, loader_state)
 
     def _wrap(self) -> nn.Module:
         """The network as the step calls it: over all ranks, and compiled if asked."""
         forward: nn.Module = self.network
-        if self.place.ranks > 1:
-            ids = [self.place.device.index] if self.place.device.type == "cuda" else None
+        if self.dist.world_size > 1:
+            ids = [self.dist.device.index] if self.dist.device.type == "cuda" else None
             forward = DistributedDataParallel(forward, ids, gradient_as_bucket_view=True)
         if self.config.train.compile:
             forward.compile()
