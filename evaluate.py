@@ -4,6 +4,7 @@ import argparse
 import json
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -46,10 +47,10 @@ from evaluation.predictions import (
 from evaluation.report import ReferenceRun, data_mismatch, read_reference
 from model import checkpoint
 from pipelines.annotations import read_annotations
-from pipelines.augment import still
+from pipelines.augment import without_augmentation
+from pipelines.codec import Codec, codec_of
 from pipelines.crop_packing import require_preset_fits
 from pipelines.heatmaps import Rule
-from pipelines.loader import Target, target_of
 from pipelines.opencv_loader import LooseImages
 from pipelines.shards import ShardSet
 from training.checkpoint_manager import BEST, LAST
@@ -67,7 +68,7 @@ class Question(NamedTuple):
     path: Path
     """Of the checkpoint."""
     state: checkpoint.State
-    target: Target
+    codec: Codec
     subjects: EvaluationDataset
     flip: bool
     loaders: tuple[LoaderName, ...]
@@ -354,20 +355,21 @@ def find_question(options: argparse.Namespace) -> Question:
     trained = checkpoint.skeleton_of(state)
     subjects = find_subjects(options, config, trained)
     require_same_joints(subjects.skeleton, trained, subjects.name, path)
-    target = target_of(config.data, config.heatmaps, subjects.skeleton)
-    trained_crop = "princeton" if target.preset.princeton_crop else "affine"
+    codec = codec_of(config.data, config.heatmaps, subjects.skeleton)
+    trained_crop = "princeton" if codec.preset.princeton_crop else "affine"
     crop = options.crop or trained_crop
-    target = target._replace(preset=target.preset._replace(princeton_crop=crop == "princeton"))
+    preset = codec.preset._replace(princeton_crop=crop == "princeton")
+    codec = replace(codec, preset=preset)
     if isinstance(subjects.source, ShardSet):
         shards = subjects.source
-        require_preset_fits(shards.manifest, still(target.preset), shards.folder)
+        require_preset_fits(shards.manifest, without_augmentation(codec.preset), shards.folder)
     loaders: tuple[LoaderName, ...] = (options.loader,)
     if options.compare_loaders:
         loaders = ("opencv", "dali")
     return Question(
         path=path,
         state=state,
-        target=target,
+        codec=codec,
         subjects=subjects,
         flip=config.eval.flip if options.flip is None else options.flip,
         loaders=loaders,
@@ -430,7 +432,7 @@ def predict_everybody(
     found: dict[LoaderName, Predictions] = {}
     for loader in question.loaders:
         found[loader] = predict_distributed(
-            network, question.subjects.source, question.subjects.samples, question.target, dist,
+            network, question.subjects.source, question.subjects.samples, question.codec, dist,
             loader=loader, batch_size=size, flip=question.flip,
             workers=workers,
             progress=lambda batches, name=loader: progress(  # type: ignore[misc]
@@ -448,7 +450,7 @@ def fastest_batch(
     if dist.is_first and share > FEW:
         print("finding the fastest batch size ...", file=sys.stderr, flush=True)
     size, rates = choose_batch_size(
-        network, question.target, share,
+        network, question.codec, share,
         flip=question.flip, device=dist.device, dtype=dist.dtype,
     )  # fmt: skip
     if dist.is_first and rates:
@@ -464,8 +466,8 @@ def print_results(
     first = next(iter(results.values()))
     flip = "flip test" if question.flip else "no flip test"
     print(f"\n{question.path} (step {question.state['step']}) on {question.subjects.name}, {flip}")
-    if question.target.preset.princeton_crop:
-        print(f"cropped by princeton-vl's rules, heatmaps by the rule {question.target.rule}")
+    if question.codec.preset.princeton_crop:
+        print(f"cropped by princeton-vl's rules, heatmaps by the rule {question.codec.rule}")
     for remark in question.remarks:
         print(f"note: {remark}")
     if not first["joints_counted"]:

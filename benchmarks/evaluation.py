@@ -14,16 +14,14 @@ from benchmarks.timing import Case
 from common.distributed import DistributedContext
 from evaluation.inference import (
     choose_batch_size,
-    image_keypoints,
     last_heatmaps,
     predict_distributed,
 )
 from model.hourglass import StackedHourglass
-from pipelines import heatmaps, princeton
 from pipelines import opencv_loader as opencv_crops
-from pipelines.augment import preset_of
-from pipelines.loader import Target
-from pipelines.opencv_loader import RawBatch
+from pipelines import princeton
+from pipelines.augment import PRESETS
+from pipelines.codec import Codec
 from pipelines.shard_format import unpack_records
 from pipelines.shards import ShardSet
 
@@ -33,11 +31,9 @@ Points = npt.NDArray[np.float64]
 def decode_cases(shards: ShardSet, device: torch.device) -> list[Case]:
     """Heatmaps -> joints in the picture, without crop and network."""
     count = len(shards)
-    records = torch.from_numpy(shards.records().copy())
-    fields = unpack_records(records.double().numpy())
+    fields = unpack_records(shards.records().astype(np.float64))
     heat = torch.rand(count, shards.manifest.joints, 64, 64, device=device) ** 4
-    target = target_of_princeton(shards)
-    raw = RawBatch(torch.empty(0), torch.empty(0), torch.empty(0), records)
+    codec = princeton_codec(shards)
 
     def one_by_one() -> int:
         for row in range(count):
@@ -45,8 +41,8 @@ def decode_cases(shards: ShardSet, device: torch.device) -> list[Case]:
         return count
 
     def batched() -> int:
-        joints, _ = heatmaps.decode(heat, target.rule)
-        image_keypoints(joints.cpu(), raw, target)
+        joints, _ = codec.decode(heat)
+        codec.image_joints(joints, fields, torch.empty(0))
         return count
 
     return [Case("one by one (princeton)", one_by_one), Case("batched", batched)]
@@ -56,14 +52,14 @@ def evaluate_cases(shards: ShardSet, workers: int, device: torch.device) -> list
     """The whole way with the flip test: read, decode the JPEG, crop, network, joints."""
     on_gpu = device.type == "cuda"
     width, people = (256, len(shards)) if on_gpu else (32, min(len(shards), 32))
-    target, samples = target_of_princeton(shards), np.arange(people)
+    codec, samples = princeton_codec(shards), np.arange(people)
     network = StackedHourglass(2, width, shards.manifest.joints).to(device).eval()
     twin = StackedHourglass(2, width, shards.manifest.joints).to(device).eval()
     twin.load_state_dict(network.state_dict())
     twin.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     # As for many more people, so that every size that these can fill is tried.
     size, _ = choose_batch_size(
-        twin, target, 16 * people, flip=True, device=device, dtype=torch.float32
+        twin, codec, 16 * people, flip=True, device=device, dtype=torch.float32
     )
     dist = DistributedContext(0, 1, device, torch.float32)
 
@@ -74,7 +70,7 @@ def evaluate_cases(shards: ShardSet, workers: int, device: torch.device) -> list
 
     def batched() -> int:
         predict_distributed(
-            twin, shards, samples, target, dist, batch_size=size, workers=workers, flip=True
+            twin, shards, samples, codec, dist, batch_size=size, workers=workers, flip=True
         )
         return people
 
@@ -85,9 +81,15 @@ def evaluate_cases(shards: ShardSet, workers: int, device: torch.device) -> list
     ]
 
 
-def target_of_princeton(shards: ShardSet) -> Target:
+def princeton_codec(shards: ShardSet) -> Codec:
     """Crop, heatmaps and decoding by its rules, at 256 px."""
-    return Target(preset_of("princeton", True), "princeton", 1.0, 256, shards.manifest.skeleton)
+    return Codec(
+        preset=PRESETS["princeton"],
+        rule="princeton",
+        sigma=1.0,
+        input_px=256,
+        skeleton=shards.manifest.skeleton,
+    )
 
 
 @torch.no_grad()
@@ -100,9 +102,9 @@ def predict_by_one(
     image = opencv_crops.decode(shards.jpeg(sample), shards.where(sample))
     crop = princeton.crop(image, center, scale, 256)[..., ::-1].copy()
     pixels = torch.from_numpy(crop.transpose(2, 0, 1) / 255).float()[None].to(device)
-    target = target_of_princeton(shards)
-    plain = last_heatmaps(network, pixels, target, flip=False)
-    other = last_heatmaps(network, pixels.flip(3), target, flip=False)
+    codec = princeton_codec(shards)
+    plain = last_heatmaps(network, pixels, codec, flip=False)
+    other = last_heatmaps(network, pixels.flip(3), codec, flip=False)
     mirrored = torch.tensor(shards.manifest.skeleton.mirrored, device=device)
     heat = ((plain + other.flip(3)[:, mirrored]) / 2).clamp_max(1)
     return decode_by_loop(heat[0], center, scale)

@@ -44,7 +44,7 @@ from evaluation import pckh
 from evaluation.inference import predict_distributed
 from model.hourglass import StackedHourglass
 from pipelines.augment import PRESETS
-from pipelines.loader import Target
+from pipelines.codec import Codec
 from pipelines.shards import ShardSet
 from training.trainer import Run
 
@@ -232,9 +232,15 @@ class Trial:
     def _validate(self, network: nn.Module) -> dict[str, Any]:
         valid = ShardSet(self.shards / "valid")
         people, samples_N = valid.people()
-        target = Target(PRESETS["princeton"], "princeton", 1.0, self.options.input_px, MPII)
+        codec = Codec(
+            preset=PRESETS["princeton"],
+            rule="princeton",
+            sigma=1.0,
+            input_px=self.options.input_px,
+            skeleton=MPII,
+        )
         found = predict_distributed(
-            network.eval(), valid, samples_N, target, self.dist._replace(dtype=torch.float32),
+            network.eval(), valid, samples_N, codec, self.dist._replace(dtype=torch.float32),
             batch_size=32, workers=self.options.workers, flip=True,
         )  # fmt: skip
         return pckh.summary(found.keypoints_NJ2, people, MPII)

@@ -13,10 +13,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import functools
 import gc
 import tempfile
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from benchmarks.loading import Load, loader_cases
 from benchmarks.made_people import make_crops, make_originals
@@ -32,9 +31,9 @@ from benchmarks.timing import Case, Result, take_turns
 from common.cli import Parser, at_least
 from common.errors import run_main
 from common.system import usable_cores
-from pipelines import loader as batches
 from pipelines.augment import PRESETS, Draw
-from pipelines.opencv_loader import RawBatch, crop_person, decode
+from pipelines.loader import RawBatch, choose_loader
+from pipelines.opencv_loader import crop_person, decode
 from pipelines.shard_format import unpack_records
 from pipelines.shards import ShardSet
 
@@ -48,7 +47,7 @@ LOADERS_SECONDS = 165.0
 
 
 class Setting(NamedTuple):
-    """What the sweep varies; DaliCrops knows each by this name."""
+    """What the sweep varies; DaliLoader knows each by this name."""
 
     threads: int
     hw_decoder_load: float = HW_LOADS[0]
@@ -62,7 +61,7 @@ def main() -> int:
     """Make data, measure, write."""
     options = make_parser().parse_args()
     device = require_device(options.device)
-    batches.choose_loader("dali", device)  # says how to install it
+    choose_loader("dali", device)  # says how to install it
     deadline = Deadline(options.minutes)
     load = Load(options.turn, options.batch_size, options.workers, options.input_px, device)
     report: Report = {"options": vars(options)}
@@ -159,11 +158,11 @@ def dali_case(name: str, shards: ShardSet, setting: Setting, load: Load) -> Case
     steps = max(1, load.people // setting.batch_size)
 
     def prepare() -> None:
-        from pipelines.dali_loader import DaliCrops
+        from pipelines.dali_loader import DaliLoader
 
         running.append(
-            DaliCrops(
-                shards, PRESETS["hrnet"], input_px=load.input_px, device=kind(load.device),
+            DaliLoader(
+                shards, PRESETS["hrnet"], input_px=load.input_px, device=load.device,
                 **setting._asdict(),
             )
         )  # fmt: skip
@@ -195,12 +194,12 @@ def pixel_gaps(packings: dict[str, ShardSet], load: Load) -> list[dict[str, Any]
 
 def pixel_gap(shards: ShardSet, hw_decoder_load: float, load: Load) -> dict[str, float]:
     """Grey levels of one batch: mean, 99.9th percentile and largest difference."""
-    from pipelines.dali_loader import DaliCrops
+    from pipelines.dali_loader import DaliLoader
 
     preset = PRESETS["hrnet"]
     people = min(load.batch_size, len(shards))
-    loader = DaliCrops(
-        shards, preset, input_px=load.input_px, batch_size=people, device=kind(load.device),
+    loader = DaliLoader(
+        shards, preset, input_px=load.input_px, batch_size=people, device=load.device,
         hw_decoder_load=hw_decoder_load, threads=load.workers,
     )  # fmt: skip
     raw = RawBatch(*(tensor.cpu() for tensor in loader.next()))
@@ -220,11 +219,6 @@ def pixel_gap(shards: ShardSet, hw_decoder_load: float, load: Load) -> dict[str,
         "percentile_99_9": float(np.percentile(gap, 99.9)),
         "largest": float(gap.max()),
     }
-
-
-def kind(device: torch.device) -> Literal["gpu", "cpu"]:
-    """The device as DALI calls it."""
-    return "gpu" if device.type == "cuda" else "cpu"
 
 
 if __name__ == "__main__":

@@ -16,10 +16,10 @@ from benchmarks.timing import Case, Result, memory_mib, take_turns
 from common.distributed import set_cpu_threads
 from common.system import keep_freed_memory
 from configs.skeleton import MPII
-from pipelines import loader as batches
 from pipelines import opencv_loader as opencv_crops
 from pipelines.augment import PRESETS, Preset
-from pipelines.loader import Target
+from pipelines.codec import Codec
+from pipelines.loader import LoaderName, LoaderSpec, dali_is_installed, make_batch, train_loader
 from pipelines.shards import ShardSet
 
 
@@ -45,7 +45,18 @@ SIZES = (1_000, 5_000, 25_204)
 """People of the scaling suite; the last is MPII, training and validation."""
 START_UPS = 3
 """Of each size; the shortest is reported, for a busy machine lengthens the others."""
-DEFAULTS = {"shuffle_buffer": 1024, "seed": 0, "rank": 0, "ranks": 1, "first_step": 0, "state": b""}
+
+
+def loader_spec(loader: LoaderName, preset: Preset, load: Load, batch_size: int) -> LoaderSpec:
+    """How a loader of this project makes its batches."""
+    return LoaderSpec(
+        loader=loader,
+        device=load.device,
+        preset=preset,
+        input_px=load.input_px,
+        batch_size=batch_size,
+        workers=load.workers,
+    )
 
 
 def set_up_as_training(load: Load) -> None:
@@ -58,14 +69,14 @@ def loader_cases(originals: ShardSet, crops: ShardSet, load: Load) -> list[Case]
     """Augmented batches with heatmaps, on the device; first princeton-vl's steps, re-created."""
     set_up_as_training(load)
     way = f"dali on {load.device.type}"
-    ways: list[tuple[str, ShardSet, Preset, batches.LoaderName]] = [
+    ways: list[tuple[str, ShardSet, Preset, LoaderName]] = [
         ("opencv, originals, princeton preset", originals, PRESETS["princeton"], "opencv"),
         ("opencv, originals, its draws, one warp", originals, PRINCETONS_DRAWS, "opencv"),
         ("opencv, crops, its draws, one warp", crops, PRINCETONS_DRAWS, "opencv"),
         ("opencv, originals, hrnet", originals, PRESETS["hrnet"], "opencv"),
         ("opencv, crops, hrnet", crops, PRESETS["hrnet"], "opencv"),
     ]
-    if batches.dali_is_installed():
+    if dali_is_installed():
         preset = PRESETS["princeton"]  # of configs/2hg.yaml and 8hg.yaml
         ways.append((f"{way}, originals, princeton preset", originals, preset, "dali"))
         ways.append((f"{way}, originals, hrnet", originals, PRESETS["hrnet"], "dali"))
@@ -88,19 +99,13 @@ def princeton_case(originals: ShardSet, load: Load) -> Case:
     return _case("princeton-vl's steps, re-created", start, princeton_path.PREFETCH, load)
 
 
-def loader_case(
-    name: str, shards: ShardSet, preset: Preset, which: batches.LoaderName, load: Load
-) -> Case:
+def loader_case(name: str, shards: ShardSet, preset: Preset, which: LoaderName, load: Load) -> Case:
     """Batches of a loader of this project, finished on the device."""
-    target = Target(preset, "exact", 1.0, load.input_px, MPII)
+    codec = Codec(preset=preset, rule="exact", sigma=1.0, input_px=load.input_px, skeleton=MPII)
 
     def start() -> Callable[[], object]:
-        loader = batches.train_loader(
-            shards, preset, loader=which, device=load.device, input_px=load.input_px,
-            batch_size=load.batch_size, workers=load.workers,
-            **DEFAULTS,  # type: ignore[arg-type]
-        )  # fmt: skip
-        return lambda: batches.finish(loader.next(), target, load.device)
+        loader = train_loader(shards, loader_spec(which, preset, load, load.batch_size))
+        return lambda: make_batch(loader.next(), codec, load.device)
 
     return _case(name, start, opencv_crops.PREFETCH, load)
 
@@ -171,15 +176,14 @@ def start_up(folder: Path, load: Load, start_method: str) -> dict[str, Any]:
     began = time.perf_counter()
     shards = ShardSet(folder)
     shards.records()
-    loader = batches.train_loader(
-        shards, PRINCETONS_DRAWS, loader="opencv", device=load.device, input_px=load.input_px,
-        batch_size=load.batch_size, workers=load.workers, **DEFAULTS,  # type: ignore[arg-type]
-    )  # fmt: skip
-    target = Target(PRINCETONS_DRAWS, "exact", 1.0, load.input_px, MPII)
-    batches.finish(loader.next(), target, load.device)
+    loader = train_loader(shards, loader_spec("opencv", PRINCETONS_DRAWS, load, load.batch_size))
+    codec = Codec(
+        preset=PRINCETONS_DRAWS, rule="exact", sigma=1.0, input_px=load.input_px, skeleton=MPII
+    )
+    make_batch(loader.next(), codec, load.device)
     seconds, peak = time.perf_counter() - began, 0.0
     for _ in range(40):
-        batches.finish(loader.next(), target, load.device)
+        make_batch(loader.next(), codec, load.device)
         peak = max(peak, memory_mib())
     return {"people": len(shards), "start_up_s": seconds, "peak_mib": peak}
 

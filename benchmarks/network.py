@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.loading import DEFAULTS, Load, set_up_as_training
+from benchmarks.loading import Load, loader_spec, set_up_as_training
 from benchmarks.princeton_path import render_by_loop
 from benchmarks.timing import Case
 from common.distributed import choose_dtype
@@ -15,10 +15,10 @@ from configs.skeleton import MPII
 from model.hourglass import StackedHourglass
 from model.loss import stack_losses
 from pipelines import heatmaps
-from pipelines import loader as batches
 from pipelines.augment import PRESETS
+from pipelines.codec import Codec
 from pipelines.geometry import STRIDE
-from pipelines.loader import Batch, Target
+from pipelines.loader import Batch, LoaderName, dali_is_installed, make_batch, train_loader
 from pipelines.shards import ShardSet
 
 
@@ -115,7 +115,7 @@ def end_to_end_cases(originals: ShardSet, crops: ShardSet, load: Load) -> list[C
     step = Step(dtype, torch.channels_last, load.device)
     ready = made_batch(step_size(load), load, torch.channels_last)
     preset, repeats = PRESETS["hrnet"], 4 if load.device.type == "cpu" else 40
-    target = Target(preset, "exact", 1.0, load.input_px, MPII)
+    codec = Codec(preset=preset, rule="exact", sigma=1.0, input_px=load.input_px, skeleton=MPII)
 
     def case(name: str, next_batch: Callable[[], tuple[Tensor, ...]]) -> Case:
         def run() -> int:
@@ -125,15 +125,11 @@ def end_to_end_cases(originals: ShardSet, crops: ShardSet, load: Load) -> list[C
 
         return Case(name, run)
 
-    def loaded(shards: ShardSet, which: batches.LoaderName) -> Callable[[], tuple[Tensor, ...]]:
-        loader = batches.train_loader(
-            shards, preset, loader=which, device=load.device, input_px=load.input_px,
-            batch_size=step_size(load), workers=load.workers,
-            **DEFAULTS,  # type: ignore[arg-type]
-        )  # fmt: skip
+    def loaded(shards: ShardSet, which: LoaderName) -> Callable[[], tuple[Tensor, ...]]:
+        loader = train_loader(shards, loader_spec(which, preset, load, step_size(load)))
 
         def next_batch() -> tuple[Tensor, ...]:
-            batch: Batch = batches.finish(loader.next(), target, load.device)
+            batch: Batch = make_batch(loader.next(), codec, load.device)
             return batch.images_N3HW, batch.heat_NJHW, batch.drawn_NJ
 
         return next_batch
@@ -143,6 +139,6 @@ def end_to_end_cases(originals: ShardSet, crops: ShardSet, load: Load) -> list[C
         case("opencv, originals", loaded(originals, "opencv")),
         case("opencv, crops", loaded(crops, "opencv")),
     ]
-    if batches.dali_is_installed():
+    if dali_is_installed():
         cases.append(case(f"dali on {load.device.type}, crops", loaded(crops, "dali")))
     return cases

@@ -31,8 +31,9 @@ from model import checkpoint
 from pipelines import geometry
 from pipelines.annotations import People, read_annotations
 from pipelines.augment import PRESETS, Draw, draw, draw_rng
+from pipelines.codec import codec_of
 from pipelines.crop_packing import crop_jpeg, crop_region, crop_rule
-from pipelines.loader import still_batches, target_of
+from pipelines.loader import evaluation_batches
 from pipelines.opencv_loader import LooseImages, crop_person, decode, image_from_stored
 from pipelines.shard_format import record_of, unpack_records
 
@@ -218,13 +219,13 @@ def score(packed: Packed, people: People, skeleton: Skeleton, path: str | None) 
         raise InputError(
             path, "other joints, or princeton's crop", skeleton.name, "give another checkpoint"
         )
-    target = target_of(config.data, config.heatmaps, skeleton)
-    batches = still_batches(
-        packed, np.arange(len(packed)), target, loader="opencv", device=torch.device("cpu"),
+    codec = codec_of(config.data, config.heatmaps, skeleton)
+    batches = evaluation_batches(
+        packed, np.arange(len(packed)), codec, loader="opencv", device=torch.device("cpu"),
         batch_size=config.eval.batch_size, workers=0,
     )  # fmt: skip
     found = predict(
-        checkpoint.evaluation_network(state, Path(path)), batches, target,
+        checkpoint.evaluation_network(state, Path(path)), batches, codec,
         flip=config.eval.flip, device=torch.device("cpu"), dtype=torch.float32,
     )  # fmt: skip
     return pckh.score(pckh.normalized_errors(found.keypoints_NJ2, people), skeleton, 0.5).pooled

@@ -25,8 +25,8 @@ from model import checkpoint
 from pipelines import augment
 from pipelines.annotations import People
 from pipelines.boxes import MARGIN, Square, check_square, square_about, whole_picture
+from pipelines.codec import Codec, codec_of
 from pipelines.jpeg import require_sane_size
-from pipelines.loader import Target, target_of
 from pipelines.opencv_loader import Item, collate, crop_person
 from pipelines.shard_format import record_of, unpack_records
 
@@ -43,7 +43,7 @@ class PoseEstimator:
     def __init__(
         self,
         network: nn.Module,
-        target: Target,
+        codec: Codec,
         *,
         flip: bool,
         device: torch.device,
@@ -54,9 +54,9 @@ class PoseEstimator:
 
         dtype: of autocast, float32 for none. batch_size: people at a time.
         """
-        self.network, self.target, self.flip = network, target, flip
+        self.network, self.codec, self.flip = network, codec, flip
         self.device, self.dtype, self.batch_size = device, dtype, batch_size
-        self.skeleton = target.skeleton
+        self.skeleton = codec.skeleton
 
     @classmethod
     def from_checkpoint(
@@ -87,7 +87,7 @@ class PoseEstimator:
         place = choose_device(device)
         return cls(
             checkpoint.evaluation_network(state, Path(path)).to(place),
-            target_of(config.data, config.heatmaps, skeleton),
+            codec_of(config.data, config.heatmaps, skeleton),
             flip=wanted,
             device=place,
             dtype=choose_dtype(precision, place),
@@ -154,11 +154,11 @@ class PoseEstimator:
             visible=joints[..., 0] > 0,
         )
         record = record_of(person, 0, width, height)
-        still = augment.Draw()
+        neutral = augment.Draw()
         crop, matrix = crop_person(
-            image_HW3, unpack_records(record[None]), still, self.target.preset, self.target.input_px
+            image_HW3, unpack_records(record[None]), neutral, self.codec.preset, self.codec.input_px
         )
-        return crop, matrix, still, record
+        return crop, matrix, neutral, record
 
     def predict(self, crops: list[Item]) -> Predictions:
         """The joints of people that `crop` made, in batches, in their order."""
@@ -170,7 +170,7 @@ class PoseEstimator:
         return predict(
             self.network,
             batches,
-            self.target,
+            self.codec,
             flip=self.flip,
             device=self.device,
             dtype=self.dtype,

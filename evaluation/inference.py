@@ -17,9 +17,10 @@ from configs.skeleton import Skeleton
 from pipelines import geometry, heatmaps, princeton
 from pipelines.annotations import People
 from pipelines.augment import Draw, draws_array
+from pipelines.codec import Codec
 from pipelines.geometry import STRIDE
-from pipelines.loader import Target, images_N3HW, still_batches
-from pipelines.opencv_loader import RawBatch, Source
+from pipelines.loader import RawBatch, evaluation_batches, images_on_device
+from pipelines.opencv_loader import Source
 from pipelines.shard_format import unpack_records
 
 
@@ -36,7 +37,7 @@ class Predictions(NamedTuple):
 def predict(
     model: nn.Module,
     batches: Iterable[RawBatch],
-    target: Target,
+    codec: Codec,
     *,
     flip: bool,
     device: torch.device,
@@ -49,11 +50,12 @@ def predict(
     assert not model.training, "batch norm would use the batch's own statistics"
     keypoints, scores = [], []
     for raw in batches:
-        images = images_N3HW(raw, device)
+        images = images_on_device(raw, device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            heat = last_heatmaps(model, images, target, flip)
-        joints, score = heatmaps.decode(heat, target.rule)
-        keypoints.append(image_keypoints(joints.cpu(), raw, target))
+            heat = last_heatmaps(model, images, codec, flip)
+        joints, score = codec.decode(heat)
+        records = unpack_records(raw.records_NR.numpy())
+        keypoints.append(codec.image_joints(joints, records, raw.input_from_image_N23))
         scores.append(score.double().cpu().numpy())
     return Predictions(np.concatenate(keypoints), np.concatenate(scores))
 
@@ -72,7 +74,7 @@ _WORTH_DOUBLING = 1.05
 @torch.no_grad()
 def choose_batch_size(
     model: nn.Module,
-    target: Target,
+    codec: Codec,
     people: int,
     *,
     flip: bool,
@@ -86,15 +88,15 @@ def choose_batch_size(
     """
     if people <= FEW:
         return min(people, _SMALL_BATCH), {}
-    side = target.input_px
+    side = codec.input_px
 
     def seconds(size: int) -> float:
         images = torch.rand(size, 3, side, side, device=device)
         images = images.contiguous(memory_format=torch.channels_last)
         start = time.perf_counter()
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            heat = last_heatmaps(model, images, target, flip)
-        heatmaps.decode(heat, target.rule)[0].cpu()
+            heat = last_heatmaps(model, images, codec, flip)
+        codec.decode(heat)[0].cpu()
         return time.perf_counter() - start
 
     return fastest_size(seconds, min(people // _BATCHES, _LARGEST_BATCH))
@@ -130,35 +132,16 @@ def _a_person(least: dict[int, float]) -> float:
     return min((took / size for size, took in least.items()), default=0.0)
 
 
-def last_heatmaps(model: nn.Module, images_N3HW: Tensor, target: Target, flip: bool) -> Tensor:
+def last_heatmaps(model: nn.Module, images_N3HW: Tensor, codec: Codec, flip: bool) -> Tensor:
     """(N, J, H, W) float32 heatmaps of the last stack, with or without the flip test."""
     if not flip:
         return model(images_N3HW)[:, -1].float()
     heat = model(torch.cat([images_N3HW, images_N3HW.flip(3)]))[:, -1].float()
     people = images_N3HW.shape[0]
     plain, other = heat[:people], heat[people:]
-    mirrored = torch.tensor(target.skeleton.mirrored, device=plain.device)
-    mean = (plain + heatmaps.mirror_back(other, mirrored, target.rule)) / 2
-    return mean.clamp_max(1) if target.rule == "princeton" else mean
-
-
-def image_keypoints(joints_NJ2: Tensor, raw: RawBatch, target: Target) -> npt.NDArray[np.float64]:
-    """Decoded joints, heatmap px -> image px, through the inverse of what made the crop."""
-    records = unpack_records(raw.records_NR.numpy())
-    joints = joints_NJ2.double().numpy()
-    if target.preset.princeton_crop and target.rule == "princeton":
-        return princeton.image_points(
-            joints,
-            records.center_N2.astype(np.float64),
-            records.scale_N.astype(np.float64),
-            target.input_px,
-            target.input_px // STRIDE,
-        )
-    input_from_image = np.tile(np.eye(3), (len(joints), 1, 1))
-    input_from_image[:, :2] = raw.input_from_image_N23.double().cpu().numpy()
-    heat_from_image = heatmaps.heat_from_input(target.rule) @ input_from_image
-    image_from_heat = np.linalg.inv(heat_from_image)
-    return joints @ image_from_heat[:, :2, :2].transpose(0, 2, 1) + image_from_heat[:, None, :2, 2]
+    mirrored = torch.tensor(codec.skeleton.mirrored, device=plain.device)
+    mean = (plain + heatmaps.mirror_back(other, mirrored, codec.rule)) / 2
+    return mean.clamp_max(1) if codec.rule == "princeton" else mean
 
 
 class StoppedError(Exception):
@@ -169,7 +152,7 @@ def predict_distributed(
     network: nn.Module,
     source: Source,
     samples: npt.NDArray[np.int64],
-    target: Target,
+    codec: Codec,
     dist: DistributedContext,
     *,
     loader: Literal["opencv", "dali"] = "opencv",
@@ -188,16 +171,16 @@ def predict_distributed(
     rounds = math.ceil(
         len(samples) / (dist.world_size * batch_size)
     )  # of the first, which has most
-    merged = torch.zeros(len(samples), target.skeleton.joint_count, 3, dtype=torch.float64)
+    merged = torch.zeros(len(samples), codec.skeleton.joint_count, 3, dtype=torch.float64)
     if len(mine):
-        batches = still_batches(
-            source, mine, target, loader=loader, device=dist.device, batch_size=batch_size,
+        batches = evaluation_batches(
+            source, mine, codec, loader=loader, device=dist.device, batch_size=batch_size,
             workers=workers,
         )  # fmt: skip
         if should_stop:
             batches = _until(should_stop, batches, rounds, dist)
         found = predict(
-            network, progress(batches), target, flip=flip, device=dist.device, dtype=dist.dtype
+            network, progress(batches), codec, flip=flip, device=dist.device, dtype=dist.dtype
         )
         merged[dist.rank :: dist.world_size, :, :2] = torch.from_numpy(found.keypoints_NJ2)
         merged[dist.rank :: dist.world_size, :, 2] = torch.from_numpy(found.scores_NJ)
@@ -268,7 +251,7 @@ def _princeton_way(
         heat_px,
     )
     decoded = _there_and_back(joints, people, rule, input_px)
-    return princeton.image_points(decoded, people.center, people.scale, input_px, heat_px)
+    return princeton.image_joints(decoded, people.center, people.scale, input_px, heat_px)
 
 
 def _there_and_back(

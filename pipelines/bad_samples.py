@@ -24,7 +24,7 @@ LIST = "bad_samples.jsonl"
 _LARGEST_LIST = 16 << 20
 
 
-class Quarantine:
+class BadSamples:
     """The damaged people that one rank knows of."""
 
     def __init__(self, shards: ShardSet, folder: Path, limit: int, rank: int = 0):
@@ -144,23 +144,23 @@ class SkippingLoader:
     def __init__(
         self,
         make: Callable[[ShardSet, int, bytes], Loader],
-        quarantine: Quarantine,
+        bad_samples: BadSamples,
         batches: int,
         state: bytes,
     ):
         """make: a loader of (a split, batches handed out before, a loader's state)."""
-        self.make, self.quarantine, self.batches = make, quarantine, batches
-        self.loader = make(quarantine.patched(), batches, state)
+        self.make, self.bad_samples, self.batches = make, bad_samples, batches
+        self.loader = make(bad_samples.patched(), batches, state)
 
     def next(self) -> RawBatch:
-        """The next batch. Raises InputError beyond the quarantine's limit."""
+        """The next batch. Raises InputError beyond the bad_samples's limit."""
         while True:
             try:
                 batch = self.loader.next()
             except BadSamplesError as error:
-                self.quarantine.add(error)
+                self.bad_samples.add(error)
                 state = self.loader.state()
-                self.loader = self.make(self.quarantine.patched(), self.batches, state)
+                self.loader = self.make(self.bad_samples.patched(), self.batches, state)
             else:
                 self.batches += 1
                 return batch

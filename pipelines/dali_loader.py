@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from math import pi
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -49,7 +49,7 @@ class Decoder(NamedTuple):
     height: int = 0
 
 
-class DaliCrops:
+class DaliLoader:
     """Endless batches of one rank's share of a split, as RawBatch on the device.
 
     state() and the argument of the same name continue the very same sequence.
@@ -62,34 +62,33 @@ class DaliCrops:
         *,
         input_px: int,
         batch_size: int,
-        device: Literal["gpu", "cpu"],
-        device_id: int = 0,
+        device: torch.device,
         threads: int = 4,
         prefetch: int = 2,
         seed: int = 0,
         rank: int = 0,
-        ranks: int = 1,
+        world_size: int = 1,
         shuffle_buffer: int = 1024,
-        state: bytes | None = None,
+        state: bytes = b"",
         hw_decoder_load: float = HW_DECODER_LOAD,
         roi: bool = False,
         cache_mb: int = 0,
     ):
         """Build the graph. Raises InputError for a decoder that cannot be.
 
-        shuffle_buffer: people held to draw from; 0 keeps the order of the shards. rank, ranks: this
-        process's share of the people. device_id: CUDA device. threads: for the CPU's part.
+        shuffle_buffer: people held to draw from; 0 keeps the order of the shards. rank,
+        world_size: this process's share of the people. threads: for the CPU's part.
         hw_decoder_load: share of the pictures for the GPU's JPEG engine. roi: decode of an original
         only what the drawn affine reaches. cache_mb: of the GPU's memory for decoded pictures, so
         that they are decoded once; several ranks then keep their people for good.
         """
         self.shards, self.prefetch = shards, prefetch
-        decoder = Decoder(device, hw_decoder_load, roi, cache_mb)
+        decoder = Decoder(_kind(device), hw_decoder_load, roi, cache_mb)
         require_decoder(decoder, shards)
         self._arguments: dict[str, Any] = {
             "batch_size": batch_size,
             "num_threads": threads,
-            "device_id": device_id if device == "gpu" else None,
+            "device_id": _device_id(device),
             "prefetch_queue_depth": prefetch,
             "seed": seed + rank,
             "exec_dynamic": True,
@@ -100,12 +99,12 @@ class DaliCrops:
             "decoder": decoder,
             "shuffle_seed": seed,
             "rank": rank,
-            "ranks": ranks,
+            "world_size": world_size,
             "shuffle_buffer": shuffle_buffer,
         }
         self.pipeline = self._build(shards.indices, state)
 
-    def _build(self, indices: list[Path], state: bytes | None) -> Pipeline:
+    def _build(self, indices: list[Path], state: bytes) -> Pipeline:
         """The pipeline over the shards' tars as these indices tell, standing at `state`."""
         more = {"checkpoint": state} if state else {}
         graph = pipeline_def(_graph)(**self._arguments, indices=indices, **more)
@@ -165,7 +164,7 @@ class DaliCrops:
         return self.pipeline.checkpoint()
 
 
-class DaliStills:
+class DaliEvaluationLoader:
     """People of any source in a given order, without augmentation: training's graph, fed by hand.
 
     Iterating gives RawBatches on the device, the last one shorter if need be; records stay on the
@@ -180,25 +179,24 @@ class DaliStills:
         *,
         input_px: int,
         batch_size: int,
-        device: Literal["gpu", "cpu"],
-        device_id: int = 0,
+        device: torch.device,
         threads: int = 4,
     ):
         """samples: (N,) numbers in the source. preset: without randomness. threads: of the CPU."""
         self.source, self.samples, self.preset = source, samples, preset
         self.input_px, self.batch_size = input_px, batch_size
-        self.device, self.device_id, self.threads = device, device_id, threads
+        self.device, self.threads = device, threads
 
     def __iter__(self) -> Iterator[RawBatch]:
-        pipeline = pipeline_def(_still_graph)(
+        pipeline = pipeline_def(_evaluation_graph)(
             batch_size=self.batch_size,
             num_threads=self.threads,
-            device_id=self.device_id if self.device == "gpu" else None,
+            device_id=_device_id(self.device),
             exec_dynamic=True,
             feed=self._feed(),
             preset=self.preset,
             input_px=self.input_px,
-            device=self.device,
+            device=_kind(self.device),
         )
         pipeline.build()
         for number, samples in enumerate(self._batches()):
@@ -228,15 +226,13 @@ class DaliStills:
         return np.stack([self.source.record(int(s)) for s in samples])
 
 
-def decode_pictures(
-    jpegs: list[bytes], device: Literal["gpu", "cpu"]
-) -> list[npt.NDArray[np.uint8]]:
+def decode_pictures(jpegs: list[bytes], device: torch.device) -> list[npt.NDArray[np.uint8]]:
     """(H, W, 3) RGB of each JPEG, decoded as the crops' graph decodes. Raises InputError."""
     graph = pipeline_def(_decode_graph)(
         batch_size=len(jpegs),
         num_threads=2,
-        device_id=0 if device == "gpu" else None,
-        device=device,
+        device_id=_device_id(device),
+        device=_kind(device),
     )
     graph.build()
     graph.feed_input("jpeg", [np.frombuffer(jpeg, dtype=np.uint8) for jpeg in jpegs])
@@ -244,8 +240,17 @@ def decode_pictures(
         (images,) = graph.run()
     except RuntimeError as error:
         raise InputError("DALI", _reason(error), "JPEGs", "check the pictures") from error
-    images = images.as_cpu() if device == "gpu" else images
+    images = images.as_cpu() if device.type == "cuda" else images
     return [np.array(image) for image in images]
+
+
+def _kind(device: torch.device) -> str:
+    """The device as DALI calls it."""
+    return "gpu" if device.type == "cuda" else "cpu"
+
+
+def _device_id(device: torch.device) -> int | None:
+    return (device.index or 0) if device.type == "cuda" else None
 
 
 def _decode_graph(*, device: str) -> Node:
@@ -357,12 +362,12 @@ def _graph(
     decoder: Decoder,
     shuffle_seed: int,
     rank: int,
-    ranks: int,
+    world_size: int,
     shuffle_buffer: int,
 ) -> tuple[Node, Node, Node, Node]:
     """Images NHW3, affines N23, draws ND and records NR, all on the device."""
     shuffle: dict[str, Any] = {}
-    if decoder.cache_mb and ranks > 1:  # what a rank has cached it must meet again
+    if decoder.cache_mb and world_size > 1:  # what a rank has cached it must meet again
         shuffle = {"stick_to_shard": True}
     elif shuffle_buffer:
         shuffle = {"shuffle_after_epoch": True, "shuffle_after_epoch_seed": shuffle_seed}
@@ -379,14 +384,14 @@ def _graph(
         **shuffle,
         initial_fill=max(1, min(shuffle_buffer, len(shards))),
         shard_id=rank,
-        num_shards=ranks,
+        num_shards=world_size,
     )
     largest = shards.manifest
     decoder = decoder._replace(width=largest.max_width, height=largest.max_height)
     return _crops(jpeg, record, preset, input_px, decoder)
 
 
-def _still_graph(
+def _evaluation_graph(
     *, feed: Iterator[tuple[list, list]], preset: Preset, input_px: int, device: str
 ) -> tuple[Node, Node, Node, Node]:
     jpeg, record = fn.external_source(

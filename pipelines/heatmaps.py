@@ -6,9 +6,11 @@ docs/conventions.md. Axes: N person, J joint, H row, W column; points are (x, y)
 
 from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from pipelines.geometry import STRIDE, Matrix, scaling, translation
+from pipelines.geometry import STRIDE, Matrix, scaling, transform, translation
 
 Rule = Literal["exact", "princeton", "hrnet"]
 
@@ -21,6 +23,37 @@ def heat_from_input(rule: Rule) -> Matrix:
     if rule == "exact":
         return translation(-0.5, -0.5) @ scaling(1 / STRIDE, 1 / STRIDE) @ translation(0.5, 0.5)
     return scaling(1 / STRIDE, 1 / STRIDE)
+
+
+def heat_joints(
+    joints_NJ2: torch.Tensor,
+    marked_NJ: torch.Tensor,
+    input_from_image_N23: torch.Tensor,
+    flip_N: torch.Tensor,
+    mirrored: torch.Tensor,
+    rule: Rule,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Joints image px -> heatmap px (N, J, 2) through the pixels' affine, and their marks (N, J).
+
+    Where flip_N, left and right joints change places, and their marks with them. mirrored: (J,)
+    int64, the joint on the other side.
+    """
+    linear, shift = input_from_image_N23[..., :2], input_from_image_N23[..., 2]
+    in_input = joints_NJ2.to(linear) @ linear.transpose(1, 2) + shift[:, None]
+    to_heat = heat_from_input(rule)
+    heat = in_input * float(to_heat[0, 0]) + float(to_heat[0, 2])  # the same in x and y
+    heat = torch.where(flip_N[:, None, None], heat[:, mirrored], heat)
+    marked = torch.where(flip_N[:, None], marked_NJ[:, mirrored], marked_NJ)
+    return heat, marked
+
+
+def image_joints(
+    joints_NJ2: npt.NDArray[np.float64], input_from_image_N23: npt.NDArray[np.float64], rule: Rule
+) -> npt.NDArray[np.float64]:
+    """Decoded joints, heatmap px -> image px (N, J, 2), by the inverse of the pixels' affine."""
+    input_from_image = np.tile(np.eye(3), (len(joints_NJ2), 1, 1))
+    input_from_image[:, :2] = input_from_image_N23
+    return transform(np.linalg.inv(heat_from_input(rule) @ input_from_image), joints_NJ2)
 
 
 def render(

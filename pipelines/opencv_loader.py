@@ -26,6 +26,7 @@ from pipelines.annotations import People, stays_inside
 from pipelines.augment import Draw, Preset, draw, draw_rng, draws_array
 from pipelines.jpeg import BadSamplesError, require_sane_size
 from pipelines.shard_format import Records, record_of, unpack_records
+from pipelines.shards import ShardSet
 
 PREFETCH = 4
 """Batches that each worker process makes ahead."""
@@ -209,22 +210,28 @@ class EndlessSampler(Sampler[list[tuple[int, int]]]):
     """Batches of (sample, epoch) keys for one rank, without end, from any step on.
 
     All ranks walk one endless sequence of shuffled passes over the people; step t of rank r takes
-    positions (t x ranks + r) x batch_size and on. So the sequence depends on the seed and the
+    positions (t x world_size + r) x batch_size and on. So the sequence depends on the seed and the
     global batch size alone, and no state but the step is needed to continue it.
     """
 
     def __init__(
-        self, people: int, batch_size: int, seed: int, rank: int, ranks: int, first_step: int = 0
+        self,
+        people: int,
+        batch_size: int,
+        seed: int,
+        rank: int,
+        world_size: int,
+        first_step: int = 0,
     ):
         """batch_size: people per rank and step."""
         self.people, self.batch_size, self.seed = people, batch_size, seed
-        self.rank, self.ranks, self.first_step = rank, ranks, first_step
+        self.rank, self.world_size, self.first_step = rank, world_size, first_step
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch, order = -1, np.empty(0, dtype=np.int64)
         step = self.first_step
         while True:
-            start = (step * self.ranks + self.rank) * self.batch_size
+            start = (step * self.world_size + self.rank) * self.batch_size
             batch = []
             for position in range(start, start + self.batch_size):
                 if position // self.people != epoch:
@@ -290,6 +297,44 @@ class CropLoader:
         # them, whose order leaves the workers without a word, and this process waiting for each.
         del batches
         raise batch
+
+
+class OpenCVLoader:
+    """Endless augmented batches by OpenCV; they depend on the seed and the step alone."""
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        preset: Preset,
+        *,
+        input_px: int,
+        batch_size: int,
+        workers: int,
+        pin: bool,
+        seed: int,
+        rank: int,
+        world_size: int,
+        first_step: int,
+    ):
+        """workers: processes. pin: page-locked batches for a GPU. first_step: batches to skip."""
+        self.shards = shards
+        dataset = CropDataset(shards, preset, input_px, seed)
+        sampler = EndlessSampler(len(shards), batch_size, seed, rank, world_size, first_step)
+        self._batches: Iterator[RawBatch] = iter(CropLoader(dataset, sampler, workers, pin))
+
+    def next(self) -> RawBatch:
+        """The next batch. Raises BadSamplesError; then this loader has come to its end."""
+        try:
+            return next(self._batches)
+        except BadSamplesError as error:
+            # A stand-in that is damaged itself goes by its own number.
+            error.faults = {self.shards.origin(s): text for s, text in error.faults.items()}
+            error.advise_to_skip()
+            raise
+
+    def state(self) -> bytes:
+        """Empty: the step is enough."""
+        return b""
 
 
 class _Careful(Dataset):

@@ -117,7 +117,7 @@ def heat_joints(
     return heat.float(), heat[..., 0] > 0
 
 
-def image_points(
+def image_joints(
     heat_NJ2: npt.NDArray, center_N2: npt.NDArray, scale_N: npt.NDArray, input_px: int, heat_px: int
 ) -> npt.NDArray[np.float64]:
     """Decoded heatmap px (N, J, 2) -> image px, truncated to whole pixels toward zero."""

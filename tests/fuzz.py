@@ -51,7 +51,7 @@ from evaluation.predictions import as_coco, as_entries, read_predictions, write_
 from model import checkpoint, exported
 from model.export import INPUT, OUTPUT  # noqa: E402
 from pipelines.annotations import People, read_annotations  # noqa: E402
-from pipelines.bad_samples import LIST, Quarantine  # noqa: E402
+from pipelines.bad_samples import LIST, BadSamples  # noqa: E402
 from pipelines.boxes import read_people  # noqa: E402
 from pipelines.jpeg import PictureError, check_jpeg  # noqa: E402
 from pipelines.opencv_loader import decode  # noqa: E402
@@ -311,7 +311,7 @@ def prepare(tiny: Path, packed: Path, folder: Path) -> list[Target]:
         Target("picture", "picture.jpg", read_picture),
         *(Target(f"picture {suffix}", f"picture{suffix}", read_picture,
                  change_png if suffix == ".png" else None) for suffix in PICTURES),
-        Target("bad samples", LIST, lambda p: Quarantine(whole, p.parent, 5)),
+        Target("bad samples", LIST, lambda p: BadSamples(whole, p.parent, 5)),
         Target("resume", "run/last.pt", lambda p: resume(p, config), change_checkpoint),
         Target("bearpaw's checkpoint", "bearpaw.pt", read_checkpoint, change_checkpoint),
         Target("safetensors", "a.safetensors", read_checkpoint, change_safetensors),

@@ -28,8 +28,8 @@ ROOT = Path(__file__).resolve().parents[1]
 for place in (ROOT, ROOT / "tests"):
     sys.path.insert(0, str(place))
 
+from test_bad_samples import damaged, overwrite  # noqa: E402
 from test_elastic import assert_same_weights, children, last_step, started  # noqa: E402
-from test_quarantine import damaged, overwrite  # noqa: E402
 
 from pipelines.bad_samples import LIST  # noqa: E402
 from pipelines.opencv_loader import EndlessSampler  # noqa: E402

@@ -5,8 +5,16 @@ import numpy as np
 import pytest
 import torch
 
-from pipelines import color
-from pipelines.augment import PRESETS, Draw, draw, draw_rng, draws_array, preset_of
+from pipelines.augment import (
+    PRESETS,
+    Draw,
+    color_by_torch,
+    draw,
+    draw_rng,
+    draws_array,
+    jitter,
+    preset_of,
+)
 
 
 def many(name: str, count: int = 4000) -> np.ndarray:
@@ -94,7 +102,7 @@ def test_princetons_jitter_equals_opencvs_hsv_on_every_hue():
     drawn = [Draw(flip=1, hue=h, saturation=s, brightness=b, contrast=c) for h, s, b, c in
              ((0.2, 1.5, 0.3, 0.5), (-0.2, 0.5, -0.3, 1.5), (0.07, 1.2, 0.0, 1.0))]  # fmt: skip
     batch = torch.from_numpy(np.stack([image] * 3)).permute(0, 3, 1, 2)
-    for apply in (color.jitter, color.color_by_torch):
+    for apply in (jitter, color_by_torch):
         mine = apply(batch, torch.from_numpy(draws_array(drawn))).permute(0, 2, 3, 1).numpy()
         for result, one in zip(mine, drawn, strict=True):
             np.testing.assert_allclose(result, princeton_by_opencv(image, one), atol=2e-5)
@@ -110,19 +118,19 @@ def test_jitter_on_a_cpu_equals_that_on_a_gpu(name):
     rows = draws_array([draw(preset, draw_rng(0, 0, n)) for n in range(60)])
     drawn = torch.from_numpy(rows)
     assert (rows[:, 3:] != np.array(Draw()[3:], dtype=np.float32)).any(axis=1).all()
-    difference = (color.jitter(batch, drawn) - color.color_by_torch(batch, drawn)).abs()
+    difference = (jitter(batch, drawn) - color_by_torch(batch, drawn)).abs()
     assert difference.max() < 1e-5
 
 
 def test_channel_gain_multiplies_and_clips():
     image = torch.full((1, 3, 2, 2), 0.8)
     drawn = torch.from_numpy(draws_array([Draw(red=0.5, green=1.0, blue=1.4)]))
-    result = color.jitter(image, drawn)[0, :, 0, 0]
+    result = jitter(image, drawn)[0, :, 0, 0]
     torch.testing.assert_close(result, torch.tensor([0.4, 0.8, 1.0]))
 
 
 def test_a_neutral_draw_changes_no_bit_and_no_layout():
     image = torch.rand(2, 8, 8, 3).permute(0, 3, 1, 2)
-    result = color.jitter(image, torch.from_numpy(draws_array([Draw(), Draw(hue=0.1)])))
+    result = jitter(image, torch.from_numpy(draws_array([Draw(), Draw(hue=0.1)])))
     assert torch.equal(result[0], image[0]) and not torch.equal(result[1], image[1])
     assert result.is_contiguous(memory_format=torch.channels_last)

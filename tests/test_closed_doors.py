@@ -173,13 +173,13 @@ class OnePicture:
 @pytest.mark.parametrize("bomb", [progressive_bomb, lambda jpeg: claiming(jpeg, 65500, 65500)])
 def test_dali_is_not_even_fed_such_a_picture_in_evaluation(bomb, jpeg, tiny_shards):
     pytest.importorskip("nvidia.dali")
-    from pipelines.dali_loader import DaliStills
+    from pipelines.dali_loader import DaliEvaluationLoader
 
     source = OnePicture(bomb(jpeg), ShardSet(tiny_shards / "valid"))
-    stills = DaliStills(source, np.arange(1), PRESETS["none"], input_px=64, batch_size=1,
-                        device="cpu")  # fmt: skip
+    loader = DaliEvaluationLoader(source, np.arange(1), PRESETS["none"], input_px=64, batch_size=1,
+                        device=torch.device("cpu"))  # fmt: skip
     with pytest.raises(InputError, match=r"over 100 scans|a header that says") as caught:
-        list(stills)
+        list(loader)
     assert caught.value.where == "the one person"
 
 

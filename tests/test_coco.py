@@ -23,7 +23,7 @@ from evaluation.predictions import as_coco, read_predictions
 from model import checkpoint
 from pipelines.annotations import People, read_annotations
 from pipelines.augment import PRESETS, Draw
-from pipelines.loader import heat_joints
+from pipelines.heatmaps import heat_joints
 from pipelines.opencv_loader import crop_person
 from pipelines.shard_format import record_of, unpack_records
 from pipelines.shards import ShardSet

@@ -4,13 +4,14 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from helpers import make_codec
 
 from common.errors import InputError
 from configs.skeleton import MPII
 from pipelines import geometry, princeton
-from pipelines import loader as batches
-from pipelines.augment import PRESETS, Draw, preset_of
-from pipelines.loader import Target
+from pipelines.augment import PRESETS, Draw
+from pipelines.heatmaps import heat_joints
+from pipelines.loader import choose_loader, make_batch
 from pipelines.opencv_loader import (
     CropDataset,
     CropLoader,
@@ -84,7 +85,7 @@ def test_a_flip_swaps_left_and_right_and_their_marks():
         ])
     ).float()  # fmt: skip
     mirrored = torch.tensor(MPII.mirrored)
-    heat, shown = batches.heat_joints(
+    heat, shown = heat_joints(
         joints[:1].expand(2, -1, -1),
         marked,
         matrices,
@@ -113,8 +114,8 @@ def positions(sampler: EndlessSampler, steps: int) -> list[list[tuple[int, int]]
 
 
 def test_every_pass_sees_everybody_once_whatever_the_number_of_ranks():
-    one = positions(EndlessSampler(10, 6, seed=1, rank=0, ranks=1), 5)
-    two = [positions(EndlessSampler(10, 3, seed=1, rank=r, ranks=2), 5) for r in (0, 1)]
+    one = positions(EndlessSampler(10, 6, seed=1, rank=0, world_size=1), 5)
+    two = [positions(EndlessSampler(10, 3, seed=1, rank=r, world_size=2), 5) for r in (0, 1)]
     flat = [key for batch in one for key in batch]
     assert sorted(flat) == [(sample, epoch) for sample in range(10) for epoch in range(3)] or (
         {k for k in flat if k[1] == 0} == {(s, 0) for s in range(10)}
@@ -124,8 +125,8 @@ def test_every_pass_sees_everybody_once_whatever_the_number_of_ranks():
 
 
 def test_the_opencv_loader_continues_from_a_step():
-    whole = positions(EndlessSampler(10, 4, seed=1, rank=1, ranks=2), 9)
-    rest = positions(EndlessSampler(10, 4, seed=1, rank=1, ranks=2, first_step=4), 5)
+    whole = positions(EndlessSampler(10, 4, seed=1, rank=1, world_size=2), 9)
+    rest = positions(EndlessSampler(10, 4, seed=1, rank=1, world_size=2, first_step=4), 5)
     assert whole[4:] == rest
 
 
@@ -162,15 +163,11 @@ def test_missing_pictures_are_counted(tiny_set, tmp_path):
         LooseImages(people, tmp_path)
 
 
-def target_of(preset: str, rule="exact") -> Target:
-    return Target(preset_of(preset, True), rule, 1.0, 64, MPII)
-
-
 @pytest.mark.parametrize("preset", ["princeton", "hrnet"])
 def test_a_finished_batch_has_the_shapes_and_ranges_that_it_promises(preset, tiny_shards):
     dataset = CropDataset(ShardSet(tiny_shards / "train"), PRESETS[preset], 64, seed=0)
     raw = collate([dataset[(i, 3)] for i in range(12)])
-    batch = batches.finish(raw, target_of(preset), CPU)
+    batch = make_batch(raw, make_codec(preset), CPU)
     assert batch.images_N3HW.shape == (12, 3, 64, 64) and batch.heat_NJHW.shape == (12, 16, 16, 16)
     assert batch.images_N3HW.min() >= 0 and batch.images_N3HW.max() <= 1
     assert batch.images_N3HW.std() > 0.1
@@ -183,15 +180,15 @@ def test_a_finished_batch_has_the_shapes_and_ranges_that_it_promises(preset, tin
 def test_a_batch_is_the_same_on_the_gpu(tiny_shards):
     dataset = CropDataset(ShardSet(tiny_shards / "train"), PRESETS["princeton"], 64, seed=0)
     raw = collate([dataset[(i, 3)] for i in range(12)])
-    here = batches.finish(raw, target_of("princeton", "princeton"), CPU)
-    there = batches.finish(raw, target_of("princeton", "princeton"), torch.device("cuda"))
+    here = make_batch(raw, make_codec("princeton", "princeton"), CPU)
+    there = make_batch(raw, make_codec("princeton", "princeton"), torch.device("cuda"))
     for a, b in zip(here, there, strict=True):
         torch.testing.assert_close(a, b.cpu(), atol=1e-5, rtol=0)
 
 
 def test_auto_takes_opencv_on_a_cpu():
-    assert batches.choose_loader("auto", CPU) == "opencv"
-    assert batches.choose_loader("dali", CPU) == "dali"
+    assert choose_loader("auto", CPU) == "opencv"
+    assert choose_loader("dali", CPU) == "dali"
 
 
 def test_every_preset_but_princetons_needs_one_warp_alone(tiny_shards, monkeypatch):

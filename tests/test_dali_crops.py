@@ -7,8 +7,8 @@ import torch
 
 from common.errors import InputError
 from pipelines import geometry, princeton
-from pipelines import loader as batches
 from pipelines.augment import PRESETS, Draw
+from pipelines.loader import LoaderSpec, images_on_device, train_loader
 from pipelines.opencv_loader import crop_person, decode
 from pipelines.shard_format import unpack_records
 from pipelines.shards import ShardSet
@@ -16,7 +16,8 @@ from pipelines.shards import ShardSet
 pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed")
 from pipelines import dali_loader as dali_crops
 
-DEVICES = ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)]
+CPU = torch.device("cpu")
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 def by_row(split: ShardSet) -> dict[int, int]:
@@ -35,8 +36,14 @@ def opencv_twin(split: ShardSet, raw, person: int, preset) -> tuple[np.ndarray, 
 def compare(split: ShardSet, name: str, device: str, input_px: int, steps: int, size: int):
     """Grey-level differences and joint differences (px) of many people under a preset."""
     preset = PRESETS[name]
-    crops = dali_crops.DaliCrops(
-        split, preset, input_px=input_px, batch_size=size, device=device, threads=2, seed=5
+    crops = dali_crops.DaliLoader(
+        split,
+        preset,
+        input_px=input_px,
+        batch_size=size,
+        device=torch.device(device),
+        threads=2,
+        seed=5,
     )
     grey, joints = [], []
     for _ in range(steps):
@@ -92,8 +99,8 @@ def test_a_rotated_flipped_half_outside_case_agrees(tiny_shards, monkeypatch):
     )
     monkeypatch.setitem(PRESETS, "hard", hard)
     split = ShardSet(tiny_shards / "train")
-    crops = dali_crops.DaliCrops(
-        split, hard, input_px=128, batch_size=12, device="cpu", threads=2, shuffle_buffer=0
+    crops = dali_crops.DaliLoader(
+        split, hard, input_px=128, batch_size=12, device=CPU, threads=2, shuffle_buffer=0
     )
     raw = crops.next()
     assert raw.draws_ND[:, :3].tolist() == [pytest.approx([1.3, 40, 1])] * 12
@@ -111,8 +118,14 @@ def test_a_rotated_flipped_half_outside_case_agrees(tiny_shards, monkeypatch):
 def test_dali_makes_princetons_box_and_matrix_in_one_resampling(device, tiny_shards):
     """Against OpenCV's single warp of the same zero-padded box; DALI resamples once only."""
     split, preset = ShardSet(tiny_shards / "train"), PRESETS["princeton"]
-    crops = dali_crops.DaliCrops(
-        split, preset, input_px=128, batch_size=12, device=device, threads=2, shuffle_buffer=0
+    crops = dali_crops.DaliLoader(
+        split,
+        preset,
+        input_px=128,
+        batch_size=12,
+        device=torch.device(device),
+        threads=2,
+        shuffle_buffer=0,
     )
     raw = type(crops.next())(*(t.cpu() for t in crops.next()))
     for person in range(12):
@@ -134,15 +147,15 @@ def test_dali_makes_princetons_box_and_matrix_in_one_resampling(device, tiny_sha
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_crops_reach_torch_without_a_copy_and_channels_last(device, tiny_shards):
-    crops = dali_crops.DaliCrops(
+    crops = dali_crops.DaliLoader(
         ShardSet(tiny_shards / "train"), PRESETS["hrnet"], input_px=64, batch_size=4,
-        device=device, threads=2,
+        device=torch.device(device), threads=2,
     )  # fmt: skip
     outputs = crops.pipeline.run()
     pointers = [output.as_tensor().data_ptr() for output in outputs]
     raw = [torch.from_dlpack(output.as_tensor()) for output in outputs]
     assert [t.data_ptr() for t in raw] == pointers
-    image = batches.images_N3HW(crops.next(), raw[0].device)
+    image = images_on_device(crops.next(), raw[0].device)
     assert image.dtype == torch.float32 and image.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -151,8 +164,8 @@ def test_dali_draws_by_the_same_table(tiny_shards):
     split = ShardSet(tiny_shards / "train")
     found = {}
     for name in ("princeton", "newell", "hrnet"):
-        crops = dali_crops.DaliCrops(
-            split, PRESETS[name], input_px=64, batch_size=64, device="cpu", threads=2, seed=1
+        crops = dali_crops.DaliLoader(
+            split, PRESETS[name], input_px=64, batch_size=64, device=CPU, threads=2, seed=1
         )
         found[name] = torch.cat([crops.next().draws_ND for _ in range(12)]).numpy()
     columns = {field: i for i, field in enumerate(Draw._fields)}
@@ -175,19 +188,19 @@ def test_ranks_of_dali_share_the_people_without_overlap(tiny_shards):
     split = ShardSet(tiny_shards / "train")
     rows = []
     for rank in range(3):
-        crops = dali_crops.DaliCrops(
-            split, PRESETS["none"], input_px=64, batch_size=4, device="cpu", threads=1,
-            rank=rank, ranks=3, shuffle_buffer=0,
+        crops = dali_crops.DaliLoader(
+            split, PRESETS["none"], input_px=64, batch_size=4, device=CPU, threads=1,
+            rank=rank, world_size=3, shuffle_buffer=0,
         )  # fmt: skip
         rows.append(set(crops.next().records_NR[:, 0].int().tolist()))
     assert [len(r) for r in rows] == [4, 4, 4] and set.union(*rows) == set(range(12))
 
 
 def test_dali_continues_its_sequence_from_a_state(tiny_shards):
-    def make(state=None):
-        return dali_crops.DaliCrops(
+    def make(state=b""):
+        return dali_crops.DaliLoader(
             ShardSet(tiny_shards / "train"), PRESETS["princeton"], input_px=64, batch_size=5,
-            device="cpu", threads=2, seed=9, state=state,
+            device=CPU, threads=2, seed=9, state=state,
         )  # fmt: skip
 
     first = make()
@@ -203,8 +216,8 @@ def test_dali_names_the_tar_and_sample_of_a_picture_that_does_not_decode(tiny_sh
     from test_shards_damage import damage_picture
 
     folder = damage_picture(tiny_shards / "valid", tmp_path / "bad", sample=2)
-    crops = dali_crops.DaliCrops(
-        ShardSet(folder), PRESETS["none"], input_px=64, batch_size=5, device="cpu", threads=1,
+    crops = dali_crops.DaliLoader(
+        ShardSet(folder), PRESETS["none"], input_px=64, batch_size=5, device=CPU, threads=1,
         shuffle_buffer=0,
     )  # fmt: skip
     with pytest.raises(InputError, match=r"00000\.tar: sample 2"):
@@ -218,8 +231,14 @@ def test_decoding_only_what_the_affine_reaches_gives_the_same_crops(name, device
     split = ShardSet(tiny_shards / "train")
 
     def make(roi: bool):
-        return dali_crops.DaliCrops(
-            split, PRESETS[name], input_px=64, batch_size=12, device=device, threads=2, roi=roi
+        return dali_crops.DaliLoader(
+            split,
+            PRESETS[name],
+            input_px=64,
+            batch_size=12,
+            device=torch.device(device),
+            threads=2,
+            roi=roi,
         )
 
     whole, part = make(False), make(True)
@@ -228,7 +247,7 @@ def test_decoding_only_what_the_affine_reaches_gives_the_same_crops(name, device
         assert torch.equal(expected.draws_ND, found.draws_ND)
         assert torch.equal(expected.input_from_image_N23, found.input_from_image_N23)
         difference = (expected.images_NHW3.int() - found.images_NHW3.int()).abs().float()
-        if device == "gpu":  # regions may go to another decoder than pictures
+        if device == "cuda":  # regions may go to another decoder than pictures
             assert difference.mean() <= 0.5 and np.percentile(difference.cpu(), 99.9) <= 6
         else:  # a moved origin rounds the affine otherwise: a grey level here and there
             assert difference.max() <= 2 and difference.mean() < 0.02
@@ -240,8 +259,8 @@ def test_a_region_is_decoded_and_not_the_picture(tiny_shards, monkeypatch):
         dali_crops.fn, "warp_affine", lambda image, **_: image.shape(dtype=dali_crops.types.INT32)
     )
     split = ShardSet(tiny_shards / "train")
-    crops = dali_crops.DaliCrops(
-        split, PRESETS["none"], input_px=64, batch_size=12, device="cpu", threads=1, roi=True
+    crops = dali_crops.DaliLoader(
+        split, PRESETS["none"], input_px=64, batch_size=12, device=CPU, threads=1, roi=True
     )
     raw = crops.next()
     fields = unpack_records(raw.records_NR.numpy().astype(float))
@@ -260,9 +279,9 @@ def test_regions_are_refused_for_crops_and_with_a_cache(tiny_set, tiny_shards, t
 
     assert main(pack_arguments(tiny_set, tmp_path / "crops", "--packing", "crop")) == 0
     with pytest.raises(InputError, match="decoding of regions, and crops"):
-        dali_crops.DaliCrops(
+        dali_crops.DaliLoader(
             ShardSet(tmp_path / "crops" / "train"), PRESETS["hrnet"], input_px=64, batch_size=4,
-            device="cpu", roi=True,
+            device=CPU, roi=True,
         )  # fmt: skip
     gpu = dali_crops.Decoder("gpu", roi=True, cache_mb=100)
     with pytest.raises(InputError, match="a decoder cache, which holds whole pictures"):
@@ -271,12 +290,12 @@ def test_regions_are_refused_for_crops_and_with_a_cache(tiny_set, tiny_shards, t
 
 @pytest.mark.parametrize("loader", ["dali", "opencv"])
 def test_a_decoder_cache_without_a_gpu_is_refused(loader, tiny_shards):
+    spec = LoaderSpec(
+        loader=loader, device=CPU, preset=PRESETS["hrnet"], input_px=64, batch_size=4, workers=0,
+        cache_mb=64,
+    )  # fmt: skip
     with pytest.raises(InputError, match=r"data\.cache_mb"):
-        batches.train_loader(
-            ShardSet(tiny_shards / "train"), PRESETS["hrnet"], loader=loader,
-            device=torch.device("cpu"), input_px=64, batch_size=4, workers=0, shuffle_buffer=8,
-            seed=0, rank=0, ranks=1, first_step=0, state=b"", cache_mb=64,
-        )  # fmt: skip
+        train_loader(ShardSet(tiny_shards / "train"), spec)
 
 
 def test_a_rank_with_a_cache_meets_the_same_people_again(tiny_shards, monkeypatch):
@@ -291,9 +310,9 @@ def test_a_rank_with_a_cache_meets_the_same_people_again(tiny_shards, monkeypatc
     monkeypatch.setattr(dali_crops, "require_decoder", lambda *_: None)
     met = []
     for rank in range(2):
-        crops = dali_crops.DaliCrops(
+        crops = dali_crops.DaliLoader(
             ShardSet(tiny_shards / "train"), PRESETS["none"], input_px=64, batch_size=6,
-            device="cpu", rank=rank, ranks=2, shuffle_buffer=4, cache_mb=64,
+            device=CPU, rank=rank, world_size=2, shuffle_buffer=4, cache_mb=64,
         )  # fmt: skip
         epochs = [set(crops.next().records_NR[:, 0].int().tolist()) for _ in range(5)]
         assert all(epoch == epochs[0] for epoch in epochs) and len(epochs[0]) == 6
@@ -310,12 +329,12 @@ def test_cached_pictures_give_the_same_crops_again(tiny_shards):
     """
     split = ShardSet(tiny_shards / "train")
     plain, cached = (
-        dali_crops.DaliCrops(
+        dali_crops.DaliLoader(
             split,
             PRESETS["hrnet"],
             input_px=64,
             batch_size=12,
-            device="gpu",
+            device=torch.device("cuda"),
             cache_mb=cache_mb,
             hw_decoder_load=0.0,
         )

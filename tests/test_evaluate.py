@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from helpers import make_codec
 from test_training import make_run, steps, tiny_config
 from torch import nn
 
@@ -21,8 +22,9 @@ from evaluation import inference, pckh, report, visualize
 from model import checkpoint
 from pipelines.annotations import read_annotations
 from pipelines.augment import preset_of
+from pipelines.codec import Codec
 from pipelines.heatmaps import decode, render
-from pipelines.loader import Target, finish, heat_joints, still_batches
+from pipelines.loader import evaluation_batches, make_batch
 from pipelines.opencv_loader import CropDataset, CropLoader, ListSampler, LooseImages, collate
 from pipelines.shard_format import unpack_records
 from pipelines.shards import ShardSet
@@ -31,21 +33,17 @@ ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 
 
-def target_of(preset: str = "hrnet", rule="exact", input_px: int = 256) -> Target:
-    return Target(preset_of(preset, True), rule, 1.0, input_px, MPII)
-
-
 class Oracle(nn.Module):
     """Answers with the perfect heatmaps of the crops that it is told of, mirrored on request."""
 
-    def __init__(self, heat_NJHW: torch.Tensor, target: Target):
+    def __init__(self, heat_NJHW: torch.Tensor, codec: Codec):
         super().__init__()
-        self.heat, self.target = heat_NJHW, target
+        self.heat, self.codec = heat_NJHW, codec
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         heat = self.heat
         if len(images) == 2 * len(heat):  # the flip test: the second half is mirrored
-            mirrored = torch.tensor(self.target.skeleton.mirrored)
+            mirrored = torch.tensor(self.codec.skeleton.mirrored)
             heat = torch.cat([heat, heat.flip(3)[:, mirrored]])
         return heat[:, None]
 
@@ -53,18 +51,15 @@ class Oracle(nn.Module):
 @pytest.mark.parametrize("flip", [False, True])
 def test_perfect_heatmaps_come_back_to_the_annotated_pixels(flip, tiny_shards):
     """0.5 px on average is asked for; the exact rule loses far less, and has no bias."""
-    split, target = ShardSet(tiny_shards / "train"), target_of()
+    split, codec = ShardSet(tiny_shards / "train"), make_codec("hrnet", "exact", 256)
     dataset = CropDataset(split, preset_of("none", False), 256, 0)
     raw = collate([dataset[(i, 0)] for i in range(12)])
     fields = unpack_records(raw.records_NR)
-    joints, _ = heat_joints(
-        fields.joints_NJ2, fields.marked_NJ, raw.input_from_image_N23,
-        torch.zeros(12, dtype=torch.bool), torch.tensor(MPII.mirrored), "exact",
-    )  # fmt: skip
+    joints, _ = codec.heat_joints(fields, raw.input_from_image_N23, raw.draws_ND)
     inside = ((joints > 1) & (joints < 62)).all(dim=-1) & fields.marked_NJ
     heat = render(joints, torch.ones(12, 16), 64, "exact", 1.0)
     found = inference.predict(
-        Oracle(heat, target).eval(), [raw], target, flip=flip, device=CPU, dtype=torch.float32
+        Oracle(heat, codec).eval(), [raw], codec, flip=flip, device=CPU, dtype=torch.float32
     )
     error = (found.keypoints_NJ2 - fields.joints_NJ2.double().numpy())[inside.numpy()]
     assert len(error) > 60
@@ -73,7 +68,7 @@ def test_perfect_heatmaps_come_back_to_the_annotated_pixels(flip, tiny_shards):
 
 
 def test_the_flip_test_averages_the_mirrored_prediction_with_left_and_right_swapped():
-    target = target_of(input_px=64)
+    codec = make_codec()
 
     class Pattern(nn.Module):
         def forward(self, images):
@@ -83,7 +78,7 @@ def test_the_flip_test_averages_the_mirrored_prediction_with_left_and_right_swap
             return heat
 
     images = torch.rand(2, 3, 64, 64)
-    heat = inference.last_heatmaps(Pattern().eval(), images, target, flip=True)
+    heat = inference.last_heatmaps(Pattern().eval(), images, codec, flip=True)
     expected = nn.functional.avg_pool2d(images[:, 0], 4) / 2
     torch.testing.assert_close(heat[:, 0], expected)
     torch.testing.assert_close(heat[:, 5], expected)  # the left ankle, from the mirrored picture
@@ -97,22 +92,29 @@ def test_princetons_flip_test_is_cut_at_one():
 
     images = torch.rand(1, 3, 16, 16)
     for rule, highest in (("princeton", 1.0), ("exact", 2.0)):
-        heat = inference.last_heatmaps(Two().eval(), images, target_of(rule=rule), flip=True)
+        heat = inference.last_heatmaps(
+            Two().eval(), images, make_codec("hrnet", rule, 256), flip=True
+        )
         assert heat.max().item() == highest
 
 
 def test_a_network_in_train_mode_is_refused(tiny_shards):
     with pytest.raises(AssertionError):
         inference.predict(
-            nn.Linear(1, 1), [], target_of(), flip=False, device=CPU, dtype=torch.float32
+            nn.Linear(1, 1),
+            [],
+            make_codec("hrnet", "exact", 256),
+            flip=False,
+            device=CPU,
+            dtype=torch.float32,
         )
 
 
 def test_evaluation_crops_keep_princetons_rule_without_a_draw(tiny_shards):
     split = ShardSet(tiny_shards / "valid")
-    batches = still_batches(
-        split, np.arange(5), target_of("princeton"), loader="opencv", device=CPU, batch_size=3,
-        workers=0,
+    batches = evaluation_batches(
+        split, np.arange(5), make_codec("princeton", "exact", 256), loader="opencv", device=CPU,
+        batch_size=3, workers=0,
     )  # fmt: skip
     raw = list(batches)
     assert [len(r.images_NHW3) for r in raw] == [3, 2]
@@ -241,10 +243,10 @@ def test_dali_makes_the_same_people_in_the_same_order(preset, device, tiny_set):
     pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed")
     people, _ = read_annotations(tiny_set / "annot", "train")
     source, order = LooseImages(people, tiny_set / "images"), np.array([7, 0, 3, 11, 5])
-    target, raw = target_of(preset, "princeton", 64), {}
+    codec, raw = make_codec(preset, "princeton"), {}
     for loader in ("opencv", "dali"):
         place = torch.device(device if loader == "dali" else "cpu")
-        batches = still_batches(source, order, target, loader=loader, device=place,
+        batches = evaluation_batches(source, order, codec, loader=loader, device=place,
                                 batch_size=2, workers=1)  # fmt: skip
         raw[loader] = list(batches)
     assert [len(b.records_NR) for b in raw["dali"]] == [2, 2, 1]
@@ -271,14 +273,16 @@ def test_what_differs_from_training_is_said(trained, capsys, monkeypatch):
 
 def test_the_same_joints_come_back_through_either_crop(tiny_shards):
     """Perfect heatmaps of the exact rule on princeton's crop: its rounding is in the matrix."""
-    split, target = ShardSet(tiny_shards / "train"), target_of("princeton", "exact")
-    (raw,) = still_batches(split, np.arange(12), target, loader="opencv", device=CPU,
+    split, codec = ShardSet(tiny_shards / "train"), make_codec("princeton", "exact", 256)
+    (raw,) = evaluation_batches(split, np.arange(12), codec, loader="opencv", device=CPU,
                            batch_size=12, workers=0)  # fmt: skip
-    batch = finish(raw, target, CPU)
+    batch = make_batch(raw, codec, CPU)
     inside = ((batch.joints_NJ2 > 1) & (batch.joints_NJ2 < 62)).all(dim=-1) & batch.drawn_NJ
     assert inside.sum() > 60
     decoded, _ = decode(batch.heat_NJHW, "exact")
-    found = inference.image_keypoints(decoded, raw, target)
+    found = codec.image_joints(
+        decoded, unpack_records(raw.records_NR.numpy()), raw.input_from_image_N23
+    )
     truth = unpack_records(raw.records_NR).joints_NJ2.numpy()
     np.testing.assert_allclose(found[inside], truth[inside], atol=0.05)
 
@@ -363,7 +367,7 @@ def test_a_batch_that_does_not_fit_ends_the_search():
 @pytest.mark.parametrize(("people", "expected"), [(5, 5), (16, 8), (inference.FEW, 8)])
 def test_for_a_few_people_nothing_is_measured(people, expected):
     words = {"flip": False, "device": CPU, "dtype": torch.float32}
-    chosen = inference.choose_batch_size(None, target_of(), people, **words)
+    chosen = inference.choose_batch_size(None, make_codec("hrnet", "exact", 256), people, **words)
     assert chosen == (expected, {})
 
 
@@ -372,7 +376,7 @@ def test_batches_that_are_measured_are_a_small_part_of_the_work(monkeypatch):
     monkeypatch.setattr(inference, "fastest_size", lambda seconds, most: asked.append(most))
     for people in (inference.FEW + 1, 400, 3000):
         words = {"flip": False, "device": CPU, "dtype": torch.float32}
-        inference.choose_batch_size(None, target_of(), people, **words)
+        inference.choose_batch_size(None, make_codec("hrnet", "exact", 256), people, **words)
     assert asked == [8, 25, 128]
 
 

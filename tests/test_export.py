@@ -19,7 +19,7 @@ from evaluation.estimator import PoseEstimator, read_picture
 from evaluation.inference import last_heatmaps
 from model import checkpoint
 from model.export import OnnxNetwork
-from pipelines.loader import images_N3HW
+from pipelines.loader import images_on_device
 from pipelines.opencv_loader import collate
 from tools import export_onnx, predict
 
@@ -165,9 +165,9 @@ def test_onnx_runtime_answers_as_torch_on_real_crops(shared, export, tmp_path):
     export(path, "--onnx", tmp_path / "t.onnx", "--check", *pictures, "--flip")
     estimator = PoseEstimator.from_checkpoint(path, device="cpu")
     raw = collate([estimator.crop(read_picture(p), None, "") for p in pictures])
-    images = images_N3HW(raw, torch.device("cpu"))
+    images = images_on_device(raw, torch.device("cpu"))
     with torch.no_grad():
-        expected = last_heatmaps(estimator.network, images, estimator.target, flip=True).numpy()
+        expected = last_heatmaps(estimator.network, images, estimator.codec, flip=True).numpy()
     session = onnxruntime.InferenceSession(tmp_path / "t.onnx")
     assert session.get_inputs()[0].shape[1:] == [3, 256, 256]
     for count in (1, 2, 9):

@@ -23,6 +23,7 @@ from test_training import HERE, SMALL, make_run, metrics, poison, steps, tiny_co
 from two_ranks import leaves
 
 import train as train_program
+import training.trainer
 from common.errors import InputError
 from configs.schema import Config, save_yaml
 from model import checkpoint, seal
@@ -382,14 +383,14 @@ def test_the_people_of_skipped_steps_are_written_down(tiny_shards, tmp_path):
     )
     run = make_run(config, tmp_path)
     poison(run, {3})  # the second batch of the second step
-    finish, rows = run_batches().finish, []
+    poisoned, rows = training.trainer.make_batch, []
 
     def noting(*arguments, **options):
-        batch = finish(*arguments, **options)
+        batch = poisoned(*arguments, **options)
         rows.append(batch.rows_N.tolist())
         return batch
 
-    run_batches().finish = staticmethod(noting)
+    training.trainer.make_batch = noting
     run.train()
     lines = [json.loads(x) for x in (tmp_path / "skipped_batches.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 2]
@@ -399,12 +400,6 @@ def test_the_people_of_skipped_steps_are_written_down(tiny_shards, tmp_path):
     assert lines[1]["people"] == [
         f"{people.images[row]} ({run.train_shards.where(samples[row])})" for row in rows[3]
     ]
-
-
-def run_batches():
-    import training.trainer
-
-    return training.trainer.batches
 
 
 @pytest.mark.usefixtures("unpoison")

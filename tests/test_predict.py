@@ -4,6 +4,7 @@ import csv
 import json
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -157,7 +158,7 @@ def test_any_number_of_joints_is_found(estimator):
     three = Skeleton("three", ("l_a", "b", "r_c"), ((0, 2),), ((0, 1), (1, 2)), ())
     one = PoseEstimator(
         StackedHourglass(1, 16, 3, 2, (8, 16, 16)).eval(),
-        estimator.target._replace(skeleton=three),
+        replace(estimator.codec, skeleton=three),
         flip=True, device=torch.device("cpu"), dtype=torch.float32, batch_size=4,
     )  # fmt: skip
     image = noise_picture(np.random.default_rng(3), 200, 150)

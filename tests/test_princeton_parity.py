@@ -6,20 +6,19 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from helpers import make_codec
 
 from common.errors import InputError
-from configs.skeleton import MPII
 from evaluation.inference import predict
 from model import checkpoint
 from model import foreign_checkpoints as weights
 from model.loss import stack_losses
 from pipelines import heatmaps, princeton
 from pipelines.annotations import read_annotations
-from pipelines.augment import preset_of
-from pipelines.loader import Target, still_batches
+from pipelines.loader import evaluation_batches
 from pipelines.opencv_loader import LooseImages
 
-TARGET = Target(preset_of("princeton", True), "princeton", 1.0, 256, MPII)
+CODEC = make_codec("princeton", "princeton", 256)
 PEOPLE = 15
 COUNTS = {"mpii_sample": 9, "lspet": 6}
 # Joints without a positive peak, or whose two highest values or quarter steps tie within 2e-6.
@@ -89,7 +88,7 @@ def _margins(network, crops) -> np.ndarray:
     """(15, 16) how far each joint is from being decoded otherwise; 0 without a positive peak."""
     from evaluation.inference import last_heatmaps
 
-    heat = last_heatmaps(network, _input(crops), TARGET, flip=True)
+    heat = last_heatmaps(network, _input(crops), CODEC, flip=True)
     peaks = torch.where(torch.nn.functional.max_pool2d(heat, 3, 1, 1) == heat, heat, 0).flatten(2)
     (best, second), index = peaks.topk(2, dim=2).values.unbind(2), peaks.argmax(dim=2)
     padded = torch.nn.functional.pad(heat, (1, 1, 1, 1), mode="replicate")
@@ -108,12 +107,12 @@ def test_predictions_are_equal_to_the_pixel(data, network, crops, golden, shared
     """The whole way from the annotation file: only joints that hang on rounding are left out."""
     people, _ = read_annotations(shared / "golden" / f"annot_{data}.h5", "valid")
     source = LooseImages(people, shared / "data" / data / "images")
-    batches = still_batches(
-        source, np.arange(people.count), TARGET, loader="opencv", device=torch.device("cpu"),
+    batches = evaluation_batches(
+        source, np.arange(people.count), CODEC, loader="opencv", device=torch.device("cpu"),
         batch_size=4, workers=0,
     )  # fmt: skip
     found = predict(
-        network, batches, TARGET, flip=True, device=torch.device("cpu"), dtype=torch.float32
+        network, batches, CODEC, flip=True, device=torch.device("cpu"), dtype=torch.float32
     )
     rows = [i for i in range(PEOPLE) if ("lsp" in str(golden["dataset"][i])) == (data == "lspet")]
     assert len(rows) == people.count == COUNTS[data]

@@ -19,8 +19,8 @@ import train as train_program
 from common.cli import Parser
 from common.errors import InputError
 from configs.schema import Config, parse_config
-from pipelines import loader as batches
-from pipelines.loader import target_of
+from pipelines import loader
+from pipelines.codec import codec_of
 from pipelines.shards import ShardSet
 
 PROGRAMS = ["evaluate", "benchmarks.throughput", "benchmarks.gpu_loader", "benchmarks.gpu_train",
@@ -119,12 +119,12 @@ def test_a_file_of_one_section_names_the_nearest_setting_too(words, tmp_path):
 
 
 def test_evaluating_by_dali_without_it_says_what_installs_it(tiny_shards, monkeypatch):
-    monkeypatch.setattr(batches, "dali_is_installed", lambda: False)
+    monkeypatch.setattr(loader, "dali_is_installed", lambda: False)
     split = ShardSet(tiny_shards / "valid")
-    target = target_of(Config().data, Config().heatmaps, split.manifest.skeleton)
+    codec = codec_of(Config().data, Config().heatmaps, split.manifest.skeleton)
     with pytest.raises(InputError, match="pip install nvidia-dali-cuda120"):
-        batches.still_batches(
-            split, np.arange(2), target, loader="dali", device=torch.device("cpu"),
+        loader.evaluation_batches(
+            split, np.arange(2), codec, loader="dali", device=torch.device("cpu"),
             batch_size=2, workers=0,
         )  # fmt: skip
 

@@ -7,14 +7,15 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from helpers import make_codec
 from test_dali_crops import opencv_twin
 
 from common.errors import InputError
 from configs.skeleton import MPII
 from evaluation.visualize import LEFT_BGR, MIDDLE_BGR, RIGHT_BGR
-from pipelines import loader as batches
+from pipelines import loader
 from pipelines.augment import PRESETS
-from pipelines.loader import Batch, Target
+from pipelines.loader import Batch, LoaderSpec, RawBatch, train_loader
 from pipelines.shards import ShardSet
 from tools import packing_summary, show_batch
 
@@ -46,10 +47,10 @@ def test_both_loaders_are_compared_on_the_same_draws(
     call(monkeypatch, *words, "--output", tmp_path / "both.png")
     printed = float(capsys.readouterr().out.split("colours: ")[1].split()[0])
     split = ShardSet(tiny_shards / "train")
-    raw = batches.train_loader(
-        split, PRESETS[preset], loader="dali", device=CPU, input_px=256, batch_size=3, workers=0,
-        shuffle_buffer=1024, seed=0, rank=0, ranks=1, first_step=0, state=b"",
-    ).next()  # fmt: skip
+    spec = LoaderSpec(
+        loader="dali", device=CPU, preset=PRESETS[preset], input_px=256, batch_size=3, workers=0
+    )
+    raw = train_loader(split, spec).next()
     twins = np.stack([opencv_twin(split, raw, i, PRESETS[preset])[0] for i in range(3)])
     expected = np.abs(twins.astype(float) - raw.images_NHW3.numpy()).mean()
     assert printed == pytest.approx(expected, abs=1e-4)
@@ -71,8 +72,8 @@ def one_person(joint: int, at_xy: tuple[float, float]) -> Batch:
 )
 def test_a_joint_is_drawn_at_its_place_in_the_colour_of_its_side(joint, color):
     batch = one_person(joint, (3.0, 10.0))
-    target = Target(PRESETS["none"], "exact", 1.0, 64, MPII)
-    crop = show_batch.draw_crop(batch, target, 0)
+    codec = make_codec("none")
+    crop = show_batch.draw_crop(batch, codec, 0)
     drawn = np.argwhere((crop != 128).any(axis=2))
     # The middle of heatmap pixel 3 of 16 is at 3.5 / 16 of the tile, which begins at -0.5.
     np.testing.assert_allclose(drawn.mean(axis=0), [10.5 * 16 - 0.5, 3.5 * 16 - 0.5], atol=0.3)
@@ -87,11 +88,9 @@ def test_a_joint_is_drawn_at_its_place_in_the_colour_of_its_side(joint, color):
 def test_a_sheet_is_about_as_wide_as_high(loaders, people):
     batch = Batch(*(part.expand(people, *part.shape[1:]) for part in one_person(3, (3.0, 10.0))))
     nothing, draws = torch.zeros(0), torch.zeros(people, 10)
-    shown = [show_batch.Shown("x", batches.RawBatch(nothing, nothing, draws, nothing), batch)]
+    shown = [show_batch.Shown("x", RawBatch(nothing, nothing, draws, nothing), batch)]
     grey = None if loaders == 1 else np.zeros((people, 64, 64, 3), np.float32)
-    sheet = show_batch.draw_sheet(
-        shown * loaders, grey, Target(PRESETS["none"], "exact", 1.0, 64, MPII)
-    )
+    sheet = show_batch.draw_sheet(shown * loaders, grey, make_codec("none"))
     assert 0.75 < sheet.shape[1] / sheet.shape[0] < 2.4
 
 
@@ -99,10 +98,10 @@ def test_differences_are_shown_where_they_are_and_black_means_none():
     grey = np.zeros((1, 64, 64, 3), np.float32)
     grey[0, 10, 20] = 2
     batch = one_person(HEAD_TOP, (3.0, 10.0))
-    raw = batches.RawBatch(torch.zeros(0), torch.zeros(0), torch.zeros(1, 10), torch.zeros(0))
+    raw = RawBatch(torch.zeros(0), torch.zeros(0), torch.zeros(1, 10), torch.zeros(0))
     shown = [show_batch.Shown(name, raw, batch) for name in ("opencv", "dali")]
-    target = Target(PRESETS["none"], "exact", 1.0, 64, MPII)
-    sheet = show_batch.draw_sheet(shown, grey, target)
+    codec = make_codec("none")
+    sheet = show_batch.draw_sheet(shown, grey, codec)
     tile = sheet[26 + 2 :][:256, 2 + 3 * 256 :][:, :256]
     bright = np.argwhere(tile.any(axis=2))
     assert (bright.min(axis=0).tolist(), bright.max(axis=0).tolist()) == ([40, 80], [43, 83])
@@ -120,7 +119,7 @@ def test_what_cannot_be_shown_is_refused(words, named, tiny_shards, monkeypatch)
 
 
 def test_without_dali_it_says_what_installs_it(tiny_shards, tmp_path, monkeypatch):
-    monkeypatch.setattr(batches, "dali_is_installed", lambda: False)
+    monkeypatch.setattr(loader, "dali_is_installed", lambda: False)
     words = ["--shards", tiny_shards, "--loader", "both", "--output", tmp_path / "x.png"]
     with pytest.raises(InputError, match="pip install nvidia-dali-cuda120"):
         call(monkeypatch, *words)

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from helpers import make_codec
 from test_training import make_run, steps, tiny_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -15,9 +16,8 @@ from configs.skeleton import MPII
 from model.hourglass import StackedHourglass
 from model.loss import stack_losses, stack_losses_of_joints
 from pipelines import heatmaps
-from pipelines import loader as batches
-from pipelines.augment import PRESETS, Draw
-from pipelines.loader import Batch, Target
+from pipelines.augment import Draw
+from pipelines.loader import Batch, make_batch
 from pipelines.opencv_loader import RawBatch
 from pipelines.shard_format import record_length
 from training import profiler as tracing
@@ -60,12 +60,12 @@ class Watch(TorchDispatchMode):
 )
 def test_a_step_reads_nothing_from_the_device_and_brings_nothing_to_it(preset, rule, monkeypatch):
     """On torch's meta device, which has shapes alone: whatever reads a value fails there."""
-    target = Target(PRESETS[preset], rule, 1.0, 64, MPII)
+    codec = make_codec(preset, rule)
     network = StackedHourglass(2, 8, 16, 2, (8, 8, 8)).to(META)
     totals, raw = Totals(META), raw_batch(4, META)
 
     def step() -> None:
-        batch = batches.finish(raw, target, META)
+        batch = make_batch(raw, codec, META)
         heat = network(batch.images_N3HW)
         losses = stack_losses(heat, batch.heat_NJHW, batch.drawn_NJ, "ignore")
         losses.mean().backward()
@@ -221,9 +221,9 @@ def test_a_run_with_targets_in_its_loss_makes_the_same_steps(tiny_shards, tmp_pa
 
 
 def test_where_targets_are_rendered_by_the_loss_the_batch_has_none():
-    target = Target(PRESETS["hrnet"], "exact", 1.0, 64, MPII)
+    codec = make_codec("hrnet", "exact")
     raw = raw_batch(2, torch.device("cpu"))
-    batch: Batch = batches.finish(raw, target, torch.device("cpu"), renders=False)
+    batch: Batch = make_batch(raw, codec, torch.device("cpu"), render=False)
     assert batch.heat_NJHW.shape == (2, 16, 0, 0) and batch.joints_NJ2.shape == (2, 16, 2)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import pack_arguments, write_h5, write_jpeg
+from helpers import make_codec
 
 import evaluate
 import train
@@ -18,10 +19,9 @@ from common.errors import InputError
 from configs.skeleton import MPII
 from evaluation import visualize
 from pipelines import geometry
-from pipelines import loader as batches
 from pipelines.augment import PRESETS, Distribution, Draw, Preset, draw
 from pipelines.crop_packing import Region, crop_extent, crop_jpeg, crop_region, resize_region
-from pipelines.loader import Target, still_batches
+from pipelines.loader import LoaderSpec, evaluation_batches, train_loader
 from pipelines.opencv_loader import crop_person, decode
 from pipelines.shard_format import CropRule, Records, read_manifest, unpack_records
 from pipelines.shards import ShardSet
@@ -270,12 +270,12 @@ def train_settings(monkeypatch, shards, preset: str, out="runs-never-made") -> N
 
 
 def test_evaluation_with_princetons_crop_is_refused_on_crops(crop_shards, tiny_shards):
-    target = Target(PRESETS["princeton"], "princeton", 1.0, 64, MPII)
+    codec = make_codec("princeton", "princeton")
     for shards, fits in ((tiny_shards, True), (crop_shards, False)):
         split = ShardSet(shards / "valid")
         with nullcontext() if fits else pytest.raises(InputError, match="princeton's crop"):
-            still_batches(
-                split, np.arange(5), target, loader="opencv", device=torch.device("cpu"),
+            evaluation_batches(
+                split, np.arange(5), codec, loader="opencv", device=torch.device("cpu"),
                 batch_size=5, workers=0,
             )  # fmt: skip
 
@@ -303,11 +303,16 @@ def test_every_loader_refuses_what_crops_do_not_hold(crop_shards):
     split = ShardSet(crop_shards / "train")
     far = Preset(Distribution("uniform", 1, 1.8), False, PRESETS["mild"].rotation_deg, 0, 0, "none")
     for loader in ("opencv", "dali"):
+        spec = LoaderSpec(
+            loader=loader,
+            device=torch.device("cpu"),
+            preset=far,
+            input_px=64,
+            batch_size=2,
+            workers=0,
+        )
         with pytest.raises(InputError, match=r"1\.800 x"):
-            batches.train_loader(
-                split, far, loader=loader, device=torch.device("cpu"), input_px=64, batch_size=2,
-                workers=0, shuffle_buffer=0, seed=0, rank=0, ranks=1, first_step=0, state=b"",
-            )  # fmt: skip
+            train_loader(split, spec)
 
 
 @pytest.mark.parametrize("name", ["hrnet", "mild", "none"])

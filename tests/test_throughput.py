@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from helpers import make_codec
 
 from benchmarks import (
     comparing,
@@ -28,14 +29,12 @@ from benchmarks import (
 from benchmarks.timing import Case, take_turns
 from common.distributed import DistributedContext
 from common.errors import InputError
-from configs.skeleton import MPII
 from evaluation.inference import predict_distributed
 from model.hourglass import StackedHourglass
-from pipelines import loader as batches
 from pipelines import princeton
 from pipelines.augment import PRESETS
 from pipelines.heatmaps import decode, render
-from pipelines.loader import Target
+from pipelines.loader import make_batch
 from pipelines.opencv_loader import CropDataset, collate
 from pipelines.shard_format import unpack_records
 from pipelines.shards import ShardSet
@@ -137,8 +136,8 @@ def test_princetons_steps_make_what_the_preset_princeton_makes(few):
     keys = [(sample, epoch) for sample in range(6) for epoch in range(2)]
     raw = collate([ours[key] for key in keys])
     assert 2 <= raw.draws_ND[:, 2].sum() <= 10  # some are mirrored and coloured, some are not
-    target = Target(PRESETS["princeton"], "princeton", 1.0, 256, MPII)
-    batch = batches.finish(raw, target, torch.device("cpu"))
+    codec = make_codec("princeton", "princeton", 256)
+    batch = make_batch(raw, codec, torch.device("cpu"))
     differing = 0
     for row, key in enumerate(keys):
         image, heat = theirs[key]
@@ -283,7 +282,7 @@ def test_decoding_by_a_loop_gives_the_joints_of_the_batched_routine(made):
     fields = unpack_records(made.records().astype(np.float64))
     joints, _ = decode(heat, "princeton")
     center, scale = fields.center_N2, fields.scale_N
-    batched = princeton.image_points(joints.double().numpy(), center, scale, 256, 64)
+    batched = princeton.image_joints(joints.double().numpy(), center, scale, 256, 64)
     for row in range(6):
         alone = evaluation.decode_by_loop(heat[row], center[row], float(scale[row]))
         np.testing.assert_allclose(alone, batched[row], atol=1)  # a truncation may flip
@@ -295,7 +294,7 @@ def test_evaluating_one_by_one_gives_the_joints_of_the_batched_way(made):
     network, cpu = StackedHourglass(1, 16, 16).eval(), torch.device("cpu")
     alone = [evaluation.predict_by_one(network, made, sample, cpu) for sample in range(6)]
     together = predict_distributed(
-        network, made, np.arange(6), evaluation.target_of_princeton(made),
+        network, made, np.arange(6), evaluation.princeton_codec(made),
         DistributedContext(0, 1, cpu, torch.float32), batch_size=3, workers=0, flip=True,
     )  # fmt: skip
     # An untrained network's maps are nearly flat, so that a hair's breadth can move a maximum.

@@ -20,7 +20,7 @@ from common.errors import InputError
 from configs.schema import Config, config_from_dict
 from configs.skeleton import unnamed
 from model import checkpoint
-from pipelines.loader import choose_loader
+from pipelines.loader import choose_loader, make_batch
 from training.metrics import Totals
 from training.optimizer import Average, learning_rate
 from training.trainer import Run
@@ -188,27 +188,23 @@ def test_the_average_follows_its_formula():
 
 def poison(run: Run, bad_calls: set[int]) -> None:
     """Make the images of some batches not finite."""
-    from pipelines import loader as batches
+    real, calls = make_batch, [0]
 
-    real, calls = batches.finish, [0]
-
-    def finish(raw, target, device, **options):
-        batch = real(raw, target, device)
+    def poisoned(raw, codec, device, **options):
+        batch = real(raw, codec, device)
         calls[0] += 1
         if calls[0] - 1 in bad_calls:
             batch = batch._replace(images_N3HW=batch.images_N3HW * float("nan"))
         return batch
 
     run_module = sys.modules["training.trainer"]
-    run_module.batches = type("Patched", (), {**vars(batches), "finish": staticmethod(finish)})  # type: ignore[attr-defined]
+    run_module.make_batch = poisoned  # type: ignore[attr-defined]
 
 
 @pytest.fixture
 def unpoison():
-    from pipelines import loader as batches
-
     yield
-    sys.modules["training.trainer"].batches = batches  # type: ignore[attr-defined]
+    sys.modules["training.trainer"].make_batch = make_batch  # type: ignore[attr-defined]
 
 
 @pytest.mark.usefixtures("unpoison")

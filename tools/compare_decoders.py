@@ -25,7 +25,8 @@ from evaluation.dataset import split_to_evaluate
 from evaluation.inference import predict
 from model import checkpoint
 from pipelines import opencv_loader as opencv_crops
-from pipelines.loader import dali_is_installed, still_batches, target_of
+from pipelines.codec import codec_of
+from pipelines.loader import dali_is_installed, evaluation_batches
 from pipelines.shards import ShardSet
 
 Picture = npt.NDArray[np.uint8]
@@ -118,7 +119,7 @@ def find_decoders() -> tuple[dict[str, Decoder], dict[str, str]]:
     if dali_is_installed():
         decoders["dali cpu"] = lambda jpegs: decode_dali(jpegs, "cpu")
         if torch.cuda.is_available():
-            decoders["nvjpeg"] = lambda jpegs: decode_dali(jpegs, "gpu")
+            decoders["nvjpeg"] = lambda jpegs: decode_dali(jpegs, "cuda")
         else:
             missing["nvjpeg"] = "no CUDA device"
     else:
@@ -152,7 +153,7 @@ def decode_dali(jpegs: list[bytes], device: str) -> list[Picture]:
     """By DALI, all at once."""
     from pipelines.dali_loader import decode_pictures
 
-    return decode_pictures(jpegs, "gpu" if device == "gpu" else "cpu")
+    return decode_pictures(jpegs, torch.device(device))
 
 
 def decode_torchvision(jpegs: list[bytes]) -> list[Picture]:
@@ -184,19 +185,19 @@ def print_pckh(
     config = checkpoint.config_of(state, path)
     network = checkpoint.evaluation_network(state, path)
     skeleton = shards.manifest.skeleton
-    target = target_of(config.data, config.heatmaps, skeleton)
+    codec = codec_of(config.data, config.heatmaps, skeleton)
     people, samples = shards.people()
     print(f"\n{f'{skeleton.metric} of {path}':40}{'@0.5':>10}{'@0.1':>10}  (pooled, %)")
     for name, decoded in pictures.items():
         by_jpeg = dict(zip(jpegs, decoded, strict=True))
-        batches = still_batches(
-            shards, samples, target, loader="opencv", device=torch.device("cpu"),
+        batches = evaluation_batches(
+            shards, samples, codec, loader="opencv", device=torch.device("cpu"),
             batch_size=config.eval.batch_size, workers=0,
             decoder=functools.partial(_lookup, by_jpeg),
         )  # fmt: skip
         bar = progress(batches, f"predicting ({name})", "batches")
         found = predict(
-            network, bar, target, flip=config.eval.flip,
+            network, bar, codec, flip=config.eval.flip,
             device=torch.device("cpu"), dtype=torch.float32,
         )  # fmt: skip
         errors = pckh.normalized_errors(found.keypoints_NJ2, people)

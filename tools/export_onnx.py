@@ -24,9 +24,10 @@ from evaluation.estimator import PoseEstimator, read_picture
 from evaluation.inference import last_heatmaps
 from model import checkpoint, exported
 from model.export import INPUT, OUTPUT, OnnxNetwork
-from pipelines.augment import PRESETS
+from pipelines.augment import without_augmentation
+from pipelines.codec import Codec
 from pipelines.geometry import STRIDE
-from pipelines.loader import Target, images_N3HW
+from pipelines.loader import images_on_device
 from pipelines.opencv_loader import CropDataset, collate
 from pipelines.shard_format import MANIFEST
 from pipelines.shards import ShardSet
@@ -40,15 +41,15 @@ MOST_PEOPLE = 8
 class LastStack(nn.Module):
     """The network with the last stack's heatmaps alone, and the flip test if it is to be inside."""
 
-    def __init__(self, network: nn.Module, target: Target, flip: bool):
+    def __init__(self, network: nn.Module, codec: Codec, flip: bool):
         """network: in eval mode."""
         super().__init__()
-        self.network, self.target, self.flip = network, target, flip
+        self.network, self.codec, self.flip = network, codec, flip
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
         """RGB in 0..1, (N, 3, S, S) -> heatmaps (N, J, S/4, S/4)."""
-        return last_heatmaps(self.network, images, self.target, self.flip)
+        return last_heatmaps(self.network, images, self.codec, self.flip)
 
 
 def main() -> None:
@@ -69,9 +70,9 @@ def main() -> None:
 def export_onnx(options: argparse.Namespace, facts: dict[str, Any]) -> None:
     """Write the graph if it answers as torch does, and say by how much not. Raises InputError."""
     estimator = PoseEstimator.from_checkpoint(options.checkpoint, device="cpu")
-    target, joints = estimator.target, estimator.skeleton.joint_count
+    codec, joints = estimator.codec, estimator.skeleton.joint_count
     crops, what = crops_to_check(options, estimator)
-    whole = LastStack(estimator.network, target, options.flip)
+    whole = LastStack(estimator.network, codec, options.flip)
     with written_beside(options.onnx) as temporary:
         write_onnx(temporary, whole, facts)
         largest = largest_difference(OnnxNetwork(temporary, joints), whole, crops)
@@ -82,7 +83,7 @@ def export_onnx(options: argparse.Namespace, facts: dict[str, Any]) -> None:
                 f"at most {TOLERANCE:.0e}",
                 "try other versions of torch, onnxscript and onnxruntime",
             )
-    size, heat = target.input_px, target.input_px // STRIDE
+    size, heat = codec.input_px, codec.input_px // STRIDE
     print(f"wrote {options.onnx}, {'with' if options.flip else 'without'} flip test")
     print(f"  {INPUT} (N, 3, {size}, {size}) float32 RGB in 0..1 ->", end=" ")
     print(f"{OUTPUT} (N, {joints}, {heat}, {heat})")
@@ -149,19 +150,19 @@ def crops_to_check(options: argparse.Namespace, estimator: PoseEstimator) -> tup
     if options.check:
         pictures = [read_picture(path) for path in options.check]
         raw = collate([estimator.crop(image, None, "picture") for image in pictures])
-        return images_N3HW(raw, torch.device("cpu")), f"{len(pictures)} pictures"
+        return images_on_device(raw, torch.device("cpu")), f"{len(pictures)} pictures"
     state = checkpoint.load(options.checkpoint)
     folder = Path(checkpoint.config_of(state, options.checkpoint).data.shards) / "valid"
-    size = estimator.target.input_px
+    size = estimator.codec.input_px
     if not (folder / MANIFEST).is_file():
         noise = torch.rand(MOST_PEOPLE, 3, size, size, generator=torch.Generator().manual_seed(0))
         return noise, f"noise, for there is no {folder}; --check PICTURE takes pictures"
     shards = ShardSet(folder)
     samples = shards.people()[1][:MOST_PEOPLE]
-    still = PRESETS["none"]._replace(princeton_crop=estimator.target.preset.princeton_crop)
-    dataset = CropDataset(shards, still, size, seed=0)
+    preset = without_augmentation(estimator.codec.preset)
+    dataset = CropDataset(shards, preset, size, seed=0)
     raw = collate([dataset[(int(sample), 0)] for sample in samples])
-    return images_N3HW(raw, torch.device("cpu")), f"{len(samples)} people of {folder}"
+    return images_on_device(raw, torch.device("cpu")), f"{len(samples)} people of {folder}"
 
 
 @contextlib.contextmanager
@@ -179,7 +180,7 @@ def written_beside(path: Path) -> Iterator[Path]:
 def write_onnx(path: Path, network: LastStack, facts: dict[str, Any]) -> None:
     """Trace the network with a free number of people, and write it with our facts."""
     # Of another size than 1, which the tracing would take for a constant.
-    size = network.target.input_px
+    size = network.codec.input_px
     example = torch.zeros(2, 3, size, size)
     print("tracing the network ...", file=sys.stderr, flush=True)
     with torch.no_grad(), quiet():

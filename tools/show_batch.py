@@ -25,11 +25,10 @@ from configs.schema import Config, config_from_dict, load_yaml
 from configs.skeleton import Skeleton
 from evaluation.visualize import LEFT_BGR, MIDDLE_BGR, RIGHT_BGR, color_of, draw_skeleton
 from pipelines import geometry, heatmaps
-from pipelines import loader as batches
 from pipelines import opencv_loader as opencv_crops
 from pipelines.augment import PRESETS, Draw, Preset
-from pipelines.loader import Batch, LoaderName, Target
-from pipelines.opencv_loader import RawBatch
+from pipelines.codec import Codec
+from pipelines.loader import Batch, LoaderName, LoaderSpec, RawBatch, make_batch, train_loader
 from pipelines.shard_format import COLUMNS, MANIFEST, unpack_records
 from pipelines.shards import ShardSet
 
@@ -65,12 +64,18 @@ def main() -> None:
     sigma, input_px = options.sigma or heat.sigma, options.input_px or config.data.input_px
     if input_px % 64:
         raise InputError("--input-px", str(input_px), "a multiple of 64", "give 64, 128, 256, ...")
-    target = Target(preset, rule, sigma, input_px, shards.manifest.skeleton)
+    codec = Codec(
+        preset=preset,
+        rule=rule,
+        sigma=sigma,
+        input_px=input_px,
+        skeleton=shards.manifest.skeleton,
+    )
     device = choose_device(options.device)
     print(f"cutting out {options.people:,} people ...", file=sys.stderr, flush=True)
-    shown = make_batches(shards, target, options.loader, options.people, options.seed, device)
+    shown = make_batches(shards, codec, options.loader, options.people, options.seed, device)
     grey = grey_differences(shown)
-    sheet = draw_sheet(shown, grey, target)
+    sheet = draw_sheet(shown, grey, codec)
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(output.name + ".tmp.png")
     cv2.imwrite(str(temporary), sheet)
@@ -124,20 +129,25 @@ def open_split(folder: Path, split: str) -> ShardSet:
 
 
 def make_batches(
-    shards: ShardSet, target: Target, loader: str, people: int, seed: int, device: torch.device
+    shards: ShardSet, codec: Codec, loader: str, people: int, seed: int, device: torch.device
 ) -> list[Shown]:
     """One batch by one loader; or DALI's, after OpenCV's of the same people and draws."""
     first: LoaderName = "opencv" if loader == "opencv" else "dali"
-    raw = batches.train_loader(
-        shards, target.preset, loader=first, device=device, input_px=target.input_px,
-        batch_size=people, workers=0, shuffle_buffer=1024, seed=seed, rank=0, ranks=1,
-        first_step=0, state=b"",
-    ).next()  # fmt: skip
+    spec = LoaderSpec(
+        loader=first,
+        device=device,
+        preset=codec.preset,
+        input_px=codec.input_px,
+        batch_size=people,
+        workers=0,
+        seed=seed,
+    )
+    raw = train_loader(shards, spec).next()
     raw = RawBatch(*(part.cpu() for part in raw))
-    raws = {first: raw} if loader != "both" else {"opencv": opencv_twin(shards, raw, target.preset)}
+    raws = {first: raw} if loader != "both" else {"opencv": opencv_twin(shards, raw, codec.preset)}
     raws.setdefault(first, raw)
     cpu = torch.device("cpu")
-    return [Shown(name, raw, batches.finish(raw, target, cpu)) for name, raw in raws.items()]
+    return [Shown(name, raw, make_batch(raw, codec, cpu)) for name, raw in raws.items()]
 
 
 def opencv_twin(shards: ShardSet, raw: RawBatch, preset: Preset) -> RawBatch:
@@ -165,13 +175,13 @@ def grey_differences(shown: list[Shown]) -> npt.NDArray[np.float32] | None:
 
 
 def draw_sheet(
-    shown: list[Shown], grey_NHW3: npt.NDArray[np.float32] | None, target: Target
+    shown: list[Shown], grey_NHW3: npt.NDArray[np.float32] | None, codec: Codec
 ) -> Picture:
     """The contact sheet (H, W, 3) BGR: a panel a person, under a legend."""
     zoom = 1.0 if grey_NHW3 is None else amplification(grey_NHW3)
     people = progress(range(len(shown[0].batch.rows_N)), "drawing", "people")
     panels = [
-        draw_panel(shown, None if grey_NHW3 is None else grey_NHW3[i], zoom, target, i)
+        draw_panel(shown, None if grey_NHW3 is None else grey_NHW3[i], zoom, codec, i)
         for i in people
     ]
     height, width = panels[0].shape[:2]
@@ -198,12 +208,12 @@ def draw_panel(
     shown: list[Shown],
     grey_HW3: npt.NDArray[np.float32] | None,
     zoom: float,
-    target: Target,
+    codec: Codec,
     person: int,
 ) -> Picture:
     """One person's tiles side by side, with the draw below. zoom: factor on the difference."""
-    tiles = [draw_crop(one.batch, target, person) for one in shown]
-    tiles.append(draw_heatmaps(shown[0].batch, target.skeleton, person))
+    tiles = [draw_crop(one.batch, codec, person) for one in shown]
+    tiles.append(draw_heatmaps(shown[0].batch, codec.skeleton, person))
     drawn = Draw(*shown[0].raw.draws_ND[person].tolist())
     caption = f"row {int(shown[0].batch.rows_N[person])}   box x {drawn.scale:.2f}"
     caption += f"   {drawn.rotation_deg:+.1f} deg" + ("   mirrored" if drawn.flip else "")
@@ -216,16 +226,16 @@ def draw_panel(
     return cv2.copyMakeBorder(panel, 2, 2, 2, 2, cv2.BORDER_CONSTANT, value=(255, 255, 255))  # type: ignore[return-value]
 
 
-def draw_crop(batch: Batch, target: Target, person: int) -> Picture:
+def draw_crop(batch: Batch, codec: Codec, person: int) -> Picture:
     """The crop as the network sees it, with the joints that have a target."""
     image = (batch.images_N3HW[person].permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
     tile = enlarge(image[..., ::-1])
-    zoom = TILE_PX / target.input_px
+    zoom = TILE_PX / codec.input_px
     to_middle = geometry.translation(0.5, 0.5)
     tile_from_input = geometry.translation(-0.5, -0.5) @ geometry.scaling(zoom, zoom) @ to_middle
-    tile_from_heat = tile_from_input @ np.linalg.inv(heatmaps.heat_from_input(target.rule))
+    tile_from_heat = tile_from_input @ np.linalg.inv(heatmaps.heat_from_input(codec.rule))
     joints = geometry.transform(tile_from_heat, batch.joints_NJ2[person].double().numpy())
-    draw_skeleton(tile, joints, batch.drawn_NJ[person].numpy(), target.skeleton, 2)
+    draw_skeleton(tile, joints, batch.drawn_NJ[person].numpy(), codec.skeleton, 2)
     return tile
 
 

@@ -24,8 +24,7 @@ from common.files import parse_json, write_atomic
 from configs.schema import Config
 from model.loss import pck, peak_height
 from pipelines import heatmaps
-from pipelines.loader import Batch
-from pipelines.opencv_loader import RawBatch
+from pipelines.loader import Batch, RawBatch
 from training.curves import draw_curves
 from training.screen import Screen
 from training.tracker import Tracker

@@ -38,12 +38,19 @@ from evaluation.inference import StoppedError, predict_distributed
 from model import checkpoint
 from model.checkpoint import State
 from model.loss import stack_losses, stack_losses_of_joints
-from pipelines import loader as batches
-from pipelines.augment import preset_of, still
-from pipelines.bad_samples import Quarantine, SkippingLoader
+from pipelines.augment import without_augmentation
+from pipelines.bad_samples import BadSamples, SkippingLoader
+from pipelines.codec import codec_of
 from pipelines.crop_packing import require_preset_fits
-from pipelines.loader import Batch, target_of
-from pipelines.opencv_loader import RawBatch
+from pipelines.loader import (
+    Batch,
+    Loader,
+    LoaderSpec,
+    RawBatch,
+    choose_loader,
+    make_batch,
+    train_loader,
+)
 from pipelines.shard_format import people_sha256
 from pipelines.shards import ShardSet
 from training import checkpoint_manager as keeping
@@ -87,14 +94,15 @@ class Run:
         set_cpu_threads(dist.device, config.data.workers)
         self.train_shards = ShardSet(Path(config.data.shards) / "train")
         self.valid_shards = ShardSet(Path(config.data.shards) / "valid")
-        preset = preset_of(config.data.preset, config.data.mirror)
-        for shards, needed in ((self.train_shards, preset), (self.valid_shards, still(preset))):
+        self.skeleton = self.train_shards.manifest.skeleton
+        self.codec = codec_of(config.data, config.heatmaps, self.skeleton)
+        preset = self.codec.preset
+        still = without_augmentation(preset)
+        for shards, needed in ((self.train_shards, preset), (self.valid_shards, still)):
             require_preset_fits(shards.manifest, needed, shards.folder)
         self.people_sha256 = people_sha256(self.train_shards.records())  # all of them are sound
-        self.skeleton = self.train_shards.manifest.skeleton
         require_same_joints(self.valid_shards.manifest.skeleton, self.skeleton,
                             self.valid_shards.folder, self.train_shards.folder)  # fmt: skip
-        self.target = target_of(config.data, config.heatmaps, self.skeleton)
         self.valid_people, self.valid_samples = self.valid_shards.people()
         seed_everything(config.train.seed, 0)  # the same weights on every rank
         network = checkpoint.build_network(config, self.skeleton.joint_count).to(dist.device)
@@ -228,8 +236,8 @@ class Run:
             before = time.perf_counter()
             raw = self.loader.next()
             totals.waited += time.perf_counter() - before
-            batch = batches.finish(
-                raw, self.target, self.dist.device, renders=not self.config.train.fuse_targets
+            batch = make_batch(
+                raw, self.codec, self.dist.device, render=not self.config.train.fuse_targets
             )
             self._backward(batch, totals, last=part == optim.accumulate - 1)
         totals.add_step(self._apply_gradients(totals.losses_were_finite(optim.accumulate)))
@@ -245,13 +253,13 @@ class Run:
             heat = self.forward(batch.images_N3HW)
         losses = self._losses(heat, batch)
         self.scaler.scale(losses.mean() / optim.accumulate).backward()
-        totals.add(losses, heat[:, -1], batch, self.target.rule)
+        totals.add(losses, heat[:, -1], batch, self.codec.rule)
 
     def _losses(self, heat_NSJHW: Tensor, batch: Batch) -> Tensor:
         unmarked = self.config.loss.unmarked
         if self.fused_losses:
             return self.fused_losses(
-                heat_NSJHW, batch.joints_NJ2, batch.drawn_NJ, self.target.rule, self.target.sigma,
+                heat_NSJHW, batch.joints_NJ2, batch.drawn_NJ, self.codec.rule, self.codec.sigma,
                 unmarked,
             )  # fmt: skip
         return stack_losses(heat_NSJHW, batch.heat_NJHW, batch.drawn_NJ, unmarked)
@@ -303,8 +311,8 @@ class Run:
         self.log.train(self.step, values)
         self.guard.check(self.step, bad_steps, totals, self.average, self.log, dist)
         if self.config.data.on_bad_sample == "skip":
-            reports = gather_bytes(self.quarantine.report(), dist)
-            for line in self.quarantine.learn(reports):
+            reports = gather_bytes(self.bad_samples.report(), dist)
+            for line in self.bad_samples.learn(reports):
                 self.log.say(f"step {self.step}: {line}")
 
     def _finish_epoch(self) -> dict[str, Any]:
@@ -351,7 +359,7 @@ class Run:
         """
         chosen = np.arange(self.valid_people.count)[: self.config.eval.people or None]
         found = predict_distributed(
-            self._evaluated_network(), self.valid_shards, self.valid_samples[chosen], self.target,
+            self._evaluated_network(), self.valid_shards, self.valid_samples[chosen], self.codec,
             self.dist, batch_size=self.config.eval.batch_size, workers=self.config.data.workers,
             flip=self.config.eval.flip, progress=progress, should_stop=self._is_asked_to_stop,
         )  # fmt: skip
@@ -512,28 +520,36 @@ class Run:
         return b""
 
     def _loader_name(self) -> str:
-        return batches.choose_loader(self.config.data.loader, self.dist.device)
+        return choose_loader(self.config.data.loader, self.dist.device)
 
-    def _make_loader(self, loader_state: bytes) -> batches.Loader:
+    def _make_loader(self, loader_state: bytes) -> Loader:
         data, seed = self.config.data, self.config.train.seed
         if self.loader_began:  # not what the run began with once more
             seed = int(np.random.SeedSequence([seed, self.loader_began]).generate_state(1)[0] >> 1)
 
-        def make(shards: ShardSet, first_batch: int, state: bytes) -> batches.Loader:
-            return batches.train_loader(
-                shards, self.target.preset, loader=data.loader, device=self.dist.device,
-                input_px=data.input_px, batch_size=data.batch_size, workers=data.workers,
-                shuffle_buffer=data.shuffle_buffer, seed=seed, rank=self.dist.rank,
-                ranks=self.dist.world_size, first_step=first_batch, state=state,
-                cache_mb=data.cache_mb,
-            )  # fmt: skip
+        spec = LoaderSpec(
+            loader=data.loader,
+            device=self.dist.device,
+            preset=self.codec.preset,
+            input_px=data.input_px,
+            batch_size=data.batch_size,
+            workers=data.workers,
+            shuffle_buffer=data.shuffle_buffer,
+            seed=seed,
+            rank=self.dist.rank,
+            world_size=self.dist.world_size,
+            cache_mb=data.cache_mb,
+        )
+
+        def make(shards: ShardSet, first_batch: int, state: bytes) -> Loader:
+            return train_loader(shards, spec, first_batch, state)
 
         first_batch = self.step * self.config.optim.accumulate
         if data.on_bad_sample == "stop":
             return make(self.train_shards, first_batch, loader_state)
         limit, rank = data.max_bad_samples, self.dist.rank
-        self.quarantine = Quarantine(self.train_shards, self.folder, limit, rank)
-        return SkippingLoader(make, self.quarantine, first_batch, loader_state)
+        self.bad_samples = BadSamples(self.train_shards, self.folder, limit, rank)
+        return SkippingLoader(make, self.bad_samples, first_batch, loader_state)
 
     def _wrap(self) -> nn.Module:
         """The network as the step calls it: over all ranks, and compiled if asked."""

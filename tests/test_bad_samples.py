@@ -12,17 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import make_codec
 from test_training import make_run, steps, tiny_config
 
 from common.errors import InputError
-from configs.schema import DataConfig, HeatmapsConfig
-from configs.skeleton import MPII
 from model import checkpoint
 from pipelines.augment import PRESETS
-from pipelines.bad_samples import LIST, Quarantine, SkippingLoader
+from pipelines.bad_samples import LIST, BadSamples, SkippingLoader
 from pipelines.jpeg import BadSamplesError
-from pipelines.loader import Loader, still_batches, target_of, train_loader
-from pipelines.opencv_loader import RawBatch
+from pipelines.loader import Loader, LoaderSpec, RawBatch, evaluation_batches, train_loader
 from pipelines.shards import ShardSet
 
 LOADERS = ["opencv", "dali"]
@@ -59,25 +57,26 @@ def overwrite(split: Path, sample: int, fault: bytes, part: str = "jpg") -> None
 
 
 def loader_of(name: str, workers: int = 0):
+    spec = LoaderSpec(
+        loader=name, device=torch.device("cpu"), preset=PRESETS["newell"], input_px=64,
+        batch_size=4, workers=workers, shuffle_buffer=6, seed=5,
+    )  # fmt: skip
+
     def make(shards: ShardSet, first_step: int, state: bytes):
-        return train_loader(
-            shards, PRESETS["newell"], loader=name, device=torch.device("cpu"), input_px=64,
-            batch_size=4, workers=workers, shuffle_buffer=6, seed=5, rank=0, ranks=1,
-            first_step=first_step, state=state,
-        )  # fmt: skip
+        return train_loader(shards, spec, first_step, state)
 
     return make
 
 
 def whole_and_skipping(
     name: str, shards: Path, bad: Path, run: Path, count: int = 9, workers: int = 0
-) -> tuple[list[RawBatch], list[RawBatch], Quarantine]:
+) -> tuple[list[RawBatch], list[RawBatch], BadSamples]:
     """Batches of whole shards and of damaged ones with stand-ins."""
     whole = loader_of(name)(ShardSet(shards), 0, b"")
-    quarantine = Quarantine(ShardSet(bad), run, 5)
-    skipping = SkippingLoader(loader_of(name, workers), quarantine, 0, b"")
+    bad_samples = BadSamples(ShardSet(bad), run, 5)
+    skipping = SkippingLoader(loader_of(name, workers), bad_samples, 0, b"")
     pairs = [(clone(whole.next()), clone(skipping.next())) for _ in range(count)]
-    return [pair[0] for pair in pairs], [pair[1] for pair in pairs], quarantine
+    return [pair[0] for pair in pairs], [pair[1] for pair in pairs], bad_samples
 
 
 def clone(raw: RawBatch) -> RawBatch:
@@ -113,11 +112,11 @@ def test_a_neighbour_stands_in_and_all_others_are_the_very_same(
     name, bad, stand_in, tiny_shards, tmp_path
 ):
     folder = damaged(tiny_shards / "train", tmp_path / "bad", *bad)
-    whole, found, quarantine = whole_and_skipping(
+    whole, found, bad_samples = whole_and_skipping(
         name, tiny_shards / "train", folder, tmp_path / "run"
     )
     assert compare(ShardSet(tiny_shards / "train"), stand_in, whole, found) >= 2 * len(bad)
-    assert set(quarantine.faults) == set(bad)
+    assert set(bad_samples.faults) == set(bad)
 
 
 def test_worker_processes_give_the_same_stand_ins(tiny_shards, tmp_path):
@@ -139,33 +138,33 @@ def test_a_picture_may_turn_out_rotten_while_the_disk_is_full(name, tiny_shards,
 
     fill(LIST)
     fill("indices_0/00001.idx")
-    whole, found, quarantine = whole_and_skipping(name, tiny_shards / "train", folder, run)
+    whole, found, bad_samples = whole_and_skipping(name, tiny_shards / "train", folder, run)
     assert compare(ShardSet(tiny_shards / "train"), {6: 7}, whole, found) >= 2
     assert not (run / LIST).exists() and not (run / "indices_0" / "00001.idx").exists()
     said = []
     for _ in range(2):
         fill(LIST)
-        said += quarantine.learn([quarantine.report()])
+        said += bad_samples.learn([bad_samples.report()])
     assert len(said) == 2 and "left out" in said[0]
     assert "No space left" in said[1] and said[1].endswith("bad_samples.jsonl'; training goes on")
-    assert quarantine.learn([quarantine.report()]) == [], "there is room again"
-    assert set(Quarantine(ShardSet(folder), run, 5).faults) == {6}
+    assert bad_samples.learn([bad_samples.report()]) == [], "there is room again"
+    assert set(BadSamples(ShardSet(folder), run, 5).faults) == {6}
 
 
 def test_workers_of_a_loader_that_failed_end_at_once(tiny_shards, tmp_path):
     """Found by the collector instead, each of them would keep the run waiting for five seconds."""
     folder = damaged(tiny_shards / "train", tmp_path / "bad", 1, 6)
     before = set(multiprocessing.active_children())
-    quarantine = Quarantine(ShardSet(folder), tmp_path / "run", 5)
+    bad_samples = BadSamples(ShardSet(folder), tmp_path / "run", 5)
     gc.disable()
     try:
-        skipping = SkippingLoader(loader_of("opencv", workers=1), quarantine, 0, b"")
+        skipping = SkippingLoader(loader_of("opencv", workers=1), bad_samples, 0, b"")
         for _ in range(9):
             skipping.next()
             assert len(set(multiprocessing.active_children()) - before) == 1
     finally:
         gc.enable()
-    assert set(quarantine.faults) == {1, 6}
+    assert set(bad_samples.faults) == {1, 6}
 
 
 @pytest.mark.parametrize("name", LOADERS)
@@ -188,15 +187,15 @@ def test_a_neighbour_stands_in_from_when_a_picture_rots_in_mid_run(
 ):
     folder = Path(shutil.copytree(tiny_shards / "train", tmp_path / "train"))
     before = ShardSet(tiny_shards / "train")
-    quarantine = Quarantine(ShardSet(folder), tmp_path / "run", 5)
+    bad_samples = BadSamples(ShardSet(folder), tmp_path / "run", 5)
     whole = loader_of(name)(before, 0, b"")
-    skipping = SkippingLoader(loader_of(name, workers), quarantine, 0, b"")
+    skipping = SkippingLoader(loader_of(name, workers), bad_samples, 0, b"")
     pairs, known = [], []
     for number in range(24):  # eight passes; up to four batches are made ahead
         if number in (4, 14):  # and then the stand-in itself
             rot(folder, {4: 6, 14: 7}[number])
         pairs.append((clone(whole.next()), clone(skipping.next())))
-        known.append(sorted(quarantine.faults))
+        known.append(sorted(bad_samples.faults))
     first, second = known.index([6]), known.index([6, 7])
     assert 4 <= first < 14 <= second < 21
     for stand_in, part in [
@@ -241,10 +240,10 @@ def test_a_record_that_rots_in_mid_run_changes_nothing_or_ends_the_run_with_its_
             for _ in range(9):
                 loader.next()
         assert caught.value.where == f"{folder / '00001.tar'}: sample 6 (key 000000006)"
-        quarantine = Quarantine(data, tmp_path / "run", 5)
-        skipping = SkippingLoader(loader_of(name), quarantine, 0, b"")
+        bad_samples = BadSamples(data, tmp_path / "run", 5)
+        skipping = SkippingLoader(loader_of(name), bad_samples, 0, b"")
         assert all(skipping.next().input_from_image_N23.isfinite().all() for _ in range(9))
-        assert set(quarantine.faults) == {6}
+        assert set(bad_samples.faults) == {6}
     else:  # crops of no numbers; the loss tells, and who is asked for names finds the record
         assert not all(loader.next().input_from_image_N23.isfinite().all() for _ in range(9))
         with pytest.raises(InputError, match="sample 6"):
@@ -273,12 +272,12 @@ def bad_sector(tiny_shards, monkeypatch) -> ShardSet:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_for_a_picture_in_a_bad_sector_a_neighbour_stands_in(workers, bad_sector, tmp_path):
-    quarantine = Quarantine(bad_sector, tmp_path / "run", 5)
-    skipping = SkippingLoader(loader_of("opencv", workers), quarantine, 0, b"")
+    bad_samples = BadSamples(bad_sector, tmp_path / "run", 5)
+    skipping = SkippingLoader(loader_of("opencv", workers), bad_samples, 0, b"")
     rows = [row for _ in range(9) for row in skipping.next().records_NR[:, 0].tolist()]
     row = {sample: float(bad_sector.record(sample)[0]) for sample in (6, 7)}
     assert len(rows) == 36 and row[6] not in rows and rows.count(row[7]) == 6
-    assert quarantine.faults == {6: "not readable (Input/output error)"}
+    assert bad_samples.faults == {6: "not readable (Input/output error)"}
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -298,17 +297,17 @@ def test_of_a_tar_cut_off_in_mid_run_only_those_are_left_out_whose_bytes_are_gon
     folder = Path(shutil.copytree(tiny_shards / "train", tmp_path / "train"))
     data = ShardSet(folder)
     data.records()
-    quarantine = Quarantine(data, tmp_path / "run", 2)
+    bad_samples = BadSamples(data, tmp_path / "run", 2)
     make = loader_of(name, workers)
-    loader = SkippingLoader(make, quarantine, 0, b"") if leave == "skip" else make(data, 0, b"")
+    loader = SkippingLoader(make, bad_samples, 0, b"") if leave == "skip" else make(data, 0, b"")
     loader.next()
     start, size = place_of(data, 8)
     os.truncate(data.tars[1], start + size // 2)
     if leave == "skip":
         for _ in range(18):
             loader.next()
-        assert set(quarantine.faults) == {8, 9}
-        assert all("the tar was cut off" in fault for fault in quarantine.faults.values())
+        assert set(bad_samples.faults) == {8, 9}
+        assert all("the tar was cut off" in fault for fault in bad_samples.faults.values())
         return
     with pytest.raises(BadSamplesError, match=r"key 00000000[89].*\n.*the tar was cut off"):
         for _ in range(18):
@@ -324,8 +323,8 @@ def test_a_tar_that_vanishes_in_mid_run_is_named_and_stops_it_at_the_limit(
     data = ShardSet(folder)
     loader: Loader = loader_of(name)(data, 0, b"")
     if leave == "skip":
-        quarantine = Quarantine(data, tmp_path / "run", 2)
-        loader = SkippingLoader(loader_of(name), quarantine, 0, b"")
+        bad_samples = BadSamples(data, tmp_path / "run", 2)
+        loader = SkippingLoader(loader_of(name), bad_samples, 0, b"")
     data.tars[1].unlink()
     with pytest.raises(InputError) as caught:
         for _ in range(9):
@@ -377,13 +376,13 @@ def test_evaluation_names_the_picture_never_skips_and_does_not_advise_to(
     name, workers, tiny_shards, tmp_path
 ):
     data = ShardSet(damaged(tiny_shards / "valid", tmp_path / "bad", 3))
-    target = target_of(DataConfig(preset="none", input_px=64), HeatmapsConfig(), MPII)
-    stills = still_batches(
-        data, np.arange(5), target, loader=name, device=torch.device("cpu"), batch_size=2,
+    codec = make_codec("none")
+    batches = evaluation_batches(
+        data, np.arange(5), codec, loader=name, device=torch.device("cpu"), batch_size=2,
         workers=workers,
     )  # fmt: skip
     with pytest.raises(BadSamplesError, match=r"sample 3 \(key 000000003\)") as caught:
-        list(stills)
+        list(batches)
     assert "on_bad_sample" not in caught.value.next_step
     assert "make_shards.py, whose --skip-bad" in caught.value.next_step
 
@@ -391,8 +390,8 @@ def test_evaluation_names_the_picture_never_skips_and_does_not_advise_to(
 @pytest.mark.parametrize("name", LOADERS)
 def test_beyond_the_limit_the_run_stops(name, tiny_shards, tmp_path):
     folder = damaged(tiny_shards / "train", tmp_path / "bad", 1, 6, 11)
-    quarantine = Quarantine(ShardSet(folder), tmp_path / "run", 2)
-    loader = SkippingLoader(loader_of(name), quarantine, 0, b"")
+    bad_samples = BadSamples(ShardSet(folder), tmp_path / "run", 2)
+    loader = SkippingLoader(loader_of(name), bad_samples, 0, b"")
     with pytest.raises(InputError, match=r"3 people with damaged pictures") as caught:
         for _ in range(9):
             loader.next()
@@ -401,15 +400,15 @@ def test_beyond_the_limit_the_run_stops(name, tiny_shards, tmp_path):
     assert [json.loads(line)["key"] for line in lines] == ["000000001", "000000006", "000000011"]
     whole = ShardSet(tiny_shards / "train")
     with pytest.raises(InputError, match="remove this list") as caught:  # as is still to be done
-        Quarantine(whole, tmp_path / "run", 2).learn([b"{}"])
+        BadSamples(whole, tmp_path / "run", 2).learn([b"{}"])
     Path(caught.value.where).unlink()
-    assert Quarantine(whole, tmp_path / "run", 2).learn([b"{}"]) == []
+    assert BadSamples(whole, tmp_path / "run", 2).learn([b"{}"]) == []
 
 
 def test_a_tar_without_one_good_picture_ends_in_an_error(tiny_shards, tmp_path):
     folder = damaged(tiny_shards / "train", tmp_path / "bad", 10, 11)
-    quarantine = Quarantine(ShardSet(folder), tmp_path / "run", 5)
-    loader = SkippingLoader(loader_of("opencv"), quarantine, 0, b"")
+    bad_samples = BadSamples(ShardSet(folder), tmp_path / "run", 5)
+    loader = SkippingLoader(loader_of("opencv"), bad_samples, 0, b"")
     with pytest.raises(InputError, match="2 damaged pictures of 2"):
         for _ in range(9):
             loader.next()
@@ -433,13 +432,13 @@ def test_a_resumed_run_remembers_them_and_is_the_run_that_was_not_stopped(
     known = (tmp_path / "parts" / LIST).read_text()
     assert [json.loads(line)["sample"] for line in known.splitlines()] == [2, 7]
     second = make_run(config, tmp_path / "parts", checkpoint.load(tmp_path / "parts" / "last.pt"))
-    assert set(second.quarantine.faults) == {2, 7}
+    assert set(second.bad_samples.faults) == {2, 7}
     assert begun + steps(second, 3) == expected
 
 
 def test_what_another_rank_found_is_said_once_and_written(tiny_shards, tmp_path, capsys):
     data = ShardSet(tiny_shards / "train")
-    first, second = (Quarantine(data, tmp_path / "run", 2, rank) for rank in (0, 1))
+    first, second = (BadSamples(data, tmp_path / "run", 2, rank) for rank in (0, 1))
     error = BadSamplesError.of({6: "noise"}, data.where(6), "noise")
     second.add(error)
     assert not (tmp_path / "run" / LIST).exists(), "the first rank alone writes"
@@ -450,9 +449,9 @@ def test_what_another_rank_found_is_said_once_and_written(tiny_shards, tmp_path,
     assert json.loads((tmp_path / "run" / LIST).read_text())["where"] == data.where(6)
     first.add(BadSamplesError.of({1: "noise"}, data.where(1), "noise"))
     second.add(BadSamplesError.of({2: "noise"}, data.where(2), "noise"))
-    for quarantine in (first, second):  # two each, three together
+    for bad_samples in (first, second):  # two each, three together
         with pytest.raises(InputError, match="3 people"):
-            quarantine.learn([first.report(), second.report()])
+            bad_samples.learn([first.report(), second.report()])
 
 
 def test_the_list_of_other_shards_is_not_believed_and_a_damaged_one_is_named(tiny_shards, tmp_path):
@@ -461,8 +460,8 @@ def test_the_list_of_other_shards_is_not_believed_and_a_damaged_one_is_named(tin
              {"sample": 4, "key": "another", "fault": "x"},
              {"sample": 99, "key": "000000099", "fault": "x"}]  # fmt: skip
     (tmp_path / LIST).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert set(Quarantine(data, tmp_path, 5).faults) == {3}
+    assert set(BadSamples(data, tmp_path, 5).faults) == {3}
     for text in ("{\n", '{"sample": Infinity}\n', "[]\n"):
         (tmp_path / LIST).write_text(text)
         with pytest.raises(InputError, match="remove the file"):
-            Quarantine(data, tmp_path, 5)
+            BadSamples(data, tmp_path, 5)

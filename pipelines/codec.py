@@ -1,0 +1,94 @@
+"""How a person becomes a crop and target heatmaps, and how heatmaps become joints again."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from configs.schema import DataConfig, HeatmapsConfig
+from configs.skeleton import Skeleton
+from pipelines import heatmaps, princeton
+from pipelines.augment import Preset, constant_on_device, preset_of
+from pipelines.geometry import STRIDE
+from pipelines.shard_format import Records
+
+
+@dataclass(frozen=True, kw_only=True)
+class Codec:
+    """The crop, joint and heatmap rules of a network, the same in both directions.
+
+    Joints follow princeton's own rules where both its crop and its heatmap rule are used, and
+    otherwise the affine of the crop's pixels. Axes: N person, J joint, H row, W column.
+    """
+
+    preset: Preset
+    """Augmentation; also says whether the crop is princeton's."""
+    rule: heatmaps.Rule
+    sigma: float
+    """Heatmap px."""
+    input_px: int
+    """Side of the crop."""
+    skeleton: Skeleton
+
+    @property
+    def heat_px(self) -> int:
+        """Side of a heatmap."""
+        return self.input_px // STRIDE
+
+    @property
+    def _is_princeton(self) -> bool:
+        return self.preset.princeton_crop and self.rule == "princeton"
+
+    def heat_joints(
+        self, records: Records, input_from_image_N23: torch.Tensor, draws_ND: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Annotated joints in heatmap px (N, J, 2), and which of them have a target (N, J) bool.
+
+        Left and right joints change places in crops that are mirrored.
+        """
+        mirrored = constant_on_device(self.skeleton.mirrored, torch.int64, draws_ND.device)
+        if self._is_princeton:
+            return princeton.heat_joints(
+                records.joints_NJ2,
+                records.center_N2,
+                records.scale_N,
+                draws_ND,
+                mirrored,
+                self.input_px,
+                self.heat_px,
+            )
+        flip_N = draws_ND[:, 2] > 0
+        return heatmaps.heat_joints(
+            records.joints_NJ2, records.marked_NJ, input_from_image_N23, flip_N, mirrored, self.rule
+        )
+
+    def render(self, joints_NJ2: torch.Tensor, drawn_NJ: torch.Tensor) -> torch.Tensor:
+        """(N, J, H, W) float32 target heatmaps. joints_NJ2: heatmap px."""
+        return heatmaps.render(joints_NJ2, drawn_NJ, self.heat_px, self.rule, self.sigma)
+
+    def decode(self, heat_NJHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Joints (N, J, 2) float32 heatmap px, and scores (N, J): the heights of the peaks."""
+        return heatmaps.decode(heat_NJHW, self.rule)
+
+    def image_joints(
+        self, joints_NJ2: torch.Tensor, records: Records, input_from_image_N23: torch.Tensor
+    ) -> npt.NDArray[np.float64]:
+        """Decoded joints, heatmap px -> image px (N, J, 2). records: numpy."""
+        joints = joints_NJ2.double().cpu().numpy()
+        if self._is_princeton:
+            center = records.center_N2.astype(np.float64)
+            scale = records.scale_N.astype(np.float64)
+            return princeton.image_joints(joints, center, scale, self.input_px, self.heat_px)
+        return heatmaps.image_joints(joints, input_from_image_N23.double().cpu().numpy(), self.rule)
+
+
+def codec_of(data: DataConfig, heat: HeatmapsConfig, skeleton: Skeleton) -> Codec:
+    """The Codec that a config describes."""
+    return Codec(
+        preset=preset_of(data.preset, data.mirror),
+        rule=heat.rule,
+        sigma=heat.sigma,
+        input_px=data.input_px,
+        skeleton=skeleton,
+    )
