@@ -46,6 +46,7 @@ from evaluation.predictions import (
 )
 from evaluation.report import ReferenceRun, data_mismatch, read_reference
 from model import checkpoint
+from model.checkpoint import Checkpoint
 from pipelines.annotations import read_annotations
 from pipelines.augment import without_augmentation
 from pipelines.codec import Codec, codec_of
@@ -65,9 +66,7 @@ COMPARISON_LEGEND = (
 class Question(NamedTuple):
     """What is to be evaluated, and how."""
 
-    path: Path
-    """Of the checkpoint."""
-    state: checkpoint.State
+    trained: Checkpoint
     codec: Codec
     subjects: EvaluationDataset
     flip: bool
@@ -116,7 +115,7 @@ def evaluate_network(options: argparse.Namespace, dist: DistributedContext) -> N
     if subjects.train:
         mean = pckh.mean_pose(subjects.train, subjects.people)
         results["mean pose"] = pckh.summary(mean, subjects.people, subjects.skeleton)
-    facts = {"checkpoint": str(question.path), "step": question.state["step"]}
+    facts = {"checkpoint": str(question.trained.path), "step": question.trained.step}
     facts |= {"data": subjects.name, "flip": question.flip}
     facts |= {"loaders": list(question.loaders), "remarks": question.remarks}
     write_files(options, subjects, first, {**facts, **results})
@@ -350,11 +349,10 @@ def find_question(options: argparse.Namespace) -> Question:
     """Checkpoint, people and pictures, and how they are to be brought together."""
     path = Path(options.checkpoint) if options.checkpoint else newest_checkpoint(Path(options.runs))
     path = path / BEST if (path / BEST).is_file() else path
-    state = checkpoint.load(path, onnx=True)
-    config = checkpoint.config_of(state, path)
-    trained = checkpoint.skeleton_of(state)
-    subjects = find_subjects(options, config, trained)
-    require_same_joints(subjects.skeleton, trained, subjects.name, path)
+    trained = checkpoint.load_checkpoint(path, onnx=True)
+    config = trained.config
+    subjects = find_subjects(options, config, trained.skeleton)
+    require_same_joints(subjects.skeleton, trained.skeleton, subjects.name, path)
     codec = codec_of(config.data, config.heatmaps, subjects.skeleton)
     trained_crop = "princeton" if codec.preset.princeton_crop else "affine"
     crop = options.crop or trained_crop
@@ -367,13 +365,14 @@ def find_question(options: argparse.Namespace) -> Question:
     if options.compare_loaders:
         loaders = ("opencv", "dali")
     return Question(
-        path=path,
-        state=state,
+        trained=trained,
         codec=codec,
         subjects=subjects,
         flip=config.eval.flip if options.flip is None else options.flip,
         loaders=loaders,
-        remarks=differences(trained_crop, crop, state.get("loader"), loaders),
+        remarks=differences(
+            trained_crop, crop, trained.run.loader if trained.run else None, loaders
+        ),
     )
 
 
@@ -419,10 +418,10 @@ def predict_everybody(
     options: argparse.Namespace, question: Question, dist: DistributedContext
 ) -> dict[LoaderName, Predictions]:
     """Everybody's joints through each loader, in the annotation's order."""
-    config = checkpoint.config_of(question.state, question.path)
+    config = question.trained.config
     workers = config.data.workers if options.workers is None else options.workers
     set_cpu_threads(dist.device, workers)
-    network = checkpoint.evaluation_network(question.state, question.path).to(dist.device)
+    network = checkpoint.evaluation_network(question.trained).to(dist.device)
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     people = question.subjects.people.count
     share = -(-people // dist.world_size)
@@ -465,7 +464,8 @@ def print_results(
     """The table, and what it counts."""
     first = next(iter(results.values()))
     flip = "flip test" if question.flip else "no flip test"
-    print(f"\n{question.path} (step {question.state['step']}) on {question.subjects.name}, {flip}")
+    trained = question.trained
+    print(f"\n{trained.path} (step {trained.step}) on {question.subjects.name}, {flip}")
     if question.codec.preset.princeton_crop:
         print(f"cropped by princeton-vl's rules, heatmaps by the rule {question.codec.rule}")
     for remark in question.remarks:

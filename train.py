@@ -21,7 +21,7 @@ from common.distributed import (
 from common.errors import EXIT_RESUME, InputError, run_main
 from configs.schema import add_config_options, parse_config
 from model import checkpoint
-from model.checkpoint import State
+from model.checkpoint import Checkpoint
 from pipelines.loader import choose_loader
 from pipelines.shard_format import CropRule
 from training import checkpoint_manager as keeping
@@ -54,11 +54,11 @@ def main() -> int:
         source, remarks = from_first_rank(
             lambda: find_start(folder, options["resume"], restarted), dist
         )
-        state = load_run(Path(source)) if source else None
+        start = load_run(Path(source)) if source else None
         if dist.is_first:
             print(f"reading {config.data.shards} ...", file=sys.stderr, flush=True)
-        run = Run(config, dist, folder, state, Path(source) if source else None)
-        if options["init_from"] and not state:
+        run = Run(config, dist, folder, start)
+        if options["init_from"] and not start:
             start_from(Path(options["init_from"]), run)
         run.remarks = remarks + run.remarks
         from_first_rank(lambda: keeping.begin(folder), dist)
@@ -155,24 +155,24 @@ def _refuse_old_folder(folder: Path) -> None:
         )
 
 
-def load_run(source: Path) -> State:
+def load_run(source: Path) -> Checkpoint:
     """A checkpoint that a run can continue from. Raises InputError."""
-    state = checkpoint.load(source)
-    if "optimizer" not in state:
+    start = checkpoint.load_checkpoint(source)
+    if start.optimizer is None:
         raise InputError(
             source,
             "weights alone",
             "a checkpoint of a run, with its optimizer and its place in the data",
             "begin a new run with --init_from",
         )
-    return state
+    return start
 
 
 def start_from(path: Path, run: Run) -> None:
     """Take over a checkpoint's weights, and say which layers could not be."""
-    state = checkpoint.load(path)
-    checkpoint.require_same_size(state, run.config, path)
-    fresh = checkpoint.init_weights(run.network, run.skeleton, state, path)
+    start = checkpoint.load_checkpoint(path)
+    checkpoint.require_same_size(start, run.config)
+    fresh = checkpoint.init_weights(run.network, run.skeleton, start)
     run.restart_average()
     if run.dist.is_first and fresh:
         print(f"Other joints: {len(fresh)} tensors start fresh ({fresh[0]}, ...)")

@@ -213,9 +213,9 @@ def score(packed: Packed, people: People, skeleton: Skeleton, path: str | None) 
     """Pooled PCK of a network on the packing. Raises InputError if its joints are others."""
     if path is None:
         return math.nan
-    state = checkpoint.load(Path(path))
-    config = checkpoint.config_of(state, Path(path))
-    if not skeleton.same_joints(checkpoint.skeleton_of(state)) or config.data.preset == "princeton":
+    trained = checkpoint.load_checkpoint(Path(path))
+    config = trained.config
+    if not skeleton.same_joints(trained.skeleton) or config.data.preset == "princeton":
         raise InputError(
             path, "other joints, or princeton's crop", skeleton.name, "give another checkpoint"
         )
@@ -225,7 +225,7 @@ def score(packed: Packed, people: People, skeleton: Skeleton, path: str | None) 
         batch_size=config.eval.batch_size, workers=0,
     )  # fmt: skip
     found = predict(
-        checkpoint.evaluation_network(state, Path(path)), batches, codec,
+        checkpoint.evaluation_network(trained), batches, codec,
         flip=config.eval.flip, device=torch.device("cpu"), dtype=torch.float32,
     )  # fmt: skip
     return pckh.score(pckh.normalized_errors(found.keypoints_NJ2, people), skeleton, 0.5).pooled

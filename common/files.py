@@ -49,7 +49,7 @@ def read_yaml(path: Path) -> Any:
         raise ValueError(" ".join(str(error).split())[:300]) from error
 
 
-def write_atomic(path: Path, data: bytes) -> None:
+def write_atomic(path: Path, data: bytes | memoryview) -> None:
     """Write a temporary file beside `path`, sync and rename it. Makes missing folders.
 
     An older file stays until the new one is complete. Raises OSError with the path in it.

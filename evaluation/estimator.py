@@ -73,9 +73,8 @@ class PoseEstimator:
         flip, batch_size: None takes those of the training's evaluation, but no flip test where the
         checkpoint does not say which joints are left and right. Raises InputError.
         """
-        state = checkpoint.load(Path(path), onnx=True)
-        config = checkpoint.config_of(state, Path(path))
-        skeleton = checkpoint.skeleton_of(state)
+        trained = checkpoint.load_checkpoint(Path(path), onnx=True)
+        config, skeleton = trained.config, trained.skeleton
         if flip and not skeleton.has_names:
             raise InputError(
                 path,
@@ -86,7 +85,7 @@ class PoseEstimator:
         wanted = config.eval.flip and skeleton.has_names if flip is None else flip
         place = choose_device(device)
         return cls(
-            checkpoint.evaluation_network(state, Path(path)).to(place),
+            checkpoint.evaluation_network(trained).to(place),
             codec_of(config.data, config.heatmaps, skeleton),
             flip=wanted,
             device=place,

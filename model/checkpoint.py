@@ -1,93 +1,156 @@
-"""Checkpoints: tensors and plain values only, sealed, written beside, renamed, never unpickled."""
+"""Checkpoints: tensors and plain values with a checksum, written atomically, never unpickled.
+
+A file is what torch.save writes, a zip archive. Its comment holds the SHA-256 of every byte before
+it, so that the checksum travels with the file, torch.load reads it and `unzip -z` shows it.
+"""
 
 import errno
-import math
+import hashlib
+import io
 import os
 import re
 import shlex
+import struct
 import sys
-from collections.abc import Callable
+import zipfile
+import zlib
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from pickle import UnpicklingError  # an exception alone
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
 
 from common.errors import InputError
+from common.files import write_atomic
 from configs.schema import (
     FIXED_ON_RESUME,
     FREE_ON_RESUME,
     Config,
-    DataConfig,
-    HeatmapsConfig,
-    ModelConfig,
     as_dict,
     check_values,
     config_from_dict,
     flat,
 )
-from configs.skeleton import MPII, Skeleton, skeleton_from_plain, unnamed
-from model import bearpaw, seal
-from model import foreign_checkpoints as princeton
-from model.export import OnnxNetwork
-from model.exported import read_exported
+from configs.skeleton import Skeleton, skeleton_from_plain
+from model import foreign_checkpoints
+from model.export import OnnxNetwork, read_export
 from model.hourglass import StackedHourglass
 
 FORMAT = "stacked-hourglass-checkpoint"
 FORMAT_VERSION = 1
 
-State = dict[str, Any]
+_CHECKSUM_TAG = b"sha256:"
+_CHECKSUM_LENGTH = len(_CHECKSUM_TAG) + 2 * hashlib.sha256().digest_size
+_ZIP_START, _ZIP_END, _ZIP_END_LENGTH = b"PK\x03\x04", b"PK\x05\x06", 22
+_ZIP_ERRORS = (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError, EOFError,
+               OverflowError, struct.error, zlib.error)  # fmt: skip
+"""What zipfile raises for the various kinds of damage."""
+_LOAD_ERRORS = (RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError,
+                AssertionError, OverflowError, struct.error)  # fmt: skip
+"""What torch.load raises for the various kinds of damage, besides UnpicklingError."""
 _USE_ANOTHER = "use another checkpoint of the run: last.pt, one of step_*.pt, best.pt"
 
 
-def save(path: Path, state: State) -> None:
-    """Write a checkpoint whole or not at all; an older file stays until the new one is on disk."""
-    write(path, {"format": FORMAT, "format_version": FORMAT_VERSION, **state})
+@dataclass(frozen=True, kw_only=True)
+class RunState:
+    """What a training run of ours continues from, besides weights and optimizer."""
+
+    ranks: int
+    people: int
+    """Of the training split."""
+    loader: str
+    """"opencv" or "dali"."""
+    rng: list[Tensor]
+    """torch's random state of each rank, uint8."""
+    loader_states: list[Tensor]
+    """Of each rank, uint8; empty tensors with OpenCV."""
+    loader_device: str | None = None
+    """"cpu" or "cuda". None in files of older versions, as all that follow."""
+    loader_began: int = 0
+    """The step at which the loader's order of people began anew."""
+    people_sha256: str | None = None
+    people_a_step: int | None = None
+    """The global batch size."""
+    best: float = -1.0
+    """The best pooled PCKh of a validation, -1 before the first."""
+    seconds: float = 0.0
+    """Spent in training."""
+    validation_due: bool = False
+    scaler: dict[str, Any] = field(default_factory=dict)
+    """Of torch.amp.GradScaler; empty without fp16."""
 
 
-def write(path: Path, raw: State) -> None:
-    """The same for a checkpoint in anybody's format. Raises OSError."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("w+b") as file:
-            _write_zip(raw, file)
-            seal.seal(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync_folder(path.parent)
-    except OSError as error:  # of a full disk it does not say the file
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """The contents of a checkpoint file, config and skeleton parsed and checked."""
+
+    path: Path
+    config: Config
+    skeleton: Skeleton
+    step: int
+    weights: dict[str, Tensor]
+    """Of the network ("model" in the file); {} of an ONNX file."""
+    averaged: dict[str, Tensor]
+    """Exponential moving averages of the weights ("ema" in the file); {} if there are none."""
+    optimizer: dict[str, Any] | None
+    """State of torch's optimizer; None if the file holds weights alone."""
+    run: RunState | None
+    """None for checkpoints of other code and for exported networks."""
+    is_onnx: bool = False
 
 
-def _write_zip(raw: State, file: BinaryIO) -> None:
-    """torch.save. Raises OSError; torch's writer itself hides what the file said."""
-    sink = _Sink(file)
-    try:
-        torch.save(raw, sink)  # type: ignore[arg-type]
-    except RuntimeError as error:
-        hidden = OSError(errno.EIO, f"torch.save failed: {str(error)[:120]}")
-        raise sink.fault or hidden from error
+# Writing
 
 
-class _Sink:
-    """A file for torch.save that keeps its first fault."""
+def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint atomically; an older file stays until the new one is on disk. OSError."""
+    optimizer = {} if checkpoint.optimizer is None else {"optimizer": checkpoint.optimizer}
+    run = {}
+    if checkpoint.run:
+        run = {f.name: getattr(checkpoint.run, f.name) for f in fields(RunState)}
+    write_archive(
+        path,
+        {
+            **header(checkpoint),
+            "model": checkpoint.weights,
+            "ema": checkpoint.averaged,
+            **optimizer,
+            **{name: value for name, value in run.items() if value is not None},
+        },
+    )
 
-    def __init__(self, file: BinaryIO):
-        self.file = file
-        self.fault: OSError | None = None
 
-    def write(self, data: bytes) -> int:
-        try:
-            return self.file.write(data)
-        except OSError as error:
-            self.fault = self.fault or error
-            raise
+def header(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a checkpoint's file and an exported network both hold: plain values."""
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "config": as_dict(checkpoint.config),
+        "skeleton": checkpoint.skeleton.plain(),
+        "step": checkpoint.step,
+    }
 
-    def flush(self) -> None:
-        self.file.flush()
+
+def write_archive(path: Path, contents: dict[str, Any]) -> None:
+    """torch.save with a checksum, atomically. Raises OSError that names the file."""
+    with io.BytesIO() as archive:
+        torch.save(contents, archive)
+        append_checksum(archive)
+        with archive.getbuffer() as data:
+            write_atomic(path, data)
+    sync_folder(path.parent)
+
+
+def append_checksum(archive: BinaryIO) -> None:
+    """Make the checksum the comment of a zip archive that has none."""
+    archive.seek(-2, os.SEEK_END)
+    archive.write(_CHECKSUM_LENGTH.to_bytes(2, "little"))  # the archive's last field
+    size = archive.tell()
+    digest = _sha256(archive, size)
+    archive.seek(size)
+    archive.write(_CHECKSUM_TAG + digest)
 
 
 def sync_folder(folder: Path) -> None:
@@ -98,150 +161,62 @@ def sync_folder(folder: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # a file system that has no such thing
+        if error.errno != errno.EINVAL:  # a file system that cannot sync folders
             raise
     finally:
         os.close(descriptor)
 
 
-def load(path: Path, onnx: bool = False) -> State:
+# Reading
+
+
+def load_checkpoint(path: Path, onnx: bool = False) -> Checkpoint:
     """Read a checkpoint onto the CPU. Raises InputError; never runs code from the file.
 
-    Checkpoints of others' code and .safetensors are read likewise. onnx: an .onnx will do, which
-    has no weights to train or convert; `evaluation_network` runs it.
+    Checkpoints of other code and .safetensors are read too. onnx: accept an .onnx, which has no
+    weights to train or convert; `evaluation_network` runs it.
     """
     if not path.is_file():
         raise _missing(path)
     if path.suffix == ".onnx" and not onnx:
         raise InputError(
             path,
-            "an ONNX file, which can be run and not trained",
+            "an ONNX file, which can be run but not trained",
             "a checkpoint (.pt) or .safetensors",
             "give the checkpoint that it was exported from",
         )
-    state = read_exported(path) if path.suffix in (".safetensors", ".onnx") else _read(path)
-    foreign = _foreign(state, path)
-    if foreign is not None:
-        _check_kinds(foreign, path)
-        return foreign
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise InputError(path, "another kind of file", f"format {FORMAT!r}", "give a checkpoint")
-    if state.get("format_version") != FORMAT_VERSION:
-        found = f"format version {state.get('format_version')}"
-        raise InputError(path, found, f"version {FORMAT_VERSION}", "train with this version")
-    missing = {"config", "skeleton", "model", "step"} - state.keys()
-    if missing:
-        raise InputError(
-            path, f"no {', '.join(sorted(missing))}", "a whole checkpoint", "use another one"
-        )
-    _check_kinds(state, path)
-    return state
+    if path.suffix in (".safetensors", ".onnx"):
+        return _from_ours(read_export(path), path)
+    raw = _read_archive(path)
+    return _from_foreign(raw, path) or _from_ours(raw, path)
 
 
 def _missing(path: Path) -> InputError:
-    """The error for what is no file; it gives the command with a checkpoint that lies there."""
-    expected = "a checkpoint (last.pt, best.pt)"
+    """The error for a path that is no file; it suggests a checkpoint that lies there."""
     folder, found = (path, "a folder") if path.is_dir() else (path.parent, "no such file")
     there = [folder / name for name in ("best.pt", "last.pt") if (folder / name).is_file()]
-    if not there:
-        return InputError(path, found, expected, "give its path")
-    other = there[0]
-    if other.name == "last.pt":
-        found += ", and no best.pt in it" if path.is_dir() else ""
-        found += ", but last.pt is there; best.pt comes with the first validation"
-    words = [str(other) if word == str(path) else word for word in sys.argv]
-    again = shlex.join(["python", *words]) if str(other) in words else f"give {other}"
-    return InputError(path, found, expected, again)
+    advice = "give its path"
+    if there:
+        words = [str(there[0]) if word == str(path) else word for word in sys.argv]
+        again = shlex.join(["python", *words])
+        advice = again if str(there[0]) in words else f"give {there[0]}"
+    return InputError(path, found, "a checkpoint (last.pt, best.pt)", advice)
 
 
-def _check_kinds(state: State, path: Path) -> None:
-    """Raise InputError unless the parts that everybody needs are of their kind."""
-    try:
-        skeleton_from_plain(state["skeleton"])
-        for name in ("model", "ema"):
-            tensors = state.get(name, {})
-            whole = isinstance(tensors, dict)
-            if not whole or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-                raise ValueError(f"{name} has values that are no tensors")
-        if type(state["step"]) is not int or state["step"] < 0:
-            raise ValueError(f"step {state['step']!r:.100}")
-        if not isinstance(state["config"], dict):
-            raise ValueError("a config that is no dict")
-        for name, is_sound in _PLACE_IN_A_RUN.items():
-            if name in state and not is_sound(state[name]):
-                raise ValueError(f"{name} {state[name]!r:.100}")
-    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise InputError(
-            path, f"damaged ({type(error).__name__}: {error})", "a whole checkpoint", _USE_ANOTHER
-        ) from error
-
-
-def _is_count(value: Any, least: int = 0) -> bool:
-    return type(value) is int and least <= value < 2**31
-
-
-def _is_number(value: Any) -> bool:
-    if type(value) is int:
-        return abs(value) < 2**63  # torch takes no larger ones
-    return type(value) is float and math.isfinite(value)
-
-
-def _is_name(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _are_bytes(value: Any) -> bool:
-    """Whether it is a list of states, one of each rank."""
-    return isinstance(value, list) and all(
-        isinstance(each, Tensor) and each.dtype == torch.uint8 and each.dim() == 1 for each in value
-    )
-
-
-def _is_scaler(value: Any) -> bool:
-    """Whether it is the state of torch's GradScaler, or empty where there was none."""
-    return isinstance(value, dict) and all(
-        _is_count(each) if name in _SCALERS_COUNTS else _is_number(each) and 0 < each < 3e38
-        for name, each in value.items()
-    )
-
-
-_SCALERS_COUNTS = {"growth_interval", "_growth_tracker"}
-_PLACE_IN_A_RUN: dict[str, Callable[[Any], bool]] = {
-    "best": lambda value: _is_number(value) and -1 <= value <= 1,
-    "seconds": lambda value: _is_number(value) and 0 <= value < 2**40,
-    "validation_due": lambda value: isinstance(value, bool),
-    "people": lambda value: _is_count(value, 1),
-    "people_sha256": _is_name,
-    "ranks": lambda value: _is_count(value, 1),
-    "people_a_step": lambda value: _is_count(value, 1),
-    "loader": _is_name,
-    "loader_device": _is_name,
-    "loader_began": _is_count,
-    "rng": _are_bytes,
-    "loader_states": _are_bytes,
-    "scaler": _is_scaler,
-}
-"""What a resumed run reads besides weights and moments, and whether it is sound."""
-
-
-def _read(path: Path) -> Any:
-    damage = seal.damage(path) or seal.bomb(path)
+def _read_archive(path: Path) -> Any:
+    damage = find_damage(path) or oversized_archive_reason(path)
     if damage:
         raise InputError(path, damage, "a file as training wrote it", _USE_ANOTHER)
     try:
-        raw = torch.load(path, map_location="cpu", weights_only=True)
-        _refuse_inflated(raw)
-        return raw
-    except PermissionError:
-        raise
-    except Exception as error:  # torch raises a different type for each kind of damage
-        if type(error).__name__ == "UnpicklingError":
-            raise InputError(
-                path,
-                "objects that only running code of the file could make, or damage",
-                "tensors and plain values",
-                "let who made it save the weights alone: torch.save(model.state_dict(), PATH)",
-            ) from error
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        raise InputError(
+            path,
+            "objects that only running code of the file could make, or damage",
+            "tensors and plain values",
+            "let its author save the weights alone: torch.save(model.state_dict(), PATH)",
+        ) from error
+    except _LOAD_ERRORS as error:
         raise InputError(
             path,
             f"not readable as a checkpoint ({type(error).__name__}: {str(error)[:120]})",
@@ -250,186 +225,155 @@ def _read(path: Path) -> Any:
         ) from error
 
 
-def _refuse_inflated(value: Any) -> None:
-    """Raise ValueError for a tensor that is larger than the bytes which the file has of it."""
-    if isinstance(value, Tensor):
-        plain = value.layout is torch.strided and value.device.type == "cpu"
-        held = value.untyped_storage().nbytes() if plain else 0
-        if not plain or value.is_quantized or value.numel() * value.element_size() > held:
-            raise ValueError(f"a tensor of shape {tuple(value.shape)} without its values")
-    elif isinstance(value, (dict, list, tuple)):
-        for item in value.values() if isinstance(value, dict) else value:
-            _refuse_inflated(item)
+def find_damage(path: Path) -> str:
+    """What is wrong with a file's bytes; empty if they are whole, or have no checksum.
 
-
-def _foreign(raw: Any, path: Path) -> State | None:
-    """A checkpoint of somebody else's code as one of ours, or None if it is not one we know."""
-    for layout in (princeton, bearpaw):
-        theirs = layout.find_state_dict(raw)
-        if theirs is not None:
-            try:
-                return _from_foreign(raw, layout.our_weights(theirs), layout is princeton, path)
-            except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
-                raise InputError(
-                    path,
-                    f"a network that differs from its kind ({type(error).__name__}: {error})",
-                    f"a network of {layout.__name__}",
-                    "give a checkpoint that its own train.py wrote",
-                ) from error
-    return None
-
-
-def _from_foreign(raw: State, weights: dict[str, Tensor], is_princeton: bool, path: Path) -> State:
-    """Config from the shapes of the tensors, and Adam's state; it has no place in our data."""
-    size = princeton.size_of(weights)
-    # Its files do not name the joints; those of MPII are what its code trains on.
-    skeleton = MPII if size.joints == MPII.joint_count else unnamed(size.joints)
-    model = ModelConfig(
-        stacks=size.stacks,
-        width=size.width,
-        depth=size.depth,
-        stem=size.stem,
-        input_mean=(0.0, 0.0, 0.0) if is_princeton else bearpaw.INPUT_MEAN,
-    )
-    config = Config(model=model)
-    if is_princeton:
-        data, rule = DataConfig(preset="princeton"), HeatmapsConfig(rule="princeton")
-        config = Config(data=data, heatmaps=rule, model=model)
-    network = build_network(config, size.joints)
-    load_weights(network, weights, path)
-    state: State = {
-        "config": as_dict(config),
-        "skeleton": skeleton.plain(),
-        "model": weights,
-        "ema": {},
-        "step": int(raw.get("epoch", 0)) * princeton.STEPS_PER_EPOCH if is_princeton else 0,
-    }
-    if is_princeton and raw.get("optimizer"):
-        state["optimizer"] = princeton.our_adam_state(raw["optimizer"], network)
-    return state
-
-
-def to_princeton(state: State, path: Path) -> State:
-    """A checkpoint of ours as princeton-vl's train.py would write it. Raises InputError.
-
-    Its weights are the averaged ones where there are some; then there is no optimizer state, which
-    belongs to the others.
+    A zip archive without our checksum is checked by the CRC-32 of each record.
     """
-    size = config_of(state, path).model
-    if size.stem != princeton.STEM or size.depth != princeton.DEPTH or any(size.input_mean):
-        raise InputError(
-            path,
-            f"stem {size.stem}, depth {size.depth}, input mean {size.input_mean}",
-            f"stem {princeton.STEM}, depth {princeton.DEPTH}, no mean: its code has no others",
-            "keep this checkpoint in our format",
-        )
-    network = trained_network(state, path)
-    weights = princeton.their_weights(network.state_dict(), network)
-    raw: State = {
-        "state_dict": {princeton.PREFIX + name: tensor for name, tensor in weights.items()},
-        "epoch": state["step"] // princeton.STEPS_PER_EPOCH,
-    }
-    if "optimizer" in state and not state["ema"] and _is_adam(state["optimizer"]):
-        raw["optimizer"] = princeton.their_adam_state(state["optimizer"], network)
-    return raw
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - _CHECKSUM_LENGTH))
+        last = file.read()
+        if last.startswith(_CHECKSUM_TAG) and len(last) == _CHECKSUM_LENGTH:
+            is_whole = _sha256(file, size - len(last)) == last[len(_CHECKSUM_TAG) :]
+            return "" if is_whole else "its bytes do not match its checksum"
+        file.seek(0)
+        if file.read(len(_ZIP_START)) != _ZIP_START:
+            return ""
+    end = last[-_ZIP_END_LENGTH:]
+    if not (end.startswith(_ZIP_END) and end.endswith(b"\0\0")):
+        return "it is cut off, or its end is damaged"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            record = archive.testzip()
+    except _ZIP_ERRORS as error:
+        return f"a damaged archive ({str(error)[:120]})"
+    return f"its record {record} is damaged" if record else ""
 
 
-def _is_adam(optimizer: State) -> bool:
-    return all("exp_avg" in moments for moments in optimizer["state"].values())
+def oversized_archive_reason(path: Path) -> str:
+    """Why an archive would take more memory than its file has bytes; empty if it would not.
+
+    torch.save stores records uncompressed, one after another. Other files are not judged.
+    """
+    if not zipfile.is_zipfile(path):
+        return ""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            records = archive.infolist()
+    except _ZIP_ERRORS as error:
+        return f"a damaged archive ({str(error)[:120]})"
+    if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+        return "compressed records"
+    claimed = sum(record.file_size for record in records)
+    return f"records of {claimed:,} bytes" if claimed > path.stat().st_size else ""
 
 
-def config_of(state: State, path: Path) -> Config:
-    """The resolved config that the checkpoint was trained with."""
-    config = config_from_dict(state["config"], f"{path}: config")
+def _sha256(file: BinaryIO, size: int) -> bytes:
+    """Hexadecimal SHA-256 of the first `size` bytes of a file."""
+    digest = hashlib.sha256()
+    file.seek(0)
+    while size and (chunk := file.read(min(size, 1 << 20))):
+        digest.update(chunk)
+        size -= len(chunk)
+    return digest.hexdigest().encode()
+
+
+def _from_ours(raw: Any, path: Path) -> Checkpoint:
+    """The Checkpoint of a file that this project wrote. Raises InputError."""
+    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+        raise InputError(path, "another kind of file", f"format {FORMAT!r}", "give a checkpoint")
+    if raw.get("format_version") != FORMAT_VERSION:
+        found = f"format version {raw.get('format_version')}"
+        raise InputError(path, found, f"version {FORMAT_VERSION}", "train with this version")
+    missing = {"config", "skeleton", "model", "step"} - raw.keys()
+    if missing:
+        names = ", ".join(sorted(missing))
+        raise InputError(path, f"no {names}", "a whole checkpoint", _USE_ANOTHER)
+    config = config_from_dict(raw["config"], f"{path}: config")
     check_values(config)
-    return config
+    run = None
+    if "loader_states" in raw:
+        run = RunState(**{f.name: raw[f.name] for f in fields(RunState) if f.name in raw})
+    return Checkpoint(
+        path=path,
+        config=config,
+        skeleton=skeleton_from_plain(raw["skeleton"]),
+        step=raw["step"],
+        weights=raw["model"],
+        averaged=raw.get("ema", {}),
+        optimizer=raw.get("optimizer"),
+        run=run,
+        is_onnx=path.suffix == ".onnx",
+    )
 
 
-def compare_settings(saved: dict[str, Any], config: Config, path: Path) -> list[str]:
-    """What a resumed run changes of its settings, a sentence each.
+def _from_foreign(raw: Any, path: Path) -> Checkpoint | None:
+    """A checkpoint of other code, or None if it is of no known kind. Raises InputError."""
+    found = foreign_checkpoints.read(raw, path)
+    if found is None:
+        return None
+    with torch.device("meta"):  # shapes alone, whatever size the file claims
+        network = build_network(found.config, found.skeleton.joint_count)
+    require_fit(network, found.weights, path)
+    return Checkpoint(
+        path=path,
+        config=found.config,
+        skeleton=found.skeleton,
+        step=found.step,
+        weights=found.weights,
+        averaged={},
+        optimizer=foreign_checkpoints.our_adam_state(found.optimizer, network, path)
+        if found.optimizer
+        else None,
+        run=None,
+    )
 
-    saved: the config in the checkpoint. Raises InputError for changes that make it another run,
-    and names those alone.
+
+def to_princeton(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What princeton-vl's train.py would have saved. Raises InputError.
+
+    The averaged weights are taken if there are some; the optimizer's state, which belongs to the
+    others, is then left out.
     """
-    now = flat(as_dict(config))
-    changed = {
-        name: f"{name} was {before}, is {now[name]}"
-        for name, before in flat(saved).items()
-        if before != now[name] and name not in FREE_ON_RESUME
-    }
-    refused = [line for name, line in changed.items() if name in FIXED_ON_RESUME]
-    if refused:
-        raise InputError(
-            path,
-            "; ".join(refused),
-            "the settings that the run began with",
-            "resume with the config.yaml in its folder, or begin a new run with --init_from",
-        )
-    return [f"changed on resuming: {line}" for line in changed.values()]
+    network = trained_network(checkpoint)
+    optimizer = None if checkpoint.averaged else checkpoint.optimizer
+    return foreign_checkpoints.to_princeton(
+        network, checkpoint.config.model, checkpoint.step, optimizer, checkpoint.path
+    )
 
 
-def require_same_size(state: State, config: Config, path: Path) -> None:
-    """Raise InputError, naming the options, unless the config has the checkpoint's network."""
-    saved, now = flat(state["config"]), flat(as_dict(config))
-    other = {
-        name: value
-        for name, value in saved.items()
-        if name.startswith("model.")
-        and value != now[name]
-        and name != "model.checkpoint_activations"
-    }
-    if other:
-        raise InputError(
-            path,
-            "a network with " + ", ".join(f"{name} {value}" for name, value in other.items()),
-            "the network of the config: " + ", ".join(f"{name} {now[name]}" for name in other),
-            "add " + " ".join(f"--{name} {_as_option(value)}" for name, value in other.items()),
-        )
-
-
-def foreign_remarks(state: State, config: Config) -> list[str]:
-    """In what a run goes on otherwise than the code that wrote its checkpoint, a sentence each."""
-    saved, now = flat(state["config"]), flat(as_dict(config))
-    names = ("data.preset", "heatmaps.rule", "heatmaps.sigma")
-    return [
-        f"its code trained with {name} {saved[name]}; this run goes on with {now[name]}"
-        for name in names
-        if saved[name] != now[name]
-    ]
-
-
-def _as_option(value: Any) -> str:
-    return f"[{','.join(map(str, value))}]" if isinstance(value, list) else str(value)
-
-
-def skeleton_of(state: State) -> Skeleton:
-    """The joints that the checkpoint was trained on; without names where it does not tell them."""
-    return skeleton_from_plain(state["skeleton"])
+# Networks
 
 
 def build_network(config: Config, joints: int) -> StackedHourglass:
     """The network of a config, with fresh weights."""
     size = config.model
     return StackedHourglass(
-        size.stacks, size.width, joints, size.depth, size.stem, size.input_mean,
-        size.checkpoint_activations,
-    )  # fmt: skip
+        stacks=size.stacks,
+        width=size.width,
+        joints=joints,
+        depth=size.depth,
+        stem=size.stem,
+        input_mean=size.input_mean,
+        checkpoint_activations=size.checkpoint_activations,
+    )
 
 
-def evaluation_network(state: State, path: Path, averaged: bool = True) -> nn.Module:
-    """What `trained_network` gives, or the graph of an .onnx, which answers alike."""
-    if state.get("onnx"):
-        return OnnxNetwork(path, skeleton_of(state).joint_count)
-    return trained_network(state, path, averaged)
+def evaluation_network(checkpoint: Checkpoint, averaged: bool = True) -> nn.Module:
+    """`trained_network`, or the graph of an ONNX file, which is called the same way."""
+    if checkpoint.is_onnx:
+        return OnnxNetwork(checkpoint.path, checkpoint.skeleton.joint_count)
+    return trained_network(checkpoint, averaged)
 
 
-def trained_network(state: State, path: Path, averaged: bool = True) -> StackedHourglass:
-    """The trained network in eval mode. averaged: take the averaged weights if there are some."""
-    config, joints = config_of(state, path), skeleton_of(state).joint_count
-    weights = state["ema"] if averaged and state.get("ema") else state["model"]
-    with torch.device("meta"):  # costs no memory, whatever the config says
-        require_fit(build_network(config, joints), weights, path)
-    network = build_network(config, joints)
+def trained_network(checkpoint: Checkpoint, averaged: bool = True) -> StackedHourglass:
+    """The network in eval mode. averaged: take the averaged weights if there are some."""
+    weights = (averaged and checkpoint.averaged) or checkpoint.weights
+    joints = checkpoint.skeleton.joint_count
+    with torch.device("meta"):  # takes no memory, whatever the config says
+        require_fit(build_network(checkpoint.config, joints), weights, checkpoint.path)
+    network = build_network(checkpoint.config, joints)
     network.load_state_dict(weights)
     return network.eval()
 
@@ -442,7 +386,14 @@ def load_weights(network: nn.Module, weights: dict[str, Tensor], path: Path) -> 
 
 def require_fit(network: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
     """Raise InputError unless these are the network's tensors, by name and shape."""
-    differing = _differences(network.state_dict(), weights)
+    own = network.state_dict()
+    differing = [f"{name} is missing" for name in own if name not in weights]
+    differing += [f"{name} is not in the network" for name in weights if name not in own]
+    differing += [
+        f"{name} is {tuple(weights[name].shape)}, not {tuple(tensor.shape)}"
+        for name, tensor in own.items()
+        if name in weights and weights[name].shape != tensor.shape
+    ]
     if differing:
         raise InputError(
             path,
@@ -450,33 +401,81 @@ def require_fit(network: nn.Module, weights: dict[str, Tensor], path: Path) -> N
             + "; ".join(differing[:3]),
             "the architecture of the config",
             "use the config that the checkpoint was trained with, "
-            "or --init_from for another size of head",
+            "or --init_from for another number of joints",
         )
 
 
-def _differences(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> list[str]:
-    lines = []
-    for name, tensor in mine.items():
-        if name not in theirs:
-            lines.append(f"{name} is missing")
-        elif theirs[name].shape != tensor.shape:
-            lines.append(f"{name} is {tuple(theirs[name].shape)}, not {tuple(tensor.shape)}")
-    return lines + [f"{name} is not in the network" for name in theirs if name not in mine]
-
-
-def init_weights(network: nn.Module, skeleton: Skeleton, state: State, path: Path) -> list[str]:
+def init_weights(network: nn.Module, skeleton: Skeleton, checkpoint: Checkpoint) -> list[str]:
     """Start from a checkpoint's weights; other joints are allowed. Returns what starts fresh.
 
-    skeleton: the network's joints. Where the checkpoint's are others, the layers that see the
-    joints (heads, merge_heatmaps) start fresh. Nothing else may differ in shape, else InputError.
+    skeleton: the network's joints. Where the checkpoint has other joints, the layers that depend on
+    them (heads, merge_heatmaps) start fresh. All other shapes must agree, else InputError.
     """
-    weights = dict(state.get("ema") or state["model"])
+    weights = dict(checkpoint.averaged or checkpoint.weights)
     fresh: dict[str, Tensor] = {}
-    if not skeleton.same_joints(skeleton_of(state)):
+    if not skeleton.same_joints(checkpoint.skeleton):
         fresh = {
             name: tensor
             for name, tensor in network.state_dict().items()
             if re.fullmatch(r"heads\..+|merge_heatmaps\..+\.weight", name)
         }
-    load_weights(network, {**weights, **fresh}, path)
+    load_weights(network, {**weights, **fresh}, checkpoint.path)
     return list(fresh)
+
+
+# Comparing a checkpoint's config with a run's
+
+
+def require_same_size(checkpoint: Checkpoint, config: Config) -> None:
+    """Raise InputError, naming the options, unless the config has the checkpoint's network."""
+    other = {
+        name: value
+        for name, (value, _) in _changes(checkpoint, config).items()
+        if name.startswith("model.") and name != "model.checkpoint_activations"
+    }
+    if other:
+        now = flat(as_dict(config))
+        options = {name: str(value).replace(" ", "") for name, value in other.items()}
+        raise InputError(
+            checkpoint.path,
+            "a network with " + ", ".join(f"{name} {value}" for name, value in other.items()),
+            "the network of the config: " + ", ".join(f"{name} {now[name]}" for name in other),
+            "add " + " ".join(f"--{name} {value}" for name, value in options.items()),
+        )
+
+
+def compare_settings(checkpoint: Checkpoint, config: Config) -> list[str]:
+    """The settings that a resumed run changes, a sentence each.
+
+    Raises InputError for changes that would make it another run.
+    """
+    changed = {
+        name: f"{name} was {before}, is {now}"
+        for name, (before, now) in _changes(checkpoint, config).items()
+        if name not in FREE_ON_RESUME
+    }
+    refused = [line for name, line in changed.items() if name in FIXED_ON_RESUME]
+    if refused:
+        raise InputError(
+            checkpoint.path,
+            "; ".join(refused),
+            "the settings that the run began with",
+            "resume with the config.yaml in its folder, or begin a new run with --init_from",
+        )
+    return [f"changed on resuming: {line}" for line in changed.values()]
+
+
+def foreign_remarks(checkpoint: Checkpoint, config: Config) -> list[str]:
+    """How a run differs from the code that wrote its foreign checkpoint, a sentence each."""
+    names = ("data.preset", "heatmaps.rule", "heatmaps.sigma")
+    return [
+        f"its code trained with {name} {before}; this run goes on with {now}"
+        for name, (before, now) in _changes(checkpoint, config).items()
+        if name in names
+    ]
+
+
+def _changes(checkpoint: Checkpoint, config: Config) -> dict[str, tuple[Any, Any]]:
+    """Dotted name -> (the checkpoint's value, the config's) where the two differ."""
+    saved, now = flat(as_dict(checkpoint.config)), flat(as_dict(config))
+    return {name: (saved[name], now[name]) for name in saved if saved[name] != now[name]}

@@ -1,5 +1,10 @@
-"""A network in an ONNX file, run by ONNX Runtime, in the place of a torch module."""
+"""Trained networks in other formats: .onnx, run by ONNX Runtime, and .safetensors.
 
+Their metadata holds the header of a checkpoint (config, skeleton, step) as JSON under one key, so
+that such a file is read as a checkpoint is. Both packages are optional.
+"""
+
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,21 +12,22 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import InputError
+from common.files import parse_json, write_atomic
 
 INPUT, OUTPUT = "images", "heatmaps"
 """Names in the graph: (N, 3, S, S) float32 RGB in 0..1, and (N, J, S/4, S/4) of the last stack."""
-
-_EXPECTED = "a file that tools/export_onnx.py wrote"
+KEY = "stacked_hourglass"
+"""Of the metadata."""
 
 
 class OnnxNetwork(nn.Module):
-    """Answers as `StackedHourglass` does, with the last stack alone."""
+    """Called as `StackedHourglass` is; it gives the last stack's heatmaps alone."""
 
     def __init__(self, path: Path, joints: int):
-        """Open the file, on a GPU if this ONNX Runtime has one. Raises InputError."""
+        """Open the file, on a GPU if this ONNX Runtime supports one. Raises InputError."""
         super().__init__()
         self.path, self.joints = path, joints
-        self.session = open_session(path)
+        self.session = _open_session(path)
         self.eval()
 
     def forward(self, images_N3HW: Tensor) -> Tensor:
@@ -30,46 +36,88 @@ class OnnxNetwork(nn.Module):
         count, _, height, width = images.shape
         try:
             (heat,) = self.session.run([OUTPUT], {INPUT: images})
-        except Exception as error:  # it raises a type of its own for each kind of fault
-            raise self._unusable(f"a graph that cannot be run ({str(error)[:200]})") from error
+        except _onnxruntime_errors() as error:
+            raise _unusable(self.path, f"a graph that cannot be run ({error})") from error
         shape = (count, self.joints, height // 4, width // 4)
-        found = getattr(heat, "shape", None), str(getattr(heat, "dtype", None))
-        if found != (shape, "float32"):
-            raise self._unusable(f"heatmaps of shape {found[0]}, {found[1]}, and not {shape}")
+        if heat.shape != shape:
+            raise _unusable(self.path, f"heatmaps of shape {heat.shape}, not {shape}")
         return torch.from_numpy(heat).to(images_N3HW.device)[:, None]
 
-    def _unusable(self, found: str) -> InputError:
-        return InputError(self.path, found, _EXPECTED, "export it again")
+
+def read_export(path: Path) -> dict[str, Any]:
+    """A .safetensors or .onnx as the contents of a checkpoint file. Raises InputError.
+
+    An .onnx gives no weights.
+    """
+    metadata, weights = _read_onnx(path) if path.suffix == ".onnx" else _read_safetensors(path)
+    try:
+        header = parse_json(metadata.get(KEY, "").encode())
+    except ValueError as error:
+        raise _unusable(path, f"no metadata {KEY!r} of this project") from error
+    if not isinstance(header, dict):
+        raise _unusable(path, f"no metadata {KEY!r} of this project")
+    return {**header, "model": weights, "ema": {}}
 
 
-def open_session(path: Path) -> Any:
+def write_safetensors(path: Path, weights: dict[str, Tensor], header: dict[str, Any]) -> None:
+    """Write weights and a checkpoint's header atomically. Raises InputError without safetensors."""
+    tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
+    metadata = {"format": "pt", KEY: json.dumps(header)}
+    write_atomic(path, _safetensors(path).torch.save(tensors, metadata))
+
+
+def _read_onnx(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    session = _open_session(path)
+    try:
+        return session.get_modelmeta().custom_metadata_map, {}
+    except UnicodeDecodeError as error:
+        raise _unusable(path, f"metadata that is not UTF-8 ({error})") from error
+
+
+def _open_session(path: Path) -> Any:
     """ONNX Runtime's session of a file. Raises InputError."""
     try:
         import onnxruntime
     except ImportError as error:
-        raise InputError(
-            path, "ONNX Runtime is not installed", "it, for .onnx files", "pip install onnxruntime"
-        ) from error
+        raise _not_installed(path, "onnxruntime") from error
     wanted = ("CUDAExecutionProvider", "CPUExecutionProvider")
     providers = [name for name in wanted if name in onnxruntime.get_available_providers()]
     try:
         return onnxruntime.InferenceSession(str(path), providers=providers)
-    except Exception as error:  # it raises a type of its own for each kind of damage
-        raise InputError(
-            path,
-            f"not readable as ONNX ({str(error)[:120]})",
-            _EXPECTED,
-            "export it again",
-        ) from error
+    except _onnxruntime_errors() as error:
+        raise _unusable(path, f"not readable as ONNX ({str(error)[:120]})") from error
 
 
-def read_metadata(path: Path) -> dict[str, str]:
-    """What an ONNX file says of itself. Raises InputError."""
-    meta = open_session(path).get_modelmeta()
+def _onnxruntime_errors() -> tuple[type[Exception], ...]:
+    """What ONNX Runtime raises; its errors have no common base but Exception."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    return (state.Fail, state.InvalidArgument, state.InvalidGraph, state.InvalidProtobuf,
+            state.NoSuchFile, state.NotImplemented, state.RuntimeException)  # fmt: skip
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    safetensors = _safetensors(path)
     try:
-        metadata: dict[str, str] = meta.custom_metadata_map
-    except UnicodeDecodeError as error:
-        raise InputError(
-            path, f"metadata that is not UTF-8 ({error})", _EXPECTED, "export it again"
-        ) from error
-    return metadata
+        with safetensors.safe_open(path, framework="pt") as file:
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return file.metadata() or {}, weights
+    except safetensors.SafetensorError as error:
+        raise _unusable(path, f"not readable as safetensors ({str(error)[:120]})") from error
+
+
+def _safetensors(path: Path) -> Any:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise _not_installed(path, "safetensors") from error
+    return safetensors
+
+
+def _unusable(path: Path, found: str) -> InputError:
+    return InputError(path, found, "a file that tools/export_onnx.py wrote", "export it again")
+
+
+def _not_installed(path: Path, package: str) -> InputError:
+    found = f"{package} is not installed"
+    return InputError(path, found, f"it, for {path.suffix} files", f"pip install {package}")

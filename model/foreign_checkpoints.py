@@ -1,30 +1,38 @@
-"""Checkpoints of princeton-vl/pytorch_stacked_hourglass, read and written.
+"""Checkpoints of other code: princeton-vl/pytorch_stacked_hourglass and bearpaw/pytorch-pose.
 
-They hold `state_dict` (keys with the prefix `model.module.`, `module.` or none), `optimizer` (Adam)
-and `epoch`. Every residual of its network owns a 1x1 `skip_layer`, used only where the number of
-channels changes. The others are dead, without gradient and without optimizer state. They are
-dropped in reading and written as zeros.
+Princeton's hold `state_dict`, `optimizer` (Adam) and `epoch`; they are read, continued and written.
+Every residual of its network owns a 1x1 `skip_layer`, used only where the number of channels
+changes. The others are dead: without gradient and without optimizer state. They are dropped in
+reading and written as zeros.
+
+Bearpaw's and anibali's networks have a wider stem (64, 128, 256) and subtract MPII's mean colour
+from the input. Only their form with one residual a place (`num_blocks=1`) is read.
 """
 
 import re
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from common.errors import InputError
+from configs.schema import Config, DataConfig, HeatmapsConfig, ModelConfig
+from configs.skeleton import MPII, Skeleton, unnamed
 from model.hourglass import Residual, StackedHourglass
 
-STEPS_PER_EPOCH = 1_000
-"""Of its recipe; its checkpoints count epochs."""
-STEM, DEPTH = (64, 128, 128), 4
-"""Fixed in its code."""
-PREFIX = "model.module."
-"""What its train.py puts before every key."""
-_PREFIXES = (PREFIX, "module.", "model.", "")
-_FIRST = "pre.0.conv.weight"
+INPUT_MEAN = (0.4404, 0.4440, 0.4327)
+"""RGB in 0..1, the constant of anibali/pytorch-stacked-hourglass."""
 
-# Parts of a name, theirs and ours; {} is a number.
-_PARTS = (
+_STEPS_PER_EPOCH = 1_000
+"""Of princeton's recipe; its checkpoints count epochs."""
+_STEM, _DEPTH = (64, 128, 128), 4
+"""Fixed in princeton's code."""
+_PREFIX = "model.module."
+"""What princeton's train.py puts before every key."""
+
+# Parts of a name, princeton's and ours; {} is a number.
+_PRINCETON_PARTS = (
     ("pre.0.conv", "stem.conv.0"),
     ("pre.0.bn", "stem.conv.1"),
     ("pre.1", "stem.residual1"),
@@ -46,29 +54,62 @@ _PARTS = (
     ("skip_layer.conv", "skip"),
 )
 
+# Beginnings of a name, bearpaw's and ours; \1 is the stack.
+_BEARPAW_STARTS = (
+    (r"conv1\.", "stem.conv.0."),
+    (r"bn1\.", "stem.conv.1."),
+    (r"layer1\.0\.", "stem.residual1."),
+    (r"layer2\.0\.", "stem.residual2."),
+    (r"layer3\.0\.", "stem.residual3."),
+    (r"res\.(\d+)\.0\.", r"features.\1.0."),
+    (r"fc\.(\d+)\.", r"features.\1.1."),
+    (r"score\.(\d+)\.", r"heads.\1."),
+    (r"fc_\.(\d+)\.", r"merge_features.\1."),
+    (r"score_\.(\d+)\.", r"merge_heatmaps.\1."),
+)
+_BEARPAW_LEVEL = re.compile(r"hg\.(\d+)\.hg\.(\d+)\.([0-3])\.0\.")
+_BEARPAW_ROLES = ("across", "down", "up", "inner")
 
-class Size(NamedTuple):
-    """The architecture that a set of weights belongs to."""
 
-    stacks: int
-    width: int
-    depth: int
-    stem: tuple[int, int, int]
-    joints: int
+class ForeignCheckpoint(NamedTuple):
+    """What a file of other code holds, in our names."""
 
-
-def find_state_dict(raw: Any) -> dict[str, Tensor] | None:
-    """The tensors of one of its checkpoints without their prefix, or None if it is not one."""
-    return without_prefix(raw, _FIRST, _PREFIXES)
+    config: Config
+    skeleton: Skeleton
+    step: int
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Any] | None
+    """As in the file; `our_adam_state` translates it."""
 
 
-def without_prefix(raw: Any, key: str, prefixes: tuple[str, ...]) -> dict[str, Tensor] | None:
-    """The tensors of a checkpoint under the prefix that `key` has in it, or None if it has none."""
+def read(raw: Any, path: Path) -> ForeignCheckpoint | None:
+    """Recognise a file's contents; None if they are of no known code. Raises InputError."""
+    theirs = _tensors_under(raw, "pre.0.conv.weight", (_PREFIX, "module.", "model.", ""))
+    if theirs is not None:
+        weights = weights_from_princeton(theirs)
+        epoch, optimizer = raw.get("epoch", 0), raw.get("optimizer")
+        if type(epoch) is not int or epoch < 0:
+            raise _unlike(path, f"epoch {epoch}")
+        config = Config(
+            data=DataConfig(preset="princeton"),
+            heatmaps=HeatmapsConfig(rule="princeton"),
+            model=_model_of(weights, (0.0, 0.0, 0.0), path),
+        )
+        step = epoch * _STEPS_PER_EPOCH
+        return ForeignCheckpoint(config, _skeleton_of(weights), step, weights, optimizer)
+    theirs = _tensors_under(raw, "hg.0.hg.0.0.0.conv1.weight", ("module.", ""))
+    if theirs is not None:
+        weights = weights_from_bearpaw(theirs)
+        config = Config(model=_model_of(weights, INPUT_MEAN, path))
+        return ForeignCheckpoint(config, _skeleton_of(weights), 0, weights, None)
+    return None
+
+
+def _tensors_under(raw: Any, key: str, prefixes: tuple[str, ...]) -> dict[str, Tensor] | None:
+    """The tensors without the prefix that `key` has among them, or None if it is not there."""
     tensors = raw.get("state_dict", raw) if isinstance(raw, dict) else None
-    if not isinstance(tensors, dict):
-        return None
     for prefix in prefixes:
-        if prefix + key in tensors:
+        if isinstance(tensors, dict) and prefix + key in tensors:
             return {
                 name.removeprefix(prefix): tensor
                 for name, tensor in tensors.items()
@@ -77,30 +118,83 @@ def without_prefix(raw: Any, key: str, prefixes: tuple[str, ...]) -> dict[str, T
     return None
 
 
+def _model_of(
+    weights: dict[str, Tensor], input_mean: tuple[float, float, float], path: Path
+) -> ModelConfig:
+    """The architecture, read off the tensors' names and shapes. Raises InputError."""
+    convolutions = ("stem.conv.0", "stem.residual1.conv3", "stem.residual2.conv3", "heads.0")
+    shapes = [
+        weights[name].shape for layer in convolutions if (name := f"{layer}.weight") in weights
+    ]
+    if len(shapes) < len(convolutions) or any(len(shape) != 4 for shape in shapes):
+        raise _unlike(path, f"not all of the layers {', '.join(convolutions)}")
+    names = [name for name in weights if name.startswith("hourglasses.0.")]
+    return ModelConfig(
+        stacks=len({name.split(".")[1] for name in weights if name.startswith("heads.")}),
+        width=shapes[3][1],
+        depth=max((name.count(".inner") for name in names), default=0),
+        stem=(shapes[0][0], shapes[1][0], shapes[2][0]),
+        input_mean=input_mean,
+    )
+
+
+def _skeleton_of(weights: dict[str, Tensor]) -> Skeleton:
+    """The files do not name the joints; 16 are taken to be MPII's, which both codes train on."""
+    joints = len(weights["heads.0.weight"])
+    return MPII if joints == MPII.joint_count else unnamed(joints)
+
+
+def _unlike(path: Path, found: str) -> InputError:
+    return InputError(
+        path,
+        f"a network that differs from its kind ({found})",
+        "a network of princeton-vl/pytorch_stacked_hourglass or bearpaw/pytorch-pose",
+        "give a checkpoint that its own train.py wrote",
+    )
+
+
+# Bearpaw
+
+
+def weights_from_bearpaw(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Bearpaw's tensors under our names; names without a place here stay as they are."""
+    levels = [int(match[2]) for match in map(_BEARPAW_LEVEL.match, theirs) if match]
+    return {_name_from_bearpaw(name, 1 + max(levels)): tensor for name, tensor in theirs.items()}
+
+
+def _name_from_bearpaw(theirs: str, depth: int) -> str:
+    level = _BEARPAW_LEVEL.match(theirs)
+    if level:
+        inner = ".inner" * (depth - 1 - int(level[2]))
+        start = f"hourglasses.{level[1]}{inner}.{_BEARPAW_ROLES[int(level[3])]}."
+        return start + _inside_residual(theirs[level.end() :])
+    for pattern, replacement in _BEARPAW_STARTS:
+        if match := re.match(pattern, theirs):
+            return match.expand(replacement) + _inside_residual(theirs[match.end() :])
+    return theirs
+
+
+def _inside_residual(name: str) -> str:
+    return re.sub(r"^bn([123])\.", r"norm\1.", name).replace("downsample.0.", "skip.")
+
+
+# Princeton
+
+
 def _pattern(part: str) -> re.Pattern[str]:
     return re.compile(re.escape(part).replace(r"\{\}", r"(\d+)") + r"(?:\.|$)")
 
 
-_TO_OURS = [(_pattern(theirs), ours) for theirs, ours in _PARTS]
-_TO_THEIRS = [(_pattern(ours), theirs) for theirs, ours in _PARTS]
-
-
-def our_name(theirs: str) -> str:
-    """Our name of one of its tensors; parts that it does not know stay as they are."""
-    return _translate(theirs, _TO_OURS)
-
-
-def their_name(ours: str) -> str:
-    """Its name of one of our tensors."""
-    return _translate(ours, _TO_THEIRS)
+_FROM_PRINCETON = [(_pattern(theirs), ours) for theirs, ours in _PRINCETON_PARTS]
+_TO_PRINCETON = [(_pattern(ours), theirs) for theirs, ours in _PRINCETON_PARTS]
 
 
 def _translate(name: str, parts: list[tuple[re.Pattern[str], str]]) -> str:
+    """A tensor's name in the other code; unknown parts stay as they are."""
     done: list[str] = []
     while name:
         for pattern, target in parts:
-            match = pattern.match(name)
-            if match:
+            if match := pattern.match(name):
                 done.append(target.format(*match.groups()))
                 name = name[match.end() :]
                 break
@@ -110,83 +204,97 @@ def _translate(name: str, parts: list[tuple[re.Pattern[str], str]]) -> str:
     return ".".join(done)
 
 
-def our_weights(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Its tensors under our names, the dead skip layers left out."""
-    return {our_name(name): t for name, t in theirs.items() if not _is_dead(name, theirs)}
+def weights_from_princeton(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Princeton's tensors under our names, without the dead skip layers."""
+    dead = {
+        name.removesuffix("weight")
+        for name, tensor in theirs.items()
+        if name.endswith(".skip_layer.conv.weight") and tensor.shape[0] == tensor.shape[1]
+    }
+    return {
+        _translate(name, _FROM_PRINCETON): tensor
+        for name, tensor in theirs.items()
+        if name.removesuffix("weight").removesuffix("bias") not in dead
+    }
 
 
-def _is_dead(name: str, theirs: dict[str, Tensor]) -> bool:
-    """Whether this is a skip layer between equal numbers of channels."""
-    if ".skip_layer." not in name:
-        return False
-    weight = theirs[name.rsplit(".", 1)[0] + ".weight"]
-    return weight.shape[0] == weight.shape[1]
-
-
-def their_weights(ours: dict[str, Tensor], network: StackedHourglass) -> dict[str, Tensor]:
-    """Our tensors under its names, in its order, its dead layers as zeros."""
+def _weights_to_princeton(ours: dict[str, Tensor], network: StackedHourglass) -> dict[str, Tensor]:
+    """Our tensors under princeton's names, in its order, its dead layers as zeros."""
+    dead = {
+        name
+        for name, module in network.named_modules()
+        if isinstance(module, Residual) and isinstance(module.skip, torch.nn.Identity)
+    }
     theirs: dict[str, Tensor] = {}
-    dead = _dead_layers(network)
     for name, tensor in ours.items():
-        theirs[their_name(name)] = tensor
-        owner, _, last = name.rpartition(".conv3.")
-        if owner in dead and last == "bias":
+        theirs[_translate(name, _TO_PRINCETON)] = tensor
+        residual, _, last = name.rpartition(".conv3.")
+        if residual in dead and last == "bias":
             channels = len(tensor)
-            layer = their_name(owner) + ".skip_layer.conv"
+            layer = _translate(residual, _TO_PRINCETON) + ".skip_layer.conv"
             theirs[layer + ".weight"] = torch.zeros(channels, channels, 1, 1)
             theirs[layer + ".bias"] = torch.zeros(channels)
     return theirs
 
 
-def _dead_layers(network: StackedHourglass) -> set[str]:
-    """Our names of the residuals whose skip layer it would never use."""
-    return {
-        name
-        for name, module in network.named_modules()
-        if isinstance(module, Residual) and isinstance(module.skip, torch.nn.Identity)
-    }
+def to_princeton(
+    network: StackedHourglass,
+    model: ModelConfig,
+    step: int,
+    optimizer: dict[str, Any] | None,
+    path: Path,
+) -> dict[str, Any]:
+    """What princeton's train.py would have saved. path: for the InputError.
 
-
-def _parameter_places(network: StackedHourglass) -> list[int]:
-    """For each of our parameters its number in its optimizer, which counts dead ones too."""
-    ours = {name: tensor.detach() for name, tensor in network.named_parameters()}
-    order = {name: place for place, name in enumerate(their_weights(ours, network))}
-    return [order[their_name(name)] for name in ours]
-
-
-def our_adam_state(theirs: dict[str, Any], network: StackedHourglass) -> dict[str, Any]:
-    """The state of its Adam for our parameters, as `torch.optim.Adam.load_state_dict` takes it.
-
-    Raises KeyError or ValueError if it belongs to another network.
+    optimizer: the state of our optimizer; only Adam's is taken over.
     """
-    places = _parameter_places(network)
-    group = theirs["param_groups"][0]
-    state = {n: theirs["state"][place] for n, place in enumerate(places) if theirs["state"]}
-    for moments, parameter in zip(state.values(), network.parameters(), strict=False):
-        if moments["exp_avg"].shape != parameter.shape:
-            raise ValueError("moments of other shapes than the weights")
-    own = {"params": list(range(len(places))), "fused": True}
-    return {"state": state, "param_groups": [{**group, **own}]}
+    if model.stem != _STEM or model.depth != _DEPTH or any(model.input_mean):
+        raise InputError(
+            path,
+            f"stem {model.stem}, depth {model.depth}, input mean {model.input_mean}",
+            f"stem {_STEM}, depth {_DEPTH}, no mean: its code has no others",
+            "keep this checkpoint in our format",
+        )
+    weights = _weights_to_princeton(network.state_dict(), network)
+    raw: dict[str, Any] = {
+        "state_dict": {_PREFIX + name: tensor for name, tensor in weights.items()},
+        "epoch": step // _STEPS_PER_EPOCH,
+    }
+    if optimizer and all("exp_avg" in moments for moments in optimizer["state"].values()):
+        raw["optimizer"] = _adam_state_to_princeton(optimizer, network)
+    return raw
 
 
-def their_adam_state(ours: dict[str, Any], network: StackedHourglass) -> dict[str, Any]:
-    """The state of our Adam for its parameters; dead ones have none, as in its own checkpoints."""
-    places = _parameter_places(network)
-    group = {**ours["param_groups"][0], "params": list(range(max(places) + 1)), "fused": None}
+def _parameter_numbers(network: StackedHourglass) -> list[int]:
+    """For each of our parameters its number in princeton's optimizer, which counts dead ones."""
+    ours = {name: tensor.detach() for name, tensor in network.named_parameters()}
+    order = {name: n for n, name in enumerate(_weights_to_princeton(ours, network))}
+    return [order[_translate(name, _TO_PRINCETON)] for name in ours]
+
+
+def our_adam_state(theirs: dict[str, Any], network: StackedHourglass, path: Path) -> dict[str, Any]:
+    """The state of princeton's Adam for our parameters, as torch.optim.Adam loads it. InputError.
+
+    network: of the same architecture, on any device.
+    """
+    numbers = _parameter_numbers(network)
+    moments = theirs.get("state")
+    if moments and any(
+        moments.get(number, {}).get("exp_avg", torch.empty(0)).shape != parameter.shape
+        for number, parameter in zip(numbers, network.parameters(), strict=True)
+    ):
+        raise _unlike(path, "an optimizer state of other weights")
+    state = {n: moments[number] for n, number in enumerate(numbers)} if moments else {}
+    own = {"params": list(range(len(numbers))), "fused": True}
+    return {"state": state, "param_groups": [{**theirs["param_groups"][0], **own}]}
+
+
+def _adam_state_to_princeton(ours: dict[str, Any], network: StackedHourglass) -> dict[str, Any]:
+    """The state of our Adam for princeton's parameters; its dead ones have none."""
+    numbers = _parameter_numbers(network)
+    group = {**ours["param_groups"][0], "params": list(range(max(numbers) + 1)), "fused": None}
     state = {
-        places[n]: {name: tensor.contiguous() for name, tensor in moments.items()}
+        numbers[n]: {name: tensor.contiguous() for name, tensor in moments.items()}
         for n, moments in ours["state"].items()
     }
     return {"state": state, "param_groups": [group]}
-
-
-def size_of(weights: dict[str, Tensor]) -> Size:
-    """The architecture, read off the shapes of the tensors under our names."""
-    stacks = len({name.split(".")[1] for name in weights if name.startswith("heads.")})
-    depths = [name.count(".inner") for name in weights if name.startswith("hourglasses.0.")]
-    first, second, third = (
-        weights[f"stem.{name}.weight"].shape[0]
-        for name in ("conv.0", "residual1.conv3", "residual2.conv3")
-    )
-    joints, width = weights["heads.0.weight"].shape[:2]
-    return Size(stacks, width, max(depths), (first, second, third), joints)

@@ -48,8 +48,8 @@ from evaluation import (
     predictions,
 )
 from evaluation.predictions import as_coco, as_entries, read_predictions, write_mat  # noqa: E402
-from model import checkpoint, exported
-from model.export import INPUT, OUTPUT  # noqa: E402
+from model import checkpoint  # noqa: E402
+from model.export import INPUT, KEY, OUTPUT  # noqa: E402
 from pipelines.annotations import People, read_annotations  # noqa: E402
 from pipelines.bad_samples import LIST, BadSamples  # noqa: E402
 from pipelines.boxes import read_people  # noqa: E402
@@ -204,7 +204,7 @@ def change_line(data: bytes, rng: random.Random) -> bytes:
 
 
 def change_facts(text: str, rng: random.Random) -> str:
-    """What model/exported.py writes into others' formats."""
+    """What model/export.py writes into others' formats."""
     if rng.random() < 0.1:
         return rng.choice(["[", '{"": ', "[1", ""]) * 10**5
     return change_json(text.encode(), rng).decode("utf-8", "replace")
@@ -236,7 +236,7 @@ def change_safetensors(data: bytes, rng: random.Random) -> bytes:
     header = json.loads(data[8:size])
     if rng.random() < 0.5:
         facts = header["__metadata__"]
-        facts[exported.KEY] = change_facts(facts[exported.KEY], rng)
+        facts[KEY] = change_facts(facts[KEY], rng)
     else:
         header = change_value(header, rng)
     text = json.dumps(header).encode()
@@ -367,10 +367,8 @@ def write_checkpoints(packed: Path, folder: Path) -> None:
     make_run(tiny_config(packed, model=raw), folder).save([keeping.LAST])
     princeton = {"stacks": 1, "width": 8, "depth": 4, "stem": [64, 128, 128]}
     config = tiny_config(packed, model=princeton, data={"input_px": 64})
-    state = make_run(config, folder / "princeton")._state([b""], [b""])
-    state = {**state, "format": checkpoint.FORMAT, "format_version": checkpoint.FORMAT_VERSION}
-    theirs = checkpoint.to_princeton(state, folder)
-    torch.save(theirs, folder / "princeton.pt")
+    made = make_run(config, folder / "princeton")._checkpoint([b""], [b""])
+    torch.save(checkpoint.to_princeton(made), folder / "princeton.pt")
     from test_bearpaw import Plain
 
     torch.save({"state_dict": Plain(1, 16, depth=2, feats=8).state_dict()}, folder / "bearpaw.pt")
@@ -436,9 +434,7 @@ def read_config(path: Path) -> None:
 
 
 def read_checkpoint(path: Path) -> None:
-    state = checkpoint.load(path)
-    checkpoint.trained_network(state, path)
-    checkpoint.skeleton_of(state)
+    checkpoint.trained_network(checkpoint.load_checkpoint(path))
 
 
 def read_picture(path: Path) -> None:
@@ -458,9 +454,8 @@ def resume(path: Path, config: Config) -> None:
 
 
 def read_onnx(path: Path) -> None:
-    state = checkpoint.load(path, onnx=True)
-    checkpoint.config_of(state, path)
-    checkpoint.evaluation_network(state, path)(torch.zeros(1, 3, 64, 64))
+    loaded = checkpoint.load_checkpoint(path, onnx=True)
+    checkpoint.evaluation_network(loaded)(torch.zeros(1, 3, 64, 64))
 
 
 def read_log(path: Path) -> None:

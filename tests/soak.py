@@ -272,7 +272,7 @@ def losses(folder: Path) -> dict[int, float]:
 def last_checkpoint_step(folder: Path) -> int:
     from model import checkpoint
 
-    return checkpoint.load(folder / "last.pt")["step"]
+    return checkpoint.load_checkpoint(folder / "last.pt").step
 
 
 def tell(text: str) -> None:

@@ -368,7 +368,7 @@ def test_a_run_whose_picture_rots_goes_on_and_says_so_or_ends_with_its_name(
     assert said.count(f"{person} is left out, a neighbour stands in") == 1
     lines = (tmp_path / "run" / LIST).read_text().splitlines()
     assert [json.loads(line)["sample"] for line in lines] == [6]
-    assert checkpoint.load(tmp_path / "run" / "last.pt")["step"] == 12
+    assert checkpoint.load_checkpoint(tmp_path / "run" / "last.pt").step == 12
 
 
 @pytest.mark.parametrize(("name", "workers"), WITH_WORKERS)
@@ -431,7 +431,9 @@ def test_a_resumed_run_remembers_them_and_is_the_run_that_was_not_stopped(
     first.save(["last.pt"])
     known = (tmp_path / "parts" / LIST).read_text()
     assert [json.loads(line)["sample"] for line in known.splitlines()] == [2, 7]
-    second = make_run(config, tmp_path / "parts", checkpoint.load(tmp_path / "parts" / "last.pt"))
+    second = make_run(
+        config, tmp_path / "parts", checkpoint.load_checkpoint(tmp_path / "parts" / "last.pt")
+    )
     assert set(second.bad_samples.faults) == {2, 7}
     assert begun + steps(second, 3) == expected
 

@@ -7,7 +7,8 @@ from torch.nn import functional
 
 from common.errors import InputError
 from configs.skeleton import MPII
-from model import bearpaw, checkpoint
+from model import checkpoint
+from model.foreign_checkpoints import INPUT_MEAN
 
 
 class Bottleneck(nn.Module):
@@ -97,18 +98,18 @@ def plain() -> Plain:
 def test_outputs_equal_those_of_a_plain_network_of_that_layout(prefix, plain, tmp_path):
     tensors = {prefix + name: tensor for name, tensor in plain.state_dict().items()}
     torch.save({"state_dict": tensors, "epoch": 7}, tmp_path / "b.pt")
-    state = checkpoint.load(tmp_path / "b.pt")
-    assert state["config"]["model"]["stem"] == [64, 128, 256]
-    assert state["config"]["model"]["input_mean"] == list(bearpaw.INPUT_MEAN)
-    network = checkpoint.evaluation_network(state, tmp_path / "b.pt")
+    loaded = checkpoint.load_checkpoint(tmp_path / "b.pt")
+    assert loaded.config.model.stem == (64, 128, 256)
+    assert loaded.config.model.input_mean == INPUT_MEAN
+    network = checkpoint.evaluation_network(loaded)
     images = torch.rand(2, 3, 64, 64)
-    mean = torch.tensor(bearpaw.INPUT_MEAN).reshape(1, 3, 1, 1)
+    mean = torch.tensor(INPUT_MEAN).reshape(1, 3, 1, 1)
     torch.testing.assert_close(network(images), plain(images - mean), atol=1e-5, rtol=1e-5)
 
 
 def test_joints_of_another_number_have_no_names(tmp_path):
     torch.save({"state_dict": Plain(1, 5, depth=2, feats=16).state_dict()}, tmp_path / "b.pt")
-    skeleton = checkpoint.skeleton_of(checkpoint.load(tmp_path / "b.pt"))
+    skeleton = checkpoint.load_checkpoint(tmp_path / "b.pt").skeleton
     assert skeleton.joint_count == 5 and not skeleton.has_names
     assert not skeleton.same_joints(MPII)
 
@@ -117,4 +118,4 @@ def test_networks_of_several_residuals_a_place_are_refused(plain, tmp_path):
     tensors = {**plain.state_dict(), "layer1.1.conv1.weight": torch.zeros(1)}
     torch.save({"state_dict": tensors}, tmp_path / "b.pt")
     with pytest.raises(InputError, match=r"layer1\.1\.conv1\.weight"):
-        checkpoint.load(tmp_path / "b.pt")
+        checkpoint.load_checkpoint(tmp_path / "b.pt")

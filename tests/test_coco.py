@@ -275,10 +275,10 @@ def test_a_network_of_16_joints_begins_a_run_of_five(
     small = {"data": {"batch_size": 2}, "model": {"stacks": 2}}
     old = make_run(tiny_config(tiny_shards, **small), tmp_path / "old")
     old.save(["last.pt"])
-    state = checkpoint.load(tmp_path / "old" / "last.pt")
+    state = checkpoint.load_checkpoint(tmp_path / "old" / "last.pt")
     config = tiny_config(figures / "out", **small, train={"name": "new"})
     run = make_run(config, tmp_path / "new")
-    fresh = checkpoint.init_weights(run.network, run.skeleton, state, tmp_path)
+    fresh = checkpoint.init_weights(run.network, run.skeleton, state)
     assert [name.split(".")[0] for name in fresh] == ["heads"] * 4 + ["merge_heatmaps"]
     result = run.train()
     assert run.step == 6 and result["joints_counted"] == 12
@@ -302,7 +302,9 @@ def test_evaluate_takes_the_joints_of_its_checkpoint(
     run = make_run(tiny_config(figures / "out"), tmp_path / "run")
     run.save(["named.pt"])
     state = torch.load(tmp_path / "run" / "named.pt", weights_only=True)
-    checkpoint.save(tmp_path / "run" / "nameless.pt", {**state, "skeleton": unnamed(5).plain()})
+    checkpoint.write_archive(
+        tmp_path / "run" / "nameless.pt", {**state, "skeleton": unnamed(5).plain()}
+    )
     data = ["--annotations", figures / "set" / "annot", "--images", figures / "set" / "images",
             "--workers", 0, "--flip", "--save-coco", tmp_path / "r.json"]  # fmt: skip
 

@@ -27,7 +27,7 @@ from conftest import ROOT
 from test_submission import write_release
 
 from common.errors import InputError
-from configs.schema import as_dict, config_from_dict
+from configs.schema import config_from_dict
 from configs.skeleton import MPII
 from evaluation import pckh
 from evaluation.predictions import as_entries
@@ -372,16 +372,24 @@ def write_checkpoints(folder: Path) -> None:
     optimizer = torch.optim.Adam(network.parameters())
     sum(p.sum() for p in network.parameters()).backward()
     optimizer.step()
-    state = {"config": as_dict(config), "skeleton": MPII.plain(), "step": 0, "ema": {},
-             "model": network.state_dict(), "optimizer": optimizer.state_dict()}  # fmt: skip
     path = folder / "runs" / "made" / "best.pt"
     path.parent.mkdir(parents=True)
-    checkpoint.save(path, state)
+    made = checkpoint.Checkpoint(
+        path=path,
+        config=config,
+        skeleton=MPII,
+        step=0,
+        weights=network.state_dict(),
+        averaged={},
+        optimizer=optimizer.state_dict(),
+        run=None,
+    )
+    checkpoint.save_checkpoint(path, made)
     for name in ("demo",):
         (folder / "runs" / name).mkdir()
         (folder / "runs" / name / "best.pt").symlink_to(path)
-    loaded = checkpoint.load(path)
-    checkpoint.write(folder / "checkpoint.pt", checkpoint.to_princeton(loaded, path))
+    loaded = checkpoint.load_checkpoint(path)
+    checkpoint.write_archive(folder / "checkpoint.pt", checkpoint.to_princeton(loaded))
 
 
 def filled_in(text: str, number: int) -> str:

@@ -83,7 +83,7 @@ def torchrun(*more: object) -> list[object]:
 
 def assert_same_weights(one: Path, other: Path, *more: str) -> None:
     """Weights and optimizer of two checkpoints, and more of their parts, bit for bit."""
-    first, second = (checkpoint.load(path) for path in (one, other))
+    first, second = (checkpoint.load_checkpoint(path) for path in (one, other))
     assert first["step"] == second["step"] and len(first["model"]) > 50
     names = ("model", "optimizer", *more)
     found, expected = (leaves({name: each[name] for name in names}) for each in (first, second))
@@ -102,7 +102,7 @@ def test_a_run_killed_twenty_times_goes_on_each_time_and_ends_with_the_same_byte
             wait_until(lambda: last_step(run) > stood + 2, process, log)  # noqa: B023
             time.sleep(moments.uniform(0, 0.5))
             os.killpg(process.pid, signal.SIGKILL)  # its worker too
-        step = checkpoint.load(run / "last.pt")["step"]
+        step = checkpoint.load_checkpoint(run / "last.pt").step
         assert step > stood
         stood = step
     assert log.read_text().count("continuing from") == 20
@@ -112,7 +112,7 @@ def test_a_run_killed_twenty_times_goes_on_each_time_and_ends_with_the_same_byte
         os.kill(process.pid, signal.SIGUSR1)
         assert process.wait(PATIENCE_S) == 75
     assert (run / "resume_me").exists()
-    end = checkpoint.load(run / "last.pt")["step"] + 3
+    end = checkpoint.load_checkpoint(run / "last.pt").step + 3
     for name in ("run", "unstopped"):
         with started(log, *words(tiny_shards, tmp_path, name, end, *more)) as process:
             assert process.wait(PATIENCE_S) == 0, log.read_text()[-4000:]
@@ -130,7 +130,7 @@ def test_ranks_stopped_by_torchrun_and_killed_end_with_the_bytes_of_an_undisturb
         wait_until(lambda: last_step(run) >= 7, process, log)
         process.send_signal(signal.SIGTERM)  # which it forwards
         process.wait(PATIENCE_S)
-    stopped = checkpoint.load(run / "last.pt")["step"]
+    stopped = checkpoint.load_checkpoint(run / "last.pt").step
     assert f"STOPPED EARLY at step {stopped} of 60: SIGTERM." in (run / "resume_me").read_text()
     with started(log, *command, "--resume", "auto") as process:
         wait_until(lambda: last_step(run) > stopped + 5, process, log)
@@ -160,7 +160,7 @@ def test_two_nodes_lose_a_rank_go_on_and_stop_at_a_signal_to_one_of_them(tiny_sh
         os.kill(children(second.pid)[0], signal.SIGUSR1)
         assert [first.wait(PATIENCE_S), second.wait(PATIENCE_S)] == [0, 0]
     assert (run / "resume_me").exists()
-    assert checkpoint.load(run / "last.pt")["step"] == last_step(run)
+    assert checkpoint.load_checkpoint(run / "last.pt").step == last_step(run)
 
 
 def test_of_two_nodes_one_is_lost_whole_and_the_other_goes_on_with_the_same_global_batch(
@@ -180,11 +180,13 @@ def test_of_two_nodes_one_is_lost_whole_and_the_other_goes_on_with_the_same_glob
             assert children(second.pid), "two nodes work"
         alone = "the run had 2 rank(s) and has 1; a step takes 8 people as before"
         wait_until(lambda: alone in " ".join(logs[0].read_text().split()), first, logs[0])
-        stood = checkpoint.load(run / "last.pt")["step"]
+        stood = checkpoint.load_checkpoint(run / "last.pt").step
         wait_until(lambda: last_step(run) >= stood + 7, first, logs[0])
         os.kill(children(first.pid)[0], signal.SIGUSR1)
         assert first.wait(PATIENCE_S) == 0
-    assert checkpoint.load(run / "last.pt")["ranks"] == 1 and (run / "resume_me").exists()
+    assert (
+        checkpoint.load_checkpoint(run / "last.pt").run.ranks == 1 and (run / "resume_me").exists()
+    )
 
 
 def listens(port: int) -> bool:
@@ -241,10 +243,12 @@ def test_a_second_signal_ends_a_step_that_takes_long_and_the_checkpoint_before_i
         assert process.poll() is None, "the first one waits for the step"
         process.send_signal(signal.SIGTERM)
         assert process.wait(5) == -signal.SIGTERM
-    assert checkpoint.load(run / "last.pt")["step"] == 2 and not (run / "resume_me").exists()
+    assert (
+        checkpoint.load_checkpoint(run / "last.pt").step == 2 and not (run / "resume_me").exists()
+    )
     with started(log, *command, "--resume", "auto") as process:
         assert process.wait(PATIENCE_S) == 0, log.read_text()[-4000:]
-    assert checkpoint.load(run / "last.pt")["step"] == 6
+    assert checkpoint.load_checkpoint(run / "last.pt").step == 6
 
 
 def test_sigterm_to_a_torchrun_whose_ranks_still_start_leaves_the_marker(tiny_shards, tmp_path):
@@ -258,7 +262,7 @@ def test_sigterm_to_a_torchrun_whose_ranks_still_start_leaves_the_marker(tiny_sh
         process.send_signal(signal.SIGTERM)
         process.wait(PATIENCE_S)
     assert "STOPPED EARLY at step 0 of 100000: SIGTERM" in (run / "resume_me").read_text()
-    assert checkpoint.load(run / "last.pt")["step"] == 0
+    assert checkpoint.load_checkpoint(run / "last.pt").step == 0
 
 
 STOPPED = """
@@ -292,8 +296,8 @@ def test_a_signal_to_one_of_two_ranks_in_a_validation_stops_both_and_the_bytes_a
     with started(log, *launch, tmp_path / "stopped.py", *options) as process:
         assert process.wait(PATIENCE_S) == 0, log.read_text()[-4000:]
     assert "STOPPED EARLY at step 4 of 8" in (run / "resume_me").read_text()
-    state = checkpoint.load(run / "last.pt")
-    assert state["step"] == 4 and state["validation_due"] and metrics(run, "valid") == []
+    state = checkpoint.load_checkpoint(run / "last.pt")
+    assert state.step == 4 and state.run.validation_due and metrics(run, "valid") == []
     quiet = words(tiny_shards, tmp_path, "quiet", 8, *more)
     for command in ([program, *options, "--resume"], quiet):
         with started(log, *launch, *command) as process:
@@ -315,7 +319,7 @@ def test_sigusr1_to_a_torchrun_that_is_told_to_forward_it_stops_the_run_kindly(
         wait_until(lambda: last_step(run) >= 3, process, log)
         process.send_signal(signal.SIGUSR1)
         process.wait(PATIENCE_S)
-    step = checkpoint.load(run / "last.pt")["step"]
+    step = checkpoint.load_checkpoint(run / "last.pt").step
     assert step >= 3 and "SIGUSR1" in (run / "resume_me").read_text()
     assert last_step(run) == step
 
@@ -355,7 +359,7 @@ def test_the_shell_lines_for_kubernetes_end_with_75_at_sigterm_and_go_on_when_ru
                     with contextlib.suppress(ProcessLookupError):
                         os.killpg(pid, signal.SIGKILL)
     assert "continuing from" in log.read_text()
-    assert checkpoint.load(run / "last.pt")["step"] > stood
+    assert checkpoint.load_checkpoint(run / "last.pt").step > stood
 
 
 def free_port() -> int:
@@ -405,7 +409,7 @@ def test_on_a_disk_that_fills_up_the_run_goes_on_and_its_last_checkpoint_is_whol
     text = (tmp_path / "log").read_text()
     assert done.returncode == 0, text[-4000:]
     assert re.search(r"No space left on device(: '\S+')?; training goes on", " ".join(text.split()))
-    assert 0 < checkpoint.load(tmp_path / "while_full.pt")["step"] < 60
-    assert checkpoint.load(tmp_path / "last.pt")["step"] == 60
+    assert 0 < checkpoint.load_checkpoint(tmp_path / "while_full.pt").step < 60
+    assert checkpoint.load_checkpoint(tmp_path / "last.pt").step == 60
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").open()]
     assert sorted(set(steps)) == list(range(1, 61))

@@ -515,9 +515,9 @@ def test_a_missing_best_pt_is_told_with_the_command_for_the_last(trained, tmp_pa
         evaluate.main()
     assert caught.value.next_step == f"python evaluate.py --checkpoint {run / 'last.pt'}"
     with pytest.raises(InputError, match=r"give .*last\.pt"):  # from Python there is no command
-        checkpoint.load(run / "best.pt")
+        checkpoint.load_checkpoint(run / "best.pt")
     with pytest.raises(InputError, match="give its path"):
-        checkpoint.load(tmp_path / "best.pt")
+        checkpoint.load_checkpoint(tmp_path / "best.pt")
 
 
 def test_the_list_sampler_covers_every_sample_once(tiny_shards):

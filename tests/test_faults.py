@@ -26,7 +26,8 @@ import train as train_program
 import training.trainer
 from common.errors import InputError
 from configs.schema import Config, save_yaml
-from model import checkpoint, seal
+from configs.skeleton import MPII
+from model import checkpoint
 from pipelines.opencv_loader import STOP_SIGNALS
 from training import checkpoint_manager as keeping
 from training import preemption as signals
@@ -58,33 +59,33 @@ def test_a_bit_flipped_anywhere_and_a_cut_anywhere_are_found(sealed, tmp_path):
         shutil.copy(sealed, damaged)
         flipped(damaged, place, rng.randrange(8))
         with pytest.raises(InputError):
-            checkpoint.load(damaged)
+            checkpoint.load_checkpoint(damaged)
     for length in [0, 1, 70, 71, 72, size - 1, size - 71, size - 22, *places[8:30]]:
         damaged.write_bytes(sealed.read_bytes()[:length])
         with pytest.raises(InputError):
-            checkpoint.load(damaged)
+            checkpoint.load_checkpoint(damaged)
 
 
 def test_a_checkpoint_is_read_by_torch_and_travels_as_one_file(sealed, tmp_path):
     moved = tmp_path / "elsewhere.pt"
     shutil.copy(sealed, moved)
-    assert seal.damage(moved) == "" and checkpoint.load(moved)["step"] == 0
+    assert checkpoint.find_damage(moved) == "" and checkpoint.load_checkpoint(moved).step == 0
     assert torch.load(moved, weights_only=True)["step"] == 0
     assert torch.load(moved, weights_only=True, mmap=True)["format"] == checkpoint.FORMAT
-    bias = checkpoint.load(moved)["model"]["heads.0.bias"].numpy().tobytes()
+    bias = checkpoint.load_checkpoint(moved).weights["heads.0.bias"].numpy().tobytes()
     flipped(moved, moved.read_bytes().index(bias), 0)
     assert torch.load(moved, weights_only=True)["step"] == 0, "torch itself does not look"
-    assert "not those of its checksum" in seal.damage(moved)
+    assert "do not match its checksum" in checkpoint.find_damage(moved)
 
 
 def test_an_older_checkpoint_without_a_seal_is_read_and_its_records_are_checked(sealed, tmp_path):
     old = tmp_path / "old.pt"
     torch.save(torch.load(sealed, weights_only=True), old)
-    assert checkpoint.load(old)["step"] == 0
-    bias = checkpoint.load(old)["model"]["heads.0.bias"].numpy().tobytes()
+    assert checkpoint.load_checkpoint(old).step == 0
+    bias = checkpoint.load_checkpoint(old).weights["heads.0.bias"].numpy().tobytes()
     flipped(old, old.read_bytes().index(bias) + 40, 3)
     with pytest.raises(InputError, match=r"record .*data/\d+ is damaged"):
-        checkpoint.load(old)
+        checkpoint.load_checkpoint(old)
 
 
 def test_the_last_so_many_and_the_best_are_kept(tiny_shards, tmp_path):
@@ -99,8 +100,8 @@ def test_the_last_so_many_and_the_best_are_kept(tiny_shards, tmp_path):
     run.train()
     names = [path.name for path in keeping.numbered(tmp_path)]
     assert names == ["step_00000005.pt", "step_00000004.pt", "step_00000003.pt"]
-    assert checkpoint.load(tmp_path / "best.pt")["step"] == 2
-    assert checkpoint.load(tmp_path / "last.pt")["step"] == 5
+    assert checkpoint.load_checkpoint(tmp_path / "best.pt").step == 2
+    assert checkpoint.load_checkpoint(tmp_path / "last.pt").step == 5
     assert not list(tmp_path.glob("*.tmp"))
 
 
@@ -111,7 +112,7 @@ def test_where_the_disk_has_no_links_names_are_copies(tiny_shards, tmp_path, mon
     monkeypatch.setattr(os, "link", refuse)
     run = make_run(tiny_config(tiny_shards), tmp_path)
     run.save(["last.pt", "best.pt"])
-    assert seal.damage(tmp_path / "best.pt") == ""
+    assert checkpoint.find_damage(tmp_path / "best.pt") == ""
     assert not os.path.samefile(tmp_path / "last.pt", tmp_path / "best.pt")
 
 
@@ -137,7 +138,7 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_it_is_used(damage, tiny
     run = make_run(longer, tmp_path, train_program.load_run(Path(start)))
     run.train()
     assert [line["step"] for line in metrics(tmp_path, "valid")] == [1, 2, 3, 4]
-    assert checkpoint.load(last)["step"] == 4
+    assert checkpoint.load_checkpoint(last).step == 4
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(sealed, tmp_path):
@@ -211,7 +212,9 @@ def test_a_checkpoint_is_whole_and_on_the_disk_before_it_has_its_name(tmp_path, 
 
     def noting_fsync(descriptor: int) -> None:
         path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
-        assert path.is_dir() or seal.damage(path) == "", "what is synced is not all of it"
+        assert path.is_dir() or checkpoint.find_damage(path) == "", (
+            "what is synced is not all of it"
+        )
         done.append(("sync", path.name))
         fsync(descriptor)
 
@@ -222,7 +225,17 @@ def test_a_checkpoint_is_whole_and_on_the_disk_before_it_has_its_name(tmp_path, 
     monkeypatch.setattr(os, "fsync", noting_fsync)
     monkeypatch.setattr(Path, "replace", noting_replace)
     folder = tmp_path.name
-    keeping.save(tmp_path, {"step": 3}, ["last.pt", "best.pt"], keep=2)
+    made = checkpoint.Checkpoint(
+        path=tmp_path,
+        config=Config(),
+        skeleton=MPII,
+        step=3,
+        weights={},
+        averaged={},
+        optimizer=None,
+        run=None,
+    )
+    keeping.save(tmp_path, made, ["last.pt", "best.pt"], keep=2)
     assert done == [
         ("sync", "step_00000003.pt.tmp"), ("rename", "step_00000003.pt"), ("sync", folder),
         ("rename", "last.pt"), ("rename", "best.pt"), ("sync", folder),
@@ -233,13 +246,9 @@ def broken(*_: object, **__: object) -> None:
     raise OSError(5, "Input/output error")
 
 
-def broken_writer(*_: object, **__: object) -> None:
-    raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
-
-
 @pytest.mark.parametrize(
     ("owner", "name", "fault"),
-    [(torch, "save", broken_writer), (os, "fsync", broken), (Path, "replace", broken)],
+    [(os, "fsync", broken), (Path, "replace", broken)],
 )
 def test_whatever_part_of_a_write_fails_the_last_checkpoint_is_whole_and_the_run_alive(
     owner, name, fault, tiny_shards, tmp_path, capsys, monkeypatch
@@ -252,7 +261,7 @@ def test_whatever_part_of_a_write_fails_the_last_checkpoint_is_whole_and_the_run
             if run.step == 4:
                 patch.setattr(owner, name, fault)
             real(names)
-        seen[run.step] = checkpoint.load(tmp_path / "last.pt")["step"]
+        seen[run.step] = checkpoint.load_checkpoint(tmp_path / "last.pt").step
 
     run.save = save  # type: ignore[method-assign]
     run.train()
@@ -275,7 +284,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole_and_the_run_alive(
         if run.step == 4:
             (tmp_path / "step_00000004.pt.tmp").symlink_to("/dev/full")
         real(names)
-        seen[run.step] = checkpoint.load(tmp_path / "last.pt")["step"]
+        seen[run.step] = checkpoint.load_checkpoint(tmp_path / "last.pt").step
 
     run.save = save  # type: ignore[method-assign]
     run.train()
@@ -290,7 +299,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole_and_the_run_alive(
 def test_a_full_disk_is_told_as_what_it_is_and_nothing_stays(numbers, tmp_path):
     (tmp_path / "x.pt.tmp").symlink_to("/dev/full")
     with pytest.raises(OSError, match=r"No space left on device: '.*/x\.pt'") as caught:
-        checkpoint.save(tmp_path / "x.pt", {"weights": torch.zeros(numbers)})
+        checkpoint.write_archive(tmp_path / "x.pt", {"weights": torch.zeros(numbers)})
     assert caught.value.errno == errno.ENOSPC
     assert list(tmp_path.iterdir()) == []
 
@@ -329,7 +338,7 @@ def test_the_end_tells_what_a_full_disk_cost(tiny_shards, tmp_path, capsys):
     assert "last.pt  (weights, optimizer and place in the data after step 2)" in text
     assert "LOST: steps 3 to 3: no checkpoint of step 3 could be written" in text
     assert f"no room for {tmp_path / 'resume_me'}" in text
-    again = make_run(run.config, tmp_path, checkpoint.load(tmp_path / "last.pt"))
+    again = make_run(run.config, tmp_path, checkpoint.load_checkpoint(tmp_path / "last.pt"))
     assert (again.step, again.saved_step) == (2, 2)
 
 
@@ -347,7 +356,7 @@ def test_a_log_that_cannot_be_written_is_said_once_and_ends_no_run(tiny_shards, 
     run._open_log = open_log  # type: ignore[method-assign]
     run.train()
     assert capsys.readouterr().err.count("the log cannot be written") == 1
-    assert checkpoint.load(tmp_path / "last.pt")["step"] == 6
+    assert checkpoint.load_checkpoint(tmp_path / "last.pt").step == 6
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full to write to")
@@ -366,7 +375,7 @@ def test_a_run_whose_reader_is_gone_and_whose_output_is_on_a_full_disk_goes_on_t
         )  # fmt: skip
     os.close(gone)
     assert done.returncode == code
-    assert code or checkpoint.load(tmp_path / "run" / "last.pt")["step"] == steps
+    assert code or checkpoint.load_checkpoint(tmp_path / "run" / "last.pt").step == steps
 
 
 def test_half_a_line_of_a_killed_run_is_dropped(tmp_path):
@@ -464,9 +473,9 @@ def test_with_fp16_one_loss_that_is_not_finite_is_counted_and_spoils_nothing(
     run.train()
     assert capsys.readouterr().err.count("skipped 1 of the last 2 steps") == 1
     assert [line["bad_steps"] for line in metrics(tmp_path, "train")] == [0, 1, 0, 0]
-    state = checkpoint.load(tmp_path / "last.pt")
-    for name in ("model", "ema"):
-        assert all(tensor.isfinite().all() for tensor in state[name].values()), name
+    state = checkpoint.load_checkpoint(tmp_path / "last.pt")
+    for tensors in (state.weights, state.averaged):
+        assert tensors and all(tensor.isfinite().all() for tensor in tensors.values())
 
 
 @pytest.mark.usefixtures("unpoison")
@@ -666,7 +675,7 @@ def test_a_signal_to_a_start_that_resumes_ends_it_with_75_before_its_first_step(
         marker = (tmp_path / "run" / "resume_me").read_text()
         assert marker == f"STOPPED EARLY at step 0 of 100000: {name}.\n"
         assert "The run was done" not in said and "Traceback" not in text
-        assert checkpoint.load(tmp_path / "run" / "last.pt")["step"] == 0
+        assert checkpoint.load_checkpoint(tmp_path / "run" / "last.pt").step == 0
     assert "continuing from" in text
 
 
@@ -689,8 +698,8 @@ def test_a_signal_in_the_last_step_of_an_epoch_leaves_the_validation_for_later(
 
     run._train_step = stopped  # type: ignore[method-assign]
     assert run.train() == {} and run.interrupted
-    state = checkpoint.load(tmp_path / "last.pt")
-    assert state["step"] == 2 and state["validation_due"]
+    state = checkpoint.load_checkpoint(tmp_path / "last.pt")
+    assert state.step == 2 and state.run.validation_due
     assert (tmp_path / "resume_me").read_text() == "STOPPED EARLY at step 2 of 4: SIGUSR1.\n"
     make_run(
         tiny_config(tiny_shards, train={"steps": 4, "steps_per_epoch": 2}), tmp_path, state
@@ -724,15 +733,15 @@ def test_a_signal_in_a_validation_leaves_it_for_later_and_the_run_ends_as_one_wi
 
         run._evaluated_network = watched  # type: ignore[method-assign]
         assert run.train() == {} and run.interrupted
-        state = checkpoint.load(tmp_path / "run" / "last.pt")
-        assert state["step"] == 2 and state["validation_due"] and state["best"] == -1
+        state = checkpoint.load_checkpoint(tmp_path / "run" / "last.pt")
+        assert state.step == 2 and state.run.validation_due and state.run.best == -1
         marker = (tmp_path / "run" / "resume_me").read_text()
         assert marker == "STOPPED EARLY at step 2 of 4: SIGUSR1.\n"
     assert predicted == [2, 2] and metrics(tmp_path / "run", "valid") == []
     states = []
     for name, begun in (("run", state), ("quiet", None)):
         make_run(config, tmp_path / name, begun).train()
-        states.append(leaves(checkpoint.load(tmp_path / name / "last.pt")))
+        states.append(leaves(torch.load(tmp_path / name / "last.pt", weights_only=True)))
         del states[-1]["seconds/"]
     assert [line["step"] for line in metrics(tmp_path / "run", "valid")] == [2, 4]
     differing = [name for name in states[0] if states[0][name] != states[1].get(name)]
@@ -749,8 +758,8 @@ def test_a_validation_that_fails_loses_no_step_of_its_epoch(tiny_shards, tmp_pat
     run.validate = rotten  # type: ignore[method-assign]
     with pytest.raises(InputError, match="key 000000001"):
         run.train()
-    state = checkpoint.load(tmp_path / "last.pt")
-    assert state["step"] == 2 and state["validation_due"]
+    state = checkpoint.load_checkpoint(tmp_path / "last.pt")
+    assert state.step == 2 and state.run.validation_due
     make_run(config, tmp_path, state).train()
     assert [line["step"] for line in metrics(tmp_path, "valid")] == [2, 4]
 
@@ -766,5 +775,5 @@ def test_a_rank_whose_torchrun_is_gone_ends_with_a_checkpoint(tiny_shards, tmp_p
 
     run._train_step = orphaned  # type: ignore[method-assign]
     run.train()
-    assert run.interrupted and checkpoint.load(tmp_path / "last.pt")["step"] == 1
+    assert run.interrupted and checkpoint.load_checkpoint(tmp_path / "last.pt").step == 1
     assert "torchrun is gone" in (tmp_path / "resume_me").read_text()

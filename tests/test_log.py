@@ -313,7 +313,7 @@ def test_rotten_lines_are_dropped_and_the_run_goes_on(name, tiny_shards, tmp_pat
     path = tmp_path / name
     whole = path.read_bytes() if path.exists() else b'{"step": 1, "rows": [1]}\n'
     path.write_bytes(b"\n".join(ROTTEN) + b"\n" + whole)
-    make_run(config, tmp_path, checkpoint.load(tmp_path / "last.pt")).train()
+    make_run(config, tmp_path, checkpoint.load_checkpoint(tmp_path / "last.pt")).train()
     assert path.read_bytes().startswith(whole)
     assert not any(line in path.read_bytes().splitlines() for line in ROTTEN)
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from model import checkpoint
 from model.hourglass import StackedHourglass
 from model.loss import pck, peak_height, stack_losses
 
@@ -79,3 +80,27 @@ def test_peak_height_and_pck_count_drawn_joints_alone():
     assert peak_height(heat, drawn).item() == pytest.approx(0.3)
     found = torch.tensor([[[0.0, 0.0], [9.0, 9.0], [0.0, 0.0]]])
     assert pck(found, torch.zeros(1, 3, 2), drawn, 1.0).item() == 0.5
+
+
+def test_running_out_of_gpu_memory_is_not_told_as_a_damaged_checkpoint(
+    tiny_shards, tmp_path, monkeypatch
+):
+    from test_training import make_run, tiny_config
+
+    def out_of_memory(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    config = tiny_config(tiny_shards, optim={"ema_decay": 0.9})
+    make_run(config, tmp_path).save(["last.pt"])
+    saved = checkpoint.load_checkpoint(tmp_path / "last.pt")
+    for owner, name in (
+        (StackedHourglass, "load_state_dict"),
+        (StackedHourglass, "to"),
+        (torch.optim.Adam, "load_state_dict"),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+            patch.setattr(owner, name, out_of_memory)
+            make_run(config, tmp_path, saved)
+    monkeypatch.setattr(StackedHourglass, "load_state_dict", out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        checkpoint.trained_network(saved)

@@ -196,11 +196,19 @@ def test_ctrl_c_ends_a_program_with_a_sentence(program, tiny_shards, tmp_path):
 
 def fresh_checkpoint(folder: Path) -> Path:
     """A network of full size without training."""
-    from configs.schema import as_dict
     from configs.skeleton import MPII
     from model import checkpoint
 
     network = checkpoint.build_network(Config(), MPII.joint_count)
-    state = {"config": as_dict(Config()), "skeleton": MPII.plain(), "step": 0, "ema": {}}
-    checkpoint.save(folder / "fresh.pt", {**state, "model": network.state_dict()})
+    made = checkpoint.Checkpoint(
+        path=folder / "fresh.pt",
+        config=Config(),
+        skeleton=MPII,
+        step=0,
+        weights=network.state_dict(),
+        averaged={},
+        optimizer=None,
+        run=None,
+    )
+    checkpoint.save_checkpoint(made.path, made)
     return folder / "fresh.pt"

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ import train as train_program
 from common.distributed import from_first_rank, init_distributed
 from common.errors import InputError
 from configs.schema import save_yaml
+from configs.skeleton import MPII
 from model import checkpoint
 from pipelines.opencv_loader import RawBatch
 from pipelines.shard_format import HEADER_LENGTH, people_sha256
@@ -125,7 +127,7 @@ def test_a_resumed_run_is_within_the_noise_of_unstopped_ones(
     first = make_run(config, tmp_path / "parts", dist=dist)
     begun = traced(first, 5)
     first.save(["last.pt"])
-    state = checkpoint.load(tmp_path / "parts" / "last.pt")
+    state = checkpoint.load_checkpoint(tmp_path / "parts" / "last.pt")
     ended = traced(make_run(config, tmp_path / "parts", state, dist), 7)
     resumed = Trace(
         begun.given + ended.given,
@@ -145,7 +147,7 @@ def test_a_resumed_run_is_within_the_noise_of_unstopped_ones(
     with capsys.disabled():
         print(f"\n{json.dumps(facts)}")
     # A run that forgot its optimizer is found out.
-    state = {**state, "optimizer": {**state["optimizer"], "state": {}}}
+    state = replace(state, optimizer={**state.optimizer, "state": {}})
     forgot = traced(make_run(config, tmp_path / "parts", state, dist), 7).losses_S
     assert beyond(torch.cat([begun.losses_S, forgot]), [t.losses_S for t in unstopped])
 
@@ -153,10 +155,10 @@ def test_a_resumed_run_is_within_the_noise_of_unstopped_ones(
 def test_a_run_does_not_go_on_with_other_people(tiny_set, tiny_shards, tmp_path):
     config = tiny_config(tiny_shards, data={"preset": "hrnet"})
     make_run(config, tmp_path / "run").save(["last.pt"])
-    state = checkpoint.load(tmp_path / "run" / "last.pt")
+    state = checkpoint.load_checkpoint(tmp_path / "run" / "last.pt")
     assert pack(pack_arguments(tiny_set, tmp_path / "crops", "--packing", "crop")) == 0
     make_run(tiny_config(tmp_path / "crops", data={"preset": "hrnet"}), tmp_path / "run", state)
-    state["people_sha256"] = "0" * 64
+    state = replace(state, run=replace(state.run, people_sha256="0" * 64))
     with pytest.raises(InputError, match=r"12 people, not the 12 of .*last\.pt") as caught:
         make_run(config, tmp_path / "run", state)
     assert "--init_from" in caught.value.next_step
@@ -192,7 +194,7 @@ def test_one_rank_goes_on_with_the_people_and_losses_of_two_by_opencv(
         tiny_shards, data={"loader": "opencv", "preset": "newell"}, train={"steps_per_epoch": 2}
     )
     source = two_ranks / "opencv2" / "last.pt"
-    run = make_run(config, tmp_path, checkpoint.load(source))
+    run = make_run(config, tmp_path, checkpoint.load_checkpoint(source))
     assert "; a step takes 8 people as before, 4 per rank x 1 rank(s) x 2" in run.remarks[0]
     assert run.remarks[1] == "people follow each other as before"
     first, second = (rank["opencv goes on"] for rank in told(two_ranks))
@@ -211,7 +213,7 @@ def test_one_rank_begins_a_new_pass_over_the_people_of_two_by_dali(
     config = tiny_config(
         tiny_shards, data={"loader": "dali", "preset": "newell"}, train={"steps_per_epoch": 2}
     )
-    state = checkpoint.load(two_ranks / "dali2" / "last.pt")
+    state = checkpoint.load_checkpoint(two_ranks / "dali2" / "last.pt")
     run = make_run(config, tmp_path, state)
     assert run.remarks[1] == "DALI begins a new pass over the people, with new draws"
     run.save(["last.pt"])
@@ -219,7 +221,7 @@ def test_one_rank_begins_a_new_pass_over_the_people_of_two_by_dali(
     assert sorted([row for rows in stepwise for row in rows][:12]) == list(range(12))
     fresh = make_run(config, tmp_path / "fresh")
     assert rows_of(step(fresh)) != stepwise[0][:4], "the run's first pass once more"
-    again = make_run(config, tmp_path, checkpoint.load(tmp_path / "last.pt"))
+    again = make_run(config, tmp_path, checkpoint.load_checkpoint(tmp_path / "last.pt"))
     assert [rows_of(step(again)) for _ in range(3)] == stepwise
 
 
@@ -232,37 +234,52 @@ def test_one_rank_begins_a_new_pass_over_the_people_of_two_by_dali(
 def test_another_number_of_ranks_shares_the_same_global_batch(batch, parts, before, now, expected):
     config = tiny_config(Path("x"), data={"batch_size": batch}, optim={"accumulate": parts})
     state = saved(config, before, step=6)
-    fitted, remarks = resuming.fit_to_ranks(config, state, now, Path("last.pt"))
+    fitted, remarks = resuming.fit_to_ranks(config, state, now)
     assert (fitted.data.batch_size, fitted.optim.accumulate) == expected
     assert f"the run had {before} rank(s) and has {now}" in remarks[0]
     # And again, when this run is resumed in its turn.
-    state |= {"ranks": now, "people_a_step": resuming.people_a_step(fitted, now)}
-    assert resuming.fit_to_ranks(config, state, now, Path("last.pt")) == (fitted, [])
+    people = resuming.people_a_step(fitted, now)
+    state = replace(state, run=replace(state.run, ranks=now, people_a_step=people))
+    assert resuming.fit_to_ranks(config, state, now) == (fitted, [])
 
 
-def saved(config, ranks: int, step: int) -> dict[str, Any]:
-    from configs.schema import as_dict
-
-    return {"config": as_dict(config), "ranks": ranks, "step": step, "loader_states": [],
-            "people_a_step": resuming.people_a_step(config, ranks)}  # fmt: skip
+def saved(config, ranks: int, step: int) -> checkpoint.Checkpoint:
+    run = checkpoint.RunState(
+        ranks=ranks,
+        people=12,
+        loader="opencv",
+        rng=[],
+        loader_states=[],
+        people_a_step=resuming.people_a_step(config, ranks),
+    )
+    return checkpoint.Checkpoint(
+        path=Path("last.pt"),
+        config=config,
+        skeleton=MPII,
+        step=step,
+        weights={},
+        averaged={},
+        optimizer={},
+        run=run,
+    )
 
 
 def test_a_global_batch_may_be_shared_by_hand_but_not_changed():
     old = tiny_config(Path("x"), data={"batch_size": 4})
     by_hand = tiny_config(Path("x"), data={"batch_size": 2})
     state = saved(old, 1, step=6)
-    fitted, _ = resuming.fit_to_ranks(by_hand, state, 2, Path("last.pt"))
+    fitted, _ = resuming.fit_to_ranks(by_hand, state, 2)
     assert (fitted.data.batch_size, fitted.optim.accumulate) == (2, 1)
     with pytest.raises(InputError, match=r"data\.batch_size was 4, is 2"):
-        resuming.fit_to_ranks(by_hand, state, 3, Path("last.pt"))
+        resuming.fit_to_ranks(by_hand, state, 3)
     with pytest.raises(InputError, match="4 people a step, now on 3 ranks"):
-        resuming.fit_to_ranks(old, state, 3, Path("last.pt"))
+        resuming.fit_to_ranks(old, state, 3)
 
 
 def test_another_number_of_ranks_is_refused_in_mid_epoch():
     config = tiny_config(Path("x"), train={"steps_per_epoch": 6})
     with pytest.raises(InputError, match=r"2 rank\(s\), now 1, in mid-epoch \(step 7, 6 an epoch"):
-        resuming.fit_to_ranks(config, saved(config, 2, step=7), 1, Path("last.pt"))
+        resuming.fit_to_ranks(config, saved(config, 2, step=7), 1)
 
 
 def test_the_refusal_names_the_checkpoint_of_the_epochs_end(tmp_path):
@@ -301,7 +318,7 @@ def test_a_run_that_a_signal_ended_at_an_epochs_end_validates_when_it_goes_on(
     run = make_run(config, tmp_path)
     run.validation_due, run.step = True, 6
     run.save(["last.pt"])
-    again = make_run(config, tmp_path, checkpoint.load(tmp_path / "last.pt"))
+    again = make_run(config, tmp_path, checkpoint.load_checkpoint(tmp_path / "last.pt"))
     assert again.train()["people"] == 5
     assert (tmp_path / "best.pt").exists() and not again.validation_due
 

@@ -68,9 +68,9 @@ def test_moments_of_another_layout_are_taken_over_element_by_element(tiny_shards
     run.save(["last.pt"])
     losses, weights, strides = [], [], []
     for name in ("as saved", "NCHW"):
-        state = checkpoint.load(tmp_path / "run" / "last.pt")
+        state = checkpoint.load_checkpoint(tmp_path / "run" / "last.pt")
         if name == "NCHW":
-            for moments in state["optimizer"]["state"].values():
+            for moments in state.optimizer["state"].values():
                 moments |= {key: tensor.contiguous() for key, tensor in moments.items()}
         resumed = make_run(config, tmp_path / name, state)
         losses.append(steps(resumed, 2))
@@ -106,7 +106,9 @@ def test_a_run_stopped_in_mid_epoch_and_resumed_gives_the_same_weights_bit_for_b
     first = make_run(config, tmp_path / "parts")
     begun = steps(first, 2)
     first.save(["last.pt"])
-    second = make_run(config, tmp_path / "parts", checkpoint.load(tmp_path / "parts" / "last.pt"))
+    second = make_run(
+        config, tmp_path / "parts", checkpoint.load_checkpoint(tmp_path / "parts" / "last.pt")
+    )
     assert begun + steps(second, 3) == expected
     assert second.step == 5
     for name, tensor in whole.network.state_dict().items():
@@ -157,8 +159,8 @@ def test_a_run_writes_what_it_says_it_writes(tiny_shards, tmp_path):
     validated = metrics(folder, "valid")
     assert [line["step"] for line in validated] == [4, 6]
     assert validated[-1]["pckh@0.5_pooled"] == result["pckh"]["0.5"]["pooled"]
-    state = checkpoint.load(folder / "last.pt")
-    assert state["step"] == 6 and state["config"]["train"]["steps"] == 6
+    state = checkpoint.load_checkpoint(folder / "last.pt")
+    assert state.step == 6 and state.config.train.steps == 6
     assert list((folder / "tensorboard").glob("events.*"))
 
 
@@ -269,9 +271,9 @@ def test_the_time_limit_ends_with_a_validation_and_a_checkpoint(tiny_shards, tmp
     )
     run = make_run(config, tmp_path / "run")
     run.train()
-    state = checkpoint.load(tmp_path / "run" / "last.pt")
-    assert 0 < state["step"] < 10_000
-    assert [line["step"] for line in metrics(tmp_path / "run", "valid")] == [state["step"]]
+    state = checkpoint.load_checkpoint(tmp_path / "run" / "last.pt")
+    assert 0 < state.step < 10_000
+    assert [line["step"] for line in metrics(tmp_path / "run", "valid")] == [state.step]
     assert "max_minutes 0.01 is over" in capsys.readouterr().err
 
 
@@ -315,21 +317,21 @@ def test_weights_alone_may_start_a_run_with_another_number_of_joints(tiny_shards
     config = tiny_config(tiny_shards, model={"stacks": 2})
     run = make_run(config, tmp_path / "run")
     run.save(["last.pt"])
-    state = checkpoint.load(tmp_path / "run" / "last.pt")
+    state = checkpoint.load_checkpoint(tmp_path / "run" / "last.pt")
     network = checkpoint.build_network(config, joints=5)
-    fresh = checkpoint.init_weights(network, unnamed(5), state, tmp_path)
+    fresh = checkpoint.init_weights(network, unnamed(5), state)
     assert fresh == ["heads.0.weight", "heads.0.bias", "heads.1.weight", "heads.1.bias",
                      "merge_heatmaps.0.weight"]  # fmt: skip
-    assert torch.equal(network.stem.conv[0].weight, state["model"]["stem.conv.0.weight"])
+    assert torch.equal(network.stem.conv[0].weight, state.weights["stem.conv.0.weight"])
 
 
 def test_a_checkpoint_of_another_architecture_names_the_tensors(tiny_shards, tmp_path):
     run = make_run(tiny_config(tiny_shards), tmp_path / "run")
     run.save(["last.pt"])
-    state = checkpoint.load(tmp_path / "run" / "last.pt")
+    state = checkpoint.load_checkpoint(tmp_path / "run" / "last.pt")
     wider = checkpoint.build_network(tiny_config(tiny_shards, model={"width": 32}), 16)
     with pytest.raises(InputError, match=r"stem\.residual3\.conv1\.weight is \(8, 16, 1, 1\)"):
-        checkpoint.load_weights(wider, state["model"], tmp_path / "last.pt")
+        checkpoint.load_weights(wider, state.weights, tmp_path / "last.pt")
 
 
 @pytest.mark.parametrize(
@@ -338,7 +340,7 @@ def test_a_checkpoint_of_another_architecture_names_the_tensors(tiny_shards, tmp
 def test_a_file_that_is_no_checkpoint_is_refused(content, tmp_path):
     (tmp_path / "x.pt").write_bytes(content)
     with pytest.raises(InputError, match=r"x\.pt"):
-        checkpoint.load(tmp_path / "x.pt")
+        checkpoint.load_checkpoint(tmp_path / "x.pt")
 
 
 def test_a_truncated_checkpoint_and_one_of_another_version_are_refused(tiny_shards, tmp_path):
@@ -347,10 +349,10 @@ def test_a_truncated_checkpoint_and_one_of_another_version_are_refused(tiny_shar
     data = (tmp_path / "last.pt").read_bytes()
     (tmp_path / "cut.pt").write_bytes(data[: len(data) // 2])
     with pytest.raises(InputError, match=r"cut\.pt"):
-        checkpoint.load(tmp_path / "cut.pt")
+        checkpoint.load_checkpoint(tmp_path / "cut.pt")
     torch.save({"format": checkpoint.FORMAT, "format_version": 99}, tmp_path / "new.pt")
     with pytest.raises(InputError, match="version 99"):
-        checkpoint.load(tmp_path / "new.pt")
+        checkpoint.load_checkpoint(tmp_path / "new.pt")
 
 
 def test_a_checkpoint_never_runs_code(tmp_path):
@@ -360,15 +362,15 @@ def test_a_checkpoint_never_runs_code(tmp_path):
 
     torch.save({"format": checkpoint.FORMAT, "model": Bomb()}, tmp_path / "bomb.pt")
     with pytest.raises(InputError):
-        checkpoint.load(tmp_path / "bomb.pt")
+        checkpoint.load_checkpoint(tmp_path / "bomb.pt")
     assert not (tmp_path / "exploded").exists()
 
 
 def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
-    checkpoint.save(tmp_path / "last.pt", {"step": 1})
+    checkpoint.write_archive(tmp_path / "last.pt", {"step": 1})
     monkeypatch.setattr(torch, "save", lambda *a: (_ for _ in ()).throw(OSError(28, "full")))
     with pytest.raises(OSError, match="full"):
-        checkpoint.save(tmp_path / "last.pt", {"step": 2})
+        checkpoint.write_archive(tmp_path / "last.pt", {"step": 2})
     assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 1
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
 
@@ -398,7 +400,7 @@ def test_resuming_with_settings_of_another_run_is_refused(
     make_run(tiny_config(tiny_shards), tmp_path).save(["last.pt"])
     other = tiny_config(tiny_shards, **{section: values})
     with pytest.raises(InputError, match=named):
-        make_run(other, tmp_path, checkpoint.load(tmp_path / "last.pt"))
+        make_run(other, tmp_path, checkpoint.load_checkpoint(tmp_path / "last.pt"))
 
 
 def test_settings_that_may_change_are_remarked_on_and_take_effect(tiny_shards, tmp_path):
@@ -406,7 +408,7 @@ def test_settings_that_may_change_are_remarked_on_and_take_effect(tiny_shards, t
     steps(run, 1)
     run.save(["last.pt"])
     other = tiny_config(tiny_shards, optim={"weight_decay": 0.5, "lr": 1e-4}, train={"steps": 9})
-    again = make_run(other, tmp_path, checkpoint.load(tmp_path / "last.pt"))
+    again = make_run(other, tmp_path, checkpoint.load_checkpoint(tmp_path / "last.pt"))
     assert again.remarks == ["changed on resuming: optim.lr was 0.003, is 0.0001",
                              "changed on resuming: optim.weight_decay was 0.0, is 0.5"]  # fmt: skip
     assert again.optimizer.param_groups[0]["weight_decay"] == 0.5
@@ -418,8 +420,8 @@ def test_a_run_resumed_in_another_folder_has_a_best_of_its_own(tiny_shards, tmp_
     first.save(["last.pt"])
     source = tmp_path / "a" / "last.pt"
     (tmp_path / "b").mkdir()
-    moved = Run(tiny_config(tiny_shards), HERE, tmp_path / "b", checkpoint.load(source), source)
-    kept = Run(tiny_config(tiny_shards), HERE, tmp_path / "a", checkpoint.load(source), source)
+    moved = Run(tiny_config(tiny_shards), HERE, tmp_path / "b", checkpoint.load_checkpoint(source))
+    kept = Run(tiny_config(tiny_shards), HERE, tmp_path / "a", checkpoint.load_checkpoint(source))
     assert (moved.best, kept.best) == (-1.0, 0.9)
 
 
@@ -427,7 +429,7 @@ def test_lines_after_the_checkpoint_are_dropped_on_resuming(tiny_shards, tmp_pat
     config = tiny_config(tiny_shards, train={"log_every": 1})
     first = make_run(config, tmp_path)
     first.train()
-    state = {**checkpoint.load(tmp_path / "last.pt"), "step": 3}
+    state = dataclasses.replace(checkpoint.load_checkpoint(tmp_path / "last.pt"), step=3)
     make_run(config, tmp_path, state).train()
     assert [line["step"] for line in metrics(tmp_path, "train")] == [1, 2, 3, 4, 5, 6]
 
@@ -455,9 +457,9 @@ def test_a_signal_ends_the_step_and_keeps_it(number, tiny_shards, tmp_path):
     _, text = process.communicate(timeout=60)
     assert process.returncode == 75, text
     assert "STOPPED EARLY" in text and "Traceback" not in text
-    state = checkpoint.load(tmp_path / "r" / "last.pt")
-    assert state["step"] >= 3
-    more = [*words, "--train.steps", state["step"] + 2]
+    state = checkpoint.load_checkpoint(tmp_path / "r" / "last.pt")
+    assert state.step >= 3
+    more = [*words, "--train.steps", state.step + 2]
     assert command(*more, "--resume").returncode == 0
 
 
@@ -545,8 +547,8 @@ def test_two_ranks_train_validate_and_resume_under_torchrun(tiny_shards, tmp_pat
     first = command(*launch[1:], *words, program="-m")
     assert first.returncode == 0, first.stderr
     assert "batch: 8 = 4 per rank x 2 rank(s) x 1" in first.stdout
-    state = checkpoint.load(tmp_path / "r" / "last.pt")
-    assert state["ranks"] == 2 and len(state["rng"]) == 2
+    state = checkpoint.load_checkpoint(tmp_path / "r" / "last.pt")
+    assert state.run.ranks == 2 and len(state.run.rng) == 2
     second = command(*launch[1:], *words, "--train.steps", 6, "--resume", program="-m")
     assert second.returncode == 0, second.stderr
     assert [m["step"] for m in metrics(tmp_path / "r", "train")] == [1, 2, 3, 4, 5, 6]

@@ -89,7 +89,7 @@ def differences(
     for _ in range(4):
         losses.append(step(part).sums.tolist())
         part.save(["last.pt"])
-        state = checkpoint.load(folder / "parts" / "last.pt")
+        state = checkpoint.load_checkpoint(folder / "parts" / "last.pt")
         part = watched(Run(config, dist, folder / "parts", state), batches_of_parts)
     differing = [] if losses == expected and losses[0] != losses[1] else ["losses"]
     given = [content(batch) for batch in batches]
@@ -100,8 +100,8 @@ def differences(
         if not torch.equal(tensor, weights[name]):
             differing.append(name)
     if dist.is_first:
-        state = leaves(checkpoint.load(folder / "last.pt"))
-        resumed = leaves(checkpoint.load(folder / "parts" / "last.pt"))
+        state = leaves(torch.load(folder / "last.pt", weights_only=True))
+        resumed = leaves(torch.load(folder / "parts" / "last.pt", weights_only=True))
         assert len(state) > 100 and any(name.startswith("scaler/") for name in state)
         differing += [n for n in state.keys() | resumed.keys() if state.get(n) != resumed.get(n)]
     return differing

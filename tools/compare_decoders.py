@@ -181,9 +181,8 @@ def print_pckh(
     path: Path, shards: ShardSet, jpegs: list[bytes], pictures: dict[str, list[Picture]]
 ) -> None:
     """PCKh of the same people through each decoder."""
-    state = checkpoint.load(path)
-    config = checkpoint.config_of(state, path)
-    network = checkpoint.evaluation_network(state, path)
+    trained = checkpoint.load_checkpoint(path)
+    config, network = trained.config, checkpoint.evaluation_network(trained)
     skeleton = shards.manifest.skeleton
     codec = codec_of(config.data, config.heatmaps, skeleton)
     people, samples = shards.people()

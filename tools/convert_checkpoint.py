@@ -19,15 +19,15 @@ def main() -> None:
     source, target = Path(options.source), Path(options.target)
     if target.exists():
         raise InputError(target, "a file", "a new name", "give another name, or remove the file")
-    state = checkpoint.load(source)
+    loaded = checkpoint.load_checkpoint(source)
     if options.to == "princeton":
-        raw = checkpoint.to_princeton(state, source)
-        checkpoint.write(target, raw)
+        raw = checkpoint.to_princeton(loaded)
+        checkpoint.write_archive(target, raw)
         what = "with" if "optimizer" in raw else "without"
     else:
-        checkpoint.save(target, state)
-        what = "with" if "optimizer" in state else "without"
-    print(f"wrote {target} ({options.to}), step {state['step']:,}, {what} the optimizer's state")
+        checkpoint.save_checkpoint(target, loaded)
+        what = "with" if loaded.optimizer else "without"
+    print(f"wrote {target} ({options.to}), step {loaded.step:,}, {what} the optimizer's state")
 
 
 def make_parser() -> Parser:

@@ -10,10 +10,11 @@ import argparse
 import contextlib
 import importlib.util
 import io
+import json
 import logging
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +23,9 @@ from common.cli import Parser
 from common.errors import InputError, run_main
 from evaluation.estimator import PoseEstimator, read_picture
 from evaluation.inference import last_heatmaps
-from model import checkpoint, exported
-from model.export import INPUT, OUTPUT, OnnxNetwork
+from model import checkpoint
+from model.checkpoint import Checkpoint
+from model.export import INPUT, KEY, OUTPUT, OnnxNetwork, write_safetensors
 from pipelines.augment import without_augmentation
 from pipelines.codec import Codec
 from pipelines.geometry import STRIDE
@@ -56,25 +58,24 @@ def main() -> None:
     """Read the checkpoint, write what was asked for, compare."""
     options = make_parser().parse_args()
     check_options(options)
-    state = checkpoint.load(options.checkpoint)
-    facts = {"format": checkpoint.FORMAT, "format_version": checkpoint.FORMAT_VERSION, **state}
+    trained = checkpoint.load_checkpoint(options.checkpoint)
     if options.safetensors:
-        network = checkpoint.trained_network(state, options.checkpoint)
+        network = checkpoint.trained_network(trained)
         options.safetensors.parent.mkdir(parents=True, exist_ok=True)
-        exported.write_safetensors(options.safetensors, network.state_dict(), facts)
+        write_safetensors(options.safetensors, network.state_dict(), checkpoint.header(trained))
         print(f"wrote {options.safetensors}")
     if options.onnx:
-        export_onnx(options, facts)
+        export_onnx(options, trained)
 
 
-def export_onnx(options: argparse.Namespace, facts: dict[str, Any]) -> None:
+def export_onnx(options: argparse.Namespace, trained: Checkpoint) -> None:
     """Write the graph if it answers as torch does, and say by how much not. Raises InputError."""
     estimator = PoseEstimator.from_checkpoint(options.checkpoint, device="cpu")
     codec, joints = estimator.codec, estimator.skeleton.joint_count
-    crops, what = crops_to_check(options, estimator)
+    crops, what = crops_to_check(options, estimator, trained)
     whole = LastStack(estimator.network, codec, options.flip)
     with written_beside(options.onnx) as temporary:
-        write_onnx(temporary, whole, facts)
+        write_onnx(temporary, whole, trained)
         largest = largest_difference(OnnxNetwork(temporary, joints), whole, crops)
         if not largest <= TOLERANCE:
             raise InputError(
@@ -145,14 +146,15 @@ def check_options(options: argparse.Namespace) -> None:
         )
 
 
-def crops_to_check(options: argparse.Namespace, estimator: PoseEstimator) -> tuple[Tensor, str]:
+def crops_to_check(
+    options: argparse.Namespace, estimator: PoseEstimator, trained: Checkpoint
+) -> tuple[Tensor, str]:
     """(N, 3, S, S) RGB in 0..1, and what they are. Raises InputError."""
     if options.check:
         pictures = [read_picture(path) for path in options.check]
         raw = collate([estimator.crop(image, None, "picture") for image in pictures])
         return images_on_device(raw, torch.device("cpu")), f"{len(pictures)} pictures"
-    state = checkpoint.load(options.checkpoint)
-    folder = Path(checkpoint.config_of(state, options.checkpoint).data.shards) / "valid"
+    folder = Path(trained.config.data.shards) / "valid"
     size = estimator.codec.input_px
     if not (folder / MANIFEST).is_file():
         noise = torch.rand(MOST_PEOPLE, 3, size, size, generator=torch.Generator().manual_seed(0))
@@ -177,7 +179,7 @@ def written_beside(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_onnx(path: Path, network: LastStack, facts: dict[str, Any]) -> None:
+def write_onnx(path: Path, network: LastStack, trained: Checkpoint) -> None:
     """Trace the network with a free number of people, and write it with our facts."""
     # Of another size than 1, which the tracing would take for a constant.
     size = network.codec.input_px
@@ -196,9 +198,9 @@ def write_onnx(path: Path, network: LastStack, facts: dict[str, Any]) -> None:
     assert program is not None
     if network.flip:
         # What reads the file must not add a second flip test.
-        evaluation = {**facts["config"].get("eval", {}), "flip": False}
-        facts = {**facts, "config": {**facts["config"], "eval": evaluation}}
-    program.model.metadata_props[exported.KEY] = exported.facts_text(facts)
+        config = replace(trained.config, eval=replace(trained.config.eval, flip=False))
+        trained = replace(trained, config=config)
+    program.model.metadata_props[KEY] = json.dumps(checkpoint.header(trained))
     program.save(str(path), external_data=False)
 
 

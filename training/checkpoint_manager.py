@@ -14,7 +14,7 @@ from pathlib import Path
 from common.errors import InputError
 from common.files import write_atomic
 from model import checkpoint
-from model.checkpoint import State
+from model.checkpoint import Checkpoint
 
 LAST, BEST = "last.pt", "best.pt"
 RESUME_ME = "resume_me"
@@ -23,14 +23,14 @@ LOCK = "lock"
 """Is held by the process that trains the run, and names it."""
 
 
-def save(folder: Path, state: State, names: list[str], keep: int) -> None:
+def save(folder: Path, made: Checkpoint, names: list[str], keep: int) -> None:
     """Write a checkpoint under each name, and remove all but the newest so many.
 
     Checkpoints of later steps go too: the run went back and left them. Raises OSError, and then
     every name stands for the file that it stood for before, or already for the new one.
     """
-    newest = folder / f"step_{state['step']:08d}.pt"
-    checkpoint.save(newest, state)
+    newest = folder / f"step_{made.step:08d}.pt"
+    checkpoint.save_checkpoint(newest, made)
     for name in names:
         _name_also(newest, folder / name)
     checkpoint.sync_folder(folder)
@@ -63,7 +63,7 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
             continue
         seen.append(path.stat())
         try:
-            checkpoint.load(path)
+            checkpoint.load_checkpoint(path)
         except InputError as error:
             remarks.append(f"{path} is damaged ({error.found}); the one before it is looked at")
         except OSError as error:  # sectors that cannot be read, say

@@ -7,12 +7,10 @@ import dataclasses
 from pathlib import Path
 
 from common.errors import InputError
-from configs.schema import Config, flat
+from configs.schema import Config
 from model import checkpoint
-from model.checkpoint import State
+from model.checkpoint import Checkpoint
 from training.checkpoint_manager import numbered
-
-_MOST_RANKS = 65_536
 
 
 def people_a_step(config: Config, ranks: int) -> int:
@@ -20,27 +18,26 @@ def people_a_step(config: Config, ranks: int) -> int:
     return config.data.batch_size * config.optim.accumulate * ranks
 
 
-def fit_to_ranks(
-    config: Config, state: State, ranks: int, source: Path
-) -> tuple[Config, list[str]]:
+def fit_to_ranks(config: Config, start: Checkpoint, ranks: int) -> tuple[Config, list[str]]:
     """The config with the run's global batch shared among so many ranks, and what to say of it.
 
-    source: the checkpoint's file. Raises InputError if the run cannot go on so, or if settings were
-    changed that make it another run.
+    Raises InputError if the run cannot go on so, or if settings were changed that make it another
+    run.
     """
-    if "loader_states" not in state:  # a checkpoint of others' code: no place in our data
+    if not start.run:  # a checkpoint of others' code: no place in our data
         return config, []
-    saved = state["config"]
-    before, people = state["ranks"], _people_before(state, source)
+    saved = start.config
+    before = start.run.ranks
+    people = start.run.people_a_step or people_a_step(saved, before)
     if before != ranks:
-        _check_boundary(state, ranks, source)
-    sizes = (saved["data"]["batch_size"], saved["optim"]["accumulate"])
+        _check_boundary(start, before, ranks)
+    sizes = (saved.data.batch_size, saved.optim.accumulate)
     if before != ranks and people_a_step(config, ranks) == people:
         # The same global batch, shared out by hand.
-        remarks = checkpoint.compare_settings(saved, _with_sizes(config, *sizes), source)
+        remarks = checkpoint.compare_settings(start, _with_sizes(config, *sizes))
     else:
-        remarks = checkpoint.compare_settings(saved, config, source)
-        config = _share(config, people, ranks, source)
+        remarks = checkpoint.compare_settings(start, config)
+        config = _share(config, people, ranks, start.path)
     if before != ranks:
         size, parts = config.data.batch_size, config.optim.accumulate
         remarks.append(
@@ -50,29 +47,20 @@ def fit_to_ranks(
     return config, remarks
 
 
-def _people_before(state: State, source: Path) -> int:
-    """Of each step so far. Raises ValueError for what no number of ranks comes to."""
-    of_a_rank = people_a_step(checkpoint.config_of(state, source), 1)
-    people: int = state.get("people_a_step", of_a_rank * state["ranks"])
-    if people % of_a_rank or people > of_a_rank * _MOST_RANKS:
-        raise ValueError(f"{people} people a step, {of_a_rank} on a rank")
-    return people
-
-
-def _check_boundary(state: State, ranks: int, source: Path) -> None:
+def _check_boundary(start: Checkpoint, before: int, ranks: int) -> None:
     """Raise InputError in mid-epoch: there each rank has its own place in the data."""
-    epoch = flat(state["config"])["train.steps_per_epoch"]
-    if state["step"] % epoch:
+    epoch, source = start.config.train.steps_per_epoch, start.path
+    if start.step % epoch:
         numbers = {path: int(path.stem.removeprefix("step_")) for path in numbered(source.parent)}
         ended = [path for path, step in numbers.items() if step % epoch == 0]
         or_from = f", or go back to its end: --resume {ended[0]}" if ended else ""
         raise InputError(
             source,
-            f"a run of {state['ranks']} rank(s), now {ranks}, in mid-epoch "
-            f"(step {state['step']}, {epoch} an epoch)",
+            f"a run of {before} rank(s), now {ranks}, in mid-epoch "
+            f"(step {start.step}, {epoch} an epoch)",
             "the same number of ranks, for each has its own place in the data; "
             "another one at the end of an epoch",
-            f"start {state['ranks']}{or_from}",
+            f"start {before}{or_from}",
         )
 
 

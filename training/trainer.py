@@ -8,8 +8,8 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from configs.skeleton import require_same_joints
 from evaluation import pckh, visualize
 from evaluation.inference import StoppedError, predict_distributed
 from model import checkpoint
-from model.checkpoint import State
+from model.checkpoint import Checkpoint, RunState
 from model.loss import stack_losses, stack_losses_of_joints
 from pipelines.augment import without_augmentation
 from pipelines.bad_samples import BadSamples, SkippingLoader
@@ -78,18 +78,15 @@ class Run:
         config: Config,
         dist: DistributedContext,
         folder: Path,
-        state: State | None = None,
-        source: Path | None = None,
+        start: Checkpoint | None = None,
     ):
         """Build everything; nothing is written yet. folder: of the run.
 
-        state: a checkpoint to continue from. source: its file.
+        start: the checkpoint to continue from.
         """
-        source = source or folder / LAST
         self.given, self.remarks = config, list[str]()
-        if state:
-            with _damage_named(source):
-                config, self.remarks = resuming.fit_to_ranks(config, state, dist.world_size, source)
+        if start:
+            config, self.remarks = resuming.fit_to_ranks(config, start, dist.world_size)
         self.config, self.dist, self.folder = config, dist, folder
         set_cpu_threads(dist.device, config.data.workers)
         self.train_shards = ShardSet(Path(config.data.shards) / "train")
@@ -114,8 +111,7 @@ class Run:
         self.saved_step = 0  # of last.pt
         self.average: Average | None = None
         self.loader_began, self.validation_due = 0, False
-        with _damage_named(source):
-            loader_state = self._restore(state, source) if state else b""
+        loader_state = self._restore(start) if start else b""
         if config.optim.ema_decay and self.average is None:
             self.average = Average(self.network, config.optim.ema_decay)
         self.loader = self._make_loader(loader_state)
@@ -398,8 +394,8 @@ class Run:
         loaders = gather_bytes(self.loader.state(), self.dist)
         if self.dist.is_first:
             try:
-                state = self._state(rng, loaders)
-                keeping.save(self.folder, state, names, self.config.train.keep_last)
+                made = self._checkpoint(rng, loaders)
+                keeping.save(self.folder, made, names, self.config.train.keep_last)
                 self.unsaved, self.saved_step = "", self.step
             except OSError as error:
                 before, self.unsaved = (
@@ -410,71 +406,76 @@ class Run:
                     self.log.say(f"WARNING: {self.unsaved}; training goes on")
         barrier(self.dist)
 
-    def _state(self, rng: list[bytes], loaders: list[bytes]) -> State:
+    def _checkpoint(self, rng: list[bytes], loaders: list[bytes]) -> Checkpoint:
         """Everything that continues the run. rng, loaders: the states of each rank."""
-        return {
-            "config": schema.as_dict(self.given),
-            "skeleton": self.skeleton.plain(),
-            "model": self.network.state_dict(),
-            "ema": self.average.tensors if self.average else {},
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "step": self.step,
-            "best": self.best,
-            "seconds": self.seconds,
-            "validation_due": self.validation_due,
-            "people": len(self.train_shards),
-            "people_sha256": self.people_sha256,
-            "ranks": self.dist.world_size,
-            "people_a_step": resuming.people_a_step(self.config, self.dist.world_size),
-            "loader": self._loader_name(),
-            "loader_device": self.dist.device.type,
-            "loader_began": self.loader_began,
-            "rng": [_as_tensor(data) for data in rng],
-            "loader_states": [_as_tensor(data) for data in loaders],
-        }
-
-    def _restore(self, state: State, source: Path) -> bytes:
-        """Continue from a checkpoint. Returns the state of this rank's loader, if it has one."""
-        require_same_joints(
-            checkpoint.skeleton_of(state), self.skeleton, source, self.train_shards.folder
+        run = RunState(
+            scaler=self.scaler.state_dict(),
+            best=self.best,
+            seconds=self.seconds,
+            validation_due=self.validation_due,
+            people=len(self.train_shards),
+            people_sha256=self.people_sha256,
+            ranks=self.dist.world_size,
+            people_a_step=resuming.people_a_step(self.config, self.dist.world_size),
+            loader=self._loader_name(),
+            loader_device=self.dist.device.type,
+            loader_began=self.loader_began,
+            rng=[_as_tensor(data) for data in rng],
+            loader_states=[_as_tensor(data) for data in loaders],
         )
-        checkpoint.require_same_size(state, self.config, source)
-        if state.get("people_sha256", self.people_sha256) != self.people_sha256:
+        return Checkpoint(
+            path=self.folder / LAST,
+            config=self.given,
+            skeleton=self.skeleton,
+            step=self.step,
+            weights=self.network.state_dict(),
+            averaged=self.average.tensors if self.average else {},
+            optimizer=self.optimizer.state_dict(),
+            run=run,
+        )
+
+    def _restore(self, start: Checkpoint) -> bytes:
+        """Continue from a checkpoint. Returns the state of this rank's loader, if it has one."""
+        source, run = start.path, start.run
+        require_same_joints(start.skeleton, self.skeleton, source, self.train_shards.folder)
+        checkpoint.require_same_size(start, self.config)
+        if run and run.people_sha256 not in (None, self.people_sha256):
             raise InputError(
                 self.train_shards.folder,
-                f"{len(self.train_shards):,} people, not the {state['people']:,} of {source}",
+                f"{len(self.train_shards):,} people, not the {run.people:,} of {source}",
                 "the people that the run was begun with, in their order",
                 f"give their shards (--data.shards), or begin a new run with --init_from {source}",
             )
-        if "loader_states" not in state:
-            self.remarks += checkpoint.foreign_remarks(state, self.config)
-        checkpoint.load_weights(self.network, state["model"], source)
-        if state["step"] > self.config.train.steps:
+        checkpoint.load_weights(self.network, start.weights, source)
+        if start.step > self.config.train.steps:
             raise InputError(
                 f"train.steps {self.config.train.steps}",
-                f"{state['step']} steps that {source} has done already",
+                f"{start.step} steps that {source} has done already",
                 "the number of steps in all, those included",
-                f"--train.steps {state['step'] + self.config.train.steps} for as many more",
+                f"--train.steps {start.step + self.config.train.steps} for as many more",
             )
-        self._restore_optimizer(state["optimizer"], source)
-        self.step, self.seconds = state["step"], state.get("seconds", 0.0)
-        self.validation_due = state.get("validation_due", False)
-        if source.resolve().parent == self.folder.resolve():
-            self.best = state.get("best", -1.0)  # of this folder's best.pt
-            self.saved_step = self.step
-        if state["ema"] and self.config.optim.ema_decay:
-            checkpoint.require_fit(self.network, state["ema"], source)
+        if start.optimizer:
+            self._restore_optimizer(start.optimizer, source)
+        self.step = start.step
+        if start.averaged and self.config.optim.ema_decay:
+            checkpoint.require_fit(self.network, start.averaged, source)
             self.average = Average(self.network, self.config.optim.ema_decay)
-            for name, tensor in state["ema"].items():
+            for name, tensor in start.averaged.items():
                 self.average.tensors[name].copy_(tensor)
-        if state.get("scaler"):
-            self.scaler.load_state_dict(state["scaler"])
-        if state.get("ranks") == self.dist.world_size:
-            torch.set_rng_state(state["rng"][self.dist.rank])
-        return self._loader_state(state)
+        if source.resolve().parent == self.folder.resolve():
+            self.best = run.best if run else -1.0  # of this folder's best.pt
+            self.saved_step = self.step
+        if not run:
+            self.remarks += checkpoint.foreign_remarks(start, self.config)
+            return b""
+        self.seconds, self.validation_due = run.seconds, run.validation_due
+        if run.scaler:
+            self.scaler.load_state_dict(run.scaler)
+        if run.ranks == self.dist.world_size:
+            torch.set_rng_state(run.rng[self.dist.rank])
+        return self._loader_state(run)
 
-    def _restore_optimizer(self, saved: State, path: Path) -> None:
+    def _restore_optimizer(self, saved: dict[str, Any], path: Path) -> None:
         """Take over the optimizer's moments. Raises InputError if they are another optimizer's."""
         kinds = ["exp_avg", "exp_avg_sq"] if self.config.optim.name == "adam" else ["square_avg"]
         if any(kinds[0] not in moments for moments in saved["state"].values()):
@@ -489,33 +490,27 @@ class Run:
         # Fused Adam goes through memory as it lies, and other code's moments are not channels-last.
         for parameter, moments in self.optimizer.state.items():
             for name in kinds:
-                if moments[name].shape != parameter.shape:
-                    raise ValueError(f"{name} of shape {tuple(moments[name].shape)}")
                 moments[name] = torch.empty_like(parameter).copy_(moments[name])
-            if not 0 <= moments["step"].item() < 2**31:
-                raise ValueError(f"a moment of step {moments['step']}")
 
-    def _loader_state(self, state: State) -> bytes:
+    def _loader_state(self, run: RunState) -> bytes:
         """DALI's state, if as many ranks were loaded by it before; else its order begins anew."""
-        if "loader_states" not in state:
-            return b""
-        loader, before = self._loader_name(), state["loader"]
+        loader, before = self._loader_name(), run.loader
         device = self.dist.device.type
         if loader != before:
             self.remarks.append(
                 f"the loader was {before} and is {loader}: the order of people is another"
             )
-        elif loader == "dali" and state.get("loader_device", device) != device:
+        elif loader == "dali" and run.loader_device not in (None, device):
             self.remarks.append("DALI runs on another kind of device: it begins a new pass")
-        elif state["ranks"] != self.dist.world_size:
+        elif run.ranks != self.dist.world_size:
             self.remarks.append(
                 "people follow each other as before"
                 if loader == "opencv"
                 else "DALI begins a new pass over the people, with new draws"
             )
         else:
-            self.loader_began = state.get("loader_began", 0)
-            return bytes(state["loader_states"][self.dist.rank].numpy())
+            self.loader_began = run.loader_began
+            return bytes(run.loader_states[self.dist.rank].numpy())
         self.loader_began = self.step if loader == "dali" else 0
         return b""
 
@@ -560,27 +555,6 @@ class Run:
         if self.config.train.compile:
             forward.compile()
         return forward
-
-
-@contextmanager
-def _damage_named(source: Path) -> Iterator[None]:
-    """Turn what a checkpoint of other contents than ours makes fail into an InputError."""
-    try:
-        yield
-    except (
-        LookupError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        OverflowError,
-        RuntimeError,
-    ) as error:
-        raise InputError(
-            source,
-            f"a checkpoint that cannot be continued ({type(error).__name__}: {str(error)[:200]})",
-            "one that training wrote",
-            "use another one, or begin a new run with --init_from",
-        ) from error
 
 
 def _as_tensor(data: bytes) -> Tensor:
