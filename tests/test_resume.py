@@ -286,8 +286,9 @@ def test_the_refusal_names_the_checkpoint_of_the_epochs_end(tmp_path):
     config = tiny_config(Path("x"), train={"steps_per_epoch": 6})
     for name in ("step_00000006.pt", "step_00000012.pt", "step_00000013.pt", "step_of_mine.pt"):
         (tmp_path / name).touch()
+    state = replace(saved(config, 2, step=13), path=tmp_path / "last.pt")
     with pytest.raises(InputError) as caught:
-        resuming.fit_to_ranks(config, saved(config, 2, step=13), 1, tmp_path / "last.pt")
+        resuming.fit_to_ranks(config, state, 1)
     assert caught.value.next_step.endswith(f"--resume {tmp_path / 'step_00000012.pt'}")
 
 
