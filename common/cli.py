@@ -1,4 +1,4 @@
-"""Command lines that name mistakes, and progress shown on a terminal or in a log file."""
+"""Command-line parsing, and progress shown on a terminal or in a log file."""
 
 import argparse
 import difflib
@@ -13,14 +13,9 @@ from tqdm import tqdm
 
 from common.errors import InputError
 
-_KINDS: dict[Any, str] = {int: "whole number", float: "number"}
-_OTHER_NAMES = {"gpu": "cuda", "bfloat16": "bf16", "float16": "fp16", "half": "fp16",
-                "float32": "fp32", "float": "fp32"}  # fmt: skip
-"""What others call a choice, where no letters in common would lead to it."""
-
 
 class Parser(argparse.ArgumentParser):
-    """argparse without abbreviations; an unknown option is answered with the nearest known one."""
+    """argparse without abbreviations whose errors are InputErrors; suggests the nearest option."""
 
     def __init__(self, **arguments: Any):
         """arguments: as argparse.ArgumentParser takes them."""
@@ -29,22 +24,10 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> tuple[argparse.Namespace, list[str]]:
-        """Raises InputError for an unknown option before anything else is looked at."""
+        """Raises InputError; an unknown option is reported before any other mistake."""
         words = list(sys.argv[1:] if args is None else args)
         check_options(words, self._option_string_actions, f"{self.prog} --help")
         return super().parse_known_args(words, namespace)
-
-    def _get_value(self, action: argparse.Action, text: str) -> Any:
-        try:
-            return super()._get_value(action, text)
-        except argparse.ArgumentError as error:
-            kind = _KINDS.get(action.type) or getattr(action.type, "__name__", "value")
-            advice = f"see {self.prog} --help"
-            raise InputError(_name(action), repr(text), f"a {kind}", advice) from error
-
-    def _check_value(self, action: argparse.Action, value: Any) -> None:
-        if action.choices is not None and value not in action.choices:
-            raise wrong_choice(_name(action), value, action.choices)
 
     def error(self, message: str) -> NoReturn:
         """Raises InputError instead of printing the usage."""
@@ -53,42 +36,27 @@ class Parser(argparse.ArgumentParser):
         )
 
 
-def _name(action: argparse.Action) -> str:
-    return "/".join(action.option_strings) or action.dest
-
-
-def wrong_choice(option: str, value: object, choices: Iterable[object]) -> InputError:
-    """The error for a value that is none of the choices; it names the nearest."""
-    names, word = [str(choice) for choice in choices], str(value)
-    near = difflib.get_close_matches(_OTHER_NAMES.get(word.lower(), word.lower()), names, n=1)
-    advice = f"did you mean {near[0]}?" if near else "give one of them"
-    if "," in word and set(word.split(",")) <= set(names):
-        advice = f"put spaces between them: {option} {word.replace(',', ' ')}"
-    return InputError(option, repr(value), f"one of {', '.join(names)}", advice)
-
-
-def check_options(words: Iterable[str], known: Iterable[str], listing: str) -> None:
-    """Raise InputError at the first unknown option, naming the nearest. listing: shows them all."""
+def check_options(words: Iterable[str], known: Iterable[str], help_command: str) -> None:
+    """Raise InputError at the first unknown option; it suggests the nearest one."""
     known = [option for option in known if option.startswith("--")]
     for word in words:
         option = word.split("=", 1)[0]
-        if word == "--":
+        if option == "--":
             return
         if option.startswith("--") and option not in known:
-            raise unknown(option, known, listing)
+            advice = did_you_mean(option, known) or f"see {help_command}"
+            found = f"unknown option {option}"
+            raise InputError("command line", found, "an option of this program", advice)
 
 
-def unknown(name: str, known: list[str], listing: str) -> InputError:
-    """The error for a setting that does not exist."""
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
-    beside = [option for option in known if option.startswith(name.split(".")[0] + ".")]
-    advice = f"known are {', '.join(beside)}" if beside else f"see {listing}"
-    advice = f"did you mean {near[0]}?" if near else advice
-    return InputError("command line", f"unknown option {name}", "one of this program", advice)
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A question with the nearest known name; empty where none is near."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.7)
+    return f"did you mean {near[0]}?" if near else ""
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """The type of an option that is a whole number from `least` on."""
+    """An argparse type: a whole number, `least` or more."""
 
     def number(text: str) -> int:
         value = int(text)
@@ -96,7 +64,7 @@ def at_least(least: int) -> Callable[[str], int]:
             raise ValueError
         return value
 
-    number.__name__ = f"whole number from {least} on"  # which the parser's message says
+    number.__name__ = f"whole number ({least} or more)"  # argparse puts it into its message
     return number
 
 
@@ -117,18 +85,21 @@ def add_device_options(group: argparse._ArgumentGroup) -> None:
 
 
 SECONDS_BETWEEN_LINES = 15.0
-"""Between two lines where nobody watches; work that takes less has none."""
+"""Between progress lines where stderr is no terminal; shorter work prints none."""
 
 T = TypeVar("T")
 
 
 @contextmanager
 def counting(what: str, total: int | None, unit: str) -> Iterator[Callable[[int], object]]:
-    """A function to call with how many more are done. total: None if unknown. unit: in plural."""
+    """A progress bar, or lines in a log file; yields a function that adds to what is done.
+
+    total: None if unknown. unit: a plural.
+    """
     if not sys.stderr.isatty():
         yield _Lines(what, total, unit).update
         return
-    # The ^C that a terminal echoes has room: it must not push the bar into a second line.
+    # Leave room for the ^C that a terminal echoes: it must not wrap the bar into a second line.
     columns = shutil.get_terminal_size().columns - 3
     with tqdm(desc=what, total=total, unit=f" {unit}", ncols=columns) as bar:
         yield bar.update
@@ -137,9 +108,9 @@ def counting(what: str, total: int | None, unit: str) -> Iterator[Callable[[int]
 def progress(
     items: Iterable[T], what: str, unit: str, total: int | None = None, shown: bool = True
 ) -> Iterator[T]:
-    """The items; each counts when the next is asked for. total: len(items) where there is one.
+    """The items, with progress; an item counts as done when the next one is asked for.
 
-    shown: False for a process that is to be silent.
+    total: by default len(items), where it has one. shown: False prints nothing.
     """
     if not shown:
         yield from items
@@ -153,19 +124,19 @@ def progress(
 
 
 def info(text: str) -> None:
-    """A line that stays, above the bar if there is one."""
+    """Print a line to stderr, above the progress bar if there is one."""
     tqdm.write(text, file=sys.stderr)
 
 
 def duration(seconds: float) -> str:
-    """As a clock shows it: 0:07, 12:34, 5:06:07."""
+    """Formatted as 0:07, 12:34 or 5:06:07."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
 
 
 class _Lines:
-    """The plain lines of one piece of work."""
+    """Progress as lines of text."""
 
     def __init__(self, what: str, total: int | None, unit: str):
         self._what, self._total, self._unit = what, total, unit
@@ -173,7 +144,7 @@ class _Lines:
         self._began = self._shown = time.monotonic()
 
     def update(self, more: int) -> None:
-        """So many more are done; prints a line if it is time for one."""
+        """Count more as done; prints a line every SECONDS_BETWEEN_LINES."""
         self._done += more
         now = time.monotonic()
         if now - self._shown < SECONDS_BETWEEN_LINES:

@@ -1,15 +1,15 @@
-"""What a set of joints is: names, left-right pairs, limbs to draw, groups to report, and a length.
+"""Sets of joints: names, left-right pairs, limbs to draw, groups to report. MPII's is built in.
 
-`load_skeleton` reads one from a small YAML file; docs/custom-data.md shows such a file.
+`load_skeleton` reads another one from a YAML file (docs/custom-data.md).
 """
 
-import difflib
 import itertools
 import math
 import re
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from common.cli import did_you_mean
 from common.errors import InputError
 from common.files import read_yaml
 
@@ -18,10 +18,8 @@ Groups = tuple[tuple[str, tuple[int, ...]], ...]
 Side = Literal["left", "right", "middle"]
 
 _KEYS = ("name", "joints", "flip_pairs", "limbs", "groups", "normalize")
-_OPTIONAL = ("groups", "normalize")
-_EXAMPLE = "see configs/skeletons/coco.yaml for a whole one"
-# A side as a word of its own, before or after the rest, or in full before a capital: l_knee,
-# knee-right, leftKnee.
+_OPTIONAL_KEYS = ("groups", "normalize")
+# The side is a separate word, or written in full before a capital: l_knee, knee-right, leftKnee.
 _SIDE_FIRST = re.compile(r"(?:(?i:(left|right|l|r)[ _.-]+)|(left|right|Left|Right)(?=[A-Z]))(.+)")
 _SIDE_LAST = re.compile(r"(.+?)[ _.-]+(left|right|l|r)", re.IGNORECASE)
 
@@ -30,7 +28,7 @@ class Length(NamedTuple):
     """The length in px that errors are divided by: a factor times a distance."""
 
     joints: tuple[int, ...]
-    """Two joints that are so far apart; none where it is the longer side of the person's box."""
+    """The distance is that of two joints; empty: the longer side of the person's box."""
     factor: float
 
 
@@ -39,15 +37,15 @@ class Skeleton(NamedTuple):
 
     name: str
     names: tuple[str, ...]
-    """One name per joint; empty ones where nobody knows what the joints are."""
+    """One name per joint, length J; all empty where they are not known."""
     flip_pairs: Pairs
-    """Pairs of joints that change places when a picture is mirrored."""
+    """Left and right joints, which change places in a mirrored picture."""
     limbs: Pairs
     """Pairs of joints joined by a line in a drawing."""
     groups: Groups
-    """Rows of the PCKh table: a name and its joints. Joints in none count in the pooled mean."""
+    """Columns of the PCKh table: a name and its joints. The pooled mean counts all joints."""
     length: Length | None = None
-    """None where the annotation file itself gives it, as MPII's do."""
+    """None: the annotation file gives each person's length, as MPII's do."""
 
     @property
     def joint_count(self) -> int:
@@ -56,7 +54,7 @@ class Skeleton(NamedTuple):
 
     @property
     def mirrored(self) -> tuple[int, ...]:
-        """For each joint the joint that takes its place in a mirrored picture, length J."""
+        """For each joint its partner in a mirrored picture or itself, length J."""
         order = list(range(self.joint_count))
         for a, b in self.flip_pairs:
             order[a], order[b] = b, a
@@ -64,34 +62,34 @@ class Skeleton(NamedTuple):
 
     @property
     def sides(self) -> tuple[Side, ...]:
-        """For each joint the person's side, length J, by the names of its flip pair.
+        """For each joint the person's side, length J, by the names in its flip pair.
 
-        Where these do not tell, the first of the pair is the left one.
+        Where the names do not tell, the first of the pair is the left one.
         """
         sides: list[Side] = ["middle"] * self.joint_count
         for a, b in self.flip_pairs:
-            turned = side_of(self.names[a])[0] == "right" or side_of(self.names[b])[0] == "left"
-            sides[a], sides[b] = ("right", "left") if turned else ("left", "right")
+            swapped = side_of(self.names[a])[0] == "right" or side_of(self.names[b])[0] == "left"
+            sides[a], sides[b] = ("right", "left") if swapped else ("left", "right")
         return tuple(sides)
 
     @property
     def metric(self) -> str:
-        """PCKh where the annotation file gives each person's length, that of the head; else PCK."""
+        """PCKh where errors are divided by the annotated head length, else PCK."""
         return "PCK" if self.length else "PCKh"
 
     @property
     def has_names(self) -> bool:
-        """Whether it is known what the joints are."""
+        """Whether the joints' names are known."""
         return all(self.names)
 
     def same_joints(self, other: "Skeleton") -> bool:
-        """Whether a network for one fits people of the other; without names, count decides."""
+        """Whether a network for one fits people of the other; without names, the count decides."""
         if not (self.has_names and other.has_names):
             return self.joint_count == other.joint_count
         return (self.names, self.mirrored) == (other.names, other.mirrored)
 
     def plain(self) -> dict[str, Any]:
-        """Lists, strings and numbers alone, for manifests and checkpoints."""
+        """Only lists, strings and numbers, for manifests and checkpoints."""
         return {
             "name": self.name,
             "names": list(self.names),
@@ -104,8 +102,8 @@ class Skeleton(NamedTuple):
 
 def skeleton_from_plain(raw: dict[str, Any]) -> Skeleton:
     """The Skeleton that `plain` was called on. Raises KeyError, TypeError or ValueError."""
-    length = raw.get("length")  # files of before there were lengths have none
-    skeleton = Skeleton(
+    length = raw.get("length")  # absent in files of the first versions
+    return Skeleton(
         name=str(raw["name"]),
         names=tuple(map(str, raw["names"])),
         flip_pairs=tuple((int(a), int(b)) for a, b in raw["flip_pairs"]),
@@ -113,21 +111,15 @@ def skeleton_from_plain(raw: dict[str, Any]) -> Skeleton:
         groups=tuple((str(name), tuple(map(int, joints))) for name, joints in raw["groups"]),
         length=Length(tuple(map(int, length[0])), float(length[1])) if length else None,
     )
-    used = {joint for pair in skeleton.flip_pairs + skeleton.limbs for joint in pair}
-    used.update(joint for _, joints in skeleton.groups for joint in joints)
-    used.update(skeleton.length.joints if skeleton.length else ())
-    if not used <= set(range(skeleton.joint_count)):
-        raise ValueError("the skeleton names a joint that it does not have")
-    return skeleton
 
 
 def unnamed(joints: int) -> Skeleton:
-    """Joints of which nothing but the number is known."""
+    """Joints of which only the number is known."""
     return Skeleton("unnamed", ("",) * joints, (), (), ())
 
 
 def require_same_joints(found: Skeleton, wanted: Skeleton, where: object, other: object) -> None:
-    """Raise InputError unless what lies at `where` has the joints of what lies at `other`."""
+    """Raise InputError unless the joints are the same. where, other: their files."""
     if not found.same_joints(wanted):
         raise InputError(
             where,
@@ -138,7 +130,7 @@ def require_same_joints(found: Skeleton, wanted: Skeleton, where: object, other:
 
 
 def length_in_words(skeleton: Skeleton) -> str | None:
-    """What errors are divided by, or None where the annotation file gives the length."""
+    """What errors are divided by, or None where the annotation file gives it."""
     if skeleton.length is None:
         return None
     joints = [skeleton.names[joint] for joint in skeleton.length.joints]
@@ -147,7 +139,7 @@ def length_in_words(skeleton: Skeleton) -> str | None:
 
 
 def side_of(name: str) -> tuple[Side, str]:
-    """The side that a joint's name begins or ends with, and the rest: l_knee -> left, knee."""
+    """The side in a joint's name and the rest of the name: l_knee -> left, knee."""
     if match := _SIDE_FIRST.fullmatch(name):
         word, rest = match[1] or match[2], match[3]
     elif match := _SIDE_LAST.fullmatch(name):
@@ -158,10 +150,9 @@ def side_of(name: str) -> tuple[Side, str]:
 
 
 def default_groups(names: tuple[str, ...], flip_pairs: Pairs) -> Groups:
-    """A group for each flip pair and for each other joint, in the joints' order.
+    """One group for each flip pair and for each other joint, in the order of the joints.
 
-    A pair is named without the side if both names, and no third one, agree on the rest (l_knee,
-    r_knee: knee), and otherwise with both names.
+    A pair is named without its side (l_knee, r_knee: knee) where no third joint has that name.
     """
     partner = dict(flip_pairs) | {b: a for a, b in flip_pairs}
     rests = [side_of(name)[1] for name in names]
@@ -178,7 +169,10 @@ def default_groups(names: tuple[str, ...], flip_pairs: Pairs) -> Groups:
 
 
 def load_skeleton(path: Path) -> Skeleton:
-    """A Skeleton from a YAML file. Raises InputError; its message names the nearest known name."""
+    """A Skeleton from a YAML file. Raises InputError; for an unknown name it suggests the nearest.
+
+    Keys: docs/custom-data.md.
+    """
     raw = _read(path)
     names = _names(raw["joints"], f"{path}: joints")
     pairs = _pairs(raw["flip_pairs"], names, f"{path}: flip_pairs")
@@ -196,46 +190,47 @@ def load_skeleton(path: Path) -> Skeleton:
     )
 
 
+def _error(where: object, found: object, expected: str, advice: str = "") -> InputError:
+    example = "correct it; configs/skeletons/coco.yaml is an example"
+    return InputError(where, str(found)[:300], expected, advice or example)
+
+
 def _read(path: Path) -> dict[str, Any]:
+    expected = f"a YAML file with the keys {', '.join(_KEYS)}"
     try:
         raw = read_yaml(path)
-    except FileNotFoundError as error:
-        expected = "a YAML file of joints"
-        raise InputError(path, "no such file", expected, "give its path with --skeleton") from error
-    except (ValueError, IsADirectoryError) as error:
-        text = " ".join(str(error).split())[:300]
-        raise InputError(path, f"not YAML: {text}", "a YAML file of joints", _EXAMPLE) from error
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise _error(path, "no such file", expected, "give its path with --skeleton") from error
+    except ValueError as error:
+        raise _error(path, f"not YAML: {error}", expected) from error
     if not isinstance(raw, dict):
-        found = f"a {type(raw).__name__}"
-        raise InputError(path, found, f"the keys {', '.join(_KEYS)}", _EXAMPLE)
+        raise _error(path, f"a {type(raw).__name__}", expected)
     for key in raw:
-        _known(key, _KEYS, str(path), "key")
-    missing = [key for key in _KEYS if key not in raw and key not in _OPTIONAL]
+        _index(key, _KEYS, path, "key")
+    missing = [key for key in _KEYS if key not in raw and key not in _OPTIONAL_KEYS]
     if missing:
-        raise InputError(path, f"no {', '.join(missing)}", f"the keys {', '.join(_KEYS)}", _EXAMPLE)
+        raise _error(path, f"no {', '.join(missing)}", expected)
     return raw
 
 
-def _known(name: Any, known: tuple[str, ...], where: str, what: str) -> int:
-    """The place of a name among those known. Raises InputError that names the nearest."""
-    if isinstance(name, str) and name in known:
-        return known.index(name)
-    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.6)
-    advice = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
-    raise InputError(where, f"unknown {what} {name!r}", f"a {what} of this file", advice)
+def _index(name: Any, known: tuple[str, ...], where: object, what: str) -> int:
+    """The index of a name among the known ones."""
+    if name not in known:
+        advice = did_you_mean(str(name), known) or f"known are {', '.join(known)}"
+        raise _error(where, f"unknown {what} {name!r}", f"a {what} of this file", advice)
+    return known.index(name)
 
 
 def _text(value: Any, where: str) -> str:
     if isinstance(value, str) and value.strip() and value.isprintable():
         return value
-    # YAML reads a bare yes, no, on, off as true or false, and digits as a number.
-    raise InputError(where, repr(value), "a name", "write a name; put it in quotes if YAML reads "
-                     "it as something else")  # fmt: skip
+    # YAML reads an unquoted yes, no, on, off as true or false, and digits as a number.
+    raise _error(where, repr(value), "a name", "write a name, in quotes if YAML reads it otherwise")
 
 
 def _list(value: Any, where: str, expected: str) -> list[Any]:
     if not isinstance(value, list):
-        raise InputError(where, repr(value)[:100], expected, _EXAMPLE)
+        raise _error(where, repr(value), expected)
     return value
 
 
@@ -245,56 +240,58 @@ def _names(raw: Any, where: str) -> tuple[str, ...]:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice or not names:
         found = f"{', '.join(twice)} more than once" if twice else "an empty list"
-        raise InputError(where, found, "at least one joint, each once", "correct the list")
+        raise _error(where, found, "at least one joint, each once")
     return names
 
 
 def _joints(raw: Any, names: tuple[str, ...], where: str) -> tuple[int, ...]:
-    """Different joints by their names, one at least."""
+    """Different joints by their names, at least one."""
     entries = _list(raw, where, "a list of joints")
-    joints = tuple(_known(name, names, where, "joint") for name in entries)
+    joints = tuple(_index(name, names, where, "joint") for name in entries)
     if not joints or len(set(joints)) < len(joints):
-        raise InputError(where, str(raw), "different joints, one at least", "correct the list")
+        raise _error(where, raw, "different joints, at least one")
     return joints
 
 
 def _pairs(raw: Any, names: tuple[str, ...], where: str) -> Pairs:
-    """Pairs of joints, none twice. An empty list says that there are none."""
+    """Pairs of joints, none twice; the list may be empty."""
     pairs: list[tuple[int, int]] = []
     for i, entry in enumerate(_list(raw, where, "a list of pairs of joints, [] for none")):
         joints = _joints(entry, names, f"{where}[{i}]")
         if len(joints) != 2:
-            raise InputError(f"{where}[{i}]", str(entry), "two joints", "correct the pair")
+            raise _error(f"{where}[{i}]", entry, "two joints")
         if set(joints) in map(set, pairs):
-            raise InputError(f"{where}[{i}]", f"{entry} a second time", "it once", "remove one")
+            raise _error(f"{where}[{i}]", f"{entry} a second time", "each pair once")
         pairs.append((joints[0], joints[1]))
     return tuple(pairs)
 
 
 def _check_sides(names: tuple[str, ...], pairs: Pairs, where: str) -> None:
-    """Each joint in one pair at most, a left one with a right one, and none forgotten."""
+    """Raise InputError for a joint in two pairs, and for sides by name that the pairs contradict.
+
+    Such a mistake would train left joints as right ones without any other sign.
+    """
     paired = [joint for pair in pairs for joint in pair]
     for joint in paired:
         if paired.count(joint) > 1:
             found = f"{names[joint]} in {paired.count(joint)} pairs"
-            raise InputError(where, found, "a joint in one pair at most", "correct the pairs")
+            raise _error(where, found, "a joint in at most one pair")
     sides = [side_of(name) for name in names]
     for a, b in pairs:
         if sides[a][0] == sides[b][0] != "middle":
             found = f"{names[a]} and {names[b]}, both {sides[a][0]}"
-            raise InputError(where, found, "a left joint and a right one", "correct the pair")
+            raise _error(where, found, "a left joint and a right one")
     for a, b in itertools.combinations(range(len(names)), 2):
         opposite = {sides[a][0], sides[b][0]} == {"left", "right"}
         if opposite and sides[a][1] == sides[b][1] and not {(a, b), (b, a)} & set(pairs):
             found = f"{names[a]} and {names[b]} in no pair"
-            expected = "a pair of them, for they change places in a mirrored picture"
-            raise InputError(where, found, expected, f"add [{names[a]}, {names[b]}]")
+            expected = "a pair of them: they change places in a mirrored picture"
+            raise _error(where, found, expected, f"add [{names[a]}, {names[b]}]")
 
 
 def _groups(raw: Any, names: tuple[str, ...], where: str) -> Groups:
     if not isinstance(raw, dict) or not raw:
-        expected = "a name and a list of joints for each group"
-        raise InputError(where, repr(raw)[:100], expected, "leave groups out for one a flip pair")
+        raise _error(where, repr(raw), "a name and a list of joints for each group")
     return tuple(
         (_text(name, where), _joints(joints, names, f"{where}.{name}"))
         for name, joints in raw.items()
@@ -310,15 +307,15 @@ def _length(raw: Any, names: tuple[str, ...], where: str) -> Length | None:
         joints = _joints(raw["between"], names, f"{where}.between")
         if len(joints) == 2:
             return Length(joints, _factor(raw.get("factor", 1.0), f"{where}.factor"))
-    raise InputError(where, repr(raw)[:100], "{box: SHARE} or {between: [JOINT, JOINT], factor: F}",
-                     "give one of the two (docs/custom-data.md)")  # fmt: skip
+    raise _error(
+        where, repr(raw), "either {box: FACTOR} or {between: [JOINT, JOINT], factor: FACTOR}"
+    )
 
 
 def _factor(value: Any, where: str) -> float:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if is_number and math.isfinite(value) and value > 0:
+    if type(value) in (int, float) and 0 < value < math.inf:
         return float(value)
-    raise InputError(where, repr(value)[:100], "a number above 0", "correct it")
+    raise _error(where, repr(value), "a number above 0")
 
 
 R_ANKLE, R_KNEE, R_HIP, L_HIP, L_KNEE, L_ANKLE = 0, 1, 2, 3, 4, 5
@@ -354,9 +351,8 @@ MPII = Skeleton(
     ),
 )  # fmt: skip
 
-# Raw annotations (mpii_annotations.json) give the scale of the body and its middle. The h5 files of
-# princeton-vl hold both enlarged so that the box takes in the whole person.
-# See docs/conventions.md.
+# mpii_annotations.json gives the scale and centre of the body. In the h5 files of princeton-vl both
+# are enlarged so that the box contains the whole person (docs/conventions.md).
 BOX_SCALE = 1.25
 BOX_SHIFT_Y_PX = 15.0
 PIXELS_PER_SCALE = 200.0

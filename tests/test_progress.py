@@ -1,14 +1,9 @@
 """Long work shows how far it is: a bar on a terminal, plain lines elsewhere."""
 
-import ast
-import re
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from conftest import ROOT, Stream
-from test_architecture import sources
+from conftest import Stream
 
 from common import cli
 from common.cli import counting, duration, info, progress
@@ -90,7 +85,7 @@ def test_the_bar_stands_once_above_the_message_that_ends_the_program(watch, erro
     stderr = watch(terminal=True)
 
     def main():
-        bar = progress(range(9), "checking", "pictures")  # which the traceback holds
+        bar = progress(range(9), "checking", "pictures")  # referenced by the traceback
         for _ in bar:
             raise error[0](*error[1:])
 
@@ -103,26 +98,3 @@ def test_the_bar_stands_once_above_the_message_that_ends_the_program(watch, erro
 
 def test_durations_are_written_as_a_clock_shows_them():
     assert [duration(s) for s in (0, 7.4, 754, 18367)] == ["0:00", "0:07", "12:34", "5:06:07"]
-
-
-def test_progress_is_shown_by_this_one_helper():
-    def uses_tqdm(path: Path) -> bool:
-        names = {node.id for node in ast.walk(ast.parse(path.read_text()))
-                 if isinstance(node, ast.Name)}  # fmt: skip
-        return "tqdm" in names
-
-    users = [path for path in [*sources(), ROOT / "tests" / "fuzz.py"] if uses_tqdm(path)]
-    assert users == [ROOT / "common" / "cli.py"]
-
-
-def test_install_says_what_it_does_before_each_long_step(tmp_path):
-    (tmp_path / "Makefile").write_text((ROOT / "Makefile").read_text())
-    (tmp_path / "pyproject.toml").touch()
-    words = ["make", "--dry-run", "install", "TORCH=torch", "CUDA=13"]
-    text = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
-    lines = text.replace("\\\n", "").splitlines()
-    installing = [i for i, line in enumerate(lines) if re.search("pip install|-m venv", line)]
-    assert len(installing) == 4
-    for i in installing:
-        said = lines[i - 1] if "echo" in lines[i - 1] else lines[i - 2]
-        assert re.match(r"echo '.* \.\.\.'", said), lines[i]
