@@ -19,7 +19,7 @@ def sources() -> list[Path]:
 
 def programs() -> list[Path]:
     """The files that a user starts."""
-    return [path for path in sources() if "\n    run_main(main" in path.read_text()]
+    return [path for path in sources() if "\n    run_main(" in path.read_text()]
 
 
 def module(path: Path) -> str:
@@ -46,12 +46,11 @@ def test_the_walk_finds_the_files():
 @pytest.mark.parametrize("path", sources(), ids=module)
 def test_a_layer_imports_only_itself_and_the_layers_below(path):
     package = path.relative_to(ROOT).parts[0]
-    if package in LAYERS:
-        allowed = LAYERS[: LAYERS.index(package) + 1]
-    else:
-        allowed = [*LAYERS, package]  # a program of several files imports its own parts
-    own = {*LAYERS, *PROGRAM_FOLDERS, "train", "evaluate", "tests"}
-    assert {name.split(".")[0] for name in imports(path)} & own <= {*allowed}
+    # A program of several files imports its own parts.
+    order = LAYERS if package in LAYERS else [*LAYERS, package]
+    allowed = {*order[: order.index(package) + 1]}
+    ours = {*LAYERS, *PROGRAM_FOLDERS, "train", "evaluate", "tests"}
+    assert {name.split(".")[0] for name in imports(path)} & ours <= allowed
 
 
 def test_programs_never_import_each_other():

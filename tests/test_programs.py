@@ -14,9 +14,6 @@ from test_architecture import module, programs
 
 from common.cli import Parser
 from common.errors import InputError
-from configs.schema import Config, as_dict
-from configs.skeleton import MPII
-from model import checkpoint
 
 PROGRAMS = sorted({*map(module, programs())} - {"train"})
 """train.py has a parser of jsonargparse; tests/test_config.py tests it."""
@@ -75,11 +72,9 @@ def interrupted(words: list[object], marker: str) -> tuple[int, str]:
 
 @pytest.mark.slow
 def test_ctrl_c_ends_a_program_with_a_sentence_and_130(tiny_shards: Path, tmp_path: Path) -> None:
-    network = checkpoint.build_network(Config(), MPII.joint_count)
-    state = {"config": as_dict(Config()), "skeleton": MPII.plain(), "step": 0, "ema": {}}
-    checkpoint.save(tmp_path / "fresh.pt", {**state, "model": network.state_dict()})
-    words = ["evaluate.py", "--checkpoint", tmp_path / "fresh.pt", "--shards", tiny_shards,
-             "--device", "cpu", "--workers", 1]  # fmt: skip
-    code, text = interrupted(words, "predicting 5 people")
+    words = ["tools/show_batch.py", "--shards", tiny_shards, "--people", 20_000,
+             "--output", tmp_path / "x.png"]  # fmt: skip
+    code, text = interrupted(words, "cutting out")
     assert code == 130 and "Traceback" not in text
     assert "Interrupted; files that were complete are kept." in text
+    assert not (tmp_path / "x.png").exists()
