@@ -172,7 +172,7 @@ def score_oracle(options: argparse.Namespace) -> None:
         write_text(Path(options.json), json.dumps(results, indent=1))
     print(f"\nperfect heatmaps at 256 px, decoded again: the ceiling on {options.annotations}")
     print(COMPARISON_LEGEND.format(skeleton.metric) + "\n")
-    print(report.table(results, skeleton))
+    print(report.results_table(results, skeleton))
 
 
 def given_skeleton(options: argparse.Namespace) -> Skeleton | None:
@@ -208,9 +208,9 @@ def score_file(options: argparse.Namespace) -> None:
         write_text(report_file(options), html_report(facts, results, other, shown, options.people))
     print(f"\n{path} against {'its own ground truth' if own else options.annotations}")
     print(COMPARISON_LEGEND.format(skeleton.metric) + "\n")
-    print(report.table(results, skeleton))
+    print(report.results_table(results, skeleton))
     print()
-    print(report.explain(results["predictions"]))
+    print(report.counts_text(results["predictions"]))
     if options.per_joint:
         print("\n" + report.details_table(results["predictions"]))
     print_comparison(other, results)
@@ -474,13 +474,13 @@ def print_results(
         print("No joint is annotated, so that there is nothing to score.")
         return
     print(COMPARISON_LEGEND.format(question.subjects.skeleton.metric) + "\n")
-    print(report.table(results, question.subjects.skeleton))
+    print(report.results_table(results, question.subjects.skeleton))
     print()
-    print(report.explain(first))
+    print(report.counts_text(first))
     if options.per_joint:
         print("\n" + report.details_table(first))
     if len(question.loaders) == 2:
-        print("\n" + report.gap(*list(results.items())[:2]))
+        print("\n" + report.gap_text(*list(results.items())[:2]))
 
 
 def print_comparison(other: ReferenceRun | None, results: dict[str, dict[str, Any]]) -> None:
@@ -491,7 +491,7 @@ def print_comparison(other: ReferenceRun | None, results: dict[str, dict[str, An
     print(f"\nthe other run: {other.name}")
     if why := data_mismatch(own, other.result):
         print(f"warning: {why}")
-    print(report.gap(("the other run", other.result), (name, own)))
+    print(report.gap_text(("the other run", other.result), (name, own)))
 
 
 def write_files(

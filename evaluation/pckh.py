@@ -1,7 +1,7 @@
-"""PCKh: the share of joints found within a fraction of the head length, by each definition in use.
+"""PCKh: the share of joints within a fraction of the head length, by each definition in use.
 
-Errors are distances in image px divided by `normalize`. Joints that are not marked, and people
-without a known `normalize`, are NaN and never count.
+Errors are distances in image px divided by `normalize`. The errors of joints that are not marked,
+and of people without a known `normalize`, are NaN and do not count.
 """
 
 import hashlib
@@ -24,9 +24,8 @@ _PERCENTILES = tuple(i / 100 for i in range(101))
 
 
 def normalized_errors(keypoints_NJ2: npt.NDArray, people: People) -> Floats:
-    """(N, J) distances from the annotation over `normalize`; NaN where nothing counts."""
-    if keypoints_NJ2.shape != people.joints.shape:
-        raise ValueError(f"keypoints {keypoints_NJ2.shape}, annotation {people.joints.shape}")
+    """(N, J) distances from the annotation over `normalize`; NaN where a joint does not count."""
+    assert keypoints_NJ2.shape == people.joints.shape
     distance = np.linalg.norm(keypoints_NJ2 - people.joints, axis=-1)
     counts = people.marked & (people.normalize > 0)[:, None]
     length = np.where(people.normalize > 0, people.normalize, 1.0)[:, None]
@@ -34,26 +33,26 @@ def normalized_errors(keypoints_NJ2: npt.NDArray, people: People) -> Floats:
 
 
 def rates(errors_NJ: Floats, threshold: float, inclusive: bool) -> tuple[Floats, npt.NDArray]:
-    """Per joint the share of errors below the threshold (J,) and how many counted (J,).
+    """(J,) shares of errors below the threshold, and (J,) numbers of joints that counted.
 
-    inclusive: an error equal to the threshold counts as found (HRNet, mmpose) or not (princeton,
-    bearpaw). A joint that never counts has the rate NaN.
+    inclusive: whether an error equal to the threshold is correct (HRNet, mmpose) or not (princeton,
+    bearpaw). The rate of a joint that never counts is NaN.
     """
     counts = np.isfinite(errors_NJ).sum(axis=0)
     with np.errstate(invalid="ignore"):
-        found = errors_NJ <= threshold if inclusive else errors_NJ < threshold
-        return found.sum(axis=0) / np.where(counts > 0, counts, np.nan), counts
+        correct = errors_NJ <= threshold if inclusive else errors_NJ < threshold
+        return correct.sum(axis=0) / np.where(counts > 0, counts, np.nan), counts
 
 
 class Score(NamedTuple):
     """PCKh at one threshold. All rates are in 0..1."""
 
     pooled: float
-    """All joints of all people in one pool, `<` (princeton-vl: 16 joints)."""
+    """Over all joints of all people together, `<` (princeton-vl: 16 joints)."""
     unweighted: float
-    """Mean of the rates of the joints in groups, `<` (bearpaw, anibali: 14 joints)."""
+    """Mean of the rates of the joints that belong to a group, `<` (bearpaw, anibali: 14 joints)."""
     weighted: float
-    """The same weighted by how often each joint counts, `<=` (HRNet, mmpose: 14 joints)."""
+    """Their mean weighted by how often each joint counts, `<=` (HRNet, mmpose: 14 joints)."""
     groups: dict[str, float]
     """Mean of the rates of a group's joints, `<=`, by name."""
     joints: tuple[float, ...]
@@ -83,7 +82,7 @@ def _mean(values: Floats, weights: npt.NDArray) -> float:
 
 
 def auc(errors_NJ: Floats) -> float:
-    """Area under the pooled PCKh over thresholds 0..0.5, as a share of the whole."""
+    """Area under the curve of the pooled PCKh over thresholds 0..0.5, divided by 0.5."""
     errors = errors_NJ[np.isfinite(errors_NJ)]
     if not errors.size:
         return float("nan")
@@ -133,7 +132,7 @@ def _quantiles(errors: Floats, shares: Sequence[float]) -> list[float]:
 def curves(errors_NJ: Floats, skeleton: Skeleton) -> dict[str, Any]:
     """Rates over thresholds 0..0.5: pooled, and of every group and joint by name.
 
-    They are those of `score`, with its signs, so that they meet the table at 0.5 and 0.1.
+    Computed by `score`, so that they agree with its values at 0.5 and 0.1.
     """
     scores = [score(errors_NJ, skeleton, threshold) for threshold in _CURVE_THRESHOLDS.tolist()]
     return {
@@ -145,7 +144,7 @@ def curves(errors_NJ: Floats, skeleton: Skeleton) -> dict[str, Any]:
 
 
 def person_errors(errors_NJ: Floats) -> Floats:
-    """(N,) mean error of each person's joints; NaN where none counts."""
+    """(N,) mean error of each person's joints; NaN for people without a joint that counts."""
     counts = np.isfinite(errors_NJ).sum(axis=1)
     return np.nansum(errors_NJ, axis=1) / np.where(counts > 0, counts, np.nan)
 
@@ -153,7 +152,7 @@ def person_errors(errors_NJ: Floats) -> Floats:
 def by_size(errors_NJ: Floats, people: People) -> list[dict[str, Any]]:
     """Fifths of the people by the side of their box, smallest first; pooled rates with `<`.
 
-    Only people of whom a joint counts. With fewer than five people there are fewer bins.
+    Only people with a joint that counts. With fewer than five people there are fewer bins.
     """
     side = PIXELS_PER_SCALE * people.scale
     known = np.flatnonzero(np.isfinite(errors_NJ).any(axis=1))
@@ -164,7 +163,7 @@ def by_size(errors_NJ: Floats, people: People) -> list[dict[str, Any]]:
             "to_px": float(side[rows[-1]]),
             "people": len(rows),
             "joints_counted": int(np.isfinite(errors_NJ[rows]).sum()),
-            **{str(t): _pooled(errors_NJ[rows], t) for t in THRESHOLDS},
+            **{str(t): _mean(*rates(errors_NJ[rows], t, inclusive=False)) for t in THRESHOLDS},
             "error_quartiles": _quantiles(errors_NJ[rows], _QUARTILES),
         }
         for rows in np.array_split(order, _SIZES)
@@ -172,17 +171,15 @@ def by_size(errors_NJ: Floats, people: People) -> list[dict[str, Any]]:
     ]
 
 
-def _pooled(errors_NJ: Floats, threshold: float) -> float:
-    return _mean(*rates(errors_NJ, threshold, inclusive=False))
-
-
 def summary(keypoints_NJ2: npt.NDArray, people: People, skeleton: Skeleton) -> dict[str, Any]:
-    """Everything that evaluate.py prints and writes, as plain values."""
+    """All numbers of an evaluation as plain values: what evaluate.py prints and writes."""
     errors = normalized_errors(keypoints_NJ2, people)
-    _, counts = rates(errors, 0.5, inclusive=False)
-    visible = np.where(people.visible, errors, np.nan)
-    occluded = np.where(people.visible, np.nan, errors)
-    return plain({
+    counts = np.isfinite(errors).sum(axis=0)
+    parts = {
+        "visible": np.where(people.visible, errors, np.nan),
+        "occluded": np.where(people.visible, np.nan, errors),
+    }
+    values = {
         "people": people.count,
         "metric": skeleton.metric,
         "length": length_in_words(skeleton),
@@ -191,45 +188,39 @@ def summary(keypoints_NJ2: npt.NDArray, people: People, skeleton: Skeleton) -> d
         "joints_counted": int(counts.sum()),
         "joint_names": list(skeleton.names),
         "joint_counts": counts.tolist(),
-        "pckh": {
-            str(threshold): score(errors, skeleton, threshold)._asdict()
-            for threshold in THRESHOLDS
-        },
+        "pckh": {str(t): score(errors, skeleton, t)._asdict() for t in THRESHOLDS},
         "auc": auc(errors),
-        "visible": {
-            "pooled": score(visible, skeleton, 0.5).pooled,
-            "joints_counted": int(np.isfinite(visible).sum()),
-        },
-        "occluded": {
-            "pooled": score(occluded, skeleton, 0.5).pooled,
-            "joints_counted": int(np.isfinite(occluded).sum()),
-        },
+    }
+    for name, part in parts.items():
+        pooled = score(part, skeleton, 0.5).pooled
+        values[name] = {"pooled": pooled, "joints_counted": int(np.isfinite(part).sum())}
+    values |= {
         "details": details(errors, people.visible, skeleton),
         "curves": curves(errors, skeleton),
         "by_size": by_size(errors, people),
         "person_error_percentiles": _quantiles(person_errors(errors), _PERCENTILES),
-    })  # fmt: skip
+    }
+    return plain(values)
 
 
 def truth_sha256(people: People) -> str:
-    """What predictions are scored against, in 64 hexadecimal digits; the order does not count.
+    """SHA-256 of the ground truth: pictures, marked joints and lengths; the order does not count.
 
-    Pictures, marked joints and lengths, as float32, which is what shards keep. Boxes and visibility
-    are left out: they say what the network was shown, and what is told apart, not what is right.
+    Joints and lengths as float32, as shards store them. Boxes and visibility are left out, because
+    no error depends on them.
     """
     joints = np.where(people.marked[..., None], people.joints, 0).astype("<f4")
     rows = zip(people.images, people.marked, joints, people.normalize.astype("<f4"), strict=True)
-    digests = [
-        hashlib.sha256(
-            picture.encode("utf-8", "backslashreplace") + b"\0" + b"".join(r.tobytes() for r in row)
-        ).digest()
-        for picture, *row in rows
-    ]
+    digests = []
+    for picture, *arrays in rows:
+        name = picture.encode("utf-8", "backslashreplace")
+        data = b"".join(array.tobytes() for array in arrays)
+        digests.append(hashlib.sha256(name + b"\0" + data).digest())
     return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
 
 
 def plain(value: Any) -> Any:
-    """Nested values with None in place of NaN, which JSON does not have, and lists for tuples."""
+    """Nested values for JSON: None instead of NaN, lists instead of tuples."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
@@ -238,10 +229,9 @@ def plain(value: Any) -> Any:
 
 
 def mean_pose(train: People, valid: People) -> Floats:
-    """(N, J, 2) image px: for everybody in `valid` the mean pose of the boxes of `train`.
+    """(N, J, 2) image px: the mean pose of `train`, as a prediction for everybody in `valid`.
 
-    The predictor that never looks at the picture. The mean is over marked joints, in units of the
-    box.
+    The mean is over marked joints, relative to each person's box.
     """
     box_train = PIXELS_PER_SCALE * train.scale[:, None, None]
     in_box = (train.joints - train.center[:, None]) / box_train

@@ -1,10 +1,11 @@
-"""Files of predictions, read and written: our JSON, COCO keypoint results, and `.mat`.
+"""Prediction files, read and written: our JSON, COCO keypoint results, .mat, and MPII's submission.
 
-Keypoints are in px of the original pictures, people in the annotation's order. Where a file says
-which picture a prediction is for, that is checked against the annotation.
+Keypoints are in px of the original pictures. The picture names and numbers in a file must be those
+of the annotation.
 """
 
 import io
+import zlib
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,116 +21,134 @@ HEAD_BOX_SHARE = 0.6
 """MPII's head length is this share of the head box's diagonal (its evaluation toolkit, SC_BIAS)."""
 
 
-class Predicted(NamedTuple):
-    """Predictions from a file, and the ground truth if the file has its own."""
+class FilePredictions(NamedTuple):
+    """Predictions from a file, and the ground truth if the file contains one."""
 
     keypoints_NJ2: npt.NDArray[np.float64]
     """Image px."""
     truth: People | None
 
 
-def read_predictions(path: Path, people: People) -> Predicted:
-    """Predictions for everybody in an annotation. Raises InputError.
+def has_shape(value: Any, shape: Any) -> bool:
+    """Whether a parsed JSON value has this shape.
 
-    `.mat`: the layout of detections_our_format.mat. `.json`: what evaluate.py saves, or COCO
-    keypoint results (`_coco_rows` says how people are found again).
+    shape: a type or a tuple of types, [shape of each item], or {key: shape} of required keys.
+    """
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(has_shape(item, shape[0]) for item in value)
+    if isinstance(shape, dict):
+        return isinstance(value, dict) and all(
+            key in value and has_shape(value[key], inner) for key, inner in shape.items()
+        )
+    return isinstance(value, shape)
+
+
+def read_predictions(path: Path, people: People) -> FilePredictions:
+    """Predictions for all people of an annotation, in its order. Raises InputError.
+
+    `.mat`: `preds` (N, J, 2), or the layout of detections_our_format.mat. Other files: the JSON of
+    --save-predictions, or COCO keypoint results (`_coco_rows` matches them with people).
     """
     if not path.is_file():
         raise InputError(path, "no such file", "a .json or .mat of predictions", "give its path")
-    read = _read_mat if path.suffix == ".mat" else _read_json
-    try:
-        predicted = read(path, people)
-        shape = predicted.keypoints_NJ2.shape
-        if shape != people.joints.shape:
-            raise ValueError(f"{shape[0]} people of {shape[1:]} values")
-        if not np.isfinite(predicted.keypoints_NJ2).all():
-            raise ValueError("coordinates that are not numbers")
-    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise InputError(
-            path,
-            f"{type(error).__name__}: {error}",
-            f"predictions of {people.count} people with {people.joints.shape[1]} joints each",
-            "give the file that belongs to this annotation",
-        ) from error
+    predicted = _read_mat(path, people) if path.suffix == ".mat" else _read_json(path, people)
+    if not np.isfinite(predicted.keypoints_NJ2).all():
+        raise _mismatch(path, people, "coordinates that are not finite numbers")
     return predicted
 
 
-def _read_json(path: Path, people: People) -> Predicted:
-    entries = read_json(path)
-    if not isinstance(entries, list) or not entries:
-        raise ValueError(f"a JSON {type(entries).__name__}")
-    joints = people.joints.shape[1]
-    if "image_id" in entries[0]:
-        rows = _coco_rows(entries, people)
-    else:
-        rows = [int(entry["index"]) for entry in entries]
-        _check_names([str(entry["image"]) for entry in entries], rows, people)
-    if sorted(rows) != list(range(people.count)):
-        raise ValueError(f"{len(set(rows))} different people")
-    keypoints = np.empty((people.count, joints, 2))
-    for row, entry in zip(rows, entries, strict=True):
-        values = np.array(entry["keypoints"], dtype=np.float64).reshape(-1, 3)
-        if len(values) != joints:
-            raise ValueError(f"row {row} has {len(values)} joints")
-        keypoints[row] = values[:, :2]
-    return Predicted(keypoints, None)
-
-
-def _coco_rows(entries: list[dict[str, Any]], people: People) -> list[int]:
-    """The person's row of each COCO result.
-
-    By image_id and annotation_id as `as_coco` writes them; without annotation_id by the number of
-    the picture where nobody shares one; where neither fits, image_id is the row itself.
-    """
-    pictures, persons = people.index.tolist(), people.person.tolist()
-    keys: list[Any] = [int(entry["image_id"]) for entry in entries]
-    own: list[Any] = pictures
-    if all("annotation_id" in entry for entry in entries):
-        keys = [(k, int(e["annotation_id"])) for k, e in zip(keys, entries, strict=True)]
-        own = list(zip(pictures, persons, strict=True))
-    rows = {key: row for row, key in enumerate(own)}
-    if len(rows) == people.count and rows.keys() == set(keys):
-        return [rows[key] for key in keys]
-    if sorted(keys) == list(range(people.count)):
-        return keys
-    raise ValueError(
-        "image_id (and annotation_id, which results need where people share a picture) are not "
-        "those of the annotation"
+def _mismatch(path: Path, people: People, found: str) -> InputError:
+    return InputError(
+        path,
+        found,
+        f"predictions of {people.count} people with {people.joints.shape[1]} joints each",
+        "give the file that belongs to this annotation",
     )
 
 
-def _check_names(names: list[str], rows: list[int], people: People) -> None:
-    for name, row in zip(names, rows, strict=True):
-        if not 0 <= row < people.count or people.images[row] != name:
-            raise ValueError(f"index {row} is not of {name}")
+def _read_json(path: Path, people: People) -> FilePredictions:
+    try:
+        entries = read_json(path)
+    except ValueError as error:
+        raise _mismatch(path, people, f"no JSON ({error})") from error
+    joints = people.joints.shape[1]
+    if entries and has_shape(entries, [{"image_id": int, "keypoints": list}]):
+        rows = _coco_rows(entries, people)
+    elif entries and has_shape(entries, [{"index": int, "image": str, "keypoints": list}]):
+        rows = [entry["index"] for entry in entries]
+    else:
+        raise _mismatch(path, people, "no list of entries with index, image and keypoints")
+    if sorted(rows) != list(range(people.count)):
+        raise _mismatch(path, people, f"{len(rows)} entries of {len(set(rows))} people")
+    for row, entry in zip(rows, entries, strict=True):
+        if entry.get("image", people.images[row]) != people.images[row]:
+            raise _mismatch(path, people, f"index {row} for the picture {entry['image']}")
+    try:
+        values = np.array([entry["keypoints"] for entry in entries], dtype=np.float64)
+        keypoints = values.reshape(people.count, joints, 3)[np.argsort(rows), :, :2]
+    except (TypeError, ValueError, OverflowError) as error:
+        raise _mismatch(path, people, f"keypoints that are not x, y, score ({error})") from error
+    return FilePredictions(keypoints, None)
 
 
-def _read_mat(path: Path, people: People) -> Predicted:
-    """`preds` (N, J, 2); or arrays (J, 2, N) of positions, (J, N) of missing joints, (2, 2, N) of
-    head boxes.
+def _coco_rows(entries: list[dict[str, Any]], people: People) -> list[int]:
+    """The row of the person of each COCO result.
+
+    By image_id and annotation_id as `as_coco` writes them; without annotation_id by image_id where
+    no two people share a picture. Where these do not match, image_id must be the row.
     """
-    names = ["preds", "pos_pred_src", "pos_gt_src", "jnt_missing", "headboxes_src"]
-    mat = open_mat(path, names, "a .mat of predictions")
+    ids: list[Any] = [entry["image_id"] for entry in entries]
+    keys, known = ids, people.index.tolist()
+    if all(has_shape(entry, {"annotation_id": int}) for entry in entries):
+        keys = [(entry["image_id"], entry["annotation_id"]) for entry in entries]
+        known = list(zip(known, people.person.tolist(), strict=True))
+    rows = {key: row for row, key in enumerate(known)}
+    if len(rows) == people.count and rows.keys() == set(keys):
+        return [rows[key] for key in keys]
+    return ids
+
+
+def _read_mat(path: Path, people: People) -> FilePredictions:
+    """`preds` (N, J, 2); or (J, 2, N) `pos_pred_src`, with optional ground truth: (J, 2, N)
+    `pos_gt_src`, (J, N) `jnt_missing` and (2, 2, N) corners of head boxes `headboxes_src`.
+    """
+    count, joints = people.joints.shape[:2]
+    shapes = {
+        "preds": (count, joints, 2),
+        "pos_pred_src": (joints, 2, count),
+        "pos_gt_src": (joints, 2, count),
+        "jnt_missing": (joints, count),
+        "headboxes_src": (2, 2, count),
+    }
+    mat = open_mat(path, list(shapes), "a .mat of predictions")
+
+    def array(name: str) -> npt.NDArray[np.float64]:
+        value = mat.get(name)
+        if name == "preds" and is_array(value, "biuf") and value.ndim == 3:
+            value = value[..., :2]
+        if not is_array(value, "biuf") or value.shape != shapes[name]:
+            raise _mismatch(path, people, f"no {name} with numbers of the shape {shapes[name]}")
+        return value.astype(np.float64)
+
     if "preds" in mat:
-        return Predicted(np.asarray(mat["preds"], dtype=np.float64)[..., :2], None)
-    keypoints = np.asarray(mat["pos_pred_src"], dtype=np.float64).transpose(2, 0, 1)
-    if "pos_gt_src" not in mat or len(keypoints) != people.count:
-        return Predicted(keypoints, None)
-    box = np.asarray(mat["headboxes_src"], dtype=np.float64)
-    marked = np.asarray(mat["jnt_missing"]).T == 0
+        return FilePredictions(array("preds"), None)
+    keypoints = array("pos_pred_src").transpose(2, 0, 1)
+    if "pos_gt_src" not in mat:
+        return FilePredictions(keypoints, None)
+    box, marked = array("headboxes_src"), array("jnt_missing").T == 0
     truth = people._replace(
-        joints=np.asarray(mat["pos_gt_src"], dtype=np.float64).transpose(2, 0, 1),
+        joints=array("pos_gt_src").transpose(2, 0, 1),
         marked=marked,
         visible=people.visible & marked,
         normalize=HEAD_BOX_SHARE * np.linalg.norm(box[1] - box[0], axis=0),
     )
-    return Predicted(keypoints, truth)
+    return FilePredictions(keypoints, truth)
 
 
 def as_entries(
     people: People, keypoints_NJ2: npt.NDArray, scores_NJ: npt.NDArray
 ) -> list[dict[str, Any]]:
-    """Our JSON: a dict a person, in the annotation's order; keypoints [x, y, score] in image px."""
+    """Our JSON: a dict for each person, in the annotation's order; keypoints [x, y, score], px."""
     joined = np.concatenate([keypoints_NJ2, scores_NJ[..., None]], axis=-1)
     return [
         {"image": image, "index": row, "keypoints": joined[row].tolist()}
@@ -142,60 +161,66 @@ def as_coco(
 ) -> list[dict[str, Any]]:
     """COCO keypoint results in the annotation's order; score is the mean over joints.
 
-    image_id is the picture's number in the annotation file, COCO's own for COCO's files, and
-    annotation_id the person's, by which people who share a picture are told apart. A file without
-    such numbers gives the row as image_id alone.
+    image_id is the picture's number in the annotation file (in COCO's files its id), annotation_id
+    the person's. Where the annotation has no such numbers, image_id is the row.
     """
-    numbers = list(zip(people.index.tolist(), people.person.tolist(), strict=True))
-    numbered = min(map(min, numbers)) >= 0 and len(set(numbers)) == people.count
+    ids = list(zip(people.index.tolist(), people.person.tolist(), strict=True))
+    has_ids = min(map(min, ids)) >= 0 and len(set(ids)) == people.count
     joined = np.concatenate([keypoints_NJ2, scores_NJ[..., None]], axis=-1)
     return [
         {
-            **({"image_id": image, "annotation_id": person} if numbered else {"image_id": row}),
+            **({"image_id": image, "annotation_id": person} if has_ids else {"image_id": row}),
             "category_id": 1,
             "keypoints": joined[row].ravel().tolist(),
             "score": float(scores_NJ[row].mean()),
         }
-        for row, (image, person) in enumerate(numbers)
+        for row, (image, person) in enumerate(ids)
     ]
 
 
 def open_mat(path: Path, names: list[str], expected: str) -> dict[str, Any]:
-    """These variables of a .mat file. Raises InputError. expected: what it should be, in words."""
-    scipy_io = _scipy_io(path)
+    """These variables of a .mat file. Raises InputError. expected: of the file, for its message."""
+    scipy_io = _import_scipy_io(path)
     try:
         if path.stat().st_size > LARGEST_JSON:
             raise ValueError(f"more than {LARGEST_JSON >> 20} MiB")
         return scipy_io.loadmat(path, variable_names=names)
     except FileNotFoundError as error:
         raise InputError(path, "no such file", expected, "give its path") from error
-    except Exception as error:  # SciPy raises a different type for each kind of damage
-        raise InputError(
-            path, f"not readable as .mat ({str(error)[:120]})", expected, "fetch the file again"
-        ) from error
+    except (scipy_io.matlab.MatReadError, zlib.error, ArithmeticError, LookupError, MemoryError,
+            NameError, OSError, RuntimeError, TypeError, ValueError) as error:  # fmt: skip
+        found = f"not readable as .mat ({str(error)[:120]})"
+        raise InputError(path, found, expected, "fetch the file again") from error
 
 
 def write_mat(path: Path, variables: dict[str, Any]) -> None:
-    """Write a .mat file whole or not at all. Raises InputError without SciPy."""
-    scipy_io = _scipy_io(path)
+    """Write a .mat file atomically. Raises InputError without SciPy."""
+    scipy_io = _import_scipy_io(path)
     file = io.BytesIO()
     scipy_io.savemat(file, variables, long_field_names=True, do_compression=True)
     write_atomic(path, file.getvalue())
 
 
-def _scipy_io(path: Path) -> Any:
-    """SciPy's module for .mat files; SciPy is not among the required packages."""
+def _import_scipy_io(path: Path) -> Any:
+    """scipy.io; SciPy is an optional dependency."""
     try:
         import scipy.io
     except ImportError as error:
-        raise InputError(
-            path, "SciPy is not installed", "SciPy, for .mat files", "pip install scipy"
-        ) from error
+        found, expected = "SciPy is not installed", "SciPy, for .mat files"
+        raise InputError(path, found, expected, "pip install scipy") from error
     return scipy.io
 
 
-class Release(NamedTuple):
-    """What the annotation file says of the test set. Pictures and people count from 0 here."""
+def is_array(value: Any, kinds: str) -> bool:
+    """Whether a variable of a .mat file is an array of these NumPy kinds: biuf, O cell, V struct.
+
+    Sparse matrices are not arrays.
+    """
+    return isinstance(value, np.ndarray) and value.dtype.kind in kinds
+
+
+class MpiiRelease(NamedTuple):
+    """The test set in MPII's annotation file mpii_human_pose_v1_u12_1.mat. Numbers from 0."""
 
     annolist: npt.NDArray[Any]
     """(P,) structs of all pictures."""
@@ -206,103 +231,96 @@ class Release(NamedTuple):
     """(picture, person) of everybody in the pictures of the test set."""
 
 
-def read_release(path: Path, people: People) -> Release:
-    """MPII's annotation file, once it is sure that these people can be submitted.
+def read_release(path: Path, people: People) -> MpiiRelease:
+    """Read MPII's annotation file, and check that `people` are those of its test set.
 
-    people: those to predict; `index` and `person` say who they are in the file, from 0, as
-    princeton-vl's test.h5 gives them. Raises InputError for people who are not in the test set, who
-    are there twice, and where somebody is missing.
+    people: `index` and `person` are their numbers in the file, from 0, as in princeton-vl's
+    test.h5. Raises InputError if somebody is missing, there twice, or not in the test set.
     """
-    release = _read_release(path)
-    check_people(_who(people), release, path)
-    return release
-
-
-def write_submission(
-    path: Path, release: Release, people: People, keypoints_NJ2: npt.NDArray[np.float64]
-) -> int:
-    """Write the file and return how many people it holds.
-
-    keypoints_NJ2: in the annotation's own coordinates, as everywhere here. People of the test set
-    who are not evaluated are left out.
-    """
-    rows = {who: row for row, who in enumerate(_who(people)) if who in release.single_people}
-    pictures = release.annolist[release.test_pictures].copy()
-    for place, number in enumerate(release.test_pictures):
-        rects = pictures[place]["annorect"]
-        pictures[place]["annorect"] = _filled(rects, number, rows, keypoints_NJ2)
-    write_mat(path, {"pred": pictures[None]})
-    return len(rows)
-
-
-def _who(people: People) -> list[tuple[int, int]]:
-    return list(zip(people.index.tolist(), people.person.tolist(), strict=True))
-
-
-def check_people(given: list[tuple[int, int]], release: Release, path: Path) -> None:
-    """Raise InputError unless everybody who is evaluated was predicted exactly once."""
-    counts = Counter(given)
+    release, counts = _read_release(path), Counter(_person_keys(people))
     faults = {
         "missing": release.single_people - counts.keys(),
         "not in the test set": counts.keys() - release.all_people,
-        "there twice": {who for who, count in counts.items() if count > 1},
+        "there twice": {key for key, count in counts.items() if count > 1},
     }
     found = [
-        f"{len(who):,} {what} (first: picture {min(who)[0]}, person {min(who)[1]})"
-        for what, who in faults.items()
-        if who
+        f"{len(keys):,} {fault} (first: picture {min(keys)[0]}, person {min(keys)[1]})"
+        for fault, keys in faults.items()
+        if keys
     ]
     if found:
         raise InputError(
             path,
-            f"predictions of {len(given):,} people, of whom " + "; ".join(found),
+            f"predictions of {people.count:,} people, of whom " + "; ".join(found),
             f"each of the {len(release.single_people):,} single people of the test set once",
             "predict the people of a test.h5 whose index and person count from 0 in this file",
         )
+    return release
 
 
-def _read_release(path: Path) -> Release:
-    mat = open_mat(path, ["RELEASE"], "MPII's mpii_human_pose_v1_u12_1.mat")
-    try:
-        release = mat["RELEASE"][0, 0]
-        annolist = release["annolist"].ravel()
-        is_test = release["img_train"].ravel() == 0
-        single = release["single_person"].ravel()
-        if not len(annolist) == len(is_test) == len(single) or not is_test.any():
-            raise ValueError(f"{len(annolist)} pictures, {int(is_test.sum())} of them to test on")
-        pictures = np.flatnonzero(is_test).tolist()
-        return Release(
-            annolist,
-            pictures,
-            {(i, int(person) - 1) for i in pictures for person in np.ravel(single[i])},
-            {(i, p) for i in pictures for p in range(annolist[i]["annorect"].size)},
-        )
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise InputError(
-            path,
-            f"no annotation of MPII ({type(error).__name__}: {error})",
-            "a struct RELEASE with annolist, img_train and single_person",
-            "give mpii_human_pose_v1_u12_1.mat from MPII's web site",
-        ) from error
+def _person_keys(people: People) -> list[tuple[int, int]]:
+    return list(zip(people.index.tolist(), people.person.tolist(), strict=True))
 
 
-def _filled(
-    rects: npt.NDArray[Any],
-    picture: int,
-    rows: dict[tuple[int, int], int],
-    keypoints_NJ2: npt.NDArray[np.float64],
-) -> npt.NDArray[Any]:
-    """The people of one picture, with the joints of those who were predicted."""
-    names = list(rects.dtype.names or ())
-    names += [] if "annopoints" in names else ["annopoints"]
-    filled = np.empty(rects.shape, dtype=[(name, object) for name in names])
-    for person, rect in enumerate(rects.ravel()):
-        fields = [rect[n] if n in (rects.dtype.names or ()) else np.empty((0, 0)) for n in names]
-        filled.reshape(-1)[person] = tuple(fields)
-        if (picture, person) in rows:
-            points = _points(keypoints_NJ2[rows[picture, person]])
-            filled.reshape(-1)[person]["annopoints"] = points
-    return filled
+def _read_release(path: Path) -> MpiiRelease:
+    error = InputError(
+        path,
+        "no annotation of MPII",
+        "a struct RELEASE with annolist, img_train and single_person",
+        "give mpii_human_pose_v1_u12_1.mat from MPII's web site",
+    )
+    kinds = {"annolist": "V", "img_train": "biuf", "single_person": "O"}
+    release = open_mat(path, ["RELEASE"], error.expected).get("RELEASE")
+    if (
+        not is_array(release, "V")
+        or release.size != 1
+        or not kinds.keys() <= {*release.dtype.names}
+    ):
+        raise error
+    fields = [release.flat[0][name] for name in kinds]
+    if not all(map(is_array, fields, kinds.values())) or len({each.size for each in fields}) != 1:
+        raise error
+    annolist, is_train, single = (each.ravel() for each in fields)
+    pictures = np.flatnonzero(is_train == 0).tolist()
+    for i in pictures:
+        if not is_array(single[i], "biuf") or not np.isfinite(single[i]).all():
+            raise error
+        if "annorect" not in annolist.dtype.names or not is_array(annolist[i]["annorect"], "Vbiuf"):
+            raise error
+    return MpiiRelease(
+        annolist,
+        pictures,
+        {(i, int(person) - 1) for i in pictures for person in single[i].ravel()},
+        {(i, p) for i in pictures for p in range(annolist[i]["annorect"].size)},
+    )
+
+
+def write_submission(
+    path: Path, release: MpiiRelease, people: People, keypoints_NJ2: npt.NDArray[np.float64]
+) -> int:
+    """Write pred_keypoints_mpii.mat for MPII's test server; returns the number of people in it.
+
+    Its `pred` is RELEASE.annolist(RELEASE.img_train == 0) with annopoints.point(k).x, .y, .id for
+    each person of RELEASE.single_person (instructions on human-pose.mpi-inf.mpg.de).
+    keypoints_NJ2: image px. Other people of the test set are left out.
+    """
+    rows = {
+        key: row for row, key in enumerate(_person_keys(people)) if key in release.single_people
+    }
+    pictures = release.annolist[release.test_pictures].copy()
+    for entry, number in zip(pictures, release.test_pictures, strict=True):
+        rects = entry["annorect"]
+        present = rects.dtype.names or ()
+        names = [*present, *({"annopoints"} - {*present})]
+        filled = np.empty(rects.size, dtype=[(name, object) for name in names])
+        for person, rect in enumerate(rects.ravel()):
+            for name in names:
+                filled[person][name] = rect[name] if name in present else np.empty((0, 0))
+            if (number, person) in rows:
+                filled[person]["annopoints"] = _points(keypoints_NJ2[rows[number, person]])
+        entry["annorect"] = filled.reshape(rects.shape)
+    write_mat(path, {"pred": pictures[None]})
+    return len(rows)
 
 
 def _points(keypoints_J2: npt.NDArray[np.float64]) -> npt.NDArray[Any]:

@@ -127,7 +127,7 @@ def test_the_table_prints_every_mean_with_its_label():
     from test_pckh import people_at
 
     result = pckh.summary(people_joints, people_at(people_joints), MPII)
-    text = report.table({"network": result}, MPII)
+    text = report.results_table({"network": result}, MPII)
     for label in ("head", "ankle", "pooled 16 (<)", "mean 14 (<)", "weighted 14 (<=)", "AUC"):
         assert label in text
     assert text.count("100.00") == 2 * 11

@@ -134,10 +134,10 @@ def test_what_never_counts_is_null_in_json_and_a_dash_in_print():
     result = pckh.summary(np.zeros((1, 16, 2)), people, MPII)
     assert result["occluded"]["pooled"] is None
     assert "NaN" not in json.dumps(result)
-    assert "occluded ones - (0)" in report.explain(result)
+    assert "occluded ones - (0)" in report.counts_text(result)
     nobody = pckh.summary(np.zeros((1, 16, 2)), people_at(np.zeros((1, 16, 2)), 0.0), MPII)
     assert "NaN" not in json.dumps(nobody) and nobody["auc"] is None
-    assert "-" in report.table({"nobody": nobody}, MPII)
+    assert "-" in report.results_table({"nobody": nobody}, MPII)
 
 
 def test_the_mean_pose_is_the_mean_over_marked_joints_in_the_box():
