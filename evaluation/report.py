@@ -37,7 +37,7 @@ def results_table(results: dict[str, Summary], skeleton: Skeleton) -> str:
 def counts_text(result: Summary) -> str:
     """How many people and joints a result counts, and what errors are divided by."""
     visible, occluded = (
-        f"{_percent(part['pooled'])}{' %' * (part['pooled'] is not None)} ({part['joints_counted']})"
+        f"{_percent(part['pooled'], ' %')} ({part['joints_counted']})"
         for part in (result["visible"], result["occluded"])
     )
     text = (
@@ -81,8 +81,8 @@ def gap_text(first: tuple[str, Summary], second: tuple[str, Summary]) -> str:
     return "\n".join(lines)
 
 
-def _percent(rate: float | None) -> str:
-    return "-" if rate is None else f"{100 * rate:.2f}"
+def _percent(rate: float | None, unit: str = "") -> str:
+    return "-" if rate is None else f"{100 * rate:.2f}{unit}"
 
 
 class ReferenceRun(NamedTuple):
