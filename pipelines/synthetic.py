@@ -9,28 +9,24 @@ import colorsys
 import functools
 import json
 import multiprocessing
-import shutil
 import signal
-from collections.abc import Iterable, Sequence
+import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import cv2
 import h5py
 import numpy as np
-from numpy.typing import NDArray
+from numpy.random import Generator
 
 from common.cli import progress
-from configs.mpii import (
-    BOX_SCALE,
-    BOX_SHIFT_Y_PX,
-    HEAD_LENGTH_FROM_NECK_TO_TOP,
-    PIXELS_PER_SCALE,
-)
+from configs import skeleton
 
-Array = NDArray[Any]
+Array = np.ndarray
 Colour = tuple[float, float, float]
 """BGR, 0 to 255."""
+Person = dict[str, Any]
+"""One row of MPII's h5 files by their keys. Pixels count from 0."""
 VERSION = 2
 """Increased whenever the same options draw other pictures."""
 SIZES_WH = ((640, 480), (640, 360), (480, 640), (480, 360), (854, 480), (1280, 720))
@@ -42,54 +38,30 @@ PELVIS, THORAX, NECK, HEAD_TOP, SKULL, FACE = 6, 7, 8, 9, 20, 21
 # The right arm, the left arm, the right leg and the left leg, from the trunk to the tip.
 LIMBS = np.array([[12, 11, 10, 16], [13, 14, 15, 17], [2, 1, 0, 18], [3, 4, 5, 19]])
 LIMB_HUES_DEG = (2.0, 225.0, 312.0, 182.0)
-LIMB_RADII = ((0.04, 0.035, 0.028, 0.02), (0.052, 0.042, 0.032, 0.022))
+LIMB_RADII: tuple = ((0.04, 0.035, 0.028, 0.02), (0.052, 0.042, 0.032, 0.022))
 """Of arms and legs at the four points, in heights."""
-LIMB_BIASES = (-0.03, 0.02)
-"""Added to the depth in heights: arms are before the chest, and legs behind it."""
 
 
-class Person(NamedTuple):
-    """One row of MPII's h5 files. Pixels count from 0."""
-
-    part: Array
-    visible: Array
-    center: Array
-    scale: float
-    normalize: float
-    imgname: bytes = b""
-    picture: float = 0.0
-    person: float = 0.0
-    torsoangle: float = 0.0
-
-
-class Canvas:
+class Canvas(NamedTuple):
     """A picture under construction, and a map of the joint that is on top at each pixel."""
 
-    def __init__(self, image_HW3: Array):
-        """image_HW3: uint8 BGR, drawn into."""
-        self.image, self.joints = image_HW3, np.zeros(image_HW3.shape[:2], np.uint8)
+    image_HW3: Array
+    joints_HW: Array
 
     def hull(self, centers_K2: Array, radii_K: Array, colour: Colour, joint: int = 0) -> None:
         """Fill the convex hull of discs: two make a limb, one is a disc. joint: 0 for no joint."""
         turn = np.linspace(0, 2 * np.pi, 24, endpoint=False)
         circle = np.stack([np.cos(turn), np.sin(turn)], axis=1)
         points = centers_K2[:, None] + radii_K[:, None, None] * circle
-        hull = cv2.convexHull(points.reshape(-1, 2).astype(np.float32))
-        fixed = np.round(hull * 16).astype(np.int32)
-        cv2.fillPoly(self.image, [fixed], colour, cv2.LINE_AA, 4)
-        cv2.fillPoly(self.joints, [fixed], (float(joint),), cv2.LINE_8, 4)
+        fixed = np.round(16 * cv2.convexHull(points.reshape(-1, 2).astype(np.float32)))
+        cv2.fillPoly(self.image_HW3, [fixed.astype(np.int32)], colour, cv2.LINE_AA, 4)
+        cv2.fillPoly(self.joints_HW, [fixed.astype(np.int32)], (float(joint),), cv2.LINE_8, 4)
 
 
 def colour_of(hue_deg: float, saturation: float, value: float) -> Colour:
     """A colour from a hue in degrees and two fractions."""
     r, g, b = colorsys.hsv_to_rgb(hue_deg / 360 % 1, saturation, value)
     return 255 * b, 255 * g, 255 * r
-
-
-def dull_colour(rng: np.random.Generator) -> Colour:
-    """A colour of backgrounds: any hue, mostly little saturated."""
-    saturation = rng.uniform(0, 0.35) if rng.random() < 0.93 else rng.uniform(0.35, 0.7)
-    return colour_of(rng.uniform(0, 360), saturation, rng.uniform(0.1, 0.95))
 
 
 def rotation(z_deg: float, x_deg: float, y_deg: float = 0.0) -> Array:
@@ -100,7 +72,7 @@ def rotation(z_deg: float, x_deg: float, y_deg: float = 0.0) -> Array:
     return about_z @ about_x @ np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]])
 
 
-def sample_body(rng: np.random.Generator) -> Array:
+def sample_body(rng: Generator) -> Array:
     """(POINTS, 3) x, y, depth of a random body in heights; its pelvis is the origin.
 
     All angles are small in calm bodies, large in wild ones.
@@ -113,10 +85,8 @@ def sample_body(rng: np.random.Generator) -> Array:
     points_P3 = np.zeros((POINTS, 3))
     points_P3[THORAX] = chest @ [0, -TRUNK_LENGTH, 0]
     points_P3[NECK] = points_P3[THORAX] + chest @ [0, -0.042, 0]
-    skull_and_face = [[0, -0.175, 0], [0, -0.105, 0], [0, -0.085, -0.055]]
-    points_P3[[HEAD_TOP, SKULL, FACE]] = (
-        points_P3[NECK] + build[0] * np.array(skull_and_face) @ head.T
-    )
+    from_neck = build[0] * np.array([[0, -0.175, 0], [0, -0.105, 0], [0, -0.085, -0.055]])
+    points_P3[[HEAD_TOP, SKULL, FACE]] = points_P3[NECK] + from_neck @ head.T
     for limb, side in ((0, -1), (1, 1)):
         out, forward, bend = wild * rng.uniform([5, -50, 0], [170, 130, 120])
         upper = chest @ rotation(-side * out, -forward, side * rng.uniform(-30, 80))
@@ -143,7 +113,7 @@ def height_of(points_P3: Array) -> float:
     return float(np.linalg.norm(points_P3[THORAX] - points_P3[PELVIS])) / TRUNK_LENGTH
 
 
-def draw_body(rng: np.random.Generator, canvas: Canvas, points_P3: Array, first: int) -> None:
+def draw_body(rng: Generator, canvas: Canvas, points_P3: Array, first: int) -> None:
     """Draw a body in pixels, its farthest part first. first: number of its joint 0 in the map."""
     height = height_of(points_P3)
     skin = colour_of(rng.uniform(16, 32), rng.uniform(0.25, 0.5), rng.uniform(0.35, 0.95))
@@ -152,8 +122,8 @@ def draw_body(rng: np.random.Generator, canvas: Canvas, points_P3: Array, first:
     marks: dict[int, Colour] = {
         THORAX: (40, 40, 40), PELVIS: (70, 225, 245), NECK: (230, 240, 230), HEAD_TOP: (60, 200, 90)
     }  # fmt: skip
-    # Each shape is the hull of discs: points, radii in heights, bias of the depth, colour.
-    shapes: list[tuple[Any, Sequence[float], float, Colour]] = [
+    # Hulls of discs: points, radii and a bias of the depth in heights (arms are before the chest).
+    shapes: list[tuple[Any, tuple[float, ...], float, Colour]] = [
         ([NECK, SKULL, HEAD_TOP], (0.03, 0.07, 0.012), -0.02, hair),
         ([FACE], (0.045,), -0.03, skin),
         ([*LIMBS[:, 0], THORAX, PELVIS], (0.042,) * 6, 0.0, shirt),
@@ -162,8 +132,8 @@ def draw_body(rng: np.random.Generator, canvas: Canvas, points_P3: Array, first:
         for row, saturation, value in ((0, 0.25, 1.0), (1, 0.55, 1.0), (2, 0.9, 0.35)):
             marks[LIMBS[limb, row]] = colour_of(hue, saturation, value)
             colour = colour_of(hue, rng.uniform(0.65, 0.95), rng.uniform(0.4, 0.8))
-            radii, bias = LIMB_RADII[limb // 2][row : row + 2], LIMB_BIASES[limb // 2] - 0.01 * row
-            shapes.append((LIMBS[limb, row : row + 2], radii, bias, colour))
+            ends, bias = slice(row, row + 2), (-0.03, 0.02)[limb // 2] - 0.01 * row
+            shapes.append((LIMBS[limb, ends], LIMB_RADII[limb // 2][ends], bias, colour))
     shapes.sort(key=lambda shape: -points_P3[shape[0], 2].mean() / height - shape[2])
     for points, radii, _, colour in shapes:
         centers, px = points_P3[points, :2], height * np.array(radii)
@@ -171,15 +141,19 @@ def draw_body(rng: np.random.Generator, canvas: Canvas, points_P3: Array, first:
         canvas.hull(centers - px[:, None] * [0.1, 0.2], 0.72 * px, colour)
         for row in np.argsort(-points_P3[points, 2]):
             if points[row] in marks:
-                mark, joint = marks[points[row]], first + points[row]
-                canvas.hull(centers[[row]], 0.85 * px[[row]], mark, joint)
+                mark = marks[points[row]]
+                canvas.hull(centers[[row]], 0.85 * px[[row]], mark, first + points[row])
 
 
 def draw_scene(
-    rng: np.random.Generator, annotated: int, size_wh: tuple[int, int]
+    rng: Generator, annotated: int, size_wh: tuple[int, int]
 ) -> tuple[Array, list[Person]]:
     """A (H, W, 3) uint8 BGR picture and its annotated people; up to two more stand about."""
-    canvas = Canvas(draw_background(rng, *size_wh))
+    colours = rng.uniform(30, 220, (3, 3, 1)) + rng.normal(0, 18, (3, 3, 3))
+    background = cv2.resize(colours.clip(0, 255).astype(np.uint8), size_wh)
+    canvas = Canvas(background, np.zeros(size_wh[::-1], np.uint8))
+    for _ in range(rng.integers(8, 40)):
+        draw_clutter(rng, canvas, rng.uniform(-0.05, 1.05, 2) * size_wh)
     bodies = place_bodies(rng, annotated, size_wh)
     # Small people are far away.
     for number in np.argsort([height_of(body) for body in bodies]):
@@ -187,13 +161,13 @@ def draw_scene(
         if rng.random() < 0.2:
             draw_clutter(rng, canvas, bodies[number][rng.integers(JOINTS), :2])
     people = [
-        annotate(rng, body, canvas.joints, 1 + JOINTS * number)
+        annotate(rng, body, canvas.joints_HW, 1 + JOINTS * number)
         for number, body in enumerate(bodies[:annotated])
     ]
-    return add_light_and_noise(rng, canvas.image), people
+    return add_light_and_noise(rng, canvas.image_HW3), people
 
 
-def place_bodies(rng: np.random.Generator, annotated: int, size_wh: tuple[int, int]) -> list[Array]:
+def place_bodies(rng: Generator, annotated: int, size_wh: tuple[int, int]) -> list[Array]:
     """Bodies in pixels, the annotated ones first: head and ten joints inside, none on another."""
     bodies: list[Array] = []
     wanted = annotated + rng.choice(3, p=[0.72, 0.2, 0.08])
@@ -205,7 +179,8 @@ def place_bodies(rng: np.random.Generator, annotated: int, size_wh: tuple[int, i
         # Some people reach out of the picture.
         slack = (high - low) * (rng.uniform(0.05, 0.3) if rng.random() < 0.25 else 0.0)
         body[:, :2] += rng.uniform(*np.sort([-low - slack, size_wh - high + slack], axis=0))
-        inside = joints_inside(body, size_wh)
+        joints_J2 = body[:JOINTS, :2]
+        inside = np.all((joints_J2 >= 0) & (joints_J2 <= np.array(size_wh) - 1), axis=1)
         gaps = [np.hypot(*(body - other)[:, :2].mean(0)) for other in bodies]
         apart = min(gaps, default=np.inf) > 0.42 * height
         # Errors are divided by the head's length in the picture: end on, no error is small enough.
@@ -216,58 +191,45 @@ def place_bodies(rng: np.random.Generator, annotated: int, size_wh: tuple[int, i
     return bodies
 
 
-def joints_inside(points_P3: Array, size_wh: Sequence[int]) -> NDArray[np.bool_]:
-    """(16,): whether a joint is inside the picture."""
-    joints_J2 = points_P3[:JOINTS, :2]
-    return np.all((joints_J2 >= 0) & (joints_J2 <= np.array(size_wh) - 1), axis=1)
-
-
-def annotate(rng: np.random.Generator, points_P3: Array, map_HW: Array, first: int) -> Person:
+def annotate(rng: Generator, points_P3: Array, map_HW: Array, first: int) -> Person:
     """The row of a drawn body; a few joints are left unmarked, as annotators do."""
-    joints_J2, points_P2 = points_P3[:JOINTS, :2], points_P3[:, :2]
-    inside = joints_inside(points_P3, map_HW.shape[::-1])
+    joints_J2, last_xy = points_P3[:JOINTS, :2], np.array(map_HW.shape[::-1]) - 1
+    inside = np.all((joints_J2 >= 0) & (joints_J2 <= last_xy), axis=1)
     kept = inside & (rng.random(JOINTS) > 0.03)
     kept[[NECK, HEAD_TOP]] = True
     marked = kept if kept.sum() >= 8 else inside
     x_J, y_J = np.where(marked, joints_J2.round().astype(int).T, 0)
-    low, high = points_P2.min(0), points_P2.max(0)
+    low, high = points_P3[:, :2].min(0), points_P3[:, :2].max(0)
     box_px = (high - low).max() * rng.uniform(0.95, 1.05)
-    shift = rng.normal(0, 0.02, 2) * box_px + [0.0, BOX_SHIFT_Y_PX * box_px / PIXELS_PER_SCALE]
-    head_px = float(np.hypot(*(joints_J2[HEAD_TOP] - joints_J2[NECK])))
-    return Person(
-        part=np.where(marked[:, None], joints_J2, 0.0),
-        visible=(marked & (map_HW[y_J, x_J] == first + np.arange(JOINTS))).astype(float),
-        center=(low + high) / 2 + shift,
-        scale=float(BOX_SCALE * box_px / PIXELS_PER_SCALE),
-        normalize=HEAD_LENGTH_FROM_NECK_TO_TOP * head_px,
-    )
+    scale = box_px / skeleton.PIXELS_PER_SCALE
+    shift = rng.normal(0, 0.02, 2) * box_px + [0.0, skeleton.BOX_SHIFT_Y_PX * scale]
+    return {
+        "part": np.where(marked[:, None], joints_J2, 0.0),
+        "visible": (marked & (map_HW[y_J, x_J] == first + np.arange(JOINTS))).astype(float),
+        "center": (low + high) / 2 + shift,
+        "scale": skeleton.BOX_SCALE * scale,
+        "normalize": skeleton.HEAD_LENGTH_FROM_NECK_TO_TOP
+        * np.hypot(*(joints_J2[HEAD_TOP] - joints_J2[NECK])),
+        "torsoangle": 0.0,
+    }
 
 
-def draw_background(rng: np.random.Generator, width: int, height: int) -> Array:
-    """(height, width, 3): smooth colours and clutter."""
-    grid = np.array([dull_colour(rng) for _ in range(9)], np.float32).reshape(3, 3, 3)
-    canvas = Canvas(cv2.resize(grid * 0.6 + 50, (width, height)).astype(np.uint8))
-    for _ in range(rng.integers(8, 40)):
-        draw_clutter(rng, canvas, rng.uniform(-0.05, 1.05, 2) * [width, height])
-    return canvas.image
-
-
-def draw_clutter(rng: np.random.Generator, canvas: Canvas, at_2: Array) -> None:
+def draw_clutter(rng: Generator, canvas: Canvas, at_2: Array) -> None:
     """A disc, a shape like a limb, or a polygon with round corners."""
-    size = len(canvas.image) * float(np.clip(rng.lognormal(-2.1, 0.6), 0.02, 0.4))
+    size = len(canvas.image_HW3) * float(np.clip(rng.lognormal(-2.1, 0.6), 0.02, 0.4))
     corners = at_2 + size * rng.uniform(-1, 1, (rng.choice([1, 2, 3, 5]), 2))
     radii = size * rng.uniform(0.03, 0.2) * rng.uniform(0.7, 1, len(corners))
-    canvas.hull(corners, radii, dull_colour(rng))
+    saturation = rng.uniform(0, 0.35) if rng.random() < 0.93 else rng.uniform(0.35, 0.7)
+    colour = colour_of(rng.uniform(0, 360), saturation, rng.uniform(0.1, 0.95))
+    canvas.hull(corners, radii, colour)
 
 
-def add_light_and_noise(rng: np.random.Generator, image_HW3: Array) -> Array:
-    """Uneven light, a cast of colour, grain, and sometimes blur."""
+def add_light_and_noise(rng: Generator, image_HW3: Array) -> Array:
+    """Uneven light, a cast of colour and grain."""
     height, width = image_HW3.shape[:2]
     light = rng.uniform(0.8, 1.3) * rng.uniform(0.88, 1.12, (2, 3, 1)) * rng.uniform(0.95, 1.05, 3)
     gain = cv2.resize(light.astype(np.float32), (width, height))
     image = cv2.multiply(image_HW3, gain, dtype=cv2.CV_8U)
-    if rng.random() < 0.3:
-        image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.4, 1.0))
     for cells in (rng.integers(6, 24), rng.integers(40, 120), max(width, height)):
         noise = rng.normal(0, rng.uniform(1, 6), (cells, cells)).astype(np.float32)
         image = cv2.add(image, cv2.merge([cv2.resize(noise, (width, height))] * 3), dtype=cv2.CV_8U)
@@ -278,25 +240,28 @@ def draw_data_set(output: Path, options: dict[str, int], workers: int) -> None:
     """Write images/*.jpg, annot/train.h5 and annot/valid.h5, and the options into synthetic.json.
 
     options: "train" and "valid", the numbers of people, "seed" and "max_width", px. The number of
-    workers changes no byte. The folder OUTPUT.partial is renamed when it is complete.
+    workers changes no byte. The folder has its name only when it is complete.
     """
-    temporary = output.with_name(f"{output.name}.partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    (temporary / "images").mkdir(parents=True)
-    (temporary / "annot").mkdir()
+    output.parent.mkdir(parents=True, exist_ok=True)
     start_pool = multiprocessing.get_context("spawn").Pool
-    # Workers leave Ctrl-C to this process.
-    with start_pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+    with (
+        tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as parent,
+        # Workers leave Ctrl-C to this process.
+        start_pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool,
+    ):
+        folder = Path(parent) / "complete"
+        (folder / "images").mkdir(parents=True)
+        (folder / "annot").mkdir()
         for split, name in enumerate(("train", "valid")):
             # Every third picture has two people.
             people = np.bincount(np.arange(options[name]) * 3 // 4).tolist()
-            draw = functools.partial(draw_picture, temporary / "images", options, split)
+            draw = functools.partial(draw_picture, folder / "images", options, split)
             drawn = pool.imap(draw, enumerate(people), chunksize=4)
             shown = progress(drawn, f"drawing {name}", "pictures", len(people))
             rows = [person for of_picture in shown for person in of_picture]
-            write_annotations(temporary / "annot" / f"{name}.h5", rows)
-    (temporary / "synthetic.json").write_text(json.dumps(options, indent=2) + "\n")
-    temporary.rename(output)
+            write_annotations(folder / "annot" / f"{name}.h5", rows)
+        (folder / "synthetic.json").write_text(json.dumps(options, indent=2) + "\n")
+        folder.rename(output)
 
 
 def draw_picture(
@@ -304,24 +269,19 @@ def draw_picture(
 ) -> list[Person]:
     """Draw and write one picture, (number, people). Returns its people."""
     number, annotated = picture
-    cv2.setNumThreads(1)
     rng = np.random.default_rng([options["seed"], split, number])
     sizes = [size for size in SIZES_WH if size[0] <= options["max_width"]]
     image, people = draw_scene(rng, annotated, sizes[rng.integers(len(sizes))])
     name = f"{split}{number:08d}.jpg"  # 13 characters, as MPII's
     cv2.imwrite(str(folder / name), image, [cv2.IMWRITE_JPEG_QUALITY, 90])
-    return [
-        person._replace(imgname=name.encode(), picture=float(number), person=float(n))
-        for n, person in enumerate(people)
-    ]
+    facts = {"imgname": name.encode(), "index": float(number)}
+    return [person | facts | {"person": float(n)} for n, person in enumerate(people)]
 
 
-def write_annotations(path: Path, people: Iterable[Person]) -> None:
+def write_annotations(path: Path, people: list[Person]) -> None:
     """Write an h5 file with the keys and types of MPII's valid.h5."""
-    columns = dict(zip(Person._fields, zip(*people, strict=True), strict=True))
-    columns["index"] = columns.pop("picture")
     with h5py.File(path, "w") as file:
-        file.attrs["name"] = "synthetic"
-        for key, values in columns.items():
+        for key in people[0]:
+            values = np.array([person[key] for person in people])
             # With times, the same people would give other bytes a second later.
-            file.create_dataset(key, data=np.array(values), track_times=False)
+            file.create_dataset(key, data=values, track_times=False)

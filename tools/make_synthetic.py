@@ -1,7 +1,4 @@
-"""Draws synthetic people in MPII's layout: annot/*.h5 and images/*.jpg.
-
-The same options give the same bytes, whatever the number of workers.
-"""
+"""Draws synthetic people in MPII's layout: annot/*.h5 and images/*.jpg."""
 
 import sys
 from pathlib import Path
@@ -9,34 +6,32 @@ from pathlib import Path
 # `python tools/make_synthetic.py` puts tools/ on the path, and not the repository.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import configs.interrupt  # noqa: F401 - before the slow imports
-
-# isort: split
-import json
 import os
-from collections.abc import Sequence
 
 from common.cli import Parser, at_least
 from common.errors import InputError, run_main
+from common.files import read_json
 from pipelines.synthetic import SIZES_WH, VERSION, draw_data_set
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     """Draw both splits, unless they are there."""
     args = make_parser().parse_args(argv)
     options = {name: getattr(args, name) for name in ("seed", "train", "valid", "max_width")}
     options["version"] = VERSION
-    if args.output.exists():
-        check_drawn(args.output, options)
-        print(f"{args.output}: already drawn with these options")
-    else:
+    record = args.output / "synthetic.json"
+    found = read_json(record) if record.is_file() else "no synthetic.json in it"
+    if not args.output.exists():
         draw_data_set(args.output, options, args.workers)
         print(f"{args.output}: {args.train} + {args.valid} people")
-    print(
-        f"next: python tools/make_shards.py --annotations {args.output}/annot"
-        f" --images {args.output}/images --output data/shards/synthetic"
-    )
-    print("then: python train.py --config configs/demo.yaml (their sides differ: no mirroring)")
+    elif found == options:
+        print(f"{args.output}: already drawn with these options")
+    else:
+        next_step = f"name another --output, or delete {args.output}"
+        raise InputError(args.output, f"{found}", f"{options}, or no such folder", next_step)
+    sources = f"--annotations {args.output}/annot --images {args.output}/images"
+    print(f"next: python tools/make_shards.py {sources} --output data/shards/synthetic")
+    print("then: python train.py --config configs/demo.yaml (left and right differ: no mirroring)")
 
 
 def make_parser() -> Parser:
@@ -44,8 +39,7 @@ def make_parser() -> Parser:
     parser = Parser(
         prog="make_synthetic.py",
         description="Draws a synthetic pose data set in MPII's layout, to try things without MPII.",
-        epilog="example: python tools/make_synthetic.py --output data/synthetic --max-width 640."
-        " Right and left limbs differ in colour, so train on it without mirrored pictures.",
+        epilog="example: python tools/make_synthetic.py --output data/synthetic --max-width 640",
     )
     # fmt: off
     add = parser.add_argument_group("what to draw").add_argument
@@ -63,15 +57,6 @@ def make_parser() -> Parser:
         help="processes; they change no byte (default: %(default)s)")
     # fmt: on
     return parser
-
-
-def check_drawn(output: Path, options: dict[str, int]) -> None:
-    """Raise InputError if the folder holds anything but pictures drawn with these options."""
-    path = output / "synthetic.json"
-    found = json.loads(path.read_text()) if path.is_file() else "no synthetic.json"
-    if found != options:
-        expected = f"{options}, or no such folder"
-        raise InputError(output, f"{found}", expected, f"name another --output, or delete {output}")
 
 
 if __name__ == "__main__":
