@@ -24,8 +24,9 @@ from typing import Any
 
 import torch
 
-# Measured times and memory, the folder of runs, and sentences for people.
+# Measured times and memory, the folder of runs, sentences for people, and newer settings.
 IGNORED = {"time", "people_per_s", "wait_share", "memory_mb", "left_s", "seconds", "out", "remarks"}
+IGNORED |= {"threads"}
 # What is compared, by the first word of a case's name.
 FILES = {
     "synthetic": ["people/**/*"],
@@ -43,10 +44,10 @@ SMALL = (
 )
 # The shards of each preset, and settings that together use most options of the optimizer.
 PRESETS = {
-    "princeton": ("original", "--config configs/2hg.yaml"),
+    "princeton": ("original", "--config {configs}/2hg.yaml"),
     "newell": ("original", "--optim.name rmsprop --optim.milestones [20]"),
     "hrnet": ("crop", "--heatmaps.rule hrnet --heatmaps.sigma 2 --optim.ema_decay 0.9"),
-    "mild": ("crop", "--config configs/demo.yaml --train.max_minutes 0 --optim.clip_norm 1"),
+    "mild": ("crop", "--config {configs}/demo.yaml --train.max_minutes 0 --optim.clip_norm 1"),
     "none": ("original", "--loss.unmarked ignore --optim.accumulate 2 --optim.weight_decay 1e-4"),
 }
 TWO_RANKS = "-m torch.distributed.run --standalone --nproc-per-node 2 "
@@ -54,7 +55,7 @@ PEOPLE = "--train 64 --valid 12 --max-width 640 --workers 1 --output {out}/peopl
 RESULTS = "--json {out}/result.json --save-predictions {out}/predictions.json"
 
 
-def training_cases(before: Path) -> dict[str, list[str]]:
+def training_cases(before: Path, configs: Path) -> dict[str, list[str]]:
     """The commands of each case: people, shards, short runs. {out} stands for the case's folder."""
     people = before / "synthetic" / "people"
     pack = f"tools/make_shards.py --annotations {people}/annot --images {people}/images "
@@ -64,7 +65,7 @@ def training_cases(before: Path) -> dict[str, list[str]]:
     for loader in ("opencv", "dali"):
         for preset, (kind, settings) in PRESETS.items():
             name = f"losses-{preset}-{loader}"
-            command = f"train.py {settings} {SMALL} --data.shards {before}/packed-{kind}/shards "
+            command = f"train.py {settings.format(configs=configs)} {SMALL} --data.shards {before}/packed-{kind}/shards "
             command += f"--data.preset {preset} --data.loader {loader} --train.precision "
             cases[name] = [command + "fp32"]
             if preset in ("princeton", "hrnet"):
@@ -189,7 +190,10 @@ def main() -> int:
     shared = (args.after / os.environ.get("POSE_SHARED", "../shared")).resolve()
     demo = (args.demo_run or args.before / "runs" / "demo").resolve() / "best.pt"
     golden = shared / "golden" / "seed_2hg_dim48_checkpoint.pt"
-    cases = training_cases(work / "before") | checkpoint_cases(demo, golden, shared / "data")
+    configs = args.before.resolve() / "configs"
+    cases = training_cases(work / "before", configs) | checkpoint_cases(
+        demo, golden, shared / "data"
+    )
     chosen = [n for n in cases if any(fnmatch(n, pattern) for pattern in args.only)]
     if not chosen:
         parser.error(f"--only: choose among {', '.join(cases)}")
