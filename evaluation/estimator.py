@@ -1,11 +1,9 @@
 """A trained network as a Python call: pictures in, joints out.
 
-    from evaluation.estimator import PoseEstimator
+from evaluation.estimator import PoseEstimator
 
-    estimator = PoseEstimator.from_checkpoint("runs/2hg/best.pt")
-    keypoints_NJ2, scores_NJ = estimator("photo.jpg", boxes=[[410, 95, 180, 420]])
-
-It lies with the checkpoints, which it reads; the work is done by evaluation/inference.py.
+estimator = PoseEstimator.from_checkpoint("runs/2hg/best.pt")
+keypoints_NJ2, scores_NJ = estimator("photo.jpg", boxes=[[410, 95, 180, 420]])
 """
 
 from collections.abc import Sequence
@@ -21,9 +19,9 @@ from torch import nn
 from common.distributed import choose_device, choose_dtype
 from common.errors import InputError
 from evaluation.inference import Predictions, predict
-from model import checkpoint
-from pipelines import augment
+from model.checkpoint import Checkpoint, evaluation_network, load_checkpoint
 from pipelines.annotations import People
+from pipelines.augment import Draw
 from pipelines.boxes import MARGIN, Square, check_square, square_about, whole_picture
 from pipelines.codec import Codec, codec_of
 from pipelines.jpeg import require_sane_size
@@ -33,8 +31,9 @@ from pipelines.shard_format import record_of, unpack_records
 Picture = str | Path | npt.NDArray[np.uint8]
 """A file, or an array as cv2.imread gives it: (H, W, 3) BGR or (H, W) grey, uint8."""
 
-_MOST_PIXELS = 256_000_000
+_MAX_PIXELS = 256_000_000
 """Of a picture that a user gives: more than cameras make, less than memory holds."""
+_MAX_BYTES = 1 << 30
 
 
 class PoseEstimator:
@@ -61,36 +60,33 @@ class PoseEstimator:
     @classmethod
     def from_checkpoint(
         cls,
-        path: str | Path,
+        source: str | Path | Checkpoint,
         *,
         flip: bool | None = None,
         batch_size: int | None = None,
         device: Literal["auto", "cuda", "cpu"] = "auto",
         precision: Literal["auto", "bf16", "fp16", "fp32"] = "fp32",
     ) -> "PoseEstimator":
-        """From a checkpoint of ours or of others' code, a .safetensors or an .onnx.
+        """From a checkpoint of this project or of other code, a .safetensors or an .onnx.
 
         flip, batch_size: None takes those of the training's evaluation, but no flip test where the
         checkpoint does not say which joints are left and right. Raises InputError.
         """
-        trained = checkpoint.load_checkpoint(Path(path), onnx=True)
-        config, skeleton = trained.config, trained.skeleton
+        loaded = source
+        if not isinstance(loaded, Checkpoint):
+            loaded = load_checkpoint(Path(loaded), onnx=True)
+        config, skeleton = loaded.config, loaded.skeleton
         if flip and not skeleton.has_names:
-            raise InputError(
-                path,
-                "a flip test of joints without names",
-                "left and right joints that are known",
-                "leave the flip test out",
-            )
-        wanted = config.eval.flip and skeleton.has_names if flip is None else flip
-        place = choose_device(device)
+            found, expected = "a flip test of joints without names", "joints with names"
+            raise InputError(loaded.path, found, expected, "leave the flip test out")
+        chosen = choose_device(device)
         return cls(
-            checkpoint.evaluation_network(trained).to(place),
+            evaluation_network(loaded).to(chosen),
             codec_of(config.data, config.heatmaps, skeleton),
-            flip=wanted,
-            device=place,
-            dtype=choose_dtype(precision, place),
-            batch_size=config.eval.batch_size if batch_size is None else batch_size,
+            flip=config.eval.flip and skeleton.has_names if flip is None else flip,
+            device=chosen,
+            dtype=choose_dtype(precision, chosen),
+            batch_size=batch_size or config.eval.batch_size,
         )
 
     def __call__(
@@ -106,139 +102,126 @@ class PoseEstimator:
 
         pictures: one, with any number of people in it, or a list with one person in each. Files are
         turned upright as their EXIF orientation says (`read_picture`).
-        boxes: (N, 4) x, y, width, height, px; the square that the network sees has `margin` x the
-        longer side. Or centers (N, 2) px and scales (N,), as in MPII's h5 files. Or neither: each
-        picture as a whole.
+        boxes: (N, 4) x, y, width, height, px; the network sees a square of `margin` x the longer
+        side. Or centers (N, 2) px and scales (N,), as in MPII's h5 files. Or neither: the whole of
+        each picture.
         """
         squares = _squares(boxes, centers, scales, margin)
         if isinstance(pictures, (str, Path, np.ndarray)):
-            image = read_picture(pictures)
-            wanted = [None] if squares is None else squares
-            return self.predict([self.crop(image, square, "the picture") for square in wanted])
-        if squares is not None and len(squares) != len(pictures):
+            pictures = [read_picture(pictures)] * (1 if squares is None else len(squares))
+        elif squares is not None and len(squares) != len(pictures):
             raise InputError(
                 "boxes, or centers and scales",
                 f"{len(squares)} for {len(pictures)} pictures",
                 "one for each picture of a list",
                 "repeat a picture for each person in it",
             )
-        return self._in_batches(pictures, squares or [None] * len(pictures))
-
-    def _in_batches(
-        self, pictures: Sequence[Picture], squares: Sequence[Square | None]
-    ) -> Predictions:
-        """A person in each picture, so that no more than a batch of crops is held."""
+        wanted: Sequence[Square | None] = squares or [None] * len(pictures)
         found = [self.predict([])]
         for start in range(0, len(pictures), self.batch_size):
-            part = range(start, min(start + self.batch_size, len(pictures)))
-            crops = [self.crop(read_picture(pictures[i]), squares[i], f"picture {i}") for i in part]
+            rows = range(start, min(start + self.batch_size, len(pictures)))
+            crops = [self.crop(read_picture(pictures[i]), wanted[i], f"picture {i}") for i in rows]
             found.append(self.predict(crops))
         return Predictions(*(np.concatenate(column) for column in zip(*found, strict=True)))
 
     def crop(self, image_HW3: npt.NDArray[np.uint8], square: Square | None, where: str) -> Item:
-        """What `predict` takes of one person. image: BGR. square: None is the whole picture."""
+        """One person for `predict`. image: BGR. square: None is the whole picture.
+
+        where: names the picture in the InputError for a square outside it.
+        """
         height, width = image_HW3.shape[:2]
-        x, y, scale = place = square or whole_picture(width, height)
-        check_square(place, width, height, where)
+        square = square or whole_picture(width, height)
+        check_square(square, width, height, where)
         joints = np.zeros((1, self.skeleton.joint_count, 2))
         person = People(
             images=(where,),
             index=np.array([-1]),
             person=np.array([-1]),
-            center=np.array([[x, y]]),
-            scale=np.array([scale]),
+            center=np.array([[square.x, square.y]]),
+            scale=np.array([square.scale]),
             normalize=np.zeros(1),
             joints=joints,
             marked=joints[..., 0] > 0,
             visible=joints[..., 0] > 0,
         )
         record = record_of(person, 0, width, height)
-        neutral = augment.Draw()
+        preset, input_px = self.codec.preset, self.codec.input_px
         crop, matrix = crop_person(
-            image_HW3, unpack_records(record[None]), neutral, self.codec.preset, self.codec.input_px
+            image_HW3, unpack_records(record[None]), Draw(), preset, input_px
         )
-        return crop, matrix, neutral, record
+        return crop, matrix, Draw(), record
 
     def predict(self, crops: list[Item]) -> Predictions:
         """The joints of people that `crop` made, in batches, in their order."""
-        joints = self.skeleton.joint_count
         if not crops:
+            joints = self.skeleton.joint_count
             return Predictions(np.empty((0, joints, 2)), np.empty((0, joints)))
         size = self.batch_size
         batches = [collate(crops[i : i + size]) for i in range(0, len(crops), size)]
         return predict(
-            self.network,
-            batches,
-            self.codec,
-            flip=self.flip,
-            device=self.device,
-            dtype=self.dtype,
+            self.network, batches, self.codec, flip=self.flip, device=self.device, dtype=self.dtype
         )
 
 
 def read_picture(picture: Picture, upright: bool = True) -> npt.NDArray[np.uint8]:
     """(H, W, 3) BGR of a file that OpenCV reads, or of an array. Raises InputError.
 
-    upright: turn as the EXIF orientation says, as every viewer does; the coordinates of joints are
-    then in the picture as it is shown. Grey becomes three equal channels, 16 bits become 8, and
-    transparency is dropped. Of an animation it is the first picture.
+    upright: turn as the EXIF orientation says, as every viewer does; joints are then in px of the
+    picture as it is shown. Grey becomes three equal channels, 16 bits become 8, and transparency is
+    dropped. Of an animation it is the first picture.
     """
     if isinstance(picture, np.ndarray):
         return _checked_array(picture)
     if not isinstance(picture, (str, Path)):
-        raise InputError("picture", f"a {type(picture).__name__}", "a path, or a numpy array",
-                         "convert it, such as tensor.numpy()")  # fmt: skip
-    flags = cv2.IMREAD_COLOR | (0 if upright else cv2.IMREAD_IGNORE_ORIENTATION)
+        found = f"a {type(picture).__name__}"
+        raise InputError("picture", found, "a path, or a numpy array", "convert it")
     path = Path(picture)
     if not path.is_file():
         found = "a folder" if path.is_dir() else "no such file"
         raise InputError(path, found, "a picture", "give its path")
+    size = path.stat().st_size
+    if size > _MAX_BYTES:
+        raise InputError(path, f"{size:,} bytes", f"{_MAX_BYTES:,} at most", "make it smaller")
     content = path.read_bytes()
-    require_sane_size(content, path, _MOST_PIXELS)
-    data = np.frombuffer(content, dtype=np.uint8)
+    require_sane_size(content, path, _MAX_PIXELS)
+    flags = cv2.IMREAD_COLOR | (0 if upright else cv2.IMREAD_IGNORE_ORIENTATION)
     try:
-        image = cv2.imdecode(data, flags) if data.size else None
-    except cv2.error as error:  # more pixels than OpenCV is willing to read
-        raise InputError(
-            path, f"not readable ({error.err})", "a picture of usual size", "make it smaller"
-        ) from error
+        image = cv2.imdecode(np.frombuffer(content, np.uint8), flags) if content else None
+    except cv2.error:  # more pixels than OpenCV reads, in a format whose header Pillow cannot read
+        image = None
     if image is None:
-        raise InputError(
-            path, f"{data.size} bytes that are no picture", "a file that OpenCV reads", "replace it"
-        )
-    return image  # type: ignore[return-value]
+        found = f"{size} bytes that are no picture"
+        raise InputError(path, found, "a file that OpenCV reads", "replace it")
+    return np.asarray(image, dtype=np.uint8)
 
 
 def _checked_array(image: npt.NDArray) -> npt.NDArray[np.uint8]:
     if image.dtype == np.uint8 and image.size:
         if image.ndim == 2:
-            return cv2.cvtColor(image, cv2.COLOR_GRAY2BGR)  # type: ignore[return-value]
+            return np.stack([image] * 3, axis=-1)
         if image.ndim == 3 and image.shape[2] == 3:
             # OpenCV is fifteen times slower on a mirrored view, such as rgb[..., ::-1].
             return np.ascontiguousarray(image)
-    raise InputError(
-        "picture",
-        f"an array of shape {image.shape}, {image.dtype}",
-        "(H, W, 3) BGR or (H, W) grey, uint8, as cv2.imread gives",
-        "convert it",
-    )
+    found = f"an array of shape {image.shape}, {image.dtype}"
+    expected = "(H, W, 3) BGR or (H, W) grey, uint8, as cv2.imread gives"
+    raise InputError("picture", found, expected, "convert it")
 
 
 def _squares(boxes: Any, centers: Any, scales: Any, margin: float) -> list[Square] | None:
+    """None: whole pictures."""
+    if boxes is None and centers is None and scales is None:
+        return None
     if boxes is not None and centers is None and scales is None:
         rows = _rows(boxes, "boxes", 4)
         if not (rows[:, 2:] > 0).all():
-            smallest = rows[:, 2:].min(axis=0).tolist()
-            expected = "x, y, width, height in px, the last two above 0"
-            raise InputError("boxes", f"a width or height of {smallest}", expected, "correct it")
+            found = f"a width or height of {rows[:, 2:].min():g}"
+            raise InputError("boxes", found, "x, y, width, height; sizes above 0", "correct it")
         return [square_about(row, margin) for row in rows]
     if boxes is None and centers is not None and scales is not None:
         middles = _rows(centers, "centers", 2)
         sizes = np.asarray(scales, dtype=np.float64).reshape(-1)
         if len(sizes) == len(middles):
             return [Square(x, y, float(s)) for (x, y), s in zip(middles, sizes, strict=True)]
-    if boxes is None and centers is None and scales is None:
-        return None
     raise InputError(
         "boxes, centers, scales",
         "both kinds, or half of one, or of different lengths",

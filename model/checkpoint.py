@@ -4,16 +4,14 @@ A file is what torch.save writes, a zip archive. Its comment holds the SHA-256 o
 it, so that the checksum travels with the file, torch.load reads it and `unzip -z` shows it.
 """
 
-import errno
 import hashlib
 import io
 import os
 import re
-import shlex
 import struct
-import sys
 import zipfile
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from pickle import UnpicklingError  # an exception alone
@@ -43,7 +41,6 @@ FORMAT_VERSION = 1
 
 _CHECKSUM_TAG = b"sha256:"
 _CHECKSUM_LENGTH = len(_CHECKSUM_TAG) + 2 * hashlib.sha256().digest_size
-_ZIP_START, _ZIP_END, _ZIP_END_LENGTH = b"PK\x03\x04", b"PK\x05\x06", 22
 _ZIP_ERRORS = (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError, EOFError,
                OverflowError, struct.error, zlib.error)  # fmt: skip
 """What zipfile raises for the various kinds of damage."""
@@ -154,16 +151,11 @@ def append_checksum(archive: BinaryIO) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Put a folder's names on the disk; a renamed file is safe only then."""
-    if os.name != "posix":
-        return  # a folder cannot be opened
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # a file system that cannot sync folders
-            raise
-    finally:
+    """Put a folder's names on the disk, so that a renamed file survives a crash of the machine."""
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        descriptor = os.open(folder, os.O_RDONLY)
+        with suppress(OSError):  # not every file system can sync a folder
+            os.fsync(descriptor)
         os.close(descriptor)
 
 
@@ -195,17 +187,12 @@ def _missing(path: Path) -> InputError:
     """The error for a path that is no file; it suggests a checkpoint that lies there."""
     folder, found = (path, "a folder") if path.is_dir() else (path.parent, "no such file")
     there = [folder / name for name in ("best.pt", "last.pt") if (folder / name).is_file()]
-    advice = "give its path"
-    if there:
-        words = [str(there[0]) if word == str(path) else word for word in sys.argv]
-        again = shlex.join(["python", *words])
-        advice = again if str(there[0]) in words else f"give {there[0]}"
+    advice = f"give {there[0]}" if there else "give its path"
     return InputError(path, found, "a checkpoint (last.pt, best.pt)", advice)
 
 
 def _read_archive(path: Path) -> Any:
-    damage = find_damage(path) or oversized_archive_reason(path)
-    if damage:
+    if damage := find_damage(path):
         raise InputError(path, damage, "a file as training wrote it", _USE_ANOTHER)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -226,47 +213,29 @@ def _read_archive(path: Path) -> Any:
 
 
 def find_damage(path: Path) -> str:
-    """What is wrong with a file's bytes; empty if they are whole, or have no checksum.
+    """What is wrong with a zip archive's bytes; empty if nothing is, and for other files.
 
-    A zip archive without our checksum is checked by the CRC-32 of each record.
-    """
-    with path.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - _CHECKSUM_LENGTH))
-        last = file.read()
-        if last.startswith(_CHECKSUM_TAG) and len(last) == _CHECKSUM_LENGTH:
-            is_whole = _sha256(file, size - len(last)) == last[len(_CHECKSUM_TAG) :]
-            return "" if is_whole else "its bytes do not match its checksum"
-        file.seek(0)
-        if file.read(len(_ZIP_START)) != _ZIP_START:
-            return ""
-    end = last[-_ZIP_END_LENGTH:]
-    if not (end.startswith(_ZIP_END) and end.endswith(b"\0\0")):
-        return "it is cut off, or its end is damaged"
-    try:
-        with zipfile.ZipFile(path) as archive:
-            record = archive.testzip()
-    except _ZIP_ERRORS as error:
-        return f"a damaged archive ({str(error)[:120]})"
-    return f"its record {record} is damaged" if record else ""
-
-
-def oversized_archive_reason(path: Path) -> str:
-    """Why an archive would take more memory than its file has bytes; empty if it would not.
-
-    torch.save stores records uncompressed, one after another. Other files are not judged.
+    Records may not claim more bytes than the file has, because torch.load allocates what they
+    claim; torch.save stores them uncompressed. Without a checksum (files of other code) the CRC-32
+    of each record is checked.
     """
     if not zipfile.is_zipfile(path):
         return ""
+    size = path.stat().st_size
     try:
-        with zipfile.ZipFile(path) as archive:
-            records = archive.infolist()
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+            records, checksum = archive.infolist(), archive.comment
+            if checksum and checksum != _CHECKSUM_TAG + _sha256(file, size - len(checksum)):
+                return "its bytes do not match its checksum"
+            if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+                return "compressed records"
+            claimed = sum(record.file_size for record in records)
+            if claimed > size:
+                return f"records of {claimed:,} bytes"
+            damaged = None if checksum else archive.testzip()
+            return f"its record {damaged} is damaged" if damaged else ""
     except _ZIP_ERRORS as error:
         return f"a damaged archive ({str(error)[:120]})"
-    if any(record.compress_type != zipfile.ZIP_STORED for record in records):
-        return "compressed records"
-    claimed = sum(record.file_size for record in records)
-    return f"records of {claimed:,} bytes" if claimed > path.stat().st_size else ""
 
 
 def _sha256(file: BinaryIO, size: int) -> bytes:

@@ -247,12 +247,12 @@ def test_one_step_of_adam_from_the_checkpoint_equals_plain_torch(golden_path, cr
 def test_a_run_continues_from_its_checkpoint_with_optimizer_and_epoch(
     golden_path, tiny_shards, tmp_path
 ):
-    from test_training import HERE, make_run, steps, tiny_config
+    from test_training import make_run, steps, tiny_config
 
     state = checkpoint.load_checkpoint(golden_path)
     size = {"stacks": 2, "width": 48, "depth": 4, "stem": [64, 128, 128]}
     config = tiny_config(tiny_shards, model=size, train={"steps": 4000, "steps_per_epoch": 1000})
-    run = make_run(config, tmp_path / "run", state, place=HERE)
+    run = make_run(config, tmp_path / "run", state)
     assert run.step == 3000
     first = next(iter(run.optimizer.state.values()))
     assert first["step"].item() == 12
@@ -260,24 +260,24 @@ def test_a_run_continues_from_its_checkpoint_with_optimizer_and_epoch(
 
 
 def test_a_config_of_another_size_is_told_what_to_add(golden_path, tiny_shards, tmp_path):
-    from test_training import HERE, make_run, tiny_config
+    from test_training import make_run, tiny_config
 
     state = checkpoint.load_checkpoint(golden_path)
     size = {"stacks": 2, "width": 32, "depth": 4, "stem": [64, 128, 64]}
     with pytest.raises(InputError) as caught:
-        make_run(tiny_config(tiny_shards, model=size), tmp_path / "run", state, place=HERE)
+        make_run(tiny_config(tiny_shards, model=size), tmp_path / "run", state)
     assert caught.value.next_step == "add --model.width 48 --model.stem [64,128,128]"
 
 
 def test_too_few_steps_and_another_preset_are_said(golden_path, tiny_shards, tmp_path):
-    from test_training import HERE, make_run, tiny_config
+    from test_training import make_run, tiny_config
 
     size = {"stacks": 2, "width": 48, "depth": 4, "stem": [64, 128, 128]}
     few = tiny_config(tiny_shards, model=size, train={"steps": 10})
     with pytest.raises(InputError, match=r"3000 steps that .* has done already"):
-        make_run(few, tmp_path / "run", checkpoint.load_checkpoint(golden_path), place=HERE)
+        make_run(few, tmp_path / "run", checkpoint.load_checkpoint(golden_path))
     config = tiny_config(tiny_shards, model=size, train={"steps": 4000})
-    run = make_run(config, tmp_path / "run", checkpoint.load_checkpoint(golden_path), place=HERE)
+    run = make_run(config, tmp_path / "run", checkpoint.load_checkpoint(golden_path))
     assert any("data.preset princeton; this run goes on with hrnet" in r for r in run.remarks)
 
 
@@ -305,7 +305,7 @@ def test_the_converter_goes_both_ways(golden_path, tmp_path, monkeypatch, capsys
     ):
         monkeypatch.setattr(sys, "argv", ["x", str(source), str(target), "--to", to])
         convert_checkpoint.main()
-        assert "with the optimizer's state" in capsys.readouterr().out
+        assert "with optimizer state" in capsys.readouterr().out
     raw, again = (torch.load(p, weights_only=True) for p in (golden_path, tmp_path / "theirs.pt"))
     assert again["epoch"] == 3
     assert all(

@@ -10,42 +10,38 @@ import argparse
 
 from common.cli import Parser
 from common.errors import InputError, run_main
-from model import checkpoint
+from model.checkpoint import load_checkpoint, save_checkpoint, to_princeton, write_archive
 
 
 def main() -> None:
-    """Read either format, write the one asked for. Raises InputError."""
+    """Read any format, write the one asked for. Raises InputError."""
     options = make_parser().parse_args()
-    source, target = Path(options.source), Path(options.target)
-    if target.exists():
-        raise InputError(target, "a file", "a new name", "give another name, or remove the file")
-    loaded = checkpoint.load_checkpoint(source)
+    if options.target.exists():
+        raise InputError(options.target, "a file", "a new name", "give another name, or remove it")
+    loaded = load_checkpoint(options.source)
     if options.to == "princeton":
-        raw = checkpoint.to_princeton(loaded)
-        checkpoint.write_archive(target, raw)
-        what = "with" if "optimizer" in raw else "without"
+        contents = to_princeton(loaded)
+        write_archive(options.target, contents)
+        has_optimizer = "optimizer" in contents
     else:
-        checkpoint.save_checkpoint(target, loaded)
-        what = "with" if loaded.optimizer else "without"
-    print(f"wrote {target} ({options.to}), step {loaded.step:,}, {what} the optimizer's state")
+        save_checkpoint(options.target, loaded)
+        has_optimizer = loaded.optimizer is not None
+    which = "with" if has_optimizer else "without"
+    print(f"wrote {options.target} ({options.to}), step {loaded.step:,}, {which} optimizer state")
 
 
 def make_parser() -> Parser:
     """The command line."""
     parser = Parser(
         prog="convert_checkpoint.py",
-        description="Converts a checkpoint, of whatever kind it is, to the kind that is asked for.",
+        description="Convert a checkpoint of any readable kind.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example:\n  python tools/convert_checkpoint.py checkpoint.pt mine.pt --to native",
     )
-    parser.add_argument("source", metavar="IN", help="a checkpoint of either kind")
-    parser.add_argument("target", metavar="OUT", help="the file to write, which must not exist yet")
-    parser.add_argument(
-        "--to",
-        choices=("native", "princeton"),
-        required=True,
-        help="native: this project's; princeton: princeton-vl/pytorch_stacked_hourglass's",
-    )
+    parser.add_argument("source", metavar="IN", type=Path, help="a checkpoint")
+    parser.add_argument("target", metavar="OUT", type=Path, help="a new file")
+    kinds = "native: this project's; princeton: princeton-vl/pytorch_stacked_hourglass's"
+    parser.add_argument("--to", choices=("native", "princeton"), required=True, help=kinds)
     return parser
 
 

@@ -1,4 +1,4 @@
-"""Writes a trained network as ONNX or safetensors, and checks that it still answers alike."""
+"""Writes a trained network as ONNX or safetensors, and checks that its outputs stay the same."""
 
 import sys
 from pathlib import Path
@@ -12,8 +12,8 @@ import importlib.util
 import io
 import json
 import logging
+import tempfile
 import warnings
-from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -21,27 +21,27 @@ from torch import Tensor, nn
 
 from common.cli import Parser
 from common.errors import InputError, run_main
+from common.files import write_atomic
 from evaluation.estimator import PoseEstimator, read_picture
 from evaluation.inference import last_heatmaps
-from model import checkpoint
-from model.checkpoint import Checkpoint
+from model.checkpoint import Checkpoint, header, load_checkpoint, trained_network
 from model.export import INPUT, KEY, OUTPUT, OnnxNetwork, write_safetensors
-from pipelines.augment import without_augmentation
 from pipelines.codec import Codec
 from pipelines.geometry import STRIDE
-from pipelines.loader import images_on_device
-from pipelines.opencv_loader import CropDataset, collate
+from pipelines.loader import evaluation_batches, images_on_device
+from pipelines.opencv_loader import collate
 from pipelines.shard_format import MANIFEST
 from pipelines.shards import ShardSet
 
 TOLERANCE = 1e-4
 """Largest difference of a heatmap's pixel between torch and ONNX Runtime; a peak is about 1."""
-MOST_PEOPLE = 8
+MAX_PEOPLE = 8
 """Crops that are compared."""
+CPU = torch.device("cpu")
 
 
 class LastStack(nn.Module):
-    """The network with the last stack's heatmaps alone, and the flip test if it is to be inside."""
+    """The network's last heatmaps, averaged with the mirrored picture's if `flip`."""
 
     def __init__(self, network: nn.Module, codec: Codec, flip: bool):
         """network: in eval mode."""
@@ -58,37 +58,13 @@ def main() -> None:
     """Read the checkpoint, write what was asked for, compare."""
     options = make_parser().parse_args()
     check_options(options)
-    trained = checkpoint.load_checkpoint(options.checkpoint)
+    loaded = load_checkpoint(options.checkpoint)
     if options.safetensors:
-        network = checkpoint.trained_network(trained)
-        options.safetensors.parent.mkdir(parents=True, exist_ok=True)
-        write_safetensors(options.safetensors, network.state_dict(), checkpoint.header(trained))
+        weights = trained_network(loaded).state_dict()
+        write_safetensors(options.safetensors, weights, header(loaded))
         print(f"wrote {options.safetensors}")
     if options.onnx:
-        export_onnx(options, trained)
-
-
-def export_onnx(options: argparse.Namespace, trained: Checkpoint) -> None:
-    """Write the graph if it answers as torch does, and say by how much not. Raises InputError."""
-    estimator = PoseEstimator.from_checkpoint(options.checkpoint, device="cpu")
-    codec, joints = estimator.codec, estimator.skeleton.joint_count
-    crops, what = crops_to_check(options, estimator, trained)
-    whole = LastStack(estimator.network, codec, options.flip)
-    with written_beside(options.onnx) as temporary:
-        write_onnx(temporary, whole, trained)
-        largest = largest_difference(OnnxNetwork(temporary, joints), whole, crops)
-        if not largest <= TOLERANCE:
-            raise InputError(
-                options.onnx,
-                f"heatmaps that differ from torch's by {largest:.1e}; it was not kept",
-                f"at most {TOLERANCE:.0e}",
-                "try other versions of torch, onnxscript and onnxruntime",
-            )
-    size, heat = codec.input_px, codec.input_px // STRIDE
-    print(f"wrote {options.onnx}, {'with' if options.flip else 'without'} flip test")
-    print(f"  {INPUT} (N, 3, {size}, {size}) float32 RGB in 0..1 ->", end=" ")
-    print(f"{OUTPUT} (N, {joints}, {heat}, {heat})")
-    print(f"  differs from torch by {largest:.1e} at most, on {what}")
+        export_onnx(options, loaded)
 
 
 def make_parser() -> Parser:
@@ -100,28 +76,13 @@ def make_parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example:\n  python tools/export_onnx.py runs/2hg/best.pt --onnx 2hg.onnx --flip",
     )
-    parser.add_argument("checkpoint", type=Path, help="of train.py, or of others' code")
-    out = parser.add_argument_group("what to write")
-    out.add_argument(
-        "--onnx", type=Path, metavar="OUT.onnx", help="the graph, for any number of people at once"
-    )
-    out.add_argument(
-        "--safetensors", type=Path, metavar="OUT.safetensors", help="the weights that are evaluated"
-    )
-    how = parser.add_argument_group("how to make the ONNX")
-    how.add_argument(
-        "--flip",
-        action="store_true",
-        help="put the flip test inside: the graph then averages with the mirrored picture itself",
-    )
-    how.add_argument(
-        "--check",
-        type=Path,
-        nargs="+",
-        metavar="PICTURE",
-        help="compare with torch on these; default: the first people of the validation shards that "
-        "the checkpoint was trained beside, or noise where there are none",
-    )
+    add = parser.add_argument
+    add("checkpoint", type=Path, help="of train.py, or of other code")
+    add("--onnx", type=Path, metavar="OUT.onnx", help="the graph, for batches of any size")
+    add("--safetensors", type=Path, metavar="OUT.safetensors", help="the evaluated weights")
+    add("--flip", action="store_true", help="put the flip test into the ONNX graph")
+    check_help = "compare ONNX with torch on these; default: the validation shards, or noise"
+    add("--check", type=Path, nargs="+", metavar="PICTURE", help=check_help)
     return parser
 
 
@@ -131,61 +92,79 @@ def check_options(options: argparse.Namespace) -> None:
         raise InputError("command line", "nothing to write", "--onnx or --safetensors", "give one")
     for path, ending in ((options.onnx, ".onnx"), (options.safetensors, ".safetensors")):
         if path and (path.suffix != ending or path.is_dir()):
-            raise InputError(
-                path, "another ending, or a folder", f"a name in {ending}", "rename it"
-            )
+            found = "another ending, or a folder"
+            raise InputError(path, found, f"a name in {ending}", "rename it")
     needed = ["onnx", "onnxscript", "onnxruntime"] if options.onnx else []
     needed += ["safetensors"] if options.safetensors else []
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
-        raise InputError(
-            "Python packages",
-            f"no {', '.join(missing)}",
-            "what writes these formats",
-            f"pip install {' '.join(missing)}",
-        )
+        found, advice = f"no {', '.join(missing)}", f"pip install {' '.join(missing)}"
+        raise InputError("Python packages", found, "those that write these formats", advice)
 
 
-def crops_to_check(
-    options: argparse.Namespace, estimator: PoseEstimator, trained: Checkpoint
+def export_onnx(options: argparse.Namespace, loaded: Checkpoint) -> None:
+    """Write the graph if its outputs equal torch's. Raises InputError if they do not."""
+    estimator = PoseEstimator.from_checkpoint(loaded, device="cpu")
+    codec, joints = estimator.codec, estimator.skeleton.joint_count
+    network = LastStack(estimator.network, codec, options.flip)
+    images, what = images_to_check(options, loaded, estimator)
+    with tempfile.TemporaryDirectory() as folder:
+        temporary = Path(folder) / "network.onnx"
+        write_onnx(temporary, network, loaded)
+        difference = largest_difference(OnnxNetwork(temporary, joints), network, images)
+        if not difference <= TOLERANCE:
+            raise InputError(
+                options.onnx,
+                f"heatmaps that differ from torch's by {difference:.1e}; nothing was written",
+                f"at most {TOLERANCE:.0e}",
+                "try other versions of torch, onnxscript and onnxruntime",
+            )
+        write_atomic(options.onnx, temporary.read_bytes())
+    size, heat = codec.input_px, codec.input_px // STRIDE
+    print(f"wrote {options.onnx}, {'with' if options.flip else 'without'} flip test")
+    print(f"  {INPUT} (N, 3, {size}, {size}) float32 RGB in 0..1 ->", end=" ")
+    print(f"{OUTPUT} (N, {joints}, {heat}, {heat})")
+    print(f"  differs from torch by {difference:.1e} at most, on {what}")
+
+
+def images_to_check(
+    options: argparse.Namespace, loaded: Checkpoint, estimator: PoseEstimator
 ) -> tuple[Tensor, str]:
     """(N, 3, S, S) RGB in 0..1, and what they are. Raises InputError."""
     if options.check:
         pictures = [read_picture(path) for path in options.check]
         raw = collate([estimator.crop(image, None, "picture") for image in pictures])
-        return images_on_device(raw, torch.device("cpu")), f"{len(pictures)} pictures"
-    folder = Path(trained.config.data.shards) / "valid"
-    size = estimator.codec.input_px
+        return images_on_device(raw, CPU), f"{len(pictures)} pictures"
+    folder = Path(loaded.config.data.shards) / "valid"
     if not (folder / MANIFEST).is_file():
-        noise = torch.rand(MOST_PEOPLE, 3, size, size, generator=torch.Generator().manual_seed(0))
-        return noise, f"noise, for there is no {folder}; --check PICTURE takes pictures"
+        size = estimator.codec.input_px
+        noise = torch.rand(MAX_PEOPLE, 3, size, size, generator=torch.Generator().manual_seed(0))
+        return noise, f"noise, because there is no {folder}; --check PICTURE takes pictures"
     shards = ShardSet(folder)
-    samples = shards.people()[1][:MOST_PEOPLE]
-    preset = without_augmentation(estimator.codec.preset)
-    dataset = CropDataset(shards, preset, size, seed=0)
-    raw = collate([dataset[(int(sample), 0)] for sample in samples])
-    return images_on_device(raw, torch.device("cpu")), f"{len(samples)} people of {folder}"
+    samples = shards.people()[1][:MAX_PEOPLE]
+    (raw,) = evaluation_batches(
+        shards,
+        samples,
+        estimator.codec,
+        loader="opencv",
+        device=CPU,
+        batch_size=MAX_PEOPLE,
+        workers=0,
+    )
+    return images_on_device(raw, CPU), f"{len(samples)} people of {folder}"
 
 
-@contextlib.contextmanager
-def written_beside(path: Path) -> Iterator[Path]:
-    """A path to write to, which gets the right name if all went well, and is removed if not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")
-    try:
-        yield temporary
-        temporary.rename(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_onnx(path: Path, network: LastStack, trained: Checkpoint) -> None:
-    """Trace the network with a free number of people, and write it with our facts."""
-    # Of another size than 1, which the tracing would take for a constant.
+def write_onnx(path: Path, network: LastStack, loaded: Checkpoint) -> None:
+    """Trace the network for any batch size, and write it with the checkpoint's header."""
     size = network.codec.input_px
-    example = torch.zeros(2, 3, size, size)
+    example = torch.zeros(2, 3, size, size)  # a batch of 1 would become a constant
     print("tracing the network ...", file=sys.stderr, flush=True)
-    with torch.no_grad(), quiet():
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # no remarks on optional packages
+    with (
+        torch.no_grad(),
+        warnings.catch_warnings(action="ignore"),
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
         program = torch.onnx.export(
             network,
             (example,),
@@ -196,35 +175,21 @@ def write_onnx(path: Path, network: LastStack, trained: Checkpoint) -> None:
             verbose=False,
         )
     assert program is not None
-    if network.flip:
-        # What reads the file must not add a second flip test.
-        config = replace(trained.config, eval=replace(trained.config.eval, flip=False))
-        trained = replace(trained, config=config)
-    program.model.metadata_props[KEY] = json.dumps(checkpoint.header(trained))
+    if network.flip:  # programs that read the file must not add a second flip test
+        evaluation = replace(loaded.config.eval, flip=False)
+        loaded = replace(loaded, config=replace(loaded.config, eval=evaluation))
+    program.model.metadata_props[KEY] = json.dumps(header(loaded))
     program.save(str(path), external_data=False)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without the exporter's remarks on packages that it looks for and does not need."""
-    logger = logging.getLogger("torch.onnx")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(before)
 
 
 @torch.no_grad()
 def largest_difference(graph: OnnxNetwork, network: LastStack, images_N3HW: Tensor) -> float:
-    """Largest difference of a heatmap's pixel, of all at once and of the first person alone."""
-    expected = network(images_N3HW)
-    whole = (graph(images_N3HW)[:, 0] - expected).abs().max().item()
-    first = (graph(images_N3HW[:1])[:, 0] - expected[:1]).abs().max().item()
-    return max(whole, first)
+    """Largest difference of a heatmap's pixel, for all images at once and for the first alone."""
+    differences = [
+        (graph(images)[:, 0] - network(images)).abs().max().item()
+        for images in (images_N3HW, images_N3HW[:1])
+    ]
+    return max(differences)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import argparse
-import functools
-import itertools
 import json
+import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple, TypeVar
+from contextlib import closing
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -29,53 +29,55 @@ from evaluation.visualize import draw_skeleton
 from pipelines.annotations import stays_inside
 from pipelines.boxes import MARGIN, Person, Square, read_people, square_about, whole_picture
 from pipelines.opencv_loader import Item
-from tools.video import CODECS, Frames, VideoFile, check_window, show
 
 PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
-"""What counts as a picture in a folder; a file that is named by itself may end otherwise."""
+"""Endings of the pictures in a folder; a file that is given by itself may have another."""
 VIDEOS = {".avi", ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv"}
-MOST_FRAMES = 8
-"""Frames of a video that are held at a time; one in 4K takes 25 MB."""
+CODECS = {".avi": "MJPG", ".mp4": "mp4v"}
+"""Of the videos that are written."""
+MAX_FRAMES = 8
+"""Frames of a video in memory at a time; one in 4K takes 25 MB."""
+DEFAULT_FRAMES_PER_SECOND = 25.0
 LINE_SHARE = 1 / 128
 """Width of a drawn limb over the side of the person's square."""
 
-T = TypeVar("T")
-R = TypeVar("R")
+Image = npt.NDArray[np.uint8]
+Options = argparse.Namespace
+Result = dict[str, Any]
+"""One person as written to JSON; `evaluate.py --predictions` reads it too."""
 
 
 class Picture(NamedTuple):
-    """A picture and the people to find in it."""
+    """A picture file and the people to find in it."""
 
     path: Path
-    rows: list[int]
-    """Place of each person in the results."""
-    people: list[Person]
+    people: list[tuple[int, Person]]
+    """With their index in the results."""
+    overlay: Path | None = None
 
 
 class Subject(NamedTuple):
-    """Who is looked for."""
+    """One person to find."""
 
-    picture: Picture | None
-    facts: dict[str, Any]
-    """What the results say beside the joints."""
-    square: Square
+    facts: Result
+    """What the result holds besides the joints."""
+    crop: Item
 
 
-class Found(NamedTuple):
-    """The same person with joints, and without the crop: there may be very many."""
+class Frame(NamedTuple):
+    """A picture or a frame of a video, with the people to find in it."""
 
-    subject: Subject
-    keypoints_J2: npt.NDArray[np.float64]
-    """Px of the picture."""
-    scores_J: npt.NDArray[np.float64]
+    source: Picture | Image
+    """A picture is read again to draw on it, which saves memory. Frames are (H, W, 3) BGR."""
+    subjects: list[Subject]
 
 
 def main() -> None:
-    """Predict, draw on the way, and write what was found, also when it is cut short."""
+    """Predict, draw, and write the results, also those of an interrupted run."""
     options = make_parser().parse_args()
-    source = moving_source(options)
-    pictures = list_pictures(options) if source is None else []
-    check_outputs(options, pictures)
+    video = video_source(options)
+    pictures = [] if video is not None else add_overlays(options, list_pictures(options))
+    check_outputs(options)
     estimator = PoseEstimator.from_checkpoint(
         options.checkpoint,
         flip=options.flip,
@@ -83,14 +85,18 @@ def main() -> None:
         device=options.device,
         precision=options.precision,
     )
-    found: list[Found] = []
+    results: list[Result] = []
+    found = (
+        predict_pictures(options, estimator, pictures)
+        if video is None
+        else predict_video(options, estimator, video)
+    )
     try:
-        if source is None:
-            predict_pictures(options, estimator, pictures, found)
-        else:
-            predict_video(options, estimator, source, found)
+        with closing(found):
+            for people in found:
+                results += people
     finally:
-        write_results(options, estimator.skeleton, found)
+        write_results(options, estimator.skeleton, results)
 
 
 def make_parser() -> Parser:
@@ -102,101 +108,57 @@ def make_parser() -> Parser:
         epilog="example:\n  python tools/predict.py --checkpoint runs/2hg/best.pt photo.jpg "
         "--box 410 95 180 420 --overlay pose.jpg",
     )
-    what = parser.add_argument_group("what to look at")
-    what.add_argument(
-        "input", nargs="*", type=Path, help="pictures, folders of pictures, or one video"
-    )
-    what.add_argument("--webcam", type=int, metavar="N", help="the camera of this number, from 0")
-    what.add_argument(
-        "--ignore-exif",
-        action="store_true",
-        help="take pictures as they are stored; default: turned upright, as viewers show them",
-    )
-    what.add_argument(
-        "--skip-bad", action="store_true", help="name unreadable pictures and go on without them"
-    )
-    add_place_options(parser)
-    how = parser.add_argument_group("how")
-    how.add_argument(
-        "--checkpoint",
-        required=True,
-        help="of train.py or of others' code, or an exported .safetensors or .onnx",
-    )
-    how.add_argument(
-        "--flip",
-        action=argparse.BooleanOptionalAction,
-        help="average with the prediction for the mirrored picture; default: as in training",
-    )
-    how.add_argument(
-        "--batch-size", type=at_least(1), help="people at a time; default: as in training"
-    )
-    how.add_argument(
-        "--workers",
-        type=at_least(1),
-        default=usable_cores(),
-        help="threads that read (default: all cores)",
-    )
-    add_device_options(how)
-    add_output_options(parser)
+    add = parser.add_argument_group("input").add_argument
+    add("input", nargs="*", type=Path, help="pictures, folders of pictures, or one video")
+    add("--webcam", type=int, metavar="N", help="camera number, from 0")
+    add("--ignore-exif", action="store_true", help="do not turn pictures upright")
+    add("--skip-bad", action="store_true", help="report unreadable pictures and continue")
+    _add_position_options(parser)
+    group = parser.add_argument_group("network")
+    add = group.add_argument
+    add("--checkpoint", required=True, help="a checkpoint, .safetensors or .onnx")
+    flip_help = "average with the mirrored picture's prediction; default: as in training"
+    add("--flip", action=argparse.BooleanOptionalAction, help=flip_help)
+    add("--batch-size", type=at_least(1), help="people per batch; default: as in training")
+    add("--workers", type=at_least(1), default=usable_cores(), help="threads that read pictures")
+    add_device_options(group)
+    add = parser.add_argument_group("output (default: JSON on the terminal)").add_argument
+    add("--save-predictions", type=Path, metavar="OUT", help="JSON, joints in px")
+    add("--save-coco", type=Path, metavar="OUT", help="COCO keypoint results")
+    overlay_help = "drawn skeletons: a picture for one, .avi or .mp4 for a video, else a folder"
+    add("--overlay", type=Path, metavar="OUT", help=overlay_help)
+    score_help = "draw joints whose heatmap peak is at least this high (default: %(default)s)"
+    add("--min-score", type=float, default=0.0, help=score_help)
     return parser
 
 
-def add_place_options(parser: argparse.ArgumentParser) -> None:
-    """Options that say where the person is."""
-    where = parser.add_argument_group(
-        "where the person is",
-        "in px of the picture as it is shown, in every picture or frame; default: it fills it",
+def _add_position_options(parser: Parser) -> None:
+    group = parser.add_argument_group(
+        "position of the person",
+        "in px of the upright picture, in every picture or frame; default: the whole picture",
     )
-    one = where.add_mutually_exclusive_group()
-    one.add_argument(
-        "--box", type=float, nargs=4, metavar=("X", "Y", "W", "H"), help="drawn about the person"
-    )
-    one.add_argument(
-        "--center", type=float, nargs=2, metavar=("X", "Y"), help="MPII's, as in its h5 files"
-    )
-    one.add_argument(
-        "--people",
-        type=Path,
-        metavar="FILE",
-        help=".csv or .json of people in the pictures of one folder (docs/predict.md)",
-    )
-    where.add_argument("--scale", type=float, help="side of the square / 200 px, with --center")
-    where.add_argument(
-        "--margin",
-        type=float,
-        default=MARGIN,
-        help="side of the square that the network sees / longer side of a box "
-        "(default: %(default)s)",
-    )
+    add = group.add_mutually_exclusive_group().add_argument
+    add("--box", type=float, nargs=4, metavar=("X", "Y", "W", "H"), help="box around the person")
+    add("--center", type=float, nargs=2, metavar=("X", "Y"), help="as in MPII's h5 files")
+    people_help = ".csv or .json of people in the pictures of one folder (docs/predict.md)"
+    add("--people", type=Path, metavar="FILE", help=people_help)
+    add = group.add_argument
+    add("--scale", type=float, help="side of the square / 200 px, with --center")
+    margin_help = "side of the network's square / longer side of the box (default: %(default)s)"
+    add("--margin", type=float, default=MARGIN, help=margin_help)
 
 
-def add_output_options(parser: argparse.ArgumentParser) -> None:
-    """Options that say what to write."""
-    out = parser.add_argument_group("what to write (default: the JSON, to the terminal)")
-    out.add_argument("--save-predictions", type=Path, metavar="OUT", help="JSON, joints in px")
-    out.add_argument("--save-coco", type=Path, metavar="OUT", help="COCO keypoint results")
-    out.add_argument(
-        "--overlay",
-        type=Path,
-        metavar="OUT",
-        help="skeletons drawn: a file for one picture, .avi or .mp4 for a video, else a folder",
-    )
-    out.add_argument(
-        "--min-score",
-        type=float,
-        default=0.0,
-        help="draw joints whose peak is at least this high (default: %(default)s; 1 is ideal)",
-    )
+# Checking the command line
 
 
-def moving_source(options: argparse.Namespace) -> Path | int | None:
-    """The video or camera; None for pictures. Raises InputError for a mixture of them."""
+def video_source(options: Options) -> Path | int | None:
+    """The video or camera number; None for pictures. Raises InputError for a mixture of them."""
     videos = [path for path in options.input if path.suffix.lower() in VIDEOS]
     webcam = options.webcam is not None
     if len(videos) + webcam > 1 or ((videos or webcam) and len(options.input) > len(videos)):
         raise _misused("a video or webcam, and something else", "pictures, one video or a webcam")
     if not options.input and not webcam:
-        raise _misused("nothing to look at", "pictures, folders, a video, or --webcam N")
+        raise _misused("no input", "pictures, folders, a video, or --webcam N")
     if (options.center is None) != (options.scale is None):
         raise _misused("--center or --scale alone", "both of them")
     if not options.margin > 0 or (options.box and not min(options.box[2:]) > 0):
@@ -206,11 +168,9 @@ def moving_source(options: argparse.Namespace) -> Path | int | None:
     if options.people:
         raise _misused("--people with a video or webcam", "--box, or --center with --scale")
     if options.overlay and options.overlay.suffix.lower() not in CODECS:
-        raise InputError(
-            options.overlay, "another kind of file", " or ".join(CODECS), "name the overlay so"
-        )
+        raise InputError(options.overlay, "not a video", " or ".join(CODECS), "rename the overlay")
     if webcam and not options.overlay:
-        check_window()
+        _require_window()
     return options.webcam if webcam else videos[0]
 
 
@@ -218,300 +178,307 @@ def _misused(found: str, expected: str) -> InputError:
     return InputError("command line", found, expected, "see --help")
 
 
-def list_pictures(options: argparse.Namespace) -> list[Picture]:
+def _require_window() -> None:
+    has_display = {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys() or sys.platform != "linux"
+    has_windows = "GUI:                           NONE" not in cv2.getBuildInformation()
+    if not (has_display and has_windows):
+        found = "no display" if has_windows else "an OpenCV without windows"
+        raise InputError("--webcam", found, "a window for the frames", "give --overlay OUT.avi")
+
+
+def list_pictures(options: Options) -> list[Picture]:
     """The pictures with their people, in the order given. Raises InputError."""
     if options.people:
         if len(options.input) != 1 or not options.input[0].is_dir():
-            raise _misused("--people without its pictures", "the one folder in which they lie")
-        return people_in(options.input[0], read_people(options.people, options.margin))
-    square = given_square(options)
-    found = []
+            raise _misused("--people without its pictures", "the one folder that holds them")
+        return _pictures_of(options.input[0], read_people(options.people, options.margin))
+    found: list[tuple[Path, str]] = []
     for path in options.input:
-        if not path.exists():
-            raise InputError(path, "no such file or folder", "a picture", "give its path")
         if not path.is_dir():
             found.append((path, str(path)))
             continue
         inside = [p for p in sorted(path.iterdir()) if p.suffix.lower() in PICTURES]
-        found += [(p, p.name) for p in inside]
         if not inside:
             kinds = ", ".join(sorted(PICTURES))
-            raise InputError(path, "no picture in this folder", kinds, "name another folder")
-    return [Picture(path, [row], [Person(name, square)]) for row, (path, name) in enumerate(found)]
+            raise InputError(path, "no picture in this folder", kinds, "give another folder")
+        found += [(p, p.name) for p in inside]
+    square = given_square(options)
+    return [Picture(path, [(n, Person(name, square))]) for n, (path, name) in enumerate(found)]
 
 
-def people_in(folder: Path, people: list[Person]) -> list[Picture]:
-    """The people of a file by their pictures, each of which is read once. Raises InputError."""
+def _pictures_of(folder: Path, people: list[Person]) -> list[Picture]:
+    """People grouped by picture, so that each picture is read once. Raises InputError."""
     pictures: dict[str, Picture] = {}
-    for row, person in enumerate(people):
+    for index, person in enumerate(people):
         path = folder / person.image
         if not stays_inside(folder, person.image) or not path.is_file():
-            raise InputError(
-                path, f"no such picture, of person {row}", f"one in {folder}", "correct the file"
-            )
-        picture = pictures.setdefault(person.image, Picture(path, [], []))
-        picture.rows.append(row)
-        picture.people.append(person)
+            found = f"no such picture, of person {index}"
+            raise InputError(path, found, f"one in {folder}", "correct the file")
+        pictures.setdefault(person.image, Picture(path, [])).people.append((index, person))
     return list(pictures.values())
 
 
-def given_square(options: argparse.Namespace) -> Square | None:
-    """Where the command line says that the person is."""
-    if options.box:
-        return square_about(options.box, options.margin)
+def given_square(options: Options) -> Square | None:
+    """The person's position on the command line; None is the whole picture."""
     if options.center:
         x, y = options.center
         return Square(x, y, options.scale)
-    return None
+    return square_about(options.box, options.margin) if options.box else None
 
 
-def check_outputs(options: argparse.Namespace, pictures: list[Picture]) -> None:
-    """Refuse files that cannot be written before the work is done. Raises InputError."""
-    for path in (options.save_predictions, options.save_coco, options.overlay):
-        if path and any(p.is_file() for p in path.parents):
-            raise InputError(path, "in a file", "in a folder", "name another file")
-        if path and path.is_dir() and path is not options.overlay:
-            raise InputError(path, "a folder", "a file name", "name another file")
-    drawn = [overlay_path(options, picture, pictures) for picture in pictures]
-    if options.overlay and len(set(drawn)) < len(drawn):
-        raise InputError(
-            options.overlay, "pictures of the same name", "different ones", "take them in turn"
-        )
-    sources = {picture.path.resolve() for picture in pictures}
-    sources |= {path.resolve() for path in options.input if path.is_file()}
-    if {path.resolve() for path in [*drawn, options.overlay] if path} & sources:
-        raise InputError(
-            options.overlay, "the picture itself", "a place for the overlay", "name another"
-        )
+def check_outputs(options: Options) -> None:
+    """Refuse paths that cannot be written, before the work. Raises InputError."""
+    for path in filter(None, (options.save_predictions, options.save_coco, options.overlay)):
+        is_folder = path.is_dir() and path != options.overlay
+        if is_folder or any(parent.is_file() for parent in path.parents):
+            raise InputError(path, "a folder, or in a file", "a file name", "give another name")
 
 
-def overlay_path(
-    options: argparse.Namespace, picture: Picture, pictures: list[Picture]
-) -> Path | None:
-    """Where the overlay of one of the pictures goes. Raises InputError."""
+def add_overlays(options: Options, pictures: list[Picture]) -> list[Picture]:
+    """The pictures with the paths of their overlays, if wanted. Raises InputError."""
     out: Path | None = options.overlay
     if out is None:
-        return None
-    if len(pictures) == 1 and out.suffix.lower() in PICTURES and not out.is_dir():
-        return out
-    if out.suffix.lower() in PICTURES | VIDEOS or out.is_file():
-        raise InputError(
-            out, f"one file, for {len(pictures)} pictures", "a folder", "name a folder"
-        )
-    if out.suffix and not out.is_dir() and len(pictures) == 1:
-        kinds = " ".join(sorted(PICTURES))
-        raise InputError(out, "another kind of file", f"a folder, or one of {kinds}", "name it so")
-    inside = picture.people[0].image if options.people else picture.path.name
-    path = out / inside
-    return path if path.suffix.lower() in PICTURES else path.with_suffix(".png")
+        return pictures
+    if out.is_file() or (out.suffix and not out.is_dir()):
+        if len(pictures) > 1 or out.suffix.lower() not in PICTURES:
+            found = f"one file of kind {out.suffix!r}, for {len(pictures)} pictures"
+            raise InputError(out, found, "a .png or .jpg for one, else a folder", "rename it")
+        paths = [out]
+    else:
+        names = [p.people[0][1].image if options.people else p.path.name for p in pictures]
+        paths = [out / name for name in names]
+    paths = [p if p.suffix.lower() in PICTURES else p.with_suffix(".png") for p in paths]
+    if len(set(paths)) < len(paths):
+        raise InputError(out, "pictures of the same name", "different ones", "take them in turn")
+    if {path.resolve() for path in paths} & {picture.path.resolve() for picture in pictures}:
+        raise InputError(out, "the picture itself", "another path", "rename the overlay")
+    return [p._replace(overlay=path) for p, path in zip(pictures, paths, strict=True)]
+
+
+# Predicting
 
 
 def predict_pictures(
-    options: argparse.Namespace,
-    estimator: PoseEstimator,
-    pictures: list[Picture],
-    found: list[Found],
-) -> None:
-    """Fill `found`, and draw each picture when everybody in it is found. Raises InputError."""
-    waiting: dict[Path, list[Found]] = {}
-    read = functools.partial(read_subjects, options, estimator)
+    options: Options, estimator: PoseEstimator, pictures: list[Picture]
+) -> Generator[list[Result], None, None]:
+    """The people of each picture, which is drawn if that is wanted. Raises InputError."""
+    bad = []
+    people = sum(len(picture.people) for picture in pictures)
     with (
         ThreadPoolExecutor(options.workers) as pool,
-        counting("predict", sum(len(p.rows) for p in pictures), "people") as advance,
+        counting("predict", people, "people") as advance,
     ):
-        subjects = itertools.chain.from_iterable(ahead(pool, read, pictures, 2 * options.workers))
-        for batch in in_batches(subjects, estimator.batch_size):
-            done = predict_subjects(estimator, batch)
-            found += done
-            for picture, people in whole_pictures(done, waiting):
-                out = overlay_path(options, picture, pictures)
-                if out:
-                    image = read_picture(picture.path, not options.ignore_exif)
-                    write_picture(out, draw(image, people, estimator.skeleton, options.min_score))
-            advance(len(batch))
-    say_left_out(pictures, found)
+        frames = read_ahead(pool, options, estimator, pictures)
+        for (picture, subjects), found in find_people(estimator, frames, estimator.batch_size):
+            assert isinstance(picture, Picture)
+            if not subjects:
+                bad.append(picture.path)
+            elif picture.overlay:
+                image = read_picture(picture.path, not options.ignore_exif)
+                draw(image, found, estimator.skeleton, options.min_score)
+                _, data = cv2.imencode(picture.overlay.suffix, image)
+                write_atomic(picture.overlay, data.tobytes())
+            yield found
+            advance(len(found))
+    if len(bad) == len(pictures):
+        problem = f"{len(bad)} picture(s), all of them bad (reported above)"
+        raise InputError(bad[0], problem, "pictures that OpenCV reads", "replace them")
+    if bad:
+        print(f"left out: {len(bad):,} of {len(pictures):,} pictures", file=sys.stderr)
 
 
-def say_left_out(pictures: list[Picture], found: list[Found]) -> None:
-    """Count the bad pictures. Raises InputError if there is no other."""
-    paths = {picture.path for picture in pictures}
-    good = {one.subject.picture.path for one in found if one.subject.picture}
-    if paths and not good:
-        where, count = ", ".join(map(str, sorted(paths)[:3])), len(paths)
-        raise InputError(
-            where + (", ..." if count > 3 else ""),
-            f"{count} picture(s), all of them bad (named above)",
-            "one that OpenCV reads at least",
-            "replace them",
-        )
-    if good != paths:
-        print(f"left out: {len(paths - good):,} of {len(paths):,} pictures", file=sys.stderr)
-
-
-def whole_pictures(
-    found: list[Found], waiting: dict[Path, list[Found]]
-) -> Iterator[tuple[Picture, list[Found]]]:
-    """The pictures in which everybody is found now. waiting: people of the others, kept here."""
-    for one in found:
-        picture = one.subject.picture
-        assert picture is not None, "a frame of a video"
-        waiting.setdefault(picture.path, []).append(one)
-        if len(waiting[picture.path]) == len(picture.rows):
-            yield picture, waiting.pop(picture.path)
-
-
-def read_subjects(
-    options: argparse.Namespace, estimator: PoseEstimator, picture: Picture
-) -> list[tuple[Subject, Item]]:
-    """The people of one picture, cropped; nobody if the picture is bad and that is allowed."""
-    try:
-        image = read_picture(picture.path, not options.ignore_exif)
-    except InputError as error:
-        if not options.skip_bad:
-            advice = f"{error.next_step}, or leave such pictures out with --skip-bad"
-            raise InputError(error.where, error.found, error.expected, advice) from error
-        info(f"left out: {error.where}: {error.found}")
-        return []
-    return [
-        crop_subject(estimator, image, picture, person, {"index": row})
-        for row, person in zip(picture.rows, picture.people, strict=True)
-    ]
-
-
-def crop_subject(
-    estimator: PoseEstimator,
-    image_HW3: npt.NDArray[np.uint8],
-    picture: Picture | None,
-    person: Person,
-    facts: dict[str, Any],
-) -> tuple[Subject, Item]:
-    """One person and their crop. Raises InputError for a square that is not in the picture."""
-    height, width = image_HW3.shape[:2]
-    square = person.square or whole_picture(width, height)
-    facts = {"image": person.image, **facts, "width": width, "height": height}
-    if person.image_id is not None:
-        facts["image_id"] = person.image_id
-    where = f"{person.image}: person {facts['index']}"
-    return Subject(picture, facts, square), estimator.crop(image_HW3, square, where)
-
-
-def ahead(
-    pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T], most: int
-) -> Iterator[R]:
-    """function(item) of each item, in order, worked out in the pool up to `most` items ahead."""
-    waiting: deque[Future[R]] = deque()
-    for item in items:
-        waiting.append(pool.submit(function, item))
-        if len(waiting) > most:
+def read_ahead(
+    pool: ThreadPoolExecutor, options: Options, estimator: PoseEstimator, pictures: list[Picture]
+) -> Iterator[Frame]:
+    """The pictures in order, read and cropped in threads, a few ahead."""
+    waiting: deque[Future[Frame]] = deque()
+    for picture in pictures:
+        waiting.append(pool.submit(read_frame, options, estimator, picture))
+        if len(waiting) > 2 * options.workers:
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()
 
 
-def in_batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Lists of `size` items, the last one shorter if need be."""
-    iterator = iter(items)
-    while batch := list(itertools.islice(iterator, size)):
-        yield batch
+def read_frame(options: Options, estimator: PoseEstimator, picture: Picture) -> Frame:
+    """The cropped people of a picture; nobody if it is bad and --skip-bad was given."""
+    try:
+        image = read_picture(picture.path, not options.ignore_exif)
+    except InputError as error:
+        if not options.skip_bad:
+            error.next_step += ", or leave such pictures out with --skip-bad"
+            raise
+        info(f"left out: {error.where}: {error.found}")
+        return Frame(picture, [])
+    subjects = [crop_person(estimator, image, p, {"index": n}) for n, p in picture.people]
+    return Frame(picture, subjects)
 
 
-def predict_subjects(estimator: PoseEstimator, subjects: list[tuple[Subject, Item]]) -> list[Found]:
-    """One batch through the network."""
-    keypoints, scores = estimator.predict([crop for _, crop in subjects])
+def crop_person(
+    estimator: PoseEstimator, image_HW3: Image, person: Person, facts: Result
+) -> Subject:
+    """Raises InputError for a square outside the picture. facts: to stand in the result."""
+    height, width = image_HW3.shape[:2]
+    square = person.square or whole_picture(width, height)
+    facts = {"image": person.image, **facts, "width": width, "height": height}
+    if person.image_id is not None:
+        facts["image_id"] = person.image_id
+    facts |= {"center": [square.x, square.y], "scale": square.scale}
+    where = f"{person.image}: person {facts['index']}"
+    return Subject(facts, estimator.crop(image_HW3, square, where))
+
+
+def find_people(
+    estimator: PoseEstimator, frames: Iterable[Frame], batch_size: int
+) -> Iterator[tuple[Frame, list[Result]]]:
+    """Each frame with its people's results, in order. A batch may span several frames."""
+    waiting, subjects, results = deque[Frame](), list[Subject](), list[Result]()
+    for frame in frames:
+        waiting.append(frame)
+        subjects += frame.subjects
+        while len(subjects) >= batch_size:
+            results += predict_batch(estimator, subjects[:batch_size])
+            del subjects[:batch_size]
+        while waiting and len(waiting[0].subjects) <= len(results):
+            done = waiting.popleft()
+            yield done, [results.pop(0) for _ in done.subjects]
+    results += predict_batch(estimator, subjects)
+    for frame in waiting:
+        yield frame, [results.pop(0) for _ in frame.subjects]
+
+
+def predict_batch(estimator: PoseEstimator, subjects: list[Subject]) -> list[Result]:
+    """The people's results: keypoints are x, y in px and the height of the heatmap's peak."""
+    keypoints_NJ2, scores_NJ = estimator.predict([subject.crop for subject in subjects])
+    keypoints_NJ3 = np.concatenate([keypoints_NJ2, scores_NJ[..., None]], axis=2)
     return [
-        Found(subject, joints, heights)
-        for (subject, _), joints, heights in zip(subjects, keypoints, scores, strict=True)
+        {**subject.facts, "keypoints": keypoints_J3.tolist()}
+        for subject, keypoints_J3 in zip(subjects, keypoints_NJ3, strict=True)
     ]
 
 
+# Video
+
+
 def predict_video(
-    options: argparse.Namespace, estimator: PoseEstimator, source: Path | int, found: list[Found]
-) -> None:
-    """The same for every frame of a video or webcam; nobody is followed from frame to frame."""
-    live = isinstance(source, int)
-    person = Person(f"webcam {source}" if live else str(source), given_square(options))
-    keep = not live or options.save_predictions or options.save_coco
-    frames = Frames(source)
-    video = VideoFile(options.overlay, frames.per_second) if options.overlay else None
-    size = 1 if live else min(estimator.batch_size, MOST_FRAMES)
-    number = 0
-    try:
-        with counting("predict", frames.count, "frames") as advance:
-            for batch in in_batches(frames, size):
-                subjects = [
-                    crop_subject(estimator, image, None, person, {"index": row, "frame": row})
-                    for row, image in enumerate(batch, number)
-                ]
-                results = predict_subjects(estimator, subjects)
-                found += results if keep else []
-                for image, one in zip(batch, results, strict=True):
-                    drawn = draw(image, [one], estimator.skeleton, options.min_score)
-                    if video:
-                        video.write(drawn)
-                    elif live and not show(drawn):
-                        return
-                number += len(batch)
-                advance(len(batch))
-    finally:
-        frames.close()
-        if video:
-            video.close()
+    options: Options, estimator: PoseEstimator, source: Path | int
+) -> Generator[list[Result], None, None]:
+    """The same for every frame of a video or webcam; nobody is tracked between frames."""
+    is_live = isinstance(source, int)
+    name = f"webcam {source}" if is_live else str(source)
+    capture = cv2.VideoCapture(source if is_live else name)
+    if not capture.isOpened():
+        raise InputError(
+            name, "cannot be opened", "a video or camera that OpenCV reads", "check it"
+        )
+    person = Person(name, given_square(options))
+    frames = (
+        Frame(image, [crop_person(estimator, image, person, {"index": n, "frame": n})])
+        for n, image in enumerate(read_video(capture, name))
+    )
+    rate = capture.get(cv2.CAP_PROP_FPS) or DEFAULT_FRAMES_PER_SECOND
+    count = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
+    batch_size = 1 if is_live else min(estimator.batch_size, MAX_FRAMES)
+    with (
+        closing(VideoFile(options.overlay, rate)) as video,
+        counting("predict", count if count > 0 else None, "frames") as advance,
+    ):
+        for (image, _), found in find_people(estimator, frames, batch_size):
+            assert isinstance(image, np.ndarray)
+            if options.overlay or is_live:
+                draw(image, found, estimator.skeleton, options.min_score)
+            if options.overlay:
+                video.write(image)
+            elif is_live and not show(image):
+                return
+            if not is_live or options.save_predictions or options.save_coco:
+                yield found
+            advance(1)
 
 
-def draw(
-    image_HW3: npt.NDArray[np.uint8], found: list[Found], skeleton: Skeleton, min_score: float
-) -> npt.NDArray[np.uint8]:
-    """Everybody's skeleton onto the picture, which is changed; returns it."""
-    for one in found:
-        side = PIXELS_PER_SCALE * one.subject.square.scale
+def read_video(capture: cv2.VideoCapture, name: str) -> Iterator[Image]:
+    """The frames (H, W, 3) BGR, turned upright. Raises InputError if there is none."""
+    count = 0
+    while (frame := capture.read())[0]:
+        count += 1
+        yield np.asarray(frame[1], dtype=np.uint8)
+    if not count:
+        raise InputError(name, "no frame can be read", "a video", "try another")
+
+
+class VideoFile:
+    """A video that gets its name when it is closed. The first frame decides its size."""
+
+    def __init__(self, path: Path, frames_per_second: float):
+        """path: its ending decides the codec (CODECS). Nothing is written without a frame."""
+        self.path, self.rate = path, frames_per_second
+        self._writer: cv2.VideoWriter | None = None
+
+    def write(self, image_HW3: Image) -> None:
+        """Add a frame. Raises InputError if the file cannot be written."""
+        if self._writer is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._temporary = self.path.with_name(f"{self.path.stem}.tmp{self.path.suffix}")
+            codec = cv2.VideoWriter.fourcc(*CODECS[self.path.suffix.lower()])
+            size = image_HW3.shape[1], image_HW3.shape[0]
+            self._writer = cv2.VideoWriter(str(self._temporary), codec, self.rate, size)
+            if not self._writer.isOpened():
+                found = "OpenCV cannot write it"
+                raise InputError(self.path, found, "a path for a video", "try an .avi")
+        self._writer.write(image_HW3)
+
+    def close(self) -> None:
+        """Finish the file."""
+        if self._writer is not None:
+            self._writer.release()
+            self._temporary.rename(self.path)
+
+
+def show(image_HW3: Image) -> bool:
+    """Show a frame in a window. Returns False when the user pressed q."""
+    cv2.imshow("joints (q quits)", image_HW3)
+    return cv2.waitKey(1) & 0xFF != ord("q")
+
+
+# Output
+
+
+def draw(image_HW3: Image, people: list[Result], skeleton: Skeleton, min_score: float) -> None:
+    """Draw everybody's skeleton onto the picture."""
+    for person in people:
+        keypoints_J3 = np.array(person["keypoints"])
+        side = PIXELS_PER_SCALE * person["scale"]
         width = max(1, round(LINE_SHARE * min(side, max(image_HW3.shape))))
-        draw_skeleton(image_HW3, one.keypoints_J2, one.scores_J >= min_score, skeleton, width)
-    return image_HW3
+        drawn_J = keypoints_J3[:, 2] >= min_score
+        draw_skeleton(image_HW3, keypoints_J3[:, :2], drawn_J, skeleton, width)
 
 
-def write_picture(path: Path, image_HW3: npt.NDArray[np.uint8]) -> None:
-    """Write a picture whole or not at all. Raises InputError."""
-    fine, data = cv2.imencode(path.suffix, image_HW3)
-    if not fine:
-        raise InputError(path, "OpenCV cannot write it", "a .png or .jpg", "name another file")
-    write_atomic(path, data.tobytes())
-
-
-def write_results(options: argparse.Namespace, skeleton: Skeleton, found: list[Found]) -> None:
-    """The JSON files that were asked for, or the JSON on the terminal if nothing was."""
-    if not found:
+def write_results(options: Options, skeleton: Skeleton, results: list[Result]) -> None:
+    """Write the JSON files that were asked for, or print the JSON if no output was."""
+    if not results:
         return
-    found = sorted(found, key=lambda one: one.subject.facts["index"])
-    entries = [as_entry(one) for one in found]
+    results = sorted(results, key=lambda person: person["index"])
     if options.save_predictions:
-        write_atomic(options.save_predictions, (json.dumps(entries) + "\n").encode())
+        write_atomic(options.save_predictions, (json.dumps(results) + "\n").encode())
     if options.save_coco:
-        coco = [as_coco(entry) for entry in entries]
+        coco = [as_coco(person) for person in results]
         write_atomic(options.save_coco, (json.dumps(coco) + "\n").encode())
-    for path in (options.save_predictions, options.save_coco, options.overlay):
-        if path and path.exists():
-            print(f"wrote {path}", file=sys.stderr)
-    if not (options.save_predictions or options.save_coco or options.overlay):
-        print(json.dumps(entries))
+    outputs = [options.save_predictions, options.save_coco, options.overlay]
+    for path in filter(None, outputs):
+        print(f"wrote {path}", file=sys.stderr)
+    if not any(outputs):
+        print(json.dumps(results))
     print(f"joints: {', '.join(skeleton.names)}", file=sys.stderr)
 
 
-def as_entry(one: Found) -> dict[str, Any]:
-    """One person of our JSON; `evaluate.py --predictions` reads it too."""
-    square = one.subject.square
-    keypoints = np.concatenate([one.keypoints_J2, one.scores_J[:, None]], axis=1)
-    place = {"center": [square.x, square.y], "scale": square.scale}
-    return {**one.subject.facts, **place, "keypoints": keypoints.tolist()}
-
-
-def as_coco(entry: dict[str, Any]) -> dict[str, Any]:
-    """The same person as a COCO keypoint result; score is the mean over joints."""
-    joints = entry["keypoints"]
+def as_coco(person: Result) -> Result:
+    """A COCO keypoint result; score is the mean over joints."""
+    keypoints = person["keypoints"]
     return {
-        "image_id": entry.get("image_id", entry["index"]),
+        "image_id": person.get("image_id", person["index"]),
         "category_id": 1,
-        "keypoints": [value for joint in joints for value in joint],
-        "score": sum(score for _, _, score in joints) / len(joints),
+        "keypoints": [value for joint in keypoints for value in joint],
+        "score": sum(score for _, _, score in keypoints) / len(keypoints),
     }
 
 
