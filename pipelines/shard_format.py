@@ -33,6 +33,11 @@ IDENTITY_AFFINE: tuple[float, ...] = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 _LARGEST_COORDINATE = 131_072.0
 """px; larger than any picture."""
 
+COMPONENTS = ("f32", "jpg", "json")
+"""Files of a sample in a tar, in this order."""
+LARGEST = {"f32": 1 << 20, "jpg": 256 << 20, "json": 4 << 20}
+"""Bytes of each."""
+INDEX_VERSION = "v1.2"
 FORMAT = "stacked-hourglass-shards"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"

@@ -1,115 +1,78 @@
-"""People <-> WebDataset tar shards: writing, the index, and reading at random.
+"""Reads a split of shards at random.
 
 A split is a folder of NNNNN.tar, each with its wds2idx index NNNNN.idx, and one manifest.json. A
-sample is one person with three components:
+sample is one person with three components, in this order:
 
-    <key>.f32   little-endian float32 record (pipelines/shard_format.py), which DALI reads as it is
+    <key>.f32   little-endian float32 record (pipelines/shard_format.py), which DALI reads directly
     <key>.jpg   the picture
-    <key>.json  the same facts for a person to read, and the name of the picture
+    <key>.json  the same values for people to read, and the name of the picture
 """
 
 import copy
 import hashlib
 import io
 import os
-import tarfile
-from collections.abc import Iterable
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import webdataset
 
 from common.errors import InputError
 from common.files import parse_json, read_bytes, write_atomic
 from pipelines.annotations import People, safe_name
 from pipelines.jpeg import claimed_size, require_sane_size
 from pipelines.shard_format import (
+    COMPONENTS,
+    INDEX_VERSION,
+    LARGEST,
     PACK_AGAIN,
     Shard,
-    file_sha256,
     read_manifest,
     record_faults,
     record_length,
     unpack_records,
 )
 
-COMPONENTS = ("f32", "jpg", "json")
-_INDEX_VERSION = "v1.2"
-
-# Bytes: what no whole split has more of.
-_LARGEST_INDEX_LINE = 1024
-LARGEST = {"f32": 1 << 20, "jpg": 256 << 20, "json": 4 << 20}
-_TAR_BLOCK = 512
+_LONGEST_INDEX_LINE = 1024
 _JPEG_HEADER_BYTES = 4096
-"""The size stands in the first of them, but for pictures with a thumbnail or a colour profile."""
+"""Contain the size, except in pictures with a thumbnail or a colour profile."""
+_INDEX_LINE = re.compile(
+    r"f32 (\d{1,15}) (\d{1,15}) ([^ .]+)\.f32 jpg (\d{1,15}) (\d{1,15}) \3\.jpg "
+    r"json (\d{1,15}) (\d{1,15}) \3\.json"
+)
 
 
-def write_shard(
-    folder: Path, number: int, samples: Iterable[tuple[str, bytes, bytes, bytes]]
-) -> Shard:
-    """Write a tar and its index of (key, record, jpeg, json) samples; same samples, same bytes."""
-    tar, index = folder / f"{number:05d}.tar", folder / f"{number:05d}.idx"
-    people = 0
-    temporary = tar.with_suffix(".tar.tmp")
-    with temporary.open("wb") as stream:
-        with webdataset.TarWriter(stream, encoder=False, mtime=0) as writer:
-            for key, record, jpeg, text in samples:
-                components = zip(COMPONENTS, (record, jpeg, text), strict=True)
-                writer.write({"__key__": key, **dict(components)})
-                people += 1
-        stream.flush()
-        os.fsync(stream.fileno())
-    index.write_text(index_text(temporary))
-    temporary.rename(tar)
-    return Shard(
-        tar=tar.name,
-        index=index.name,
-        people=people,
-        bytes=tar.stat().st_size,
-        sha256=file_sha256(tar),
-        index_sha256=file_sha256(index),
-    )
+class Place(NamedTuple):
+    """Where a component of a sample is, in bytes of its tar."""
 
-
-def index_text(tar: Path) -> str:
-    """A wds2idx index, version 1.2: a line a sample of `extension offset size name` groups."""
-    samples: dict[str, list[str]] = {}
-    with tarfile.open(tar, "r:") as archive:
-        for member in archive:
-            key, extension = member.name.split(".", 1)
-            entry = f"{extension} {member.offset_data} {member.size} {member.name}"
-            samples.setdefault(key, []).append(entry)
-    lines = [f"{_INDEX_VERSION} {len(samples)}", *(" ".join(parts) for parts in samples.values())]
-    return "\n".join(lines) + "\n"
-
-
-class _Extents(NamedTuple):
-    """(N,) int64 arrays that say where each sample's components lie."""
-
-    shard: npt.NDArray[np.int64]
-    key: tuple[str, ...]
-    offset: dict[str, npt.NDArray[np.int64]]
-    size: dict[str, npt.NDArray[np.int64]]
+    tar: Path
+    offset: int
+    size: int
 
 
 class ShardSet:
-    """A split of shards, read at random. Sample i is the i-th person in the order of the tars.
+    """A split of shards. Sample i is the i-th person in the order of the tars.
 
-    Files are opened at first use, so that an object may be sent to a worker process.
+    Files are opened at first use, so that the object can be sent to a worker process.
     """
 
     def __init__(self, folder: Path):
-        """Read the manifest and the indices; no tar is read. Raises InputError."""
+        """Read the manifest and the indices, but no tar. Raises InputError."""
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
         self.tars = [self._path(shard.tar) for shard in self.manifest.shards]
         self.indices = [self._path(shard.index) for shard in self.manifest.shards]
-        self._extents = self._read_indices()
-        self._origin = np.arange(len(self))
+        self._shard_N = np.repeat(
+            np.arange(len(self.tars)), [shard.people for shard in self.manifest.shards]
+        )
+        self._keys: list[str] = []
+        self._places_NC2 = self._read_indices()
+        self._origin_N = np.arange(len(self))
         self._records: npt.NDArray[np.float32] | None = None
-        self._files: dict[int, io.BufferedReader] = {}
+        self._files: dict[int, io.FileIO] = {}
 
     def __len__(self) -> int:
         return self.manifest.people
@@ -119,120 +82,69 @@ class ShardSet:
 
     def jpeg(self, sample: int) -> bytes:
         """The picture of one person, as stored."""
-        return self._component(sample, "jpg")
+        return self.component(sample, "jpg")
 
     def record(self, sample: int) -> npt.NDArray[np.float32]:
         """(record_length,) the record of one person; from memory once `records` has read it."""
         if self._records is not None:
             return self._records[sample]
-        return np.frombuffer(self._component(sample, "f32"), dtype="<f4")
-
-    def damaged_records(self) -> dict[int, str]:
-        """Samples whose record on the disk is gone, or no longer what `records` has read; and why.
-
-        Tars are opened anew, for one may have gone since.
-        """
-        self._files.clear()
-        found = {sample: self._record_fault(sample) for sample in range(len(self))}
-        return {sample: fault for sample, fault in found.items() if fault}
-
-    def _record_fault(self, sample: int) -> str:
-        try:
-            data = self._component(sample, "f32")
-        except InputError as error:
-            return error.found
-        same = self._records is None or data == self._records[sample].tobytes()
-        return "" if same else "its record is not what it was at the start"
+        return np.frombuffer(self.component(sample, "f32"), dtype="<f4")
 
     def records(self) -> npt.NDArray[np.float32]:
-        """(N, record_length) all records, in the order of the samples. Raises InputError.
+        """(N, record_length) all records, in the order of the samples; checked, read-only.
 
-        On the way the tar's own headers of records and pictures are compared with the index, the
-        values with the manifest, and pictures that claim to be huge are refused.
+        Raises InputError for impossible values, and for pictures that claim to be huge.
         """
         records = np.stack([self._checked_record(sample) for sample in range(len(self))])
-        faults = record_faults(records, self.manifest.largest)
-        found = [(int(bad.argmax()), int(bad.sum()), what) for what, bad in faults.items()]
-        found = [fault for fault in found if fault[1]]
+        found = [
+            (int(is_bad.argmax()), f"{is_bad.sum()} with {fault}")
+            for fault, is_bad in record_faults(records, self.manifest.largest).items()
+            if is_bad.any()
+        ]
         if found:
-            first = min(found)
             raise InputError(
-                self.where(first[0]),
-                f"damaged record(s): {'; '.join(f'{n} with {what}' for _, n, what in found)}",
-                "finite numbers in the ranges of docs/conventions.md, each person once",
+                self.where(min(found)[0]),
+                f"damaged record(s): {'; '.join(text for _, text in found)}",
+                "numbers in the ranges of docs/conventions.md, each person once",
                 PACK_AGAIN,
             )
         records.setflags(write=False)
         self._records = records
         return records
 
+    def damaged_records(self) -> dict[int, str]:
+        """Samples whose record cannot be read, or has changed since `records`; and the fault."""
+        self._files.clear()  # a tar may have been replaced
+        faults = {}
+        for sample in range(len(self)):
+            try:
+                data = self.component(sample, "f32")
+            except InputError as error:
+                faults[sample] = error.found
+                continue
+            if self._records is not None and data != self._records[sample].tobytes():
+                faults[sample] = "its record has changed since the start"
+        return faults
+
     def facts(self, sample: int) -> dict[str, Any]:
         """The JSON of one person. Raises InputError."""
         try:
-            facts = parse_json(self._component(sample, "json"))
-            if not {"image", "index", "person"} <= facts.keys():
-                raise ValueError("fields are missing")
-            if not isinstance(facts["image"], str) or not safe_name(facts["image"]):
-                raise ValueError(f"file name {facts['image']!r:.100}")
+            facts = parse_json(self.component(sample, "json"))
+            if not isinstance(facts, dict):
+                raise ValueError("not an object")
+            if not isinstance(facts.get("image"), str) or not safe_name(facts["image"]):
+                raise ValueError(f"file name {facts.get('image')!r:.100}")
             for name in ("index", "person"):
-                if type(facts[name]) is not int or abs(facts[name]) >= 2**53:
-                    raise ValueError(f"{name} {facts[name]!r:.100}")
-        except (ValueError, AttributeError, TypeError) as error:
-            raise InputError(
-                self.where(sample), f"damaged JSON ({error})", "the facts of a person", PACK_AGAIN
-            ) from error
+                value = facts.get(name)
+                if not isinstance(value, int) or abs(value) >= 2**53:
+                    raise ValueError(f"{name} {value!r:.100}")
+        except ValueError as error:
+            found, expected = f"damaged JSON ({error})", "the JSON of a person"
+            raise InputError(self.where(sample), found, expected, PACK_AGAIN) from error
         return facts
 
-    def key(self, sample: int) -> str:
-        """The key in the tar."""
-        return self._extents.key[sample]
-
-    def samples_of(self, shard: int) -> list[int]:
-        """The samples of one tar, in its order."""
-        return np.flatnonzero(self._extents.shard == shard).tolist()
-
-    def origin(self, sample: int) -> int:
-        """Whose bytes are given for a sample: its own, or its stand-in's."""
-        return int(self._origin[sample])
-
-    def with_replacements(self, bad: set[int], folder: Path) -> "ShardSet":
-        """The same split with another person's bytes in the place of each of these samples.
-
-        It is the next good one of the same tar, from whose end its start follows. folder: gets the
-        indices that say so, for DALI. Raises InputError for a tar in which nobody is good.
-        """
-        changed = copy.copy(self)
-        shard_N, numbers = self._extents.shard, np.arange(len(self))
-        good = ~np.isin(numbers, list(bad))
-        origin, indices = numbers.copy(), list(self.indices)
-        for shard in np.unique(shard_N[~good]):
-            mine = numbers[shard_N == shard]
-            if not good[mine].any():
-                raise InputError(self.tars[shard], f"{len(mine)} damaged pictures of {len(mine)}",
-                                 "a good one, to stand in for the others", PACK_AGAIN)  # fmt: skip
-            following = np.concatenate([mine, mine])
-            for place in np.flatnonzero(~good[mine]):
-                rest = following[place:]
-                origin[mine[place]] = rest[good[rest].argmax()]
-            indices[shard] = folder / self.indices[shard].name
-            _write_patched_index(self.indices[shard], indices[shard], origin[mine] - mine[0])
-        changed._origin, changed._files, changed.indices = origin, {}, indices
-        changed._records = None if self._records is None else self._records[origin]
-        changed._extents = _Extents(
-            shard=shard_N,
-            key=tuple(self._extents.key[i] for i in origin),
-            offset={name: values[origin] for name, values in self._extents.offset.items()},
-            size={name: values[origin] for name, values in self._extents.size.items()},
-        )
-        return changed
-
-    def where(self, sample: int) -> str:
-        """Shard, number and key of a sample, for messages."""
-        shard = self.tars[self._extents.shard[sample]]
-        return f"{shard}: sample {self.origin(sample)} (key {self.key(sample)})"
-
     def people(self) -> tuple[People, npt.NDArray[np.int64]]:
-        """Everybody in the annotation's order, and the sample number of each, (N,)."""
+        """All people in the order of the annotation file, and the sample of each, (N,)."""
         fields = unpack_records(self.records())
         facts = [self.facts(sample) for sample in range(len(self))]
         people = People(
@@ -249,141 +161,138 @@ class ShardSet:
         order = np.argsort(fields.row_N, kind="stable")
         return people.select(order), order
 
+    def key(self, sample: int) -> str:
+        """The key in the tar."""
+        return self._keys[sample]
+
+    def where(self, sample: int) -> str:
+        """Shard, number and key of a sample, for messages."""
+        tar = self.tars[self._shard_N[sample]]
+        return f"{tar}: sample {self.origin(sample)} (key {self.key(sample)})"
+
+    def samples_of(self, shard: int) -> list[int]:
+        """The samples of one tar, in its order."""
+        return np.flatnonzero(self._shard_N == shard).tolist()
+
+    def origin(self, sample: int) -> int:
+        """The sample whose data are returned for this one: itself, or its replacement."""
+        return int(self._origin_N[sample])
+
+    def place(self, sample: int, extension: str) -> Place:
+        """Where a component is. extension: one of COMPONENTS."""
+        offset, size = self._places_NC2[sample, COMPONENTS.index(extension)].tolist()
+        return Place(self.tars[self._shard_N[sample]], offset, size)
+
+    def component(self, sample: int, extension: str) -> bytes:
+        """The bytes of one component. Raises InputError."""
+        place = self.place(sample, extension)
+        return self._read(sample, place.offset, place.size)
+
+    def with_replacements(self, bad: set[int], folder: Path) -> "ShardSet":
+        """The same split, but each of these samples is replaced by the next good one of its tar.
+
+        folder: receives the indices of the changed tars, for DALI. Raises InputError for a tar
+        without a good sample.
+        """
+        changed = copy.copy(self)
+        changed.indices, changed._files = list(self.indices), {}
+        origin_N = np.arange(len(self))
+        is_good_N = ~np.isin(origin_N, list(bad))
+        for shard in np.unique(self._shard_N[~is_good_N]):
+            samples = np.flatnonzero(self._shard_N == shard)
+            good = samples[is_good_N[samples]]
+            if not len(good):
+                found = f"{len(samples)} damaged pictures of {len(samples)}"
+                raise InputError(self.tars[shard], found, "at least one good picture", PACK_AGAIN)
+            origin_N[samples] = good[np.searchsorted(good, samples) % len(good)]
+            changed.indices[shard] = folder / self.indices[shard].name
+            lines = [self._index_line(sample) for sample in origin_N[samples].tolist()]
+            text = "\n".join([f"{INDEX_VERSION} {len(lines)}", *lines]) + "\n"
+            write_atomic(changed.indices[shard], text.encode())
+        changed._origin_N = origin_N
+        changed._keys = [self._keys[sample] for sample in origin_N]
+        changed._places_NC2 = self._places_NC2[origin_N]
+        changed._records = None if self._records is None else self._records[origin_N]
+        return changed
+
+    def _index_line(self, sample: int) -> str:
+        places = [(name, self.place(sample, name)) for name in COMPONENTS]
+        return " ".join(f"{n} {p.offset} {p.size} {self._keys[sample]}.{n}" for n, p in places)
+
     def _path(self, name: str) -> Path:
         path = self.folder / name
         if not path.is_file():
             raise InputError(path, "missing", "every shard with its index beside it", PACK_AGAIN)
         return path
 
-    def _component(self, sample: int, extension: str) -> bytes:
-        size = int(self._extents.size[extension][sample])
-        offset = int(self._extents.offset[extension][sample])
-        data = self._read(sample, offset, size)
-        if len(data) != size:
-            raise InputError(
-                self.where(sample),
-                f"{len(data)} of {size} bytes of {extension}: the tar was cut off",
-                f"{size} bytes at offset {offset}",
-                PACK_AGAIN,
-            )
-        return data
-
     def _read(self, sample: int, offset: int, size: int) -> bytes:
-        """What the sample's tar has there; shorter where it ends. Raises InputError."""
-        shard = int(self._extents.shard[sample])
+        shard = int(self._shard_N[sample])
         try:
             if shard not in self._files:
-                self._files[shard] = self.tars[shard].open("rb", buffering=0)  # type: ignore[assignment]
-            return os.pread(self._files[shard].fileno(), size, offset)
-        except OSError as error:  # a bad sector; a tar that is gone
-            raise InputError(
-                self.where(sample), f"not readable ({error.strerror})", "a tar on a sound disk",
-                "restore the tar, or " + PACK_AGAIN,
-            ) from error  # fmt: skip
+                self._files[shard] = self.tars[shard].open("rb", buffering=0)
+            data = os.pread(self._files[shard].fileno(), size, offset)
+        except OSError as error:
+            found = f"not readable ({error.strerror})"
+            advice = "restore the tar, or " + PACK_AGAIN
+            raise InputError(self.where(sample), found, "a readable tar", advice) from error
+        if len(data) != size:
+            found = f"{len(data)} of {size} bytes at offset {offset}: the tar was cut off"
+            raise InputError(self.where(sample), found, "the whole tar", PACK_AGAIN)
+        return data
 
     def _checked_record(self, sample: int) -> npt.NDArray[np.float32]:
-        """The record, if the headers about it are those of this sample. One read for all three."""
-        extents = self._extents
-        start = int(extents.offset["f32"][sample]) - _TAR_BLOCK
-        size = int(extents.size["f32"][sample])
-        picture = int(extents.offset["jpg"][sample]) - start
-        data = self._read(sample, start, picture + _JPEG_HEADER_BYTES)
-        headers = ("f32", data[:_TAR_BLOCK]), ("jpg", data[picture - _TAR_BLOCK : picture])
-        for extension, header in headers:
-            name = f"{extents.key[sample]}.{extension}".encode()
-            if not _is_header(header, name, int(extents.size[extension][sample])):
-                raise InputError(
-                    self.where(sample),
-                    f"something else where the index has the {extension} of this key",
-                    "a tar with its own index, both whole",
-                    PACK_AGAIN,
-                )
-        head = data[picture:]
-        whole = self.jpeg(sample) if claimed_size(head) is None else head
-        require_sane_size(whole, self.where(sample))
-        return np.frombuffer(data[_TAR_BLOCK : _TAR_BLOCK + size], dtype="<f4")
+        """The record; read together with the header of the picture, which is checked."""
+        record, picture = self.place(sample, "f32"), self.place(sample, "jpg")
+        header = min(picture.size, _JPEG_HEADER_BYTES)
+        data = self._read(sample, record.offset, picture.offset + header - record.offset)
+        jpeg = data[-header:]
+        if claimed_size(jpeg) is None:
+            jpeg = self.jpeg(sample)
+        require_sane_size(jpeg, self.where(sample))
+        return np.frombuffer(data[: record.size], dtype="<f4")
 
-    def _read_indices(self) -> _Extents:
-        shards, tables, keys = [], [], list[str]()
-        for number, (shard, path) in enumerate(
-            zip(self.manifest.shards, self.indices, strict=True)
-        ):
-            names, table = _read_index(path, shard)
-            shards.append(np.full(len(table), number))
+    def _read_indices(self) -> npt.NDArray[np.int64]:
+        """(N, component, 2) offsets and sizes in bytes; fills the list of keys."""
+        tables = []
+        for path, shard in zip(self.indices, self.manifest.shards, strict=True):
+            keys, table = _read_index(path, shard)
+            self._keys += keys
             tables.append(table)
-            keys += names
-        table_NC2 = np.concatenate(tables)
-        if len(set(keys)) != len(keys):
-            twice = next(key for place, key in enumerate(keys) if key in keys[:place])
-            raise InputError(self.folder, f"the key {twice} twice", "each key once", PACK_AGAIN)
+        key, count = Counter(self._keys).most_common(1)[0]
+        if count > 1:
+            raise InputError(self.folder, f"the key {key} twice", "each key once", PACK_AGAIN)
+        places_NC2 = np.concatenate(tables)
         wanted = 4 * record_length(self.manifest.joints)
-        bad = table_NC2[:, 0, 1] != wanted
-        if bad.any():
-            raise InputError(
-                f"{self.folder}: sample {bad.argmax()}",
-                f"a record of {table_NC2[bad.argmax(), 0, 1]} bytes",
-                f"{wanted} bytes for {self.manifest.joints} joints",
-                PACK_AGAIN,
-            )
-        return _Extents(
-            shard=np.concatenate(shards),
-            key=tuple(keys),
-            offset={name: table_NC2[:, c, 0] for c, name in enumerate(COMPONENTS)},
-            size={name: table_NC2[:, c, 1] for c, name in enumerate(COMPONENTS)},
-        )
+        is_bad = places_NC2[:, COMPONENTS.index("f32"), 1] != wanted
+        if is_bad.any():
+            found = f"{is_bad.sum()} records of another length"
+            expected = f"{wanted} bytes for {self.manifest.joints} joints"
+            raise InputError(self.folder, found, expected, PACK_AGAIN)
+        return places_NC2
 
 
 def _read_index(path: Path, shard: Shard) -> tuple[list[str], npt.NDArray[np.int64]]:
-    """Keys, and (people, component, 2) offset and size in bytes. InputError unless they fit."""
+    """Keys, and (people, component, 2) offsets and sizes in bytes. Raises InputError."""
     try:
         tar_bytes = path.with_name(shard.tar).stat().st_size
         if tar_bytes != shard.bytes:
             raise ValueError(f"{shard.tar} has {tar_bytes} bytes, the manifest says {shard.bytes}")
-        data = read_bytes(path, _LARGEST_INDEX_LINE * (shard.people + 1))
-        header, *lines = data.decode("ascii").splitlines() or [""]
-        if header != f"{_INDEX_VERSION} {shard.people}" or len(lines) != shard.people:
-            raise ValueError(f"it begins {header[:100]!r} and has {len(lines)} samples")
-        words = np.array([line.split(" ") for line in lines])
-        words = words.reshape(shard.people, len(COMPONENTS), 4)
-        keys = [name.split(".", 1)[0] for name in words[:, 0, 3]]
-        names = [[f"{key}.{extension}" for extension in COMPONENTS] for key in keys]
-        if not (words[:, :, 0] == np.array(COMPONENTS)).all() or words[:, :, 3].tolist() != names:
-            raise ValueError(f"components other than {', '.join(COMPONENTS)} of one key")
-        table = words[:, :, 1:3].astype(np.int64)
-        _check_places(table, tar_bytes)
+        data = read_bytes(path, _LONGEST_INDEX_LINE * (shard.people + 1))
         if hashlib.sha256(data).hexdigest() != shard.index_sha256:
             raise ValueError("its SHA-256 is not the one in the manifest")
-    except (ValueError, OverflowError) as error:
-        raise InputError(
-            path, f"an index that does not fit its tar ({error})",
-            f"the wds2idx index of {shard.people} people in {shard.tar}", PACK_AGAIN,
-        ) from error  # fmt: skip
-    return keys, table
-
-
-def _write_patched_index(source: Path, target: Path, lines_N: npt.NDArray[np.int64]) -> None:
-    """An index whose n-th person is the lines_N[n]-th of the source, written whole."""
-    try:
-        header, *lines = source.read_text().splitlines()
-    except OSError as error:
-        raise InputError(source, f"not readable ({error.strerror})", "the index of its tar",
-                         "restore it, or " + PACK_AGAIN) from error  # fmt: skip
-    write_atomic(target, ("\n".join([header, *(lines[i] for i in lines_N)]) + "\n").encode())
-
-
-def _check_places(table_NC2: npt.NDArray[np.int64], tar_bytes: int) -> None:
-    """Raise ValueError unless a tar has its files there: one after another, in whole blocks."""
-    sizes = table_NC2[..., 1].ravel()
-    largest = np.tile([LARGEST[name] for name in COMPONENTS], len(table_NC2))
-    if (sizes < 0).any() or (sizes > largest).any():
-        raise ValueError("sizes out of range")
-    ends = np.cumsum(_TAR_BLOCK + -(-sizes // _TAR_BLOCK) * _TAR_BLOCK)
-    starts = np.concatenate([[0], ends[:-1]]) + _TAR_BLOCK
-    if (table_NC2[..., 0].ravel() != starts).any() or ends[-1] > tar_bytes:
-        raise ValueError("offsets at which no tar of these sizes has its files")
-
-
-def _is_header(block: bytes, name: bytes, size: int) -> bool:
-    """Whether these 512 bytes begin a plain file of that name and size in a tar."""
-    plain = block[156:157] in (b"0", b"\0") and block[257:262] == b"ustar"
-    return plain and block[:100].rstrip(b"\0") == name and block[124:136] == b"%011o\0" % size
+        header, *lines = data.decode("ascii").splitlines()
+        samples = [match for line in lines if (match := _INDEX_LINE.fullmatch(line))]
+        if header != f"{INDEX_VERSION} {shard.people}" or len(samples) != shard.people:
+            raise ValueError(f"it begins {header[:100]!r} and has {len(samples)} whole samples")
+        numbers = [sample.group(1, 2, 4, 5, 6, 7) for sample in samples]
+        table = np.array(numbers, dtype=np.int64).reshape(-1, len(COMPONENTS), 2)
+        offset, size = table[..., 0], table[..., 1]
+        if (size > list(LARGEST.values())).any() or (offset + size > tar_bytes).any():
+            raise ValueError("sizes or offsets out of range")
+        if (np.diff(offset) <= size[:, :-1]).any():
+            raise ValueError("components that overlap")
+    except ValueError as error:
+        found = f"an index that does not fit its tar ({error})"
+        expected = f"the wds2idx index of {shard.people} people in {shard.tar}"
+        raise InputError(path, found, expected, PACK_AGAIN) from error
+    return [sample[3] for sample in samples], table

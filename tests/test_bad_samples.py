@@ -50,10 +50,10 @@ def rot(split: Path, sample: int, fault: bytes = b"\x13", part: str = "jpg") -> 
 
 def overwrite(split: Path, sample: int, fault: bytes, part: str = "jpg") -> None:
     """A picture or a record, where it lies: whoever has the tar open or mapped sees it."""
-    data = ShardSet(split)
-    with data.tars[data._extents.shard[sample]].open("r+b", buffering=0) as file:
-        file.seek(int(data._extents.offset[part][sample]))
-        file.write(fault * int(data._extents.size[part][sample] / len(fault)))
+    place = ShardSet(split).place(sample, part)
+    with place.tar.open("r+b", buffering=0) as file:
+        file.seek(place.offset)
+        file.write(fault * (place.size // len(fault)))
 
 
 def loader_of(name: str, workers: int = 0):
@@ -236,7 +236,7 @@ def test_a_record_that_rots_in_mid_run_changes_nothing_or_ends_the_run_with_its_
         for _ in range(9):
             assert all(map(torch.equal, loader.next(), whole.next()))
     elif fault == b"\x13":
-        with pytest.raises(BadSamplesError, match="its record is not what it was") as caught:
+        with pytest.raises(BadSamplesError, match="its record has changed") as caught:
             for _ in range(9):
                 loader.next()
         assert caught.value.where == f"{folder / '00001.tar'}: sample 6 (key 000000006)"
@@ -252,7 +252,8 @@ def test_a_record_that_rots_in_mid_run_changes_nothing_or_ends_the_run_with_its_
 
 def place_of(data: ShardSet, sample: int) -> tuple[int, int]:
     """First byte and size of a picture in its tar."""
-    return int(data._extents.offset["jpg"][sample]), int(data._extents.size["jpg"][sample])
+    place = data.place(sample, "jpg")
+    return place.offset, place.size
 
 
 @pytest.fixture

@@ -11,13 +11,14 @@ import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
+import helpers
 import numpy as np
 import pytest
 from conftest import ROOT, noise_picture, write_jpeg
-from test_shards import change_manifest
+from helpers import change_manifest, update_sha256
 
 from common.errors import InputError
-from pipelines import shards
+from pipelines.packing import index_text
 from pipelines.shard_format import file_sha256
 from pipelines.shards import ShardSet
 from tools.check_shards import main
@@ -34,16 +35,10 @@ def check(folder: Path, capsys, *more: object) -> tuple[int, list[str]]:
     return code, capsys.readouterr().out.splitlines()
 
 
-def overwrite(folder: Path, sample: int, component: str, data: bytes, vouch: bool = True) -> None:
-    """Write into a component in place; the manifest vouches for the result."""
-    split = ShardSet(folder)
-    number = int(split._extents.shard[sample])
-    with split.tars[number].open("r+b") as file:
-        file.seek(int(split._extents.offset[component][sample]))
-        file.write(data)
-    digest = file_sha256(split.tars[number])
-    if vouch:
-        change_manifest(folder, lambda raw: raw["shards"][number].update(sha256=digest))
+def overwrite(folder: Path, sample: int, component: str, data: bytes) -> None:
+    """Write over a component; the manifest gets the new checksum."""
+    helpers.overwrite(folder, sample, component, data)
+    update_sha256(folder)
 
 
 def rebuild(folder: Path, change: Callable[[tarfile.TarInfo, bytes], bytes | None]) -> None:
@@ -59,7 +54,8 @@ def rebuild(folder: Path, change: Callable[[tarfile.TarInfo, bytes], bytes | Non
             data = change(member, data) or data
             member.size = len(data) if member.isreg() else 0
             new.addfile(member, io.BytesIO(data) if member.isreg() else None)
-    index.write_text(shards.index_text(tar))
+    with tarfile.open(tar) as new:
+        index.write_text(index_text(new.getmembers()))
     facts = {"bytes": tar.stat().st_size, "sha256": file_sha256(tar),
              "index_sha256": file_sha256(index)}  # fmt: skip
     change_manifest(folder, lambda raw: raw["shards"][1].update(facts))
@@ -150,7 +146,7 @@ def test_damaged_people_are_named_by_shard_and_key(packed, component, data, expe
 
 
 def test_json_that_tells_another_story_is_found(packed, capsys):
-    text = ShardSet(packed)._component(6, "json")
+    text = ShardSet(packed).component(6, "json")
     told = json.loads(text)["joints"]["l_knee"]["x"]
     overwrite(packed, 6, "json", text.replace(f'"x": {told}'.encode(), b'"x": 7.0'.ljust(
         len(f'"x": {told}')), 1))  # fmt: skip
@@ -229,7 +225,7 @@ def test_faults_are_bounded_and_counted(packed, capsys):
 
 
 def test_people_who_are_there_twice_are_found(packed, capsys):
-    record = ShardSet(packed)._component(0, "f32")
+    record = ShardSet(packed).component(0, "f32")
     overwrite(packed, 11, "f32", record[:4])
     lines = check(packed, capsys)[1]
     row = np.frombuffer(record[:4], "<f4")[0]

@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, noise_picture, write_jpeg
+from helpers import overwrite
 from test_architecture import imports, sources
 from test_training import make_run, tiny_config
 
@@ -102,9 +103,7 @@ def test_shards_with_a_huge_picture_are_refused_at_the_start(tiny_shards, tmp_pa
     copy = Path(shutil.copytree(tiny_shards / "train", tmp_path / "train"))
     data = ShardSet(copy)
     bomb = claiming(data.jpeg(6), 65_500, 65_500)
-    with data.tars[1].open("r+b") as file:
-        file.seek(int(data._extents.offset["jpg"][6]))
-        file.write(bomb)
+    overwrite(copy, 6, "jpg", bomb)
     with pytest.raises(InputError, match="65500 x 65500") as caught:
         ShardSet(copy).records()
     assert "sample 6" in caught.value.where

@@ -99,7 +99,7 @@ def test_a_flip_swaps_left_and_right_and_their_marks():
 
 
 def test_opencv_names_the_tar_and_sample_of_a_picture_that_does_not_decode(tiny_shards, tmp_path):
-    from test_shards_damage import damage_picture
+    from helpers import damage_picture
 
     folder = damage_picture(tiny_shards / "valid", tmp_path / "bad", sample=2)
     dataset = CropDataset(ShardSet(folder), PRESETS["none"], 64, 0)

@@ -213,7 +213,7 @@ def test_dali_continues_its_sequence_from_a_state(tiny_shards):
 
 
 def test_dali_names_the_tar_and_sample_of_a_picture_that_does_not_decode(tiny_shards, tmp_path):
-    from test_shards_damage import damage_picture
+    from helpers import damage_picture
 
     folder = damage_picture(tiny_shards / "valid", tmp_path / "bad", sample=2)
     crops = dali_crops.DaliLoader(

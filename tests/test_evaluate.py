@@ -448,7 +448,7 @@ def test_bad_input_ends_in_one_clear_error(trained, tiny_shards, tiny_set, tmp_p
 
 
 def test_a_picture_that_rots_after_packing_is_named(trained, tiny_shards, tmp_path):
-    from test_shards_damage import damage_picture
+    from helpers import damage_picture
 
     bad = damage_picture(tiny_shards / "valid", tmp_path / "bad", sample=1)
     done = command("--checkpoint", trained / "best.pt", "--shards", bad, "--workers", 1)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, noise_picture, write_jpeg
-from test_make_shards import exif, with_segment
+from helpers import exif, with_segment
 from test_training import make_run, steps, tiny_config
 
 import evaluate

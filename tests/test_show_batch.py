@@ -3,7 +3,6 @@
 import sys
 
 import cv2
-import h5py
 import numpy as np
 import pytest
 import torch
@@ -17,7 +16,7 @@ from pipelines import loader
 from pipelines.augment import PRESETS
 from pipelines.loader import Batch, LoaderSpec, RawBatch, train_loader
 from pipelines.shards import ShardSet
-from tools import packing_summary, show_batch
+from tools import show_batch
 
 RIGHT_WRIST, LEFT_WRIST, HEAD_TOP = 10, 15, 9
 CPU = torch.device("cpu")
@@ -123,47 +122,3 @@ def test_without_dali_it_says_what_installs_it(tiny_shards, tmp_path, monkeypatc
     words = ["--shards", tiny_shards, "--loader", "both", "--output", tmp_path / "x.png"]
     with pytest.raises(InputError, match="pip install nvidia-dali-cuda120"):
         call(monkeypatch, *words)
-
-
-def test_the_summary_counts_people_pictures_and_joints_of_the_annotation(tiny_set, tiny_shards):
-    text = packing_summary.summary(tiny_shards / "train")
-    with h5py.File(tiny_set / "annot" / "train.h5") as file:
-        marked = file["part"][..., 0] != 0
-        seen = (file["visible"][:] > 0) & marked
-    assert "12 in 9 pictures" in text and "left out   nobody" in text
-    assert "90 x 310 px" not in text  # neither smallest nor largest by area
-    assert "128 x 64 px the smallest" in text and "333 x 222 the largest" in text
-    rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if "%" in line}
-    for joint, name in enumerate(MPII.names):
-        share = f"{marked[:, joint].mean():.1%}"
-        assert rows[name] == [share, f"{seen[:, joint].sum() / marked[:, joint].sum():.1%}"]
-    assert rows["all"] == ["joints", f"{marked.mean():.1%}", f"{seen.sum() / marked.sum():.1%}"]
-
-
-def test_the_histogram_counts_everybody_once():
-    scale = np.array([1.0] * 6 + [2.0] * 3 + [4.0])
-    lines = packing_summary.scale_lines(scale)
-    assert lines[0].endswith("the middle one is 200")
-    counts = [int(line.split()[3]) for line in lines[1:]]
-    assert len(counts) == 10 and sum(counts) == 10
-    assert (counts[0], counts[-1]) == (6, 1) and sorted(counts)[-2] == 3
-    bars = [line.count("#") for line in lines[1:]]
-    assert bars[0] == 40 and bars[-1] == 7  # 40 / 6, rounded up
-    assert sum(int(line.split()[3]) for line in packing_summary.scale_lines(scale[:2])[1:]) == 2
-
-
-def test_those_left_out_are_counted_by_reason(tiny_set, tmp_path, capsys):
-    from conftest import pack_arguments
-
-    from tools.make_shards import main
-
-    root = tmp_path / "set"
-    (root / "images").mkdir(parents=True)
-    (root / "annot").symlink_to(tiny_set / "annot")
-    for picture in (tiny_set / "images").iterdir():
-        (root / "images" / picture.name).write_bytes(picture.read_bytes())
-    (root / "images" / "000000003.jpg").write_bytes(b"no picture")  # of three people
-    main(pack_arguments(root, tmp_path / "out", "--skip-bad", "--splits", "train"))
-    text = capsys.readouterr().out
-    assert "left out   3 people" in text and "             3 x " in text
-    assert "9 in 8 pictures" in text

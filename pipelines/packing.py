@@ -1,0 +1,513 @@
+"""Writes pictures and annotations as tar shards (format: pipelines/shard_format.py).
+
+Every picture is decoded before the first shard is written. A split is written in a folder beside
+the output and moved there when it is complete, so that an interrupted run can be continued and the
+output never contains half a split.
+"""
+
+import fcntl
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import tarfile
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+import webdataset
+
+from common.cli import counting, progress
+from common.errors import InputError
+from common.files import write_atomic
+from common.system import keep_freed_memory
+from configs.skeleton import MPII, Skeleton, load_skeleton
+from pipelines.annotations import People, read_annotations, split_file
+from pipelines.crop_packing import Region, crop_jpeg, crop_region
+from pipelines.jpeg import Picture, Verdict, find_picture, inspect_picture
+from pipelines.shard_format import (
+    COMPONENTS,
+    FORMAT_VERSION,
+    IDENTITY_AFFINE,
+    INDEX_VERSION,
+    MANIFEST,
+    CropRule,
+    Manifest,
+    Shard,
+    file_sha256,
+    pack_record,
+    person_json,
+    read_manifest,
+    write_manifest,
+)
+
+SPLITS = ("train", "valid")
+CHECKED = "checked.jsonl"
+"""In the folder of unfinished work: good pictures, which need not be decoded again."""
+BAD_PICTURES = "bad_pictures.txt"
+_BAD_SHOWN = 10
+_RUN_AGAIN = "run the same command again; it continues where it stopped"
+# Bytes, to estimate the disk space: a tar's block and its end, and a person's index line.
+_BLOCK, _TAR_END, _INDEX_BYTES = 512, 10_240, 256
+_BYTES_PER_PIXEL = 0.6
+"""Of a very detailed stored crop; photographs have about 0.3."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackingOptions:
+    """What to pack and how. Paths are absolute."""
+
+    annotations: Path
+    images: Path
+    output: Path
+    splits: tuple[str, ...]
+    people_per_shard: int
+    workers: int
+    """Processes; with 0 and 1 this process does the work."""
+    seed: int
+    skip_bad: bool
+    overwrite: bool
+    packing: str
+    skeleton: Path | None
+    """YAML file of the joints; None for MPII's."""
+    crop: CropRule | None
+    """None if pictures are stored as they are."""
+    command: str
+
+    @property
+    def partial(self) -> Path:
+        """Folder of unfinished work, on the output's file system so that a rename can move it."""
+        if self.output.is_mount():
+            return self.output / ".partial"
+        return self.output.with_name(self.output.name + ".partial")
+
+
+class SplitJob(NamedTuple):
+    """One split to pack."""
+
+    split: str
+    people: People
+    skeleton: Skeleton
+    source: dict[str, str]
+    """Annotation file, its SHA-256 and the folder of pictures."""
+
+
+class Sample(NamedTuple):
+    """One person to write."""
+
+    key: str
+    record: bytes
+    text: bytes
+    picture: Picture
+    region: Region | None
+    """Part of the picture to store; None stores the file's bytes."""
+    width: int
+    """Of what is stored, px."""
+    height: int
+
+
+class ShardTask(NamedTuple):
+    """One shard to write."""
+
+    folder: Path
+    number: int
+    crop: CropRule | None
+    samples: tuple[Sample, ...]
+
+
+class SplitPlan(NamedTuple):
+    """All that decides what a split contains."""
+
+    job: SplitJob
+    left_out: list[str]
+    """A line for each person whose picture is bad."""
+    fingerprint: str
+    folder: Path
+    """Of unfinished work; its name contains the fingerprint, so that two plans never mix."""
+    tasks: list[ShardTask]
+
+
+def pack(options: PackingOptions) -> list[Manifest]:
+    """Pack the splits that are not packed yet; returns their manifests. Raises InputError."""
+    jobs = [job for job in read_jobs(options) if not already_packed(options, job)]
+    if not jobs:
+        return []
+    with locked(options), worker_pool(options.workers) as map_tasks:
+        try:
+            checked = check_pictures(options, jobs, map_tasks)
+            plans = [plan_split(options, job, checked) for job in jobs]
+            check_space(options, plans)
+            manifests = [pack_split(options, plan, map_tasks) for plan in plans]
+        except KeyboardInterrupt:
+            print(f"\nStopped. To continue, {_RUN_AGAIN}.", file=sys.stderr)
+            raise
+        except BrokenProcessPool as error:
+            raise InputError(
+                f"--workers {options.workers}",
+                "a worker process was killed",
+                "enough memory for all of them",
+                f"with fewer --workers, {_RUN_AGAIN}",
+            ) from error
+        for name in (CHECKED, BAD_PICTURES):
+            (options.partial / name).unlink(missing_ok=True)
+    return manifests
+
+
+def read_jobs(options: PackingOptions) -> list[SplitJob]:
+    """Annotations of the splits to pack."""
+    jobs = []
+    given = load_skeleton(options.skeleton) if options.skeleton else None
+    for split in options.splits:
+        people, skeleton = read_annotations(options.annotations, split, given)
+        path = split_file(options.annotations, split)
+        digest = file_sha256(path)
+        source = {"annotations": str(path), "sha256": digest, "images": str(options.images)}
+        jobs.append(SplitJob(split, people, skeleton, source))
+    return jobs
+
+
+def fingerprint(options: PackingOptions, job: SplitJob, left_out: list[str]) -> str:
+    """SHA-256 of all that decides what a split contains; stored in the manifest as its plan."""
+    facts: list[Any] = [FORMAT_VERSION, options.packing, options.people_per_shard, options.seed]
+    facts += [job.split, job.source["sha256"], job.source["images"], left_out]
+    if options.crop:
+        facts.append(asdict(options.crop))
+    if job.skeleton != MPII:  # absent in plans of the first version
+        facts.append(job.skeleton.plain())
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def already_packed(options: PackingOptions, job: SplitJob) -> bool:
+    """Whether the output contains this split. Raises InputError if it contains anything else."""
+    folder = options.output / job.split
+    if not os.path.lexists(folder):
+        return False
+    try:
+        manifest = read_manifest(folder)
+    except InputError as error:
+        raise InputError(
+            folder,
+            f"something other than a folder of shards ({error.found})",
+            "no such folder yet, or one packed by this program",
+            "choose another --output (--overwrite does not replace it either)",
+        ) from error
+    if options.overwrite:
+        return False
+    if manifest.source.get("plan") != fingerprint(options, job, manifest.left_out):
+        raise InputError(
+            folder,
+            f"another packing: {manifest.command}",
+            "the same annotations, pictures, joints, packing, seed and --people-per-shard",
+            "choose another --output, or replace it with --overwrite",
+        )
+    left_out = f", {len(manifest.left_out)} left out" if manifest.left_out else ""
+    print(f"{folder}: already packed, {manifest.people:,} people{left_out}")
+    return True
+
+
+@contextmanager
+def locked(options: PackingOptions) -> Iterator[None]:
+    """Create the folder of unfinished work and lock it for this process; remove it if empty."""
+    output = options.output
+    if output.exists() and not (output.is_dir() and os.access(output, os.W_OK | os.X_OK)):
+        found = "not a folder that this user may write to"
+        raise InputError(output, found, "a writable folder", "choose another --output")
+    options.partial.mkdir(parents=True, exist_ok=True)
+    folder = os.open(options.partial, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(folder)
+        found, expected = "in use by another run of this program", "one run at a time"
+        raise InputError(options.partial, found, expected, "wait until it ends") from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # it contains unfinished work
+            options.partial.rmdir()
+        os.close(folder)
+
+
+@contextmanager
+def worker_pool(workers: int) -> Iterator[Callable[..., Iterator[Any]]]:
+    """A `map` that runs in worker processes; the builtin one for at most one worker."""
+    if workers <= 1:
+        cv2.setNumThreads(1)
+        keep_freed_memory()
+        yield map
+        return
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker)
+    # Workers inherit that Ctrl-C is ignored; the main process ends them.
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        for _ in range(workers):
+            pool.submit(os.getpid)  # each call starts a process
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    try:
+        yield pool.map
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker() -> None:
+    """Use one thread, and exit with the main process even if that is killed."""
+    cv2.setNumThreads(1)
+    keep_freed_memory()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+
+
+def _exit_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def check_pictures(
+    options: PackingOptions, jobs: list[SplitJob], map_tasks: Callable[..., Iterator[Verdict]]
+) -> dict[str, Verdict]:
+    """Decode every picture once; verdicts by file name. Raises InputError for bad pictures,
+    unless they are to be skipped."""
+    names = sorted({name for job in jobs for name in job.people.images})
+    pictures = {name: find_picture(options.images, name) for name in names}
+    if not any(picture.found for picture in pictures.values()):
+        found = f"none of the {len(names):,} pictures, such as {names[0]}"
+        raise InputError(options.images, found, "the pictures", "name their folder with --images")
+    verdicts = _read_checked(options.partial / CHECKED)
+    todo = [picture for picture in pictures.values() if picture not in verdicts]
+    results = map_tasks(partial(inspect_picture, options.images), todo)
+    with (options.partial / CHECKED).open("a") as file:
+        for verdict in progress(results, "checking", "pictures", len(todo)):
+            verdicts[verdict.picture] = verdict
+            if not verdict.fault:
+                file.write(json.dumps(verdict) + "\n")
+    checked = {name: verdicts[picture] for name, picture in pictures.items()}
+    _report_bad_pictures(options, jobs, checked)
+    return checked
+
+
+def _read_checked(path: Path) -> dict[Picture, Verdict]:
+    """Good pictures of an earlier run. A file that has changed since is another Picture."""
+    verdicts = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with suppress(ValueError):  # the line at which a run was killed
+            picture, width, height, fault = json.loads(line)
+            verdict = Verdict(Picture(*picture), width, height, fault)
+            verdicts[verdict.picture] = verdict
+    return verdicts
+
+
+def _report_bad_pictures(
+    options: PackingOptions, jobs: list[SplitJob], checked: dict[str, Verdict]
+) -> None:
+    """Print the first bad pictures; raise InputError unless they are to be skipped."""
+    bad = {name: verdict.fault for name, verdict in checked.items() if verdict.fault}
+    if not bad:
+        return
+    lines = [f"bad picture: {name}: {fault}" for name, fault in bad.items()]
+    print("\n".join(lines[:_BAD_SHOWN]), file=sys.stderr)
+    list_file = options.partial / BAD_PICTURES
+    if len(lines) > _BAD_SHOWN:
+        place = f"{MANIFEST} as left_out" if options.skip_bad else list_file
+        print(f"... and {len(lines) - _BAD_SHOWN:,} more, listed in {place}", file=sys.stderr)
+    people = sum(name in bad for job in jobs for name in job.people.images)
+    if options.skip_bad:
+        print(f"left out: {people:,} people of {len(bad):,} bad pictures", file=sys.stderr)
+        return
+    list_file.write_text("\n".join(lines) + "\n")
+    kinds = Counter(fault.split(" (")[0] for fault in bad.values()).most_common(3)
+    raise InputError(
+        options.images,
+        f"{len(bad):,} bad of {len(checked):,} pictures, of {people:,} people: "
+        + ", ".join(f"{count:,} {kind}" for kind, count in kinds)
+        + (", ..." if sum(count for _, count in kinds) < len(bad) else ""),
+        "whole RGB JPEGs (pipelines/jpeg.py lists what is refused)",
+        "replace them and run the same command, or leave these people out with --skip-bad; "
+        f"{options.partial} keeps the list of checked pictures until then",
+    )
+
+
+def plan_split(options: PackingOptions, job: SplitJob, checked: dict[str, Verdict]) -> SplitPlan:
+    """People with good pictures in shuffled order, cut into shards."""
+    faults = [(row, name, checked[name].fault) for row, name in enumerate(job.people.images)]
+    left_out = [f"row {row}: {name}: {fault}" for row, name, fault in faults if fault]
+    rows = [row for row, _, fault in faults if not fault]
+    if not rows:
+        found = f"only bad pictures in {job.split}"
+        raise InputError(options.images, found, "a good one", "check the folder of pictures")
+    order = np.random.default_rng([options.seed, SPLITS.index(job.split)]).permutation(rows)
+    samples = [
+        prepare_sample(options.crop, job, row, f"{number:09d}", checked[job.people.images[row]])
+        for number, row in enumerate(order.tolist())
+    ]
+    plan = fingerprint(options, job, left_out)
+    folder = options.partial / f"{job.split}-{plan[:16]}"
+    size = options.people_per_shard
+    tasks = [
+        ShardTask(folder, number, options.crop, tuple(samples[start : start + size]))
+        for number, start in enumerate(range(0, len(samples), size))
+    ]
+    return SplitPlan(job, left_out, plan, folder, tasks)
+
+
+def prepare_sample(
+    crop: CropRule | None, job: SplitJob, row: int, key: str, verdict: Verdict
+) -> Sample:
+    """All of one person but the bytes of the picture."""
+    width, height, region, affine = verdict.width, verdict.height, None, IDENTITY_AFFINE
+    if crop:
+        people = job.people
+        region = crop_region(people.center[row], people.scale[row], width, height, crop)
+        width, height, affine = region.width, region.height, region.image_from_stored
+    record = pack_record(job.people, row, width, height, affine).tobytes()
+    text = person_json(job.people, row, job.skeleton, width, height, affine)
+    return Sample(key, record, text, verdict.picture, region, width, height)
+
+
+def check_space(options: PackingOptions, plans: list[SplitPlan]) -> None:
+    """Raise InputError unless the disk has space for the shards that are not written yet."""
+    need = 0
+    for plan in plans:
+        need -= sum(tar.stat().st_size for tar in plan.folder.glob("*.tar"))
+        need += len(plan.tasks) * _TAR_END
+        for sample in (sample for task in plan.tasks for sample in task.samples):
+            picture = sample.picture.bytes
+            if sample.region:
+                picture = int(_BYTES_PER_PIXEL * sample.width * sample.height) + 1024
+            sizes = (len(sample.record), len(sample.text), picture)
+            need += _INDEX_BYTES + sum(_BLOCK + -(-size // _BLOCK) * _BLOCK for size in sizes)
+    free = shutil.disk_usage(options.partial).free
+    if need > free:
+        raise InputError(
+            options.output,
+            f"{free / 1e6:,.1f} MB free",
+            f"{need / 1e6:,.1f} MB for the shards",
+            "free some space, or choose an --output on another disk",
+        )
+
+
+def pack_split(
+    options: PackingOptions, plan: SplitPlan, map_tasks: Callable[..., Iterator[Shard]]
+) -> Manifest:
+    """Write the shards of one split that are not written yet, and move it to the output."""
+    job, samples = plan.job, [sample for task in plan.tasks for sample in task.samples]
+    plan.folder.mkdir(exist_ok=True)
+    shards = []
+    with counting(f"packing {job.split}", len(samples), "people") as advance:
+        for shard in map_tasks(pack_shard, plan.tasks):
+            shards.append(shard)
+            advance(shard.people)
+    manifest = Manifest(
+        split=job.split,
+        packing=options.packing,
+        people=len(samples),
+        joints=job.skeleton.joint_count,
+        skeleton=job.skeleton,
+        shards=tuple(shards),
+        max_width=max(sample.width for sample in samples),
+        max_height=max(sample.height for sample in samples),
+        source={**job.source, "plan": plan.fingerprint},
+        seed=options.seed,
+        crop=options.crop,
+        left_out=plan.left_out,
+        command=options.command,
+    )
+    write_manifest(plan.folder, manifest)
+    publish(options, plan)
+    return manifest
+
+
+def publish(options: PackingOptions, plan: SplitPlan) -> None:
+    """Move a complete split to the output; the split that it replaces stays until then."""
+    split = plan.job.split
+    for state in plan.folder.glob("*.done"):
+        state.unlink()
+    target, old = options.output / split, options.partial / f"{split}.old"
+    options.output.mkdir(parents=True, exist_ok=True)
+    if target.exists():
+        target.rename(old)
+    plan.folder.rename(target)
+    for folder in (old, *options.partial.glob(f"{split}-{'[0-9a-f]' * 16}")):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def pack_shard(task: ShardTask) -> Shard:
+    """Write one shard, unless an earlier run wrote it from the same pictures."""
+    state = task.folder / f"{task.number:05d}.done"
+    pictures = [list(sample.picture) for sample in task.samples]
+    if state.exists():
+        saved = json.loads(state.read_text())
+        shard = Shard(**saved["shard"])
+        digests = {shard.tar: shard.sha256, shard.index: shard.index_sha256}
+        paths = {task.folder / name: digest for name, digest in digests.items()}
+        is_whole = all(path.exists() and file_sha256(path) == paths[path] for path in paths)
+        if is_whole and saved["pictures"] == pictures:
+            return shard
+    shard = write_shard(task.folder, task.number, map(partial(_load, task.crop), task.samples))
+    facts = {"pictures": pictures, "shard": asdict(shard)}
+    write_atomic(state, json.dumps(facts).encode())
+    return shard
+
+
+def _load(crop: CropRule | None, sample: Sample) -> tuple[str, bytes, bytes, bytes]:
+    """Key, record, JPEG and JSON. Raises InputError if the picture has changed meanwhile."""
+    path = Path(sample.picture.path)
+    jpeg, stat = path.read_bytes(), path.stat()
+    if (len(jpeg), stat.st_mtime_ns) != (sample.picture.bytes, sample.picture.mtime_ns):
+        found, expected = "changed since it was checked", "pictures that do not change meanwhile"
+        raise InputError(path, found, expected, _RUN_AGAIN)
+    if crop and sample.region:
+        jpeg = crop_jpeg(jpeg, sample.region, crop.quality)
+    return sample.key, sample.record, jpeg, sample.text
+
+
+def write_shard(
+    folder: Path, number: int, samples: Iterable[tuple[str, bytes, bytes, bytes]]
+) -> Shard:
+    """Write a tar and its index of (key, record, jpeg, json) samples; same samples, same bytes."""
+    tar, index = folder / f"{number:05d}.tar", folder / f"{number:05d}.idx"
+    people = 0
+    temporary = tar.with_suffix(".tar.tmp")
+    with temporary.open("wb") as stream:
+        with webdataset.TarWriter(stream, encoder=False, mtime=0) as writer:
+            for key, *parts in samples:
+                writer.write({"__key__": key, **dict(zip(COMPONENTS, parts, strict=True))})
+                people += 1
+        stream.flush()
+        os.fsync(stream.fileno())
+    with tarfile.open(temporary, "r:") as archive:
+        index.write_text(index_text(archive.getmembers()))
+    temporary.rename(tar)
+    return Shard(
+        tar=tar.name,
+        index=index.name,
+        people=people,
+        bytes=tar.stat().st_size,
+        sha256=file_sha256(tar),
+        index_sha256=file_sha256(index),
+    )
+
+
+def index_text(members: list[tarfile.TarInfo]) -> str:
+    """A wds2idx index: a line a sample, with `extension offset size name` of each component."""
+    samples: dict[str, list[str]] = {}
+    for member in members:
+        key, _, extension = member.name.partition(".")
+        entry = f"{extension} {member.offset_data} {member.size} {member.name}"
+        samples.setdefault(key, []).append(entry)
+    lines = [f"{INDEX_VERSION} {len(samples)}", *(" ".join(parts) for parts in samples.values())]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,170 @@
+"""Which JPEGs pass the check before packing, and why others are refused."""
+
+import io
+import struct
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from conftest import noise_picture
+from helpers import exif, with_segment
+from PIL import Image
+
+from pipelines import jpeg as pictures
+from pipelines.jpeg import PictureError, check_jpeg
+
+
+def jpeg(*options: int, size: tuple[int, int] = (160, 120), seed: int = 5) -> bytes:
+    image = noise_picture(np.random.default_rng(seed), *size)
+    return cv2.imencode(".jpg", image, list(options))[1].tobytes()
+
+
+BASELINE = ()
+PROGRESSIVE = (cv2.IMWRITE_JPEG_PROGRESSIVE, 1)
+RESTARTS = (cv2.IMWRITE_JPEG_RST_INTERVAL, 3)
+
+
+def frame_at(data: bytes) -> int:
+    """Where the body of the frame header begins: precision, height, width, components."""
+    return data.index(b"\xff\xc0") + 4
+
+
+def reason_of(data: bytes) -> str:
+    with pytest.raises(PictureError) as caught:
+        check_jpeg(data)
+    return caught.value.reason
+
+
+def cmyk() -> bytes:
+    stream = io.BytesIO()
+    Image.new("CMYK", (40, 30), (10, 90, 40, 3)).save(stream, "JPEG")
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("options", [BASELINE, PROGRESSIVE, RESTARTS])
+def test_whole_jpegs_of_every_usual_kind_pass(options: tuple[int, ...]) -> None:
+    assert check_jpeg(jpeg(*options)) == (160, 120)
+
+
+@pytest.mark.parametrize("tail", [b"\0", bytes(700), b"\r\n", b"trailing", b"\xff\xff", jpeg()])
+def test_bytes_after_the_end_marker_are_let_be(tail: bytes) -> None:
+    assert check_jpeg(jpeg() + tail) == (160, 120)
+
+
+@pytest.mark.parametrize("options", [BASELINE, PROGRESSIVE, RESTARTS])
+@pytest.mark.parametrize("tail", [b"", bytes(64)])
+def test_jpeg_cut_anywhere_is_refused(options: tuple[int, ...], tail: bytes) -> None:
+    data = jpeg(*options)
+    cuts = [*range(3, 700, 23), *range(700, len(data) - 2, 211), len(data) - 2, len(data) - 1]
+    assert len(cuts) > 40
+    for cut in cuts:
+        reason = reason_of(data[:cut] + tail)
+        assert reason.startswith("truncated") or tail
+
+
+@pytest.mark.parametrize("part", [0.2, 0.5, 0.9])
+def test_cut_jpeg_is_not_saved_by_the_end_of_its_thumbnail(part: float) -> None:
+    whole = with_segment(jpeg(), exif(1, more=jpeg(size=(40, 30))))
+    assert check_jpeg(whole) == (160, 120)
+    start = len(whole) - len(jpeg())
+    cut = whole[: start + int(part * len(jpeg()))]
+    assert b"\xff\xd9" in cut
+    assert reason_of(cut).startswith("truncated")
+
+
+@pytest.mark.parametrize("options", [BASELINE, PROGRESSIVE, RESTARTS])
+@pytest.mark.parametrize("part", [0.3, 0.6, 0.9])
+def test_overwritten_middle_is_refused(options: tuple[int, ...], part: float) -> None:
+    data = bytearray(jpeg(*options))
+    place = int(len(data) * part)
+    data[place : place + 400] = bytes(400)
+    assert reason_of(bytes(data)).startswith("damaged")
+
+
+def test_scan_that_ends_early_is_refused() -> None:
+    data = jpeg()
+    assert "premature end" in reason_of(data[: len(data) // 2] + b"\xff\xd9")
+
+
+def test_random_damage_ends_in_a_verdict() -> None:
+    data, rng, refusals = jpeg(), np.random.default_rng(0), 0
+    for _ in range(300):
+        damaged = bytearray(data)
+        for place in rng.integers(0, len(data), 3):
+            damaged[place] = rng.integers(0, 256)
+        try:
+            check_jpeg(bytes(damaged))
+        except PictureError:
+            refusals += 1
+    assert refusals > 100
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("orientation", [2, 3, 6, 8])
+def test_exif_orientation_is_refused(order: str, orientation: int) -> None:
+    data = with_segment(jpeg(), exif(orientation, order))
+    # OpenCV sees the same tag: it turns the picture when it may.
+    if orientation in (6, 8):
+        assert cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR).shape[:2] == (160, 120)
+    assert reason_of(data) == f"EXIF orientation {orientation}"
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("orientation", [0, 1, 9])
+def test_exif_that_turns_nothing_passes(order: str, orientation: int) -> None:
+    assert check_jpeg(with_segment(jpeg(), exif(orientation, order))) == (160, 120)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"Exif\0\0",
+        b"Exif\0\0II*\0",
+        b"Exif\0\0MM\0*\xff\xff\xff\xff",
+        b"Exif\0\0II*\0\x08\0\0\0\xff\xff",
+        b"http://ns.adobe.com/xap/1.0/\0",
+    ],
+)
+def test_broken_exif_passes(body: bytes) -> None:
+    segment = b"\xff\xe1" + struct.pack(">H", len(body) + 2) + body
+    assert check_jpeg(with_segment(jpeg(), segment)) == (160, 120)
+
+
+def test_huge_header_is_refused_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = bytearray(jpeg())
+    place = frame_at(bytes(data))
+    data[place + 1 : place + 5] = struct.pack(">HH", 65_000, 64_000)
+    monkeypatch.setattr(pictures, "_decode", lambda _: pytest.fail("decoded"))
+    assert reason_of(bytes(data)) == "header says 64000 x 65000, over 64,000,000 pixels"
+
+
+def test_header_of_no_pixels_is_refused() -> None:
+    data = bytearray(jpeg())
+    place = frame_at(bytes(data))
+    data[place + 1 : place + 3] = bytes(2)
+    assert reason_of(bytes(data)).startswith("damaged")
+
+
+def test_rare_kinds_of_jpeg_are_refused() -> None:
+    data = jpeg()
+    arithmetic = data.replace(b"\xff\xc0", b"\xff\xc9", 1)
+    assert reason_of(arithmetic) == "a JPEG of a rare kind (SOF9)"
+    deep = bytearray(data)
+    deep[frame_at(data)] = 12
+    assert reason_of(bytes(deep)) == "12 bits a channel"
+
+
+def test_check_says_nothing_on_stderr(capfd: pytest.CaptureFixture[str]) -> None:
+    data = jpeg()
+    reason_of(data[: len(data) // 2] + b"\xff\xd9")
+    assert capfd.readouterr().err == ""
+
+
+def test_real_photographs_pass(shared: Path) -> None:
+    paths = sorted((shared / "data/lspet/images").iterdir())[:200]
+    paths += sorted((shared / "data/mpii_sample/images").iterdir())
+    assert len(paths) == 205
+    for path in paths:
+        check_jpeg(path.read_bytes())
