@@ -65,8 +65,9 @@ def training_cases(before: Path, configs: Path) -> dict[str, list[str]]:
     for loader in ("opencv", "dali"):
         for preset, (kind, settings) in PRESETS.items():
             name = f"losses-{preset}-{loader}"
-            command = f"train.py {settings.format(configs=configs)} {SMALL} --data.shards {before}/packed-{kind}/shards "
-            command += f"--data.preset {preset} --data.loader {loader} --train.precision "
+            command = f"train.py {settings.format(configs=configs)} {SMALL} "
+            command += f"--data.shards {before}/packed-{kind}/shards --data.preset {preset} "
+            command += f"--data.loader {loader} --train.precision "
             cases[name] = [command + "fp32"]
             if preset in ("princeton", "hrnet"):
                 cases[f"{name}-2ranks"] = [TWO_RANKS + command + "fp32"]
