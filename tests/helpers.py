@@ -1,17 +1,28 @@
 """Functions that several test files share; fixtures are in conftest.py."""
 
+import dataclasses
+import itertools
 import json
 import shutil
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from common.distributed import DistributedContext
+from configs.schema import Config, config_from_dict
 from configs.skeleton import MPII
+from model.checkpoint import load_checkpoint
 from pipelines.augment import PRESETS
 from pipelines.codec import Codec
+from pipelines.loader import Batch
 from pipelines.shard_format import MANIFEST, file_sha256
 from pipelines.shards import ShardSet
+from training import train_step
+from training.metrics import Totals
+from training.trainer import Trainer
 
 
 def make_codec(
@@ -63,3 +74,76 @@ def exif(orientation: int, order: str = "<", more: bytes = b"") -> bytes:
 
 def with_segment(data: bytes, segment: bytes) -> bytes:
     return data[:2] + segment + data[2:]
+CPU = DistributedContext(0, 1, torch.device("cpu"), torch.float32)
+SMALL = ["--data.batch_size", "4", "--data.workers", "0", "--data.input_px", "64", "--model.width", "16", "--model.depth", "2", "--model.stacks", "1", "--model.stem", "[8,16,16]", "--train.steps", "4", "--train.steps_per_epoch", "2", "--train.log_every", "1", "--train.device", "cpu", "--train.precision", "fp32", "--train.threads", "1"]
+"""Options of train.py for a tiny network."""
+
+
+def tiny_config(shards: Path, **sections: dict) -> Config:
+    """A config for 6 steps of a tiny network. sections: changes, such as optim={"lr": 1e-2}."""
+    raw: dict = {
+        "data": {"shards": str(shards), "batch_size": 4, "workers": 0, "input_px": 64},
+        "heatmaps": {"sigma": 4.0},
+        "model": {"stacks": 1, "width": 16, "depth": 2, "stem": [8, 16, 16]},
+        "optim": {"schedule": "constant", "lr": 3e-3},
+        "train": {"steps": 6, "steps_per_epoch": 6, "log_every": 2, "precision": "fp32",
+                  "threads": 1},
+        "eval": {"batch_size": 4},
+    }  # fmt: skip
+    for name, values in sections.items():
+        raw[name] = {**raw.get(name, {}), **values}
+    return config_from_dict(raw, "test")
+
+
+def make_trainer(
+    config: Config, folder: Path, checkpoint: Any = None, dist: DistributedContext = CPU
+) -> Trainer:
+    """A trainer whose folder exists. checkpoint: to resume from, or the path of one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(checkpoint, Path):
+        checkpoint = load_checkpoint(checkpoint)
+    return Trainer(config, dist, folder, checkpoint)
+
+
+def step(trainer: Trainer) -> Totals:
+    """Train one step, without a log."""
+    totals = Totals(trainer.dist.device)
+    trainer.network.train()
+    trainer.train_step.run(trainer.loader, trainer.progress.step, totals)
+    trainer.progress.step += 1
+    return totals
+
+
+def steps(trainer: Trainer, count: int) -> list[float]:
+    """Train so many steps of one batch each; returns their losses."""
+    return [step(trainer).sums[0].item() for _ in range(count)]
+
+
+def metrics(folder: Path, kind: str) -> list[dict]:
+    """The lines of a run's log of one kind, train or valid."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def poison(monkeypatch: Any, bad_batches: Iterable[int]) -> None:
+    """Make the images of some batches, counted from now, not finite."""
+    real, calls, bad = train_step.make_batch, itertools.count(), set(bad_batches)
+
+    def make_batch(*arguments: Any, **options: Any) -> Batch:
+        batch = real(*arguments, **options)
+        factor = torch.nan if next(calls) in bad else 1.0
+        return batch._replace(images_N3HW=batch.images_N3HW * factor)
+
+    monkeypatch.setattr(train_step, "make_batch", make_batch)
+
+
+def leaves(value: Any, name: str = "") -> dict[str, Any]:
+    """Every plain value and every tensor's bytes, by path; of dataclasses too."""
+    if dataclasses.is_dataclass(value):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, torch.Tensor):
+        return {name: (str(value.dtype), tuple(value.shape), value.numpy().tobytes())}
+    if isinstance(value, dict | list | tuple):
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        return {k: v for key, item in pairs for k, v in leaves(item, f"{name}{key}/").items()}
+    return {name: value}

@@ -1,10 +1,10 @@
 """Which checkpoints of a run are kept, which is the newest whole one, and the run's small files.
 
-Each checkpoint is written once, as step_NNNNNNNN.pt, and last.pt and best.pt are further names of
-such a file (hard links; copies where there are none). A name is never without a whole file behind
-it.
+Each checkpoint is written once, as step_NNNNNNNN.pt; last.pt and best.pt are hard links to such a
+file (copies on file systems without links). Each name always stands for a whole file.
 """
 
+import fcntl
 import os
 import shutil
 import socket
@@ -13,30 +13,58 @@ from pathlib import Path
 
 from common.errors import InputError
 from common.files import write_atomic
-from model import checkpoint
-from model.checkpoint import Checkpoint
+from model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, sync_folder
 
 LAST, BEST = "last.pt", "best.pt"
 RESUME_ME = "resume_me"
-"""Is in the folder of a run that a signal ended, until it is started again."""
+"""Exists in the folder of a run that a signal ended, until the run is started again."""
 LOCK = "lock"
-"""Is held by the process that trains the run, and names it."""
+"""Locked by the process that trains the run, and names it."""
 
 
-def save(folder: Path, made: Checkpoint, names: list[str], keep: int) -> None:
-    """Write a checkpoint under each name, and remove all but the newest so many.
+class CheckpointManager:
+    """Writes the checkpoints of a run; a failure to write does not end the run."""
 
-    Checkpoints of later steps go too: the run went back and left them. Raises OSError, and then
-    every name stands for the file that it stood for before, or already for the new one.
-    """
-    newest = folder / f"step_{made.step:08d}.pt"
-    checkpoint.save_checkpoint(newest, made)
-    for name in names:
-        _name_also(newest, folder / name)
-    checkpoint.sync_folder(folder)
-    later = [path for path in numbered(folder) if path.name > newest.name]
-    for path in later + numbered(folder)[len(later) + keep :]:
-        path.unlink(missing_ok=True)
+    def __init__(self, folder: Path, keep: int):
+        """folder: of the run. keep: so many of the newest checkpoints."""
+        self.folder, self.keep = folder, keep
+        self.saved_step = 0
+        """Of last.pt."""
+        self.failure = ""
+        """Why the last checkpoint could not be written."""
+
+    def save(self, checkpoint: Checkpoint, names: list[str]) -> None:
+        """Write a checkpoint under each name, and remove all but the newest.
+
+        Checkpoints of later steps are removed too: the run was resumed from an earlier one. If the
+        write fails, `failure` says why, and each name stands for its old file or the new one.
+        """
+        newest = self.folder / f"step_{checkpoint.step:08d}.pt"
+        try:
+            save_checkpoint(newest, checkpoint)
+            for name in names:
+                _link(newest, self.folder / name)
+            sync_folder(self.folder)
+            later = [path for path in numbered(self.folder) if path.name > newest.name]
+            for path in later + numbered(self.folder)[len(later) + self.keep :]:
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            self.failure = f"no checkpoint of step {checkpoint.step} could be written: {error}"
+        else:
+            self.failure, self.saved_step = "", checkpoint.step
+
+
+def _link(source: Path, target: Path) -> None:
+    """Make target a name of the file source, atomically."""
+    temporary = target.with_name(target.name + ".tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+    except OSError:  # a file system without links
+        shutil.copyfile(source, temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+    temporary.replace(target)
 
 
 def numbered(folder: Path) -> list[Path]:
@@ -45,110 +73,78 @@ def numbered(folder: Path) -> list[Path]:
 
 
 def has_checkpoint(folder: Path) -> bool:
-    """Whether a run has anything to go on from, damaged or not."""
+    """Whether the folder has checkpoints, damaged or not."""
     return bool(numbered(folder)) or any((folder / name).exists() for name in (LAST, BEST))
 
 
 def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint of a run, and a sentence about each damaged one before it.
+    """The newest whole checkpoint of a run, and a sentence about each unusable one before it.
 
-    One that cannot be read is as good as damaged. None if the run has none yet. Raises InputError
-    if it has some and none of them is whole.
+    None if the run has no checkpoint yet. Raises InputError if it has some but none is whole.
     """
     remarks: list[str] = []
-    forbidden: list[Path] = []
-    seen: list[os.stat_result] = []
+    seen = set[int]()
     for path in [folder / LAST, *numbered(folder), folder / BEST]:
-        if not path.is_file() or any(os.path.samestat(path.stat(), other) for other in seen):
+        if not path.is_file() or path.stat().st_ino in seen:
             continue
-        seen.append(path.stat())
+        seen.add(path.stat().st_ino)
         try:
-            checkpoint.load_checkpoint(path)
+            load_checkpoint(path)
         except InputError as error:
-            remarks.append(f"{path} is damaged ({error.found}); the one before it is looked at")
-        except OSError as error:  # sectors that cannot be read, say
-            remarks.append(f"{path} cannot be read ({error.strerror}); the one before it is tried")
-            forbidden += [path] if isinstance(error, PermissionError) else []
+            remarks.append(f"{path} is damaged ({error.found}); trying the one before it")
+        except OSError as error:
+            remarks.append(f"{path} cannot be read ({error.strerror}); trying the one before it")
         else:
-            return path, [*remarks, f"{path} is whole, and used"] if remarks else []
-    if forbidden:
-        raise InputError(
-            forbidden[0],
-            "no permission to read it, and no other checkpoint that is whole",
-            "checkpoints that this user may read",
-            "change their permissions, or start as the user who trained the run",
-        )
+            return path, remarks
     if remarks:
         raise InputError(
             folder,
-            f"{len(remarks)} checkpoint(s), all of them damaged",
-            "one that is whole",
-            "restore a copy of one, or begin a new run",
+            f"{len(remarks)} checkpoint(s), none of them usable: {remarks[0].split(';')[0]}",
+            "a whole checkpoint that this user may read",
+            "change its permissions, restore a copy, or begin a new run",
         )
     return None, []
 
 
-def begin(folder: Path) -> None:
-    """Make a run's folder and keep other processes out of it.
+def open_run_folder(folder: Path) -> None:
+    """Make a run's folder, lock it, and remove unfinished files of a killed process.
 
-    What a killed process was writing is removed.
+    Raises InputError if another process trains this run.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock(folder)
-    for half in folder.glob("*.pt.tmp"):
-        half.unlink(missing_ok=True)
+    for unfinished in folder.glob("*.pt.tmp"):
+        unfinished.unlink(missing_ok=True)
 
 
 def lock(folder: Path) -> None:
-    """Keep other processes from training this run until this one ends. Raises InputError.
+    """Lock the folder until this process ends, however that happens. Raises InputError.
 
-    The lock is the kernel's: it goes with the process, however that ends, and worker processes do
-    not inherit it. Where there are no locks nobody is kept out.
+    Worker processes do not inherit the lock. On file systems without locks this does nothing.
     """
-    try:
-        import fcntl  # it is there on Linux and macOS
-    except ImportError:
-        return
     descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT)  # stays open
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
-        holder = os.read(descriptor, 200).decode(errors="replace").strip()
+        holder = os.read(descriptor, 200).decode().strip()
         raise InputError(
             folder,
             f"another process that trains this run ({holder})",
             "one at a time",
             "wait for its end, stop it, or choose another --train.name",
         ) from error
-    except OSError:  # a file system without locks
+    except OSError:
         return
     with suppress(OSError):  # a full disk: the lock holds without its holder's name
         os.truncate(descriptor, 0)
         os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 
 
-def ask_to_resume(folder: Path, text: str) -> None:
-    """Leave the marker that tells a job script to start the run again. Raises OSError."""
+def write_resume_marker(folder: Path, text: str) -> None:
+    """Leave the file that tells a job script to start the run again. Raises OSError."""
     write_atomic(folder / RESUME_ME, f"{text}\n".encode())
 
 
-def take_back(folder: Path) -> None:
-    """Remove that marker: the run is started again, and would leave it again."""
+def remove_resume_marker(folder: Path) -> None:
+    """Remove that file: the run is started again."""
     (folder / RESUME_ME).unlink(missing_ok=True)
-
-
-def _name_also(source: Path, target: Path) -> None:
-    """Let target be the same file as source, in one stroke."""
-    temporary = target.with_name(target.name + ".tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        try:
-            os.link(source, temporary)
-        except OSError:  # a file system without links
-            with source.open("rb") as old, temporary.open("wb") as new:
-                shutil.copyfileobj(old, new)
-                new.flush()
-                os.fsync(new.fileno())
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)

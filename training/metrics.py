@@ -1,12 +1,13 @@
-"""What a run tells: the screen, metrics.jsonl, TensorBoard, a tracker, and the sums behind them."""
+"""The log of a run: sums over steps, metrics.jsonl, TensorBoard, a tracker, learning curves."""
 
+import importlib
 import json
 import math
 import resource
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +15,27 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 import torch
-from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from common.cli import duration
 from common.distributed import DistributedContext
-from common.files import parse_json, write_atomic
-from configs.schema import Config
+from common.errors import InputError
+from common.files import write_atomic
+from configs.schema import Config, TrackerName, as_dict
 from model.loss import pck, peak_height
-from pipelines import heatmaps
-from pipelines.loader import Batch, RawBatch
-from training.curves import draw_curves
-from training.screen import Screen
-from training.tracker import Tracker
+from pipelines.codec import Codec
+from pipelines.loader import Batch
+from pipelines.opencv_loader import RawBatch
+from training.console import Console
 
-METRICS, BOARD = "metrics.jsonl", "tensorboard"
+METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
 PEOPLE, CURVES = "validation.jpg", "curves.png"
 """Pictures of the last validation."""
 TRAINING_PCK_RADIUS = 0.05
 """Radius of the training PCK as a share of the heatmap's side: about half a head in an MPII box."""
+PROJECT = "stacked-hourglass"
+"""Of a tracker."""
 
 
 class Totals:
@@ -49,15 +51,18 @@ class Totals:
         self.batches = 0
         self.steps = 0
         self.rows: list[tuple[Tensor, Tensor]] = []
+        """Of each batch: rows of the annotation, and whether its loss was finite."""
         self.skipped: list[Tensor] = []
+        """Of each step."""
         self.waited = 0.0
+        """Seconds spent waiting for the loader."""
         self.started = time.perf_counter()
 
     @torch.no_grad()
-    def add(self, losses_S: Tensor, heat_NJHW: Tensor, batch: Batch, rule: heatmaps.Rule) -> None:
-        """Take in one batch. heat_NJHW: of the last stack."""
+    def add(self, losses_S: Tensor, heat_NJHW: Tensor, batch: Batch, codec: Codec) -> None:
+        """Add one batch. heat_NJHW: of the last stack."""
         heat = heat_NJHW.detach().float()
-        joints, _ = heatmaps.decode(heat, rule)
+        joints, _ = codec.decode(heat)
         values = [
             losses_S.detach().mean(),
             losses_S.detach()[-1],
@@ -72,28 +77,28 @@ class Totals:
         self.batches += 1
 
     def losses_were_finite(self, batches: int) -> Tensor:
-        """Whether those of the last so many batches were, on this rank."""
+        """Whether those of the last so many batches were finite, on this rank."""
         return torch.stack([finite for _, finite in self.rows[-batches:]]).all()
 
     def add_step(self, bad: Tensor) -> None:
-        """Take in whether a step was skipped."""
+        """Add a step. bad: whether it was skipped."""
         self.bad_steps += bad
         self.skipped.append(bad)
         self.steps += 1
 
     def skipped_batches(self) -> list[tuple[int, list[int], bool]]:
         """Of each batch of a skipped step: the step (from 0), its rows, is its own loss finite?"""
-        each = len(self.rows) // max(1, len(self.skipped))
+        per_step = len(self.rows) // max(1, len(self.skipped))
         return [
             (step, rows.tolist(), bool(finite))
             for step, bad in enumerate(self.skipped)
             if bad
-            for rows, finite in self.rows[step * each : (step + 1) * each]
+            for rows, finite in self.rows[step * per_step : (step + 1) * per_step]
         ]
 
 
-class Log:
-    """The log of one process; silent unless it is the first rank."""
+class MetricsLogger:
+    """Writes the log on rank 0; on other ranks it does nothing."""
 
     def __init__(
         self,
@@ -103,110 +108,99 @@ class Log:
         first_step: int,
         metric: str = "PCKh",
     ):
-        """folder: the run's. first_step: where this start begins. metric: its name, PCKh or PCK."""
+        """folder: of the run. first_step: where this start begins. metric: PCKh or PCK."""
         self.enabled = dist.is_first
         if not self.enabled:
             return
         self._folder, self._train, self._device = folder, config.train, dist.device
         self._first_step = self._step = first_step
-        self._ranks, self._metric = dist.world_size, metric
-        self._writes = True
-        cut(folder / METRICS, first_step)
-        self._pckh = _last_pckh(folder / METRICS)
+        self._world_size, self._metric = dist.world_size, metric
+        self._write_error_shown = False
+        keep_lines_until(folder / METRICS, first_step)
+        validations = [x for x in read_metrics(folder / METRICS) if x["kind"] == "valid"]
+        self._pckh = validations[-1]["pckh@0.5_pooled"] if validations else None
         self._started = time.perf_counter()
         self._file = (folder / METRICS).open("a")
         self._board: SummaryWriter | None = SummaryWriter(
-            str(folder / BOARD), purge_step=first_step
+            folder / TENSORBOARD, purge_step=first_step
         )
         self._tracker = Tracker(config, folder)
-        self._screen = Screen()
+        self._console = Console()
         self._values: dict[str, float] = {}
 
     def advance(self) -> None:
-        """One more step is done."""
+        """Count a step."""
         if self.enabled:
             self._step += 1
-            if self._screen.is_live:
-                self._screen.show(self._parts())
+            if self._console.is_live:
+                self._console.show(self._parts())
 
-    def train(self, step: int, values: dict[str, float]) -> None:
-        """Numbers of the steps since the last call."""
-        if not self.enabled:
-            return
-        self._step = step
-        memory, left_s = memory_mb(self._device), self._left()[0]
-        self._values = {**values, "memory_mb": memory, "left_s": left_s}
-        self._write("train", step, self._values)
-        self._screen.show(self._parts())
+    def log_training(self, step: int, values: dict[str, float]) -> None:
+        """Log the numbers of the steps since the last call."""
+        if self.enabled:
+            self._step = step
+            memory, left_s = memory_mb(self._device), self._time_left()[0]
+            self._values = {**values, "memory_mb": memory, "left_s": left_s}
+            self._write("train", step, self._values)
+            self._console.show(self._parts())
 
-    def validating(self, batches: Iterable[RawBatch], people: int) -> Iterator[RawBatch]:
-        """The same batches; the line counts their people. people: on all ranks together."""
+    def validation_progress(self, batches: Iterable[RawBatch], people: int) -> Iterator[RawBatch]:
+        """Pass the batches on and show how far they are. people: on all ranks together."""
         done = 0
         for batch in batches:
-            if self.enabled and (self._screen.is_live or done):
+            if self.enabled and (self._console.is_live or done):
                 part = f"validating: {done:,} of {people:,} people"
-                self._screen.show([f"step {self._step:,}", part])
+                self._console.show([f"step {self._step:,}", part])
             if self.enabled:
-                done = min(people, done + len(batch.records_NR) * self._ranks)
+                done = min(people, done + len(batch.records_NR) * self._world_size)
             yield batch
 
-    def validation(self, step: int, values: dict[str, float]) -> None:
-        """Numbers of a validation."""
+    def log_validation(self, step: int, values: dict[str, float]) -> None:
+        """Log the numbers of a validation."""
         if self.enabled:
             self._pckh = values["pckh@0.5_pooled"]
             self._write("valid", step, values)
-            if self._screen.is_live:
-                self._screen.show(self._parts(), at_once=True)
+            if self._console.is_live:
+                self._console.show(self._parts(), at_once=True)
 
-    def pictures(self, step: int, people_HW3: npt.NDArray[np.uint8]) -> None:
-        """Keep the sheet of validation people (BGR), and draw the curves up to now."""
+    def log_pictures(self, step: int, people_HW3: npt.NDArray[np.uint8]) -> None:
+        """Keep the contact sheet of a validation (RGB), and draw the learning curves."""
         if not self.enabled:
             return
-        with self._losses_allowed():
+        with self._disk_may_fail():
             curves = draw_curves(read_metrics(self._folder / METRICS), self._metric)
-            self._keep_pictures(step, {PEOPLE: people_HW3, CURVES: curves})
+            for name, image in {PEOPLE: people_HW3, CURVES: curves}.items():
+                tag, path = f"pictures/{Path(name).stem}", self._folder / name
+                _, encoded = cv2.imencode(path.suffix, image[..., ::-1])
+                write_atomic(path, encoded.tobytes())
+                if self._board:
+                    self._board.add_image(tag, image, step, dataformats="HWC")
+                self._tracker.log_picture(step, tag, image)
 
-    def _keep_pictures(self, step: int, images: dict[str, npt.NDArray[np.uint8]]) -> None:
-        for name, image in images.items():
-            data = _write_picture(self._folder / name, image)
-            value = Summary.Value(
-                tag=f"pictures/{Path(name).stem}",
-                image=Summary.Image(
-                    height=image.shape[0],
-                    width=image.shape[1],
-                    colorspace=3,
-                    encoded_image_string=data,
-                ),
-            )
-            self._on_board(
-                lambda board: board._get_file_writer().add_summary(Summary(value=[value]), step)  # noqa: B023
-            )
-            self._tracker.picture(step, f"pictures/{Path(name).stem}", image[..., ::-1])
-
-    def say(self, text: str) -> None:
-        """A line that stays on the screen."""
+    def info(self, text: str) -> None:
+        """Print a line that stays on the console."""
         if self.enabled:
-            self._screen.say(text)
+            self._console.info(text)
 
     def close(self) -> None:
         """Flush and close everything; a second time does nothing."""
         if self.enabled:
             self.enabled = False
-            if self._screen.is_live and self._values:
-                self._screen.show(self._parts(), at_once=True)
-            self._screen.close()
-            self._on_board(SummaryWriter.close)
-            for each in (self._tracker, self._file):
-                with self._losses_allowed():
-                    each.close()
+            if self._console.is_live and self._values:
+                self._console.show(self._parts(), at_once=True)
+            self._console.close()
+            for each in (self._board, self._tracker, self._file):
+                with self._disk_may_fail():
+                    if each:
+                        each.close()
 
     def _parts(self) -> list[str]:
-        """Where the run stands, the most important first."""
+        """The progress, the most important first."""
         train, values = self._train, self._values
         epochs = math.ceil(train.steps / train.steps_per_epoch)
         epoch = max(1, math.ceil(self._step / train.steps_per_epoch))
         pckh = "-" if self._pckh is None else f"{100 * self._pckh:.1f} %"
-        seconds, end = self._left()
+        seconds, end = self._time_left()
         parts = [f"step {self._step:,}/{train.steps:,}", f"{duration(seconds)} {end}"]
         if values:
             memory = "GPU peak" if self._device.type == "cuda" else "RSS"
@@ -220,8 +214,8 @@ class Log:
             ]
         return parts
 
-    def _left(self) -> tuple[float, str]:
-        """Seconds to the end, and to which one: the last step at the rate since the start, or the
+    def _time_left(self) -> tuple[float, str]:
+        """Seconds to the end, and to which end: the last step at the average rate so far, or the
         time limit if that comes first."""
         spent = time.perf_counter() - self._started
         done = max(self._step - self._first_step, 1)
@@ -238,86 +232,137 @@ class Log:
             "time": round(time.time(), 3),
             **{name: None if math.isnan(value) else value for name, value in values.items()},
         }
-        with self._losses_allowed():
+        named = {f"{kind}/{name}": value for name, value in values.items()}
+        with self._disk_may_fail():
             self._file.write(json.dumps(entry) + "\n")
             self._file.flush()
-            # So there is room.
-            self._board = self._board or SummaryWriter(str(self._folder / BOARD))
-        for name, value in values.items():
-            self._on_board(lambda board: board.add_scalar(f"{kind}/{name}", value, step))  # noqa: B023
-        with self._losses_allowed():
-            self._tracker.log(step, {f"{kind}/{name}": value for name, value in values.items()})
-
-    def _on_board(self, write: Callable[[SummaryWriter], object]) -> None:
-        """Write to TensorBoard, if it works.
-
-        After a failure its thread is dead: it would write nothing more, and raise the same error at
-        each call, whose traceback grows without end. So it is let go, and a new one begins later.
-        """
-        if self._board is None:
-            return
-        with self._losses_allowed():
-            try:
-                write(self._board)
-            except OSError:
-                self._board = None
-                raise
+        with self._disk_may_fail():
+            for name, value in named.items():
+                if self._board:
+                    self._board.add_scalar(name, value, step)
+        with self._disk_may_fail():
+            self._tracker.log(step, named)
 
     @contextmanager
-    def _losses_allowed(self) -> Iterator[None]:
-        """A log that cannot be written, on a full disk, is said once and ends no run."""
+    def _disk_may_fail(self) -> Iterator[None]:
+        """Report once that the log cannot be written, on a full disk; the run goes on.
+
+        TensorBoard's writer does not recover from a failure, so it is dropped then.
+        """
         try:
             yield
         except OSError as error:
-            if self._writes:
-                self.say(f"the log cannot be written: {error}; training goes on")
-            self._writes = False
+            self._board = None
+            if not self._write_error_shown:
+                self._console.info(f"the log cannot be written: {error}; training goes on")
+            self._write_error_shown = True
 
 
-def cut(path: Path, step: int) -> None:
-    """Drop the lines after a step: a run resumed from there writes them again."""
-    if not path.exists():
-        return
-    kept = [line for line in path.read_bytes().splitlines() if _entry(line, step)]
-    write_atomic(path, b"".join(line + b"\n" for line in kept))
+class Tracker:
+    """A run of Weights & Biases or Trackio, which have the same functions; or nothing."""
+
+    def __init__(self, config: Config, folder: Path):
+        """Begin the tracker's run, or continue the one that was begun for the same folder."""
+        self._package: Any = None
+        name = config.train.tracker
+        if name == "none":
+            return
+        require_tracker(name)
+        self._package = importlib.import_module(name)
+        more = {}
+        if name == "wandb":  # knows a run by its id, Trackio by its name
+            path = folder / "tracker_id"
+            if not path.exists():
+                path.write_text(uuid.uuid4().hex)
+            more = {"id": path.read_text(), "dir": str(folder)}
+        self._package.init(
+            project=PROJECT, name=config.train.name, config=as_dict(config), resume="allow", **more
+        )
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Send the numbers of a step."""
+        if self._package:
+            self._package.log(values, step=step)
+
+    def log_picture(self, step: int, name: str, image_HW3: npt.NDArray[np.uint8]) -> None:
+        """Send an RGB picture of a step."""
+        if self._package:
+            self._package.log({name: self._package.Image(image_HW3)}, step=step)
+
+    def close(self) -> None:
+        """Send the rest."""
+        if self._package:
+            self._package.finish()
 
 
-def _entry(line: bytes, last_step: int = sys.maxsize) -> dict[str, Any]:
-    """What a line says; nothing if it is of a later step, rotten, or half-written."""
-    try:
-        entry = parse_json(line)
-    except ValueError:
-        return {}
-    step = entry.get("step") if isinstance(entry, dict) else None
-    return entry if type(step) is int and 0 <= step <= last_step else {}
+def require_tracker(name: TrackerName) -> None:
+    """Raise InputError, with the command that installs it, if the package is missing."""
+    if name != "none" and importlib.util.find_spec(name) is None:
+        raise InputError(
+            f"train.tracker: {name}",
+            f"the package {name} is not installed",
+            f"{name}, or no tracker",
+            f"pip install {name}, or set train.tracker to none",
+        )
 
 
-def memory_mb(device: torch.device) -> float:
-    """The most that torch has held on the GPU, or what this process holds now; in 10^6 bytes."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e6
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except OSError:  # no Linux: the most that it ever held, in bytes on macOS
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    return pages * resource.getpagesize() / 1e6
+def keep_lines_until(path: Path, step: int) -> None:
+    """Drop the lines of later steps, which a resumed run repeats."""
+    if path.exists():
+        kept = [entry for entry in read_metrics(path) if entry["step"] <= step]
+        write_atomic(path, "".join(json.dumps(entry) + "\n" for entry in kept).encode())
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of metrics.jsonl; each has a `step`, and may lack anything else."""
-    return [entry for line in path.read_bytes().splitlines() if (entry := _entry(line))]
+    """The lines of a log, without those that a kill or a full disk cut short."""
+    entries = []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        with suppress(ValueError):
+            entries.append(json.loads(line))
+    return entries
 
 
-def _write_picture(path: Path, image_HW3: npt.NDArray[np.uint8]) -> bytes:
-    """Write a BGR picture whole or not at all, and return the file's bytes."""
-    ok, encoded = cv2.imencode(path.suffix, image_HW3)
-    assert ok, path
-    write_atomic(path, encoded.tobytes())
-    return encoded.tobytes()
+def memory_mb(device: torch.device) -> float:
+    """The GPU memory that torch has held at most, or the resident memory now; in 10^6 bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        return int(statm.read_text().split()[1]) * resource.getpagesize() / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # macOS: bytes, at most
 
 
-def _last_pckh(path: Path) -> float | None:
-    """The PCKh@0.5 of the last validation, if there was one."""
-    lines = read_metrics(path) if path.exists() else []
-    rates = [line.get("pckh@0.5_pooled") for line in lines if line.get("kind") == "valid"]
-    return next((rate for rate in reversed(rates) if isinstance(rate, float)), None)
+def draw_curves(entries: list[dict[str, Any]], metric: str = "PCKh") -> npt.NDArray[np.uint8]:
+    """(380, 1240, 3) RGB: the loss, on a logarithmic axis, and PCK in per cent, over the steps.
+
+    entries: lines of metrics.jsonl. metric: name of the validation's, PCKh or PCK.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12.4, 3.8), dpi=100, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    loss_axes, pck_axes = figure.subplots(1, 2)
+    for axes, kind, key, factor, label in (
+        (loss_axes, "train", "loss", 1, "loss of training"),
+        (pck_axes, "valid", "pckh@0.5_pooled", 100, f"{metric}@0.5 of validation"),
+        (pck_axes, "valid", "pckh@0.1_pooled", 100, f"{metric}@0.1 of validation"),
+        (pck_axes, "train", "pck", 100, "PCK of training (augmented)"),
+    ):
+        lines = [x for x in entries if x["kind"] == kind and x.get(key) is not None]
+        values = [factor * line[key] for line in lines]
+        last = f" {values[-1]:.3g}" if values else ""
+        axes.plot(
+            [line["step"] for line in lines],
+            values,
+            label=label + last,
+            marker="." if len(values) <= 25 else "",
+        )
+    loss_axes.set(yscale="log", ylabel="loss")
+    pck_axes.set(ylim=(0, None), ylabel="%")
+    for axes in (loss_axes, pck_axes):
+        axes.set(xlabel="step", xlim=(0, max([entry["step"] for entry in entries], default=1)))
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()

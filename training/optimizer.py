@@ -1,11 +1,18 @@
 """The optimizer, its learning rate, and the averaged weights."""
 
 import math
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import swa_utils
 
+from common.errors import InputError
 from configs.schema import OptimConfig
+
+MOMENTS = {"adam": ("exp_avg", "exp_avg_sq"), "rmsprop": ("square_avg",)}
+"""What each optimizer keeps for a parameter, in the parameter's shape."""
 
 
 def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
@@ -21,7 +28,7 @@ def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
 
 
 def make_optimizer(network: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
-    """Adam in its fused form, or RMSprop with the settings of the Torch7 code (alpha 0.99)."""
+    """Fused Adam, or RMSprop with the settings of the Torch7 code (alpha 0.99)."""
     if optim.name == "adam":
         return torch.optim.Adam(
             network.parameters(), optim.lr, weight_decay=optim.weight_decay, fused=True
@@ -31,23 +38,47 @@ def make_optimizer(network: nn.Module, optim: OptimConfig) -> torch.optim.Optimi
     )
 
 
-class Average:
+def load_optimizer_state(
+    optimizer: torch.optim.Optimizer, saved: dict[str, Any], name: str, path: Path
+) -> None:
+    """Restore the moments; all other settings stay the config's. Raises InputError.
+
+    saved: an optimizer's state_dict, from the checkpoint `path`. name: optim.name.
+    """
+    if any(MOMENTS[name][0] not in moments for moments in saved["state"].values()):
+        raise InputError(
+            path,
+            "the state of another optimizer",
+            f"that of optim.name: {name}",
+            "resume with the settings of the run, or begin a new one with --init_from",
+        )
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": saved["state"]})
+    # Fused Adam reads memory in storage order, and other code's moments are not channels-last.
+    for parameter, moments in optimizer.state.items():
+        for moment in MOMENTS[name]:
+            moments[moment] = torch.empty_like(parameter).copy_(moments[moment])
+
+
+class AveragedModel(swa_utils.AveragedModel):
     """Exponential moving average of a network's weights and batch-norm statistics."""
 
     def __init__(self, network: nn.Module, decay: float):
-        """decay: per step, approached from below so that the first steps do not weigh for long."""
+        """decay: per step; smaller in the first steps, so that the initial weights fade out."""
+        super().__init__(network)
         self.decay = decay
-        now = network.state_dict()  # the very tensors, which a step changes in place
-        self.tensors = {name: t.detach().clone() for name, t in now.items()}
-        floats = [name for name, t in now.items() if t.is_floating_point()]
-        counts = [name for name in now if name not in floats]
-        self._averaged = [self.tensors[n] for n in floats], [now[n] for n in floats]
-        self._copied = [self.tensors[n] for n in counts], [now[n] for n in counts]
+        # References to the tensors that both networks change in place.
+        averaged, current = self.module.state_dict(), network.state_dict()
+        floats = [name for name, tensor in current.items() if tensor.is_floating_point()]
+        counts = [name for name in current if name not in floats]
+        self._averaged = [averaged[n] for n in floats], [current[n] for n in floats]
+        self._copied = [averaged[n] for n in counts], [current[n] for n in counts]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the weights after a step, counted from 0."""
+        """Average in the weights after a step, counted from 0; counters are copied.
+
+        torch's update_parameters reads its own counter, for which it waits for the GPU.
+        """
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(*self._averaged, weight)
-        if self._copied[0]:
-            torch._foreach_copy_(*self._copied)
+        torch._foreach_copy_(*self._copied)

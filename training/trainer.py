@@ -1,23 +1,21 @@
-"""The training run: one object holds its state, and its loop reads from top to bottom.
+"""The training run: it composes the parts, each of which keeps its own state.
 
-A step is `optim.accumulate` batches. Every number that decides something is computed on the device
-and read once every `train.log_every` steps, so that the host does not wait for the GPU in between.
+A step is `optim.accumulate` batches. Numbers that decide something are computed on the device and
+read once every `train.log_every` steps, so that the host does not wait for the GPU in between.
 """
 
+import dataclasses
 import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from common.distributed import (
     DistributedContext,
@@ -26,51 +24,66 @@ from common.distributed import (
     gather_bytes,
     launched_by_torchrun,
     seed_everything,
-    set_cpu_threads,
     sum_over_ranks,
 )
 from common.errors import InputError
-from configs import schema
-from configs.schema import Config
+from configs.schema import Config, save_yaml
 from configs.skeleton import require_same_joints
-from evaluation import pckh, visualize
-from evaluation.inference import StoppedError, predict_distributed
-from model import checkpoint
-from model.checkpoint import Checkpoint, RunState
-from model.loss import stack_losses, stack_losses_of_joints
-from pipelines.augment import without_augmentation
+from evaluation.inference import StoppedError
+from model.checkpoint import (
+    Checkpoint,
+    RunState,
+    build_network,
+    foreign_remarks,
+    init_weights,
+    require_same_size,
+)
+from pipelines.augment import preset_of, without_augmentation
 from pipelines.bad_samples import BadSamples, SkippingLoader
 from pipelines.codec import codec_of
 from pipelines.crop_packing import require_preset_fits
-from pipelines.loader import (
-    Batch,
-    Loader,
-    LoaderSpec,
-    RawBatch,
-    choose_loader,
-    make_batch,
-    train_loader,
-)
+from pipelines.loader import Loader, LoaderSpec, choose_loader, train_loader
 from pipelines.shard_format import people_sha256
 from pipelines.shards import ShardSet
-from training import checkpoint_manager as keeping
-from training import preemption as signals
-from training import resuming
-from training.checkpoint_manager import BEST, LAST
-from training.metrics import Log, Totals
-from training.nonfinite import Guard
-from training.optimizer import Average, learning_rate, make_optimizer
-from training.profiler import Tracer
+from training.checkpoint_manager import (
+    BEST,
+    LAST,
+    RESUME_ME,
+    CheckpointManager,
+    remove_resume_marker,
+    write_resume_marker,
+)
+from training.cpu_threads import ThreadTuner
+from training.metrics import MetricsLogger, Totals
+from training.nonfinite import NonFiniteMonitor
+from training.preemption import stop_signals
+from training.profiler import profiled_steps
+from training.resume import fit_to_ranks, global_batch_size
+from training.train_step import TrainStep
+from training.validation import Validator
 
-SHEET_PEOPLE = 12
-"""People in the picture of a validation."""
 COLLAPSED_PEAK = 0.05
-"""Mean peak of the heatmaps under which a network is taken to answer nothing but zeros."""
+"""Mean peak of the heatmaps below which a network is taken to predict only zeros."""
 COLLAPSE_FROM_STEP = 1_000
-"""Before it every network answers little."""
+"""Before it every network's peaks are low."""
 
 
-class Run:
+@dataclasses.dataclass
+class Progress:
+    """The counters of a run."""
+
+    step: int = 0
+    best: float = -1.0
+    """Pooled PCK@0.5 of this folder's best.pt; -1 before the first validation."""
+    seconds: float = 0.0
+    """Spent in training."""
+    validation_due: bool = False
+    """A checkpoint was written between the end of an epoch and the end of its validation."""
+    loader_began: int = 0
+    """The step at which the loader's order of people began anew."""
+
+
+class Trainer:
     """A training run on one rank."""
 
     def __init__(
@@ -78,427 +91,102 @@ class Run:
         config: Config,
         dist: DistributedContext,
         folder: Path,
-        start: Checkpoint | None = None,
+        checkpoint: Checkpoint | None = None,
     ):
-        """Build everything; nothing is written yet. folder: of the run.
+        """Build everything; nothing is written yet. Raises InputError.
 
-        start: the checkpoint to continue from.
+        folder: of the run. checkpoint: to continue from.
         """
-        self.given, self.remarks = config, list[str]()
-        if start:
-            config, self.remarks = resuming.fit_to_ranks(config, start, dist.world_size)
+        self.saved_config = config
+        """As config.yaml and checkpoints have it: before it is fitted to the number of ranks."""
         self.config, self.dist, self.folder = config, dist, folder
-        set_cpu_threads(dist.device, config.data.workers)
-        self.train_shards = ShardSet(Path(config.data.shards) / "train")
-        self.valid_shards = ShardSet(Path(config.data.shards) / "valid")
-        self.skeleton = self.train_shards.manifest.skeleton
-        self.codec = codec_of(config.data, config.heatmaps, self.skeleton)
-        preset = self.codec.preset
-        still = without_augmentation(preset)
-        for shards, needed in ((self.train_shards, preset), (self.valid_shards, still)):
-            require_preset_fits(shards.manifest, needed, shards.folder)
-        self.people_sha256 = people_sha256(self.train_shards.records())  # all of them are sound
-        require_same_joints(self.valid_shards.manifest.skeleton, self.skeleton,
-                            self.valid_shards.folder, self.train_shards.folder)  # fmt: skip
-        self.valid_people, self.valid_samples = self.valid_shards.people()
+        self.remarks: list[str] = []
+        if checkpoint:
+            self.config, self.remarks = fit_to_ranks(config, checkpoint, dist.world_size)
+            if not config.train.threads:
+                self._set_threads(checkpoint.config.train.threads)
+        config = self.config
+        self.thread_tuner = ThreadTuner(config, dist)
+        self.shards, valid = open_shards(config)
+        self.people_sha256 = people_sha256(self.shards.records())  # raises if they are damaged
+        self.codec = codec_of(config.data, config.heatmaps, self.shards.manifest.skeleton)
+        self.validator = Validator(valid, self.codec, config, dist)
         seed_everything(config.train.seed, 0)  # the same weights on every rank
-        network = checkpoint.build_network(config, self.skeleton.joint_count).to(dist.device)
-        self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.network = self._new_network()
         seed_everything(config.train.seed, dist.rank + 1)
-        self.optimizer = make_optimizer(self.network, config.optim)
-        self.scaler = torch.amp.GradScaler(dist.device.type, enabled=dist.dtype == torch.float16)
-        self.step, self.best, self.seconds = 0, -1.0, 0.0
-        self.saved_step = 0  # of last.pt
-        self.average: Average | None = None
-        self.loader_began, self.validation_due = 0, False
-        loader_state = self._restore(start) if start else b""
-        if config.optim.ema_decay and self.average is None:
-            self.average = Average(self.network, config.optim.ema_decay)
+        self.train_step = TrainStep(self.network, self.codec, config, dist)
+        self.progress = Progress()
+        self.checkpoints = CheckpointManager(folder, config.train.keep_last)
+        loader_state = self._restore(checkpoint) if checkpoint else b""
+        self.bad_samples: BadSamples | None = None
         self.loader = self._make_loader(loader_state)
-        self.forward = self._wrap()
-        self.fused_losses = (
-            torch.compile(stack_losses_of_joints) if config.train.fuse_targets else None
+        self.monitor = NonFiniteMonitor(
+            self.network,
+            self.train_step.averaged,
+            self.shards,
+            folder,
+            config.train.max_bad_steps,
         )
-        self.interrupted, self.unsaved, self.parent = False, "", os.getppid()
-        self.noted: list[int] = []
-        self.guard = Guard(self.network, self.train_shards, folder, config.train.max_bad_steps)
+        self.interrupted = False
+        """A signal ended the run."""
+        self.received_signals: list[int] = []
+        self._parent = os.getppid()
 
-    def restart_average(self) -> None:
-        """Begin the averaged weights anew from the network's, after these were changed."""
-        if self.average:
-            self.average = Average(self.network, self.config.optim.ema_decay)
+    # Starting
 
-    def train(self) -> dict[str, Any]:
-        """Train to the last step, the time limit or a signal, and write what came of it.
+    def _new_network(self) -> nn.Module:
+        network = build_network(self.config, self.codec.skeleton.joint_count).to(self.dist.device)
+        return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-        Returns the numbers of the last validation. A signal (training/preemption.py) lets the step
-        or the batch of a validation end and writes last.pt; `interrupted` is set then. Raises
-        InputError if the end of the run could not be written.
-        """
-        train, dist, started = self.config.train, self.dist, time.perf_counter()
-        spent_before = self.seconds
-        result: dict[str, Any] = {}
-        totals, timed_out = Totals(dist.device), False
-        # The live line is closed before an error is told.
-        with (
-            signals.noted() as self.noted,
-            closing(self._open_log()) as self.log,
-            Tracer(self.folder, self._steps_to_trace(), dist.device, self.log.say) as tracer,
-        ):
-            self.interrupted = any_rank(self._is_asked_to_stop(), dist)
-            if self.interrupted:  # by a signal that came while the program started
-                self.save([LAST])
-            elif self.validation_due:
-                result = self._finish_epoch()
-            while self.step < train.steps and not (self.interrupted or timed_out):
-                self.network.train()
-                self._train_step(totals)
-                self.step += 1
-                self.log.advance()
-                tracer.advance()
-                seconds = time.perf_counter() - started
-                self.seconds = spent_before + seconds
-                at_epoch = self.step % train.steps_per_epoch == 0 or self.step == train.steps
-                at_line = self.step % train.log_every == 0
-                # Ranks on GPUs meet here at a line alone, for to meet is to wait for the GPU.
-                if at_epoch or at_line or dist.world_size == 1 or dist.device.type == "cpu":
-                    self.interrupted = any_rank(self._is_asked_to_stop(), dist)
-                if not (at_epoch or at_line or self.interrupted):
-                    continue
-                self._report(totals)
-                timed_out = any_rank(self._is_late(seconds), dist)
-                self.validation_due = at_epoch or timed_out
-                if self.interrupted:  # there may be seconds left: no time to validate
-                    self.save([LAST])
-                elif self.validation_due:
-                    self.save([LAST])  # whatever may happen in a validation
-                    result = self._finish_epoch()
-                totals = Totals(dist.device)
-            self._say_why_it_ended()
-        if self.unsaved and not self.interrupted:
-            raise InputError(self.folder, self.unsaved, "room for a checkpoint", "--resume then")
-        return result
+    def init_from(self, checkpoint: Checkpoint) -> list[str]:
+        """Take over a checkpoint's weights alone; returns the tensors that start fresh."""
+        require_same_size(checkpoint, self.config)
+        fresh = init_weights(self.network, self.codec.skeleton, checkpoint)
+        self.train_step.load_averaged(self.network.state_dict())
+        return fresh
 
-    def _open_log(self) -> Log:
-        """Make the folder, with the settings in it, and the log; say what _restore found."""
-        if self.dist.is_first:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            schema.save_yaml(self.given, self.folder / "config.yaml")
-            self.guard.begin(self.step)
-            keeping.take_back(self.folder)
-        self.guard.remember(self.average)
-        log = Log(self.folder, self.config, self.dist, self.step, self.skeleton.metric)
-        for remark in self.remarks:
-            log.say(remark)
-        return log
-
-    def _steps_to_trace(self) -> int:
-        return self.config.train.profile_steps if self.dist.is_first else 0
-
-    def _is_late(self, seconds: float) -> bool:
-        limit = 60 * self.config.train.max_minutes
-        return bool(limit) and seconds >= limit
-
-    def _is_asked_to_stop(self) -> bool:
-        return bool(self.noted) or self._torchrun_has_ended()
-
-    def _torchrun_has_ended(self) -> bool:
-        return launched_by_torchrun() and os.getppid() != self.parent
-
-    def _say_why_it_ended(self) -> None:
-        """Of a run that ended early; after a signal the marker for job scripts says it too."""
-        train = self.config.train
-        if self.step == train.steps and not self.interrupted:
-            return
-        why = f"train.max_minutes {train.max_minutes} is over"
-        if self.interrupted:
-            other = "torchrun is gone, or a signal reached another rank"
-            why = signal.Signals(self.noted[0]).name if self.noted else other
-        text = f"STOPPED EARLY at step {self.step} of {train.steps}: {why}. "
-        self.log.say(text + "--resume, without a path, continues.")
-        if self.interrupted and self.dist.is_first:
-            try:
-                keeping.ask_to_resume(self.folder, text.strip())
-            except OSError as error:
-                self.log.say(f"{self.folder / keeping.RESUME_ME} cannot be written: {error}")
-
-    def _train_step(self, totals: Totals) -> None:
-        """One step of the optimizer, skipped on the device if a gradient is not finite."""
-        optim = self.config.optim
-        rate = learning_rate(optim, self.step, self.config.train.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        for part in range(optim.accumulate):
-            before = time.perf_counter()
-            raw = self.loader.next()
-            totals.waited += time.perf_counter() - before
-            batch = make_batch(
-                raw, self.codec, self.dist.device, render=not self.config.train.fuse_targets
-            )
-            self._backward(batch, totals, last=part == optim.accumulate - 1)
-        totals.add_step(self._apply_gradients(totals.losses_were_finite(optim.accumulate)))
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.average:
-            self.average.update(self.step)
-
-    def _backward(self, batch: Batch, totals: Totals, last: bool) -> None:
-        dist, optim = self.dist, self.config.optim
-        if isinstance(self.forward, DistributedDataParallel):
-            self.forward.require_backward_grad_sync = last
-        with torch.autocast(dist.device.type, dist.dtype, enabled=dist.dtype != torch.float32):
-            heat = self.forward(batch.images_N3HW)
-        losses = self._losses(heat, batch)
-        self.scaler.scale(losses.mean() / optim.accumulate).backward()
-        totals.add(losses, heat[:, -1], batch, self.codec.rule)
-
-    def _losses(self, heat_NSJHW: Tensor, batch: Batch) -> Tensor:
-        unmarked = self.config.loss.unmarked
-        if self.fused_losses:
-            return self.fused_losses(
-                heat_NSJHW, batch.joints_NJ2, batch.drawn_NJ, self.codec.rule, self.codec.sigma,
-                unmarked,
-            )  # fmt: skip
-        return stack_losses(heat_NSJHW, batch.heat_NJHW, batch.drawn_NJ, unmarked)
-
-    def _apply_gradients(self, losses_are_finite: Tensor) -> Tensor:
-        """Clip and step. Returns whether the step was skipped because a gradient is not finite.
-
-        Ranks agree, because gradients are reduced. With fp16 a skipped step after finite losses is
-        the scaler's way to find its scale, and counts as bad only if the scale has no room left.
-        """
-        self.scaler.unscale_(self.optimizer)
-        parameters = list(self.network.parameters())
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        bad = ~torch.isfinite(norm)
-        if self.config.optim.clip_norm:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.config.optim.clip_norm, norm)
-        if self.scaler.is_enabled():
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-            lost = sum_over_ranks((~losses_are_finite).float(), self.dist) > 0
-            return bad & (lost | (self.scaler._scale < 1))  # type: ignore[operator]
-        if isinstance(self.optimizer, torch.optim.Adam):
-            # The fused kernel leaves weights and moments alone if this is 1, without a host sync.
-            self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
-            self.optimizer.step()
-        elif not bad:
-            self.optimizer.step()
-        return bad
-
-    def _report(self, totals: Totals) -> None:
-        """Read the sums, log them, and act on what is not finite."""
-        dist = self.dist
-        numbers = torch.cat([totals.sums, totals.good_batches[None], totals.bad_steps[None]])
-        *sums, good, bad = sum_over_ranks(numbers, dist).tolist()
-        seconds = time.perf_counter() - totals.started
-        means = [total / good if good else math.nan for total in sums]
-        values = dict(zip(Totals.NAMES, means, strict=True))
-        bad_steps = math.ceil(bad / dist.world_size)
-        values |= {
-            "lr": self.optimizer.param_groups[0]["lr"],
-            "people_per_s": totals.batches
-            * self.config.data.batch_size
-            * dist.world_size
-            / seconds,
-            "wait_share": totals.waited / seconds,
-            "bad_steps": float(bad_steps),
-            "epoch": self.step / self.config.train.steps_per_epoch,
-        }
-        self.log.train(self.step, values)
-        self.guard.check(self.step, bad_steps, totals, self.average, self.log, dist)
-        if self.config.data.on_bad_sample == "skip":
-            reports = gather_bytes(self.bad_samples.report(), dist)
-            for line in self.bad_samples.learn(reports):
-                self.log.say(f"step {self.step}: {line}")
-
-    def _finish_epoch(self) -> dict[str, Any]:
-        """Validate, say how it went, and write the checkpoints.
-
-        If a signal comes, the checkpoint from before the validation stays as it is.
-        """
-        people = self.config.eval.people or self.valid_people.count
-        try:
-            result = self.validate(lambda batches: self.log.validating(batches, people))
-        except StoppedError:
-            self.interrupted = True
-            return {}
-        pooled = result["pckh"]["0.5"]["pooled"] or 0.0
-        is_best = pooled > self.best
-        self.best = max(self.best, pooled)
-        numbers = {"pckh@0.5_pooled": pooled,
-                   "pckh@0.1_pooled": result["pckh"]["0.1"]["pooled"] or 0.0,
-                   "auc": result["auc"] or 0.0, "peak": result["peak"]}  # fmt: skip
-        self.log.validation(self.step, numbers)
-        self.log.say(
-            f"step {self.step}: {self.skeleton.metric}@0.5 {100 * pooled:.2f} % pooled over "
-            f"{result['joints_counted']} joints of {result['people']} people"
-            f"{' (best so far)' if is_best else ''}"
-        )
-        if not result["peak"] >= COLLAPSED_PEAK and self.step >= COLLAPSE_FROM_STEP:
-            self.log.say(
-                f"step {self.step}: the heatmaps peak at {result['peak']:.3f} on average, so the "
-                "network answers almost nothing but zeros. If this stays, lower optim.lr or raise "
-                "heatmaps.sigma."
-            )
-        self.validation_due = False
-        self.save([LAST, BEST] if is_best else [LAST])
-        if self.dist.is_first:
-            self.log.pictures(self.step, self._sheet())
-        return result
-
-    def validate(
-        self, progress: Callable[[Iterable[RawBatch]], Iterable[RawBatch]] = iter
-    ) -> dict[str, Any]:
-        """PCKh of the averaged weights, or of the network where there are none, over all ranks.
-
-        Raises StoppedError between two batches if a signal comes.
-        """
-        chosen = np.arange(self.valid_people.count)[: self.config.eval.people or None]
-        found = predict_distributed(
-            self._evaluated_network(), self.valid_shards, self.valid_samples[chosen], self.codec,
-            self.dist, batch_size=self.config.eval.batch_size, workers=self.config.data.workers,
-            flip=self.config.eval.flip, progress=progress, should_stop=self._is_asked_to_stop,
-        )  # fmt: skip
-        self.predicted_NJ2 = found.keypoints_NJ2
-        people = self.valid_people.select(chosen)
-        result = pckh.summary(found.keypoints_NJ2, people, self.skeleton)
-        return {**result, "peak": float(found.scores_NJ.mean())}
-
-    def _sheet(self) -> npt.NDArray[np.uint8]:
-        """A picture of a few people as validated last, the same people each time."""
-        rows = np.unique(np.linspace(0, len(self.predicted_NJ2) - 1, SHEET_PEOPLE).astype(int))
-        return visualize.draw_people(
-            self.valid_shards, self.valid_samples[rows], self.valid_people.select(rows),
-            self.predicted_NJ2[rows], self.skeleton,
-        )  # fmt: skip
-
-    def _evaluated_network(self) -> nn.Module:
-        """A network in eval mode with the weights to judge; the same on every rank."""
-        network = checkpoint.build_network(self.config, self.skeleton.joint_count)
-        weights = self.average.tensors if self.average else self.network.state_dict()
-        if self.dist.world_size > 1:
-            weights = {name: tensor.clone() for name, tensor in weights.items()}
-            for tensor in weights.values():
-                torch.distributed.broadcast(tensor, 0)
-        network.load_state_dict(weights)
-        network.to(self.dist.device)
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return network.eval()
-
-    def save(self, names: list[str]) -> None:
-        """Write a checkpoint under each name, on the first rank; the others give their states.
-
-        A write that fails leaves the older ones whole, and the run goes on.
-        """
-        rng = gather_bytes(torch.get_rng_state().numpy().tobytes(), self.dist)
-        loaders = gather_bytes(self.loader.state(), self.dist)
-        if self.dist.is_first:
-            try:
-                made = self._checkpoint(rng, loaders)
-                keeping.save(self.folder, made, names, self.config.train.keep_last)
-                self.unsaved, self.saved_step = "", self.step
-            except OSError as error:
-                before, self.unsaved = (
-                    self.unsaved,
-                    (f"no checkpoint of step {self.step} could be written: {error}"),
-                )
-                if self.unsaved != before:
-                    self.log.say(f"WARNING: {self.unsaved}; training goes on")
-        barrier(self.dist)
-
-    def _checkpoint(self, rng: list[bytes], loaders: list[bytes]) -> Checkpoint:
-        """Everything that continues the run. rng, loaders: the states of each rank."""
-        run = RunState(
-            scaler=self.scaler.state_dict(),
-            best=self.best,
-            seconds=self.seconds,
-            validation_due=self.validation_due,
-            people=len(self.train_shards),
-            people_sha256=self.people_sha256,
-            ranks=self.dist.world_size,
-            people_a_step=resuming.people_a_step(self.config, self.dist.world_size),
-            loader=self._loader_name(),
-            loader_device=self.dist.device.type,
-            loader_began=self.loader_began,
-            rng=[_as_tensor(data) for data in rng],
-            loader_states=[_as_tensor(data) for data in loaders],
-        )
-        return Checkpoint(
-            path=self.folder / LAST,
-            config=self.given,
-            skeleton=self.skeleton,
-            step=self.step,
-            weights=self.network.state_dict(),
-            averaged=self.average.tensors if self.average else {},
-            optimizer=self.optimizer.state_dict(),
-            run=run,
-        )
-
-    def _restore(self, start: Checkpoint) -> bytes:
-        """Continue from a checkpoint. Returns the state of this rank's loader, if it has one."""
-        source, run = start.path, start.run
-        require_same_joints(start.skeleton, self.skeleton, source, self.train_shards.folder)
-        checkpoint.require_same_size(start, self.config)
+    def _restore(self, checkpoint: Checkpoint) -> bytes:
+        """Continue from a checkpoint. Returns the state of this rank's loader. InputError."""
+        path, run, steps = checkpoint.path, checkpoint.run, self.config.train.steps
+        require_same_joints(checkpoint.skeleton, self.codec.skeleton, path, self.shards.folder)
+        require_same_size(checkpoint, self.config)
         if run and run.people_sha256 not in (None, self.people_sha256):
             raise InputError(
-                self.train_shards.folder,
-                f"{len(self.train_shards):,} people, not the {run.people:,} of {source}",
+                self.shards.folder,
+                f"{len(self.shards):,} people, not the {run.people:,} of {path}",
                 "the people that the run was begun with, in their order",
-                f"give their shards (--data.shards), or begin a new run with --init_from {source}",
+                f"give their shards (--data.shards), or begin a new run with --init_from {path}",
             )
-        checkpoint.load_weights(self.network, start.weights, source)
-        if start.step > self.config.train.steps:
+        if checkpoint.step > steps:
             raise InputError(
-                f"train.steps {self.config.train.steps}",
-                f"{start.step} steps that {source} has done already",
+                f"train.steps {steps}",
+                f"{checkpoint.step} steps that {path} has done already",
                 "the number of steps in all, those included",
-                f"--train.steps {start.step + self.config.train.steps} for as many more",
+                f"--train.steps {checkpoint.step + steps} for as many more",
             )
-        if start.optimizer:
-            self._restore_optimizer(start.optimizer, source)
-        self.step = start.step
-        if start.averaged and self.config.optim.ema_decay:
-            checkpoint.require_fit(self.network, start.averaged, source)
-            self.average = Average(self.network, self.config.optim.ema_decay)
-            for name, tensor in start.averaged.items():
-                self.average.tensors[name].copy_(tensor)
-        if source.resolve().parent == self.folder.resolve():
-            self.best = run.best if run else -1.0  # of this folder's best.pt
-            self.saved_step = self.step
+        self.train_step.load_state(checkpoint)
+        self.progress.step = checkpoint.step
+        is_own = path.resolve().parent == self.folder.resolve()
+        self.checkpoints.saved_step = checkpoint.step if is_own else 0
         if not run:
-            self.remarks += checkpoint.foreign_remarks(start, self.config)
+            self.remarks += foreign_remarks(checkpoint, self.config)
             return b""
-        self.seconds, self.validation_due = run.seconds, run.validation_due
-        if run.scaler:
-            self.scaler.load_state_dict(run.scaler)
+        self.progress = Progress(
+            step=checkpoint.step,
+            best=run.best if is_own else -1.0,
+            seconds=run.seconds,
+            validation_due=run.validation_due,
+        )
         if run.ranks == self.dist.world_size:
             torch.set_rng_state(run.rng[self.dist.rank])
         return self._loader_state(run)
 
-    def _restore_optimizer(self, saved: dict[str, Any], path: Path) -> None:
-        """Take over the optimizer's moments. Raises InputError if they are another optimizer's."""
-        kinds = ["exp_avg", "exp_avg_sq"] if self.config.optim.name == "adam" else ["square_avg"]
-        if any(kinds[0] not in moments for moments in saved["state"].values()):
-            raise InputError(
-                path,
-                "the state of another optimizer",
-                f"that of optim.name: {self.config.optim.name}",
-                "resume with the settings of the run, or begin a new one with --init_from",
-            )
-        # All else of the optimizer is the config's to say.
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": saved["state"]})
-        # Fused Adam goes through memory as it lies, and other code's moments are not channels-last.
-        for parameter, moments in self.optimizer.state.items():
-            for name in kinds:
-                moments[name] = torch.empty_like(parameter).copy_(moments[name])
-
     def _loader_state(self, run: RunState) -> bytes:
-        """DALI's state, if as many ranks were loaded by it before; else its order begins anew."""
-        loader, before = self._loader_name(), run.loader
-        device = self.dist.device.type
-        if loader != before:
+        """The state of this rank's loader; empty if its order of people begins anew."""
+        loader, device = self.loader_name, self.dist.device.type
+        if loader != run.loader:
             self.remarks.append(
-                f"the loader was {before} and is {loader}: the order of people is another"
+                f"the loader was {run.loader} and is {loader}: the order of people is another"
             )
         elif loader == "dali" and run.loader_device not in (None, device):
             self.remarks.append("DALI runs on another kind of device: it begins a new pass")
@@ -509,19 +197,20 @@ class Run:
                 else "DALI begins a new pass over the people, with new draws"
             )
         else:
-            self.loader_began = run.loader_began
+            self.progress.loader_began = run.loader_began
             return bytes(run.loader_states[self.dist.rank].numpy())
-        self.loader_began = self.step if loader == "dali" else 0
+        self.progress.loader_began = self.progress.step if loader == "dali" else 0
         return b""
 
-    def _loader_name(self) -> str:
+    @property
+    def loader_name(self) -> str:
+        """opencv or dali."""
         return choose_loader(self.config.data.loader, self.dist.device)
 
     def _make_loader(self, loader_state: bytes) -> Loader:
-        data, seed = self.config.data, self.config.train.seed
-        if self.loader_began:  # not what the run began with once more
-            seed = int(np.random.SeedSequence([seed, self.loader_began]).generate_state(1)[0] >> 1)
-
+        data, seed, began = self.config.data, self.config.train.seed, self.progress.loader_began
+        if began:  # another order than at the run's start
+            seed = int(np.random.SeedSequence([seed, began]).generate_state(1)[0] >> 1)
         spec = LoaderSpec(
             loader=data.loader,
             device=self.dist.device,
@@ -535,28 +224,261 @@ class Run:
             world_size=self.dist.world_size,
             cache_mb=data.cache_mb,
         )
-
-        def make(shards: ShardSet, first_batch: int, state: bytes) -> Loader:
-            return train_loader(shards, spec, first_batch, state)
-
-        first_batch = self.step * self.config.optim.accumulate
+        first_batch = self.progress.step * self.config.optim.accumulate
         if data.on_bad_sample == "stop":
-            return make(self.train_shards, first_batch, loader_state)
-        limit, rank = data.max_bad_samples, self.dist.rank
-        self.bad_samples = BadSamples(self.train_shards, self.folder, limit, rank)
+            return train_loader(self.shards, spec, first_batch, loader_state)
+        self.bad_samples = BadSamples(
+            self.shards, self.folder, data.max_bad_samples, self.dist.rank
+        )
+
+        def make(shards: ShardSet, batch: int, state: bytes) -> Loader:
+            return train_loader(shards, spec, batch, state)
+
         return SkippingLoader(make, self.bad_samples, first_batch, loader_state)
 
-    def _wrap(self) -> nn.Module:
-        """The network as the step calls it: over all ranks, and compiled if asked."""
-        forward: nn.Module = self.network
+    # Training
+
+    def train(self) -> dict[str, Any]:
+        """Train to the last step, the time limit or a signal; returns the last validation.
+
+        A signal (training/preemption.py) ends the run after the current step, or batch of a
+        validation; last.pt is written and `interrupted` set. Raises InputError if the end of the
+        run could not be written.
+        """
+        train, dist = self.config.train, self.dist
+        with (
+            stop_signals() as self.received_signals,
+            closing(self.open_log()) as self.log,
+            profiled_steps(
+                self.folder, train.profile_steps * dist.is_first, dist.device, self.log.info
+            ) as end_profiled_step,
+        ):
+            result, totals, timed_out = {}, Totals(dist.device), False
+            started, seconds_before = time.perf_counter(), self.progress.seconds
+            if self.progress.validation_due:
+                result = self._finish_epoch()
+            while self.progress.step < train.steps and not (self.interrupted or timed_out):
+                self._step(totals)
+                end_profiled_step()
+                seconds = time.perf_counter() - started
+                self.progress.seconds = seconds_before + seconds
+                at_epoch, at_log = (
+                    self._is_at_epoch_end(),
+                    self.progress.step % train.log_every == 0,
+                )
+                # GPU ranks synchronise only here; a collective at each step would stall the queue.
+                if at_epoch or at_log or dist.world_size == 1 or dist.device.type == "cpu":
+                    self.interrupted = any_rank(self._should_stop(), dist)
+                if not (at_epoch or at_log or self.interrupted):
+                    continue
+                self.report(totals)
+                totals = Totals(dist.device)
+                limit = 60 * train.max_minutes
+                timed_out = any_rank(bool(limit) and seconds >= limit, dist)
+                self.progress.validation_due = at_epoch or timed_out
+                if self.interrupted or self.progress.validation_due:
+                    self.save([LAST])
+                if self.progress.validation_due and not self.interrupted:
+                    result = self._finish_epoch()
+            self._report_early_end()
+        if self.checkpoints.failure and not self.interrupted:
+            raise InputError(
+                self.folder, self.checkpoints.failure, "room for a checkpoint", "--resume then"
+            )
+        return result
+
+    def open_log(self) -> MetricsLogger:
+        """Make the folder, with the settings in it, and the log; print the remarks."""
+        if self.dist.is_first:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_yaml(self.saved_config, self.folder / "config.yaml")
+            remove_resume_marker(self.folder)
+        self.monitor.begin(self.progress.step, self.dist)
+        step, metric = self.progress.step, self.codec.skeleton.metric
+        log = MetricsLogger(self.folder, self.config, self.dist, step, metric)
+        for remark in self.remarks:
+            log.info(remark)
+        return log
+
+    def _step(self, totals: Totals) -> None:
+        """Do one step and count it."""
+        started = time.perf_counter()
+        self.network.train()
+        self.train_step.run(self.loader, self.progress.step, totals)
+        self.progress.step += 1
+        self.log.advance()
+        seconds = self.thread_tuner.add_step(time.perf_counter() - started)
+        if seconds:
+            people = global_batch_size(self.config, self.dist.world_size)
+            rates = [f"{people / s:.0f} people/s with {n}" for n, s in seconds.items()]
+            self.log.info(f"CPU threads: {', '.join(rates)}; the faster is kept (train.threads)")
+            self._set_threads(min(seconds, key=lambda count: seconds[count]))
+            torch.set_num_threads(self.config.train.threads)
+            if self.dist.is_first:
+                save_yaml(self.saved_config, self.folder / "config.yaml")
+
+    def _set_threads(self, threads: int) -> None:
+        self.config, self.saved_config = (
+            dataclasses.replace(c, train=dataclasses.replace(c.train, threads=threads))
+            for c in (self.config, self.saved_config)
+        )
+
+    def _is_at_epoch_end(self) -> bool:
+        step, train = self.progress.step, self.config.train
+        return step % train.steps_per_epoch == 0 or step == train.steps
+
+    def _should_stop(self) -> bool:
+        """Whether a signal came, or torchrun has died, which then cannot end this rank."""
+        is_orphan = launched_by_torchrun() and os.getppid() != self._parent
+        return bool(self.received_signals) or is_orphan
+
+    def report(self, totals: Totals) -> None:
+        """Read the sums, log them, and act on what is not finite or damaged."""
+        dist, step = self.dist, self.progress.step
+        numbers = torch.cat([totals.sums, totals.good_batches[None], totals.bad_steps[None]])
+        *sums, good, bad = sum_over_ranks(numbers, dist).tolist()
+        seconds = time.perf_counter() - totals.started
+        means = [total / good if good else math.nan for total in sums]
+        people = totals.batches * self.config.data.batch_size * dist.world_size
+        bad_steps = math.ceil(bad / dist.world_size)
+        values = dict(zip(Totals.NAMES, means, strict=True)) | {
+            "lr": self.train_step.optimizer.param_groups[0]["lr"],
+            "people_per_s": people / seconds,
+            "wait_share": totals.waited / seconds,
+            "bad_steps": float(bad_steps),
+            "epoch": step / self.config.train.steps_per_epoch,
+        }
+        self.log.log_training(step, values)
+        self.monitor.check(step, bad_steps, totals, self.log, dist)
+        if self.bad_samples:
+            for line in self.bad_samples.learn(gather_bytes(self.bad_samples.report(), dist)):
+                self.log.info(f"step {step}: {line}")
+
+    def _report_early_end(self) -> None:
+        """Print why the run ended early; after a signal also write the marker for job scripts."""
+        step, train = self.progress.step, self.config.train
+        if step == train.steps and not self.interrupted:
+            return
+        why = f"train.max_minutes {train.max_minutes} is over"
+        if self.interrupted:
+            why = "torchrun has ended, or a signal reached another rank"
+        if self.received_signals:
+            why = signal.Signals(self.received_signals[0]).name
+        text = f"STOPPED EARLY at step {step} of {train.steps}: {why}."
+        self.log.info(f"{text} --resume, without a path, continues.")
+        if self.interrupted and self.dist.is_first:
+            try:
+                write_resume_marker(self.folder, text)
+            except OSError as error:
+                self.log.info(f"{self.folder / RESUME_ME} cannot be written: {error}")
+
+    # Validation and checkpoints
+
+    def _finish_epoch(self) -> dict[str, Any]:
+        """Validate, report the result, and write the checkpoints.
+
+        If a signal comes, the checkpoint from before the validation stays as it is.
+        """
+        people = len(self.validator.samples)
+        try:
+            result = self.validator.run(
+                self.evaluation_network(),
+                lambda batches: self.log.validation_progress(batches, people),
+                self._should_stop,
+            )
+        except StoppedError:
+            self.interrupted = True
+            return {}
+        step, pooled = self.progress.step, result["pckh"]["0.5"]["pooled"] or 0.0
+        is_best = pooled > self.progress.best
+        self.progress.best = max(self.progress.best, pooled)
+        numbers = {
+            "pckh@0.5_pooled": pooled,
+            "pckh@0.1_pooled": result["pckh"]["0.1"]["pooled"] or 0.0,
+            "auc": result["auc"] or 0.0,
+            "peak": result["peak"],
+        }
+        self.log.log_validation(step, numbers)
+        self.log.info(
+            f"step {step}: {self.codec.skeleton.metric}@0.5 {100 * pooled:.2f} % pooled over "
+            f"{result['joints_counted']} joints of {result['people']} people"
+            f"{' (best so far)' if is_best else ''}"
+        )
+        if not result["peak"] >= COLLAPSED_PEAK and step >= COLLAPSE_FROM_STEP:
+            self.log.info(
+                f"step {step}: the heatmaps peak at {result['peak']:.3f} on average: the network "
+                "predicts almost only zeros. If this stays, lower optim.lr or raise heatmaps.sigma."
+            )
+        self.progress.validation_due = False
+        self.save([LAST, BEST] if is_best else [LAST])
+        if self.dist.is_first:
+            self.log.log_pictures(step, self.validator.picture())
+        return result
+
+    def evaluation_network(self) -> nn.Module:
+        """A copy of the network in eval mode, with the averaged weights if there are some.
+
+        It is the same on every rank: batch-norm statistics are those of the first one.
+        """
+        network = self._new_network()
+        network.load_state_dict(self.train_step.averaged_weights or self.network.state_dict())
         if self.dist.world_size > 1:
-            ids = [self.dist.device.index] if self.dist.device.type == "cuda" else None
-            forward = DistributedDataParallel(forward, ids, gradient_as_bucket_view=True)
-        if self.config.train.compile:
-            forward.compile()
-        return forward
+            for tensor in network.state_dict().values():
+                torch.distributed.broadcast(tensor, 0)
+        return network.eval()
+
+    def save(self, names: list[str]) -> None:
+        """Write a checkpoint under each name, on the first rank; every rank gives its state."""
+        rng = gather_bytes(torch.get_rng_state().numpy().tobytes(), self.dist)
+        loaders = gather_bytes(self.loader.state(), self.dist)
+        if self.dist.is_first:
+            self.checkpoints.save(self._checkpoint(rng, loaders), names)
+            if self.checkpoints.failure:
+                self.log.info(f"WARNING: {self.checkpoints.failure}; training goes on")
+        barrier(self.dist)
+
+    def _checkpoint(self, rng: list[bytes], loaders: list[bytes]) -> Checkpoint:
+        """Everything that continues the run. rng, loaders: the states of each rank."""
+        run = RunState(
+            scaler=self.train_step.scaler.state_dict(),
+            best=self.progress.best,
+            seconds=self.progress.seconds,
+            validation_due=self.progress.validation_due,
+            people=len(self.shards),
+            people_sha256=self.people_sha256,
+            ranks=self.dist.world_size,
+            people_a_step=global_batch_size(self.config, self.dist.world_size),
+            loader=self.loader_name,
+            loader_device=self.dist.device.type,
+            loader_began=self.progress.loader_began,
+            rng=[_as_tensor(data) for data in rng],
+            loader_states=[_as_tensor(data) for data in loaders],
+        )
+        return Checkpoint(
+            path=self.folder / LAST,
+            config=self.saved_config,
+            skeleton=self.codec.skeleton,
+            step=self.progress.step,
+            weights=self.network.state_dict(),
+            averaged=self.train_step.averaged_weights,
+            optimizer=self.train_step.optimizer.state_dict(),
+            run=run,
+        )
+
+
+def open_shards(config: Config) -> tuple[ShardSet, ShardSet]:
+    """The training and validation splits. Raises InputError unless they fit the config."""
+    folder = Path(config.data.shards)
+    train, valid = ShardSet(folder / "train"), ShardSet(folder / "valid")
+    preset = preset_of(config.data.preset, config.data.mirror)
+    require_preset_fits(train.manifest, preset, train.folder)
+    require_preset_fits(valid.manifest, without_augmentation(preset), valid.folder)
+    require_same_joints(
+        valid.manifest.skeleton, train.manifest.skeleton, valid.folder, train.folder
+    )
+    return train, valid
 
 
 def _as_tensor(data: bytes) -> Tensor:
-    """Bytes as a uint8 tensor, which a checkpoint may hold."""
+    """Bytes as a uint8 tensor, which a checkpoint can hold."""
     return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.zeros(0).byte()

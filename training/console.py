@@ -1,0 +1,64 @@
+"""The progress of a run on the console: one live line on a terminal, plain lines in a file."""
+
+import shutil
+import sys
+import time
+from typing import TextIO
+
+from common.cli import SECONDS_BETWEEN_LINES
+
+SECONDS_BETWEEN_UPDATES = 0.2
+"""Of the live line."""
+
+
+class Console:
+    """On a terminal one live line at the bottom; elsewhere whole lines, without control codes."""
+
+    def __init__(self, stream: TextIO | None = None):
+        """stream: stderr if it is not given."""
+        self._stream = stream or sys.stderr
+        self.is_live = self._stream.isatty()
+        self._line = ""
+        self._shown_at = -float("inf")
+
+    def show(self, parts: list[str], at_once: bool = False) -> None:
+        """Show the progress, unless that was done a moment ago.
+
+        parts: the most important first; a terminal leaves out those that do not fit.
+        """
+        now = time.monotonic()
+        wait = SECONDS_BETWEEN_UPDATES if self.is_live else SECONDS_BETWEEN_LINES
+        if now - self._shown_at < wait and not at_once:
+            return
+        self._shown_at = now
+        if not self.is_live:
+            print("  ".join(parts), file=self._stream, flush=True)
+            return
+        self._line = fit(parts, shutil.get_terminal_size().columns - 1)
+        self._overwrite()
+
+    def info(self, text: str) -> None:
+        """Print a line above the live one."""
+        start = "\r\x1b[K" if self._line else ""
+        print(start + text, file=self._stream, flush=True)
+        self._overwrite()
+
+    def close(self) -> None:
+        """End the live line, so that its last state stays."""
+        if self._line:
+            print(file=self._stream, flush=True)
+        self._line = ""
+
+    def _overwrite(self) -> None:
+        if self._line:
+            print(f"\r{self._line}\x1b[K", end="", file=self._stream, flush=True)
+
+
+def fit(parts: list[str], columns: int) -> str:
+    """As many of the first parts as fit; the first one is cut if it is too long."""
+    line = parts[0][: max(columns, 0)]
+    for part in parts[1:]:
+        if len(line) + 2 + len(part) > columns:
+            break
+        line += "  " + part
+    return line

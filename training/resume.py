@@ -1,0 +1,147 @@
+"""Where a run starts, and what it takes over from a checkpoint on another number of ranks."""
+
+import dataclasses
+from pathlib import Path
+
+from common.errors import InputError
+from configs.schema import Config
+from model.checkpoint import Checkpoint, compare_settings, load_checkpoint
+from training.checkpoint_manager import LAST, has_checkpoint, newest_whole, numbered
+
+AUTO = "auto"
+
+
+def find_start(folder: Path, resume: str | None, restarted: bool) -> tuple[str, list[str]]:
+    """The checkpoint to continue from, empty for a new run; and remarks for the log.
+
+    folder: of the run. resume: None for a new run, empty for the newest whole checkpoint, "auto"
+    for that if there is one, or a path. restarted: by torchrun; then resume is taken as "auto".
+    Raises InputError.
+    """
+    given = resume if resume not in (None, "", AUTO) else ""
+    if given and not restarted:
+        if has_checkpoint(folder) and Path(given).resolve().parent != folder.resolve():
+            raise InputError(
+                folder,
+                f"a run of this name, and --resume {given} of another run",
+                "a new folder, or a checkpoint of this run",
+                "continue this run with --resume alone, or choose another --train.name",
+            )
+        return given, []
+    if resume is None and not restarted:
+        _require_new_folder(folder)
+        return "", []
+    source, remarks = newest_whole(folder)
+    if resume == "" and source is None and not restarted:
+        raise InputError(
+            folder / LAST,
+            "no such file",
+            "a checkpoint of the run",
+            "begin it without --resume, or name the folder: --train.out FOLDER --train.name NAME",
+        )
+    start = str(source or given)
+    why = "torchrun started the ranks again: " if restarted else ""
+    how = f"continuing from {start}" if start else "there is no checkpoint yet, so it begins anew"
+    return start, [*remarks, why + how]
+
+
+def _require_new_folder(folder: Path) -> None:
+    if folder.exists():
+        resumable = has_checkpoint(folder)
+        raise InputError(
+            folder,
+            "a run of this name" + ("" if resumable else ", which has no checkpoint yet"),
+            "a new folder",
+            "choose another --train.name, or "
+            + ("continue it with --resume" if resumable else "remove this folder"),
+        )
+
+
+def load_resumable(path: Path) -> Checkpoint:
+    """A checkpoint with an optimizer's state, which a run can continue. Raises InputError."""
+    checkpoint = load_checkpoint(path)
+    if checkpoint.optimizer is None:
+        raise InputError(
+            path,
+            "weights alone",
+            "a checkpoint of a run, with the state of its optimizer",
+            "begin a new run with --init_from",
+        )
+    return checkpoint
+
+
+def global_batch_size(config: Config, world_size: int) -> int:
+    """People per step, over all ranks and all accumulated batches."""
+    return config.data.batch_size * config.optim.accumulate * world_size
+
+
+def fit_to_ranks(
+    config: Config, checkpoint: Checkpoint, world_size: int
+) -> tuple[Config, list[str]]:
+    """The config with the checkpoint's global batch shared among the ranks, and remarks.
+
+    Raises InputError if the ranks cannot share it, or if settings were changed that would make it
+    another run (docs/decisions/011).
+    """
+    if not checkpoint.run:  # of other code
+        return config, []
+    saved, before = checkpoint.config, checkpoint.run.ranks
+    if before == world_size:
+        remarks = compare_settings(checkpoint, config)
+        people = checkpoint.run.people_a_step or global_batch_size(saved, before)
+        return _share(config, people, world_size, checkpoint.path), remarks
+    _require_epoch_end(checkpoint, before, world_size)
+    people = checkpoint.run.people_a_step or global_batch_size(saved, before)
+    if global_batch_size(config, world_size) == people:  # shared by the user's own settings
+        sizes = saved.data.batch_size, saved.optim.accumulate
+        remarks = compare_settings(checkpoint, _with_sizes(config, *sizes))
+    else:
+        remarks = compare_settings(checkpoint, config)
+        config = _share(config, people, world_size, checkpoint.path)
+    remarks.append(
+        f"changed on resuming: the run had {before} rank(s) and has {world_size}; "
+        f"a step takes {people} people as before, {config.data.batch_size} per rank "
+        f"x {world_size} rank(s) x {config.optim.accumulate}"
+    )
+    return config, remarks
+
+
+def _require_epoch_end(checkpoint: Checkpoint, before: int, world_size: int) -> None:
+    """Raise InputError in mid-epoch, where each rank has its own position in the data."""
+    epoch, folder = checkpoint.config.train.steps_per_epoch, checkpoint.path.parent
+    if checkpoint.step % epoch == 0:
+        return
+    steps = {path: int(path.stem.removeprefix("step_")) for path in numbered(folder)}
+    at_end = [path for path, step in steps.items() if step % epoch == 0]
+    raise InputError(
+        checkpoint.path,
+        f"a run of {before} rank(s), now {world_size}, in mid-epoch "
+        f"(step {checkpoint.step}, {epoch} an epoch)",
+        "the same number of ranks; another number only at the end of an epoch",
+        f"start {before}" + (f", or go back to its end: --resume {at_end[0]}" if at_end else ""),
+    )
+
+
+def _share(config: Config, people: int, world_size: int, path: Path) -> Config:
+    """The largest batches, of at most data.batch_size, that make up the global batch."""
+    if global_batch_size(config, world_size) == people:
+        return config
+    per_rank, rest = divmod(people, world_size)
+    if rest:
+        raise InputError(
+            path,
+            f"a run of {people} people a step, now on {world_size} ranks",
+            "a number of ranks that divides the people of a step",
+            "start another number of ranks, or begin a new run with --init_from",
+        )
+    sizes = range(1, config.data.batch_size + 1)
+    size = max(size for size in sizes if per_rank % size == 0)
+    return _with_sizes(config, size, per_rank // size)
+
+
+def _with_sizes(config: Config, batch_size: int, accumulate: int) -> Config:
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, batch_size=batch_size),
+        optim=dataclasses.replace(config.optim, accumulate=accumulate),
+    )

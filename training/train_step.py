@@ -1,0 +1,130 @@
+"""One step of the optimizer: forward, loss, backward, update; no number is read from the device."""
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from common.distributed import DistributedContext, sum_over_ranks
+from configs.schema import Config
+from model.checkpoint import Checkpoint, load_weights, require_fit
+from model.loss import stack_losses, stack_losses_of_joints
+from pipelines.codec import Codec
+from pipelines.loader import Batch, Loader, make_batch
+from training.metrics import Totals
+from training.optimizer import (
+    AveragedModel,
+    learning_rate,
+    load_optimizer_state,
+    make_optimizer,
+)
+
+
+class TrainStep:
+    """The network, and everything that changes with it in a step."""
+
+    def __init__(self, network: nn.Module, codec: Codec, config: Config, dist: DistributedContext):
+        """network: on the device, with the same weights on every rank."""
+        self.network, self.codec, self.config, self.dist = network, codec, config, dist
+        optim = config.optim
+        self.optimizer = make_optimizer(network, optim)
+        self.scaler = torch.amp.GradScaler(dist.device.type, enabled=dist.dtype == torch.float16)
+        self.averaged = AveragedModel(network, optim.ema_decay) if optim.ema_decay else None
+        self.forward = network
+        """The network over all ranks, compiled if the config asks for it."""
+        if dist.world_size > 1:
+            ids = [dist.device.index] if dist.device.type == "cuda" else None
+            self.forward = DistributedDataParallel(network, ids, gradient_as_bucket_view=True)
+        if config.train.compile:
+            self.forward.compile()
+        self._fused_losses: Callable[..., Tensor] | None = None
+        if config.train.fuse_targets:
+            self._fused_losses = torch.compile(stack_losses_of_joints)
+
+    def load_state(self, checkpoint: Checkpoint) -> None:
+        """Restore weights, optimizer, averaged weights and scaler. Raises InputError."""
+        load_weights(self.network, checkpoint.weights, checkpoint.path)
+        if checkpoint.optimizer:
+            name = self.config.optim.name
+            load_optimizer_state(self.optimizer, checkpoint.optimizer, name, checkpoint.path)
+        if checkpoint.averaged:
+            require_fit(self.network, checkpoint.averaged, checkpoint.path)
+        self.load_averaged(checkpoint.averaged or checkpoint.weights)
+        if checkpoint.run and checkpoint.run.scaler:
+            self.scaler.load_state_dict(checkpoint.run.scaler)
+
+    def load_averaged(self, weights: dict[str, Tensor]) -> None:
+        """Set the averaged weights, if the config asks for them."""
+        if self.averaged:
+            self.averaged.module.load_state_dict(weights)
+
+    @property
+    def averaged_weights(self) -> dict[str, Tensor]:
+        """By the names of the network's; empty if the config asks for none."""
+        return self.averaged.module.state_dict() if self.averaged else {}
+
+    def run(self, loader: Loader, step: int, totals: Totals) -> None:
+        """Do a step, counted from 0. It is skipped on the device if a gradient is not finite."""
+        optim = self.config.optim
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(optim, step, self.config.train.steps)
+        for part in range(optim.accumulate):
+            before = time.perf_counter()
+            raw = loader.next()
+            totals.waited += time.perf_counter() - before
+            render = not self.config.train.fuse_targets
+            batch = make_batch(raw, self.codec, self.dist.device, render=render)
+            self._backward(batch, totals, last=part == optim.accumulate - 1)
+        totals.add_step(self._apply_gradients(totals.losses_were_finite(optim.accumulate)))
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.averaged:
+            self.averaged.update(step)
+
+    def _backward(self, batch: Batch, totals: Totals, last: bool) -> None:
+        """Forward and backward pass of a batch. last: of the step, when ranks sum gradients."""
+        dist = self.dist
+        if isinstance(self.forward, DistributedDataParallel):
+            self.forward.require_backward_grad_sync = last
+        with torch.autocast(dist.device.type, dist.dtype, enabled=dist.dtype != torch.float32):
+            heat_NSJHW = self.forward(batch.images_N3HW)
+        losses_S = self._losses(heat_NSJHW, batch)
+        self.scaler.scale(losses_S.mean() / self.config.optim.accumulate).backward()
+        totals.add(losses_S, heat_NSJHW[:, -1], batch, self.codec)
+
+    def _losses(self, heat_NSJHW: Tensor, batch: Batch) -> Tensor:
+        unmarked = self.config.loss.unmarked
+        if self._fused_losses:
+            rule, sigma = self.codec.rule, self.codec.sigma
+            return self._fused_losses(
+                heat_NSJHW, batch.joints_NJ2, batch.drawn_NJ, rule, sigma, unmarked
+            )
+        return stack_losses(heat_NSJHW, batch.heat_NJHW, batch.drawn_NJ, unmarked)
+
+    def _apply_gradients(self, losses_are_finite: Tensor) -> Tensor:
+        """Clip and update. Returns whether the step was skipped for a gradient that isn't finite.
+
+        Ranks agree, because gradients are reduced. With fp16 a skipped step after finite losses is
+        the scaler's way to find its scale, and counts as bad only if the scale has no room left.
+        """
+        self.scaler.unscale_(self.optimizer)
+        parameters = list(self.network.parameters())
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        bad = ~torch.isfinite(norm)
+        if self.config.optim.clip_norm:
+            nn.utils.clip_grads_with_norm_(parameters, self.config.optim.clip_norm, norm)
+        if self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            lost = sum_over_ranks((~losses_are_finite).float(), self.dist) > 0
+            scale = self.scaler._scale
+            assert scale is not None
+            return bad & (lost | (scale < 1))
+        if isinstance(self.optimizer, torch.optim.Adam):
+            # The fused kernel leaves weights and moments alone if this is 1, without a host sync.
+            self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+            self.optimizer.step()
+        elif not bad:
+            self.optimizer.step()
+        return bad

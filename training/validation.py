@@ -1,0 +1,70 @@
+"""PCK of the validation split during training."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import nn
+
+from common.distributed import DistributedContext
+from configs.schema import Config
+from evaluation import pckh, visualize
+from evaluation.inference import predict_distributed
+from pipelines.codec import Codec
+from pipelines.opencv_loader import RawBatch
+from pipelines.shards import ShardSet
+
+PICTURE_PEOPLE = 12
+
+
+class Validator:
+    """Predicts the people of the validation split on all ranks."""
+
+    def __init__(self, shards: ShardSet, codec: Codec, config: Config, dist: DistributedContext):
+        """shards: the validation split, of which eval.people are used."""
+        self.shards, self.codec, self.config, self.dist = shards, codec, config, dist
+        people, samples = shards.people()
+        chosen = np.arange(people.count)[: config.eval.people or None]
+        self.people, self.samples = people.select(chosen), samples[chosen]
+        self.keypoints_NJ2 = np.zeros((0, codec.skeleton.joint_count, 2))
+        """Of the last validation, image px."""
+
+    def run(
+        self,
+        network: nn.Module,
+        progress: Callable[[Iterable[RawBatch]], Iterable[RawBatch]] = iter,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> dict[str, Any]:
+        """The summary of evaluation/pckh.py, and `peak`, the mean height of the heatmaps' peaks.
+
+        network: in eval mode, on the device, the same on every rank. progress: wraps the batches.
+        Raises StoppedError between two batches once should_stop is true on any rank.
+        """
+        found = predict_distributed(
+            network,
+            self.shards,
+            self.samples,
+            self.codec,
+            self.dist,
+            batch_size=self.config.eval.batch_size,
+            workers=self.config.data.workers,
+            flip=self.config.eval.flip,
+            progress=progress,
+            should_stop=should_stop,
+        )
+        self.keypoints_NJ2 = found.keypoints_NJ2
+        result = pckh.summary(found.keypoints_NJ2, self.people, self.codec.skeleton)
+        return {**result, "peak": float(found.scores_NJ.mean())}
+
+    def picture(self) -> npt.NDArray[np.uint8]:
+        """(H, W, 3) RGB: a few people as predicted last, the same people each time."""
+        rows = np.unique(np.linspace(0, len(self.samples) - 1, PICTURE_PEOPLE).astype(int))
+        sheet = visualize.draw_people(
+            self.shards,
+            self.samples[rows],
+            self.people.select(rows),
+            self.keypoints_NJ2[rows],
+            self.codec.skeleton,
+        )
+        return sheet[..., ::-1]
