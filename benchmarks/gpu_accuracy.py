@@ -46,7 +46,7 @@ from model.hourglass import StackedHourglass
 from pipelines.augment import PRESETS
 from pipelines.codec import Codec
 from pipelines.shards import ShardSet
-from training.trainer import Run
+from training.trainer import Trainer
 
 PRINCETON, OURS = "princeton-vl's way", "ours"
 VALIDATION_SECONDS = 12.0
@@ -175,13 +175,13 @@ class Trial:
         torch.backends.cudnn.benchmark = False  # as train.py
         began = time.perf_counter()
         config = self._config(batch_size, seed, seconds)
-        run = Run(config, self.dist, self.folder / "runs" / config.train.name)
+        run = Trainer(config, self.dist, self.folder / "runs" / config.train.name)
         built = time.perf_counter() - began
         result = run.train()
         return {
-            "people": run.step * batch_size,
-            "whole": run.step == config.train.steps,
-            "seconds": built + run.seconds,
+            "people": run.progress.step * batch_size,
+            "whole": run.progress.step == config.train.steps,
+            "seconds": built + run.progress.seconds,
             **scores(result),
         }
 

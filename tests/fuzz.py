@@ -57,11 +57,9 @@ from pipelines.jpeg import PictureError, check_jpeg  # noqa: E402
 from pipelines.opencv_loader import decode  # noqa: E402
 from pipelines.shards import ShardSet  # noqa: E402
 from tools.check_shards import main as check_shards  # noqa: E402
-from train import load_run  # noqa: E402
 from training import checkpoint_manager as keeping
-from training import curves
-from training import metrics as log
-from training.trainer import Run  # noqa: E402
+from training.resume import load_resumable  # noqa: E402
+from training.trainer import Trainer  # noqa: E402
 
 SECONDS = 60
 """For one input; more is a hang."""
@@ -316,7 +314,6 @@ def prepare(tiny: Path, packed: Path, folder: Path) -> list[Target]:
         Target("bearpaw's checkpoint", "bearpaw.pt", read_checkpoint, change_checkpoint),
         Target("safetensors", "a.safetensors", read_checkpoint, change_safetensors),
         Target("onnx", "a.onnx", read_onnx, change_onnx),
-        Target("metrics", "run/metrics.jsonl", read_log, change_line),
     ]  # fmt: skip
 
 
@@ -361,13 +358,13 @@ def tompson(people: People) -> dict[str, Any]:
 
 
 def write_checkpoints(packed: Path, folder: Path) -> None:
-    from test_training import make_run, tiny_config
+    from helpers import make_trainer, tiny_config
 
     raw = {"stacks": 1, "width": 8, "depth": 1, "stem": [4, 4, 4]}
-    make_run(tiny_config(packed, model=raw), folder).save([keeping.LAST])
+    make_trainer(tiny_config(packed, model=raw), folder).save([keeping.LAST])
     princeton = {"stacks": 1, "width": 8, "depth": 4, "stem": [64, 128, 128]}
     config = tiny_config(packed, model=princeton, data={"input_px": 64})
-    made = make_run(config, folder / "princeton")._checkpoint([b""], [b""])
+    made = make_trainer(config, folder / "princeton")._checkpoint([b""], [b""])
     torch.save(checkpoint.to_princeton(made), folder / "princeton.pt")
     from test_bearpaw import Plain
 
@@ -396,7 +393,7 @@ def write_pictures(folder: Path) -> None:
 
 def write_run(packed: Path, folder: Path) -> Config:
     """A run after its first validation. Returns the config that it goes on with, for one step."""
-    from test_training import make_run, tiny_config
+    from helpers import make_trainer, tiny_config
 
     raw: dict[str, Any] = {
         "model": {"stacks": 1, "width": 8, "depth": 1, "stem": [4, 4, 4]},
@@ -407,7 +404,7 @@ def write_run(packed: Path, folder: Path) -> Config:
         for n in (1, 2)
     )
     with contextlib.redirect_stderr(io.StringIO()):
-        make_run(first, folder, dist=HERE).train()
+        make_trainer(first, folder).train()
     return second
 
 
@@ -448,21 +445,14 @@ def read_picture(path: Path) -> None:
 
 def resume(path: Path, config: Config) -> None:
     """One step, a validation and a checkpoint, in a folder of their own."""
-    state = load_run(path)
+    state = load_resumable(path)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        Run(config, HERE, Path(folder), state).train()
+        Trainer(config, HERE, Path(folder), state).train()
 
 
 def read_onnx(path: Path) -> None:
     loaded = checkpoint.load_checkpoint(path, onnx=True)
     checkpoint.evaluation_network(loaded)(torch.zeros(1, 3, 64, 64))
-
-
-def read_log(path: Path) -> None:
-    """As a run does that goes on."""
-    log.cut(path, 10)
-    f"{log._last_pckh(path) or 0.0:.1f}"
-    curves.draw_curves(log.read_metrics(path))
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import shlex
 import shutil
 import struct
 from collections.abc import Callable, Iterable
@@ -74,8 +75,14 @@ def exif(orientation: int, order: str = "<", more: bytes = b"") -> bytes:
 
 def with_segment(data: bytes, segment: bytes) -> bytes:
     return data[:2] + segment + data[2:]
+
+
 CPU = DistributedContext(0, 1, torch.device("cpu"), torch.float32)
-SMALL = ["--data.batch_size", "4", "--data.workers", "0", "--data.input_px", "64", "--model.width", "16", "--model.depth", "2", "--model.stacks", "1", "--model.stem", "[8,16,16]", "--train.steps", "4", "--train.steps_per_epoch", "2", "--train.log_every", "1", "--train.device", "cpu", "--train.precision", "fp32", "--train.threads", "1"]
+SMALL = shlex.split(
+    "--data.batch_size 4 --data.workers 0 --data.input_px 64 --model.width 16 --model.depth 2 "
+    "--model.stacks 1 --model.stem [8,16,16] --train.steps 4 --train.steps_per_epoch 2 "
+    "--train.log_every 1 --train.device cpu --train.precision fp32 --train.threads 1"
+)
 """Options of train.py for a tiny network."""
 
 

@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import make_codec
-from test_training import make_run, steps, tiny_config
+from helpers import make_codec, make_trainer, steps, tiny_config
 
 from common.errors import InputError
 from model import checkpoint
@@ -349,20 +348,20 @@ def test_a_run_whose_picture_rots_goes_on_and_says_so_or_ends_with_its_name(
     config = tiny_config(
         data, data={"loader": name, "on_bad_sample": leave}, train={"steps": 12}
     )  # fmt: skip
-    run = make_run(config, tmp_path / "run")
-    real = run._train_step
+    run = make_trainer(config, tmp_path / "run")
+    real = run.train_step.run
 
-    def step(totals):
-        if run.step == 4:
+    def step(loader, number, totals):
+        if number == 4:
             rot(data / "train", 6)
-        real(totals)
+        real(loader, number, totals)
 
-    run._train_step = step  # type: ignore[method-assign]
+    run.train_step.run = step  # type: ignore[method-assign]
     person = f"{data / 'train' / '00001.tar'}: sample 6 (key 000000006)"
     if leave == "stop":
         with pytest.raises(BadSamplesError) as caught:
             run.train()
-        assert caught.value.where == person and run.step >= 4
+        assert caught.value.where == person and run.progress.step >= 4
         return
     run.train()
     said = " ".join(capsys.readouterr().err.split())
@@ -426,13 +425,13 @@ def test_a_resumed_run_remembers_them_and_is_the_run_that_was_not_stopped(
         data, data={"loader": name, "on_bad_sample": "skip", "preset": "princeton"},
         optim={"accumulate": 2},
     )  # fmt: skip
-    expected = steps(make_run(config, tmp_path / "whole"), 6)
-    first = make_run(config, tmp_path / "parts")
+    expected = steps(make_trainer(config, tmp_path / "whole"), 6)
+    first = make_trainer(config, tmp_path / "parts")
     begun = steps(first, 3)
     first.save(["last.pt"])
     known = (tmp_path / "parts" / LIST).read_text()
     assert [json.loads(line)["sample"] for line in known.splitlines()] == [2, 7]
-    second = make_run(
+    second = make_trainer(
         config, tmp_path / "parts", checkpoint.load_checkpoint(tmp_path / "parts" / "last.pt")
     )
     assert set(second.bad_samples.faults) == {2, 7}

@@ -22,9 +22,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, noise_picture, write_jpeg
-from helpers import overwrite
+from helpers import make_trainer, overwrite, tiny_config
 from test_architecture import imports, sources
-from test_training import make_run, tiny_config
 
 from common import files as reading
 from common.errors import InputError
@@ -427,7 +426,7 @@ def test_no_source_file_names_a_function_that_runs_what_it_reads_or_unpacks_a_ta
 @pytest.fixture(scope="module")
 def made(tiny_shards, tmp_path_factory) -> checkpoint.Checkpoint:
     folder = tmp_path_factory.mktemp("made")
-    make_run(tiny_config(tiny_shards), folder).save(["last.pt"])
+    make_trainer(tiny_config(tiny_shards), folder).save(["last.pt"])
     return checkpoint.load_checkpoint(folder / "last.pt")
 
 
@@ -482,5 +481,5 @@ def test_records_that_claim_more_than_the_file_has_are_refused(contents, tmp_pat
 def test_of_the_optimizers_settings_a_checkpoint_tells_none(made, tiny_shards, tmp_path):
     for group in made.optimizer["param_groups"]:
         group |= {"betas": "x", "eps": math.nan, "amsgrad": True, "weight_decay": 1e9}
-    run = make_run(tiny_config(tiny_shards), tmp_path, made)
-    assert run.optimizer.param_groups[0]["betas"] == (0.9, 0.999)
+    run = make_trainer(tiny_config(tiny_shards), tmp_path, made)
+    assert run.train_step.optimizer.param_groups[0]["betas"] == (0.9, 0.999)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import noise_picture, pack_arguments, random_people, write_h5, write_jpeg
-from test_training import make_run, tiny_config
+from helpers import make_trainer, tiny_config
 
 import evaluate
 from common.errors import InputError
@@ -273,25 +273,25 @@ def test_a_network_of_16_joints_begins_a_run_of_five(
 ) -> None:
     pack(figures)
     small = {"data": {"batch_size": 2}, "model": {"stacks": 2}}
-    old = make_run(tiny_config(tiny_shards, **small), tmp_path / "old")
+    old = make_trainer(tiny_config(tiny_shards, **small), tmp_path / "old")
     old.save(["last.pt"])
     state = checkpoint.load_checkpoint(tmp_path / "old" / "last.pt")
     config = tiny_config(figures / "out", **small, train={"name": "new"})
-    run = make_run(config, tmp_path / "new")
-    fresh = checkpoint.init_weights(run.network, run.skeleton, state)
+    run = make_trainer(config, tmp_path / "new")
+    fresh = checkpoint.init_weights(run.network, run.codec.skeleton, state)
     assert [name.split(".")[0] for name in fresh] == ["heads"] * 4 + ["merge_heatmaps"]
     result = run.train()
-    assert run.step == 6 and result["joints_counted"] == 12
+    assert run.progress.step == 6 and result["joints_counted"] == 12
     assert result["joint_names"] == list(NAMES)
     with pytest.raises(InputError, match="begin a new run with --init_from"):
-        make_run(config, tmp_path / "resumed", state)
+        make_trainer(config, tmp_path / "resumed", state)
 
 
 def test_splits_of_different_joints_do_not_train(figures: Path, tiny_shards: Path) -> None:
     pack(figures, "--splits", "train")
     shutil.copytree(tiny_shards / "valid", figures / "out" / "valid")
     with pytest.raises(InputError, match=r"16 joints \(mpii\)"):
-        make_run(tiny_config(figures / "out"), figures / "run")
+        make_trainer(tiny_config(figures / "out"), figures / "run")
 
 
 def test_evaluate_takes_the_joints_of_its_checkpoint(
@@ -299,7 +299,7 @@ def test_evaluate_takes_the_joints_of_its_checkpoint(
 ) -> None:
     """Loose pictures with COCO's JSON; a checkpoint without names needs the YAML."""
     pack(figures)
-    run = make_run(tiny_config(figures / "out"), tmp_path / "run")
+    run = make_trainer(tiny_config(figures / "out"), tmp_path / "run")
     run.save(["named.pt"])
     state = torch.load(tmp_path / "run" / "named.pt", weights_only=True)
     checkpoint.write_archive(

@@ -35,9 +35,9 @@ def test_every_decoder_at_hand_reads_the_same_pictures(tiny_shards, monkeypatch,
 
 
 def test_pckh_is_printed_for_each_decoder(tiny_shards, tmp_path, monkeypatch, capsys):
-    from test_training import make_run, tiny_config
+    from helpers import make_trainer, tiny_config
 
-    make_run(tiny_config(tiny_shards), tmp_path).save(["best.pt"])
+    make_trainer(tiny_config(tiny_shards), tmp_path).save(["best.pt"])
     words = ["x", "--shards", tiny_shards / "valid", "--checkpoint", tmp_path / "best.pt"]
     monkeypatch.setattr(sys, "argv", [str(w) for w in words])
     compare_decoders.main()

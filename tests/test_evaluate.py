@@ -11,8 +11,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from helpers import make_codec
-from test_training import make_run, steps, tiny_config
+from helpers import make_codec, make_trainer, steps, tiny_config
 from torch import nn
 
 import evaluate
@@ -157,7 +156,7 @@ def command(*words: object) -> subprocess.CompletedProcess:
 def trained(tiny_shards, tmp_path_factory) -> Path:
     """A run with best.pt, barely trained."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"
-    run = make_run(tiny_config(tiny_shards), folder)
+    run = make_trainer(tiny_config(tiny_shards), folder)
     steps(run, 2)
     run.save(["best.pt"])
     return folder

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import make_trainer, steps, tiny_config
 from test_predict import read_json
-from test_training import make_run, steps, tiny_config
 
 import evaluate
 from common.errors import InputError
@@ -34,7 +34,7 @@ needs_safetensors = pytest.mark.skipif(
 
 
 def train_tiny(shards: Path, folder: Path, **sections: dict) -> Path:
-    run = make_run(tiny_config(shards, **sections), folder)
+    run = make_trainer(tiny_config(shards, **sections), folder)
     steps(run, 2)
     run.save(["best.pt"])
     return folder / "best.pt"

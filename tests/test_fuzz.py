@@ -11,7 +11,7 @@ from common.errors import InputError
 NAMES = ["h5", "json", "json.gz", "coco", "mat", "mat with truth", "release", "tar", "index",
          "manifest", "config", "skeleton", "checkpoint", "princeton's checkpoint", "predictions",
          "coco results", "people csv", "people json", "picture", "bad samples", "resume",
-         "bearpaw's checkpoint", "safetensors", "onnx", "metrics",
+         "bearpaw's checkpoint", "safetensors", "onnx",
          *(f"picture {suffix}" for suffix in fuzz.PICTURES)]  # fmt: skip
 
 

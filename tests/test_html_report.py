@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from browser import Browser, find_chromium
+from helpers import make_trainer, steps, tiny_config
 from test_pckh import people_at
-from test_training import make_run, steps, tiny_config
 
 import evaluate
 from configs.skeleton import L_WRIST, MPII, R_WRIST, Length, Skeleton
@@ -239,7 +239,7 @@ def test_pckh_is_said_only_where_the_annotation_gives_the_length(length, metric,
 
 
 def test_a_network_makes_a_page_beside_its_other_files(tiny_shards, tmp_path, browser):
-    run = make_run(tiny_config(tiny_shards), tmp_path / "run")
+    run = make_trainer(tiny_config(tiny_shards), tmp_path / "run")
     steps(run, 2)
     run.save(["best.pt"])
     evaluate_with("--checkpoint", tmp_path / "run" / "best.pt", "--workers", 0, "--batch-size", 5,

@@ -85,13 +85,13 @@ def test_peak_height_and_pck_count_drawn_joints_alone():
 def test_running_out_of_gpu_memory_is_not_told_as_a_damaged_checkpoint(
     tiny_shards, tmp_path, monkeypatch
 ):
-    from test_training import make_run, tiny_config
+    from helpers import make_trainer, tiny_config
 
     def out_of_memory(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     config = tiny_config(tiny_shards, optim={"ema_decay": 0.9})
-    make_run(config, tmp_path).save(["last.pt"])
+    make_trainer(config, tmp_path).save(["last.pt"])
     saved = checkpoint.load_checkpoint(tmp_path / "last.pt")
     for owner, name in (
         (StackedHourglass, "load_state_dict"),
@@ -100,7 +100,7 @@ def test_running_out_of_gpu_memory_is_not_told_as_a_damaged_checkpoint(
     ):
         with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
             patch.setattr(owner, name, out_of_memory)
-            make_run(config, tmp_path, saved)
+            make_trainer(config, tmp_path, saved)
     monkeypatch.setattr(StackedHourglass, "load_state_dict", out_of_memory)
     with pytest.raises(torch.OutOfMemoryError):
         checkpoint.trained_network(saved)

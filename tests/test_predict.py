@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, noise_picture, write_jpeg
-from helpers import exif, with_segment
-from test_training import make_run, steps, tiny_config
+from helpers import exif, make_trainer, steps, tiny_config, with_segment
 
 import evaluate
 from common.errors import InputError, run_main
@@ -30,7 +29,7 @@ from tools import predict
 @pytest.fixture(scope="module")
 def trained(tiny_shards, tmp_path_factory) -> Path:
     """A checkpoint, barely trained."""
-    run = make_run(tiny_config(tiny_shards), tmp_path_factory.mktemp("runs") / "tiny")
+    run = make_trainer(tiny_config(tiny_shards), tmp_path_factory.mktemp("runs") / "tiny")
     steps(run, 2)
     run.save(["best.pt"])
     return run.folder / "best.pt"

@@ -176,12 +176,12 @@ def test_an_epoch_that_is_no_number_is_refused(shared, tmp_path):
 
 
 def test_a_run_cannot_be_resumed_from_weights_alone(shared, tmp_path):
-    import train
+    from training.resume import load_resumable
 
     raw = torch.load(shared / "golden" / "seed_2hg_dim48_checkpoint.pt", weights_only=True)
     torch.save({"state_dict": raw["state_dict"]}, tmp_path / "weights.pt")
     with pytest.raises(InputError, match="--init_from"):
-        train.load_run(tmp_path / "weights.pt")
+        load_resumable(tmp_path / "weights.pt")
 
 
 @pytest.fixture(scope="module")
@@ -209,8 +209,10 @@ def test_weights_and_adam_state_come_back_as_they_were(golden_path, network):
 
 def test_one_step_of_adam_from_the_checkpoint_equals_plain_torch(golden_path, crops, golden):
     """Reading, loss, fused Adam and the guard against bad gradients, against torch's own loop."""
-    from training.optimizer import make_optimizer
-    from training.trainer import Run
+    from common.distributed import DistributedContext
+    from configs.skeleton import MPII
+    from pipelines.codec import codec_of
+    from training.train_step import TrainStep
 
     loaded = checkpoint.load_checkpoint(golden_path)
     config = loaded.config
@@ -229,14 +231,12 @@ def test_one_step_of_adam_from_the_checkpoint_equals_plain_torch(golden_path, cr
 
     mine = checkpoint.build_network(config, 16)
     mine.load_state_dict(loaded.weights)
-    run = Run.__new__(Run)  # the step alone, without data
-    run.config, run.network = config, mine.train()
-    run.scaler = torch.amp.GradScaler("cpu", enabled=False)
-    run.optimizer = make_optimizer(mine, config.optim)
+    dist = DistributedContext(0, 1, torch.device("cpu"), torch.float32)
+    step = TrainStep(mine.train(), codec_of(config.data, config.heatmaps, MPII), config, dist)
     # A fresh copy: torch's optimizers work on the very tensors that they are given.
-    run._restore_optimizer(checkpoint.load_checkpoint(golden_path).optimizer, golden_path)
+    step.load_state(checkpoint.load_checkpoint(golden_path))
     stack_losses(mine(images), target, torch.ones(4, 16), "empty").mean().backward()
-    assert not run._apply_gradients(torch.tensor(True))
+    assert not step._apply_gradients(torch.tensor(True))
     moved = 0.0
     for (name, a), b in zip(plain.named_parameters(), mine.parameters(), strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=0, msg=name)
@@ -247,51 +247,51 @@ def test_one_step_of_adam_from_the_checkpoint_equals_plain_torch(golden_path, cr
 def test_a_run_continues_from_its_checkpoint_with_optimizer_and_epoch(
     golden_path, tiny_shards, tmp_path
 ):
-    from test_training import make_run, steps, tiny_config
+    from helpers import make_trainer, steps, tiny_config
 
     state = checkpoint.load_checkpoint(golden_path)
     size = {"stacks": 2, "width": 48, "depth": 4, "stem": [64, 128, 128]}
     config = tiny_config(tiny_shards, model=size, train={"steps": 4000, "steps_per_epoch": 1000})
-    run = make_run(config, tmp_path / "run", state)
-    assert run.step == 3000
-    first = next(iter(run.optimizer.state.values()))
+    run = make_trainer(config, tmp_path / "run", state)
+    assert run.progress.step == 3000
+    first = next(iter(run.train_step.optimizer.state.values()))
     assert first["step"].item() == 12
     assert np.isfinite(steps(run, 1)).all() and first["step"].item() == 13
 
 
 def test_a_config_of_another_size_is_told_what_to_add(golden_path, tiny_shards, tmp_path):
-    from test_training import make_run, tiny_config
+    from helpers import make_trainer, tiny_config
 
     state = checkpoint.load_checkpoint(golden_path)
     size = {"stacks": 2, "width": 32, "depth": 4, "stem": [64, 128, 64]}
     with pytest.raises(InputError) as caught:
-        make_run(tiny_config(tiny_shards, model=size), tmp_path / "run", state)
+        make_trainer(tiny_config(tiny_shards, model=size), tmp_path / "run", state)
     assert caught.value.next_step == "add --model.width 48 --model.stem [64,128,128]"
 
 
 def test_too_few_steps_and_another_preset_are_said(golden_path, tiny_shards, tmp_path):
-    from test_training import make_run, tiny_config
+    from helpers import make_trainer, tiny_config
 
     size = {"stacks": 2, "width": 48, "depth": 4, "stem": [64, 128, 128]}
     few = tiny_config(tiny_shards, model=size, train={"steps": 10})
     with pytest.raises(InputError, match=r"3000 steps that .* has done already"):
-        make_run(few, tmp_path / "run", checkpoint.load_checkpoint(golden_path))
+        make_trainer(few, tmp_path / "run", checkpoint.load_checkpoint(golden_path))
     config = tiny_config(tiny_shards, model=size, train={"steps": 4000})
-    run = make_run(config, tmp_path / "run", checkpoint.load_checkpoint(golden_path))
+    run = make_trainer(config, tmp_path / "run", checkpoint.load_checkpoint(golden_path))
     assert any("data.preset princeton; this run goes on with hrnet" in r for r in run.remarks)
 
 
 def test_a_checkpoint_from_elsewhere_does_not_replace_a_run(golden_path, tmp_path):
-    import train
+    from training.resume import find_start
 
     folder = tmp_path / "run"
     folder.mkdir()
-    assert train.find_start(folder, str(golden_path), False) == (str(golden_path), [])
+    assert find_start(folder, str(golden_path), False) == (str(golden_path), [])
     (folder / "last.pt").touch()
     with pytest.raises(InputError, match="a run of this name"):
-        train.find_start(folder, str(golden_path), False)
+        find_start(folder, str(golden_path), False)
     own = str(folder / "step_00000001.pt")
-    assert train.find_start(folder, own, False) == (own, [])
+    assert find_start(folder, own, False) == (own, [])
 
 
 def test_the_converter_goes_both_ways(golden_path, tmp_path, monkeypatch, capsys):
@@ -318,9 +318,9 @@ def test_the_converter_goes_both_ways(golden_path, tmp_path, monkeypatch, capsys
 
 
 def test_a_network_that_its_code_cannot_build_is_not_written_for_it(tiny_shards, tmp_path):
-    from test_training import make_run, tiny_config
+    from helpers import make_trainer, tiny_config
 
-    make_run(tiny_config(tiny_shards), tmp_path).save(["last.pt"])
+    make_trainer(tiny_config(tiny_shards), tmp_path).save(["last.pt"])
     with pytest.raises(InputError, match=r"stem \(8, 16, 16\), depth 2"):
         checkpoint.to_princeton(checkpoint.load_checkpoint(tmp_path / "last.pt"))
 

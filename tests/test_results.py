@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import ROOT
+from helpers import make_trainer, tiny_config
 from test_evaluate import command
-from test_training import ROOT, make_run, tiny_config
 
 PAGE = ROOT / "docs" / "results.md"
 
@@ -16,7 +17,7 @@ PAGE = ROOT / "docs" / "results.md"
 def written(tiny_shards, tmp_path_factory) -> Path:
     """A run, and its numbers and predictions in out/."""
     folder = tmp_path_factory.mktemp("run")
-    make_run(tiny_config(tiny_shards, train={"steps": 4, "log_every": 2}), folder).train()
+    make_trainer(tiny_config(tiny_shards, train={"steps": 4, "log_every": 2}), folder).train()
     done = command("--checkpoint", folder / "best.pt", "--shards", tiny_shards, "--json",
                    folder / "n.json", "--save-predictions", folder / "p.json")  # fmt: skip
     assert done.returncode == 0, done.stderr

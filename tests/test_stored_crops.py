@@ -328,7 +328,7 @@ def test_dali_makes_opencvs_crops_of_crops(name, crop_shards):
 
 def test_training_says_what_it_is_shown():
     assert train.describe_pictures(None, 256) == "originals"
-    assert train.describe_pictures(RULE, 96).endswith("hrnet reaches, 96 px a person at most")
+    assert train.describe_pictures(RULE, 96).endswith("for the preset hrnet, 96 px a person at most")
     assert "enlarged for data.input_px 128" in train.describe_pictures(RULE, 128)
 
 
