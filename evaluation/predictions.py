@@ -8,7 +8,7 @@ import io
 import zlib
 from collections import Counter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -211,7 +211,7 @@ def _import_scipy_io(path: Path) -> Any:
     return scipy.io
 
 
-def is_array(value: Any, kinds: str) -> bool:
+def is_array(value: Any, kinds: str) -> TypeGuard[npt.NDArray[Any]]:
     """Whether a variable of a .mat file is an array of these NumPy kinds: biuf, O cell, V struct.
 
     Sparse matrices are not arrays.
@@ -274,7 +274,7 @@ def _read_release(path: Path) -> MpiiRelease:
     if (
         not is_array(release, "V")
         or release.size != 1
-        or not kinds.keys() <= {*release.dtype.names}
+        or not kinds.keys() <= set(release.dtype.names or ())
     ):
         raise error
     fields = [release.flat[0][name] for name in kinds]

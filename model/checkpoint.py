@@ -38,6 +38,7 @@ from model.hourglass import StackedHourglass
 
 FORMAT = "stacked-hourglass-checkpoint"
 FORMAT_VERSION = 1
+LAST, BEST = "last.pt", "best.pt"
 
 _CHECKSUM_TAG = b"sha256:"
 _CHECKSUM_LENGTH = len(_CHECKSUM_TAG) + 2 * hashlib.sha256().digest_size
@@ -186,7 +187,7 @@ def load_checkpoint(path: Path, onnx: bool = False) -> Checkpoint:
 def _missing(path: Path) -> InputError:
     """The error for a path that is no file; it suggests a checkpoint that lies there."""
     folder, found = (path, "a folder") if path.is_dir() else (path.parent, "no such file")
-    there = [folder / name for name in ("best.pt", "last.pt") if (folder / name).is_file()]
+    there = [folder / name for name in (BEST, LAST) if (folder / name).is_file()]
     advice = f"give {there[0]}" if there else "give its path"
     return InputError(path, found, "a checkpoint (last.pt, best.pt)", advice)
 

@@ -13,9 +13,8 @@ from pathlib import Path
 
 from common.errors import InputError
 from common.files import write_atomic
-from model.checkpoint import Checkpoint, load_checkpoint, save_checkpoint, sync_folder
+from model.checkpoint import BEST, LAST, Checkpoint, load_checkpoint, save_checkpoint, sync_folder
 
-LAST, BEST = "last.pt", "best.pt"
 RESUME_ME = "resume_me"
 """Exists in the folder of a run that a signal ended, until the run is started again."""
 LOCK = "lock"

@@ -1,0 +1,348 @@
+"""What evaluate.py does: evaluate a checkpoint, a prediction file, or perfect heatmaps.
+
+`options` are the command line of evaluate.py, parsed; its --help explains them.
+"""
+
+import json
+import shlex
+import sys
+from argparse import Namespace
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import cv2
+import numpy as np
+import torch
+
+from common.cli import progress
+from common.distributed import DistributedContext, set_cpu_threads
+from common.errors import InputError
+from common.files import write_atomic
+from configs.schema import Config
+from configs.skeleton import Skeleton, load_skeleton, require_same_joints
+from evaluation import pckh, predictions, report
+from evaluation.dataset import EvaluationDataset, open_pictures_dataset, open_shards_dataset
+from evaluation.html_report import ReportData, html_report
+from evaluation.inference import (
+    FEW,
+    Predictions,
+    choose_batch_size,
+    oracle_keypoints,
+    predict_distributed,
+)
+from evaluation.report import ReferenceRun, Summary, read_reference
+from evaluation.visualize import draw_people
+from model.checkpoint import BEST, LAST, Checkpoint, evaluation_network, load_checkpoint
+from pipelines.annotations import People, read_annotations
+from pipelines.codec import Codec, codec_of
+from pipelines.heatmaps import Rule
+from pipelines.loader import RawBatch
+from pipelines.opencv_loader import LooseImages
+
+LoaderName = Literal["opencv", "dali"]
+
+
+class EvaluationJob(NamedTuple):
+    """A checkpoint, the data to evaluate it on, and how."""
+
+    trained: Checkpoint
+    codec: Codec
+    dataset: EvaluationDataset
+    flip: bool
+    loaders: tuple[LoaderName, ...]
+    """One, or two to compare."""
+    remarks: list[str]
+    """Differences from training."""
+
+
+class Evaluation(NamedTuple):
+    """What is printed and written after an evaluation."""
+
+    title: list[str]
+    facts: dict[str, Any]
+    """What was evaluated; the first keys of --json."""
+    results: dict[str, Summary]
+    """By name; the first is the one that is reported."""
+    skeleton: Skeleton
+    data: ReportData | None = None
+    reference: ReferenceRun | None = None
+
+
+def check_options(options: Namespace) -> None:
+    """Raise InputError for options that cannot work, before any work is done."""
+    outputs = [options.json, options.save_predictions, options.save_coco, options.save_mat]
+    outputs += [options.save_submission, options.picture, options.report and report_file(options)]
+    for path in filter(None, outputs):
+        if path.is_dir() or any(parent.is_file() for parent in path.parents):
+            raise InputError(path, "a folder, or in a file", "a file name", "name another file")
+    if options.oracle and (options.report or options.compare):
+        raise _wrong("--oracle with --report or --compare", "a network or predictions for these")
+    if (options.oracle or options.predictions) and not options.annotations:
+        raise _wrong("--oracle or --predictions alone", "--annotations FILE with it")
+    if options.skeleton and not options.annotations:
+        raise _wrong("--skeleton without --annotations", "both; shards contain their joints")
+    if bool(options.save_submission) != bool(options.release):
+        needed = "both: the file to write, and MPII's mpii_human_pose_v1_u12_1.mat"
+        raise _wrong("one of --save-submission and --release", needed)
+    if options.picture and options.picture.suffix.lower() not in (".png", ".jpg", ".jpeg"):
+        raise InputError(options.picture, "another kind of file", ".png or .jpg", "rename it")
+
+
+def _wrong(found: str, expected: str) -> InputError:
+    return InputError("command line", found, expected, "see evaluate.py --help")
+
+
+def report_file(options: Namespace) -> Path:
+    """The HTML file of --report, which names it or its folder."""
+    return options.report if options.report.suffix == ".html" else options.report / "index.html"
+
+
+def evaluate_oracle(options: Namespace) -> Evaluation:
+    """The scores of perfect heatmaps by each rule, which are upper bounds. Raises InputError."""
+    people, skeleton = _read_people(options)
+    results = {
+        rule: pckh.summary(oracle_keypoints(people, skeleton, rule, 256), people, skeleton)
+        for rule in progress(get_args(Rule), "rules", "rules")
+    }
+    title = f"perfect heatmaps at 256 px, decoded again: upper bounds on {options.annotations}"
+    return Evaluation([title], {}, {**results}, skeleton)
+
+
+def evaluate_file(options: Namespace) -> Evaluation:
+    """The scores of a prediction file. Raises InputError."""
+    people, skeleton = _read_people(options)
+    reference = read_reference(options.compare, skeleton) if options.compare else None
+    source = LooseImages(people, options.images) if options.images else None
+    predicted = predictions.read_predictions(options.predictions, people)
+    truth = predicted.truth if options.ground_truth == "file" else None
+    keypoints, samples = predicted.keypoints_NJ2, np.arange(people.count)
+    facts = {"predictions_file": str(options.predictions), "data": str(options.annotations)}
+    facts["ground_truth"] = "file" if truth else "annotations"
+    title = f"{options.predictions} against "
+    title += "its own ground truth" if truth else str(options.annotations)
+    results = {"predictions": pckh.summary(keypoints, truth or people, skeleton)}
+    data = ReportData(truth or people, keypoints, skeleton, source, samples)
+    return Evaluation([title], facts, results, skeleton, data, reference)
+
+
+def _read_people(options: Namespace) -> tuple[People, Skeleton]:
+    skeleton = load_skeleton(options.skeleton) if options.skeleton else None
+    return read_annotations(options.annotations, "valid", skeleton)
+
+
+def evaluate_checkpoint(options: Namespace, dist: DistributedContext) -> Evaluation:
+    """Predict with all ranks; rank 0 writes the prediction files. Raises InputError."""
+    job = make_job(options)
+    people, source, samples, skeleton, train, name = job.dataset
+    release = predictions.read_release(options.release, people) if options.release else None
+    reference = read_reference(options.compare, skeleton) if options.compare else None
+    found = run_job(job, dist, batch_size=options.batch_size, workers=options.workers)
+    first = found[job.loaders[0]]
+    if dist.is_first:
+        _write_predictions(options, job.dataset, first)
+    if dist.is_first and release:
+        path = options.save_submission
+        count = predictions.write_submission(path, release, people, first.keypoints_NJ2)
+        _info(f"wrote {path}: {count:,} people of the test set")
+    results = {
+        f"{loader} crops" if len(found) > 1 else "network": pckh.summary(each, people, skeleton)
+        for loader, (each, _) in found.items()
+    }
+    if train:
+        results["mean pose"] = pckh.summary(pckh.mean_pose(train, people), people, skeleton)
+    flip = "flip test" if job.flip else "no flip test"
+    title = [f"{job.trained.path} (step {job.trained.step}) on {name}, {flip}"]
+    if job.codec.preset.princeton_crop:
+        title.append(f"cropped by princeton-vl's rules, heatmaps by the rule {job.codec.rule}")
+    title += [f"note: {remark}" for remark in job.remarks]
+    facts = {"checkpoint": str(job.trained.path), "step": job.trained.step, "data": name}
+    facts |= {"flip": job.flip, "loaders": list(job.loaders), "remarks": job.remarks}
+    data = ReportData(people, first.keypoints_NJ2, skeleton, source, samples)
+    return Evaluation(title, facts, results, skeleton, data, reference)
+
+
+def newest_checkpoint(runs: Path) -> Path:
+    """The best.pt that was written last. Raises InputError if no run has one."""
+    best, last = (
+        sorted(runs.glob(f"*/{name}"), key=lambda path: path.stat().st_mtime)
+        for name in (BEST, LAST)
+    )
+    if best:
+        return best[-1]
+    found, advice = f"no */{BEST}", "train first, or give --checkpoint PATH"
+    if last:
+        found += f", which the first validation writes, but {last[-1]}"
+        advice = f"python evaluate.py --checkpoint {shlex.quote(str(last[-1]))}"
+    raise InputError(runs, found, "a validated run of train.py", advice)
+
+
+def make_job(options: Namespace) -> EvaluationJob:
+    """Load the checkpoint and open the data. Raises InputError."""
+    path = options.checkpoint or newest_checkpoint(options.runs)
+    trained = load_checkpoint(path / BEST if (path / BEST).is_file() else path, onnx=True)
+    config = trained.config
+    dataset = _open_dataset(options, config, trained.skeleton)
+    require_same_joints(dataset.skeleton, trained.skeleton, dataset.name, trained.path)
+    codec = codec_of(config.data, config.heatmaps, dataset.skeleton)
+    trained_crop = "princeton" if codec.preset.princeton_crop else "affine"
+    crop = options.crop or trained_crop
+    preset = codec.preset._replace(princeton_crop=crop == "princeton")
+    loaders: tuple[LoaderName, ...] = (options.loader,)
+    if options.compare_loaders:
+        loaders = ("opencv", "dali")
+    trained_loader = trained.run.loader if trained.run else None
+    return EvaluationJob(
+        trained,
+        replace(codec, preset=preset),
+        dataset,
+        config.eval.flip if options.flip is None else options.flip,
+        loaders,
+        differences(trained_crop, crop, trained_loader, loaders),
+    )
+
+
+def _open_dataset(options: Namespace, config: Config, trained: Skeleton) -> EvaluationDataset:
+    if not options.annotations and not options.images:
+        return open_shards_dataset(options.shards or Path(config.data.shards))
+    if not options.annotations or not options.images or options.shards:
+        given = [n for n in ("annotations", "images", "shards") if getattr(options, n)]
+        expected = "--annotations with --images, or --shards alone"
+        raise _wrong(" and ".join(f"--{name}" for name in given), expected)
+    skeleton = trained if trained.has_names else None
+    if options.skeleton:
+        skeleton = load_skeleton(options.skeleton)
+    return open_pictures_dataset(options.annotations, options.images, skeleton)
+
+
+def differences(
+    trained_crop: str, crop: str, trained_loader: str | None, loaders: tuple[LoaderName, ...]
+) -> list[str]:
+    """Sentences that say how the crops differ from those of training."""
+    remarks = []
+    if crop != trained_crop:
+        remarks.append(
+            f"trained on {trained_crop} crops, evaluated on {crop} ones and their rounding of "
+            "joints (--crop)"
+        )
+    if trained_loader and trained_loader not in loaders:
+        remarks.append(
+            f"trained on crops of {trained_loader}, evaluated on those of {loaders[0]}; "
+            "--compare-loaders prints the gap"
+        )
+    if crop == "princeton" and "dali" in loaders:
+        remarks.append("dali resamples princeton's box once, where its code resamples it twice")
+    return remarks
+
+
+def run_job(
+    job: EvaluationJob, dist: DistributedContext, *, batch_size: int | None, workers: int | None
+) -> dict[LoaderName, Predictions]:
+    """The predictions through each loader, in the annotation's order.
+
+    batch_size: None measures the fastest. workers: None takes those of training.
+    """
+    workers = job.trained.config.data.workers if workers is None else workers
+    set_cpu_threads(dist.device, workers)
+    network = evaluation_network(job.trained).to(dist.device)
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    people = job.dataset.people.count
+    share = -(-people // dist.world_size)
+    rates: dict[int, float] = {}
+    if batch_size is None:
+        if dist.is_first and share > FEW:
+            _info("finding the fastest batch size ...")
+        batch_size, rates = choose_batch_size(
+            network, job.codec, share, flip=job.flip, device=dist.device, dtype=dist.dtype
+        )
+    size = min(batch_size, share)
+    if dist.is_first and rates:
+        tried = ", ".join(f"{each}: {rate:,.0f}" for each, rate in rates.items())
+        _info(f"batches of {size} are fastest (people/s by size: {tried})")
+    if dist.is_first:
+        _info(f"predicting {people:,} people, {size} at a time ...")
+    found: dict[LoaderName, Predictions] = {}
+    for loader in job.loaders:
+
+        def show(batches: Iterable[RawBatch], loader: str = loader) -> Iterable[RawBatch]:
+            total = -(-share // size)
+            return progress(batches, f"evaluate ({loader})", "batches", total, dist.is_first)
+
+        found[loader] = predict_distributed(
+            network,
+            job.dataset.source,
+            job.dataset.samples,
+            job.codec,
+            dist,
+            loader=loader,
+            batch_size=size,
+            workers=workers,
+            flip=job.flip,
+            progress=show,
+        )
+    return found
+
+
+def _write_predictions(options: Namespace, dataset: EvaluationDataset, found: Predictions) -> None:
+    people, (keypoints, scores) = dataset.people, found
+    if options.save_predictions:
+        _write(
+            options.save_predictions, json.dumps(predictions.as_entries(people, keypoints, scores))
+        )
+    if options.save_coco:
+        _write(options.save_coco, json.dumps(predictions.as_coco(people, keypoints, scores)))
+    if options.save_mat:
+        predictions.write_mat(options.save_mat, {"preds": keypoints})
+        _info(f"wrote {options.save_mat}")
+    if options.picture:
+        rows = np.linspace(0, people.count - 1, min(options.people, people.count)).astype(int)
+        sheet = draw_people(
+            dataset.source,
+            dataset.samples[rows],
+            people.select(rows),
+            keypoints[rows],
+            dataset.skeleton,
+        )
+        _, encoded = cv2.imencode(options.picture.suffix, sheet)
+        write_atomic(options.picture, encoded.tobytes())
+        _info(f"wrote {options.picture}")
+
+
+def publish(evaluation: Evaluation, options: Namespace) -> None:
+    """Write the numbers and the report, then print: `| head` may end the program at the table."""
+    title, facts, results, skeleton, data, reference = evaluation
+    if options.json:
+        _write(options.json, json.dumps({**facts, **results}, indent=1))
+    if options.report and data:
+        page = html_report(facts, results, reference, data, options.people)
+        _write(report_file(options), page)
+    name, first = next(iter(results.items()))
+    print("\n" + "\n".join(title))
+    if first["joints_counted"]:
+        print(f"{skeleton.metric} in %; < and <= say whether an error equal to the threshold counts"
+              " as found (groups: <=)\n")  # fmt: skip
+        print(report.results_table(results, skeleton))
+        if data:
+            print("\n" + report.counts_text(first))
+        if options.per_joint and data:
+            print("\n" + report.details_table(first))
+    else:
+        print("No joint is annotated, so there is nothing to score.")
+    if len(facts.get("loaders", ())) == 2:
+        print("\n" + report.gap_text(*list(results.items())[:2]))
+    if reference:
+        print(f"\nthe other run: {reference.name}")
+        if warning := report.data_mismatch(first, reference.result):
+            print(f"warning: {warning}")
+        print(report.gap_text(("the other run", reference.result), (name, first)))
+
+
+def _write(path: Path, text: str) -> None:
+    write_atomic(path, (text + "\n").encode())
+    _info(f"wrote {path}")
+
+
+def _info(text: str) -> None:
+    """Print on stderr: `evaluate.py | head` would end the program at a print on stdout."""
+    print(text, file=sys.stderr, flush=True)
