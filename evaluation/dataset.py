@@ -1,4 +1,4 @@
-"""Whom to evaluate on: a split of shards, or an annotation file with loose pictures."""
+"""Data to evaluate on: a split of shards, or an annotation file with pictures in a folder."""
 
 import sys
 from pathlib import Path
@@ -21,17 +21,17 @@ class EvaluationDataset(NamedTuple):
     people: People
     source: Source
     samples: npt.NDArray[np.int64]
-    """(N,) number in the source of each person."""
+    """(N,) each person's number in the source."""
     skeleton: Skeleton
     train: People | None
-    """The people of the training split, if it is at hand, for the mean pose."""
+    """The people of the training split beside it, if there is one, for the mean pose."""
     name: str
 
 
 def open_pictures_dataset(
     annotations: Path, images: Path, joints: Skeleton | None
 ) -> EvaluationDataset:
-    """People of an annotation file, pictures in a folder. joints: of it, or MPII's. InputError."""
+    """An annotation file and its pictures. joints: of the file; None: MPII's. Raises InputError."""
     people, skeleton = read_annotations(annotations, "valid", joints)
     source = LooseImages(people, images)
     return EvaluationDataset(
@@ -40,7 +40,7 @@ def open_pictures_dataset(
 
 
 def split_to_evaluate(folder: Path) -> Path:
-    """The folder itself if it is a split, or the split `valid` in a folder of splits."""
+    """The folder, or `valid` in it if it is a folder of splits."""
     if not (folder / MANIFEST).is_file() and (folder / "valid").is_dir():
         return folder / "valid"
     return folder
@@ -51,21 +51,22 @@ def open_shards_dataset(folder: Path) -> EvaluationDataset:
     folder = split_to_evaluate(folder)
     shards = ShardSet(folder)
     people, samples = shards.people()
-    skeleton = shards.manifest.skeleton
-    train = _people_to_train_on(folder.parent / "train", skeleton, folder)
-    return EvaluationDataset(people, shards, samples, skeleton, train, str(folder))
+    train = _training_people(folder.parent / "train", shards)
+    return EvaluationDataset(people, shards, samples, shards.manifest.skeleton, train, str(folder))
 
 
-def _people_to_train_on(beside: Path, skeleton: Skeleton, folder: Path) -> People | None:
-    """Those of the training split, if there is one; a damaged one is said, and costs no more."""
-    if not (beside / MANIFEST).is_file():
+def _training_people(folder: Path, evaluated: ShardSet) -> People | None:
+    """The people of a training split, or None if it is not there, or damaged."""
+    if not (folder / MANIFEST).is_file():
         return None
     try:
-        train = ShardSet(beside)
+        train = ShardSet(folder)
         people = train.people()[0]
     except InputError as error:
-        print(f"no mean pose, for the training split is damaged: {error.where}: {error.found}",
-              file=sys.stderr)  # fmt: skip
+        found = f"{error.where}: {error.found}"
+        print(f"no mean pose: the training split is damaged: {found}", file=sys.stderr)
         return None
-    require_same_joints(train.manifest.skeleton, skeleton, beside, folder)
+    require_same_joints(
+        train.manifest.skeleton, evaluated.manifest.skeleton, folder, evaluated.folder
+    )
     return people

@@ -79,7 +79,9 @@ def _read_json(path: Path, people: People) -> FilePredictions:
     else:
         raise _mismatch(path, people, "no list of entries with index, image and keypoints")
     if sorted(rows) != list(range(people.count)):
-        raise _mismatch(path, people, f"{len(rows)} entries of {len(set(rows))} people")
+        found = f"{len(rows)} entries of {len(set(rows))} people, or other numbers"
+        advice = "COCO results need annotation_id where people share a picture"
+        raise _mismatch(path, people, f"{found} ({advice})")
     for row, entry in zip(rows, entries, strict=True):
         if entry.get("image", people.images[row]) != people.images[row]:
             raise _mismatch(path, people, f"index {row} for the picture {entry['image']}")

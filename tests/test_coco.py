@@ -324,5 +324,5 @@ def test_evaluate_takes_the_joints_of_its_checkpoint(
     assert given.splitlines()[2:] == named.splitlines()[2:]  # all but the checkpoint's name
     words = ["evaluate.py", *map(str, nameless), "--skeleton", "s.yaml"]
     monkeypatch.setattr(sys, "argv", words)
-    with pytest.raises(InputError, match="shards know their joints"):
+    with pytest.raises(InputError, match="--skeleton without --annotations"):
         evaluate.main()
