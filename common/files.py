@@ -1,4 +1,4 @@
-"""Files read with a bound on their size, and files written atomically."""
+"""Files read with a bound on their size, JSON, YAML, and files written atomically."""
 
 import json
 import os
@@ -6,7 +6,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import yaml
+
+from common.errors import InputError
 
 LARGEST_JSON = 512 << 20
 """Bytes. COCO's annotation of 118,000 pictures has 238 million."""
@@ -38,6 +42,21 @@ def parse_json(data: bytes) -> Any:
 def read_json(path: Path, limit: int = LARGEST_JSON) -> Any:
     """The value of a JSON file of at most so many bytes. Raises OSError or ValueError."""
     return parse_json(read_bytes(path, limit))
+
+
+def json_numbers(
+    entry: dict[str, Any], key: str, shape: tuple[int, ...], where: object
+) -> npt.NDArray[np.float64]:
+    """The numbers under a key of a JSON object, as an array of that shape. Raises InputError."""
+    value = entry.get(key)
+    try:
+        numbers = np.array(value)
+    except ValueError:  # lists of different lengths
+        numbers = np.array(None)
+    if numbers.dtype.kind not in "iuf" or numbers.shape != shape:
+        expected = f"numbers of shape {shape}" if shape else "a number"
+        raise InputError(where, f"{key}: {str(value)[:100]}", expected, "correct the file")
+    return numbers.astype(np.float64)
 
 
 def read_yaml(path: Path) -> Any:

@@ -9,7 +9,6 @@ import functools
 import itertools
 import operator
 import re
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -192,6 +191,9 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
 
 
+_SECTIONS = [section.name for section in dataclasses.fields(Config)]
+
+
 def _settings(**sections: str) -> set[str]:
     """Dotted names of the settings that are listed for each section."""
     return {f"{section}.{name}" for section, names in sections.items() for name in names.split()}
@@ -246,17 +248,18 @@ def parse_config(parser: ArgumentParser, arguments: list[str]) -> tuple[Config, 
     """The Config and the parser's other values. Raises InputError. `--help` prints and exits."""
     known = [option for action in parser._actions for option in action.option_strings]
     check_options(arguments, known, "train.py --help")
-    given = _given_values(arguments)
-    if "--config" in given:
-        check_keys(load_yaml(given["--config"]), given["--config"])
+    for word, following in itertools.pairwise([*arguments, ""]):
+        if word.split("=")[0] == "--config":
+            path = word.removeprefix("--config=") if "=" in word else following
+            check_keys(load_yaml(path), path)
     try:
         values = parser.instantiate(parser.parse_args(arguments))
     except ArgumentError as error:
-        raise _wrong_value(error, given) from error
-    sections = {f.name: getattr(values, f.name) for f in dataclasses.fields(Config)}
-    config = Config(**sections)
+        raise _wrong_value(error, "") from error
+    others = dict(vars(values))
+    others.pop("config", None)
+    config = Config(**{section: others.pop(section) for section in _SECTIONS})
     check_values(config)
-    others = {k: v for k, v in vars(values).items() if k not in sections and k != "config"}
     return config, others
 
 
@@ -267,8 +270,8 @@ def config_from_dict(raw: dict[str, Any], where: str) -> Config:
     try:
         values = parser.instantiate(parser.parse_object(raw))
     except ArgumentError as error:
-        raise _wrong_value(error, {"--config": where}) from error
-    return Config(**{f.name: getattr(values, f.name) for f in dataclasses.fields(Config)})
+        raise _wrong_value(error, f"{where}: ") from error
+    return Config(**{section: getattr(values, section) for section in _SECTIONS})
 
 
 @functools.cache
@@ -301,10 +304,9 @@ def load_yaml(path: str) -> dict[str, Any]:
 def check_keys(raw: dict[str, Any], where: str) -> None:
     """Raise InputError at the first unknown section or setting; it suggests the nearest one."""
     known = flat({})
-    sections = list(as_dict(Config()))
     for section, settings in raw.items():
-        if section not in sections:
-            raise _unknown(where, section, sections)
+        if section not in _SECTIONS:
+            raise _unknown(where, section, _SECTIONS)
         beside = [name for name in known if name.startswith(f"{section}.")]
         if not isinstance(settings, dict):
             expected = f"a section with {', '.join(beside)}"
@@ -360,29 +362,12 @@ def _check_value(name: str, value: Any, limits: Mapping[str, float]) -> None:
             raise InputError(name, str(value), words.format(bound), "correct the config")
 
 
-def _given_values(arguments: list[str]) -> dict[str, str]:
-    """Each option with its value: the word after it, or after its `=`."""
-    pairs = dict(itertools.pairwise(arguments))
-    return pairs | dict(word.split("=", 1) for word in arguments if "=" in word)
-
-
-def _wrong_value(error: ArgumentError, given: dict[str, str]) -> InputError:
-    """An error of jsonargparse as one of ours. given: the options, and --config."""
+def _wrong_value(error: ArgumentError, where: str) -> InputError:
+    """An error of jsonargparse as one of ours. where: a prefix for the name of the setting."""
     text = " ".join(str(error).split())
-    match = re.match(r'Parser key "([\w.]+)":.* Got value: (.*)', text)
+    match = re.match(r'Parser key "([\w.]+)": Expected (.*)\. Got value: (.*)', text)
     if not match:
-        return InputError("settings", text[:400], "values that fit", "see train.py --help")
-    key, value = match.groups()
-    option, file = f"--{key}", given.get("--config")
-    where = option if option in given or not file else f"{file}: {key}"
-    return InputError(where, repr(value)[:200], _expected(key), "correct it")
-
-
-def _expected(key: str) -> str:
-    """What values a setting takes, in words."""
-    section, name = key.split(".", 1)
-    kind = typing.get_type_hints(typing.get_type_hints(Config)[section])[name]
-    if typing.get_origin(kind) is Literal:
-        return f"one of {', '.join(typing.get_args(kind))}"
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    return words.get(kind) or f"a list of numbers, such as {flat({})[key]}"
+        return InputError(where or "settings", text[:400], "values that fit", "see train.py --help")
+    name, expected, value = match.groups()
+    expected = expected.replace("typing.Literal", "value of ")
+    return InputError(where + name, repr(value)[:200], expected, "see train.py --help")

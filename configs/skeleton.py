@@ -174,12 +174,12 @@ def load_skeleton(path: Path) -> Skeleton:
     Keys: docs/custom-data.md.
     """
     raw = _read(path)
-    names = _names(raw["joints"], f"{path}: joints")
+    names = tuple(_name_list(raw["joints"], f"{path}: joints"))
     pairs = _pairs(raw["flip_pairs"], names, f"{path}: flip_pairs")
     _check_sides(names, pairs, f"{path}: flip_pairs")
     groups = raw.get("groups")
     return Skeleton(
-        name=_text(raw["name"], f"{path}: name"),
+        name=_name_list([raw["name"]], f"{path}: name")[0],
         names=names,
         flip_pairs=pairs,
         limbs=_pairs(raw["limbs"], names, f"{path}: limbs"),
@@ -221,47 +221,31 @@ def _index(name: Any, known: tuple[str, ...], where: object, what: str) -> int:
     return known.index(name)
 
 
-def _text(value: Any, where: str) -> str:
-    if isinstance(value, str) and value.strip() and value.isprintable():
-        return value
+def _name_list(raw: Any, where: str) -> list[str]:
+    """At least one name, none twice."""
+    is_list = isinstance(raw, list) and len(raw) > 0
     # YAML reads an unquoted yes, no, on, off as true or false, and digits as a number.
-    raise _error(where, repr(value), "a name", "write a name, in quotes if YAML reads it otherwise")
-
-
-def _list(value: Any, where: str, expected: str) -> list[Any]:
-    if not isinstance(value, list):
-        raise _error(where, repr(value), expected)
-    return value
-
-
-def _names(raw: Any, where: str) -> tuple[str, ...]:
-    entries = _list(raw, where, "a list of the joints' names")
-    names = tuple(_text(name, f"{where}[{i}]") for i, name in enumerate(entries))
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice or not names:
-        found = f"{', '.join(twice)} more than once" if twice else "an empty list"
-        raise _error(where, found, "at least one joint, each once")
-    return names
+    if not is_list or not all(isinstance(n, str) and n.strip() and n.isprintable() for n in raw):
+        raise _error(where, repr(raw), "names, in quotes where YAML reads something else")
+    twice = sorted({name for name in raw if raw.count(name) > 1})
+    if twice:
+        raise _error(where, f"{', '.join(twice)} more than once", "different names")
+    return raw
 
 
 def _joints(raw: Any, names: tuple[str, ...], where: str) -> tuple[int, ...]:
-    """Different joints by their names, at least one."""
-    entries = _list(raw, where, "a list of joints")
-    joints = tuple(_index(name, names, where, "joint") for name in entries)
-    if not joints or len(set(joints)) < len(joints):
-        raise _error(where, raw, "different joints, at least one")
-    return joints
+    """Indices of different joints, at least one."""
+    return tuple(_index(name, names, where, "joint") for name in _name_list(raw, where))
 
 
 def _pairs(raw: Any, names: tuple[str, ...], where: str) -> Pairs:
-    """Pairs of joints, none twice; the list may be empty."""
+    if not isinstance(raw, list):
+        raise _error(where, repr(raw), "a list of pairs of joints, [] for none")
     pairs: list[tuple[int, int]] = []
-    for i, entry in enumerate(_list(raw, where, "a list of pairs of joints, [] for none")):
+    for i, entry in enumerate(raw):
         joints = _joints(entry, names, f"{where}[{i}]")
-        if len(joints) != 2:
-            raise _error(f"{where}[{i}]", entry, "two joints")
-        if set(joints) in map(set, pairs):
-            raise _error(f"{where}[{i}]", f"{entry} a second time", "each pair once")
+        if len(joints) != 2 or set(joints) in map(set, pairs):
+            raise _error(f"{where}[{i}]", entry, "two joints, and each pair once")
         pairs.append((joints[0], joints[1]))
     return tuple(pairs)
 
@@ -293,8 +277,8 @@ def _groups(raw: Any, names: tuple[str, ...], where: str) -> Groups:
     if not isinstance(raw, dict) or not raw:
         raise _error(where, repr(raw), "a name and a list of joints for each group")
     return tuple(
-        (_text(name, where), _joints(joints, names, f"{where}.{name}"))
-        for name, joints in raw.items()
+        (name, _joints(joints, names, f"{where}.{name}"))
+        for name, joints in zip(_name_list([*raw], where), raw.values(), strict=True)
     )
 
 

@@ -1,7 +1,7 @@
-"""Where people are in pictures, as a user says it: a box, or MPII's centre and scale, or nothing.
+"""Where people are in pictures: a box, MPII's centre and scale, or the whole picture.
 
-Boxes are (x, y, width, height) in px, as COCO's and OpenCV's: (0, 0, W, H) is a whole picture of
-W x H px. docs/conventions.md says how a box becomes the square that the network sees.
+Boxes are (x, y, width, height) in px, as in COCO and OpenCV: (0, 0, W, H) is a whole picture of
+W x H px. docs/conventions.md says how a box becomes the network's input square.
 """
 
 import codecs
@@ -20,8 +20,9 @@ MARGIN = BOX_SCALE
 """Side of the square over the longer side of a box drawn tightly about a person: MPII's own."""
 
 _LARGEST = 4
-"""Half the side of a square over the picture's longer side; more is a mistake in the unit."""
+"""Half the side of a square over the picture's longer side; larger ones have a wrong unit."""
 _LARGEST_FILE = 64 << 20
+_BOX, _CENTER = ("x", "y", "width", "height"), ("center_x", "center_y")
 _COLUMNS = "image, and x, y, width, height, or center_x, center_y, scale; image_id if wanted"
 
 
@@ -60,93 +61,87 @@ def whole_picture(width: int, height: int) -> Square:
 
 
 def check_square(square: Square, width: int, height: int, where: str) -> None:
-    """Raise InputError if a square does not fit a picture of that size (px)."""
+    """Raise InputError for a square that a picture of that size (px) does not overlap."""
     half = PIXELS_PER_SCALE * square.scale / 2
-    if not (math.isfinite(sum(square)) and 0 < half < _LARGEST * max(width, height)):
-        raise InputError(
-            where,
-            f"centre ({square.x:g}, {square.y:g}), scale {square.scale:g}",
-            f"finite numbers, and a square of 200 px x scale that is above 0 px and less than "
-            f"{2 * _LARGEST} times the picture, which is {width} x {height} px",
-            "correct the box, or the centre and scale",
-        )
+    is_sane = math.isfinite(sum(square)) and 0 < half < _LARGEST * max(width, height)
     inside_x = -half < square.x < width - 1 + half
     inside_y = -half < square.y < height - 1 + half
-    if not (inside_x and inside_y):
+    if not (is_sane and inside_x and inside_y):
         raise InputError(
             where,
             f"a square of {2 * half:g} px about ({square.x:g}, {square.y:g})",
-            f"one that shows some of the picture, which is {width} x {height} px",
-            "correct the box, or the centre and scale; they count in px of the picture as shown",
+            f"one that overlaps the picture of {width} x {height} px, and that is smaller than "
+            f"{2 * _LARGEST} times the picture",
+            "correct the box, or centre and scale (side / 200 px); px are of the upright picture",
         )
 
 
 def read_people(path: Path, margin: float = MARGIN) -> list[Person]:
     """The people that a CSV or JSON file names, in its order. Raises InputError.
 
-    CSV: a header and a line a person. JSON: a list of objects with the same names, or with `box`
-    (four numbers) or `center` (two) and `scale`. Values that are left out: the whole picture.
-    margin: of boxes; centre and scale are taken as they are.
+    CSV: a header and one line per person. JSON: a list of objects with the same names, or with
+    `box` (four numbers) or `center` (two) and `scale`. Without a box or centre: the whole picture.
+    margin: applied to boxes, not to centre and scale.
     """
     people = []
     for number, row in enumerate(_read_rows(path)):
         try:
             people.append(_person(row, margin))
-        except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise InputError(
-                f"{path}: person {number}",
-                f"{type(error).__name__}: {error}",
-                _COLUMNS,
-                "correct it (people count from 0)",
-            ) from error
+        except ValueError as error:
+            where, advice = f"{path}: person {number}", "correct it (people count from 0)"
+            raise InputError(where, str(error), _COLUMNS, advice) from error
     return people
 
 
 def _read_rows(path: Path) -> list[Any]:
-    if not path.is_file():
-        raise InputError(path, "no such file", "a .csv or .json of people", "give its path")
+    expected = f"a .csv or .json with a list of people: {_COLUMNS}"
     try:
         data = read_bytes(path, _LARGEST_FILE).removeprefix(codecs.BOM_UTF8)
         if path.suffix == ".json":
             rows = parse_json(data)
         else:
             rows = list(csv.DictReader(io.StringIO(data.decode("utf-8"), newline="")))
+    except FileNotFoundError as error:
+        raise InputError(path, "no such file", expected, "give its path") from error
     except (ValueError, csv.Error) as error:
-        raise InputError(
-            path, f"not readable ({error})", f"a .csv or .json with {_COLUMNS}", "correct it"
-        ) from error
+        raise InputError(path, f"not readable ({error})", expected, "correct it") from error
     if not isinstance(rows, list) or not rows:
-        raise InputError(path, "nobody in it", f"a list of people with {_COLUMNS}", "correct it")
+        raise InputError(path, "no people", expected, "correct it")
     return rows
 
 
-def _person(row: dict[str, Any], margin: float) -> Person:
+def _person(row: Any, margin: float) -> Person:
+    """Raises ValueError."""
+    if not isinstance(row, dict):
+        raise ValueError("not an object with names")
     given = {name: value for name, value in row.items() if value not in (None, "")}
-    unknown = given.keys() - {
-        "image", "image_id", "box", "x", "y", "width", "height",
-        "center", "center_x", "center_y", "scale",
-    }  # fmt: skip
-    if unknown:
-        raise ValueError(f"unknown {', '.join(map(str, unknown))}")
-    image_id = int(given["image_id"]) if "image_id" in given else None
-    return Person(str(given["image"]), _square(given, margin), image_id)
+    for name, parts in (("box", _BOX), ("center", _CENTER)):
+        values = given.pop(name, None)
+        if values is not None:
+            if not isinstance(values, list) or len(values) != len(parts):
+                raise ValueError(f"{name} is not a list of {len(parts)} numbers")
+            given |= zip(parts, values, strict=True)
+    image, image_id = given.pop("image", None), given.pop("image_id", None)
+    if not isinstance(image, str):
+        raise ValueError("no image")
+    square, numbers = None, {name: _number(name, value) for name, value in given.items()}
+    if numbers.keys() == {*_BOX}:
+        box = [numbers[name] for name in _BOX]
+        if not min(box[2:]) > 0:
+            raise ValueError(f"a box of {box[2]:g} x {box[3]:g} px")
+        square = square_about(box, margin)
+    elif numbers.keys() == {*_CENTER, "scale"}:
+        square = Square(numbers["center_x"], numbers["center_y"], numbers["scale"])
+    elif numbers:
+        raise ValueError(f"neither a box nor centre and scale: {', '.join(map(str, numbers))}")
+    number = -1.0 if image_id is None else _number("image_id", image_id)
+    if not number.is_integer():
+        raise ValueError(f"image_id {image_id} is not a whole number")
+    return Person(image, square, None if image_id is None else int(number))
 
 
-def _square(given: dict[str, Any], margin: float) -> Square | None:
-    box = given.get("box") or [
-        given[name] for name in ("x", "y", "width", "height") if name in given
-    ]
-    center = given.get("center") or [
-        given[name] for name in ("center_x", "center_y") if name in given
-    ]
-    if box and not center and "scale" not in given:
-        x, y, width, height = map(float, box)
-        if width <= 0 or height <= 0:
-            raise ValueError(f"a box of {width:g} x {height:g} px")
-        return square_about((x, y, width, height), margin)
-    if center and not box:
-        x, y = map(float, center)
-        return Square(x, y, float(given["scale"]))
-    if box or "scale" in given:
-        raise ValueError("a box, or a centre with its scale, and not both")
-    return None
+def _number(name: str, value: Any) -> float:
+    """The number in a cell of a CSV file or in a JSON value. Raises ValueError."""
+    if type(value) not in (str, int, float) or len(str(value)) > 300:
+        raise ValueError(f"{name} is not a number")
+    return float(value)

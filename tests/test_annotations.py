@@ -1,12 +1,10 @@
-"""Annotation files: the numbers of the real ones, and what is said of damaged ones."""
+"""Annotation files: the numbers of the real ones, and the errors of damaged ones."""
 
 import gzip
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import pytest
 from conftest import random_people, write_h5
@@ -93,7 +91,7 @@ def test_the_real_json_has_as_many_training_people_as_papers_say(shared: Path) -
     assert read_annotations(path, "train")[0].count == 22246
 
 
-def test_head_length_stands_in_for_the_head_box(matched: tuple[People, People]) -> None:
+def test_the_head_length_is_close_to_that_of_the_head_box(matched: tuple[People, People]) -> None:
     a, b = matched
     known = b.normalize > 0
     assert known.sum() > 2500
@@ -168,33 +166,28 @@ def test_select_keeps_rows_together(tmp_path: Path) -> None:
 # Bad input
 
 
-def test_missing_file_is_named(tmp_path: Path) -> None:
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
     assert error_of(tmp_path / "nothing.h5").found == "no such file"
     with pytest.raises(InputError) as caught:
         read_annotations(tmp_path, "train")
     assert caught.value.where == str(tmp_path / "train.h5")
 
 
-@pytest.mark.parametrize("content", [b"", b"\x00", bytes(range(256)) * 40])
-def test_file_that_is_no_hdf5_is_named(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "valid.h5").write_bytes(content)
-    assert "not a readable HDF5 file" in error_of(tmp_path / "valid.h5").found
+def test_two_files_for_one_split_are_refused(tmp_path: Path) -> None:
+    for name in ("train.h5", "train.json.gz"):
+        (tmp_path / name).touch()
+    with pytest.raises(InputError, match=r"train\.h5 and train\.json\.gz"):
+        read_annotations(tmp_path, "train")
 
 
-@pytest.mark.parametrize("part", [0.1, 0.5, 0.9])
-def test_truncated_hdf5_is_named(tmp_path: Path, part: float) -> None:
-    path = tmp_path / "valid.h5"
-    write_h5(path, good_columns())
-    data = path.read_bytes()
-    path.write_bytes(data[: int(len(data) * part)])
-    assert "not a readable HDF5 file" in error_of(path).found
-
-
-def test_flipped_bytes_in_hdf5_never_end_in_another_error(tmp_path: Path) -> None:
+def test_damaged_hdf5_never_ends_in_another_error(tmp_path: Path) -> None:
     write_h5(tmp_path / "good.h5", good_columns())
     data, rng = (tmp_path / "good.h5").read_bytes(), np.random.default_rng(0)
     path, refused = tmp_path / "valid.h5", 0
-    for _ in range(150):
+    for content in (b"", b"\x00", data[: len(data) // 10], data[: len(data) * 9 // 10]):
+        path.write_bytes(content)
+        assert "not a readable HDF5 file" in error_of(path).found
+    for _ in range(100):
         damaged = bytearray(data)
         for place in rng.integers(0, len(data), 40):
             damaged[place] = rng.integers(0, 256)
@@ -204,40 +197,33 @@ def test_flipped_bytes_in_hdf5_never_end_in_another_error(tmp_path: Path) -> Non
         except InputError as error:
             refused += 1
             assert str(path) in error.where
-    assert refused > 75
+    assert refused > 50
 
 
-@pytest.mark.parametrize("name", ["imgname", "center", "scale", "part", "visible"])
-def test_missing_dataset_is_named(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["imgname", "center", "visible"])
+def test_a_missing_dataset_is_named(tmp_path: Path, name: str) -> None:
     columns = good_columns()
     del columns[name]
     write_h5(tmp_path / "valid.h5", columns)
-    assert f"no dataset {name} " in error_of(tmp_path / "valid.h5").found
+    assert f"no dataset {name}" in error_of(tmp_path / "valid.h5").found
 
 
 @pytest.mark.parametrize(
-    ("name", "shape"),
-    [("center", (3, 3)), ("center", (2, 2)), ("scale", (3, 1)), ("part", (3, 15, 2)),
-     ("visible", (16, 3)), ("normalize", (4,)), ("person", (3, 2))],
-)  # fmt: skip
-def test_wrong_shape_is_named(tmp_path: Path, name: str, shape: tuple[int, ...]) -> None:
-    write_h5(tmp_path / "valid.h5", {**good_columns(), name: np.ones(shape)})
-    error = error_of(tmp_path / "valid.h5")
-    assert error.where.endswith(f"dataset {name}")
-    assert str(shape) in error.found
-
-
-def test_dataset_of_text_for_numbers_is_named(tmp_path: Path) -> None:
-    columns = {**good_columns(), "scale": np.array([b"a", b"b", b"c"])}
-    write_h5(tmp_path / "valid.h5", columns)
-    assert error_of(tmp_path / "valid.h5").where.endswith("dataset scale")
-
-
-def test_names_of_numbers_or_of_two_axes_are_refused(tmp_path: Path) -> None:
-    for number, names in enumerate([np.arange(3.0), np.full((3, 2), b"a.jpg"), np.float64(4)]):
-        path = tmp_path / f"{number}.h5"
-        write_h5(path, {**good_columns(), "imgname": names})
-        assert "dataset imgname" in error_of(path).where
+    ("name", "values"),
+    [
+        ("center", np.ones((3, 3))),
+        ("scale", np.ones((3, 1))),
+        ("scale", np.array([b"a", b"b", b"c"])),
+        ("part", np.ones((3, 15, 2))),
+        ("normalize", np.ones(4)),
+        ("person", np.ones((3, 2))),
+        ("imgname", np.arange(3.0)),
+        ("imgname", np.full((3, 2), b"a.jpg")),
+    ],
+)
+def test_a_wrong_shape_or_type_is_named(tmp_path: Path, name: str, values: np.ndarray) -> None:
+    write_h5(tmp_path / "valid.h5", {**good_columns(), name: values})
+    assert name in str(error_of(tmp_path / "valid.h5"))
 
 
 @pytest.mark.parametrize(
@@ -246,16 +232,14 @@ def test_names_of_numbers_or_of_two_axes_are_refused(tmp_path: Path) -> None:
         ("center", (1, 0), np.nan, "center not a number"),
         ("center", (1, 1), np.inf, "center not a number"),
         ("scale", 1, np.nan, "scale not a number"),
-        ("scale", 1, 0.0, "scale not above 0"),
-        ("scale", 1, -2.0, "scale not above 0"),
+        ("scale", 1, 0.0, "scale not a number above 0"),
         ("part", (1, 5, 0), np.nan, "joints not a number"),
         ("normalize", 1, -1.0, "normalize not a length"),
-        ("normalize", 1, np.nan, "normalize not a length"),
         ("index", 1, np.nan, "dataset index"),
         ("person", 1, np.inf, "dataset person"),
     ],
 )
-def test_impossible_value_is_named_with_its_row(
+def test_an_impossible_value_is_named_with_its_row(
     tmp_path: Path, name: str, row: Any, value: float, text: str
 ) -> None:
     columns = {"index": np.arange(3.0), **good_columns()}
@@ -266,23 +250,17 @@ def test_impossible_value_is_named_with_its_row(
     assert "row" in error.found and "1" in error.found
 
 
-@pytest.mark.parametrize(
-    "name", [b"../x.jpg", b"/etc/x.jpg", b"", b"a/../x.jpg", b"a\\..\\x", b"C:\\x", b".", b"a\nb"]
-)
-def test_name_that_leaves_the_folder_is_refused(tmp_path: Path, name: bytes) -> None:
-    columns = good_columns()
-    columns["imgname"] = np.array([b"a.jpg", name, b"b.jpg"], "S13")
-    write_h5(tmp_path / "valid.h5", columns)
-    error = error_of(tmp_path / "valid.h5")
-    assert "file name that leaves the folder" in error.found
-    assert repr(name.decode()) in error.found
-
-
-def test_plain_names_are_safe() -> None:
+@pytest.mark.parametrize("name", ["../x.jpg", "/etc/x.jpg", "", "a/../x.jpg", "a\\..\\x", "C:\\x",
+                                  ".", "a\nb", "a//b", "x" * 300])  # fmt: skip
+def test_a_name_that_leaves_the_folder_is_refused(tmp_path: Path, name: str) -> None:
     assert all(map(safe_name, ["000001.jpg", "a b.jpg", "sub/x.jpg", "..a.jpg", "x..jpg"]))
+    columns = good_columns()
+    columns["imgname"] = np.array([b"a.jpg", name.encode(), b"b.jpg"])
+    write_h5(tmp_path / "valid.h5", columns)
+    assert f"file name that leaves the folder ({name!r})" in error_of(tmp_path / "valid.h5").found
 
 
-def test_no_people_is_refused(tmp_path: Path) -> None:
+def test_a_file_without_people_of_the_split_is_refused(tmp_path: Path) -> None:
     columns = {name: values[:0] for name, values in good_columns().items()}
     write_h5(tmp_path / "valid.h5", columns)
     assert "no people" in error_of(tmp_path / "valid.h5").found
@@ -290,24 +268,13 @@ def test_no_people_is_refused(tmp_path: Path) -> None:
     assert "no people" in error_of(path).found
 
 
-def test_group_in_place_of_a_dataset_is_refused(tmp_path: Path) -> None:
-    columns = good_columns()
-    del columns["part"]
-    write_h5(tmp_path / "valid.h5", columns)
-    with h5py.File(tmp_path / "valid.h5", "a") as file:
-        file.create_group("part")
-    assert "no dataset part" in error_of(tmp_path / "valid.h5").found
-
-
-@pytest.mark.parametrize(
-    "text", ["", "{", "[]", "{}", "3", "null", '"text"', "\x00", "[" * 100_000, "[1e999999, nan"]
-)
-def test_bad_json_is_named(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "null", "\x00", "[" * 100_000])
+def test_a_file_that_is_no_json_of_people_is_one_error(tmp_path: Path, text: str) -> None:
     (tmp_path / "a.json").write_text(text)
     assert error_of(tmp_path / "a.json").expected.startswith("a JSON list of people")
 
 
-def test_damaged_gzip_is_named(tmp_path: Path) -> None:
+def test_damaged_gzip_is_one_error(tmp_path: Path) -> None:
     whole = gzip.compress(json.dumps([json_entry()] * 50).encode())
     flipped = whole[:40] + bytes([whole[40] ^ 255]) + whole[41:]
     for number, data in enumerate([b"not gzip", whole[:-20], whole[:40], flipped]):
@@ -317,50 +284,27 @@ def test_damaged_gzip_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes",
+    "entry",
     [
-        {"joint_self": [[1, 2, 3]] * 15},
-        {"joint_self": "text"},
-        {"joint_self": None},
-        {"objpos": [1.0]},
-        {"objpos": None},
-        {"scale_provided": "large"},
-        {"annolist_index": []},
-        {"annolist_index": 1e400},
-        {"annolist_index": 10**30},
+        None,
+        [],
+        json_entry(img_paths=3),
+        json_entry(isValidation=None),
+        json_entry(joint_self=[[1, 2, 3]] * 15),
+        json_entry(joint_self=[[1], [2, 3]]),
+        json_entry(objpos="text"),
+        json_entry(scale_provided="large"),
+        json_entry(annolist_index=[]),
+        json_entry(annolist_index=10**30),
     ],
 )
-def test_bad_json_entry_is_named(tmp_path: Path, changes: dict[str, Any]) -> None:
-    path = write_json(tmp_path / "a.json", [json_entry(), json_entry(**changes)])
+def test_a_bad_json_entry_is_named(tmp_path: Path, entry: Any) -> None:
+    path = write_json(tmp_path / "a.json", [json_entry(), entry])
     assert error_of(path).where == f"{path}: entry 1"
 
 
-@pytest.mark.parametrize("missing", ["img_paths", "isValidation", "objpos", "scale_provided"])
-def test_json_entry_without_a_key_is_named(tmp_path: Path, missing: str) -> None:
-    entry = json_entry()
-    del entry[missing]
-    error = error_of(write_json(tmp_path / "a.json", [json_entry(), json_entry(), entry]))
-    assert error.where.endswith("entry 2")
-    assert missing in error.found
-
-
-def test_json_entry_that_is_no_person_is_named(tmp_path: Path) -> None:
-    for number, entry in enumerate([None, 3, "text", []]):
-        path = write_json(tmp_path / f"{number}.json", [json_entry(), entry])
-        assert error_of(path).where == f"{path}: entry 1"
-
-
-def test_nan_in_json_is_refused(tmp_path: Path) -> None:
+def test_numbers_that_are_not_finite_in_json_are_refused(tmp_path: Path) -> None:
     path = write_json(tmp_path / "a.json", [json_entry(objpos=[float("nan"), 3.0])])
     assert "center not a number" in error_of(path).found
-
-
-def test_no_permission_is_left_to_the_program(tmp_path: Path, monkeypatch: Any) -> None:
-    shutil.copy(__file__, tmp_path / "valid.h5")
-
-    def refuse(*_: Any) -> None:
-        raise PermissionError(13, "Permission denied", "valid.h5")
-
-    monkeypatch.setattr(h5py, "File", refuse)
-    with pytest.raises(PermissionError):
-        read_annotations(tmp_path / "valid.h5", "valid")
+    path = write_json(tmp_path / "a.json", [json_entry(annolist_index=float("inf"))])
+    assert "annolist_index" in error_of(path).where

@@ -1,0 +1,128 @@
+"""COCO's JSON of keypoints -> rows, by the rules of docs/conventions.md."""
+
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from common.errors import InputError
+from common.files import json_numbers
+from configs.skeleton import Skeleton
+
+_FIX = "correct it in the program that wrote the file"
+
+
+class CocoPeople(NamedTuple):
+    """N people in the order of the file."""
+
+    images: list[str]
+    """N file names."""
+    image_ids: npt.NDArray[np.int64]
+    """(N,)"""
+    ids: npt.NDArray[np.int64]
+    """(N,) of the annotations, all different."""
+    boxes: npt.NDArray[np.float64]
+    """(N, 4) x, y, width, height: image px, counted from the corner of the picture."""
+    keypoints: npt.NDArray[np.float64]
+    """(N, J, 3) x, y in image px, and v: 0 not marked (x and y are 0), 1 hidden, 2 visible."""
+
+
+def parse_coco(data: dict[str, Any], path: Path, skeleton: Skeleton) -> CocoPeople:
+    """The people with the skeleton's joints. Raises InputError. Prints how many were left out."""
+    images = _image_names(data["images"], path)
+    categories = _categories(data.get("categories", []), path, skeleton)
+    left_out, kept = Counter[str](), []
+    for number, entry in enumerate(_dicts(data["annotations"], f"{path}: annotations")):
+        where = f"{path}: annotation {number}"
+        reason = _why_left_out(entry, categories, where)
+        if reason:
+            left_out[reason] += 1
+        else:
+            kept.append(_row(entry, images, skeleton.joint_count, where))
+    if left_out:
+        what = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
+        print(f"{path}: left out {what}", file=sys.stderr)
+    people = CocoPeople(
+        [images[row[0]] for row in kept],
+        np.array([row[0] for row in kept], dtype=np.int64),
+        np.array([row[1] for row in kept], dtype=np.int64),
+        np.array([row[2] for row in kept]).reshape(-1, 4),
+        np.array([row[3] for row in kept]).reshape(-1, skeleton.joint_count, 3),
+    )
+    ids, uses = np.unique(people.ids, return_counts=True)
+    if (uses > 1).any():
+        found = f"id {ids[uses.argmax()]} of {uses.max()} annotations"
+        raise InputError(path, found, "a different id for each annotation", _FIX)
+    return people
+
+
+def _dicts(raw: Any, where: str) -> list[dict[str, Any]]:
+    if isinstance(raw, list) and all(isinstance(entry, dict) for entry in raw):
+        return raw
+    raise InputError(where, "something else", "a list of dicts", _FIX)
+
+
+def _is_id(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**53
+
+
+def _image_names(raw: Any, path: Path) -> dict[int, str]:
+    """The file name of each image id."""
+    images: dict[int, str] = {}
+    for number, entry in enumerate(_dicts(raw, f"{path}: images")):
+        image, name = entry.get("id"), entry.get("file_name")
+        if not _is_id(image) or image in images or not isinstance(name, str):
+            expected = "a whole number that no other image has, and a name"
+            found = f"id {image!r}, file_name {name!r}"
+            raise InputError(f"{path}: image {number}", found, expected, _FIX)
+        images[image] = name
+    return images
+
+
+def _categories(raw: Any, path: Path, skeleton: Skeleton) -> set[int] | None:
+    """Ids of the categories with the skeleton's joints; None where the file names no joints."""
+    named = [entry for entry in _dicts(raw, f"{path}: categories") if entry.get("keypoints")]
+    names = list(skeleton.names)
+    found = {entry["id"] for entry in named if entry["keypoints"] == names and _is_id(entry["id"])}
+    if not named or found:
+        return found or None
+    raise InputError(
+        f"{path}: categories",
+        f"the joints {named[0]['keypoints']!r}",
+        f"those of the skeleton {skeleton.name}, in its order: {', '.join(names)}",
+        "give the skeleton's joints the names and the order that they have in this file",
+    )
+
+
+def _why_left_out(entry: dict[str, Any], categories: set[int] | None, where: str) -> str:
+    """Why an annotation is not a person to train or evaluate on; empty for a person."""
+    if categories is not None and entry.get("category_id") not in categories:
+        return "of other categories"
+    if entry.get("iscrowd"):
+        return "crowds"
+    keypoints = entry.get("keypoints") or []
+    if isinstance(keypoints, list) and not any(keypoints[2::3]):
+        return "without a marked joint"
+    if not entry.get("bbox") or not (json_numbers(entry, "bbox", (4,), where)[2:] > 0).all():
+        return "without a box"
+    return ""
+
+
+def _row(
+    entry: dict[str, Any], images: dict[int, str], joints: int, where: str
+) -> tuple[int, int, npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Image id, id, box (4,) and keypoints (J, 3) of an annotation. Raises InputError."""
+    image, number = entry.get("image_id"), entry.get("id")
+    if not _is_id(image) or image not in images:
+        raise InputError(where, f"image_id {image!r}", "the id of an image in the file", _FIX)
+    if not _is_id(number):
+        raise InputError(where, f"id {number!r}", "a whole number", _FIX)
+    keypoints = json_numbers(entry, "keypoints", (3 * joints,), where).reshape(joints, 3)
+    if not np.isin(keypoints[:, 2], (0, 1, 2)).all():
+        found = f"visibilities {sorted(set(keypoints[:, 2].tolist()))}"
+        raise InputError(where, found, "0, 1 and 2", _FIX)
+    keypoints[keypoints[:, 2] == 0] = 0.0  # files have any x and y there
+    return image, number, json_numbers(entry, "bbox", (4,), where), keypoints
