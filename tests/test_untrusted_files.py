@@ -19,10 +19,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import noise_picture
-from helpers import overwrite
+from helpers import make_trainer, overwrite, tiny_config
 from PIL import Image
 from test_architecture import imports, sources
-from test_training import make_run, tiny_config
 
 from common.errors import InputError
 from configs.schema import load_yaml
@@ -319,7 +318,7 @@ def test_no_source_file_calls_what_can_run_a_files_code_or_unpack_its_names(tmp_
 @pytest.fixture(scope="module")
 def saved(tiny_shards, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("saved")
-    make_run(tiny_config(tiny_shards), folder).save(["last.pt"])
+    make_trainer(tiny_config(tiny_shards), folder).save(["last.pt"])
     return folder / "last.pt"
 
 
