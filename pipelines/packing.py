@@ -15,7 +15,6 @@ import signal
 import sys
 import tarfile
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -47,16 +46,15 @@ from pipelines.shard_format import (
     Manifest,
     Shard,
     file_sha256,
-    pack_record,
     person_json,
     read_manifest,
+    record_of,
     write_manifest,
 )
 
 SPLITS = ("train", "valid")
-CHECKED = "checked.jsonl"
-"""In the folder of unfinished work: good pictures, which need not be decoded again."""
-BAD_PICTURES = "bad_pictures.txt"
+CHECKED, BAD_PICTURES = "checked.jsonl", "bad_pictures.txt"
+"""In the folder of unfinished work: pictures that need not be decoded again, and faults."""
 _BAD_SHOWN = 10
 _RUN_AGAIN = "run the same command again; it continues where it stopped"
 # Bytes, to estimate the disk space: a tar's block and its end, and a person's index line.
@@ -127,18 +125,6 @@ class ShardTask(NamedTuple):
     samples: tuple[Sample, ...]
 
 
-class SplitPlan(NamedTuple):
-    """All that decides what a split contains."""
-
-    job: SplitJob
-    left_out: list[str]
-    """A line for each person whose picture is bad."""
-    fingerprint: str
-    folder: Path
-    """Of unfinished work; its name contains the fingerprint, so that two plans never mix."""
-    tasks: list[ShardTask]
-
-
 def pack(options: PackingOptions) -> list[Manifest]:
     """Pack the splits that are not packed yet; returns their manifests. Raises InputError."""
     jobs = [job for job in read_jobs(options) if not already_packed(options, job)]
@@ -147,9 +133,7 @@ def pack(options: PackingOptions) -> list[Manifest]:
     with locked(options), worker_pool(options.workers) as map_tasks:
         try:
             checked = check_pictures(options, jobs, map_tasks)
-            plans = [plan_split(options, job, checked) for job in jobs]
-            check_space(options, plans)
-            manifests = [pack_split(options, plan, map_tasks) for plan in plans]
+            manifests = [pack_split(options, job, checked, map_tasks) for job in jobs]
         except KeyboardInterrupt:
             print(f"\nStopped. To continue, {_RUN_AGAIN}.", file=sys.stderr)
             raise
@@ -280,8 +264,7 @@ def _exit_with_parent() -> None:
 def check_pictures(
     options: PackingOptions, jobs: list[SplitJob], map_tasks: Callable[..., Iterator[Verdict]]
 ) -> dict[str, Verdict]:
-    """Decode every picture once; verdicts by file name. Raises InputError for bad pictures,
-    unless they are to be skipped."""
+    """Decode every picture once; verdicts by file name. Raises InputError."""
     names = sorted({name for job in jobs for name in job.people.images})
     pictures = {name: find_picture(options.images, name) for name in names}
     if not any(picture.found for picture in pictures.values()):
@@ -296,7 +279,11 @@ def check_pictures(
             if not verdict.fault:
                 file.write(json.dumps(verdict) + "\n")
     checked = {name: verdicts[picture] for name, picture in pictures.items()}
-    _report_bad_pictures(options, jobs, checked)
+    _report_bad_pictures(options, checked)
+    for job in jobs:
+        if all(checked[name].fault for name in job.people.images):
+            found = f"only bad pictures in {job.split}"
+            raise InputError(options.images, found, "a good one", "check the folder of pictures")
     return checked
 
 
@@ -305,110 +292,61 @@ def _read_checked(path: Path) -> dict[Picture, Verdict]:
     verdicts = {}
     for line in path.read_text().splitlines() if path.exists() else ():
         with suppress(ValueError):  # the line at which a run was killed
-            picture, width, height, fault = json.loads(line)
-            verdict = Verdict(Picture(*picture), width, height, fault)
-            verdicts[verdict.picture] = verdict
+            picture, *rest = json.loads(line)
+            verdicts[Picture(*picture)] = Verdict(Picture(*picture), *rest)
     return verdicts
 
 
-def _report_bad_pictures(
-    options: PackingOptions, jobs: list[SplitJob], checked: dict[str, Verdict]
-) -> None:
+def _report_bad_pictures(options: PackingOptions, checked: dict[str, Verdict]) -> None:
     """Print the first bad pictures; raise InputError unless they are to be skipped."""
-    bad = {name: verdict.fault for name, verdict in checked.items() if verdict.fault}
+    lines = [f"bad picture: {name}: {each.fault}" for name, each in checked.items() if each.fault]
+    bad = len(lines)
     if not bad:
         return
-    lines = [f"bad picture: {name}: {fault}" for name, fault in bad.items()]
-    print("\n".join(lines[:_BAD_SHOWN]), file=sys.stderr)
-    list_file = options.partial / BAD_PICTURES
-    if len(lines) > _BAD_SHOWN:
-        place = f"{MANIFEST} as left_out" if options.skip_bad else list_file
-        print(f"... and {len(lines) - _BAD_SHOWN:,} more, listed in {place}", file=sys.stderr)
-    people = sum(name in bad for job in jobs for name in job.people.images)
-    if options.skip_bad:
-        print(f"left out: {people:,} people of {len(bad):,} bad pictures", file=sys.stderr)
-        return
-    list_file.write_text("\n".join(lines) + "\n")
-    kinds = Counter(fault.split(" (")[0] for fault in bad.values()).most_common(3)
-    raise InputError(
-        options.images,
-        f"{len(bad):,} bad of {len(checked):,} pictures, of {people:,} people: "
-        + ", ".join(f"{count:,} {kind}" for kind, count in kinds)
-        + (", ..." if sum(count for _, count in kinds) < len(bad) else ""),
-        "whole RGB JPEGs (pipelines/jpeg.py lists what is refused)",
-        "replace them and run the same command, or leave these people out with --skip-bad; "
-        f"{options.partial} keeps the list of checked pictures until then",
-    )
+    listed = options.partial / BAD_PICTURES
+    listed.write_text("\n".join(lines) + "\n")
+    if bad > _BAD_SHOWN:
+        place = f"{MANIFEST} as left_out" if options.skip_bad else listed
+        lines[_BAD_SHOWN:] = [f"... and {bad - _BAD_SHOWN:,} more, listed in {place}"]
+    print("\n".join(lines), file=sys.stderr)
+    if not options.skip_bad:
+        raise InputError(
+            options.images,
+            f"{bad:,} bad of {len(checked):,} pictures",
+            "complete RGB JPEGs (pipelines/jpeg.py lists what is refused)",
+            "replace them and run the same command, or leave these people out with --skip-bad; "
+            f"{options.partial} keeps what was checked",
+        )
 
 
-def plan_split(options: PackingOptions, job: SplitJob, checked: dict[str, Verdict]) -> SplitPlan:
-    """People with good pictures in shuffled order, cut into shards."""
+def pack_split(
+    options: PackingOptions,
+    job: SplitJob,
+    checked: dict[str, Verdict],
+    map_tasks: Callable[..., Iterator[Shard]],
+) -> Manifest:
+    """Write the shards of a split that are not written yet, and move it to the output."""
     faults = [(row, name, checked[name].fault) for row, name in enumerate(job.people.images)]
     left_out = [f"row {row}: {name}: {fault}" for row, name, fault in faults if fault]
+    plan = fingerprint(options, job, left_out)
+    # The name contains the plan, so that two plans are never mixed.
+    folder = options.partial / f"{job.split}-{plan[:16]}"
+    folder.mkdir(exist_ok=True)
     rows = [row for row, _, fault in faults if not fault]
-    if not rows:
-        found = f"only bad pictures in {job.split}"
-        raise InputError(options.images, found, "a good one", "check the folder of pictures")
     order = np.random.default_rng([options.seed, SPLITS.index(job.split)]).permutation(rows)
     samples = [
         prepare_sample(options.crop, job, row, f"{number:09d}", checked[job.people.images[row]])
         for number, row in enumerate(order.tolist())
     ]
-    plan = fingerprint(options, job, left_out)
-    folder = options.partial / f"{job.split}-{plan[:16]}"
+    check_space(options, folder, samples)
     size = options.people_per_shard
     tasks = [
         ShardTask(folder, number, options.crop, tuple(samples[start : start + size]))
         for number, start in enumerate(range(0, len(samples), size))
     ]
-    return SplitPlan(job, left_out, plan, folder, tasks)
-
-
-def prepare_sample(
-    crop: CropRule | None, job: SplitJob, row: int, key: str, verdict: Verdict
-) -> Sample:
-    """All of one person but the bytes of the picture."""
-    width, height, region, affine = verdict.width, verdict.height, None, IDENTITY_AFFINE
-    if crop:
-        people = job.people
-        region = crop_region(people.center[row], people.scale[row], width, height, crop)
-        width, height, affine = region.width, region.height, region.image_from_stored
-    record = pack_record(job.people, row, width, height, affine).tobytes()
-    text = person_json(job.people, row, job.skeleton, width, height, affine)
-    return Sample(key, record, text, verdict.picture, region, width, height)
-
-
-def check_space(options: PackingOptions, plans: list[SplitPlan]) -> None:
-    """Raise InputError unless the disk has space for the shards that are not written yet."""
-    need = 0
-    for plan in plans:
-        need -= sum(tar.stat().st_size for tar in plan.folder.glob("*.tar"))
-        need += len(plan.tasks) * _TAR_END
-        for sample in (sample for task in plan.tasks for sample in task.samples):
-            picture = sample.picture.bytes
-            if sample.region:
-                picture = int(_BYTES_PER_PIXEL * sample.width * sample.height) + 1024
-            sizes = (len(sample.record), len(sample.text), picture)
-            need += _INDEX_BYTES + sum(_BLOCK + -(-size // _BLOCK) * _BLOCK for size in sizes)
-    free = shutil.disk_usage(options.partial).free
-    if need > free:
-        raise InputError(
-            options.output,
-            f"{free / 1e6:,.1f} MB free",
-            f"{need / 1e6:,.1f} MB for the shards",
-            "free some space, or choose an --output on another disk",
-        )
-
-
-def pack_split(
-    options: PackingOptions, plan: SplitPlan, map_tasks: Callable[..., Iterator[Shard]]
-) -> Manifest:
-    """Write the shards of one split that are not written yet, and move it to the output."""
-    job, samples = plan.job, [sample for task in plan.tasks for sample in task.samples]
-    plan.folder.mkdir(exist_ok=True)
     shards = []
     with counting(f"packing {job.split}", len(samples), "people") as advance:
-        for shard in map_tasks(pack_shard, plan.tasks):
+        for shard in map_tasks(pack_shard, tasks):
             shards.append(shard)
             advance(shard.people)
     manifest = Manifest(
@@ -420,29 +358,59 @@ def pack_split(
         shards=tuple(shards),
         max_width=max(sample.width for sample in samples),
         max_height=max(sample.height for sample in samples),
-        source={**job.source, "plan": plan.fingerprint},
+        source={**job.source, "plan": plan},
         seed=options.seed,
         crop=options.crop,
-        left_out=plan.left_out,
+        left_out=left_out,
         command=options.command,
     )
-    write_manifest(plan.folder, manifest)
-    publish(options, plan)
+    write_manifest(folder, manifest)
+    publish(options, job.split, folder)
     return manifest
 
 
-def publish(options: PackingOptions, plan: SplitPlan) -> None:
+def prepare_sample(
+    crop: CropRule | None, job: SplitJob, row: int, key: str, verdict: Verdict
+) -> Sample:
+    """All of one person but the bytes of the picture."""
+    people, width, height = job.people, verdict.width, verdict.height
+    region, affine = None, IDENTITY_AFFINE
+    if crop:
+        region = crop_region(people.center[row], people.scale[row], width, height, crop)
+        width, height, affine = region.width, region.height, region.image_from_stored
+    record = record_of(people, row, width, height, affine).astype("<f4").tobytes()
+    text = person_json(people, row, job.skeleton, width, height, affine)
+    return Sample(key, record, text, verdict.picture, region, width, height)
+
+
+def check_space(options: PackingOptions, folder: Path, samples: list[Sample]) -> None:
+    """Raise InputError unless the disk has space for the shards that are not written yet."""
+    need = -sum(tar.stat().st_size for tar in folder.glob("*.tar"))
+    need += (len(samples) // options.people_per_shard + 1) * _TAR_END
+    for sample in samples:
+        picture = sample.picture.bytes
+        if sample.region:
+            picture = int(_BYTES_PER_PIXEL * sample.width * sample.height) + 1024
+        sizes = (len(sample.record), len(sample.text), picture)
+        need += _INDEX_BYTES + sum(_BLOCK + -(-size // _BLOCK) * _BLOCK for size in sizes)
+    free = shutil.disk_usage(folder).free
+    if need > free:
+        expected = f"{need / 1e6:,.1f} MB for the shards"
+        advice = "free some space, or choose an --output on another disk"
+        raise InputError(options.output, f"{free / 1e6:,.1f} MB free", expected, advice)
+
+
+def publish(options: PackingOptions, split: str, folder: Path) -> None:
     """Move a complete split to the output; the split that it replaces stays until then."""
-    split = plan.job.split
-    for state in plan.folder.glob("*.done"):
+    for state in folder.glob("*.done"):
         state.unlink()
     target, old = options.output / split, options.partial / f"{split}.old"
     options.output.mkdir(parents=True, exist_ok=True)
     if target.exists():
         target.rename(old)
-    plan.folder.rename(target)
-    for folder in (old, *options.partial.glob(f"{split}-{'[0-9a-f]' * 16}")):
-        shutil.rmtree(folder, ignore_errors=True)
+    folder.rename(target)
+    for path in (old, *options.partial.glob(f"{split}-{'[0-9a-f]' * 16}")):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def pack_shard(task: ShardTask) -> Shard:

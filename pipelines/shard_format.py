@@ -6,7 +6,7 @@ COLUMNS, then (x, y, marked, visible) for each of the J joints.
 
 import hashlib
 import json
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import UnionType
 from typing import Any, NamedTuple, get_origin
@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from common.errors import InputError
 from common.files import read_json, write_atomic
-from configs.skeleton import Skeleton, skeleton_from_plain
+from configs.skeleton import PIXELS_PER_SCALE, Skeleton, skeleton_from_plain
 from pipelines.annotations import People, safe_name
 
 COLUMNS: dict[str, Any] = {
@@ -30,7 +30,7 @@ COLUMNS: dict[str, Any] = {
 """Index of each field in a record."""
 HEADER_LENGTH = 13
 IDENTITY_AFFINE: tuple[float, ...] = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
-_LARGEST_COORDINATE = 131_072.0
+_MAX_COORDINATE = 131_072.0
 """px; larger than any picture."""
 
 COMPONENTS = ("f32", "jpg", "json")
@@ -42,10 +42,10 @@ FORMAT = "stacked-hourglass-shards"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 PACK_AGAIN = "pack the data again with tools/make_shards.py into a new folder"
-_LARGEST_MANIFEST = 64 << 20
+_MAX_MANIFEST = 64 << 20
 """Bytes."""
-_MOST_JOINTS = 10_000
-_FEWEST_BYTES = 6 * 512
+_MAX_JOINTS = 10_000
+_MIN_BYTES = 6 * 512
 """Of a person in a tar: three files of a header and at least one block."""
 
 
@@ -84,17 +84,6 @@ def record_of(
     joints = np.concatenate([people.joints[row], facts], axis=-1)
     header = [row, *people.center[row], people.scale[row], people.normalize[row], width, height]
     return np.concatenate([header, image_from_stored, joints.ravel()])
-
-
-def pack_record(
-    people: People,
-    row: int,
-    width: int,
-    height: int,
-    image_from_stored: tuple[float, ...] = IDENTITY_AFFINE,
-) -> npt.NDArray[np.float32]:
-    """(record_length,) '<f4' record as stored in a shard; arguments as of record_of."""
-    return record_of(people, row, width, height, image_from_stored).astype("<f4")
 
 
 def unpack_records(records_NR: Any) -> Records:
@@ -163,28 +152,27 @@ def record_faults(
 
     largest: width and height that no stored picture exceeds, px.
     """
-    values = unpack_records(records_NR.astype(np.float64))
-    affine = values.image_from_stored_N23
-    rows, first = np.unique(values.row_N, return_index=True)
-    is_repeated = np.ones(len(records_NR), dtype=bool)
-    is_repeated[first[(rows >= 0) & (rows == np.floor(rows))]] = False
-    points = np.concatenate([values.joints_NJ2, values.center_N2[:, None]], axis=1)
-    marks = records_NR[:, HEADER_LENGTH:].reshape(len(records_NR), -1, 4)[..., 2:]
     with np.errstate(invalid="ignore", over="ignore"):
+        values = unpack_records(records_NR.astype(np.float64))
+        affine = values.image_from_stored_N23
+        rows, first = np.unique(values.row_N, return_index=True)
+        is_new_row = np.zeros(len(records_NR), dtype=bool)
+        is_new_row[first[(rows >= 0) & (rows == np.floor(rows))]] = True
+        points = np.concatenate([values.joints_NJ2, values.center_N2[:, None]], axis=1)
+        marks = records_NR[:, HEADER_LENGTH:].reshape(len(records_NR), -1, 4)[..., 2:]
         determinant = affine[:, 0, 0] * affine[:, 1, 1] - affine[:, 0, 1] * affine[:, 1, 0]
-    valid = {
-        "values that are not finite": np.isfinite(records_NR).all(axis=1),
-        "a scale out of range": (values.scale_N > 0) & (values.scale_N < _LARGEST_COORDINATE / 200),
-        "a joint or centre out of range": (np.abs(points) < _LARGEST_COORDINATE).all(axis=(1, 2)),
-        "a normalize out of range": (values.normalize_N >= 0)
-        & (values.normalize_N < _LARGEST_COORDINATE),
-        "an affine without an inverse": np.abs(determinant) > 1e-9,
-        "a size that the manifest excludes": (
-            (values.size_N2 >= 1) & (values.size_N2 <= largest)
-        ).all(axis=1),
-        "marks other than 0 and 1": np.isin(marks, (0, 1)).all(axis=(1, 2)),
-        "a repeated or impossible row": ~is_repeated,
-    }
+        is_size = (values.size_N2 >= 1) & (values.size_N2 <= largest)
+        scale_px, normalize_px = PIXELS_PER_SCALE * values.scale_N, values.normalize_N
+        valid = {
+            "values that are not finite": np.isfinite(records_NR).all(axis=1),
+            "a scale out of range": (scale_px > 0) & (scale_px < _MAX_COORDINATE),
+            "a joint or centre out of range": (np.abs(points) < _MAX_COORDINATE).all(axis=(1, 2)),
+            "a normalize out of range": (normalize_px >= 0) & (normalize_px < _MAX_COORDINATE),
+            "an affine without an inverse": np.abs(determinant) > 1e-9,
+            "a size that the manifest excludes": is_size.all(axis=1),
+            "marks other than 0 and 1": np.isin(marks, (0, 1)).all(axis=(1, 2)),
+            "a repeated or impossible row": is_new_row,
+        }
     return {fault: ~is_valid for fault, is_valid in valid.items()}
 
 
@@ -262,7 +250,7 @@ def read_manifest(folder: Path) -> Manifest:
     """Read and check manifest.json. Raises InputError."""
     path = folder / MANIFEST
     try:
-        raw = read_json(path, _LARGEST_MANIFEST)
+        raw = read_json(path, _MAX_MANIFEST)
     except FileNotFoundError as error:
         found = "no manifest.json" if folder.is_dir() else "no such folder"
         expected = "a folder of shards made by tools/make_shards.py"
@@ -275,10 +263,9 @@ def read_manifest(folder: Path) -> Manifest:
         found = f"format version {raw.get('format_version')}"
         raise InputError(path, found, f"format version {FORMAT_VERSION}", PACK_AGAIN)
     try:
-        manifest = _manifest(raw)
-    except ValueError as error:
+        return _manifest(raw)
+    except (ValueError, KeyError) as error:
         raise InputError(path, f"a damaged manifest ({error})", "a manifest", PACK_AGAIN) from error
-    return manifest
 
 
 def _nearby_splits(folder: Path) -> str:
@@ -292,52 +279,35 @@ def _nearby_splits(folder: Path) -> str:
 
 
 def _manifest(raw: dict[str, Any]) -> Manifest:
-    """The manifest of a JSON object. Raises ValueError unless it agrees with itself."""
-    shards = raw.get("shards")
-    if not isinstance(shards, list):
+    """The manifest of a JSON object. Raises ValueError unless its parts fit each other."""
+    if not isinstance(raw.get("shards"), list) or not raw["shards"]:
         raise ValueError("no list of shards")
-    try:
-        skeleton = skeleton_from_plain(raw.get("skeleton", {}))
-    except LookupError as error:
-        raise ValueError(f"a skeleton without {error}") from error
+    shards = tuple(_parse(Shard, shard) for shard in raw["shards"])
+    skeleton = skeleton_from_plain(raw["skeleton"])
     crop = _parse(CropRule, raw["crop"]) if raw.get("crop") else None
-    tars = tuple(_parse(Shard, shard) for shard in shards)
-    manifest = _parse(Manifest, {**raw, "shards": tars, "skeleton": skeleton, "crop": crop})
-    if sum(shard.people for shard in tars) != manifest.people or not tars:
+    # The first versions had no crop.
+    manifest = _parse(Manifest, {**raw, "shards": shards, "skeleton": skeleton, "crop": crop})
+    if sum(shard.people for shard in shards) != manifest.people:
         raise ValueError("the shards' people do not add up to people")
-    if min(manifest.max_width, manifest.max_height) <= 0:
-        raise ValueError("a largest picture without pixels")
-    if skeleton.joint_count != manifest.joints or not 0 < manifest.joints <= _MOST_JOINTS:
+    if skeleton.joint_count != manifest.joints or not 0 < manifest.joints <= _MAX_JOINTS:
         raise ValueError("joints are not those of the skeleton")
-    for shard in tars:
-        if not 0 < shard.people * _FEWEST_BYTES <= shard.bytes:
-            raise ValueError(f"{shard.tar}: {shard.people} people in {shard.bytes} bytes")
-    names = [name for shard in tars for name in (shard.tar, shard.index)]
-    if len(set(names)) != len(names):
-        raise ValueError("one file name twice")
-    for name in names:
-        if not safe_name(name) or Path(name).name != name:
-            raise ValueError(f"file name {name!r:.100}, which is not plain")
     if manifest.packing != ("crop" if crop else "original"):
         raise ValueError(f"packing {manifest.packing!r:.100} and the rule of crops {crop}")
+    for shard in shards:
+        if not 0 < shard.people * _MIN_BYTES <= shard.bytes:
+            raise ValueError(f"{shard.tar}: {shard.people} people in {shard.bytes} bytes")
+        for name in (shard.tar, shard.index):
+            if not safe_name(name) or Path(name).name != name:
+                raise ValueError(f"file name {name!r:.100}")
     return manifest
 
 
 def _parse(cls: Any, raw: Any) -> Any:
-    """A dataclass from a dict of its fields. Raises ValueError for missing or mistyped fields."""
-    if not isinstance(raw, dict):
-        raise ValueError(f"{raw!r:.100} in place of a {cls.__name__}")
-    known = {each.name: each for each in fields(cls)}
-    required = {
-        name
-        for name, each in known.items()
-        if each.default is MISSING and each.default_factory is MISSING
-    }
-    if not required <= raw.keys() <= known.keys():
-        raise ValueError(f"fields {', '.join(raw)} of a {cls.__name__}"[:300])
-    for name, value in raw.items():
-        kind = known[name].type
-        plain: Any = kind if isinstance(kind, UnionType) else get_origin(kind) or kind
-        if not isinstance(value, plain) or isinstance(value, bool):
-            raise ValueError(f"{name} is {value!r:.100}")
+    """A dataclass from a dict of all its fields. Raises ValueError."""
+    kinds = {each.name: get_origin(each.type) or each.type for each in fields(cls)}
+    if not isinstance(raw, dict) or raw.keys() != kinds.keys():
+        raise ValueError(f"other fields of a {cls.__name__} than {', '.join(kinds)}")
+    for name, kind in kinds.items():
+        if kind is not UnionType and not isinstance(raw[name], kind):
+            raise ValueError(f"{name} is {raw[name]!r:.100}")
     return cls(**raw)

@@ -152,7 +152,7 @@ def test_json_that_tells_another_story_is_found(packed, capsys):
         len(f'"x": {told}')), 1))  # fmt: skip
     code, lines = check(packed, capsys)
     assert code == 1
-    expected = f"{packed / '00001.tar'}: key 000000006: JSON and record differ in joints"
+    expected = f"{packed / '00001.tar'}: key 000000006: JSON and record differ"
     assert expected in lines
 
 

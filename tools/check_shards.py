@@ -15,6 +15,7 @@ import itertools
 import math
 import tarfile
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -27,6 +28,7 @@ from pipelines.annotations import safe_name
 from pipelines.jpeg import PictureError, check_jpeg
 from pipelines.packing import index_text, worker_pool
 from pipelines.shard_format import (
+    COLUMNS,
     COMPONENTS,
     IDENTITY_AFFINE,
     LARGEST,
@@ -41,8 +43,17 @@ from pipelines.shard_format import (
 )
 
 EXIT_DAMAGED = 1
-_LARGEST_NUMBER, _ROUNDING = 1e15, 1e-6
-"""Of a JSON: no number is larger, and it has float64 where the record has float32."""
+JSON_FIELDS = (
+    "row",
+    "center",
+    "scale",
+    "normalize",
+    "width",
+    "height",
+    "image_from_stored",
+    "joints",
+)
+"""Of a person, in the order of the record."""
 
 
 class Task(NamedTuple):
@@ -142,7 +153,7 @@ def split_folders(folder: Path) -> list[Path]:
 
 def check_shard(task: Task) -> Report:
     """Everything about one tar and its index."""
-    shard = task.shard
+    shard, length = task.shard, record_length(task.manifest.joints)
     tar, index = task.folder / shard.tar, task.folder / shard.index
     faults = file_faults(tar, shard.bytes, shard.sha256)
     faults += file_faults(index, None, shard.index_sha256)
@@ -155,24 +166,23 @@ def check_shard(task: Task) -> Report:
         return Report(shard.people, [], [], faults)
     if index.is_file():
         faults += index_faults(index, index_text(members).splitlines())
-    length = record_length(task.manifest.joints)
     keys, records = [], []
     with tar.open("rb") as file:
         for key, group in itertools.groupby(members, lambda member: member.name.split(".")[0]):
-            parts, sample_fault = read_sample(file, list(group), length)
-            if sample_fault:
-                faults.append(f"{tar}: key {key}: {sample_fault}")
-                continue
-            record = np.frombuffer(parts["f32"], dtype="<f4")
-            faults += [f"{tar}: key {key}: {fault}" for fault in sample_faults(task, record, parts)]
-            keys.append(key)
-            records.append(record)
+            parts, found = read_sample(file, list(group), length)
+            if not found:
+                keys.append(key)
+                records.append(np.frombuffer(parts["f32"], dtype="<f4"))
+                found = sample_faults(task, records[-1], parts)
+            faults += [f"{tar}: key {key}: {fault}" for fault in found]
     if len(keys) != shard.people:
         faults.append(f"{tar}: {len(keys)} people, the manifest says {shard.people}")
-    table = np.array(records, dtype=np.float32).reshape(-1, length)
-    for fault, is_bad in record_faults(table, task.manifest.largest).items():
+    if not records:
+        return Report(shard.people, [], [], faults)
+    records_NR = np.stack(records)
+    for fault, is_bad in record_faults(records_NR, task.manifest.largest).items():
         faults += [f"{tar}: key {keys[i]}: a record with {fault}" for i in np.flatnonzero(is_bad)]
-    return Report(shard.people, keys, unpack_records(table).row_N.tolist(), faults)
+    return Report(shard.people, keys, unpack_records(records_NR).row_N.tolist(), faults)
 
 
 def file_faults(path: Path, size: int | None, digest: str) -> list[str]:
@@ -201,89 +211,63 @@ def index_faults(index: Path, expected: list[str]) -> list[str]:
 
 def read_sample(
     file: BinaryIO, members: list[tarfile.TarInfo], length: int
-) -> tuple[dict[str, bytes], str]:
-    """The components of a sample, and what is wrong with its files (empty: nothing)."""
+) -> tuple[dict[str, bytes], list[str]]:
+    """The components of a sample, and why it cannot be read. length: of the record."""
     parts = {}
     for member in members:
         extension = member.name.partition(".")[2]
         if not member.isreg() or not safe_name(member.name) or "/" in member.name:
-            return {}, f"{member.name!r:.100} is no plain file of a plain name"
+            return {}, [f"{member.name!r:.100} is no plain file of a plain name"]
         if member.size > LARGEST.get(extension, 0):
-            return {}, f"{member.size:,} bytes of {extension!r:.20}"
+            return {}, [f"{member.size:,} bytes of {extension!r:.20}"]
         file.seek(member.offset_data)
         parts[extension] = file.read(member.size)
     if set(parts) != set(COMPONENTS):
-        return {}, f"components {', '.join(sorted(parts))} alone"
+        return {}, [f"components {', '.join(sorted(parts))} alone"]
     if len(parts["f32"]) != 4 * length:
-        return {}, f"a record of {len(parts['f32'])} bytes, not {4 * length}"
-    return parts, ""
+        return {}, [f"a record of {len(parts['f32'])} bytes, not {4 * length}"]
+    return parts, []
 
 
-def sample_faults(task: Task, record: np.ndarray, parts: dict[str, bytes]) -> list[str]:
+def sample_faults(task: Task, record_R: np.ndarray, parts: dict[str, bytes]) -> list[str]:
     """What is wrong with one person's JSON and picture."""
     faults = []
-    fields = unpack_records(record[None])
     try:
         facts = parse_json(parts["json"])
     except ValueError as error:
         faults.append(f"damaged JSON ({error})")
     else:
-        names = differing_fields(facts, record, task.manifest.skeleton.names)
-        faults += [f"JSON and record differ in {', '.join(names)}"] if names else []
+        if not json_matches(facts, record_R, task.manifest.skeleton.names):
+            faults.append("JSON and record differ")
     if task.decode:
         try:
             size = check_jpeg(parts["jpg"])
-            if list(size) != fields.size_N2[0].tolist():
+            if list(size) != record_R[COLUMNS["size"]].tolist():
                 faults.append(f"a picture of {size[0]} x {size[1]} px, not as in the record")
         except PictureError as error:
             faults.append(f"picture: {error.reason}")
     return faults
 
 
-def differing_fields(facts: Any, record: np.ndarray, joint_names: tuple[str, ...]) -> list[str]:
-    """Fields in which a person's JSON differs from the record."""
-    if not isinstance(facts, dict):
-        return ["all fields"]
-    fields = unpack_records(record[None])
-    width, height = fields.size_N2[0].tolist()
-    joints = zip(
-        joint_names, fields.joints_NJ2[0], fields.marked_NJ[0], fields.visible_NJ[0], strict=True
-    )
-    expected = {
-        "row": fields.row_N[0],
-        "center": fields.center_N2[0].tolist(),
-        "scale": fields.scale_N[0],
-        "normalize": fields.normalize_N[0],
-        "width": width,
-        "height": height,
-        "joints": {
-            name: {"x": x, "y": y, "marked": marked, "visible": visible}
-            for name, (x, y), marked, visible in joints
-        },
-        "image_from_stored": fields.image_from_stored_N23[0].tolist(),
-    }
-    original = {"image_from_stored": np.reshape(IDENTITY_AFFINE, (2, 3)).tolist()}
-    names = [name for name in expected if differs(expected[name], {**original, **facts}.get(name))]
+def json_matches(facts: Any, record_R: np.ndarray, joint_names: tuple[str, ...]) -> bool:
+    """Whether a person's JSON has the same numbers as the record, and a safe file name."""
+    if not isinstance(facts, dict) or not isinstance(facts.get("joints"), dict):
+        return False
+    facts = {"image_from_stored": list(IDENTITY_AFFINE), **facts}
+    found = np.array(list(numbers([facts.get(name) for name in JSON_FIELDS])))
+    is_equal = found.shape == record_R.shape and np.allclose(found, record_R, rtol=1e-6, atol=1e-9)
     image = facts.get("image")
-    return names if isinstance(image, str) and safe_name(image) else [*names, "image"]
+    is_safe = isinstance(image, str) and safe_name(image)
+    return is_equal and is_safe and tuple(facts["joints"]) == joint_names
 
 
-def differs(expected: Any, found: Any) -> bool:
-    """Whether a JSON value is another structure, or has another number in it."""
-    if isinstance(expected, dict):
-        return (
-            not isinstance(found, dict)
-            or found.keys() != expected.keys()
-            or any(differs(value, found[key]) for key, value in expected.items())
-        )
-    if isinstance(expected, list):
-        return (
-            not isinstance(found, list)
-            or len(found) != len(expected)
-            or any(differs(*pair) for pair in zip(expected, found, strict=True))
-        )
-    is_number = isinstance(found, int | float) and abs(found) < _LARGEST_NUMBER
-    return not (is_number and math.isclose(found, expected, rel_tol=_ROUNDING, abs_tol=1e-9))
+def numbers(value: Any) -> Iterator[float]:
+    """The numbers in a JSON value, depth first."""
+    if isinstance(value, dict | list):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from numbers(each)
+    elif isinstance(value, int | float):
+        yield float(value) if abs(value) < 1e15 else math.inf
 
 
 def repeated(folder: Path, what: str, values: list[Any]) -> list[str]:
