@@ -1,69 +1,65 @@
-"""The result as one HTML page that needs nothing else: numbers, curves, bars and pictures.
+"""The evaluation as one self-contained HTML page: numbers, curves, bars and pictures.
 
-Everything that the page shows is in one block of JSON inside it, `results` being what --json
-writes; page.js draws from that block alone. Text from data gets into the page as JSON, and from
-there as text, never as markup.
+The page contains one block of JSON, whose `results` are those of --json; page.js draws everything
+from it. Strings of the data reach the page as JSON and are shown as text nodes, never as markup.
 """
 
 import base64
-import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import cv2
+import jinja2
 import numpy as np
 import numpy.typing as npt
 
 from common.cli import progress
-from configs.skeleton import PIXELS_PER_SCALE, Skeleton
+from configs.skeleton import PIXELS_PER_SCALE, Side, Skeleton
 from evaluation import pckh, visualize
-from evaluation.report import ReferenceRun, data_mismatch
-from pipelines import geometry
+from evaluation.report import ReferenceRun, Summary, data_mismatch
 from pipelines.annotations import People
+from pipelines.geometry import input_from_image, transform
 from pipelines.opencv_loader import Source
 
-PER_GALLERY = 24
-_WORST_OF_JOINTS = 64
-"""Further people, shared out among the joints: those who are worst at each of them."""
+_JOINT_PEOPLE = 64
+"""People shown in addition: the worst of each joint, at most _WORST_OF_A_JOINT of each."""
 _WORST_OF_A_JOINT = 4
 _PICTURE_BYTES = 3_500_000
 _QUALITIES = (80, 65, 50, 35, 20, 10)
-"""Of JPEG; the first with which all pictures fit into _PICTURE_BYTES as base64."""
+"""Of JPEG; the first that keeps the pictures, as base64, within _PICTURE_BYTES is used."""
 
 
 class ReportData(NamedTuple):
-    """Whose pictures are on the page, and what was predicted for them."""
+    """The people of a report, and their predictions."""
 
     people: People
     keypoints_NJ2: npt.NDArray[np.float64]
     """Image px."""
     skeleton: Skeleton
     source: Source | None
-    """None where no pictures are at hand: skeletons alone are shown."""
+    """Of the pictures; None shows skeletons alone."""
     samples: npt.NDArray[np.int64]
-    """(N,) number in the source of each person."""
+    """(N,) each person's number in the source."""
 
 
 def html_report(
     facts: dict[str, Any],
-    results: dict[str, dict[str, Any]],
-    other: ReferenceRun | None,
-    shown: ReportData,
-    per_gallery: int = PER_GALLERY,
+    results: dict[str, Summary],
+    reference: ReferenceRun | None,
+    data: ReportData,
+    people_per_gallery: int,
 ) -> str:
-    """The page. facts: of the run, as in --json. results: a name and a `pckh.summary` each.
-
-    per_gallery: people in each of the galleries worst, median, best.
-    """
-    errors = pckh.normalized_errors(shown.keypoints_NJ2, shown.people)
-    galleries = choose_people(errors, per_gallery)
-    rows = sorted({row for chosen in galleries.values() for row in chosen})
-    skeleton = shown.skeleton
-    data = {
+    """The page. facts, results: as in --json. Galleries: the worst, the median, the best people."""
+    skeleton, first = data.skeleton, next(iter(results.values()))
+    errors = pckh.normalized_errors(data.keypoints_NJ2, data.people)
+    galleries = choose_people(errors, people_per_gallery)
+    rows = sorted({row for gallery in galleries.values() for row in gallery})
+    pictures = encode_pictures(data, rows)
+    content = {
         "facts": facts,
         "results": results,
-        "other": other._asdict() if other else None,
-        "doubt": data_mismatch(next(iter(results.values())), other.result) if other else None,
+        "other": reference._asdict() if reference else None,
+        "doubt": data_mismatch(first, reference.result) if reference else None,
         "skeleton": {
             "names": [name or f"joint {j}" for j, name in enumerate(skeleton.names)],
             "sides": skeleton.sides,
@@ -73,29 +69,39 @@ def html_report(
         "tile_px": visualize.TILE_PX,
         "galleries": galleries,
         "people": {
-            row: {**_person(shown, errors, row), "jpeg": jpeg}
-            for row, jpeg in zip(rows, _pictures(shown, rows), strict=True)
+            row: {**_person(data, errors, row), "jpeg": jpeg}
+            for row, jpeg in zip(rows, pictures, strict=True)
         },
     }
-    return _fill(data)
+    environment = jinja2.Environment(autoescape=True)
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
+    html, css, js = (
+        Path(__file__).with_name(f"page.{kind}").read_text(encoding="utf-8")
+        for kind in ("html", "css", "js")
+    )
+    return environment.from_string(html).render(
+        style=css,
+        script=js,
+        colors={side: visualize.color_of(side) for side in get_args(Side)},
+        data=content,
+    )
 
 
 def choose_people(errors_NJ: pckh.Floats, per_gallery: int) -> dict[str, list[int]]:
-    """Rows of the galleries worst, median, best by mean error, and of each joint's worst people.
+    """Rows of the worst, median and best people by mean error, and of each joint's worst people.
 
-    Those of joint 3 are under "3". Each list begins with the largest error.
+    Those of joint 3 have the key "3". Each list begins with the largest error.
     """
-    means = pckh.person_errors(errors_NJ)
-    order = _worst_first(means)
+    order = _worst_first(pckh.person_errors(errors_NJ))
     middle = max(0, (len(order) - per_gallery) // 2)
-    galleries = {
+    joints = errors_NJ.shape[1]
+    each = min(_WORST_OF_A_JOINT, _JOINT_PEOPLE // joints)
+    return {
         "worst": order[:per_gallery],
         "median": order[middle : middle + per_gallery],
         "best": order[-per_gallery:],
+        **{str(j): _worst_first(errors_NJ[:, j])[:each] for j in range(joints)},
     }
-    joints = errors_NJ.shape[1]
-    each = min(_WORST_OF_A_JOINT, _WORST_OF_JOINTS // joints)
-    return galleries | {str(j): _worst_first(errors_NJ[:, j])[:each] for j in range(joints)}
 
 
 def _worst_first(errors_N: pckh.Floats) -> list[int]:
@@ -103,22 +109,21 @@ def _worst_first(errors_N: pckh.Floats) -> list[int]:
     return known[np.argsort(-errors_N[known], kind="stable")].tolist()
 
 
-def _person(shown: ReportData, errors_NJ: pckh.Floats, row: int) -> dict[str, Any]:
-    """One person as the page draws it; points are in px of the tile."""
-    people = shown.people
-    side = PIXELS_PER_SCALE * people.scale[row]
-    center = people.center[row]
-    tile_from_image = geometry.input_from_image(center, people.scale[row], visualize.TILE_PX)
+def _person(data: ReportData, errors_NJ: pckh.Floats, row: int) -> dict[str, Any]:
+    """One person as page.js draws it; points in px of the tile."""
+    people, tile_px = data.people, visualize.TILE_PX
+    side = float(PIXELS_PER_SCALE * people.scale[row])
+    tile_from_image = input_from_image(people.center[row], people.scale[row], tile_px)
     truth, found = (
-        np.clip(np.round(geometry.transform(tile_from_image, points), 1), -9999, 9999).tolist()
-        for points in (people.joints[row], shown.keypoints_NJ2[row])
+        np.clip(np.round(transform(tile_from_image, points), 1), -9999, 9999).tolist()
+        for points in (people.joints[row], data.keypoints_NJ2[row])
     )
     return pckh.plain(
         {
             "picture": people.images[row],
             "person": int(people.person[row]),
-            "box_px": float(side),
-            "length": float(people.normalize[row] * visualize.TILE_PX / side),
+            "box_px": side,
+            "length": float(people.normalize[row] * tile_px / side),
             "error": float(pckh.person_errors(errors_NJ[row : row + 1])[0]),
             "errors": errors_NJ[row].tolist(),
             "marked": people.marked[row].tolist(),
@@ -129,46 +134,20 @@ def _person(shown: ReportData, errors_NJ: pckh.Floats, row: int) -> dict[str, An
     )
 
 
-def _pictures(shown: ReportData, rows: list[int]) -> list[str | None]:
-    """A JPEG in base64 for each row, in the best quality that fits; None without pictures."""
-    if shown.source is None:
+def encode_pictures(
+    data: ReportData, rows: list[int], most_bytes: int = _PICTURE_BYTES
+) -> list[str | None]:
+    """Each person's box as a JPEG in base64, in the best quality that fits; None without source."""
+    if data.source is None:
         return [None] * len(rows)
     tiles = [
-        visualize.person_tile(shown.source, int(shown.samples[row]), shown.people, row)
+        visualize.person_tile(data.source, int(data.samples[row]), data.people, row)
         for row in progress(rows, "pictures of the report", "pictures")
     ]
+    encoded: list[str | None] = []
     for quality in _QUALITIES:
-        encoded = [_jpeg(tile, quality) for tile in tiles]
-        if sum(map(len, encoded)) <= _PICTURE_BYTES:
+        jpegs = [cv2.imencode(".jpg", t, [cv2.IMWRITE_JPEG_QUALITY, quality])[1] for t in tiles]
+        encoded = [base64.b64encode(jpeg.tobytes()).decode("ascii") for jpeg in jpegs]
+        if sum(len(each or "") for each in encoded) <= most_bytes:
             break
-    return list(encoded)
-
-
-def _jpeg(tile: npt.NDArray[np.uint8], quality: int) -> str:
-    _, jpeg = cv2.imencode(".jpg", tile, [cv2.IMWRITE_JPEG_QUALITY, quality])
-    return base64.b64encode(jpeg.tobytes()).decode("ascii")
-
-
-def _fill(data: dict[str, Any]) -> str:
-    """The template with style, script and data in their places."""
-    template, style, script = (
-        Path(__file__).with_name(f"page.{kind}").read_text(encoding="utf-8")
-        for kind in ("html", "css", "js")
-    )
-    colors = {
-        "right": visualize.RIGHT_BGR,
-        "left": visualize.LEFT_BGR,
-        "middle": visualize.MIDDLE_BGR,
-    }
-    sides = "".join(f"--{side}: rgb({r} {g} {b}); " for side, (b, g, r) in colors.items())
-    # A `<` in a string could end the script element; in JSON it may be written by its number.
-    block = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
-    # The data come last, so that nothing is looked for inside them.
-    parts = (
-        ("/*STYLE*/", f":root {{ {sides}}}\n{style}"),
-        ("/*SCRIPT*/", script),
-        ("/*DATA*/", block),
-    )
-    for place, text in parts:
-        template = template.replace(place, text, 1)
-    return template
+    return encoded

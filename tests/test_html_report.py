@@ -196,7 +196,7 @@ def test_the_line_of_errors_ends_in_its_frame_or_says_where_it_leaves_it(worst, 
     shown = html_report.ReportData(people, found, MPII, None, np.arange(200))
     result = pckh.summary(found, people, MPII)
     (tmp_path / "page.html").write_text(
-        html_report.html_report({}, {"network": result}, None, shown), "utf-8"
+        html_report.html_report({}, {"network": result}, None, shown, 24), "utf-8"
     )
     browser.show(tmp_path / "page.html", *WIDE)
     xy = "[...document.querySelectorAll('#sorted path.own')][0].getAttribute('d')"
@@ -230,7 +230,7 @@ def test_pckh_is_said_only_where_the_annotation_gives_the_length(length, metric,
     result = pckh.summary(people.joints, people, skeleton)
     shown = html_report.ReportData(people, people.joints, skeleton, None, np.arange(2))
     (tmp_path / "page.html").write_text(
-        html_report.html_report({}, {"network": result}, None, shown), "utf-8"
+        html_report.html_report({}, {"network": result}, None, shown, 24), "utf-8"
     )
     browser.show(tmp_path / "page.html", *WIDE)
     said = browser.ask("document.title + document.body.innerText")
@@ -388,7 +388,7 @@ def test_words_in_the_data_never_become_markup(tmp_path, browser):
     facts = {"checkpoint": evil, "remarks": [evil]}
     other = ReferenceRun(evil, result)
     (tmp_path / "page.html").write_text(
-        html_report.html_report(facts, {evil: result}, other, shown), "utf-8"
+        html_report.html_report(facts, {evil: result}, other, shown, 24), "utf-8"
     )
     browser.show(tmp_path / "page.html", *WIDE)
     assert len(texts(browser, ".tile")) == 3
@@ -408,7 +408,7 @@ def test_people_of_whom_nothing_is_known_make_a_page_of_dashes(tmp_path, browser
     shown = html_report.ReportData(people, people.joints, MPII, None, np.arange(2))
     result = pckh.summary(people.joints, people, MPII)
     (tmp_path / "page.html").write_text(
-        html_report.html_report({}, {"nobody": result}, None, shown), "utf-8"
+        html_report.html_report({}, {"nobody": result}, None, shown, 24), "utf-8"
     )
     browser.show(tmp_path / "page.html", *WIDE)
     assert texts(browser, "#headline") == ["–"] and texts(browser, ".tile") == []
@@ -441,6 +441,6 @@ def test_galleries_hold_the_worst_the_middle_and_the_best():
 def test_pictures_give_up_quality_for_a_page_that_can_be_sent(tiny_shards, monkeypatch):
     people, samples = (split := ShardSet(tiny_shards / "valid")).people()
     shown = html_report.ReportData(people, people.joints, MPII, split, samples)
-    full = sum(map(len, html_report._pictures(shown, [0, 1, 2])))
+    full = sum(map(len, html_report.encode_pictures(shown, [0, 1, 2])))
     monkeypatch.setattr(html_report, "_PICTURE_BYTES", full - 1)
-    assert sum(map(len, html_report._pictures(shown, [0, 1, 2]))) < full
+    assert sum(map(len, html_report.encode_pictures(shown, [0, 1, 2]))) < full
