@@ -32,8 +32,13 @@ from configs.schema import (
     flat,
 )
 from configs.skeleton import Skeleton, skeleton_from_plain
-from model import foreign_checkpoints
 from model.export import OnnxNetwork, read_export
+from model.foreign_checkpoints import (
+    our_adam_state,
+    princeton_contents,
+    read_foreign,
+    require_princeton_size,
+)
 from model.hourglass import StackedHourglass
 
 FORMAT = "stacked-hourglass-checkpoint"
@@ -104,20 +109,14 @@ class Checkpoint:
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint atomically; an older file stays until the new one is on disk. OSError."""
-    optimizer = {} if checkpoint.optimizer is None else {"optimizer": checkpoint.optimizer}
-    run = {}
-    if checkpoint.run:
-        run = {f.name: getattr(checkpoint.run, f.name) for f in fields(RunState)}
-    write_archive(
-        path,
-        {
-            **header(checkpoint),
-            "model": checkpoint.weights,
-            "ema": checkpoint.averaged,
-            **optimizer,
-            **{name: value for name, value in run.items() if value is not None},
-        },
-    )
+    contents = {
+        **header(checkpoint),
+        "model": checkpoint.weights,
+        "ema": checkpoint.averaged,
+        "optimizer": checkpoint.optimizer,
+        **(vars(checkpoint.run) if checkpoint.run else {}),
+    }
+    write_archive(path, {name: value for name, value in contents.items() if value is not None})
 
 
 def header(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -172,12 +171,8 @@ def load_checkpoint(path: Path, onnx: bool = False) -> Checkpoint:
     if not path.is_file():
         raise _missing(path)
     if path.suffix == ".onnx" and not onnx:
-        raise InputError(
-            path,
-            "an ONNX file, which can be run but not trained",
-            "a checkpoint (.pt) or .safetensors",
-            "give the checkpoint that it was exported from",
-        )
+        found, advice = "an ONNX file, which has no weights", "give the checkpoint that it is from"
+        raise InputError(path, found, "a checkpoint or .safetensors", advice)
     if path.suffix in (".safetensors", ".onnx"):
         return _from_ours(read_export(path), path)
     raw = _read_archive(path)
@@ -198,19 +193,12 @@ def _read_archive(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
-        raise InputError(
-            path,
-            "objects that only running code of the file could make, or damage",
-            "tensors and plain values",
-            "let its author save the weights alone: torch.save(model.state_dict(), PATH)",
-        ) from error
+        found = "objects that only running code of the file could make, or damage"
+        advice = "let its author save the weights alone: torch.save(model.state_dict(), PATH)"
+        raise InputError(path, found, "tensors and plain values", advice) from error
     except _LOAD_ERRORS as error:
-        raise InputError(
-            path,
-            f"not readable as a checkpoint ({type(error).__name__}: {str(error)[:120]})",
-            "a file that training wrote",
-            _USE_ANOTHER,
-        ) from error
+        found = f"not readable as a checkpoint ({type(error).__name__}: {str(error)[:120]})"
+        raise InputError(path, found, "a file that training wrote", _USE_ANOTHER) from error
 
 
 def find_damage(path: Path) -> str:
@@ -251,20 +239,13 @@ def _sha256(file: BinaryIO, size: int) -> bytes:
 
 def _from_ours(raw: Any, path: Path) -> Checkpoint:
     """The Checkpoint of a file that this project wrote. Raises InputError."""
-    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
-        raise InputError(path, "another kind of file", f"format {FORMAT!r}", "give a checkpoint")
-    if raw.get("format_version") != FORMAT_VERSION:
-        found = f"format version {raw.get('format_version')}"
-        raise InputError(path, found, f"version {FORMAT_VERSION}", "train with this version")
-    missing = {"config", "skeleton", "model", "step"} - raw.keys()
-    if missing:
-        names = ", ".join(sorted(missing))
-        raise InputError(path, f"no {names}", "a whole checkpoint", _USE_ANOTHER)
+    known = (FORMAT, FORMAT_VERSION)
+    found = (raw.get("format"), raw.get("format_version")) if isinstance(raw, dict) else type(raw)
+    if found != known:
+        raise InputError(path, f"format {found}", f"format {known}", "give another checkpoint")
     config = config_from_dict(raw["config"], f"{path}: config")
     check_values(config)
-    run = None
-    if "loader_states" in raw:
-        run = RunState(**{f.name: raw[f.name] for f in fields(RunState) if f.name in raw})
+    run = {f.name: raw[f.name] for f in fields(RunState) if f.name in raw}
     return Checkpoint(
         path=path,
         config=config,
@@ -273,19 +254,20 @@ def _from_ours(raw: Any, path: Path) -> Checkpoint:
         weights=raw["model"],
         averaged=raw.get("ema", {}),
         optimizer=raw.get("optimizer"),
-        run=run,
+        run=RunState(**run) if run else None,
         is_onnx=path.suffix == ".onnx",
     )
 
 
 def _from_foreign(raw: Any, path: Path) -> Checkpoint | None:
     """A checkpoint of other code, or None if it is of no known kind. Raises InputError."""
-    found = foreign_checkpoints.read(raw, path)
+    found = read_foreign(raw, path)
     if found is None:
         return None
     with torch.device("meta"):  # shapes alone, whatever size the file claims
         network = build_network(found.config, found.skeleton.joint_count)
     require_fit(network, found.weights, path)
+    optimizer = found.optimizer and our_adam_state(found.optimizer, network, path)
     return Checkpoint(
         path=path,
         config=found.config,
@@ -293,9 +275,7 @@ def _from_foreign(raw: Any, path: Path) -> Checkpoint | None:
         step=found.step,
         weights=found.weights,
         averaged={},
-        optimizer=foreign_checkpoints.our_adam_state(found.optimizer, network, path)
-        if found.optimizer
-        else None,
+        optimizer=optimizer,
         run=None,
     )
 
@@ -303,14 +283,11 @@ def _from_foreign(raw: Any, path: Path) -> Checkpoint | None:
 def to_princeton(checkpoint: Checkpoint) -> dict[str, Any]:
     """What princeton-vl's train.py would have saved. Raises InputError.
 
-    The averaged weights are taken if there are some; the optimizer's state, which belongs to the
-    others, is then left out.
+    The averaged weights are taken if there are some, then without the others' optimizer state.
     """
-    network = trained_network(checkpoint)
+    require_princeton_size(checkpoint.config.model, checkpoint.path)
     optimizer = None if checkpoint.averaged else checkpoint.optimizer
-    return foreign_checkpoints.to_princeton(
-        network, checkpoint.config.model, checkpoint.step, optimizer, checkpoint.path
-    )
+    return princeton_contents(trained_network(checkpoint), checkpoint.step, optimizer)
 
 
 # Networks
@@ -365,14 +342,10 @@ def require_fit(network: nn.Module, weights: dict[str, Tensor], path: Path) -> N
         if name in weights and weights[name].shape != tensor.shape
     ]
     if differing:
-        raise InputError(
-            path,
-            f"weights of another network; {len(differing)} tensors differ: "
-            + "; ".join(differing[:3]),
-            "the architecture of the config",
-            "use the config that the checkpoint was trained with, "
-            "or --init_from for another number of joints",
-        )
+        found = f"weights of another network; {len(differing)} tensors differ: "
+        advice = "use the checkpoint's config, or --init_from for another number of joints"
+        found += "; ".join(differing[:3])
+        raise InputError(path, found, "the architecture of the config", advice)
 
 
 def init_weights(network: nn.Module, skeleton: Skeleton, checkpoint: Checkpoint) -> list[str]:
@@ -399,19 +372,15 @@ def init_weights(network: nn.Module, skeleton: Skeleton, checkpoint: Checkpoint)
 def require_same_size(checkpoint: Checkpoint, config: Config) -> None:
     """Raise InputError, naming the options, unless the config has the checkpoint's network."""
     other = {
-        name: value
-        for name, (value, _) in _changes(checkpoint, config).items()
-        if name.startswith("model.") and name != "model.checkpoint_activations"
+        name: before
+        for name, (before, _) in _changes(checkpoint, config).items()
+        if name.startswith("model.") and name not in FREE_ON_RESUME
     }
     if other:
-        now = flat(as_dict(config))
-        options = {name: str(value).replace(" ", "") for name, value in other.items()}
-        raise InputError(
-            checkpoint.path,
-            "a network with " + ", ".join(f"{name} {value}" for name, value in other.items()),
-            "the network of the config: " + ", ".join(f"{name} {now[name]}" for name in other),
-            "add " + " ".join(f"--{name} {value}" for name, value in options.items()),
-        )
+        found = "a network with " + ", ".join(f"{name} {value}" for name, value in other.items())
+        options = [f"--{name} {value}".replace(", ", ",") for name, value in other.items()]
+        advice = "add " + " ".join(options)
+        raise InputError(checkpoint.path, found, "the network of the config", advice)
 
 
 def compare_settings(checkpoint: Checkpoint, config: Config) -> list[str]:
@@ -426,12 +395,9 @@ def compare_settings(checkpoint: Checkpoint, config: Config) -> list[str]:
     }
     refused = [line for name, line in changed.items() if name in FIXED_ON_RESUME]
     if refused:
-        raise InputError(
-            checkpoint.path,
-            "; ".join(refused),
-            "the settings that the run began with",
-            "resume with the config.yaml in its folder, or begin a new run with --init_from",
-        )
+        advice = "resume with the config.yaml in its folder, or begin a new run with --init_from"
+        expected = "the settings that the run began with"
+        raise InputError(checkpoint.path, "; ".join(refused), expected, advice)
     return [f"changed on resuming: {line}" for line in changed.values()]
 
 

@@ -76,72 +76,67 @@ class ForeignCheckpoint(NamedTuple):
 
     config: Config
     skeleton: Skeleton
+    """The files do not name the joints; 16 are taken to be MPII's, which both codes train on."""
     step: int
     weights: dict[str, Tensor]
     optimizer: dict[str, Any] | None
     """As in the file; `our_adam_state` translates it."""
 
 
-def read(raw: Any, path: Path) -> ForeignCheckpoint | None:
+def read_foreign(raw: Any, path: Path) -> ForeignCheckpoint | None:
     """Recognise a file's contents; None if they are of no known code. Raises InputError."""
-    theirs = _tensors_under(raw, "pre.0.conv.weight", (_PREFIX, "module.", "model.", ""))
-    if theirs is not None:
-        weights = weights_from_princeton(theirs)
+    step, optimizer = 0, None
+    if theirs := _tensors_under(raw, "pre.0.conv.weight", (_PREFIX, "module.", "model.", "")):
+        weights = _weights_from_princeton(theirs)
         epoch, optimizer = raw.get("epoch", 0), raw.get("optimizer")
         if type(epoch) is not int or epoch < 0:
             raise _unlike(path, f"epoch {epoch}")
+        step = epoch * _STEPS_PER_EPOCH
         config = Config(
             data=DataConfig(preset="princeton"),
             heatmaps=HeatmapsConfig(rule="princeton"),
             model=_model_of(weights, (0.0, 0.0, 0.0), path),
         )
-        step = epoch * _STEPS_PER_EPOCH
-        return ForeignCheckpoint(config, _skeleton_of(weights), step, weights, optimizer)
-    theirs = _tensors_under(raw, "hg.0.hg.0.0.0.conv1.weight", ("module.", ""))
-    if theirs is not None:
-        weights = weights_from_bearpaw(theirs)
+    elif theirs := _tensors_under(raw, "hg.0.hg.0.0.0.conv1.weight", ("module.", "")):
+        weights = _weights_from_bearpaw(theirs)
         config = Config(model=_model_of(weights, INPUT_MEAN, path))
-        return ForeignCheckpoint(config, _skeleton_of(weights), 0, weights, None)
-    return None
+    else:
+        return None
+    joints = len(weights["heads.0.weight"])
+    skeleton = MPII if joints == MPII.joint_count else unnamed(joints)
+    return ForeignCheckpoint(config, skeleton, step, weights, optimizer)
 
 
-def _tensors_under(raw: Any, key: str, prefixes: tuple[str, ...]) -> dict[str, Tensor] | None:
-    """The tensors without the prefix that `key` has among them, or None if it is not there."""
-    tensors = raw.get("state_dict", raw) if isinstance(raw, dict) else None
+def _tensors_under(raw: Any, key: str, prefixes: tuple[str, ...]) -> dict[str, Tensor]:
+    """The tensors without the prefix that `key` has among them; {} if it is not there."""
+    tensors = raw.get("state_dict", raw) if isinstance(raw, dict) else {}
     for prefix in prefixes:
-        if isinstance(tensors, dict) and prefix + key in tensors:
+        if prefix + key in tensors:
             return {
                 name.removeprefix(prefix): tensor
                 for name, tensor in tensors.items()
                 if name.startswith(prefix) and isinstance(tensor, Tensor)
             }
-    return None
+    return {}
 
 
 def _model_of(
     weights: dict[str, Tensor], input_mean: tuple[float, float, float], path: Path
 ) -> ModelConfig:
     """The architecture, read off the tensors' names and shapes. Raises InputError."""
-    convolutions = ("stem.conv.0", "stem.residual1.conv3", "stem.residual2.conv3", "heads.0")
-    shapes = [
-        weights[name].shape for layer in convolutions if (name := f"{layer}.weight") in weights
-    ]
-    if len(shapes) < len(convolutions) or any(len(shape) != 4 for shape in shapes):
-        raise _unlike(path, f"not all of the layers {', '.join(convolutions)}")
-    names = [name for name in weights if name.startswith("hourglasses.0.")]
+    layers = ("stem.conv.0", "stem.residual1.conv3", "stem.residual2.conv3", "heads.0")
+    names = [f"{layer}.weight" for layer in layers]
+    if not all(name in weights and weights[name].dim() == 4 for name in names):
+        raise _unlike(path, f"not all of the layers {', '.join(layers)}")
+    first, second, third, head = (weights[name].shape for name in names)
+    depths = [name.count(".inner") for name in weights if name.startswith("hourglasses.0.")]
     return ModelConfig(
         stacks=len({name.split(".")[1] for name in weights if name.startswith("heads.")}),
-        width=shapes[3][1],
-        depth=max((name.count(".inner") for name in names), default=0),
-        stem=(shapes[0][0], shapes[1][0], shapes[2][0]),
+        width=head[1],
+        depth=max(depths, default=0),
+        stem=(first[0], second[0], third[0]),
         input_mean=input_mean,
     )
-
-
-def _skeleton_of(weights: dict[str, Tensor]) -> Skeleton:
-    """The files do not name the joints; 16 are taken to be MPII's, which both codes train on."""
-    joints = len(weights["heads.0.weight"])
-    return MPII if joints == MPII.joint_count else unnamed(joints)
 
 
 def _unlike(path: Path, found: str) -> InputError:
@@ -156,7 +151,7 @@ def _unlike(path: Path, found: str) -> InputError:
 # Bearpaw
 
 
-def weights_from_bearpaw(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+def _weights_from_bearpaw(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
     """Bearpaw's tensors under our names; names without a place here stay as they are."""
     levels = [int(match[2]) for match in map(_BEARPAW_LEVEL.match, theirs) if match]
     return {_name_from_bearpaw(name, 1 + max(levels)): tensor for name, tensor in theirs.items()}
@@ -204,7 +199,7 @@ def _translate(name: str, parts: list[tuple[re.Pattern[str], str]]) -> str:
     return ".".join(done)
 
 
-def weights_from_princeton(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+def _weights_from_princeton(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
     """Princeton's tensors under our names, without the dead skip layers."""
     dead = {
         name.removesuffix("weight")
@@ -237,32 +232,26 @@ def _weights_to_princeton(ours: dict[str, Tensor], network: StackedHourglass) ->
     return theirs
 
 
-def to_princeton(
-    network: StackedHourglass,
-    model: ModelConfig,
-    step: int,
-    optimizer: dict[str, Any] | None,
-    path: Path,
-) -> dict[str, Any]:
-    """What princeton's train.py would have saved. path: for the InputError.
-
-    optimizer: the state of our optimizer; only Adam's is taken over.
-    """
+def require_princeton_size(model: ModelConfig, path: Path) -> None:
+    """Raise InputError for a network that princeton's code cannot build."""
     if model.stem != _STEM or model.depth != _DEPTH or any(model.input_mean):
-        raise InputError(
-            path,
-            f"stem {model.stem}, depth {model.depth}, input mean {model.input_mean}",
-            f"stem {_STEM}, depth {_DEPTH}, no mean: its code has no others",
-            "keep this checkpoint in our format",
-        )
+        found = f"stem {model.stem}, depth {model.depth}, input mean {model.input_mean}"
+        expected = f"stem {_STEM}, depth {_DEPTH}, no mean: its code has no others"
+        raise InputError(path, found, expected, "keep this checkpoint in our format")
+
+
+def princeton_contents(
+    network: StackedHourglass, step: int, optimizer: dict[str, Any] | None
+) -> dict[str, Any]:
+    """What princeton's train.py would have saved. optimizer: of ours; only Adam's is kept."""
     weights = _weights_to_princeton(network.state_dict(), network)
-    raw: dict[str, Any] = {
+    contents: dict[str, Any] = {
         "state_dict": {_PREFIX + name: tensor for name, tensor in weights.items()},
         "epoch": step // _STEPS_PER_EPOCH,
     }
     if optimizer and all("exp_avg" in moments for moments in optimizer["state"].values()):
-        raw["optimizer"] = _adam_state_to_princeton(optimizer, network)
-    return raw
+        contents["optimizer"] = _adam_state_to_princeton(optimizer, network)
+    return contents
 
 
 def _parameter_numbers(network: StackedHourglass) -> list[int]:
@@ -277,16 +266,14 @@ def our_adam_state(theirs: dict[str, Any], network: StackedHourglass, path: Path
 
     network: of the same architecture, on any device.
     """
-    numbers = _parameter_numbers(network)
-    moments = theirs.get("state")
-    if moments and any(
-        moments.get(number, {}).get("exp_avg", torch.empty(0)).shape != parameter.shape
-        for number, parameter in zip(numbers, network.parameters(), strict=True)
-    ):
-        raise _unlike(path, "an optimizer state of other weights")
-    state = {n: moments[number] for n, number in enumerate(numbers)} if moments else {}
+    numbers, all_moments = _parameter_numbers(network), theirs["state"]
+    state = {n: all_moments.get(number, {}) for n, number in enumerate(numbers)}
+    for moments, parameter in zip(state.values(), network.parameters(), strict=True):
+        if all_moments and getattr(moments.get("exp_avg"), "shape", None) != parameter.shape:
+            raise _unlike(path, "an optimizer state of other weights")
     own = {"params": list(range(len(numbers))), "fused": True}
-    return {"state": state, "param_groups": [{**theirs["param_groups"][0], **own}]}
+    group = {**theirs["param_groups"][0], **own}
+    return {"state": state if all_moments else {}, "param_groups": [group]}
 
 
 def _adam_state_to_princeton(ours: dict[str, Any], network: StackedHourglass) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from helpers import make_codec
 
 from common.errors import InputError
 from evaluation.inference import predict
-from model import checkpoint, foreign_checkpoints
+from model import checkpoint
+from model.foreign_checkpoints import read_foreign
 from model.loss import stack_losses
 from pipelines import heatmaps, princeton
 from pipelines.annotations import read_annotations
@@ -155,7 +156,7 @@ def test_any_prefix_is_read_and_dead_layers_are_dropped(shared):
     first = {k.removeprefix("model.module."): v for k, v in raw["state_dict"].items()}
     assert len(first) == 742
     for prefix in ("model.", "module.", ""):
-        found = foreign_checkpoints.read({prefix + k: v for k, v in first.items()}, path)
+        found = read_foreign({prefix + k: v for k, v in first.items()}, path)
         assert found is not None
         assert len(found.weights) == 742 - 58  # 29 dead layers, each with a weight and a bias
         size = found.config.model
