@@ -20,13 +20,12 @@ from common.distributed import choose_device, choose_dtype
 from common.errors import InputError
 from evaluation.inference import Predictions, predict
 from model.checkpoint import Checkpoint, evaluation_network, load_checkpoint
-from pipelines.annotations import People
 from pipelines.augment import Draw
 from pipelines.boxes import MARGIN, Square, check_square, square_about, whole_picture
 from pipelines.codec import Codec, codec_of
 from pipelines.jpeg import require_sane_size
 from pipelines.opencv_loader import Item, collate, crop_person
-from pipelines.shard_format import record_of, unpack_records
+from pipelines.shard_format import COLUMNS, IDENTITY_AFFINE, record_length, unpack_records
 
 Picture = str | Path | npt.NDArray[np.uint8]
 """A file, or an array as cv2.imread gives it: (H, W, 3) BGR or (H, W) grey, uint8."""
@@ -132,19 +131,11 @@ class PoseEstimator:
         height, width = image_HW3.shape[:2]
         square = square or whole_picture(width, height)
         check_square(square, width, height, where)
-        joints = np.zeros((1, self.skeleton.joint_count, 2))
-        person = People(
-            images=(where,),
-            index=np.array([-1]),
-            person=np.array([-1]),
-            center=np.array([[square.x, square.y]]),
-            scale=np.array([square.scale]),
-            normalize=np.zeros(1),
-            joints=joints,
-            marked=joints[..., 0] > 0,
-            visible=joints[..., 0] > 0,
-        )
-        record = record_of(person, 0, width, height)
+        record = np.zeros(record_length(self.skeleton.joint_count))
+        record[COLUMNS["center"]] = square.x, square.y
+        record[COLUMNS["scale"]] = square.scale
+        record[COLUMNS["size"]] = width, height
+        record[COLUMNS["image_from_stored"]] = IDENTITY_AFFINE
         preset, input_px = self.codec.preset, self.codec.input_px
         crop, matrix = crop_person(
             image_HW3, unpack_records(record[None]), Draw(), preset, input_px

@@ -34,7 +34,6 @@ from configs.schema import (
 from configs.skeleton import Skeleton, skeleton_from_plain
 from model.export import OnnxNetwork, read_export
 from model.foreign_checkpoints import (
-    our_adam_state,
     princeton_contents,
     read_foreign,
     require_princeton_size,
@@ -267,17 +266,7 @@ def _from_foreign(raw: Any, path: Path) -> Checkpoint | None:
     with torch.device("meta"):  # shapes alone, whatever size the file claims
         network = build_network(found.config, found.skeleton.joint_count)
     require_fit(network, found.weights, path)
-    optimizer = found.optimizer and our_adam_state(found.optimizer, network, path)
-    return Checkpoint(
-        path=path,
-        config=found.config,
-        skeleton=found.skeleton,
-        step=found.step,
-        weights=found.weights,
-        averaged={},
-        optimizer=optimizer,
-        run=None,
-    )
+    return Checkpoint(path=path, averaged={}, run=None, **found._asdict())
 
 
 def to_princeton(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -31,48 +31,80 @@ _STEM, _DEPTH = (64, 128, 128), 4
 _PREFIX = "model.module."
 """What princeton's train.py puts before every key."""
 
-# Parts of a name, princeton's and ours; {} is a number.
-_PRINCETON_PARTS = (
-    ("pre.0.conv", "stem.conv.0"),
-    ("pre.0.bn", "stem.conv.1"),
-    ("pre.1", "stem.residual1"),
-    ("pre.3", "stem.residual2"),
-    ("pre.4", "stem.residual3"),
-    ("hgs.{}.0", "hourglasses.{}"),
-    ("features.{}.0", "features.{}.0"),
-    ("features.{}.1.conv", "features.{}.1.0"),
-    ("features.{}.1.bn", "features.{}.1.1"),
-    ("outs.{}.conv", "heads.{}"),
-    ("merge_features.{}.conv.conv", "merge_features.{}"),
-    ("merge_preds.{}.conv.conv", "merge_heatmaps.{}"),
-    ("up1", "across"),
-    ("low1", "down"),
-    ("low2", "inner"),
-    ("low3", "up"),
-    ("conv{}.conv", "conv{}"),
-    ("bn{}", "norm{}"),
-    ("skip_layer.conv", "skip"),
+Renames = tuple[tuple[str, str], ...]
+"""Regular expressions of our names, and what replaces them; applied one after another."""
+
+_TO_PRINCETON: Renames = (
+    (r"^stem\.conv\.0", "pre.0.conv"),
+    (r"^stem\.conv\.1", "pre.0.bn"),
+    (r"^stem\.residual1", "pre.1"),
+    (r"^stem\.residual2", "pre.3"),
+    (r"^stem\.residual3", "pre.4"),
+    (r"^hourglasses\.(\d+)", r"hgs.\1.0"),
+    (r"^features\.(\d+)\.1\.0", r"features.\1.1.conv"),
+    (r"^features\.(\d+)\.1\.1", r"features.\1.1.bn"),
+    (r"^heads\.(\d+)", r"outs.\1.conv"),
+    (r"^merge_features\.(\d+)", r"merge_features.\1.conv.conv"),
+    (r"^merge_heatmaps\.(\d+)", r"merge_preds.\1.conv.conv"),
+    (r"\.across\b", ".up1"),
+    (r"\.down\b", ".low1"),
+    (r"\.inner\b", ".low2"),
+    (r"\.up\b", ".low3"),
+    (r"\.conv([123])\b", r".conv\1.conv"),
+    (r"\.norm([123])\b", r".bn\1"),
+    (r"\.skip\b", ".skip_layer.conv"),
+)
+_TO_BEARPAW: Renames = (
+    (r"^stem\.conv\.0", "conv1"),
+    (r"^stem\.conv\.1", "bn1"),
+    (r"^stem\.residual([123])", r"layer\1.0"),
+    (r"^features\.(\d+)\.0", r"res.\1.0"),
+    (r"^features\.(\d+)\.1", r"fc.\1"),
+    (r"^heads", "score"),
+    (r"^merge_features", "fc_"),
+    (r"^merge_heatmaps", "score_"),
+    (r"\.norm([123])\b", r".bn\1"),
+    (r"\.skip\b", ".downsample.0"),
 )
 
-# Beginnings of a name, bearpaw's and ours; \1 is the stack.
-_BEARPAW_STARTS = (
-    (r"conv1\.", "stem.conv.0."),
-    (r"bn1\.", "stem.conv.1."),
-    (r"layer1\.0\.", "stem.residual1."),
-    (r"layer2\.0\.", "stem.residual2."),
-    (r"layer3\.0\.", "stem.residual3."),
-    (r"res\.(\d+)\.0\.", r"features.\1.0."),
-    (r"fc\.(\d+)\.", r"features.\1.1."),
-    (r"score\.(\d+)\.", r"heads.\1."),
-    (r"fc_\.(\d+)\.", r"merge_features.\1."),
-    (r"score_\.(\d+)\.", r"merge_heatmaps.\1."),
+
+class _Layout(NamedTuple):
+    """How another code names the parts of this network."""
+
+    prefixes: tuple[str, ...]
+    """What may stand before every key."""
+    layers: tuple[str, str, str, str]
+    """Weights of the stem's convolution, its first two residuals' ends, and the first head."""
+    heads: str
+    """Matches the name of every head's weight."""
+    levels: str
+    """Matches a name in every level of the first hourglass."""
+    input_mean: tuple[float, float, float]
+
+
+_PRINCETON = _Layout(
+    prefixes=(_PREFIX, "module.", "model.", ""),
+    layers=(
+        "pre.0.conv.weight",
+        "pre.1.conv3.conv.weight",
+        "pre.3.conv3.conv.weight",
+        "outs.0.conv.weight",
+    ),
+    heads=r"outs\.\d+\.conv\.weight",
+    levels=r"hgs\.0\.0(\.low2)*\.up1\.conv1\.conv\.weight",
+    input_mean=(0.0, 0.0, 0.0),
 )
-_BEARPAW_LEVEL = re.compile(r"hg\.(\d+)\.hg\.(\d+)\.([0-3])\.0\.")
-_BEARPAW_ROLES = ("across", "down", "up", "inner")
+_BEARPAW = _Layout(
+    prefixes=("module.", ""),
+    layers=("conv1.weight", "layer1.0.conv3.weight", "layer2.0.conv3.weight", "score.0.weight"),
+    heads=r"score\.\d+\.weight",
+    levels=r"hg\.0\.hg\.\d+\.0\.0\.conv1\.weight",
+    input_mean=INPUT_MEAN,
+)
 
 
 class ForeignCheckpoint(NamedTuple):
-    """What a file of other code holds, in our names."""
+    """What a file of other code holds, in our names. The weights' shapes are not checked."""
 
     config: Config
     skeleton: Skeleton
@@ -80,156 +112,93 @@ class ForeignCheckpoint(NamedTuple):
     step: int
     weights: dict[str, Tensor]
     optimizer: dict[str, Any] | None
-    """As in the file; `our_adam_state` translates it."""
 
 
 def read_foreign(raw: Any, path: Path) -> ForeignCheckpoint | None:
     """Recognise a file's contents; None if they are of no known code. Raises InputError."""
-    step, optimizer = 0, None
-    if theirs := _tensors_under(raw, "pre.0.conv.weight", (_PREFIX, "module.", "model.", "")):
-        weights = _weights_from_princeton(theirs)
-        epoch, optimizer = raw.get("epoch", 0), raw.get("optimizer")
-        if type(epoch) is not int or epoch < 0:
-            raise _unlike(path, f"epoch {epoch}")
-        step = epoch * _STEPS_PER_EPOCH
-        config = Config(
-            data=DataConfig(preset="princeton"),
-            heatmaps=HeatmapsConfig(rule="princeton"),
-            model=_model_of(weights, (0.0, 0.0, 0.0), path),
-        )
-    elif theirs := _tensors_under(raw, "hg.0.hg.0.0.0.conv1.weight", ("module.", "")):
-        weights = _weights_from_bearpaw(theirs)
-        config = Config(model=_model_of(weights, INPUT_MEAN, path))
+    for layout in (_PRINCETON, _BEARPAW):
+        if theirs := _tensors_of(raw, layout):
+            break
     else:
         return None
-    joints = len(weights["heads.0.weight"])
+    model, joints = _size_of(theirs, layout)
     skeleton = MPII if joints == MPII.joint_count else unnamed(joints)
-    return ForeignCheckpoint(config, skeleton, step, weights, optimizer)
+    with torch.device("meta"):  # names and shapes alone
+        network = StackedHourglass(model.stacks, model.width, joints, model.depth, model.stem)
+    renames = _TO_PRINCETON if layout is _PRINCETON else _to_bearpaw(model.depth)
+    names = {_their_name(name, renames): name for name in network.state_dict()}
+    weights = {
+        names.get(name, name): tensor
+        for name, tensor in theirs.items()
+        if name in names or ".skip_layer." not in name  # dead layers of princeton
+    }
+    if layout is _BEARPAW:
+        return ForeignCheckpoint(Config(model=model), skeleton, 0, weights, None)
+    data, rule = DataConfig(preset="princeton"), HeatmapsConfig(rule="princeton")
+    epoch, optimizer = raw.get("epoch", 0), raw.get("optimizer")
+    if type(epoch) is not int or epoch < 0:
+        raise InputError(path, f"epoch {epoch}", "the number of an epoch", "give another file")
+    return ForeignCheckpoint(
+        Config(data=data, heatmaps=rule, model=model),
+        skeleton,
+        epoch * _STEPS_PER_EPOCH,
+        weights,
+        _our_adam_state(optimizer, network, path) if optimizer else None,
+    )
 
 
-def _tensors_under(raw: Any, key: str, prefixes: tuple[str, ...]) -> dict[str, Tensor]:
-    """The tensors without the prefix that `key` has among them; {} if it is not there."""
-    tensors = raw.get("state_dict", raw) if isinstance(raw, dict) else {}
-    for prefix in prefixes:
-        if prefix + key in tensors:
-            return {
-                name.removeprefix(prefix): tensor
-                for name, tensor in tensors.items()
-                if name.startswith(prefix) and isinstance(tensor, Tensor)
-            }
+def _tensors_of(raw: Any, layout: _Layout) -> dict[str, Tensor]:
+    """The tensors under the layout's names without prefix; {} if some of its layers are missing."""
+    contents = raw.get("state_dict", raw) if isinstance(raw, dict) else {}
+    if not isinstance(contents, dict):
+        return {}
+    for prefix in layout.prefixes:
+        tensors = {
+            name.removeprefix(prefix): tensor
+            for name, tensor in contents.items()
+            if isinstance(tensor, Tensor) and name.startswith(prefix)
+        }
+        shapes = [tensors[name].shape for name in layout.layers if name in tensors]
+        if [len(shape) for shape in shapes] == [4] * len(layout.layers):
+            return tensors if _count(tensors, layout.levels) else {}
     return {}
 
 
-def _model_of(
-    weights: dict[str, Tensor], input_mean: tuple[float, float, float], path: Path
-) -> ModelConfig:
-    """The architecture, read off the tensors' names and shapes. Raises InputError."""
-    layers = ("stem.conv.0", "stem.residual1.conv3", "stem.residual2.conv3", "heads.0")
-    names = [f"{layer}.weight" for layer in layers]
-    if not all(name in weights and weights[name].dim() == 4 for name in names):
-        raise _unlike(path, f"not all of the layers {', '.join(layers)}")
-    first, second, third, head = (weights[name].shape for name in names)
-    depths = [name.count(".inner") for name in weights if name.startswith("hourglasses.0.")]
-    return ModelConfig(
-        stacks=len({name.split(".")[1] for name in weights if name.startswith("heads.")}),
+def _size_of(theirs: dict[str, Tensor], layout: _Layout) -> tuple[ModelConfig, int]:
+    """The architecture and the number of joints, read off the tensors' names and shapes."""
+    first, second, third, head = (theirs[name].shape for name in layout.layers)
+    model = ModelConfig(
+        stacks=_count(theirs, layout.heads),
         width=head[1],
-        depth=max(depths, default=0),
+        depth=_count(theirs, layout.levels),
         stem=(first[0], second[0], third[0]),
-        input_mean=input_mean,
+        input_mean=layout.input_mean,
     )
+    return model, head[0]
 
 
-def _unlike(path: Path, found: str) -> InputError:
-    return InputError(
-        path,
-        f"a network that differs from its kind ({found})",
-        "a network of princeton-vl/pytorch_stacked_hourglass or bearpaw/pytorch-pose",
-        "give a checkpoint that its own train.py wrote",
-    )
+def _count(tensors: dict[str, Tensor], pattern: str) -> int:
+    return sum(re.fullmatch(pattern, name) is not None for name in tensors)
 
 
-# Bearpaw
+def _their_name(ours: str, renames: Renames) -> str:
+    for pattern, replacement in renames:
+        ours = re.sub(pattern, replacement, ours)
+    return ours
 
 
-def _weights_from_bearpaw(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Bearpaw's tensors under our names; names without a place here stay as they are."""
-    levels = [int(match[2]) for match in map(_BEARPAW_LEVEL.match, theirs) if match]
-    return {_name_from_bearpaw(name, 1 + max(levels)): tensor for name, tensor in theirs.items()}
+def _to_bearpaw(depth: int) -> Renames:
+    """Its levels count from the innermost one; our names are nested."""
+    levels = [
+        (r"^hourglasses\.(\d+)" + r"\.inner" * outer + rf"\.{part}\b",
+         rf"hg.\1.hg.{depth - 1 - outer}.{n}.0")
+        for outer in reversed(range(depth))
+        for n, part in enumerate(("across", "down", "up", "inner"))
+    ]  # fmt: skip
+    return (*levels, *_TO_BEARPAW)
 
 
-def _name_from_bearpaw(theirs: str, depth: int) -> str:
-    level = _BEARPAW_LEVEL.match(theirs)
-    if level:
-        inner = ".inner" * (depth - 1 - int(level[2]))
-        start = f"hourglasses.{level[1]}{inner}.{_BEARPAW_ROLES[int(level[3])]}."
-        return start + _inside_residual(theirs[level.end() :])
-    for pattern, replacement in _BEARPAW_STARTS:
-        if match := re.match(pattern, theirs):
-            return match.expand(replacement) + _inside_residual(theirs[match.end() :])
-    return theirs
-
-
-def _inside_residual(name: str) -> str:
-    return re.sub(r"^bn([123])\.", r"norm\1.", name).replace("downsample.0.", "skip.")
-
-
-# Princeton
-
-
-def _pattern(part: str) -> re.Pattern[str]:
-    return re.compile(re.escape(part).replace(r"\{\}", r"(\d+)") + r"(?:\.|$)")
-
-
-_FROM_PRINCETON = [(_pattern(theirs), ours) for theirs, ours in _PRINCETON_PARTS]
-_TO_PRINCETON = [(_pattern(ours), theirs) for theirs, ours in _PRINCETON_PARTS]
-
-
-def _translate(name: str, parts: list[tuple[re.Pattern[str], str]]) -> str:
-    """A tensor's name in the other code; unknown parts stay as they are."""
-    done: list[str] = []
-    while name:
-        for pattern, target in parts:
-            if match := pattern.match(name):
-                done.append(target.format(*match.groups()))
-                name = name[match.end() :]
-                break
-        else:
-            part, _, name = name.partition(".")
-            done.append(part)
-    return ".".join(done)
-
-
-def _weights_from_princeton(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Princeton's tensors under our names, without the dead skip layers."""
-    dead = {
-        name.removesuffix("weight")
-        for name, tensor in theirs.items()
-        if name.endswith(".skip_layer.conv.weight") and tensor.shape[0] == tensor.shape[1]
-    }
-    return {
-        _translate(name, _FROM_PRINCETON): tensor
-        for name, tensor in theirs.items()
-        if name.removesuffix("weight").removesuffix("bias") not in dead
-    }
-
-
-def _weights_to_princeton(ours: dict[str, Tensor], network: StackedHourglass) -> dict[str, Tensor]:
-    """Our tensors under princeton's names, in its order, its dead layers as zeros."""
-    dead = {
-        name
-        for name, module in network.named_modules()
-        if isinstance(module, Residual) and isinstance(module.skip, torch.nn.Identity)
-    }
-    theirs: dict[str, Tensor] = {}
-    for name, tensor in ours.items():
-        theirs[_translate(name, _TO_PRINCETON)] = tensor
-        residual, _, last = name.rpartition(".conv3.")
-        if residual in dead and last == "bias":
-            channels = len(tensor)
-            layer = _translate(residual, _TO_PRINCETON) + ".skip_layer.conv"
-            theirs[layer + ".weight"] = torch.zeros(channels, channels, 1, 1)
-            theirs[layer + ".bias"] = torch.zeros(channels)
-    return theirs
+# Princeton's weights and optimizer
 
 
 def require_princeton_size(model: ModelConfig, path: Path) -> None:
@@ -250,38 +219,53 @@ def princeton_contents(
         "epoch": step // _STEPS_PER_EPOCH,
     }
     if optimizer and all("exp_avg" in moments for moments in optimizer["state"].values()):
-        contents["optimizer"] = _adam_state_to_princeton(optimizer, network)
+        numbers = _parameter_numbers(network)
+        params = list(range(max(numbers) + 1))
+        group = {**optimizer["param_groups"][0], "params": params, "fused": None}
+        state = {
+            numbers[n]: {name: tensor.contiguous() for name, tensor in moments.items()}
+            for n, moments in optimizer["state"].items()
+        }
+        contents["optimizer"] = {"state": state, "param_groups": [group]}
     return contents
+
+
+def _weights_to_princeton(ours: dict[str, Tensor], network: StackedHourglass) -> dict[str, Tensor]:
+    """Our tensors under princeton's names, in its order, its dead layers as zeros."""
+    dead = {
+        name
+        for name, module in network.named_modules()
+        if isinstance(module, Residual) and isinstance(module.skip, torch.nn.Identity)
+    }
+    theirs: dict[str, Tensor] = {}
+    for name, tensor in ours.items():
+        theirs[_their_name(name, _TO_PRINCETON)] = tensor
+        residual, _, last = name.rpartition(".conv3.")
+        if residual in dead and last == "bias":
+            channels = len(tensor)
+            layer = _their_name(f"{residual}.skip", _TO_PRINCETON)
+            theirs[f"{layer}.weight"] = torch.zeros(channels, channels, 1, 1)
+            theirs[f"{layer}.bias"] = torch.zeros(channels)
+    return theirs
 
 
 def _parameter_numbers(network: StackedHourglass) -> list[int]:
     """For each of our parameters its number in princeton's optimizer, which counts dead ones."""
     ours = {name: tensor.detach() for name, tensor in network.named_parameters()}
     order = {name: n for n, name in enumerate(_weights_to_princeton(ours, network))}
-    return [order[_translate(name, _TO_PRINCETON)] for name in ours]
+    return [order[_their_name(name, _TO_PRINCETON)] for name in ours]
 
 
-def our_adam_state(theirs: dict[str, Any], network: StackedHourglass, path: Path) -> dict[str, Any]:
-    """The state of princeton's Adam for our parameters, as torch.optim.Adam loads it. InputError.
-
-    network: of the same architecture, on any device.
-    """
+def _our_adam_state(
+    theirs: dict[str, Any], network: StackedHourglass, path: Path
+) -> dict[str, Any]:
+    """The state of princeton's Adam for our parameters, as torch.optim.Adam loads it."""
     numbers, all_moments = _parameter_numbers(network), theirs["state"]
     state = {n: all_moments.get(number, {}) for n, number in enumerate(numbers)}
     for moments, parameter in zip(state.values(), network.parameters(), strict=True):
         if all_moments and getattr(moments.get("exp_avg"), "shape", None) != parameter.shape:
-            raise _unlike(path, "an optimizer state of other weights")
+            found, expected = "an optimizer of other weights", "Adam's state of the same weights"
+            raise InputError(path, found, expected, "take its state_dict alone")
     own = {"params": list(range(len(numbers))), "fused": True}
     group = {**theirs["param_groups"][0], **own}
     return {"state": state if all_moments else {}, "param_groups": [group]}
-
-
-def _adam_state_to_princeton(ours: dict[str, Any], network: StackedHourglass) -> dict[str, Any]:
-    """The state of our Adam for princeton's parameters; its dead ones have none."""
-    numbers = _parameter_numbers(network)
-    group = {**ours["param_groups"][0], "params": list(range(max(numbers) + 1)), "fused": None}
-    state = {
-        numbers[n]: {name: tensor.contiguous() for name, tensor in moments.items()}
-        for n, moments in ours["state"].items()
-    }
-    return {"state": state, "param_groups": [group]}
