@@ -217,7 +217,7 @@ def test_grey_deep_and_transparent_pictures_become_three_channels_of_8_bits(tmp_
         ({"pictures": np.zeros((9, 9), np.uint8), "boxes": [1, 2, 3]}, r"\(1, 3\)"),
         ({"pictures": [np.zeros((9, 9), np.uint8)] * 2, "boxes": [[1, 2, 3, 4]]}, "1 for 2"),
         ({"pictures": np.zeros((9, 9), np.uint8), "centers": [[1, 2]]}, "half of one"),
-        ({"pictures": np.zeros((9, 9), np.uint8), "boxes": [[90, 2, 3, 4]]}, "shows some"),
+        ({"pictures": np.zeros((9, 9), np.uint8), "boxes": [[90, 2, 3, 4]]}, "overlaps"),
     ],
 )
 def test_calls_that_cannot_be_meant_are_refused(arguments, found, estimator):
@@ -386,7 +386,7 @@ def bad_lines(folder: Path, picture: Path, movie: Path) -> dict[str, tuple[list,
         "a mixture": ([picture, movie], "something else"),
         "half a place": ([picture, "--center", 1, 2], "--center or --scale alone"),
         "a flat box": ([picture, "--box", 1, 2, 0, 4], "without a size"),
-        "outside": ([picture, "--box", 9999, 2, 10, 10], "shows some of the picture"),
+        "outside": ([picture, "--box", 9999, 2, 10, 10], "overlaps the picture"),
         "people without folder": ([picture, "--people", people], "without its pictures"),
         "people elsewhere": ([folder, "--people", people], "secret.jpg"),
         "people in a video": ([movie, "--people", people], "--people with a video"),
