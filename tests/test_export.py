@@ -199,7 +199,7 @@ def test_metadata_that_is_not_utf_8_is_refused(plain_onnx, tmp_path):
 
 def test_an_onnx_is_not_taken_for_weights(tmp_path):
     (tmp_path / "t.onnx").write_bytes(b"whatever")
-    with pytest.raises(InputError, match="not trained"):
+    with pytest.raises(InputError, match="has no weights"):
         checkpoint.load_checkpoint(tmp_path / "t.onnx")
 
 
