@@ -4,7 +4,7 @@
 # make test-slow  the tests that take longer
 # make test-gpu PYTHON=python3    the tests that need a GPU, with a Python that is already there
 # make docs-check runs every command of the documentation that no other test runs, on tiny made data
-# make fuzz       10,000 damaged files for every reader (FUZZ='--inputs 1000' for fewer)
+# make fuzz       10,000 damaged files for every reader (FUZZ=1000 for fewer)
 # make soak       half an hour of training with a fault every minute (SOAK='--minutes 5' for less)
 # make bench      loaders, heatmaps and training step on this machine
 # make bench-gpu-loader bench-gpu-train bench-gpu-accuracy PYTHON=python3 OUT=runs/gpu
@@ -84,7 +84,7 @@ docs-check: install
 	$(PYTHON) -m pytest tests/test_docs.py
 
 fuzz: install
-	$(PYTHON) tests/fuzz.py --keep runs/fuzz $(FUZZ)
+	FUZZ_INPUTS=$(or $(FUZZ),10000) $(PYTHON) -m pytest -q -m slow tests/test_fuzz.py
 
 soak: install
 	$(PYTHON) tests/soak.py $(SOAK)

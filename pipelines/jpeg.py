@@ -194,7 +194,11 @@ def require_sane_size(data: bytes, where: object, limit: int = MAX_PIXELS) -> No
     """
     is_jpeg = data[:2] == b"\xff\xd8"
     frame, scans = _frame_and_scans(data) if is_jpeg else (None, 0)
-    width, height = (frame.width, frame.height) if frame else claimed_size(data) or (0, 0)
+    try:
+        width, height = (frame.width, frame.height) if frame else claimed_size(data) or (0, 0)
+    except Image.DecompressionBombError as error:
+        found, advice = str(error).split(",")[0], "make the picture smaller"
+        raise InputError(where, found, f"{limit:,} pixels at most", advice) from error
     if width * height > limit:
         raise InputError(
             where,
@@ -208,7 +212,10 @@ def require_sane_size(data: bytes, where: object, limit: int = MAX_PIXELS) -> No
 
 
 def claimed_size(data: bytes) -> tuple[int, int] | None:
-    """Width and height, px, in the header of a picture; None where no header is found."""
+    """Width and height, px, in the header of a picture; None where no header is found.
+
+    Pillow may raise Image.DecompressionBombError for other formats than JPEG.
+    """
     if data[:2] == b"\xff\xd8":
         frame, _ = _frame_and_scans(data)
         return (frame.width, frame.height) if frame else None
