@@ -4,6 +4,7 @@ A file is what torch.save writes, a zip archive. Its comment holds the SHA-256 o
 it, so that the checksum travels with the file, torch.load reads it and `unzip -z` shows it.
 """
 
+import errno
 import hashlib
 import io
 import os
@@ -195,7 +196,9 @@ def _read_archive(path: Path) -> Any:
         found = "objects that only running code of the file could make, or damage"
         advice = "let its author save the weights alone: torch.save(model.state_dict(), PATH)"
         raise InputError(path, found, "tensors and plain values", advice) from error
-    except _LOAD_ERRORS as error:
+    except (*_LOAD_ERRORS, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise  # not a damaged offset
         found = f"not readable as a checkpoint ({type(error).__name__}: {str(error)[:120]})"
         raise InputError(path, found, "a file that training wrote", _USE_ANOTHER) from error
 
@@ -222,7 +225,9 @@ def find_damage(path: Path) -> str:
                 return f"records of {claimed:,} bytes"
             damaged = None if checksum else archive.testzip()
             return f"its record {damaged} is damaged" if damaged else ""
-    except _ZIP_ERRORS as error:
+    except (*_ZIP_ERRORS, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise  # not a damaged offset
         return f"a damaged archive ({str(error)[:120]})"
 
 

@@ -244,5 +244,5 @@ def test_the_fuzzer_finds_a_fault_of_a_reader(tmp_path):
         assert all(1 // byte >= 0 for byte in data[:40])
 
     faults = fuzz(Reader("weak", "file", read), tmp_path, 200, tmp_path / "kept")
-    assert 5 < len(faults) < 195 and "ZeroDivisionError" in faults[0]
+    assert 2 < len(faults) < 195 and "ZeroDivisionError" in faults[0]
     assert len([*(tmp_path / "kept").iterdir()]) == len(faults)
