@@ -32,7 +32,7 @@ from common.cli import Parser, at_least
 from common.errors import run_main
 from common.system import usable_cores
 from pipelines.augment import PRESETS, Draw
-from pipelines.loader import RawBatch, choose_loader
+from pipelines.loader import LoaderSpec, RawBatch, choose_loader
 from pipelines.opencv_loader import crop_person, decode
 from pipelines.shard_format import unpack_records
 from pipelines.shards import ShardSet
@@ -47,13 +47,12 @@ LOADERS_SECONDS = 165.0
 
 
 class Setting(NamedTuple):
-    """What the sweep varies; DaliLoader knows each by this name."""
+    """What the sweep varies."""
 
     threads: int
     hw_decoder_load: float = HW_LOADS[0]
     batch_size: int = BATCHES[0]
     prefetch: int = PREFETCHES[0]
-    roi: bool = False
     cache_mb: int = 0
 
 
@@ -124,8 +123,6 @@ def axes_of(packing: str, load: Load) -> dict[str, list[Any]]:
     axes: dict[str, list[Any]] = {"threads": list(threads)}
     if gpu:
         axes["hw_decoder_load"] = list(HW_LOADS)
-    if packing == "originals":
-        axes["roi"] = [False, True]
     axes |= {"batch_size": list(BATCHES), "prefetch": list(PREFETCHES)}
     if gpu and packing == "crops":
         axes["cache_mb"] = [0, CACHE_MB]
@@ -160,12 +157,23 @@ def dali_case(name: str, shards: ShardSet, setting: Setting, load: Load) -> Case
     def prepare() -> None:
         from pipelines.dali_loader import DaliLoader
 
+        spec = LoaderSpec(
+            loader="dali",
+            device=load.device,
+            preset=PRESETS["hrnet"],
+            input_px=load.input_px,
+            batch_size=setting.batch_size,
+            workers=setting.threads,
+            cache_mb=setting.cache_mb,
+        )
         running.append(
             DaliLoader(
-                shards, PRESETS["hrnet"], input_px=load.input_px, device=load.device,
-                **setting._asdict(),
+                shards,
+                spec,
+                prefetch=setting.prefetch,
+                hw_decoder_load=setting.hw_decoder_load,
             )
-        )  # fmt: skip
+        )
         ahead = len(shards) // setting.batch_size + 1 if setting.cache_mb else 0
         for _ in range(setting.prefetch + 2 + ahead):
             running[0].next()
@@ -198,10 +206,15 @@ def pixel_gap(shards: ShardSet, hw_decoder_load: float, load: Load) -> dict[str,
 
     preset = PRESETS["hrnet"]
     people = min(load.batch_size, len(shards))
-    loader = DaliLoader(
-        shards, preset, input_px=load.input_px, batch_size=people, device=load.device,
-        hw_decoder_load=hw_decoder_load, threads=load.workers,
-    )  # fmt: skip
+    spec = LoaderSpec(
+        loader="dali",
+        device=load.device,
+        preset=preset,
+        input_px=load.input_px,
+        batch_size=people,
+        workers=load.workers,
+    )
+    loader = DaliLoader(shards, spec, hw_decoder_load=hw_decoder_load)
     raw = RawBatch(*(tensor.cpu() for tensor in loader.next()))
     sample_of_row = {int(shards.record(sample)[0]): sample for sample in range(len(shards))}
     gaps = []

@@ -1,8 +1,8 @@
-"""People of the training split whose pictures turned out to be damaged, and who stands in for them.
+"""People of the training split with damaged pictures, each replaced by a neighbour.
 
-The stand-in is the next good person of the same tar, so that the order of the others, and their
-draws, stay. Who stands in for whom follows from the set of damaged people alone: what one rank
-learns later than another changes no batch.
+The replacement is the next undamaged person of the same tar, so that the order and the draws of
+all others stay. It depends only on the set of damaged people: if one rank learns of a person later
+than another, no batch changes.
 """
 
 import json
@@ -10,101 +10,77 @@ import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from common.errors import InputError
 from common.files import parse_json, read_bytes, write_atomic
 from pipelines.jpeg import BadSamplesError
-from pipelines.loader import Loader
-from pipelines.opencv_loader import RawBatch
+from pipelines.loader import Loader, RawBatch
 from pipelines.shards import ShardSet
 
 LIST = "bad_samples.jsonl"
-"""Is in the folder of a run that left people out, a line each."""
+"""File in the folder of a run that left people out, a line for each."""
 _LARGEST_LIST = 16 << 20
 
 
 class BadSamples:
-    """The damaged people that one rank knows of."""
+    """The damaged people that one rank knows, by sample number with what is wrong."""
 
     def __init__(self, shards: ShardSet, folder: Path, limit: int, rank: int = 0):
-        """Read what an earlier start of the run has found. Raises InputError.
+        """Read what earlier starts of the run found. Raises InputError.
 
         folder: of the run. limit: of damaged people, data.max_bad_samples.
         """
-        self.shards, self.folder, self.limit, self.rank = shards, folder, limit, rank
+        self.shards, self.path, self.limit, self.rank = shards, folder / LIST, limit, rank
         self.faults = self._read()
-        self.told = set(self.faults)
-        """Samples that were said."""
-        self.is_written = True
+        self._reported = self._written = set(self.faults)
+        self._indices = tempfile.TemporaryDirectory(prefix="indices_")
 
-    def patched(self) -> ShardSet:
-        """The split with everybody's stand-ins. Raises InputError where a tar has none."""
-        if not self.faults:
-            return self.shards
-        bad = set(self.faults)
-        try:
-            return self.shards.with_replacements(bad, self.folder / f"indices_{self.rank}")
-        except OSError:  # a full disk
-            return self.shards.with_replacements(bad, Path(tempfile.mkdtemp(prefix="indices_")))
+    def patched_shards(self) -> ShardSet:
+        """The split with everybody's replacements. Raises InputError where a tar has none."""
+        return self.shards.with_replacements(set(self.faults), Path(self._indices.name))
 
     def add(self, error: BadSamplesError) -> None:
-        """Take in what a loader met. Raises InputError beyond the limit, or if nothing is new."""
-        if not error.faults or error.faults.keys() <= self.faults.keys():
+        """Add what a loader met. Raises InputError beyond the limit, or if nothing is new."""
+        if error.faults.keys() <= self.faults.keys():
             raise error
         self.faults |= error.faults
         if self.rank == 0:
-            with suppress(OSError):  # `learn` writes it again, and says why it cannot
-                self.write()
-        self.check(len(self.faults))
+            self._write(self.faults)
+        self._check(len(self.faults))
 
-    def check(self, count: int) -> None:
-        """Raise InputError if so many are too many."""
+    def report(self) -> bytes:
+        """What this rank knows, for `merge`."""
+        return json.dumps(self.faults).encode()
+
+    def merge(self, reports: list[bytes]) -> list[str]:
+        """Write the reports of all ranks to the file; returns a sentence for each new person.
+
+        Raises InputError beyond the limit; given the same reports, on every rank.
+        """
+        known = {int(s): text for part in reports for s, text in json.loads(part).items()}
+        known |= self.faults
+        new = sorted(known.keys() - self._reported)
+        self._reported = set(known)
+        if self.rank == 0 and self._written != set(known):
+            self._write(known)
+        self._check(len(known))
+        return [
+            f"{self.shards.where(sample)} is left out, a neighbour replaces it: {known[sample]}"
+            for sample in new
+        ]
+
+    def _check(self, count: int) -> None:
         if count > self.limit:
             raise InputError(
-                self.folder / LIST,
+                self.path,
                 f"{count} people with damaged pictures",
                 f"{self.limit} at most (data.max_bad_samples)",
                 "run tools/check_shards.py --decode on the training shards, restore them or pack "
-                "again, and remove this list; then --resume",
+                "again, remove this list, and --resume",
             )
 
-    def learn(self, others: list[bytes]) -> list[str]:
-        """Take in every rank's `report` for the file, and return a sentence for each new fault.
-
-        A file that cannot be written is one more: who is left out is found again without it.
-        Raises InputError beyond the limit; with the same reports, on every rank.
-        """
-        known = {int(s): text for part in others for s, text in json.loads(part).items()}
-        new = sorted(known.keys() - self.told)
-        self.told |= known.keys()
-        lines = [
-            f"{self.shards.where(sample)} is left out, a neighbour stands in: {known[sample]}"
-            for sample in new
-        ]
-        if self.rank == 0 and (new or not self.is_written):
-            lines += self._keep(known)
-        self.check(len(known.keys() | self.faults.keys()))
-        return lines
-
-    def _keep(self, known: dict[int, str]) -> list[str]:
-        """Write the file; a sentence if that fails, the first time."""
-        was_written, self.is_written = self.is_written, True
-        try:
-            self.write(known)
-        except OSError as error:
-            self.is_written = False
-            if was_written:
-                return [f"the list of them cannot be written: {error}; training goes on"]
-        return []
-
-    def report(self) -> bytes:
-        """What this rank knows, for `learn`."""
-        return json.dumps(self.faults).encode()
-
-    def write(self, others: dict[int, str] | None = None) -> None:
-        """Write the file whole or not at all. others: faults that other ranks have met."""
-        faults = {**(others or {}), **self.faults}
+    def _write(self, faults: dict[int, str]) -> None:
+        """Write the file; on a full disk later, because without it the same people are found."""
         lines = [
             {
                 "sample": sample,
@@ -114,32 +90,35 @@ class BadSamples:
             }
             for sample, fault in sorted(faults.items())
         ]
-        write_atomic(
-            self.folder / LIST, "".join(json.dumps(line) + "\n" for line in lines).encode()
-        )
+        with suppress(OSError):
+            write_atomic(self.path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+            self._written = set(faults)
 
     def _read(self) -> dict[int, str]:
-        """People of these shards in the file; those of others, packed anew since, do not count."""
-        path = self.folder / LIST
-        if not path.is_file():
+        """People of these shards in the file; those of shards since packed anew do not count."""
+        if not self.path.is_file():
             return {}
         faults = {}
         try:
-            for line in read_bytes(path, _LARGEST_LIST).splitlines():
-                entry: dict[str, Any] = parse_json(line)
-                sample = int(entry["sample"])
-                if 0 <= sample < len(self.shards) and self.shards.key(sample) == entry["key"]:
-                    faults[sample] = str(entry["fault"])
-        except (ValueError, LookupError, TypeError, OverflowError) as error:
+            for line in read_bytes(self.path, _LARGEST_LIST).splitlines():
+                entry = parse_json(line)
+                if not isinstance(entry, dict) or not isinstance(entry.get("sample"), int):
+                    raise ValueError(f"{line[:100]!r}")
+                sample = entry["sample"]
+                if 0 <= sample < len(self.shards) and self.shards.key(sample) == entry.get("key"):
+                    faults[sample] = str(entry.get("fault"))
+        except ValueError as error:
             raise InputError(
-                path, f"damaged ({error})", "a line for each person that is left out",
-                "remove the file: they are found again",
-            ) from error  # fmt: skip
+                self.path,
+                f"damaged ({error})",
+                "a line of JSON for each person that is left out",
+                "remove the file: the people are found again",
+            ) from error
         return faults
 
 
 class SkippingLoader:
-    """A loader that goes on where another fails, with a neighbour in each damaged one's place."""
+    """A loader that continues where another fails, with a neighbour for each damaged person."""
 
     def __init__(
         self,
@@ -148,19 +127,19 @@ class SkippingLoader:
         batches: int,
         state: bytes,
     ):
-        """make: a loader of (a split, batches handed out before, a loader's state)."""
+        """make: a loader of (a split, batches returned before, a loader's state)."""
         self.make, self.bad_samples, self.batches = make, bad_samples, batches
-        self.loader = make(bad_samples.patched(), batches, state)
+        self.loader = make(bad_samples.patched_shards(), batches, state)
 
     def next(self) -> RawBatch:
-        """The next batch. Raises InputError beyond the bad_samples's limit."""
+        """The next batch. Raises InputError beyond the limit of damaged people."""
         while True:
             try:
                 batch = self.loader.next()
             except BadSamplesError as error:
                 self.bad_samples.add(error)
-                state = self.loader.state()
-                self.loader = self.make(self.bad_samples.patched(), self.batches, state)
+                shards, state = self.bad_samples.patched_shards(), self.loader.state()
+                self.loader = self.make(shards, self.batches, state)
             else:
                 self.batches += 1
                 return batch

@@ -5,7 +5,6 @@ DALI is imported only where it is the chosen loader.
 
 import importlib.util
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -13,13 +12,15 @@ import numpy.typing as npt
 import torch
 
 from common.errors import InputError
-from pipelines.augment import Preset, jitter, without_augmentation
+from pipelines.augment import jitter, without_augmentation
 from pipelines.codec import Codec
 from pipelines.crop_packing import require_preset_fits
 from pipelines.opencv_loader import (
     CropDataset,
     CropLoader,
     ListSampler,
+    LoaderName,
+    LoaderSpec,
     OpenCVLoader,
     RawBatch,
     Source,
@@ -27,8 +28,6 @@ from pipelines.opencv_loader import (
 )
 from pipelines.shard_format import unpack_records
 from pipelines.shards import ShardSet
-
-LoaderName = Literal["auto", "dali", "opencv"]
 
 
 class Batch(NamedTuple):
@@ -55,27 +54,6 @@ class Loader(Protocol):
         """What `train_loader` needs to continue; empty where the step is enough."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class LoaderSpec:
-    """How a training loader makes its batches."""
-
-    loader: LoaderName
-    device: torch.device
-    preset: Preset
-    input_px: int
-    batch_size: int
-    """People per rank and step."""
-    workers: int
-    """Worker processes of OpenCV, CPU threads of DALI."""
-    shuffle_buffer: int = 1024
-    """People that DALI draws from; 0 keeps the order of the shards."""
-    seed: int = 0
-    rank: int = 0
-    world_size: int = 1
-    cache_mb: int = 0
-    """GPU memory in which DALI's decoder keeps decoded pictures, MB."""
-
-
 def train_loader(
     shards: ShardSet, spec: LoaderSpec, first_step: int = 0, state: bytes = b""
 ) -> Loader:
@@ -84,42 +62,19 @@ def train_loader(
     Raises InputError if the preset needs more than the shards hold, or for an impossible cache.
     """
     require_preset_fits(shards.manifest, spec.preset, shards.folder)
-    if choose_loader(spec.loader, spec.device) == "dali":
-        from pipelines.dali_loader import DaliLoader
-
-        return DaliLoader(
-            shards,
-            spec.preset,
-            input_px=spec.input_px,
-            batch_size=spec.batch_size,
-            device=spec.device,
-            threads=max(spec.workers, 1),
-            seed=spec.seed,
-            rank=spec.rank,
-            world_size=spec.world_size,
-            shuffle_buffer=spec.shuffle_buffer,
-            state=state,
-            cache_mb=spec.cache_mb,
-        )
-    if spec.cache_mb:
+    loader = choose_loader(spec.loader, spec.device)
+    if spec.cache_mb and (loader != "dali" or spec.device.type != "cuda"):
         raise InputError(
             "data.cache_mb",
-            f"{spec.cache_mb} with the OpenCV loader",
-            "0: only DALI has a cache",
+            f"{spec.cache_mb} with the loader {loader} on {spec.device.type}",
+            "0: only DALI on a GPU has a cache",
             "set data.cache_mb to 0",
         )
-    return OpenCVLoader(
-        shards,
-        spec.preset,
-        input_px=spec.input_px,
-        batch_size=spec.batch_size,
-        workers=spec.workers,
-        pin=spec.device.type == "cuda",
-        seed=spec.seed,
-        rank=spec.rank,
-        world_size=spec.world_size,
-        first_step=first_step,
-    )
+    if loader == "opencv":
+        return OpenCVLoader(shards, spec, first_step)
+    from pipelines.dali_loader import DaliLoader
+
+    return DaliLoader(shards, spec, state)
 
 
 def evaluation_batches(

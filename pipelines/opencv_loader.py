@@ -1,7 +1,7 @@
-"""Pictures -> person crops by OpenCV, in worker processes. The reference path, and evaluation's.
+"""Pictures -> person crops by OpenCV, in worker processes: the reference path, and a CPU's.
 
-A source gives the bytes of a picture and the record of a person; `ShardSet` is one and
-`LooseImages` is the other. All that is random is in a Draw, so that a crop is a pure function.
+Also what both loaders share: Source, LoaderSpec and RawBatch. All randomness is in a Draw, so a
+crop is a pure function.
 """
 
 import gc
@@ -10,8 +10,9 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import cv2
 import numpy as np
@@ -28,16 +29,15 @@ from pipelines.jpeg import BadSamplesError, require_sane_size
 from pipelines.shard_format import Records, record_of, unpack_records
 from pipelines.shards import ShardSet
 
+LoaderName = Literal["auto", "dali", "opencv"]
 PREFETCH = 4
 """Batches that each worker process makes ahead."""
-STOP_SIGNALS = [
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
-]
-"""What asks a program to stop. It decides itself when; its workers end with it."""
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""Signals that ask a program to stop. Worker processes leave them to the main process."""
 
 
 class RawBatch(NamedTuple):
-    """What either loader hands over: crops before colour, and how each was made."""
+    """What both loaders return: crops before colour jitter, and how each was made."""
 
     images_NHW3: torch.Tensor
     """RGB in 0..255: uint8, or float32 where the crop is princeton's."""
@@ -47,6 +47,27 @@ class RawBatch(NamedTuple):
     """float32, columns in the order of augment.Draw."""
     records_NR: torch.Tensor
     """Layout in pipelines/shard_format.py: float32 from shards, float64 from loose pictures."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderSpec:
+    """How a training loader makes its batches."""
+
+    loader: LoaderName
+    device: torch.device
+    preset: Preset
+    input_px: int
+    batch_size: int
+    """People per rank and step."""
+    workers: int
+    """Worker processes of OpenCV, CPU threads of DALI."""
+    shuffle_buffer: int = 1024
+    """People among whom DALI draws the next; 0 keeps the order of the shards."""
+    seed: int = 0
+    rank: int = 0
+    world_size: int = 1
+    cache_mb: int = 0
+    """GPU memory in which DALI keeps decoded pictures, MB. Each rank then keeps its people."""
 
 
 Item = tuple[npt.NDArray, npt.NDArray[np.float32], Draw, npt.NDArray[np.floating]]
@@ -65,31 +86,32 @@ class Source(Protocol):
         """(record_length,) of one person."""
 
     def where(self, sample: int) -> str:
-        """What to call a sample in a message."""
+        """The name of a sample in messages."""
 
 
 class LooseImages:
     """People of an annotation file with their pictures in a folder."""
 
     def __init__(self, people: People, folder: Path):
-        """Check that every picture is there. Raises InputError that counts the missing ones."""
+        """Check that every picture is in the folder. Raises InputError."""
         self.people, self.folder = people, Path(folder)
-        missing = sorted({n for n in people.images if not (self.folder / n).is_file()})
+        names = sorted(set(people.images))
+        missing = [name for name in names if not (self.folder / name).is_file()]
         if missing:
             raise InputError(
                 self.folder,
-                f"{len(missing)} of {len(set(people.images))} pictures missing, first {missing[0]}",
+                f"{len(missing)} of {len(names)} pictures missing, first {missing[0]}",
                 "the pictures that the annotation file names",
                 "give their folder with --images",
             )
-        outside = [
-            name for name in sorted(set(people.images)) if not stays_inside(self.folder, name)
-        ]
+        outside = [name for name in names if not stays_inside(self.folder, name)]
         if outside:
             raise InputError(
-                self.folder / outside[0], "a link that leads out of the folder of pictures",
-                "pictures in the folder itself", "name the folder that has them",
-            )  # fmt: skip
+                self.folder / outside[0],
+                "a link that leads out of the folder",
+                "pictures in the folder itself",
+                "give the folder that has them",
+            )
 
     def __len__(self) -> int:
         return self.people.count
@@ -100,15 +122,15 @@ class LooseImages:
         try:
             return path.read_bytes()
         except OSError as error:
-            raise InputError(path, f"not readable ({error.strerror})", "a JPEG on a sound disk",
-                             "restore the file") from error  # fmt: skip
+            found = f"not readable ({error.strerror})"
+            raise InputError(path, found, "a readable JPEG", "restore the file") from error
 
     def record(self, sample: int) -> npt.NDArray[np.float64]:
-        """The record; the picture's size is left at 0, for it is not decoded here."""
+        """The record, with 0 x 0 as the picture's size, because nothing is decoded here."""
         return record_of(self.people, sample, 0, 0)
 
     def where(self, sample: int) -> str:
-        """The file."""
+        """The path of the picture."""
         return str(self.folder / self.people.images[sample])
 
 
@@ -116,19 +138,18 @@ def decode(jpeg: bytes, where: str) -> npt.NDArray[np.uint8]:
     """(H, W, 3) BGR picture as stored, its EXIF orientation ignored. Raises InputError."""
     require_sane_size(jpeg, where)
     flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
-    data = np.frombuffer(jpeg, dtype=np.uint8)
     try:
-        image = cv2.imdecode(data, flags) if data.size else None
-    except cv2.error:  # more pixels than OpenCV is willing to read, or damage that it checks for
+        image = cv2.imdecode(np.frombuffer(jpeg, np.uint8), flags) if jpeg else None
+    except cv2.error:
         image = None
     if image is None:
         raise InputError(
             where,
-            f"{data.size} bytes that are no picture",
+            f"{len(jpeg)} bytes that are no picture",
             "a JPEG",
-            "replace the picture; if it lies in a tar, pack again with tools/make_shards.py",
+            "replace the picture; if it is in a tar, pack again with tools/make_shards.py",
         )
-    return image  # type: ignore[return-value]
+    return image.astype(np.uint8, copy=False)
 
 
 def crop_person(
@@ -137,13 +158,13 @@ def crop_person(
     """Crop one person: (input_px, input_px, 3) RGB in 0..255 and the (2, 3) affine applied.
 
     image_HW3: BGR. record: fields of one person, with a leading axis of 1. The crop is uint8, by
-    one warp; under princeton's rules it is float32, by its own two.
+    one warp; by princeton's rules it is float32, by two.
     """
     center = record.center_N2[0].astype(np.float64)
     scale = float(record.scale_N[0])
     if preset.princeton_crop:
         crop = princeton.crop(image_HW3, center, scale, input_px)
-        # Without an augmentation there is no second resampling, as in its test.
+        # As in its test code, there is no second resampling without augmentation.
         if drawn != Draw():
             crop = princeton.augment(crop, drawn)
         matrix = princeton.input_from_image(center, scale, drawn, input_px)
@@ -164,7 +185,7 @@ def image_from_stored(record: Records) -> geometry.Matrix:
 
 
 class CropDataset(Dataset):
-    """Crops by (sample, epoch) keys; the draw follows from the seed and the key alone."""
+    """Crops by (sample, epoch) keys. The draw depends on the seed and the key only."""
 
     def __init__(
         self,
@@ -174,10 +195,7 @@ class CropDataset(Dataset):
         seed: int,
         decoder: Callable[[bytes, str], npt.NDArray[np.uint8]] = decode,
     ):
-        """preset: augment.PRESETS[...]. input_px: side of the crop. seed: of the draws.
-
-        decoder: (JPEG, what to call it) -> (H, W, 3) BGR.
-        """
+        """decoder: (JPEG, its name in messages) -> (H, W, 3) BGR."""
         self.source, self.preset, self.input_px, self.seed = source, preset, input_px, seed
         self.decoder = decoder
 
@@ -210,8 +228,8 @@ class EndlessSampler(Sampler[list[tuple[int, int]]]):
     """Batches of (sample, epoch) keys for one rank, without end, from any step on.
 
     All ranks walk one endless sequence of shuffled passes over the people; step t of rank r takes
-    positions (t x world_size + r) x batch_size and on. So the sequence depends on the seed and the
-    global batch size alone, and no state but the step is needed to continue it.
+    positions (t x world_size + r) x batch_size and on. So the sequence depends only on the seed
+    and the global batch size, and the step is all that is needed to continue it.
     """
 
     def __init__(
@@ -243,7 +261,7 @@ class EndlessSampler(Sampler[list[tuple[int, int]]]):
 
 
 class ListSampler(Sampler[list[tuple[int, int]]]):
-    """Batches of (sample, 0) keys in the given order, the last one shorter if need be."""
+    """Batches of (sample, 0) keys in the given order; the last one may be shorter."""
 
     def __init__(self, samples: npt.NDArray[np.int64], batch_size: int):
         """samples: (N,) sample numbers."""
@@ -261,73 +279,60 @@ class CropLoader:
     """RawBatches of a dataset, cropped in worker processes."""
 
     def __init__(
-        self,
-        dataset: CropDataset,
-        sampler: EndlessSampler | ListSampler,
-        workers: int,
-        pin: bool,
+        self, dataset: CropDataset, sampler: EndlessSampler | ListSampler, workers: int, pin: bool
     ):
-        """workers: processes, no more than there are cores; 0 crops in this one.
-
-        pin: page-locked memory, for a GPU.
-        """
+        """workers: at most one per core; 0 crops in this process. pin: page-locked, for a GPU."""
         workers = min(workers, usable_cores())
         self._batches = DataLoader(
-            _Careful(dataset),
-            batch_sampler=sampler,
+            _BatchDataset(dataset),
+            batch_size=None,  # the sampler's keys are whole batches
+            sampler=sampler,
             num_workers=workers,
-            collate_fn=_collate_careful,
             pin_memory=pin,
             worker_init_fn=_start_worker,
             prefetch_factor=PREFETCH if workers else None,
-            # Else each start of a run would take a number from the generator that it restores.
+            # Its own, or each start of a run would draw from the generator that it restores.
             generator=torch.Generator(),
         )
 
     def __iter__(self) -> Iterator[RawBatch]:
-        with _signals_held(), _garbage_held():
+        with _stop_signals_blocked():
+            # Workers must not destroy garbage that they inherit: a DALI pipeline would wait for
+            # threads that a forked process lacks.
+            gc.freeze()
             batches = iter(self._batches)
+            gc.unfreeze()
         for batch in batches:
             if isinstance(batch, InputError):
                 break
             yield batch
         else:
             return
-        # The workers end here: in the cycle of an error and its traceback the collector would find
-        # them, whose order leaves the workers without a word, and this process waiting for each.
+        # Ends the workers now. The traceback would keep the iterator in a reference cycle, and the
+        # collector would wait five seconds for each worker.
         del batches
         raise batch
 
 
 class OpenCVLoader:
-    """Endless augmented batches by OpenCV; they depend on the seed and the step alone."""
+    """Endless augmented batches, from any step on."""
 
-    def __init__(
-        self,
-        shards: ShardSet,
-        preset: Preset,
-        *,
-        input_px: int,
-        batch_size: int,
-        workers: int,
-        pin: bool,
-        seed: int,
-        rank: int,
-        world_size: int,
-        first_step: int,
-    ):
-        """workers: processes. pin: page-locked batches for a GPU. first_step: batches to skip."""
+    def __init__(self, shards: ShardSet, spec: LoaderSpec, first_step: int = 0):
+        """first_step: number of batches to skip."""
         self.shards = shards
-        dataset = CropDataset(shards, preset, input_px, seed)
-        sampler = EndlessSampler(len(shards), batch_size, seed, rank, world_size, first_step)
-        self._batches: Iterator[RawBatch] = iter(CropLoader(dataset, sampler, workers, pin))
+        dataset = CropDataset(shards, spec.preset, spec.input_px, spec.seed)
+        sampler = EndlessSampler(
+            len(shards), spec.batch_size, spec.seed, spec.rank, spec.world_size, first_step
+        )
+        loader = CropLoader(dataset, sampler, spec.workers, pin=spec.device.type == "cuda")
+        self._batches = iter(loader)
 
     def next(self) -> RawBatch:
-        """The next batch. Raises BadSamplesError; then this loader has come to its end."""
+        """The next batch. Raises BadSamplesError, after which this loader cannot be used."""
         try:
             return next(self._batches)
         except BadSamplesError as error:
-            # A stand-in that is damaged itself goes by its own number.
+            # A damaged replacement is reported under its own number.
             error.faults = {self.shards.origin(s): text for s, text in error.faults.items()}
             error.advise_to_skip()
             raise
@@ -337,32 +342,24 @@ class OpenCVLoader:
         return b""
 
 
-class _Careful(Dataset):
-    """A dataset that hands errors over as values: a DataLoader's worker would turn them to text."""
+class _BatchDataset(Dataset):
+    """Batches by lists of keys; errors are values, because a DataLoader would make them text."""
 
-    def __init__(self, dataset: CropDataset):
-        self.dataset = dataset
+    def __init__(self, crops: CropDataset):
+        self.crops = crops
 
-    def __getitem__(self, key: tuple[int, int]) -> Item | InputError:
+    def __getitem__(self, keys: list[tuple[int, int]]) -> RawBatch | InputError:
         try:
-            return self.dataset[key]
+            batch = collate([self.crops[key] for key in keys])
         except InputError as error:
             return error
+        return batch if get_worker_info() is None else _share(batch)
 
 
-def _collate_careful(items: list[Item | InputError]) -> RawBatch | InputError:
-    whole = [item for item in items if not isinstance(item, InputError)]
-    errors = [item for item in items if isinstance(item, InputError)]
-    if errors:
-        return errors[0]
-    batch = collate(whole)
-    return batch if get_worker_info() is None else _shared(batch)
+def _share(batch: RawBatch) -> RawBatch | InputError:
+    """Move the tensors to shared memory, from which the main process reads them.
 
-
-def _shared(batch: RawBatch) -> RawBatch | InputError:
-    """Its tensors in shared memory, where the main process finds them.
-
-    Left to the queue's own thread, a failure would be a traceback and a batch that never comes.
+    If the queue's thread did it, a failure would be a traceback and a batch that never arrives.
     """
     try:
         for tensor in batch:
@@ -372,62 +369,34 @@ def _shared(batch: RawBatch) -> RawBatch | InputError:
         return InputError(
             "the workers' shared memory, /dev/shm",
             f"no room for a batch of {size:.1f} MB ({str(error).splitlines()[0]})",
-            f"room for {PREFETCH + 1} batches of each worker and rank",
-            "in a container give it more: docker run --shm-size=2g; or take fewer workers, smaller "
-            "batches, or no workers (0)",
+            f"room for {PREFETCH + 1} batches for each worker and rank",
+            "enlarge it (docker run --shm-size=2g), or use smaller batches, fewer workers or none",
         )
     return batch
 
 
 @contextmanager
-def _signals_held() -> Iterator[None]:
-    """Hold back the signals that stop a program; processes started meanwhile never get them.
-
-    A mask is inherited, so that there is no moment at which a worker could be hit. One whose parent
-    is gone ends by itself. Where a worker could not hear its parent, SIGTERM is let through.
-    """
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    held = set(STOP_SIGNALS)
-    if not hasattr(signal, "sigwaitinfo"):
-        held.discard(signal.SIGTERM)
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, held)
+def _stop_signals_blocked() -> Iterator[None]:
+    """Processes started meanwhile inherit the mask, so that no stop signal ever reaches them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-@contextmanager
-def _garbage_held() -> Iterator[None]:
-    """Destroy nothing that only the collector finds; processes started meanwhile begin so.
-
-    What a worker inherits is not for it to destroy: a dead pipeline of DALI would wait for threads
-    that are not there.
-    """
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collects:
-            gc.enable()
-
-
 def _start_worker(worker: int) -> None:
-    """Leave the other cores to the other workers, keep buffers, end when the main process says."""
-    gc.freeze()  # see _garbage_held
-    gc.enable()
+    """Use one core, keep freed memory, and end when the main process asks for it."""
     cv2.setNumThreads(0)
     keep_freed_memory()
-    if hasattr(signal, "sigwaitinfo"):
-        threading.Thread(target=_end_at_its_word, args=[os.getppid()], daemon=True).start()
+    threading.Thread(target=_exit_on_sigterm_from, args=[os.getppid()], daemon=True).start()
 
 
-def _end_at_its_word(parent: int) -> None:
-    """Take the held signals from the queue; SIGTERM by the parent ends this worker."""
+def _exit_on_sigterm_from(parent: int) -> None:
+    """Discard blocked signals; a SIGTERM of the parent (`Process.terminate`) ends the worker."""
     while True:
-        info = signal.sigwaitinfo(STOP_SIGNALS)
-        if info.si_signo == signal.SIGTERM and info.si_pid == parent:
+        # macOS has no sigwaitinfo, which tells the sender.
+        info = signal.sigwaitinfo(STOP_SIGNALS) if hasattr(signal, "sigwaitinfo") else None
+        number = info.si_signo if info else signal.sigwait(STOP_SIGNALS)
+        if number == signal.SIGTERM and (info is None or info.si_pid == parent):
             os._exit(0)

@@ -351,7 +351,7 @@ class Trainer:
         self.log.log_training(step, values)
         self.monitor.check(step, bad_steps, totals, self.log, dist)
         if self.bad_samples:
-            for line in self.bad_samples.learn(gather_bytes(self.bad_samples.report(), dist)):
+            for line in self.bad_samples.merge(gather_bytes(self.bad_samples.report(), dist)):
                 self.log.info(f"step {step}: {line}")
 
     def _report_early_end(self) -> None:
