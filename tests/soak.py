@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 for place in (ROOT, ROOT / "tests"):
     sys.path.insert(0, str(place))
 
-from test_bad_samples import damaged, overwrite  # noqa: E402
+from test_bad_samples import damage, damaged  # noqa: E402
 from test_elastic import assert_same_weights, children, last_step, started  # noqa: E402
 
 from pipelines.bad_samples import LIST  # noqa: E402
@@ -120,7 +120,7 @@ class Soak:
         batch = next(islice(people, ROTS_BEFORE, None))
         stand_ins = {sample + 1 for sample in ROTTEN}  # these were met
         late = next(s for s, _ in batch if s not in stand_ins | set(ROTTEN))
-        overwrite(self.shards / "train", late, b"\x13")
+        damage(self.shards / "train", late)
         assert last_step(self.run) < ROTS_BEFORE - 20, "too late to rot"
         tell(f"step {last_step(self.run)}: the picture of sample {late} rots")
         self.rotten = sorted([*ROTTEN, late])

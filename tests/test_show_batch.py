@@ -6,8 +6,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from helpers import make_codec
-from test_dali_crops import opencv_twin
+from helpers import make_codec, opencv_crop
 
 from common.errors import InputError
 from configs.skeleton import MPII
@@ -50,7 +49,7 @@ def test_both_loaders_are_compared_on_the_same_draws(
         loader="dali", device=CPU, preset=PRESETS[preset], input_px=256, batch_size=3, workers=0
     )
     raw = train_loader(split, spec).next()
-    twins = np.stack([opencv_twin(split, raw, i, PRESETS[preset])[0] for i in range(3)])
+    twins = np.stack([opencv_crop(split, raw, i, PRESETS[preset])[0] for i in range(3)])
     expected = np.abs(twins.astype(float) - raw.images_NHW3.numpy()).mean()
     assert printed == pytest.approx(expected, abs=1e-4)
     assert printed < 0.5 or preset == "princeton"

@@ -1,0 +1,196 @@
+"""DALI makes OpenCV's crops from the same draws, shares people over ranks, and can be continued."""
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from helpers import assert_loaders_agree, damage_picture, make_spec, opencv_crop, sample_of_row
+
+from common.errors import InputError
+from pipelines import geometry, princeton
+from pipelines.augment import PRESETS, Draw
+from pipelines.loader import RawBatch, images_on_device, train_loader
+from pipelines.opencv_loader import decode
+from pipelines.shard_format import unpack_records
+from pipelines.shards import ShardSet
+
+pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed")
+from pipelines import dali_loader
+from pipelines.dali_loader import DaliLoader
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(scope="module")
+def real_shards(shared, tmp_path_factory) -> ShardSet:
+    """The five real MPII pictures as shards."""
+    from tools.make_shards import main
+
+    data, output = shared / "data" / "mpii_sample", tmp_path_factory.mktemp("real") / "shards"
+    words = ["--annotations", data / "annot" / "valid.h5", "--images", data / "images",
+             "--output", output, "--splits", "valid", "--workers", 1]  # fmt: skip
+    assert main([str(word) for word in words]) == 0
+    return ShardSet(output / "valid")
+
+
+@pytest.fixture
+def split(tiny_shards) -> ShardSet:
+    return ShardSet(tiny_shards / "train")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ["newell", "hrnet", "mild", "none"])
+def test_dali_agrees_with_opencv_on_real_pictures(name, device, real_shards):
+    spec = make_spec(name, input_px=256, batch_size=5, device=torch.device(device))
+    assert_loaders_agree(real_shards, spec, steps=1 if name in ("mild", "none") else 3)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_dali_agrees_with_opencv_on_small_pictures(device, split):
+    """Most people lie half outside their pictures."""
+    assert_loaders_agree(split, make_spec("hrnet", device=torch.device(device)), steps=6)
+
+
+def test_a_rotated_flipped_half_outside_case_agrees(split):
+    """One hard draw for everybody: 40 degrees, mirrored, and a box about the picture's corner."""
+    hard = PRESETS["hrnet"]._replace(
+        scale=PRESETS["hrnet"].scale._replace(kind="uniform", low=1.3, high=1.3),
+        rotation_deg=PRESETS["hrnet"].rotation_deg._replace(kind="uniform", low=40, high=40),
+        rotation_probability=1.0,
+        flip_probability=1.0,
+    )
+    spec = make_spec(hard, input_px=128, batch_size=12, shuffle_buffer=0)
+    raw = DaliLoader(split, spec).next()
+    assert raw.draws_ND[:, :3].tolist() == [pytest.approx([1.3, 40, 1])] * 12
+    for person in range(12):
+        crop, matrix = opencv_crop(split, raw, person, hard)
+        difference = np.abs(crop.astype(int) - raw.images_NHW3[person].numpy().astype(int))
+        assert difference.mean() <= 0.5 and np.percentile(difference, 99.9) <= 6
+        np.testing.assert_allclose(raw.input_from_image_N23[person], matrix, atol=1e-3)
+    black_N = (raw.images_NHW3 == 0).all(dim=-1).float().mean(dim=(1, 2))
+    assert black_N.max() > 0.4, "no person lies half outside"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_dali_makes_princetons_box_and_matrix_in_one_resampling(device, split):
+    """Against OpenCV's single warp of the same zero-padded box; DALI resamples once only."""
+    spec = make_spec("princeton", input_px=128, batch_size=12, device=torch.device(device))
+    raw = RawBatch(*(tensor.cpu() for tensor in DaliLoader(split, spec).next()))
+    for person in range(12):
+        sample = sample_of_row(split, raw.records_NR[person, 0])
+        fields = unpack_records(split.record(sample)[None])
+        center, scale = fields.center_N2[0].astype(float), float(fields.scale_N[0])
+        corner, end = princeton.box_corners(center, scale, 128)
+        drawn = Draw(*raw.draws_ND[person].tolist())
+        matrix = princeton.input_from_image(center, scale, drawn, 128)
+        image = decode(split.jpeg(sample), "picture")
+        shifted = geometry.translation(*-corner)[:2].astype(float)
+        box = cv2.warpAffine(image, shifted, tuple(int(v) for v in end - corner))
+        single = cv2.warpAffine(box, (matrix @ geometry.translation(*corner))[:2], (128, 128))
+        expected = cv2.cvtColor(single, cv2.COLOR_BGR2RGB).astype(float)
+        difference = np.abs(expected - raw.images_NHW3[person].numpy())
+        assert difference.mean() <= 0.5 and np.percentile(difference, 99.9) <= 6
+        np.testing.assert_allclose(raw.input_from_image_N23[person], matrix[:2], atol=1e-3)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_crops_reach_torch_without_a_copy_and_channels_last(device, split):
+    loader = DaliLoader(split, make_spec("hrnet", device=torch.device(device)))
+    outputs = loader.pipeline.run()
+    pointers = [output.as_tensor().data_ptr() for output in outputs]
+    raw = [torch.from_dlpack(output.as_tensor()) for output in outputs]
+    assert [tensor.data_ptr() for tensor in raw] == pointers
+    image = images_on_device(loader.next(), raw[0].device)
+    assert image.dtype == torch.float32 and image.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_dali_draws_from_the_same_table(split):
+    """Limits and shares of its draws, as test_augment.py checks them for numpy."""
+    found = {}
+    for name in ("princeton", "newell", "hrnet"):
+        loader = DaliLoader(split, make_spec(name, batch_size=64, seed=1))
+        draws = torch.cat([loader.next().draws_ND for _ in range(12)]).numpy()
+        found[name] = Draw(*draws.T)
+    drawn = found["princeton"]
+    assert np.abs(drawn.rotation_deg).max() == pytest.approx(30, abs=0.5)
+    plain = np.stack(drawn)[3:, drawn.flip == 0].T
+    assert 300 < len(plain) < 470 and (plain == np.array(Draw()[3:], dtype=np.float32)).all()
+    drawn = found["newell"]
+    assert np.abs(np.log2(drawn.scale)).max() == pytest.approx(0.5, abs=1e-3)
+    assert (drawn.rotation_deg != 0).mean() == pytest.approx(0.4, abs=0.08)
+    assert drawn.red.min() == pytest.approx(0.6, abs=0.02)
+    drawn = found["hrnet"]
+    assert (drawn.rotation_deg != 0).mean() == pytest.approx(0.6, abs=0.08)
+    at_limit = np.isclose(drawn.scale, 0.75) | np.isclose(drawn.scale, 1.25)
+    assert at_limit.mean() == pytest.approx(0.317, abs=0.08)
+
+
+def test_ranks_of_dali_share_the_people_without_overlap(split):
+    rows = []
+    for rank in range(3):
+        spec = make_spec("none", rank=rank, world_size=3, shuffle_buffer=0)
+        rows.append(set(DaliLoader(split, spec).next().records_NR[:, 0].int().tolist()))
+    assert [len(r) for r in rows] == [4, 4, 4] and set.union(*rows) == set(range(12))
+
+
+def test_dali_continues_its_sequence_from_a_state(split):
+    spec = make_spec("princeton", batch_size=5, seed=9)
+    first = DaliLoader(split, spec)
+    for _ in range(3):
+        first.next()
+    second = DaliLoader(split, spec, first.state())
+    for _ in range(4):
+        assert all(map(torch.equal, first.next(), second.next()))
+
+
+def test_dali_names_the_tar_and_sample_of_a_picture_that_does_not_decode(tiny_shards, tmp_path):
+    folder = damage_picture(tiny_shards / "valid", tmp_path / "bad", sample=2)
+    loader = DaliLoader(ShardSet(folder), make_spec("none", batch_size=5))
+    with pytest.raises(InputError, match=r"00000\.tar: sample 2"):
+        loader.next()
+
+
+@pytest.mark.parametrize("loader", ["dali", "opencv"])
+def test_a_decoder_cache_without_a_gpu_is_refused(loader, split):
+    with pytest.raises(InputError, match=r"data\.cache_mb"):
+        train_loader(split, make_spec("hrnet", loader, cache_mb=64))
+
+
+def test_a_rank_with_a_cache_meets_the_same_people_again(split, monkeypatch):
+    """The reader of the graph with a cache, on a CPU, whose decoder is spared the cache itself."""
+    given, image = {}, dali_loader.fn.decoders.image
+
+    def without_cache(jpeg, *, cache_size, cache_type, **others):
+        given.update(cache_size=cache_size, cache_type=cache_type)
+        return image(jpeg, **others)
+
+    monkeypatch.setattr(dali_loader.fn.decoders, "image", without_cache)
+    met = []
+    for rank in range(2):
+        spec = make_spec(
+            "none", batch_size=6, rank=rank, world_size=2, shuffle_buffer=4, cache_mb=64
+        )
+        loader = DaliLoader(split, spec)
+        epochs = [set(loader.next().records_NR[:, 0].int().tolist()) for _ in range(5)]
+        assert all(epoch == epochs[0] for epoch in epochs) and len(epochs[0]) == 6
+        met.append(epochs[0])
+    assert set.union(*met) == set(range(12))
+    assert given == {"cache_size": 64, "cache_type": "threshold"}
+
+
+@pytest.mark.gpu
+def test_cached_pictures_give_the_same_crops_again(split):
+    """Twelve people, decoded once each; the second pass comes out of the cache.
+
+    Without the JPEG engine, whose pixels differ a little: the batch decides whom it decodes.
+    """
+    plain, cached = (
+        DaliLoader(
+            split,
+            make_spec("hrnet", batch_size=12, device=torch.device("cuda"), cache_mb=cache_mb),
+            hw_decoder_load=0.0,
+        )
+        for cache_mb in (0, 64)
+    )
+    for _ in range(4):
+        assert all(map(torch.equal, plain.next(), cached.next()))
