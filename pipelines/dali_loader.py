@@ -100,10 +100,8 @@ class DaliLoader:
         try:
             outputs = self.pipeline.run(*_stream(self.pipeline))
         except (RuntimeError, ValueError) as error:  # a picture; numbers of a record
-            failure = _failure(error, self.shards, self._find_faults())
-            if isinstance(failure, BadSamplesError):
-                failure.advise_to_skip()
-            raise failure from error
+            # No variable holds it: in a reference cycle it would keep this pipeline's memory.
+            raise _failure(error, self.shards, self._find_faults(), training=True) from error
         return RawBatch(*_tensors(outputs))
 
     def _find_faults(self) -> dict[int, str]:
@@ -270,12 +268,17 @@ def _fault(source: Source, sample: int) -> str:
     return ""
 
 
-def _failure(error: Exception, source: Source, faults: dict[int, str]) -> InputError:
+def _failure(
+    error: Exception, source: Source, faults: dict[int, str], training: bool = False
+) -> InputError:
     """The error of a pipeline that failed. faults: of the people who caused it."""
     if faults:
         first = min(faults)
         more = f", and {len(faults) - 1} more people" if len(faults) > 1 else ""
-        return BadSamplesError.of(faults, source.where(first), faults[first] + more)
+        failure = BadSamplesError.of(faults, source.where(first), faults[first] + more)
+        if training:
+            failure.advise_to_skip()
+        return failure
     return InputError(
         getattr(source, "folder", "DALI"),
         f"DALI failed: {_reason(error)}",

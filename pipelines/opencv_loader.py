@@ -308,10 +308,13 @@ class CropLoader:
             yield batch
         else:
             return
-        # Ends the workers now. The traceback would keep the iterator in a reference cycle, and the
-        # collector would wait five seconds for each worker.
+        # Workers end now, and no reference cycle of error, traceback and this frame is left: the
+        # garbage collector would wait five seconds for each worker.
         del batches
-        raise batch
+        try:
+            raise batch
+        finally:
+            del batch
 
 
 class OpenCVLoader:

@@ -1,0 +1,89 @@
+"""Worker processes of the OpenCV loader: signals, shared memory, and what they inherit."""
+
+import gc
+import multiprocessing
+import os
+import shlex
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, may_mount
+from helpers import make_spec
+
+from pipelines.loader import train_loader
+from pipelines.opencv_loader import STOP_SIGNALS
+from pipelines.shards import ShardSet
+
+
+def test_workers_ignore_stop_signals_but_for_a_sigterm_of_their_parent(tiny_shards):
+    split = ShardSet(tiny_shards / "train")
+    alone = train_loader(split, make_spec("hrnet", "opencv", workers=0))
+    helped = train_loader(split, make_spec("hrnet", "opencv", workers=2))
+    before = set(multiprocessing.active_children())
+    assert all(map(torch.equal, alone.next(), helped.next()))
+    workers = set(multiprocessing.active_children()) - before
+    assert len(workers) == 2
+    for worker in workers:
+        for number in STOP_SIGNALS:  # from another process than their parent
+            subprocess.run(["kill", f"-{int(number)}", str(worker.pid)], check=True)
+    for _ in range(9):  # more than were made ahead
+        assert all(map(torch.equal, alone.next(), helped.next()))
+    assert all(worker.is_alive() for worker in workers)
+    for worker in workers:
+        worker.terminate()
+        worker.join(10)
+    assert not any(worker.is_alive() for worker in workers)
+
+
+@pytest.mark.skipif(not may_mount(), reason="no small disk can be mounted here")
+def test_too_little_shared_memory_is_one_clear_error(tiny_shards):
+    code = (
+        "from pathlib import Path; from helpers import make_spec;"
+        "from common.errors import run_main;"
+        "from pipelines.loader import train_loader; from pipelines.shards import ShardSet;"
+        f"shards = ShardSet(Path({str(tiny_shards / 'train')!r}));"
+        "spec = make_spec('hrnet', 'opencv', workers=2, batch_size=32, input_px=256);"
+        "run_main(lambda: train_loader(shards, spec).next() and None)"
+    )
+    command = (
+        f"mount -t tmpfs -o size=2m x /dev/shm && exec {sys.executable} -c {shlex.quote(code)}"
+    )
+    done = subprocess.run(
+        ["unshare", "-rm", "bash", "-c", command],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert "no room for a batch of" in done.stderr and "--shm-size" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_worker_never_destroys_what_it_inherits(tiny_shards, tmp_path):
+    """A dead pipeline of DALI would wait for its threads, which are not in the worker, for ever."""
+    log, main_process, armed = tmp_path / "log", os.getpid(), [True]
+
+    class Inherited:
+        def __init__(self):
+            self.cycle = self
+
+        def __del__(self):
+            if os.getpid() != main_process:
+                log.touch()
+
+    loader = train_loader(ShardSet(tiny_shards / "train"), make_spec("hrnet", "opencv", workers=1))
+    thresholds = gc.get_threshold()
+    os.register_at_fork(after_in_child=lambda: gc.set_threshold(1) if armed else None)
+    gc.set_threshold(1_000_000)
+    Inherited()
+    try:
+        loader.next()
+    finally:
+        gc.set_threshold(*thresholds)
+        armed.clear()
+    assert not log.exists() and gc.isenabled()
