@@ -1,9 +1,8 @@
 """The page of evaluate.py --report, read as its reader does: in a browser, where there is one."""
 
 import json
-import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -16,10 +15,12 @@ from configs.skeleton import L_WRIST, MPII, R_WRIST, Length, Skeleton
 from evaluation import html_report, pckh, visualize
 from evaluation.predictions import as_entries
 from evaluation.report import ReferenceRun
-from pipelines.annotations import read_annotations
+from pipelines.annotations import People, read_annotations
 from pipelines.shards import ShardSet
 
 WIDE = (1280, 900)
+WIDE_LETTERS = "* { font-family: monospace !important; letter-spacing: 0.06em !important }"
+"""Wider than any font that the page is likely to be shown in."""
 
 
 class Report(NamedTuple):
@@ -32,14 +33,12 @@ class Report(NamedTuple):
 
 
 def evaluate_with(*words: object) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["evaluate.py", *map(str, words)])
-        evaluate.main()
+    evaluate.main(list(map(str, words)))
 
 
 @pytest.fixture(scope="module")
 def report(tiny_set, tmp_path_factory) -> Report:
-    """Of predictions that lie more or less beside the annotation, against others that do."""
+    """Of predictions near the annotation, compared with others."""
     folder = tmp_path_factory.mktemp("report")
     people, _ = read_annotations(tiny_set / "annot", "valid")
     words = ["--annotations", tiny_set / "annot" / "valid.h5", "--images", tiny_set / "images"]
@@ -56,8 +55,7 @@ def report(tiny_set, tmp_path_factory) -> Report:
     own, other = (json.loads((folder / f"{name}.json").read_text()) for name in ("own", "other"))
     distance = np.linalg.norm(found - people.joints, axis=-1) / people.normalize[:, None]
     errors = np.where(people.marked, distance, np.nan)
-    results = own["predictions"], other["predictions"]
-    return Report(folder / "out" / "index.html", *results, errors)
+    return Report(folder / "out" / "index.html", own["predictions"], other["predictions"], errors)
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +66,24 @@ def browser(tmp_path_factory):
     opened = Browser(program, tmp_path_factory.mktemp("profile"))
     yield opened
     opened.close()
+
+
+def write_page(
+    folder: Path,
+    people: People,
+    found: np.ndarray,
+    skeleton: Skeleton = MPII,
+    name: str = "network",
+    facts: dict[str, Any] | None = None,
+    compared_with: str = "",
+) -> Path:
+    """A report without pictures."""
+    result = pckh.summary(found, people, skeleton)
+    reference = ReferenceRun(compared_with, result) if compared_with else None
+    data = html_report.ReportData(people, found, skeleton, None, np.arange(people.count))
+    page = html_report.html_report(facts or {}, {name: result}, reference, data, 24)
+    (folder / "page.html").write_text(page, "utf-8")
+    return folder / "page.html"
 
 
 def complaints(browser: Browser) -> list[dict]:
@@ -85,17 +101,29 @@ def choose(browser: Browser, select: str, value: object) -> None:
         s.value = {str(value)!r}; s.dispatchEvent(new Event("change")); }})()""")
 
 
+def click(browser: Browser, selector: str) -> None:
+    browser.ask(f"document.querySelector({selector!r}).click()")
+
+
 def shown_rows(browser: Browser) -> list[int]:
-    return list(
-        map(int, browser.ask("[...document.querySelectorAll('.tile')].map(t => t.dataset.row)"))
-    )
+    rows = "[...document.querySelectorAll('.tile')].map(t => t.dataset.row)"
+    return list(map(int, browser.ask(rows)))
+
+
+def assert_fits(browser: Browser) -> None:
+    """Nothing is wider than the window, except what scrolls by itself."""
+    page = "document.documentElement"
+    assert browser.ask(f"{page}.scrollWidth <= {page}.clientWidth")
+    outside = f"""[...document.querySelectorAll("main *")].filter(e => !e.closest(".scroll, svg") &&
+        e.getBoundingClientRect().right > {page}.clientWidth).map(e => e.outerHTML.slice(0, 99))"""
+    assert browser.ask(outside) == []
 
 
 def percent(rate: float | None) -> str:
     return "–" if rate is None else f"{100 * rate:.2f}"
 
 
-def test_the_page_opens_without_a_complaint_and_asks_nobody_for_anything(report, browser):
+def test_the_page_opens_without_a_complaint_and_requests_nothing(report, browser):
     browser.show(report.page, *WIDE)
     assert len(texts(browser, ".tile")) == 5
     assert browser.ask("[...document.images].every(i => i.complete && i.naturalWidth === 256)")
@@ -154,167 +182,35 @@ def test_the_numbers_of_the_page_are_those_of_the_json(report, browser):
     assert cells == [[percent(row["visible"]), percent(row["occluded"])] for row in rows]
 
 
-def test_another_run_is_named_and_doubted_where_it_was_scored_on_other_data(
-    report, tiny_set, tmp_path, browser
-):
-    folder = report.page.parents[1]
-    content = json.loads((folder / "other.json").read_text())
-    del content["predictions"]["truth_sha256"]
-    (tmp_path / "old.json").write_text(json.dumps(content))
-    for other, why in ((folder / "other.json", ""), (tmp_path / "old.json", "not known")):
-        valid = tiny_set / "annot" / "valid.h5"
-        evaluate_with("--predictions", folder / "own_found.json", "--annotations", valid,
-                      "--compare", other, "--report", tmp_path / "p.html")  # fmt: skip
-        browser.show(tmp_path / "p.html", *WIDE)
-        name = f"{folder / 'other_found.json'}, on {valid} ({other})"
-        assert name in texts(browser, "#facts dd")
-        (shown,) = texts(browser, "#doubt")
-        assert why in shown and bool(why) == bool(shown)
-        assert browser.ask("document.getElementById('doubt').offsetHeight > 0") == bool(why)
+def test_strings_in_the_data_never_become_markup(tmp_path, browser):
+    evil = "</script><script>window.hurt = 1</script><img src=x onerror='hurt=2'>{{ 7*7 }}<!--"
+    skeleton = Skeleton("evil", (evil, "b"), (), ((0, 1),), ((evil, (0, 1)),))
+    joints = np.full((3, 2, 2), 100.0)
+    people = people_at(joints)._replace(images=(evil, "{% raw %}", "$&"))
+    facts = {"checkpoint": evil, "remarks": [evil]}
+    page = write_page(tmp_path, people, joints + np.array([1, 2]), skeleton, evil, facts, evil)
+    browser.show(page, *WIDE)
+    assert len(texts(browser, ".tile")) == 3
+    assert browser.ask("window.hurt") is None and complaints(browser) == []
+    for selector in ("#facts dd", "#remarks li", "#means tbody th", "#means thead th"):
+        assert evil in texts(browser, selector), selector
+    assert "img" not in browser.ask("[...document.querySelectorAll('*')].map(e => e.localName)")
+    choose(browser, "joint", "0,1")
+    click(browser, ".tile")
+    browser.resize(360, 780)
+    assert_fits(browser)
 
 
-def test_the_colours_of_the_page_are_those_of_the_pictures(report, browser):
-    browser.show(report.page, *WIDE)
-    colours = {
-        "right": visualize.RIGHT_BGR,
-        "left": visualize.LEFT_BGR,
-        "middle": visualize.MIDDLE_BGR,
-    }
-    for side, bgr in colours.items():
-        for what, style in ((f".found .{side}", "stroke"), (f".key.{side}", "backgroundColor"),
-                            (f"#bars .side.{side}", "backgroundColor")):  # fmt: skip
-            found = browser.ask(f"getComputedStyle(document.querySelector('{what}')).{style}")
-            assert found == f"rgb{bgr[::-1]}", what
-
-
-@pytest.mark.parametrize("worst", [2.0, 40.0])
-def test_the_line_of_errors_ends_in_its_frame_or_says_where_it_leaves_it(worst, tmp_path, browser):
-    joints = np.full((200, 16, 2), 100.0)
-    people = people_at(joints, normalize=100.0)
-    found = joints + np.linspace(0, 150, 200)[:, None, None] * [1, 0]
-    found[-1] = joints[-1] + [100 * worst, 0]
-    shown = html_report.ReportData(people, found, MPII, None, np.arange(200))
-    result = pckh.summary(found, people, MPII)
-    (tmp_path / "page.html").write_text(
-        html_report.html_report({}, {"network": result}, None, shown, 24), "utf-8"
-    )
-    browser.show(tmp_path / "page.html", *WIDE)
-    xy = "[...document.querySelectorAll('#sorted path.own')][0].getAttribute('d')"
-    points = [tuple(map(float, p.split())) for p in browser.ask(xy)[1:].split("L")]
-    (said,) = texts(browser, "#sorted-cut")
-    if worst == 2.0:
-        assert said == "" and len(points) == 101 and points[-1][1] > 18
-    else:
-        assert said.startswith("The line leaves the frame at 99.") and said.endswith("is 40.00.")
-        assert points[-1][1] == 18  # at the frame's upper edge
-
-
-@pytest.mark.parametrize("width", [400, 1400])
-def test_names_and_verdicts_of_an_enlarged_person_stay_on_one_line(width, report, browser):
-    browser.show(report.page, width, 900)
-    browser.ask("document.querySelector('.tile').click()")
-    lines = """[...document.querySelectorAll('#closeup h2, #closeup-joints th, #closeup-joints td')]
-        .map(e => (e.clientHeight - parseFloat(getComputedStyle(e).paddingTop) * 2) /
-            parseFloat(getComputedStyle(e).lineHeight))"""
-    heights = browser.ask(lines)
-    assert len(heights) == 1 + 3 * 17 and max(heights) < 1.3
-    assert "missed, occluded" in texts(browser, "#closeup-joints td")
-    cells = "[...document.querySelectorAll('#closeup h2, #closeup th')]"
-    assert not browser.ask(f"{cells}.some(e => e.scrollWidth > e.clientWidth)")
-
-
-@pytest.mark.parametrize(("length", "metric"), [(None, "PCKh"), (Length((), 0.4), "PCK")])
-def test_pckh_is_said_only_where_the_annotation_gives_the_length(length, metric, tmp_path, browser):
-    people = people_at(np.full((2, 16, 2), 100.0))
-    skeleton = MPII._replace(length=length)
-    result = pckh.summary(people.joints, people, skeleton)
-    shown = html_report.ReportData(people, people.joints, skeleton, None, np.arange(2))
-    (tmp_path / "page.html").write_text(
-        html_report.html_report({}, {"network": result}, None, shown, 24), "utf-8"
-    )
-    browser.show(tmp_path / "page.html", *WIDE)
-    said = browser.ask("document.title + document.body.innerText")
-    assert f"{metric}@0.5, pooled over 16 joints" in said
-    assert metric == "PCKh" or "PCKh" not in said
-
-
-def test_a_network_makes_a_page_beside_its_other_files(tiny_shards, tmp_path, browser):
-    run = make_trainer(tiny_config(tiny_shards), tmp_path / "run")
-    steps(run, 2)
-    run.save(["best.pt"])
-    evaluate_with("--checkpoint", tmp_path / "run" / "best.pt", "--workers", 0, "--batch-size", 5,
-                  "--json", tmp_path / "n.json", "--report", tmp_path / "out")  # fmt: skip
-    numbers = json.loads((tmp_path / "n.json").read_text())
-    browser.show(tmp_path / "out" / "index.html", *WIDE)
-    assert texts(browser, "#means tbody td") == mean_cells(numbers["network"], numbers["mean pose"])
-    assert browser.ask("document.images.length") == 5 and complaints(browser) == []
-
-
-def test_the_joints_are_sorted_by_a_column(report, browser):
-    browser.show(report.page, *WIDE)
-    rates = dict(zip(MPII.names, report.own["pckh"]["0.5"]["joints"], strict=True))
-    for order, sign in (("descending", -1), ("ascending", 1)):
-        browser.ask("document.querySelector('#bars [data-sort=rate]').click()")
-        names = texts(browser, "#bars tbody th")
-        assert [rates[name] for name in names] == sorted(rates.values(), key=lambda r: sign * r)
-        assert browser.ask(f"document.querySelectorAll('#bars [aria-sort={order}]').length") == 1
-
-
-def test_the_slider_reads_the_curves(report, browser):
-    browser.show(report.page, *WIDE)
-    curves = report.own["curves"]
-    browser.ask("document.getElementById('threshold').focus()")
-    for _ in range(3):
-        browser.press("ArrowLeft", 37)
-    assert texts(browser, "#threshold-value") == ["0.47"]
-    choose(browser, "joint", R_WRIST)
-    rows = dict(
-        zip(texts(browser, "#readout tbody th"), texts(browser, "#readout tbody td"), strict=True)
-    )
-    assert len(rows) == 8 + 3
-    assert rows["r_wrist"] == percent(curves["joints"]["r_wrist"][47])
-    assert rows["pooled"] == percent(curves["pooled"][47])
-    assert rows["wrist"] == percent(curves["groups"]["wrist"][47])
-    assert rows["other run, pooled"] == percent(report.other["curves"]["pooled"][47])
-
-
-def test_the_worst_come_first_and_the_order_can_be_turned(report, browser):
-    browser.show(report.page, *WIDE)
-    means = np.nanmean(report.errors, axis=1)
-    falling = np.argsort(-means).tolist()
-    assert shown_rows(browser) == falling
-    assert texts(browser, ".error") == [f"{means[row]:.2f}" for row in falling]
-    choose(browser, "order", "smallest")
-    assert shown_rows(browser) == falling[::-1]
-    choose(browser, "order", "data")
-    assert shown_rows(browser) == [0, 1, 2, 3, 4]
-
-
-def test_a_joint_leaves_those_who_have_it_in_the_order_of_its_errors(report, browser):
-    browser.show(report.page, *WIDE)
-    annotated = np.isfinite(report.errors).sum(axis=0)
-    joint = int(np.flatnonzero(annotated < 5)[0])
-    errors = report.errors[:, joint]
-    expected = [row for row in np.argsort(-errors).tolist() if np.isfinite(errors[row])]
-    choose(browser, "joint", joint)
-    assert shown_rows(browser) == expected and 0 < len(expected) < 5
-    assert texts(browser, ".error") == [f"{errors[row]:.2f}" for row in expected]
-    assert browser.ask("document.querySelectorAll('#bars tr.dim').length") == 15
-    assert MPII.names[joint] in texts(browser, "#readout tbody th")
-    assert browser.ask("document.querySelectorAll('.tile .ring').length") == len(expected)
-    browser.ask("document.querySelector('#gallery input[value=joint]').click()")
-    assert shown_rows(browser) == expected[:4]
-    choose(browser, "joint", "")
-    assert len(shown_rows(browser)) == 5
-
-
-def test_a_pair_of_joints_is_judged_by_the_mean_of_both(report, browser):
-    browser.show(report.page, *WIDE)
-    choose(browser, "joint", f"{R_WRIST},{L_WRIST}")
-    errors = report.errors[:, [R_WRIST, L_WRIST]]
-    rows = [row for row in range(5) if np.isfinite(errors[row]).any()]
-    means = {row: np.nanmean(errors[row]) for row in rows}
-    assert shown_rows(browser) == sorted(rows, key=lambda row: -means[row])
+@pytest.mark.parametrize("style", ["", WIDE_LETTERS])
+@pytest.mark.parametrize("width", [360, 800, 1000])
+def test_no_width_needs_scrolling_sideways_in_any_font(width, style, report, browser):
+    browser.show(report.page, width, 780)
+    browser.ask(f"document.head.append(Object.assign(document.createElement('style'), "
+                f"{{textContent: {style!r}}}))")  # fmt: skip
+    choose(browser, "joint", 0)
+    assert_fits(browser)
+    links = "[...document.querySelectorAll('nav a')].map(a => a.getBoundingClientRect())"
+    assert browser.ask(f"{links}.every(p => p.width && p.height && p.right <= {width})")
 
 
 def test_everything_can_be_done_from_the_keyboard(report, browser):
@@ -342,90 +238,172 @@ def test_everything_can_be_done_from_the_keyboard(report, browser):
     assert browser.ask(place) == 1
 
 
+def test_a_joint_filters_people_and_sorts_them_by_its_error(report, browser):
+    browser.show(report.page, *WIDE)
+    means = np.nanmean(report.errors, axis=1)
+    falling = np.argsort(-means).tolist()
+    assert shown_rows(browser) == falling
+    assert texts(browser, ".error") == [f"{means[row]:.2f}" for row in falling]
+    choose(browser, "order", "smallest")
+    assert shown_rows(browser) == falling[::-1]
+    choose(browser, "order", "data")
+    assert shown_rows(browser) == [0, 1, 2, 3, 4]
+    choose(browser, "order", "largest")
+    annotated = np.isfinite(report.errors).sum(axis=0)
+    joint = int(np.flatnonzero(annotated < 5)[0])
+    errors = report.errors[:, joint]
+    expected = [row for row in np.argsort(-errors).tolist() if np.isfinite(errors[row])]
+    choose(browser, "joint", joint)
+    assert shown_rows(browser) == expected and 0 < len(expected) < 5
+    assert texts(browser, ".error") == [f"{errors[row]:.2f}" for row in expected]
+    assert browser.ask("document.querySelectorAll('#bars tr.dim').length") == 15
+    assert MPII.names[joint] in texts(browser, "#readout tbody th")
+    assert browser.ask("document.querySelectorAll('.tile .ring').length") == len(expected)
+    click(browser, "#gallery input[value=joint]")
+    assert shown_rows(browser) == expected[:4]
+    choose(browser, "joint", f"{R_WRIST},{L_WRIST}")
+    pair = np.nanmean(report.errors[:, [R_WRIST, L_WRIST]], axis=1)
+    click(browser, "#gallery input[value=worst]")
+    known = [row for row in np.argsort(-pair).tolist() if np.isfinite(pair[row])]
+    assert shown_rows(browser) == known
+
+
+@pytest.mark.slow
+def test_the_joints_are_sorted_by_a_column(report, browser):
+    browser.show(report.page, *WIDE)
+    rates = dict(zip(MPII.names, report.own["pckh"]["0.5"]["joints"], strict=True))
+    for order, sign in (("descending", -1), ("ascending", 1)):
+        click(browser, "#bars [data-sort=rate]")
+        names = texts(browser, "#bars tbody th")
+        assert [rates[name] for name in names] == sorted(rates.values(), key=lambda r: sign * r)
+        assert browser.ask(f"document.querySelectorAll('#bars [aria-sort={order}]').length") == 1
+
+
+@pytest.mark.slow
+def test_the_slider_reads_the_curves(report, browser):
+    browser.show(report.page, *WIDE)
+    curves = report.own["curves"]
+    browser.ask("document.getElementById('threshold').focus()")
+    for _ in range(3):
+        browser.press("ArrowLeft", 37)
+    assert texts(browser, "#threshold-value") == ["0.47"]
+    choose(browser, "joint", R_WRIST)
+    rows = dict(
+        zip(texts(browser, "#readout tbody th"), texts(browser, "#readout tbody td"), strict=True)
+    )
+    assert len(rows) == 8 + 3
+    assert rows["r_wrist"] == percent(curves["joints"]["r_wrist"][47])
+    assert rows["pooled"] == percent(curves["pooled"][47])
+    assert rows["wrist"] == percent(curves["groups"]["wrist"][47])
+    assert rows["other run, pooled"] == percent(report.other["curves"]["pooled"][47])
+
+
+@pytest.mark.slow
 def test_light_and_dark_follow_the_system_and_the_button(report, browser):
     light, dark = ("rgb(251, 250, 248)", "rgb(20, 23, 26)")
     paper = "getComputedStyle(document.body).backgroundColor"
     for scheme, first, then in (("light", light, dark), ("dark", dark, light)):
         browser.show(report.page, *WIDE, scheme)
         assert browser.ask(paper) == first
-        browser.ask("document.getElementById('theme').click()")
+        click(browser, "#theme")
         assert browser.ask(paper) == then
 
 
-def test_prediction_and_annotation_can_be_taken_away(report, browser):
+@pytest.mark.slow
+def test_prediction_and_annotation_can_be_hidden(report, browser):
     browser.show(report.page, *WIDE)
     for layer in ("found", "truth"):
-        shown = f"getComputedStyle(document.querySelector('.figure .{layer}')).display"
-        assert browser.ask(shown) != "none"
-        browser.ask(f"document.getElementById('show-{layer}').click()")
-        assert browser.ask(shown) == "none"
+        display = f"getComputedStyle(document.querySelector('.figure .{layer}')).display"
+        assert browser.ask(display) != "none"
+        click(browser, f"#show-{layer}")
+        assert browser.ask(display) == "none"
 
 
-@pytest.mark.parametrize("width", [360, 800])
-def test_a_narrow_screen_needs_no_scrolling_sideways(width, report, browser):
-    browser.show(report.page, width, 780)
-    choose(browser, "joint", 0)
-    assert_fits(browser, width)
-    places = "[...document.querySelectorAll('nav a')].map(a => a.getBoundingClientRect())"
-    assert browser.ask(f"{places}.every(p => p.width && p.height && p.right <= {width})")
+@pytest.mark.slow
+def test_the_colors_of_the_page_are_those_of_the_pictures(report, browser):
+    browser.show(report.page, *WIDE)
+    for side in ("right", "left", "middle"):
+        expected = f"rgb{visualize.color_of(side)[::-1]}"
+        for what, style in ((f".found .{side}", "stroke"), (f".key.{side}", "backgroundColor"),
+                            (f"#bars .side.{side}", "backgroundColor")):  # fmt: skip
+            found = browser.ask(f"getComputedStyle(document.querySelector('{what}')).{style}")
+            assert found == expected, what
 
 
-def assert_fits(browser: Browser, width: int) -> None:
-    """Nothing is wider than the window but what scrolls by itself."""
-    assert browser.ask("document.documentElement.scrollWidth") <= width
-    outside = """[...document.querySelectorAll("main *")].filter(e => !e.closest(".scroll, svg") &&
-        e.getBoundingClientRect().right > innerWidth).map(e => e.outerHTML.slice(0, 99))"""
-    assert browser.ask(outside) == []
+@pytest.mark.slow
+@pytest.mark.parametrize("worst", [2.0, 40.0])
+def test_the_line_of_errors_ends_in_its_frame_or_says_where_it_leaves_it(worst, tmp_path, browser):
+    joints = np.full((200, 16, 2), 100.0)
+    found = joints + np.linspace(0, 150, 200)[:, None, None] * [1, 0]
+    found[-1] = joints[-1] + [100 * worst, 0]
+    browser.show(write_page(tmp_path, people_at(joints, normalize=100.0), found), *WIDE)
+    xy = "[...document.querySelectorAll('#sorted path.own')][0].getAttribute('d')"
+    points = [tuple(map(float, p.split())) for p in browser.ask(xy)[1:].split("L")]
+    (note,) = texts(browser, "#sorted-cut")
+    if worst == 2.0:
+        assert note == "" and len(points) == 101 and points[-1][1] > 18
+    else:
+        assert note.startswith("The line leaves the frame at 99.") and note.endswith("is 40.00.")
+        assert points[-1][1] == 18  # at the frame's upper edge
 
 
-def test_words_in_the_data_never_become_markup(tmp_path, browser):
-    evil = "</script><script>window.hurt = 1</script><img src=x onerror='hurt=2'><!--"
-    skeleton = Skeleton("evil", (evil, "b"), (), ((0, 1),), ((evil, (0, 1)),))
-    joints = np.full((3, 2, 2), 100.0)
-    people = people_at(joints)._replace(images=(evil, "/*DATA*/", "$&"))
-    shown = html_report.ReportData(people, joints + np.array([1, 2]), skeleton, None, np.arange(3))
-    result = pckh.summary(shown.keypoints_NJ2, people, skeleton)
-    facts = {"checkpoint": evil, "remarks": [evil]}
-    other = ReferenceRun(evil, result)
-    (tmp_path / "page.html").write_text(
-        html_report.html_report(facts, {evil: result}, other, shown, 24), "utf-8"
-    )
-    browser.show(tmp_path / "page.html", *WIDE)
-    assert len(texts(browser, ".tile")) == 3
-    assert browser.ask("window.hurt") is None and complaints(browser) == []
-    assert evil in texts(browser, "#facts dd") and evil in texts(
-        browser, "#means tbody th small, #remarks li"
-    )
-    choose(browser, "joint", "0,1")
-    browser.ask("document.querySelector('.tile').click()")
-    browser.resize(360, 780)
-    assert_fits(browser, 360)
-    assert "img" not in browser.ask("[...document.querySelectorAll('*')].map(e => e.localName)")
-
-
-def test_people_of_whom_nothing_is_known_make_a_page_of_dashes(tmp_path, browser):
-    people = people_at(np.zeros((2, 16, 2)), normalize=0.0)
-    shown = html_report.ReportData(people, people.joints, MPII, None, np.arange(2))
-    result = pckh.summary(people.joints, people, MPII)
-    (tmp_path / "page.html").write_text(
-        html_report.html_report({}, {"nobody": result}, None, shown, 24), "utf-8"
-    )
-    browser.show(tmp_path / "page.html", *WIDE)
-    assert texts(browser, "#headline") == ["–"] and texts(browser, ".tile") == []
-    choose(browser, "joint", 3)
-    assert complaints(browser) == []
-
-
-def test_without_pictures_there_are_skeletons(report, tiny_set, tmp_path, browser):
-    evaluate_with("--predictions", report.page.parents[1] / "own_found.json", "--annotations",
-                  tiny_set / "annot" / "valid.h5", "--report", tmp_path / "bare.html")  # fmt: skip
-    browser.show(tmp_path / "bare.html", *WIDE)
+@pytest.mark.slow
+def test_a_reference_on_other_data_has_a_warning(report, tiny_set, tmp_path, browser):
+    folder = report.page.parents[1]
+    content = json.loads((folder / "other.json").read_text())
+    del content["predictions"]["truth_sha256"]
+    (tmp_path / "old.json").write_text(json.dumps(content))
+    valid = tiny_set / "annot" / "valid.h5"
+    for other, why in ((folder / "other.json", ""), (tmp_path / "old.json", "not known")):
+        evaluate_with("--predictions", folder / "own_found.json", "--annotations", valid,
+                      "--compare", other, "--report", tmp_path / "p.html")  # fmt: skip
+        browser.show(tmp_path / "p.html", *WIDE)
+        assert f"{folder / 'other_found.json'}, on {valid} ({other})" in texts(browser, "#facts dd")
+        (shown,) = texts(browser, "#doubt")
+        assert why in shown and bool(why) == bool(shown)
+        assert browser.ask("document.getElementById('doubt').offsetHeight > 0") == bool(why)
+    # Without --images there are skeletons alone.
     assert browser.ask("document.images.length") == 0
     assert browser.ask("document.querySelectorAll('.tile .found line').length") == 5 * 15
     assert complaints(browser) == []
 
 
-def test_galleries_hold_the_worst_the_middle_and_the_best():
+@pytest.mark.slow
+@pytest.mark.parametrize(("length", "metric"), [(None, "PCKh"), (Length((), 0.4), "PCK")])
+def test_the_metric_is_pckh_only_if_the_annotation_gives_the_length(
+    length, metric, tmp_path, browser
+):
+    people = people_at(np.full((2, 16, 2), 100.0))
+    skeleton = MPII._replace(length=length)
+    browser.show(write_page(tmp_path, people, people.joints, skeleton), *WIDE)
+    text = browser.ask("document.title + document.body.innerText")
+    assert f"{metric}@0.5, pooled over 16 joints" in text
+    assert metric == "PCKh" or "PCKh" not in text
+
+
+@pytest.mark.slow
+def test_people_without_a_length_make_a_page_of_dashes(tmp_path, browser):
+    people = people_at(np.zeros((2, 16, 2)), normalize=0.0)
+    browser.show(write_page(tmp_path, people, people.joints), *WIDE)
+    assert texts(browser, "#headline") == ["–"] and texts(browser, ".tile") == []
+    choose(browser, "joint", 3)
+    assert complaints(browser) == []
+
+
+@pytest.mark.slow
+def test_a_checkpoint_makes_a_page_with_pictures(tiny_shards, tmp_path, browser):
+    trainer = make_trainer(tiny_config(tiny_shards), tmp_path / "run")
+    steps(trainer, 2)
+    trainer.save(["best.pt"])
+    evaluate_with("--checkpoint", tmp_path / "run" / "best.pt", "--workers", 0, "--batch-size", 5,
+                  "--json", tmp_path / "n.json", "--report", tmp_path / "out")  # fmt: skip
+    numbers = json.loads((tmp_path / "n.json").read_text())
+    browser.show(tmp_path / "out" / "index.html", *WIDE)
+    assert texts(browser, "#means tbody td") == mean_cells(numbers["network"], numbers["mean pose"])
+    assert browser.ask("document.images.length") == 5 and complaints(browser) == []
+
+
+def test_galleries_hold_the_worst_the_median_and_the_best():
     errors = np.array(
         [[0.3, 0.3], [0.1, 0.1], [np.nan, np.nan], [0.5, np.nan], [0.2, 0.6], [0, 0.1]]
     )
@@ -433,14 +411,11 @@ def test_galleries_hold_the_worst_the_middle_and_the_best():
     assert chosen["worst"] == [3, 4] and chosen["best"] == [1, 5]
     assert chosen["median"] == [4, 0]
     assert chosen["0"] == [3, 0, 4, 1] and chosen["1"] == [4, 0, 1, 5]
-    assert (
-        set(html_report.choose_people(np.ones((9, 133)), 2)["132"]) == set()
-    )  # no room for so many
+    assert html_report.choose_people(np.ones((9, 133)), 2)["132"] == []  # no room for so many
 
 
-def test_pictures_give_up_quality_for_a_page_that_can_be_sent(tiny_shards, monkeypatch):
+def test_pictures_have_a_lower_quality_where_the_page_would_be_too_large(tiny_shards):
     people, samples = (split := ShardSet(tiny_shards / "valid")).people()
-    shown = html_report.ReportData(people, people.joints, MPII, split, samples)
-    full = sum(map(len, html_report.encode_pictures(shown, [0, 1, 2])))
-    monkeypatch.setattr(html_report, "_PICTURE_BYTES", full - 1)
-    assert sum(map(len, html_report.encode_pictures(shown, [0, 1, 2]))) < full
+    data = html_report.ReportData(people, people.joints, MPII, split, samples)
+    full = sum(map(len, html_report.encode_pictures(data, [0, 1, 2])))
+    assert sum(map(len, html_report.encode_pictures(data, [0, 1, 2], full - 1))) < full
