@@ -53,14 +53,7 @@ def crop_extent(preset: Preset) -> float:
 
 
 def crop_rule(preset: str, person_px: int, quality: int) -> CropRule:
-    """The rule that packs for a preset. Raises InputError for princeton, which needs originals."""
-    if PRESETS[preset].princeton_crop:
-        raise InputError(
-            "--reach princeton",
-            "a preset whose crop is exact on original pictures only",
-            "another preset, such as hrnet, whose crops are larger",
-            "pack with --packing original to train with princeton's crop",
-        )
+    """The rule that packs for a preset's largest crops."""
     extent = crop_extent(PRESETS[preset])
     return CropRule(preset=preset, reach=extent, person_px=person_px, quality=quality)
 
@@ -115,23 +108,13 @@ def crop_jpeg(jpeg: bytes, region: Region, quality: int) -> bytes:
 
 def require_preset_fits(manifest: Manifest, preset: Preset, where: object) -> None:
     """Raise InputError unless the shards contain all pixels that the preset can read."""
-    rule = manifest.crop
-    if rule is None:
-        return
-    if preset.princeton_crop:
+    rule, extent = manifest.crop, crop_extent(preset)
+    if rule and (preset.princeton_crop or extent > rule.reach + 1e-6):
+        needed = f"crops of {extent:.3f} x the person's box"
         raise InputError(
             where,
-            "shards of crops, and princeton's crop",
-            "original pictures, which princeton's two resamplings need",
-            "pack with tools/make_shards.py --packing original into another folder, or train "
-            "with another data.preset",
-        )
-    extent = crop_extent(preset)
-    if extent > rule.reach + 1e-6:
-        raise InputError(
-            where,
-            f"crops of {rule.reach:.3f} x the person's box, as the preset {rule.preset} needs",
-            f"{extent:.3f} x, which this preset needs",
-            "choose a milder data.preset, or pack again with tools/make_shards.py --packing crop "
-            "--reach PRESET into another folder",
+            f"crops of {rule.reach:.3f} x the person's box, for the preset {rule.preset}",
+            "original pictures, for princeton's crop" if preset.princeton_crop else needed,
+            "choose another data.preset, or pack with tools/make_shards.py into another folder: "
+            "--packing original, or --packing crop --reach PRESET",
         )

@@ -15,7 +15,7 @@ import signal
 import sys
 import tarfile
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
@@ -53,12 +53,10 @@ from pipelines.shard_format import (
 )
 
 SPLITS = ("train", "valid")
-CHECKED, BAD_PICTURES = "checked.jsonl", "bad_pictures.txt"
-"""In the folder of unfinished work: pictures that need not be decoded again, and faults."""
 _BAD_SHOWN = 10
 _RUN_AGAIN = "run the same command again; it continues where it stopped"
-# Bytes, to estimate the disk space: a tar's block and its end, and a person's index line.
-_BLOCK, _TAR_END, _INDEX_BYTES = 512, 10_240, 256
+_TAR_BYTES, _FILE_BYTES = 10_240, 1024
+"""Of a tar without files, and at most of a file in it beside its content."""
 _BYTES_PER_PIXEL = 0.6
 """Of a very detailed stored crop; photographs have about 0.3."""
 
@@ -138,14 +136,9 @@ def pack(options: PackingOptions) -> list[Manifest]:
             print(f"\nStopped. To continue, {_RUN_AGAIN}.", file=sys.stderr)
             raise
         except BrokenProcessPool as error:
-            raise InputError(
-                f"--workers {options.workers}",
-                "a worker process was killed",
-                "enough memory for all of them",
-                f"with fewer --workers, {_RUN_AGAIN}",
-            ) from error
-        for name in (CHECKED, BAD_PICTURES):
-            (options.partial / name).unlink(missing_ok=True)
+            found, expected = "a worker process was killed", "enough memory for all of them"
+            advice = f"with fewer --workers, {_RUN_AGAIN}"
+            raise InputError(f"--workers {options.workers}", found, expected, advice) from error
     return manifests
 
 
@@ -178,24 +171,16 @@ def already_packed(options: PackingOptions, job: SplitJob) -> bool:
     folder = options.output / job.split
     if not os.path.lexists(folder):
         return False
-    try:
-        manifest = read_manifest(folder)
-    except InputError as error:
-        raise InputError(
-            folder,
-            f"something other than a folder of shards ({error.found})",
-            "no such folder yet, or one packed by this program",
-            "choose another --output (--overwrite does not replace it either)",
-        ) from error
+    if not (folder / MANIFEST).is_file():
+        found, advice = f"a folder without {MANIFEST}", "choose another --output"
+        raise InputError(folder, found, "a folder of shards, or none", advice)
+    manifest = read_manifest(folder)
     if options.overwrite:
         return False
     if manifest.source.get("plan") != fingerprint(options, job, manifest.left_out):
-        raise InputError(
-            folder,
-            f"another packing: {manifest.command}",
-            "the same annotations, pictures, joints, packing, seed and --people-per-shard",
-            "choose another --output, or replace it with --overwrite",
-        )
+        expected = "the same annotations, pictures, joints, packing, seed and --people-per-shard"
+        advice = "choose another --output, or replace it with --overwrite"
+        raise InputError(folder, f"another packing: {manifest.command}", expected, advice)
     left_out = f", {len(manifest.left_out)} left out" if manifest.left_out else ""
     print(f"{folder}: already packed, {manifest.people:,} people{left_out}")
     return True
@@ -228,19 +213,15 @@ def locked(options: PackingOptions) -> Iterator[None]:
 def worker_pool(workers: int) -> Iterator[Callable[..., Iterator[Any]]]:
     """A `map` that runs in worker processes; the builtin one for at most one worker."""
     if workers <= 1:
-        cv2.setNumThreads(1)
-        keep_freed_memory()
+        _start_worker()
         yield map
         return
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker)
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker)
     # Workers inherit that Ctrl-C is ignored; the main process ends them.
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        for _ in range(workers):
-            pool.submit(os.getpid)  # each call starts a process
-    finally:
-        signal.signal(signal.SIGINT, handler)
+    for _ in range(workers):
+        pool.submit(os.getpid)  # each call starts a process
+    signal.signal(signal.SIGINT, handler)
     try:
         yield pool.map
     finally:
@@ -248,16 +229,15 @@ def worker_pool(workers: int) -> Iterator[Callable[..., Iterator[Any]]]:
 
 
 def _start_worker() -> None:
-    """Use one thread, and exit with the main process even if that is killed."""
+    """Use one thread; a worker process exits with the main process, even if that is killed."""
     cv2.setNumThreads(1)
     keep_freed_memory()
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    if parent := multiprocessing.parent_process():
+        threading.Thread(target=_exit_after, args=(parent,), daemon=True).start()
 
 
-def _exit_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
+def _exit_after(process: Any) -> None:
+    process.join()
     os._exit(1)
 
 
@@ -270,53 +250,28 @@ def check_pictures(
     if not any(picture.found for picture in pictures.values()):
         found = f"none of the {len(names):,} pictures, such as {names[0]}"
         raise InputError(options.images, found, "the pictures", "name their folder with --images")
-    verdicts = _read_checked(options.partial / CHECKED)
-    todo = [picture for picture in pictures.values() if picture not in verdicts]
-    results = map_tasks(partial(inspect_picture, options.images), todo)
-    with (options.partial / CHECKED).open("a") as file:
-        for verdict in progress(results, "checking", "pictures", len(todo)):
-            verdicts[verdict.picture] = verdict
-            if not verdict.fault:
-                file.write(json.dumps(verdict) + "\n")
-    checked = {name: verdicts[picture] for name, picture in pictures.items()}
+    results = map_tasks(partial(inspect_picture, options.images), list(pictures.values()))
+    checked = dict(zip(names, progress(results, "checking", "pictures", len(names)), strict=True))
     _report_bad_pictures(options, checked)
     for job in jobs:
         if all(checked[name].fault for name in job.people.images):
-            found = f"only bad pictures in {job.split}"
-            raise InputError(options.images, found, "a good one", "check the folder of pictures")
+            found, advice = f"only bad pictures in {job.split}", "replace them"
+            raise InputError(options.images, found, "at least one good one", advice)
     return checked
-
-
-def _read_checked(path: Path) -> dict[Picture, Verdict]:
-    """Good pictures of an earlier run. A file that has changed since is another Picture."""
-    verdicts = {}
-    for line in path.read_text().splitlines() if path.exists() else ():
-        with suppress(ValueError):  # the line at which a run was killed
-            picture, *rest = json.loads(line)
-            verdicts[Picture(*picture)] = Verdict(Picture(*picture), *rest)
-    return verdicts
 
 
 def _report_bad_pictures(options: PackingOptions, checked: dict[str, Verdict]) -> None:
     """Print the first bad pictures; raise InputError unless they are to be skipped."""
-    lines = [f"bad picture: {name}: {each.fault}" for name, each in checked.items() if each.fault]
-    bad = len(lines)
-    if not bad:
-        return
-    listed = options.partial / BAD_PICTURES
-    listed.write_text("\n".join(lines) + "\n")
-    if bad > _BAD_SHOWN:
-        place = f"{MANIFEST} as left_out" if options.skip_bad else listed
-        lines[_BAD_SHOWN:] = [f"... and {bad - _BAD_SHOWN:,} more, listed in {place}"]
-    print("\n".join(lines), file=sys.stderr)
-    if not options.skip_bad:
-        raise InputError(
-            options.images,
-            f"{bad:,} bad of {len(checked):,} pictures",
-            "complete RGB JPEGs (pipelines/jpeg.py lists what is refused)",
-            "replace them and run the same command, or leave these people out with --skip-bad; "
-            f"{options.partial} keeps what was checked",
-        )
+    bad = {name: verdict.fault for name, verdict in checked.items() if verdict.fault}
+    for name in list(bad)[:_BAD_SHOWN]:
+        print(f"bad picture: {name}: {bad[name]}", file=sys.stderr)
+    if len(bad) > _BAD_SHOWN:
+        print(f"... and {len(bad) - _BAD_SHOWN:,} more", file=sys.stderr)
+    if bad and not options.skip_bad:
+        found = f"{len(bad):,} bad of {len(checked):,} pictures"
+        expected = "complete RGB JPEGs (pipelines/jpeg.py lists what is refused)"
+        advice = f"replace them, or leave the people out with --skip-bad ({MANIFEST} lists them)"
+        raise InputError(options.images, found, expected, advice)
 
 
 def pack_split(
@@ -329,15 +284,16 @@ def pack_split(
     faults = [(row, name, checked[name].fault) for row, name in enumerate(job.people.images)]
     left_out = [f"row {row}: {name}: {fault}" for row, name, fault in faults if fault]
     plan = fingerprint(options, job, left_out)
-    # The name contains the plan, so that two plans are never mixed.
-    folder = options.partial / f"{job.split}-{plan[:16]}"
-    folder.mkdir(exist_ok=True)
     rows = [row for row, _, fault in faults if not fault]
     order = np.random.default_rng([options.seed, SPLITS.index(job.split)]).permutation(rows)
     samples = [
         prepare_sample(options.crop, job, row, f"{number:09d}", checked[job.people.images[row]])
         for number, row in enumerate(order.tolist())
     ]
+    # The name depends on all inputs, so that shards of two packings are never mixed.
+    inputs = plan + json.dumps([sample.picture for sample in samples])
+    folder = options.partial / f"{job.split}-{hashlib.sha256(inputs.encode()).hexdigest()[:16]}"
+    folder.mkdir(exist_ok=True)
     check_space(options, folder, samples)
     size = options.people_per_shard
     tasks = [
@@ -365,7 +321,15 @@ def pack_split(
         command=options.command,
     )
     write_manifest(folder, manifest)
-    publish(options, job.split, folder)
+
+    # The split that is replaced stays until the new one is complete.
+    target, old = options.output / job.split, options.partial / f"{job.split}.old"
+    options.output.mkdir(parents=True, exist_ok=True)
+    if target.exists():
+        target.rename(old)
+    folder.rename(target)
+    for path in (old, *options.partial.glob(f"{job.split}-{'[0-9a-f]' * 16}")):
+        shutil.rmtree(path, ignore_errors=True)
     return manifest
 
 
@@ -386,13 +350,12 @@ def prepare_sample(
 def check_space(options: PackingOptions, folder: Path, samples: list[Sample]) -> None:
     """Raise InputError unless the disk has space for the shards that are not written yet."""
     need = -sum(tar.stat().st_size for tar in folder.glob("*.tar"))
-    need += (len(samples) // options.people_per_shard + 1) * _TAR_END
+    need += (len(samples) // options.people_per_shard + 1) * _TAR_BYTES
     for sample in samples:
         picture = sample.picture.bytes
         if sample.region:
-            picture = int(_BYTES_PER_PIXEL * sample.width * sample.height) + 1024
-        sizes = (len(sample.record), len(sample.text), picture)
-        need += _INDEX_BYTES + sum(_BLOCK + -(-size // _BLOCK) * _BLOCK for size in sizes)
+            picture = int(_BYTES_PER_PIXEL * sample.width * sample.height) + _FILE_BYTES
+        need += len(sample.record) + len(sample.text) + picture + 3 * _FILE_BYTES
     free = shutil.disk_usage(folder).free
     if need > free:
         expected = f"{need / 1e6:,.1f} MB for the shards"
@@ -400,74 +363,40 @@ def check_space(options: PackingOptions, folder: Path, samples: list[Sample]) ->
         raise InputError(options.output, f"{free / 1e6:,.1f} MB free", expected, advice)
 
 
-def publish(options: PackingOptions, split: str, folder: Path) -> None:
-    """Move a complete split to the output; the split that it replaces stays until then."""
-    for state in folder.glob("*.done"):
-        state.unlink()
-    target, old = options.output / split, options.partial / f"{split}.old"
-    options.output.mkdir(parents=True, exist_ok=True)
-    if target.exists():
-        target.rename(old)
-    folder.rename(target)
-    for path in (old, *options.partial.glob(f"{split}-{'[0-9a-f]' * 16}")):
-        shutil.rmtree(path, ignore_errors=True)
-
-
 def pack_shard(task: ShardTask) -> Shard:
-    """Write one shard, unless an earlier run wrote it from the same pictures."""
-    state = task.folder / f"{task.number:05d}.done"
-    pictures = [list(sample.picture) for sample in task.samples]
-    if state.exists():
-        saved = json.loads(state.read_text())
-        shard = Shard(**saved["shard"])
-        digests = {shard.tar: shard.sha256, shard.index: shard.index_sha256}
-        paths = {task.folder / name: digest for name, digest in digests.items()}
-        is_whole = all(path.exists() and file_sha256(path) == paths[path] for path in paths)
-        if is_whole and saved["pictures"] == pictures:
-            return shard
-    shard = write_shard(task.folder, task.number, map(partial(_load, task.crop), task.samples))
-    facts = {"pictures": pictures, "shard": asdict(shard)}
-    write_atomic(state, json.dumps(facts).encode())
-    return shard
+    """Write a tar and its index, unless an earlier run did. Same samples, same bytes."""
+    tar = task.folder / f"{task.number:05d}.tar"
+    index, temporary = tar.with_suffix(".idx"), tar.with_suffix(".tar.tmp")
+    if not tar.exists():
+        with temporary.open("wb") as stream:
+            with webdataset.TarWriter(stream, encoder=False, mtime=0) as writer:
+                for sample in task.samples:
+                    parts = (sample.record, load_jpeg(sample, task.crop), sample.text)
+                    files = dict(zip(COMPONENTS, parts, strict=True))
+                    writer.write({"__key__": sample.key, **files})
+            stream.flush()
+            os.fsync(stream.fileno())
+        with tarfile.open(temporary, "r:") as archive:
+            write_atomic(index, index_text(archive.getmembers()).encode())
+        temporary.rename(tar)
+    return Shard(
+        tar=tar.name,
+        index=index.name,
+        people=len(task.samples),
+        bytes=tar.stat().st_size,
+        sha256=file_sha256(tar),
+        index_sha256=file_sha256(index),
+    )
 
 
-def _load(crop: CropRule | None, sample: Sample) -> tuple[str, bytes, bytes, bytes]:
-    """Key, record, JPEG and JSON. Raises InputError if the picture has changed meanwhile."""
+def load_jpeg(sample: Sample, crop: CropRule | None) -> bytes:
+    """The JPEG to store. Raises InputError if the file has changed since it was checked."""
     path = Path(sample.picture.path)
     jpeg, stat = path.read_bytes(), path.stat()
     if (len(jpeg), stat.st_mtime_ns) != (sample.picture.bytes, sample.picture.mtime_ns):
         found, expected = "changed since it was checked", "pictures that do not change meanwhile"
         raise InputError(path, found, expected, _RUN_AGAIN)
-    if crop and sample.region:
-        jpeg = crop_jpeg(jpeg, sample.region, crop.quality)
-    return sample.key, sample.record, jpeg, sample.text
-
-
-def write_shard(
-    folder: Path, number: int, samples: Iterable[tuple[str, bytes, bytes, bytes]]
-) -> Shard:
-    """Write a tar and its index of (key, record, jpeg, json) samples; same samples, same bytes."""
-    tar, index = folder / f"{number:05d}.tar", folder / f"{number:05d}.idx"
-    people = 0
-    temporary = tar.with_suffix(".tar.tmp")
-    with temporary.open("wb") as stream:
-        with webdataset.TarWriter(stream, encoder=False, mtime=0) as writer:
-            for key, *parts in samples:
-                writer.write({"__key__": key, **dict(zip(COMPONENTS, parts, strict=True))})
-                people += 1
-        stream.flush()
-        os.fsync(stream.fileno())
-    with tarfile.open(temporary, "r:") as archive:
-        index.write_text(index_text(archive.getmembers()))
-    temporary.rename(tar)
-    return Shard(
-        tar=tar.name,
-        index=index.name,
-        people=people,
-        bytes=tar.stat().st_size,
-        sha256=file_sha256(tar),
-        index_sha256=file_sha256(index),
-    )
+    return crop_jpeg(jpeg, sample.region, crop.quality) if crop and sample.region else jpeg
 
 
 def index_text(members: list[tarfile.TarInfo]) -> str:

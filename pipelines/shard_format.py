@@ -44,7 +44,6 @@ MANIFEST = "manifest.json"
 PACK_AGAIN = "pack the data again with tools/make_shards.py into a new folder"
 _MAX_MANIFEST = 64 << 20
 """Bytes."""
-_MAX_JOINTS = 10_000
 _MIN_BYTES = 6 * 512
 """Of a person in a tar: three files of a header and at least one block."""
 
@@ -146,12 +145,10 @@ def person_json(
 
 
 def record_faults(
-    records_NR: npt.NDArray[np.float32], largest: tuple[int, int]
+    records_NR: npt.NDArray[np.float32], manifest: "Manifest"
 ) -> dict[str, npt.NDArray[np.bool_]]:
-    """(N,) masks of impossible records of a split, by a description of the fault.
-
-    largest: width and height that no stored picture exceeds, px.
-    """
+    """(N,) masks of impossible records of a split, by a description of the fault."""
+    largest = (manifest.max_width, manifest.max_height)
     with np.errstate(invalid="ignore", over="ignore"):
         values = unpack_records(records_NR.astype(np.float64))
         affine = values.image_from_stored_N23
@@ -228,11 +225,6 @@ class Manifest:
     format: str = FORMAT
     format_version: int = FORMAT_VERSION
 
-    @property
-    def largest(self) -> tuple[int, int]:
-        """Width and height that no stored picture exceeds, px."""
-        return self.max_width, self.max_height
-
 
 def file_sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file."""
@@ -250,37 +242,23 @@ def read_manifest(folder: Path) -> Manifest:
     """Read and check manifest.json. Raises InputError."""
     path = folder / MANIFEST
     try:
-        raw = read_json(path, _MAX_MANIFEST)
+        return _manifest(read_json(path, _MAX_MANIFEST))
     except FileNotFoundError as error:
         found = "no manifest.json" if folder.is_dir() else "no such folder"
-        expected = "a folder of shards made by tools/make_shards.py"
-        raise InputError(folder, found, expected, _nearby_splits(folder)) from error
-    except (ValueError, NotADirectoryError, IsADirectoryError) as error:
-        raise InputError(path, f"not readable ({error})", "a manifest", PACK_AGAIN) from error
-    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
-        raise InputError(path, "another kind of file", f"format {FORMAT!r}", PACK_AGAIN)
-    if raw.get("format_version") != FORMAT_VERSION:
-        found = f"format version {raw.get('format_version')}"
-        raise InputError(path, found, f"format version {FORMAT_VERSION}", PACK_AGAIN)
-    try:
-        return _manifest(raw)
-    except (ValueError, KeyError) as error:
-        raise InputError(path, f"a damaged manifest ({error})", "a manifest", PACK_AGAIN) from error
+        advice = "give the folder above the splits, or pack the data with tools/make_shards.py"
+        raise InputError(folder, found, "a folder of shards", advice) from error
+    except (ValueError, KeyError, NotADirectoryError, IsADirectoryError) as error:
+        found, expected = f"a damaged manifest ({error})", f"{FORMAT} {FORMAT_VERSION}"
+        raise InputError(path, found, expected, PACK_AGAIN) from error
 
 
-def _nearby_splits(folder: Path) -> str:
-    """Advice for a folder without a manifest: the splits in or beside it, or how to pack one."""
-    for place in (folder, folder.parent):
-        patterns = (MANIFEST, f"*/{MANIFEST}", f"*/*/{MANIFEST}")
-        splits = sorted(path.parent for pattern in patterns for path in place.glob(pattern))
-        if splits:
-            return f"give the folder above one of these splits: {', '.join(map(str, splits[:4]))}"
-    return "pack the data first: python tools/make_shards.py --help"
-
-
-def _manifest(raw: dict[str, Any]) -> Manifest:
-    """The manifest of a JSON object. Raises ValueError unless its parts fit each other."""
-    if not isinstance(raw.get("shards"), list) or not raw["shards"]:
+def _manifest(raw: Any) -> Manifest:
+    """The manifest of a JSON value. Raises ValueError or KeyError."""
+    if not isinstance(raw, dict) or raw["format"] != FORMAT:
+        raise ValueError("another kind of file")
+    if raw["format_version"] != FORMAT_VERSION:
+        raise ValueError(f"format version {raw['format_version']!r:.50}")
+    if not isinstance(raw["shards"], list) or not raw["shards"]:
         raise ValueError("no list of shards")
     shards = tuple(_parse(Shard, shard) for shard in raw["shards"])
     skeleton = skeleton_from_plain(raw["skeleton"])
@@ -289,10 +267,8 @@ def _manifest(raw: dict[str, Any]) -> Manifest:
     manifest = _parse(Manifest, {**raw, "shards": shards, "skeleton": skeleton, "crop": crop})
     if sum(shard.people for shard in shards) != manifest.people:
         raise ValueError("the shards' people do not add up to people")
-    if skeleton.joint_count != manifest.joints or not 0 < manifest.joints <= _MAX_JOINTS:
+    if skeleton.joint_count != manifest.joints:
         raise ValueError("joints are not those of the skeleton")
-    if manifest.packing != ("crop" if crop else "original"):
-        raise ValueError(f"packing {manifest.packing!r:.100} and the rule of crops {crop}")
     for shard in shards:
         if not 0 < shard.people * _MIN_BYTES <= shard.bytes:
             raise ValueError(f"{shard.tar}: {shard.people} people in {shard.bytes} bytes")
@@ -304,7 +280,7 @@ def _manifest(raw: dict[str, Any]) -> Manifest:
 
 def _parse(cls: Any, raw: Any) -> Any:
     """A dataclass from a dict of all its fields. Raises ValueError."""
-    kinds = {each.name: get_origin(each.type) or each.type for each in fields(cls)}
+    kinds: dict[str, Any] = {each.name: get_origin(each.type) or each.type for each in fields(cls)}
     if not isinstance(raw, dict) or raw.keys() != kinds.keys():
         raise ValueError(f"other fields of a {cls.__name__} than {', '.join(kinds)}")
     for name, kind in kinds.items():

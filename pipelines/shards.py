@@ -63,13 +63,17 @@ class ShardSet:
         """Read the manifest and the indices, but no tar. Raises InputError."""
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
-        self.tars = [self._path(shard.tar) for shard in self.manifest.shards]
-        self.indices = [self._path(shard.index) for shard in self.manifest.shards]
-        self._shard_N = np.repeat(
-            np.arange(len(self.tars)), [shard.people for shard in self.manifest.shards]
-        )
-        self._keys: list[str] = []
-        self._places_NC2 = self._read_indices()
+        self.tars = [self.folder / shard.tar for shard in self.manifest.shards]
+        self.indices = [self.folder / shard.index for shard in self.manifest.shards]
+        counts = [shard.people for shard in self.manifest.shards]
+        self._shard_N = np.repeat(np.arange(len(counts)), counts)
+        record_bytes = 4 * record_length(self.manifest.joints)
+        indices = [_read_index(self.folder, x, record_bytes) for x in self.manifest.shards]
+        self._keys = [key for keys, _ in indices for key in keys]
+        self._places_NC2 = np.concatenate([places for _, places in indices])
+        key, count = Counter(self._keys).most_common(1)[0]
+        if count > 1:
+            raise InputError(self.folder, f"the key {key} twice", "each key once", PACK_AGAIN)
         self._origin_N = np.arange(len(self))
         self._records: npt.NDArray[np.float32] | None = None
         self._files: dict[int, io.FileIO] = {}
@@ -96,18 +100,11 @@ class ShardSet:
         Raises InputError for impossible values, and for pictures that claim to be huge.
         """
         records = np.stack([self._checked_record(sample) for sample in range(len(self))])
-        found = [
-            (int(is_bad.argmax()), f"{is_bad.sum()} with {fault}")
-            for fault, is_bad in record_faults(records, self.manifest.largest).items()
-            if is_bad.any()
-        ]
-        if found:
-            raise InputError(
-                self.where(min(found)[0]),
-                f"damaged record(s): {'; '.join(text for _, text in found)}",
-                "numbers in the ranges of docs/conventions.md, each person once",
-                PACK_AGAIN,
-            )
+        for fault, is_bad in record_faults(records, self.manifest).items():
+            if is_bad.any():
+                found = f"{is_bad.sum()} record(s) with {fault}"
+                expected = "numbers in the ranges of docs/conventions.md, each person once"
+                raise InputError(self.where(int(is_bad.argmax())), found, expected, PACK_AGAIN)
         records.setflags(write=False)
         self._records = records
         return records
@@ -131,13 +128,10 @@ class ShardSet:
         try:
             facts = parse_json(self.component(sample, "json"))
             if not isinstance(facts, dict):
-                raise ValueError("not an object")
-            if not isinstance(facts.get("image"), str) or not safe_name(facts["image"]):
-                raise ValueError(f"file name {facts.get('image')!r:.100}")
-            for name in ("index", "person"):
-                value = facts.get(name)
-                if not isinstance(value, int) or abs(value) >= 2**53:
-                    raise ValueError(f"{name} {value!r:.100}")
+                raise ValueError("no object")
+            values = [facts.get(name) for name in ("image", "index", "person")]
+            if list(map(type, values)) != [str, int, int] or not safe_name(facts["image"]):
+                raise ValueError(f"image, index and person {values}"[:300])
         except ValueError as error:
             found, expected = f"damaged JSON ({error})", "the JSON of a person"
             raise InputError(self.where(sample), found, expected, PACK_AGAIN) from error
@@ -219,12 +213,6 @@ class ShardSet:
         places = [(name, self.place(sample, name)) for name in COMPONENTS]
         return " ".join(f"{n} {p.offset} {p.size} {self._keys[sample]}.{n}" for n, p in places)
 
-    def _path(self, name: str) -> Path:
-        path = self.folder / name
-        if not path.is_file():
-            raise InputError(path, "missing", "every shard with its index beside it", PACK_AGAIN)
-        return path
-
     def _read(self, sample: int, offset: int, size: int) -> bytes:
         shard = int(self._shard_N[sample])
         try:
@@ -233,8 +221,7 @@ class ShardSet:
             data = os.pread(self._files[shard].fileno(), size, offset)
         except OSError as error:
             found = f"not readable ({error.strerror})"
-            advice = "restore the tar, or " + PACK_AGAIN
-            raise InputError(self.where(sample), found, "a readable tar", advice) from error
+            raise InputError(self.where(sample), found, "a readable tar", PACK_AGAIN) from error
         if len(data) != size:
             found = f"{len(data)} of {size} bytes at offset {offset}: the tar was cut off"
             raise InputError(self.where(sample), found, "the whole tar", PACK_AGAIN)
@@ -251,30 +238,14 @@ class ShardSet:
         require_sane_size(jpeg, self.where(sample))
         return np.frombuffer(data[: record.size], dtype="<f4")
 
-    def _read_indices(self) -> npt.NDArray[np.int64]:
-        """(N, component, 2) offsets and sizes in bytes; fills the list of keys."""
-        tables = []
-        for path, shard in zip(self.indices, self.manifest.shards, strict=True):
-            keys, table = _read_index(path, shard)
-            self._keys += keys
-            tables.append(table)
-        key, count = Counter(self._keys).most_common(1)[0]
-        if count > 1:
-            raise InputError(self.folder, f"the key {key} twice", "each key once", PACK_AGAIN)
-        places_NC2 = np.concatenate(tables)
-        wanted = 4 * record_length(self.manifest.joints)
-        is_bad = places_NC2[:, COMPONENTS.index("f32"), 1] != wanted
-        if is_bad.any():
-            found = f"{is_bad.sum()} records of another length"
-            expected = f"{wanted} bytes for {self.manifest.joints} joints"
-            raise InputError(self.folder, found, expected, PACK_AGAIN)
-        return places_NC2
 
-
-def _read_index(path: Path, shard: Shard) -> tuple[list[str], npt.NDArray[np.int64]]:
+def _read_index(
+    folder: Path, shard: Shard, record_bytes: int
+) -> tuple[list[str], npt.NDArray[np.int64]]:
     """Keys, and (people, component, 2) offsets and sizes in bytes. Raises InputError."""
+    path = folder / shard.index
     try:
-        tar_bytes = path.with_name(shard.tar).stat().st_size
+        tar_bytes = (folder / shard.tar).stat().st_size
         if tar_bytes != shard.bytes:
             raise ValueError(f"{shard.tar} has {tar_bytes} bytes, the manifest says {shard.bytes}")
         data = read_bytes(path, _LONGEST_INDEX_LINE * (shard.people + 1))
@@ -283,16 +254,16 @@ def _read_index(path: Path, shard: Shard) -> tuple[list[str], npt.NDArray[np.int
         header, *lines = data.decode("ascii").splitlines()
         samples = [match for line in lines if (match := _INDEX_LINE.fullmatch(line))]
         if header != f"{INDEX_VERSION} {shard.people}" or len(samples) != shard.people:
-            raise ValueError(f"it begins {header[:100]!r} and has {len(samples)} whole samples")
+            raise ValueError(f"it begins {header[:100]!r} and has {len(samples)} complete samples")
         numbers = [sample.group(1, 2, 4, 5, 6, 7) for sample in samples]
-        table = np.array(numbers, dtype=np.int64).reshape(-1, len(COMPONENTS), 2)
-        offset, size = table[..., 0], table[..., 1]
+        places = np.array(numbers, dtype=np.int64).reshape(-1, len(COMPONENTS), 2)
+        offset, size = places[..., 0], places[..., 1]
         if (size > list(LARGEST.values())).any() or (offset + size > tar_bytes).any():
             raise ValueError("sizes or offsets out of range")
-        if (np.diff(offset) <= size[:, :-1]).any():
-            raise ValueError("components that overlap")
-    except ValueError as error:
-        found = f"an index that does not fit its tar ({error})"
-        expected = f"the wds2idx index of {shard.people} people in {shard.tar}"
+        if (size[:, 0] != record_bytes).any() or (np.diff(offset) <= size[:, :-1]).any():
+            raise ValueError(f"records of other than {record_bytes} bytes, or overlapping files")
+    except (OSError, ValueError) as error:
+        expected = f"{shard.tar} and its wds2idx index of {shard.people} people"
+        found = f"not the index of its tar ({error})"
         raise InputError(path, found, expected, PACK_AGAIN) from error
-    return [sample[3] for sample in samples], table
+    return [sample[3] for sample in samples], places

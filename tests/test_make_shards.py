@@ -25,7 +25,6 @@ from PIL import Image
 from common.errors import InputError, run_main
 from configs.skeleton import MPII
 from pipelines import packing
-from pipelines.jpeg import Picture, Verdict, inspect_picture
 from pipelines.shard_format import read_manifest
 from pipelines.shards import ShardSet
 from tools import make_shards
@@ -187,7 +186,8 @@ def test_the_summary_counts_people_pictures_and_joints_of_the_annotation(tiny_se
     with h5py.File(tiny_set / "annot" / "train.h5") as file:
         marked = file["part"][..., 0] != 0
         seen = (file["visible"][:] > 0) & marked
-    assert "12 in 9 pictures" in text and "left out   0 people" in text
+    assert "12 people in 3 shards" in text and "pictures   9" in text
+    assert "left out   0 people" in text
     assert "90 x 310 px" not in text  # neither smallest nor largest by area
     assert "128 x 64 px the smallest" in text and "333 x 222 the largest" in text
     rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if "%" in line}
@@ -195,18 +195,6 @@ def test_the_summary_counts_people_pictures_and_joints_of_the_annotation(tiny_se
         share = f"{marked[:, joint].mean():.1%}"
         assert rows[name] == [share, f"{seen[:, joint].sum() / marked[:, joint].sum():.1%}"]
     assert rows["all"] == ["joints", f"{marked.mean():.1%}", f"{seen.sum() / marked.sum():.1%}"]
-
-
-def test_the_histogram_counts_everybody_once():
-    scale = np.array([1.0] * 6 + [2.0] * 3 + [4.0])
-    lines = make_shards.scale_lines(scale)
-    assert lines[0].endswith("the median is 200")
-    counts = [int(line.split()[3]) for line in lines[1:]]
-    assert len(counts) == 10 and sum(counts) == 10
-    assert (counts[0], counts[-1]) == (6, 1) and sorted(counts)[-2] == 3
-    bars = [line.count("#") for line in lines[1:]]
-    assert bars[0] == 40 and bars[-1] == 7  # 40 / 6, rounded up
-    assert sum(int(line.split()[3]) for line in make_shards.scale_lines(scale[:2])[1:]) == 2
 
 
 # Bad pictures
@@ -252,27 +240,15 @@ def test_every_bad_picture_of_both_splits_is_listed(own_set, tmp_path, capfd) ->
     assert not (tmp_path / "out").exists() and not list(tmp_path.rglob("*.tar"))
 
 
-def test_of_many_bad_pictures_the_first_are_shown_and_a_file_lists_all(
-    own_set, tmp_path, monkeypatch, capsys
-) -> None:
+def test_of_many_bad_pictures_the_first_are_shown(own_set, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(packing, "_BAD_SHOWN", 3)
     bad = [f"{number:09d}.jpg" for number in (0, 1, 2, 3, 100)]
-    for name in bad[:4]:
+    for name in bad:
         (own_set / "images" / name).unlink()
-    (own_set / "images" / bad[4]).write_bytes(b"")
-    error = error_of(pack_arguments(own_set, tmp_path / "out"))
-    assert error.found == "5 bad of 14 pictures"
-    partial = tmp_path / "out.partial"
-    assert capsys.readouterr().err.splitlines() == [
-        *(f"bad picture: {name}: missing" for name in bad[:3]),
-        f"... and 2 more, listed in {partial}/bad_pictures.txt",
-    ]
-    lines = (partial / "bad_pictures.txt").read_text().splitlines()
-    assert [line.split(": ")[1] for line in lines] == bad
-    assert f"{partial} keeps" in error.next_step
-    main(pack_arguments(own_set, tmp_path / "out", "--skip-bad"))
-    assert "... and 2 more, listed in manifest.json" in capsys.readouterr().err
-    assert not partial.exists()
+    assert error_of(pack_arguments(own_set, tmp_path / "out")).found == "5 bad of 14 pictures"
+    lines = [f"bad picture: {name}: missing" for name in bad[:3]]
+    assert capsys.readouterr().err.splitlines() == [*lines, "... and 2 more"]
+    assert not (tmp_path / "out.partial").exists()
 
 
 def test_skip_bad_packs_the_rest_and_names_what_it_left_out(own_set, tmp_path, capsys) -> None:
@@ -307,45 +283,20 @@ def test_folder_without_any_of_the_pictures_is_named_once(tiny_set, tmp_path, ca
     assert names(tmp_path) == ["empty"]
 
 
-def test_replaced_picture_is_checked_again_and_the_others_are_not(
-    own_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = own_set / "images" / "000000003.jpg"
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-50])
-    error_of(pack_arguments(own_set, tmp_path / "out"))
-    path.write_bytes(whole)
-    checked: list[str] = []
-
-    def spy(folder: Path, picture: Picture) -> Verdict:
-        checked.append(Path(picture.path).name)
-        return inspect_picture(folder, picture)
-
-    monkeypatch.setattr(packing, "inspect_picture", spy)
-    assert main(pack_arguments(own_set, tmp_path / "out")) == 0
-    assert checked == ["000000003.jpg"]
-
-
 # Interruptions
 
 
-def interrupt_at(number: int) -> Callable[..., Any]:
-    """A write_shard that stops like Ctrl-C in the middle of that shard."""
-    original = packing.write_shard
+def interrupt(arguments: list[str], sample: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pack until the picture of that sample is read, and stop there as Ctrl-C does."""
+    original = packing.load_jpeg
 
-    def write(folder: Path, shard: int, samples: Any) -> Any:
-        if shard == number:
-            (folder / f"{shard:05d}.tar.tmp").write_bytes(b"half")
+    def load(each: packing.Sample, crop: Any) -> bytes:
+        if int(each.key) == sample:
             raise KeyboardInterrupt
-        return original(folder, shard, samples)
+        return original(each, crop)
 
-    return write
-
-
-def interrupt(arguments: list[str], shard: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pack until that shard."""
     with monkeypatch.context() as patch:
-        patch.setattr(packing, "write_shard", interrupt_at(shard))
+        patch.setattr(packing, "load_jpeg", load)
         with pytest.raises(KeyboardInterrupt):
             main(arguments)
 
@@ -353,7 +304,7 @@ def interrupt(arguments: list[str], shard: int, monkeypatch: pytest.MonkeyPatch)
 @pytest.fixture
 def interrupted(tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The output of a run that was stopped in the second of the three training shards."""
-    interrupt(pack_arguments(tiny_set, tmp_path / "out"), 1, monkeypatch)
+    interrupt(pack_arguments(tiny_set, tmp_path / "out"), 7, monkeypatch)
     return tmp_path / "out"
 
 
@@ -369,17 +320,6 @@ def test_second_run_keeps_finished_shards_and_ends_with_the_same_bytes(
     assert len(names(interrupted / "train")) == 7 and names(interrupted.parent) == ["out"]
 
 
-def test_finished_shard_that_was_damaged_since_is_written_again(
-    interrupted: Path, tiny_set: Path, tiny_shards: Path
-) -> None:
-    tar = unfinished(interrupted) / "00000.tar"
-    data = bytearray(tar.read_bytes())
-    data[2000] ^= 1
-    tar.write_bytes(data)
-    assert main(pack_arguments(tiny_set, interrupted)) == 0
-    assert files(interrupted) == files(tiny_shards)
-
-
 def test_unfinished_work_of_other_options_is_not_mixed_in(interrupted, tiny_set, tmp_path) -> None:
     assert main(pack_arguments(tiny_set, interrupted, "--seed", 1)) == 0
     assert main(pack_arguments(tiny_set, tmp_path / "whole", "--seed", 1)) == 0
@@ -390,7 +330,7 @@ def test_unfinished_work_of_other_options_is_not_mixed_in(interrupted, tiny_set,
 def test_picture_that_changed_between_the_runs_is_packed_as_it_is_now(
     own_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    interrupt(pack_arguments(own_set, tmp_path / "out"), 2, monkeypatch)
+    interrupt(pack_arguments(own_set, tmp_path / "out"), 11, monkeypatch)
     rng = np.random.default_rng(9)
     write_jpeg(own_set / "images" / "000000003.jpg", noise_picture(rng, 256, 256))
     main(pack_arguments(own_set, tmp_path / "out"))
@@ -542,7 +482,7 @@ def test_overwrite_replaces_only_by_a_complete_packing(tiny_set, tmp_path, monke
     main(pack_arguments(tiny_set, tmp_path / "out"))
     before = files(tmp_path / "out")
     other = pack_arguments(tiny_set, tmp_path / "out", "--seed", 1, "--overwrite")
-    interrupt(other, 1, monkeypatch)
+    interrupt(other, 7, monkeypatch)
     assert files(tmp_path / "out") == before
     assert main(other) == 0
     main(pack_arguments(tiny_set, tmp_path / "new", "--seed", 1))
@@ -618,7 +558,7 @@ def test_disk_that_fills_up_is_one_clear_error(tiny_set, tmp_path, monkeypatch, 
 
     arguments = pack_arguments(tiny_set, tmp_path / "out")
     with monkeypatch.context() as patch:
-        patch.setattr(packing, "write_shard", fail)
+        patch.setattr(packing, "load_jpeg", fail)
         assert "No space left on device" in shown_error(arguments, capsys)
     assert main(arguments) == 0
 

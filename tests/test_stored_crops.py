@@ -294,7 +294,7 @@ def test_pictures_of_predictions_show_the_same_people(tiny_shards, crop_shards):
 
 
 def test_packing_for_princetons_preset_is_refused(tiny_set, tmp_path):
-    with pytest.raises(InputError, match="--packing original"):
+    with pytest.raises(InputError, match="--reach"):
         main(pack_arguments(tiny_set, tmp_path / "o", "--packing", "crop", "--reach", "princeton"))
     assert list(tmp_path.iterdir()) == []
 

@@ -18,7 +18,6 @@ import time
 from collections import Counter
 
 import numpy as np
-import numpy.typing as npt
 
 from common.cli import Parser, at_least
 from common.errors import InputError, run_main
@@ -33,17 +32,15 @@ from pipelines.shards import ShardSet
 
 DATA = Path("data/mpii")
 HOW_TO_GET_DATA = """download it into data/mpii:
-    data/mpii/images  the pictures: mpii_human_pose_v1.tar.gz (12.9 GB) from the web site of MPII
-                      Human Pose, human-pose.mpi-inf.mpg.de
-    data/mpii/annot   train.h5 and valid.h5: data/MPII/annot of
-                      github.com/princeton-vl/pytorch_stacked_hourglass
+    data/mpii/images  mpii_human_pose_v1.tar.gz (12.9 GB) from human-pose.mpi-inf.mpg.de
+    data/mpii/annot   data/MPII/annot of github.com/princeton-vl/pytorch_stacked_hourglass
   or try it with drawn people first:
     python tools/make_synthetic.py --output data/synthetic
     python tools/make_shards.py --annotations data/synthetic/annot \\
       --images data/synthetic/images --output data/shards/synthetic"""
+CROP_PRESETS = [name for name, preset in PRESETS.items() if not preset.princeton_crop]
 JPEG_QUALITY = 95
 """Of stored crops."""
-HISTOGRAM_BINS, LONGEST_BAR = 10, 40
 REASONS_SHOWN = 5
 
 
@@ -85,7 +82,7 @@ def make_parser() -> Parser:
     add("--packing", choices=["original", "crop"], default="original",
         help="original: the JPEG files unchanged; crop: the part that augmentation can read, made "
         "smaller (docs/conventions.md)")
-    add("--reach", choices=list(PRESETS), default="hrnet",
+    add("--reach", choices=CROP_PRESETS, default="hrnet",
         help="crop: the data.preset with the largest crops that these shards will be used with")
     add("--person-px", type=at_least(16), default=288,
         help="crop: largest side of a person's box, px; data.input_px x 1.125 is enough")
@@ -118,14 +115,11 @@ def chosen_splits(annotations: Path, asked: list[str]) -> tuple[str, ...]:
     if not annotations.is_file() or has_both_splits(annotations) or len(splits) == 1:
         return splits
     stem = annotations.name.split(".")[0]
-    if stem in SPLITS:
-        return (stem,)
-    raise InputError(
-        annotations,
-        "one file for two splits",
-        f"a file named after its split, {' or '.join(SPLITS)}, or one split",
-        "choose the split with --splits train or --splits valid",
-    )
+    if stem not in SPLITS:
+        expected = f"one split, or a file named after it: {' or '.join(SPLITS)}"
+        advice = "choose the split with --splits train or --splits valid"
+        raise InputError(annotations, "one file for two splits", expected, advice)
+    return (stem,)
 
 
 def print_summary(options: PackingOptions, manifests: list[Manifest], seconds: float) -> None:
@@ -133,20 +127,12 @@ def print_summary(options: PackingOptions, manifests: list[Manifest], seconds: f
     print("reading what was packed ...", file=sys.stderr, flush=True)
     for manifest in manifests:
         print(summary(options.output / manifest.split), end="\n\n")
-    for manifest in manifests:
-        size = sum(shard.bytes for shard in manifest.shards)
-        print(
-            f"{options.output / manifest.split}: {manifest.people:,} people in "
-            f"{len(manifest.shards)} shards, {size / 1e6:,.1f} MB; "
-            f"{len(manifest.left_out)} people left out"
-        )
     people = sum(manifest.people for manifest in manifests)
     print(f"{seconds:.1f} s, {people / seconds:,.0f} people/s with {options.workers} worker(s)")
     folder = shlex.quote(str(options.output))
     if "train" in options.splits:
         preset = f" --data.preset {options.crop.preset}" if options.crop else ""
         print(f"next: python train.py --config configs/2hg.yaml --data.shards {folder}{preset}")
-        print("      (configs/ has recipes for other data and other budgets)")
     else:
         print(f"next: python evaluate.py --checkpoint PATH --shards {folder}")
 
@@ -158,18 +144,20 @@ def summary(folder: Path) -> str:
     sizes_N2 = unpack_records(shards.records()).size_N2.astype(int)
     ordered = sizes_N2[np.argsort(sizes_N2.prod(axis=1), kind="stable")]
     sizes = [f"{width} x {height}" for width, height in ordered[[0, len(ordered) // 2, -1]]]
+    size = sum(shard.bytes for shard in shards.manifest.shards)
+    sides = np.quantile(PIXELS_PER_SCALE * people.scale, [0, 0.1, 0.5, 0.9, 1])
     lines = [
-        f"{folder}",
-        f"  people     {people.count:,} in {len(set(people.images)):,} pictures",
+        f"{folder}: {people.count:,} people in {len(shards.tars)} shards, {size / 1e6:,.1f} MB",
+        f"  pictures   {len(set(people.images)):,}",
         f"  stored     {sizes[0]} px the smallest, {sizes[1]} the median, {sizes[2]} the largest",
+        f"  box sides  {' '.join(f'{side:,.0f}' for side in sides)} px "
+        "(minimum, 10 %, median, 90 %, maximum)",
     ]
     left_out = shards.manifest.left_out  # lines of `row N: picture: fault`
     reasons = Counter(line.split(": ", 2)[-1] for line in left_out).most_common()
     lines.append(f"  left out   {len(left_out):,} people (left_out in the manifest)")
     lines += [f"             {count:,} x {reason}" for reason, count in reasons[:REASONS_SHOWN]]
-    if len(reasons) > REASONS_SHOWN:
-        lines.append("             ...")
-    lines += ["", *joint_lines(people, shards.manifest.skeleton), "", *scale_lines(people.scale)]
+    lines += ["", *joint_lines(people, shards.manifest.skeleton)]
     return "\n".join(lines)
 
 
@@ -187,19 +175,6 @@ def joint_lines(people: People, skeleton: Skeleton) -> list[str]:
         strict=True,
     )
     return lines + [f"  {name:<{width}}  {m:>8.1%}  {v:>8.1%}" for name, m, v in rows]
-
-
-def scale_lines(scale_N: npt.NDArray[np.float64]) -> list[str]:
-    """A histogram of the boxes' sides, with logarithmic bins."""
-    sides = PIXELS_PER_SCALE * scale_N
-    low, high = sides.min(), sides.max() * (1 + 1e-9)
-    edges = np.geomspace(low, max(high, 1.01 * low), HISTOGRAM_BINS + 1)
-    counts, _ = np.histogram(sides, edges)
-    lines = [f"  side of the box, px; the median is {np.median(sides):,.0f}"]
-    for count, start, end in zip(counts, edges[:-1], edges[1:], strict=True):
-        bar = "#" * int(np.ceil(LONGEST_BAR * count / counts.max()))
-        lines.append(f"  {start:>7,.0f} to {end:>6,.0f}  {count:>7,}  {bar}".rstrip())
-    return lines
 
 
 if __name__ == "__main__":
