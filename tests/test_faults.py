@@ -1,0 +1,498 @@
+"""Injected faults: damaged checkpoints, full disks, signals, a killed process."""
+
+import errno
+import gc
+import multiprocessing
+import os
+import random
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, may_mount
+from helpers import SMALL, leaves, make_trainer, metrics, steps, tiny_config
+
+import train
+from common.errors import InputError
+from model.checkpoint import (
+    FORMAT,
+    find_damage,
+    init_weights,
+    load_checkpoint,
+    load_weights,
+    write_archive,
+)
+from pipelines.opencv_loader import STOP_SIGNALS
+from training.checkpoint_manager import CheckpointManager, open_run_folder
+from training.preemption import stop_signals
+from training.resume import find_start, load_resumable
+
+FULL_DISK = pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full to write to")
+
+
+def flip(path: Path, place: int, bit: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1 << bit
+    path.write_bytes(data)
+
+
+@pytest.fixture(scope="module")
+def saved(tiny_shards, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    make_trainer(tiny_config(tiny_shards), folder).save(["last.pt"])
+    return folder / "last.pt"
+
+
+# Checkpoint files
+
+
+def test_a_bit_flipped_anywhere_and_a_cut_anywhere_are_found(saved, tmp_path):
+    size, rng = saved.stat().st_size, random.Random(0)
+    places = [0, 3, size - 1, size - 65, size - 71, size - 72, size - 73, size - 93]
+    places += [rng.randrange(size) for _ in range(30)]
+    damaged = tmp_path / "x.pt"
+    for place in places:
+        shutil.copy(saved, damaged)
+        flip(damaged, place, rng.randrange(8))
+        with pytest.raises(InputError):
+            load_checkpoint(damaged)
+    for length in [0, 1, 70, 71, 72, size - 1, size - 22, *places[8:20]]:
+        damaged.write_bytes(saved.read_bytes()[:length])
+        with pytest.raises(InputError):
+            load_checkpoint(damaged)
+
+
+def test_torch_reads_a_checkpoint_and_the_checksum_finds_what_torch_does_not(saved, tmp_path):
+    moved = tmp_path / "elsewhere.pt"
+    shutil.copy(saved, moved)
+    assert find_damage(moved) == "" and load_checkpoint(moved).step == 0
+    assert torch.load(moved, weights_only=True, mmap=True)["format"] == FORMAT
+    bias = load_checkpoint(moved).weights["heads.0.bias"].numpy().tobytes()
+    flip(moved, moved.read_bytes().index(bias), 0)
+    assert torch.load(moved, weights_only=True)["step"] == 0
+    assert "checksum" in find_damage(moved)
+
+
+def test_a_checkpoint_without_a_checksum_is_read_and_its_records_are_checked(saved, tmp_path):
+    old = tmp_path / "old.pt"
+    torch.save(torch.load(saved, weights_only=True), old)
+    assert load_checkpoint(old).step == 0
+    bias = load_checkpoint(old).weights["heads.0.bias"].numpy().tobytes()
+    flip(old, old.read_bytes().index(bias) + 40, 3)
+    with pytest.raises(InputError, match=r"record .*data/\d+ is damaged"):
+        load_checkpoint(old)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04" + b"\0" * 60])
+def test_a_file_that_is_no_checkpoint_is_refused(content, tmp_path):
+    (tmp_path / "x.pt").write_bytes(content)
+    with pytest.raises(InputError, match=r"x\.pt"):
+        load_checkpoint(tmp_path / "x.pt")
+
+
+def test_a_checkpoint_of_another_version_is_refused(tmp_path):
+    torch.save({"format": FORMAT, "format_version": 99}, tmp_path / "new.pt")
+    with pytest.raises(InputError, match="version 99"):
+        load_checkpoint(tmp_path / "new.pt")
+
+
+def test_a_checkpoint_never_runs_code(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "exploded"),)
+
+    torch.save({"format": FORMAT, "model": Bomb()}, tmp_path / "bomb.pt")
+    with pytest.raises(InputError):
+        load_checkpoint(tmp_path / "bomb.pt")
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_weights_of_another_size_are_named_and_other_joints_start_fresh(tiny_shards, tmp_path):
+    from configs.skeleton import unnamed
+    from model.checkpoint import build_network
+
+    config = tiny_config(tiny_shards, model={"stacks": 2})
+    make_trainer(config, tmp_path).save(["last.pt"])
+    loaded = load_checkpoint(tmp_path / "last.pt")
+    network = build_network(config, joints=5)
+    assert init_weights(network, unnamed(5), loaded) == [
+        "heads.0.weight", "heads.0.bias", "heads.1.weight", "heads.1.bias",
+        "merge_heatmaps.0.weight",
+    ]  # fmt: skip
+    assert torch.equal(network.stem.conv[0].weight, loaded.weights["stem.conv.0.weight"])
+    wider = build_network(tiny_config(tiny_shards, model={"stacks": 2, "width": 32}), 16)
+    with pytest.raises(InputError, match=r"stem\.residual3\.conv1\.weight is \(8, 16, 1, 1\)"):
+        load_weights(wider, loaded.weights, loaded.path)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "unreadable"])
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_is_used(
+    damage, tiny_shards, tmp_path, monkeypatch
+):
+    config = tiny_config(tiny_shards)
+    trainer = make_trainer(config, tmp_path)
+    for _ in range(2):
+        steps(trainer, 1)
+        trainer.save(["last.pt"])
+    last, opened = tmp_path / "last.pt", Path.open
+    if damage == "cut":
+        os.truncate(last, last.stat().st_size // 2)  # step_00000002.pt is the same file
+    elif damage == "flip":
+        flip(last, 4321, 6)
+
+    def fail(path: Path, *rest, **options):
+        if damage == "unreadable" and os.path.samefile(path, last):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return opened(path, *rest, **options)
+
+    monkeypatch.setattr(Path, "open", fail)
+    start, remarks = find_start(tmp_path, "", False)
+    assert Path(start).name == "step_00000001.pt" and len(remarks) == 2
+    assert remarks[0].startswith(str(last))
+    monkeypatch.undo()
+    resumed = make_trainer(config, tmp_path, load_resumable(Path(start)))
+    resumed.train()
+    assert load_checkpoint(last).step == 6
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(saved, tmp_path):
+    shutil.copy(saved, tmp_path / "last.pt")
+    flip(tmp_path / "last.pt", 100, 1)
+    with pytest.raises(InputError, match="none of them usable"):
+        find_start(tmp_path, "auto", False)
+
+
+def test_a_bug_or_lack_of_memory_while_restoring_is_not_called_damage(
+    saved, tiny_shards, tmp_path, monkeypatch
+):
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.nn.Module, "load_state_dict", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        make_trainer(tiny_config(tiny_shards), tmp_path, saved)
+
+
+def test_a_checkpoint_is_whole_and_on_the_disk_before_it_has_its_name(saved, tmp_path, monkeypatch):
+    done, fsync, replace = list[tuple[str, str]](), os.fsync, Path.replace
+
+    def recorded_fsync(descriptor: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        assert path.is_dir() or find_damage(path) == "", "what is synced is not all of it"
+        done.append(("sync", path.name))
+        fsync(descriptor)
+
+    def recorded_replace(path: Path, target: Path) -> Path:
+        done.append(("rename", Path(target).name))
+        return replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(Path, "replace", recorded_replace)
+    CheckpointManager(tmp_path, keep=2).save(load_checkpoint(saved), ["last.pt", "best.pt"])
+    assert done == [
+        ("sync", "step_00000000.pt.tmp"), ("rename", "step_00000000.pt"), ("sync", tmp_path.name),
+        ("rename", "last.pt"), ("rename", "best.pt"), ("sync", tmp_path.name),
+    ]  # fmt: skip
+
+
+def test_on_a_disk_without_links_names_are_copies(saved, tmp_path, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, "not supported")
+
+    monkeypatch.setattr(os, "link", refuse)
+    CheckpointManager(tmp_path, keep=2).save(load_checkpoint(saved), ["last.pt", "best.pt"])
+    assert find_damage(tmp_path / "best.pt") == ""
+    assert not os.path.samefile(tmp_path / "last.pt", tmp_path / "best.pt")
+
+
+# Full disks
+
+
+@FULL_DISK
+def test_a_full_disk_leaves_the_last_checkpoint_whole_and_the_run_alive(
+    tiny_shards, tmp_path, capsys, monkeypatch
+):
+    trainer = make_trainer(tiny_config(tiny_shards, train={"steps_per_epoch": 2}), tmp_path)
+    monkeypatch.setattr(trainer.validator, "picture", lambda: torch.zeros(8, 8, 3).byte().numpy())
+    real, seen = trainer.save, {}
+
+    def save(names: list[str]) -> None:
+        if trainer.progress.step == 4:
+            (tmp_path / "step_00000004.pt.tmp").symlink_to("/dev/full")
+        real(names)
+        seen[trainer.progress.step] = load_checkpoint(tmp_path / "last.pt").step
+
+    monkeypatch.setattr(trainer, "save", save)
+    trainer.train()
+    assert seen == {2: 2, 4: 2, 6: 6} and not list(tmp_path.glob("*.tmp"))
+    text = " ".join(capsys.readouterr().err.split())
+    assert "WARNING: no checkpoint of step 4 could be written" in text
+    assert "No space left on device: " in text and "step_00000004.pt'; training goes on" in text
+
+
+@FULL_DISK
+def test_a_full_disk_is_reported_with_the_files_name_and_nothing_stays(tmp_path):
+    (tmp_path / "x.pt.tmp").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device: '.*/x\.pt'"):
+        write_archive(tmp_path / "x.pt", {"weights": torch.zeros(1_000_000)})
+    assert list(tmp_path.iterdir()) == []
+
+
+@FULL_DISK
+def test_a_run_whose_end_could_not_be_written_ends_in_an_error(tiny_shards, tmp_path, monkeypatch):
+    config = tiny_config(tiny_shards, train={"steps": 2, "steps_per_epoch": 2})
+    trainer = make_trainer(config, tmp_path)
+    monkeypatch.setattr(trainer, "_finish_epoch", dict)
+    (tmp_path / "step_00000002.pt.tmp").symlink_to("/dev/full")
+    with pytest.raises(InputError, match="no checkpoint of step 2"):
+        trainer.train()
+
+
+@FULL_DISK
+def test_a_log_that_cannot_be_written_is_reported_once_and_ends_no_run(
+    tiny_shards, tmp_path, capsys, monkeypatch
+):
+    trainer = make_trainer(tiny_config(tiny_shards), tmp_path)
+    open_log = trainer.open_log
+
+    def open_full_log():
+        log = open_log()
+        log._file.close()
+        log._file = Path("/dev/full").open("a")  # noqa: SIM115
+        return log
+
+    monkeypatch.setattr(trainer, "open_log", open_full_log)
+    trainer.train()
+    assert capsys.readouterr().err.count("the log cannot be written") == 1
+    assert load_checkpoint(tmp_path / "last.pt").step == 6
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not may_mount(), reason="no small disk can be mounted here")
+@pytest.mark.parametrize("megabytes, batch", [(1, 4), (2, 32)])
+def test_too_little_shared_memory_ends_in_one_message(megabytes, batch, tiny_shards, tmp_path):
+    words = ["train.py", "--data.shards", tiny_shards, "--data.workers", 2,
+             "--data.batch_size", batch, "--data.input_px", 256, "--model.width", 8,
+             "--train.out", tmp_path, "--train.name", "x", "--train.steps", 50,
+             "--train.device", "cpu"]  # fmt: skip
+    mount = f"mount -t tmpfs -o size={megabytes}m x /dev/shm"
+    command = shlex.join([sys.executable, *map(str, words)])
+    done = subprocess.run(
+        ["unshare", "-rm", "bash", "-c", f"{mount} && exec {command}"],
+        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert "no room for a batch of" in done.stderr and "--shm-size" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# Signals and processes
+
+
+def start(shards: Path, out: Path, *more: object) -> subprocess.Popen:
+    """Start training in a process of its own, without an end."""
+    words = ["train.py", *SMALL, "--data.shards", shards, "--train.out", out, "--train.name", "r",
+             "--train.steps", 100_000, "--data.workers", 1, "--train.steps_per_epoch", 4,
+             *more]  # fmt: skip
+    return subprocess.Popen(
+        [sys.executable, *map(str, words)], cwd=ROOT, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.DEVNULL, start_new_session=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def wait_for_lines(folder: Path, count: int, process: subprocess.Popen) -> None:
+    end, path = time.monotonic() + 120, folder / "metrics.jsonl"
+    while not path.exists() or path.read_text().count("\n") < count:
+        assert process.poll() is None and time.monotonic() < end, process.stderr.read()
+        time.sleep(0.05)
+
+
+def test_a_killed_run_and_one_ended_by_sigterm_continue_with_the_same_bytes(tiny_shards, tmp_path):
+    run = tmp_path / "r"
+    killed = start(tiny_shards, tmp_path, "--optim.ema_decay", 0.9)
+    wait_for_lines(run, 6, killed)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    stood = load_checkpoint(run / "last.pt").step
+    stopped = start(tiny_shards, tmp_path, "--optim.ema_decay", 0.9, "--resume", "auto")
+    wait_for_lines(run, stood + stood // 4 + 3, stopped)
+    os.killpg(stopped.pid, signal.SIGTERM)  # as a job scheduler does: the worker gets it too
+    _, text = stopped.communicate(timeout=60)
+    assert stopped.returncode == 75, text
+    step = load_checkpoint(run / "last.pt").step
+    assert f"STOPPED EARLY at step {step} of 100000: SIGTERM." in (run / "resume_me").read_text()
+    assert "continuing from" in text and "Traceback" not in text and step > stood
+    words = [*SMALL, "--data.shards", tiny_shards, "--optim.ema_decay", 0.9, "--train.steps",
+             step + 1, "--train.steps_per_epoch", 4, "--train.out"]  # fmt: skip
+    for out, more in ((tmp_path, ["--resume"]), (tmp_path / "quiet", [])):
+        assert train.main([*map(str, [*words, out, "--train.name", "r"]), *more]) == 0
+    assert not (run / "resume_me").exists()
+    found, expected = (
+        leaves(torch.load(out / "r" / "last.pt", weights_only=True))
+        for out in (tmp_path, tmp_path / "quiet")
+    )
+    differing = {name for name in expected if found.get(name) != expected[name]}
+    assert differing <= {"seconds/", "config/train/out/", "config/data/workers/"}
+
+
+@pytest.mark.parametrize("forwarded", [False, True])
+def test_a_second_sigterm_ends_at_once_unless_torchrun_forwarded_it(forwarded):
+    def work(pipe) -> None:
+        if forwarded:
+            os.environ["TORCHELASTIC_RUN_ID"] = "x"
+        with stop_signals() as received:
+            pipe.send("ready")
+            while not received:
+                time.sleep(0.01)
+            pipe.send(received[0])
+            time.sleep(30)
+
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe()
+    process = context.Process(target=work, args=(there,))
+    process.start()
+    assert here.recv() == "ready"
+    os.kill(process.pid, signal.SIGUSR1)
+    assert here.recv() == signal.SIGUSR1
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(0.5 if forwarded else 10)
+    assert process.exitcode == (None if forwarded else -signal.SIGTERM)
+    process.kill()
+    process.join(10)
+
+
+def test_a_signal_in_the_last_step_of_an_epoch_leaves_the_validation_for_later(
+    tiny_shards, tmp_path, monkeypatch
+):
+    config = tiny_config(tiny_shards, train={"steps": 4, "steps_per_epoch": 2})
+    trainer = make_trainer(config, tmp_path)
+    real = trainer.train_step.run
+
+    def stopped(loader, number, totals) -> None:
+        real(loader, number, totals)
+        if number == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    monkeypatch.setattr(trainer.train_step, "run", stopped)
+    assert trainer.train() == {} and trainer.interrupted
+    last = load_checkpoint(tmp_path / "last.pt")
+    assert last.step == 2 and last.run.validation_due
+    assert (tmp_path / "resume_me").read_text() == "STOPPED EARLY at step 2 of 4: SIGUSR1.\n"
+    make_trainer(config, tmp_path, last).train()
+    assert [line["step"] for line in metrics(tmp_path, "valid")] == [2, 4]
+
+
+def test_a_signal_in_a_validation_leaves_it_for_later(tiny_shards, tmp_path, monkeypatch):
+    """It has three batches, of which one is predicted."""
+    options = {"steps": 2, "steps_per_epoch": 2}
+    config = tiny_config(tiny_shards, train=options, eval={"batch_size": 2, "flip": False})
+    trainer, predicted = make_trainer(config, tmp_path), []
+    real = trainer.evaluation_network
+
+    def watched() -> torch.nn.Module:
+        network = real()
+        network.register_forward_hook(
+            lambda *_: predicted.append(os.kill(os.getpid(), signal.SIGUSR1))
+        )
+        return network
+
+    monkeypatch.setattr(trainer, "evaluation_network", watched)
+    assert trainer.train() == {} and trainer.interrupted and len(predicted) == 1
+    last = load_checkpoint(tmp_path / "last.pt")
+    assert last.step == 2 and last.run.validation_due and last.run.best == -1
+    assert make_trainer(config, tmp_path, last).train()["people"] == 5
+    assert (tmp_path / "best.pt").exists() and not load_checkpoint(
+        tmp_path / "best.pt"
+    ).run.validation_due
+
+
+def test_a_validation_that_fails_loses_no_step_of_its_epoch(tiny_shards, tmp_path, monkeypatch):
+    trainer = make_trainer(
+        tiny_config(tiny_shards, train={"steps": 4, "steps_per_epoch": 2}), tmp_path
+    )
+
+    def fail(*_: object) -> None:
+        raise InputError("valid/00000.tar, key 000000001", "no picture", "a JPEG", "replace it")
+
+    monkeypatch.setattr(trainer.validator, "run", fail)
+    with pytest.raises(InputError, match="key 000000001"):
+        trainer.train()
+    assert load_checkpoint(tmp_path / "last.pt").step == 2
+
+
+def test_a_rank_whose_torchrun_has_died_saves_and_ends(tiny_shards, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    trainer = make_trainer(tiny_config(tiny_shards), tmp_path)
+    parent = os.getppid()
+    monkeypatch.setattr(os, "getppid", lambda: parent + (trainer.progress.step > 0))
+    trainer.train()
+    assert trainer.interrupted and load_checkpoint(tmp_path / "last.pt").step == 1
+    assert "torchrun has ended" in (tmp_path / "resume_me").read_text()
+
+
+def test_a_run_that_another_process_trains_is_refused(tmp_path):
+    def hold(pipe) -> None:
+        open_run_folder(tmp_path)
+        pipe.send("held")
+        time.sleep(30)
+
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe()
+    other = context.Process(target=hold, args=(there,))
+    other.start()
+    assert here.recv() == "held"
+    with pytest.raises(InputError, match=rf"\(process {other.pid} on "):
+        open_run_folder(tmp_path)
+    other.kill()
+    other.join(10)
+    open_run_folder(tmp_path)  # the lock ended with its process
+
+
+def test_workers_ignore_the_signals_and_end_with_their_parent(tiny_shards, tmp_path):
+    config = tiny_config(tiny_shards, data={"workers": 2})
+    trainer = make_trainer(config, tmp_path)
+    expected = steps(make_trainer(tiny_config(tiny_shards), tmp_path / "other"), 3)
+    losses = steps(trainer, 1)
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for worker in workers:
+        for number in STOP_SIGNALS:  # from another process: a signal of the parent ends a worker
+            subprocess.run(["kill", f"-{int(number)}", str(worker.pid)], check=True)
+    assert losses + steps(trainer, 2) == expected
+    assert all(worker.is_alive() for worker in workers)
+    for worker in workers:
+        worker.terminate()
+        worker.join(10)
+    assert not any(worker.is_alive() for worker in workers)
+
+
+def test_a_worker_never_destroys_what_it_inherits(tiny_shards, tmp_path):
+    """A dead pipeline of DALI would wait for its threads, which are not in the worker, for ever."""
+    armed, log = [True], tmp_path / "log"
+
+    class Inherited:
+        def __init__(self):
+            self.cycle = self
+
+        def __del__(self):
+            log.touch()
+
+    def inherit() -> None:
+        if armed:
+            gc.set_threshold(1)
+            Inherited()
+
+    os.register_at_fork(after_in_child=inherit)
+    try:
+        steps(make_trainer(tiny_config(tiny_shards, data={"workers": 1}), tmp_path / "run"), 2)
+    finally:
+        armed.clear()
+    assert not log.exists()
+    assert gc.isenabled()

@@ -1,0 +1,226 @@
+"""Options of the training step change its speed and memory, not its numbers, and nothing waits."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from helpers import CPU, make_codec, make_trainer, steps, tiny_config
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from common.distributed import DistributedContext, choose_dtype
+from common.errors import InputError
+from configs.schema import Config, ModelConfig, TrainConfig, check_values
+from configs.skeleton import MPII
+from model.hourglass import StackedHourglass
+from model.loss import stack_losses, stack_losses_of_joints
+from pipelines import heatmaps
+from pipelines.augment import Draw
+from pipelines.loader import make_batch
+from pipelines.opencv_loader import RawBatch
+from pipelines.shard_format import HEADER_LENGTH
+from training.metrics import Totals
+from training.profiler import TRACE
+
+META = torch.device("meta")
+COMPILER = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+
+
+def network(stacks: int, checkpoint_activations: bool = False, joints: int = 5) -> StackedHourglass:
+    return StackedHourglass(
+        stacks=stacks, width=16, joints=joints, depth=2, stem=(8, 8, 8),
+        checkpoint_activations=checkpoint_activations,
+    )  # fmt: skip
+
+
+def raw_batch(people: int, device: torch.device) -> RawBatch:
+    """Noise in the shapes that a loader gives."""
+    draws = torch.tensor([Draw()] * people)
+    draws[:, 2] = torch.arange(people) % 2
+    return RawBatch(
+        torch.randint(0, 255, (people, 64, 64, 3), dtype=torch.uint8).to(device),
+        torch.randn(people, 2, 3).to(device),
+        draws.to(device),
+        torch.rand(people, HEADER_LENGTH + 4 * MPII.joint_count).to(device),
+    )
+
+
+class Watch(TorchDispatchMode):
+    """Notes every operation that reads a value of the device, or brings one from the host."""
+
+    def __init__(self):
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        tensors = [a for a in args if isinstance(a, torch.Tensor) and a.dim()]
+        from_host = (kwargs or {}).get("device") == META and "_to_copy" in str(func)
+        on_host = any(t.device.type == "cpu" for t in tensors)
+        if (from_host and on_host) or "_local_scalar_dense" in str(func) or "nonzero" in str(func):
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("preset", "rule"), [("princeton", "princeton"), ("newell", "exact"), ("hrnet", "hrnet")]
+)
+def test_a_step_reads_nothing_from_the_device_and_brings_nothing_to_it(preset, rule, monkeypatch):
+    """On torch's meta device, which has shapes alone: whatever reads a value fails there."""
+    codec = make_codec(preset, rule)
+    tiny = network(2, joints=16).to(META)
+    totals, raw = Totals(META), raw_batch(4, META)
+
+    def step() -> None:
+        batch = make_batch(raw, codec, META)
+        heat = tiny(batch.images_N3HW)
+        losses = stack_losses(heat, batch.heat_NJHW, batch.drawn_NJ, "ignore")
+        losses.mean().backward()
+        totals.add(losses, heat[:, -1], batch, codec)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in tiny.parameters()])
+        totals.add_step(~torch.isfinite(norm))
+
+    step()  # copies its constants
+    for name in ("tensor", "as_tensor", "from_numpy"):
+        monkeypatch.setattr(torch, name, lambda *_, **__: pytest.fail("a tensor made on the host"))
+    monkeypatch.setattr(torch.Tensor, "new_tensor", lambda *_, **__: pytest.fail("the same"))
+    with Watch() as watch:
+        step()
+    assert not watch.found and totals.steps == 2
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("options", [{"ema_decay": 0.9, "clip_norm": 1.0}, {"accumulate": 2}])
+def test_a_whole_step_of_a_run_reads_no_value(precision, options, tiny_shards, tmp_path):
+    """With optimizer, scaler and average: on a GPU it would wait for the value."""
+    config = tiny_config(tiny_shards, optim=options)
+    dist = CPU._replace(dtype=choose_dtype(precision, CPU.device))
+    trainer = make_trainer(config, tmp_path, dist=dist)
+    trainer.network.train()
+    totals = Totals(CPU.device)
+    trainer.train_step.run(trainer.loader, 0, totals)
+    with Watch() as watch:
+        trainer.train_step.run(trainer.loader, 1, totals)
+    assert not watch.found and totals.steps == 2
+
+
+def test_the_watch_sees_a_value_that_is_read_and_one_that_is_brought():
+    with Watch() as watch:
+        torch.zeros(3).to(META)
+        torch.zeros(()).item()
+    assert len(watch.found) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("loader", ["opencv", "dali"])
+@pytest.mark.parametrize("preset", ["princeton", "hrnet"])
+def test_the_host_never_waits_for_the_gpu_in_a_step(loader, preset, tiny_shards, tmp_path):
+    config = tiny_config(
+        tiny_shards, data={"loader": loader, "preset": preset}, optim={"ema_decay": 0.9}
+    )
+    dist = DistributedContext(0, 1, torch.device("cuda", 0), torch.bfloat16)
+    trainer = make_trainer(config, tmp_path, dist=dist)
+    trainer.network.train()
+    totals = Totals(dist.device)
+    for number in range(3):
+        trainer.train_step.run(trainer.loader, number, totals)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for number in range(3, 6):
+            trainer.train_step.run(trainer.loader, number, totals)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert totals.steps == 6 and totals.bad_steps.item() == 0
+
+
+def test_activations_computed_twice_give_the_same_numbers():
+    """Loss, gradients and running statistics of three steps, bit for bit."""
+    torch.manual_seed(0)
+    plain, twice = network(3), network(3, checkpoint_activations=True)
+    twice.load_state_dict(plain.state_dict())
+    images, target = torch.rand(3, 2, 3, 64, 64), torch.rand(2, 5, 16, 16)
+    for batch in images:
+        losses = [stack_losses(n(batch), target, torch.ones(2, 5), "empty") for n in (plain, twice)]
+        assert torch.equal(*losses)
+        for loss in losses:
+            loss.mean().backward()
+    for (name, a), b in zip(plain.named_parameters(), twice.parameters(), strict=True):
+        assert a.grad is not None and torch.equal(a.grad, b.grad), name
+    for (name, a), b in zip(plain.named_buffers(), twice.buffers(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_fewer_activations_are_kept_for_the_gradient():
+    """Bytes that autograd saves in the forward pass."""
+
+    def saved(checkpointed: bool) -> int:
+        tiny = network(4, checkpoint_activations=checkpointed)
+        own = {p.data_ptr() for p in [*tiny.parameters(), *tiny.buffers()]}
+        kept: dict[int, int] = {}
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.data_ptr() not in own:
+                kept[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            result = tiny(torch.rand(2, 3, 64, 64))
+        del result
+        return sum(kept.values())
+
+    assert saved(True) < 0.5 * saved(False)
+
+
+def test_compiling_and_computing_twice_together_are_refused():
+    with pytest.raises(InputError, match="checkpoint_activations"):
+        check_values(
+            Config(train=TrainConfig(compile=True), model=ModelConfig(checkpoint_activations=True))
+        )
+
+
+@pytest.mark.slow
+@COMPILER
+def test_a_compiled_loss_that_renders_its_targets_gives_the_plain_losses_and_gradients():
+    """Joints inside, at the border, far outside and not a number."""
+    generator = torch.Generator().manual_seed(3)
+    joints = torch.rand(4, 16, 2, generator=generator) * 24 - 4
+    joints[0, 0] = float("nan")
+    drawn = torch.rand(4, 16, generator=generator) > 0.2
+    first = torch.randn(4, 2, 16, 16, 16, requires_grad=True)
+    second = first.detach().clone().requires_grad_()
+    target = heatmaps.render(joints, drawn, 16, "exact", 4.0)
+    assert target.max() > 0.9
+    expected = stack_losses(first, target, drawn, "ignore")
+    found = torch.compile(stack_losses_of_joints)(second, joints, drawn, "exact", 4.0, "ignore")
+    for losses in (expected, found):
+        losses.mean().backward()
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(second.grad, first.grad, rtol=1e-6, atol=1e-6)
+
+
+def test_a_run_with_targets_in_its_loss_makes_the_same_steps(tiny_shards, tmp_path, monkeypatch):
+    """The way through the run; compiled or not is another test's matter."""
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    losses = [
+        steps(make_trainer(tiny_config(tiny_shards, train={"fuse_targets": on}), tmp_path / n), 3)
+        for n, on in (("plain", False), ("fused", True))
+    ]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("count", [7, 2])
+def test_a_profiled_run_writes_a_trace_unless_it_is_too_short(
+    count, tiny_shards, tmp_path, capsys, monkeypatch
+):
+    options = {"profile_steps": 2, "steps": count, "steps_per_epoch": count}
+    trainer = make_trainer(tiny_config(tiny_shards, train=options), tmp_path)
+    monkeypatch.setattr(trainer, "_finish_epoch", dict)
+    trainer.train()
+    text = capsys.readouterr().err
+    if count == 2:
+        assert "ended within its first 5 steps" in text and not (tmp_path / TRACE).exists()
+        return
+    events = json.loads((tmp_path / TRACE).read_text())["traceEvents"]
+    names = [event["name"] for event in events if event.get("cat") == "user_annotation"]
+    assert sum(name.startswith("ProfilerStep#") for name in names) == 2
+    assert any("convolution" in event.get("name", "") for event in events)
+    assert "aten::" in text and f"wrote {tmp_path / TRACE}" in text
