@@ -30,6 +30,7 @@ from model.checkpoint import (
 )
 from pipelines.opencv_loader import STOP_SIGNALS
 from training.checkpoint_manager import CheckpointManager, open_run_folder
+from training.metrics import read_metrics
 from training.preemption import stop_signals
 from training.resume import find_start, load_resumable
 
@@ -307,9 +308,15 @@ def start(shards: Path, out: Path, *more: object) -> subprocess.Popen:
     )  # fmt: skip
 
 
-def wait_for_lines(folder: Path, count: int, process: subprocess.Popen) -> None:
-    end, path = time.monotonic() + 120, folder / "metrics.jsonl"
-    while not path.exists() or path.read_text().count("\n") < count:
+def last_step(folder: Path) -> int:
+    """The step of the last line of metrics.jsonl; 0 without one."""
+    lines = read_metrics(folder / "metrics.jsonl")
+    return lines[-1]["step"] if lines else 0
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
+    end = time.monotonic() + 120
+    while last_step(folder) < step:
         assert process.poll() is None and time.monotonic() < end, process.stderr.read()
         time.sleep(0.05)
 
@@ -317,12 +324,12 @@ def wait_for_lines(folder: Path, count: int, process: subprocess.Popen) -> None:
 def test_a_killed_run_and_one_ended_by_sigterm_continue_with_the_same_bytes(tiny_shards, tmp_path):
     run = tmp_path / "r"
     killed = start(tiny_shards, tmp_path, "--optim.ema_decay", 0.9)
-    wait_for_lines(run, 6, killed)
+    wait_for_step(run, 5, killed)
     os.killpg(killed.pid, signal.SIGKILL)
     killed.communicate()
     stood = load_checkpoint(run / "last.pt").step
     stopped = start(tiny_shards, tmp_path, "--optim.ema_decay", 0.9, "--resume", "auto")
-    wait_for_lines(run, stood + stood // 4 + 3, stopped)
+    wait_for_step(run, last_step(run) + 2, stopped)
     os.killpg(stopped.pid, signal.SIGTERM)  # as a job scheduler does: the worker gets it too
     _, text = stopped.communicate(timeout=60)
     assert stopped.returncode == 75, text
