@@ -211,7 +211,8 @@ def find_damage(path: Path) -> str:
     of each record is checked.
     """
     if not zipfile.is_zipfile(path):
-        return ""
+        with path.open("rb") as file:
+            return "it is cut off" if file.read(4) == b"PK\x03\x04" else ""
     size = path.stat().st_size
     try:
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
