@@ -5,7 +5,7 @@ import difflib
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager
 from typing import Any, NoReturn, TypeVar
 
@@ -21,9 +21,7 @@ class Parser(argparse.ArgumentParser):
         """arguments: as argparse.ArgumentParser takes them."""
         super().__init__(allow_abbrev=False, **arguments)
 
-    def parse_known_args(  # type: ignore[override]
-        self, args: Sequence[str] | None = None, namespace: Any = None
-    ) -> tuple[argparse.Namespace, list[str]]:
+    def parse_known_args(self, args=None, namespace=None):
         """Raises InputError; an unknown option is reported before any other mistake."""
         words = list(sys.argv[1:] if args is None else args)
         check_options(words, self._option_string_actions, f"{self.prog} --help")
@@ -97,12 +95,31 @@ def counting(what: str, total: int | None, unit: str) -> Iterator[Callable[[int]
     total: None if unknown. unit: a plural.
     """
     if not sys.stderr.isatty():
-        yield _Lines(what, total, unit).update
+        yield _line_printer(what, total, unit)
         return
     # Leave room for the ^C that a terminal echoes: it must not wrap the bar into a second line.
     columns = shutil.get_terminal_size().columns - 3
     with tqdm(desc=what, total=total, unit=f" {unit}", ncols=columns) as bar:
         yield bar.update
+
+
+def _line_printer(what: str, total: int | None, unit: str) -> Callable[[int], object]:
+    """A function that counts, and prints a line every SECONDS_BETWEEN_LINES."""
+    done, began = 0, time.monotonic()
+    printed = began
+
+    def advance(more: int) -> None:
+        nonlocal done, printed
+        done, now = done + more, time.monotonic()
+        if now - printed < SECONDS_BETWEEN_LINES:
+            return
+        printed, line = now, f"{what}: {done:,} {unit}"
+        if total is not None:
+            left = (now - began) * max(0, total - done) / max(1, done)
+            line = f"{what}: {done:,} of {total:,} {unit}, {duration(left)} left"
+        print(line, file=sys.stderr, flush=True)
+
+    return advance
 
 
 def progress(
@@ -133,27 +150,3 @@ def duration(seconds: float) -> str:
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
-
-
-class _Lines:
-    """Progress as lines of text."""
-
-    def __init__(self, what: str, total: int | None, unit: str):
-        self._what, self._total, self._unit = what, total, unit
-        self._done = 0
-        self._began = self._shown = time.monotonic()
-
-    def update(self, more: int) -> None:
-        """Count more as done; prints a line every SECONDS_BETWEEN_LINES."""
-        self._done += more
-        now = time.monotonic()
-        if now - self._shown < SECONDS_BETWEEN_LINES:
-            return
-        self._shown = now
-        line = f"{self._what}: {self._done:,}"
-        if self._total is None:
-            line += f" {self._unit}"
-        else:
-            rest = max(0, self._total - self._done) / max(1, self._done)
-            line += f" of {self._total:,} {self._unit}, {duration(rest * (now - self._began))} left"
-        print(line, file=sys.stderr, flush=True)

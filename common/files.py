@@ -59,13 +59,22 @@ def json_numbers(
     return numbers.astype(np.float64)
 
 
-def read_yaml(path: Path) -> Any:
-    """The plain values of a YAML file of at most 1 MiB. Raises OSError or ValueError."""
-    text = read_bytes(path, _LARGEST_YAML).decode("utf-8")
+def read_yaml(path: Path, keys: str) -> dict[str, Any]:
+    """The dict in a YAML file of at most 1 MiB; {} for an empty one. Raises InputError.
+
+    keys: what the dict has, for the message.
+    """
     try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(" ".join(str(error).split())[:300]) from error
+        value = yaml.safe_load(read_bytes(path, _LARGEST_YAML).decode("utf-8"))
+        found = f"a {type(value).__name__}"
+    except (FileNotFoundError, IsADirectoryError):
+        value, found = None, "no such file"
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        value, found = None, f"not YAML: {' '.join(str(error).split())[:300]}"
+    else:
+        if isinstance(value, dict | None):
+            return value or {}
+    raise InputError(path, found, f"a YAML file with {keys}", "correct the file or its path")
 
 
 def write_atomic(path: Path, data: bytes | memoryview) -> None:

@@ -8,8 +8,6 @@ import dataclasses
 import functools
 import itertools
 import operator
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -255,7 +253,7 @@ def parse_config(parser: ArgumentParser, arguments: list[str]) -> tuple[Config, 
     try:
         values = parser.instantiate(parser.parse_args(arguments))
     except ArgumentError as error:
-        raise _wrong_value(error, "") from error
+        raise _wrong_value(error, "settings") from error
     others = dict(vars(values))
     others.pop("config", None)
     config = Config(**{section: others.pop(section) for section in _SECTIONS})
@@ -270,7 +268,7 @@ def config_from_dict(raw: dict[str, Any], where: str) -> Config:
     try:
         values = parser.instantiate(parser.parse_object(raw))
     except ArgumentError as error:
-        raise _wrong_value(error, f"{where}: ") from error
+        raise _wrong_value(error, where) from error
     return Config(**{section: getattr(values, section) for section in _SECTIONS})
 
 
@@ -289,16 +287,7 @@ def save_yaml(config: Config, path: Path) -> None:
 
 def load_yaml(path: str) -> dict[str, Any]:
     """A YAML file of settings as nested dicts. Raises InputError."""
-    advice = "see configs/ for examples"
-    try:
-        raw = read_yaml(Path(path))
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise InputError(path, "no such file", "a YAML file of settings", advice) from error
-    except ValueError as error:
-        raise InputError(path, f"not YAML: {error}", "a YAML file of settings", advice) from error
-    if not isinstance(raw, dict | None):
-        raise InputError(path, f"a {type(raw).__name__}", "sections such as `optim:`", advice)
-    return raw or {}
+    return read_yaml(Path(path), "sections such as `optim:` (configs/ has examples)")
 
 
 def check_keys(raw: dict[str, Any], where: str) -> None:
@@ -325,49 +314,39 @@ def check_values(config: Config) -> None:
     """Raise InputError at the first value that no run can use."""
     for section in dataclasses.fields(config):
         values = getattr(config, section.name)
-        for field_ in dataclasses.fields(values):
-            value = getattr(values, field_.name)
-            _check_value(f"{section.name}.{field_.name}", value, field_.metadata)
-    model, name = config.model, config.train.name
-    for setting, channels in (("model.width", (model.width,)), ("model.stem", model.stem)):
-        if any(count % 2 for count in channels):
-            raise InputError(setting, str(channels), "even numbers", "correct the config")
-    unit = 4 * 2**model.depth
-    if config.data.input_px <= 0 or config.data.input_px % unit:
-        raise InputError(
-            "data.input_px",
-            str(config.data.input_px),
-            f"a multiple of {unit}, which is 4 x 2^model.depth",
-            "change data.input_px or model.depth",
-        )
-    if config.train.compile and model.checkpoint_activations:
-        raise InputError(
-            "train.compile and model.checkpoint_activations",
-            "both",
-            "one of them: torch.compile decides by itself what to compute twice",
-            "leave one out",
-        )
-    if Path(name).name != name or name in ("", ".", ".."):
-        raise InputError("train.name", name, "a plain folder name", "put folders in train.out")
+        for setting in dataclasses.fields(values):
+            name, value = f"{section.name}.{setting.name}", getattr(values, setting.name)
+            _require(value is not None, name, "no value", "a value")  # jsonargparse accepts null
+            numbers = value if isinstance(value, tuple) else (value,)
+            for limit, bound in setting.metadata.items():
+                compare, words = _LIMITS[limit]
+                holds = all(compare(number, bound) for number in numbers)
+                _require(holds, name, value, words.format(bound))
+    model, name, unit = config.model, config.train.name, 4 * 2**config.model.depth
+    for channels in (model.width, *model.stem):
+        _require(channels % 2 == 0, "model.width and model.stem", channels, "even numbers")
+    _require(
+        config.data.input_px % unit == 0,
+        "data.input_px",
+        config.data.input_px,
+        f"a multiple of {unit}, which is 4 x 2^model.depth",
+    )
+    _require(
+        not (config.train.compile and model.checkpoint_activations),
+        "train.compile and model.checkpoint_activations",
+        "both",
+        "one of them: torch.compile decides by itself what to compute twice",
+    )
+    is_plain = Path(name).name == name and name not in ("", ".", "..")
+    _require(is_plain, "train.name", name, "a plain folder name; other folders go into train.out")
 
 
-def _check_value(name: str, value: Any, limits: Mapping[str, float]) -> None:
-    """Raise InputError for no value, which jsonargparse accepts for any type, or outside limits."""
-    if value is None:
-        raise InputError(name, "no value", "a value", "give it one, or leave it out")
-    for limit, bound in limits.items():
-        compare, words = _LIMITS[limit]
-        numbers = value if isinstance(value, tuple) else (value,)
-        if not all(compare(number, bound) for number in numbers):
-            raise InputError(name, str(value), words.format(bound), "correct the config")
+def _require(holds: bool, name: str, found: object, expected: str) -> None:
+    if not holds:
+        raise InputError(name, str(found), expected, "correct the config")
 
 
 def _wrong_value(error: ArgumentError, where: str) -> InputError:
-    """An error of jsonargparse as one of ours. where: a prefix for the name of the setting."""
-    text = " ".join(str(error).split())
-    match = re.match(r'Parser key "([\w.]+)": Expected (.*)\. Got value: (.*)', text)
-    if not match:
-        return InputError(where or "settings", text[:400], "values that fit", "see train.py --help")
-    name, expected, value = match.groups()
-    expected = expected.replace("typing.Literal", "value of ")
-    return InputError(where + name, repr(value)[:200], expected, "see train.py --help")
+    """An error of jsonargparse, which names the setting, as one of ours."""
+    found = " ".join(str(error).split())[:400].replace("typing.Literal", "value of ")
+    return InputError(where, found, "values of the types in configs/schema.py", "correct it")

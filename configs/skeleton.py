@@ -196,20 +196,12 @@ def _error(where: object, found: object, expected: str, advice: str = "") -> Inp
 
 
 def _read(path: Path) -> dict[str, Any]:
-    expected = f"a YAML file with the keys {', '.join(_KEYS)}"
-    try:
-        raw = read_yaml(path)
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise _error(path, "no such file", expected, "give its path with --skeleton") from error
-    except ValueError as error:
-        raise _error(path, f"not YAML: {error}", expected) from error
-    if not isinstance(raw, dict):
-        raise _error(path, f"a {type(raw).__name__}", expected)
+    raw = read_yaml(path, f"the keys {', '.join(_KEYS)}")
     for key in raw:
         _index(key, _KEYS, path, "key")
     missing = [key for key in _KEYS if key not in raw and key not in _OPTIONAL_KEYS]
     if missing:
-        raise _error(path, f"no {', '.join(missing)}", expected)
+        raise _error(path, f"no {', '.join(missing)}", f"the keys {', '.join(_KEYS)}")
     return raw
 
 
@@ -285,21 +277,16 @@ def _groups(raw: Any, names: tuple[str, ...], where: str) -> Groups:
 def _length(raw: Any, names: tuple[str, ...], where: str) -> Length | None:
     if raw is None:
         return None
-    if isinstance(raw, dict) and raw.keys() == {"box"}:
-        return Length((), _factor(raw["box"], f"{where}.box"))
-    if isinstance(raw, dict) and {"between"} <= raw.keys() <= {"between", "factor"}:
-        joints = _joints(raw["between"], names, f"{where}.between")
-        if len(joints) == 2:
-            return Length(joints, _factor(raw.get("factor", 1.0), f"{where}.factor"))
-    raise _error(
-        where, repr(raw), "either {box: FACTOR} or {between: [JOINT, JOINT], factor: FACTOR}"
-    )
-
-
-def _factor(value: Any, where: str) -> float:
-    if type(value) in (int, float) and 0 < value < math.inf:
-        return float(value)
-    raise _error(where, repr(value), "a number above 0")
+    keys = set(raw) if isinstance(raw, dict) else set()
+    factor = raw.get("box", raw.get("factor", 1.0)) if keys else 0
+    if type(factor) in (int, float) and 0 < factor < math.inf:
+        if keys == {"box"}:
+            return Length((), float(factor))
+        joints = _joints(raw.get("between"), names, f"{where}.between")
+        if len(joints) == 2 and keys <= {"between", "factor"}:
+            return Length(joints, float(factor))
+    expected = "{box: FACTOR} or {between: [JOINT, JOINT], factor: FACTOR}, with FACTOR above 0"
+    raise _error(where, repr(raw), expected)
 
 
 R_ANKLE, R_KNEE, R_HIP, L_HIP, L_KNEE, L_ANKLE = 0, 1, 2, 3, 4, 5
@@ -324,14 +311,9 @@ MPII = Skeleton(
         (L_SHOULDER, L_ELBOW), (L_ELBOW, L_WRIST),
     ),
     groups=(
-        ("head", (HEAD_TOP,)),
-        ("neck", (UPPER_NECK,)),
-        ("shoulder", (R_SHOULDER, L_SHOULDER)),
-        ("elbow", (R_ELBOW, L_ELBOW)),
-        ("wrist", (R_WRIST, L_WRIST)),
-        ("hip", (R_HIP, L_HIP)),
-        ("knee", (R_KNEE, L_KNEE)),
-        ("ankle", (R_ANKLE, L_ANKLE)),
+        ("head", (HEAD_TOP,)), ("neck", (UPPER_NECK,)), ("shoulder", (R_SHOULDER, L_SHOULDER)),
+        ("elbow", (R_ELBOW, L_ELBOW)), ("wrist", (R_WRIST, L_WRIST)), ("hip", (R_HIP, L_HIP)),
+        ("knee", (R_KNEE, L_KNEE)), ("ankle", (R_ANKLE, L_ANKLE)),
     ),
 )  # fmt: skip
 
@@ -340,4 +322,5 @@ MPII = Skeleton(
 BOX_SCALE = 1.25
 BOX_SHIFT_Y_PX = 15.0
 PIXELS_PER_SCALE = 200.0
-HEAD_LENGTH_FROM_NECK_TO_TOP = 0.75
+MPII_HEAD_LENGTH = Length((HEAD_TOP, UPPER_NECK), 0.75)
+"""Used where the annotation file has no head box."""

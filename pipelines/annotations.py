@@ -20,11 +20,9 @@ from common.files import LARGEST_JSON, bounded, json_numbers, parse_json
 from configs.skeleton import (
     BOX_SCALE,
     BOX_SHIFT_Y_PX,
-    HEAD_LENGTH_FROM_NECK_TO_TOP,
-    HEAD_TOP,
     MPII,
+    MPII_HEAD_LENGTH,
     PIXELS_PER_SCALE,
-    UPPER_NECK,
     Skeleton,
 )
 from pipelines.coco import parse_coco
@@ -123,32 +121,20 @@ def has_both_splits(path: Path) -> bool:
 
 def _from_h5(path: Path, skeleton: Skeleton) -> People:
     try:
-        columns = _h5_columns(path)
+        columns = _h5_columns(path, skeleton.joint_count)
     except (OSError, RuntimeError, KeyError, ValueError) as error:
-        found = f"not a readable HDF5 file ({str(error)[:120]})"
-        raise InputError(path, found, _FROM_PRINCETON, "fetch the file again") from error
-    joints, count = skeleton.joint_count, len(columns["imgname"])
-    shapes = {"center": (2,), "part": (joints, 2), "visible": (joints,)}
-    for name in (*_REQUIRED, *_OPTIONAL):
-        values, shape = columns.get(name, np.full(count, -1.0)), shapes.get(name, ())
-        if values.shape != (count, *shape) or values.dtype.kind not in "fiub":
-            raise InputError(
-                f"{path}: dataset {name}",
-                f"{values.dtype} of shape {values.shape} for {count} names",
-                f"numbers of shape (N, {', '.join(map(str, shape))})",
-                "write the file in the layout of MPII's valid.h5 (docs/conventions.md); "
-                "joints other than MPII's need --skeleton FILE.yaml",
-            )
-        if name != "normalize" or name in columns:
-            columns[name] = values.astype(np.float64)
-    part, scale, length = columns["part"], columns["scale"], columns.get("normalize")
-    marked = part[..., 0] != 0
+        found = f"not a readable HDF5 file of people ({str(error)[:120]})"
+        advice = "fetch the file again; joints other than MPII's need --skeleton FILE.yaml"
+        raise InputError(path, found, _FROM_PRINCETON, advice) from error
+    names, part, scale = columns["imgname"], columns["part"], columns["scale"]
+    unknown = np.full(len(names), -1.0)
+    marked, length = part[..., 0] != 0, columns.get("normalize")
     if length is None or skeleton.length:
         length = normalizing_length(part, marked, scale, skeleton, path)
     return People(
-        images=tuple(columns["imgname"]),
-        index=_whole_numbers(columns["index"], f"{path}: dataset index"),
-        person=_whole_numbers(columns["person"], f"{path}: dataset person"),
+        images=tuple(names),
+        index=_whole_numbers(columns.get("index", unknown), f"{path}: dataset index"),
+        person=_whole_numbers(columns.get("person", unknown), f"{path}: dataset person"),
         center=columns["center"],
         scale=scale,
         normalize=length,
@@ -158,9 +144,13 @@ def _from_h5(path: Path, skeleton: Skeleton) -> People:
     )
 
 
-def _h5_columns(path: Path) -> dict[str, npt.NDArray[Any]]:
-    """The datasets that are used; imgname as (N,) text. Raises what h5py does, or ValueError."""
-    columns = {}
+def _h5_columns(path: Path, joints: int) -> dict[str, npt.NDArray[Any]]:
+    """The datasets that are used: imgname as (N,) text, others float64 with their shapes checked.
+
+    Optional ones may be missing. Raises what h5py raises, or ValueError.
+    """
+    shapes = {"imgname": (), "center": (2,), "part": (joints, 2), "visible": (joints,)}
+    columns: dict[str, npt.NDArray[Any]] = {}
     with h5py.File(path) as file:
         for name in ("imgname", *_REQUIRED, *_OPTIONAL):
             link = file.get(name, getlink=True)
@@ -174,9 +164,12 @@ def _h5_columns(path: Path) -> dict[str, npt.NDArray[Any]]:
             if data.nbytes > _LARGEST_COLUMN:
                 raise ValueError(f"{name} claims {data.nbytes:,} bytes")
             is_text = h5py.check_string_dtype(data.dtype) is not None
-            if name == "imgname" and (data.ndim != 1 or not is_text):
-                raise ValueError(f"imgname is {data.dtype} of shape {data.shape}, not (N,) text")
-            columns[name] = data.asstr()[()] if name == "imgname" else data[()]
+            count = len(columns.get("imgname", data))
+            expected = (count, *shapes.get(name, ()))
+            right_type = is_text if name == "imgname" else data.dtype.kind in "fiub"
+            if data.shape != expected or not right_type:
+                raise ValueError(f"{name}: {data.dtype} of shape {data.shape}, not {expected}")
+            columns[name] = data.asstr()[()] if is_text else data[()].astype(np.float64)
     return columns
 
 
@@ -239,21 +232,18 @@ def _from_mpii_json(entries: list[Any], path: Path, split: str, skeleton: Skelet
 
 def _from_coco(data: dict[str, Any], path: Path, skeleton: Skeleton | None) -> People:
     if skeleton is None:
-        raise InputError(
-            path,
-            "COCO's JSON without a skeleton",
-            "--skeleton FILE.yaml with it",
-            "see docs/custom-data.md; configs/skeletons/coco.yaml has COCO's own 17 joints",
-        )
-    coco = parse_coco(data, path, skeleton)
-    joints, visibility = coco.keypoints[..., :2], coco.keypoints[..., 2]
-    scale = BOX_SCALE * coco.boxes[:, 2:].max(axis=1) / PIXELS_PER_SCALE
+        found, expected = "COCO's JSON without a skeleton", "--skeleton FILE.yaml with it"
+        advice = "configs/skeletons/coco.yaml has COCO's own 17 joints; see docs/custom-data.md"
+        raise InputError(path, found, expected, advice)
+    images, ids_N2, box_N4, keypoints_NJ3 = parse_coco(data, path, skeleton)
+    joints, visibility = keypoints_NJ3[..., :2], keypoints_NJ3[..., 2]
+    scale = BOX_SCALE * box_N4[:, 2:].max(axis=1) / PIXELS_PER_SCALE
     return People(
-        images=tuple(coco.images),
-        index=coco.image_ids,
-        person=coco.ids,
+        images=images,
+        index=ids_N2[:, 0],
+        person=ids_N2[:, 1],
         # Boxes count from the corner of the picture, which is (-0.5, -0.5) here.
-        center=coco.boxes[:, :2] + coco.boxes[:, 2:] / 2 - 0.5,
+        center=box_N4[:, :2] + box_N4[:, 2:] / 2 - 0.5,
         scale=scale,
         normalize=normalizing_length(joints, visibility > 0, scale, skeleton, path),
         joints=joints,
@@ -275,7 +265,7 @@ def normalizing_length(
     """
     rule = skeleton.length
     if rule is None and skeleton.same_joints(MPII):
-        return head_length(joints_NJ2, marked_NJ)
+        rule = MPII_HEAD_LENGTH
     if rule is None:
         found, expected = "no length to divide errors by", "`normalize` in the skeleton's file"
         raise InputError(path, found, expected, "add it (docs/custom-data.md)")
@@ -284,15 +274,6 @@ def normalizing_length(
     a, b = rule.joints
     length = rule.factor * np.linalg.norm(joints_NJ2[:, a] - joints_NJ2[:, b], axis=-1)
     return np.where(marked_NJ[:, a] & marked_NJ[:, b], length, 0.0)
-
-
-def head_length(
-    joints_NJ2: npt.NDArray[np.float64], marked_NJ: npt.NDArray[np.bool_]
-) -> npt.NDArray[np.float64]:
-    """(N,) 0.75 x |head top - upper neck|, px, where no head box is known; 0 if one is unmarked."""
-    length = np.linalg.norm(joints_NJ2[:, HEAD_TOP] - joints_NJ2[:, UPPER_NECK], axis=-1)
-    known = marked_NJ[:, HEAD_TOP] & marked_NJ[:, UPPER_NECK]
-    return np.where(known, HEAD_LENGTH_FROM_NECK_TO_TOP * length, 0.0)
 
 
 def safe_name(name: str) -> bool:
@@ -316,20 +297,19 @@ def _check(people: People, path: Path) -> None:
     """Raise one InputError that names the first rows with impossible values."""
     if people.count == 0:
         raise InputError(path, "no people in this split", "at least one", "check the file")
-    faults: list[str] = []
-
-    def report(rows: npt.ArrayLike, text: str) -> None:
-        found = np.flatnonzero(rows)
-        if len(found):
-            more = ", ..." if len(found) > 5 else ""
-            faults.append(f"{text} in {len(found)} row(s): {', '.join(map(str, found[:5]))}{more}")
-
     unsafe = np.array([not safe_name(name) for name in people.images])
-    report(unsafe, f"file name that leaves the folder ({people.images[unsafe.argmax()]!r})")
-    report(~np.isfinite(people.center).all(axis=1), "center not a number")
-    report(~(np.isfinite(people.scale) & (people.scale > 0)), "scale not a number above 0")
-    report(~(np.isfinite(people.normalize) & (people.normalize >= 0)), "normalize not a length")
-    report(~np.isfinite(people.joints).all(axis=(1, 2)), "joints not a number")
+    checks = {
+        f"file name that leaves the folder ({people.images[unsafe.argmax()]!r})": unsafe,
+        "center not a number": ~np.isfinite(people.center).all(axis=1),
+        "scale not a number above 0": ~(np.isfinite(people.scale) & (people.scale > 0)),
+        "normalize not a length": ~(np.isfinite(people.normalize) & (people.normalize >= 0)),
+        "joints not a number": ~np.isfinite(people.joints).all(axis=(1, 2)),
+    }
+    faults = [
+        f"{text} in {rows.sum()} row(s), the first {rows.argmax()}"
+        for text, rows in checks.items()
+        if rows.any()
+    ]
     if faults:
         raise InputError(
             path,

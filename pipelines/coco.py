@@ -3,7 +3,7 @@
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,27 +12,22 @@ from common.errors import InputError
 from common.files import json_numbers
 from configs.skeleton import Skeleton
 
+Floats = npt.NDArray[np.float64]
+
 _FIX = "correct it in the program that wrote the file"
 
 
-class CocoPeople(NamedTuple):
-    """N people in the order of the file."""
+def parse_coco(
+    data: dict[str, Any], path: Path, skeleton: Skeleton
+) -> tuple[tuple[str, ...], npt.NDArray[np.int64], Floats, Floats]:
+    """N people with the skeleton's joints, in the order of the file.
 
-    images: list[str]
-    """N file names."""
-    image_ids: npt.NDArray[np.int64]
-    """(N,)"""
-    ids: npt.NDArray[np.int64]
-    """(N,) of the annotations, all different."""
-    boxes: npt.NDArray[np.float64]
-    """(N, 4) x, y, width, height: image px, counted from the corner of the picture."""
-    keypoints: npt.NDArray[np.float64]
-    """(N, J, 3) x, y in image px, and v: 0 not marked (x and y are 0), 1 hidden, 2 visible."""
-
-
-def parse_coco(data: dict[str, Any], path: Path, skeleton: Skeleton) -> CocoPeople:
-    """The people with the skeleton's joints. Raises InputError. Prints how many were left out."""
-    images = _image_names(data["images"], path)
+    Returns N file names, (N, 2) ids of the images and of the annotations, (N, 4) boxes x, y, width,
+    height (image px, from the corner of the picture), and (N, J, 3) keypoints x, y, v (v is 0 for
+    not marked, where x and y become 0; 1 hidden; 2 visible). Raises InputError. Prints how many
+    annotations were left out.
+    """
+    names = _image_names(data["images"], path)
     categories = _categories(data.get("categories", []), path, skeleton)
     left_out, kept = Counter[str](), []
     for number, entry in enumerate(_dicts(data["annotations"], f"{path}: annotations")):
@@ -41,22 +36,18 @@ def parse_coco(data: dict[str, Any], path: Path, skeleton: Skeleton) -> CocoPeop
         if reason:
             left_out[reason] += 1
         else:
-            kept.append(_row(entry, images, skeleton.joint_count, where))
+            kept.append(_row(entry, names, skeleton.joint_count, where))
     if left_out:
         what = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
         print(f"{path}: left out {what}", file=sys.stderr)
-    people = CocoPeople(
-        [images[row[0]] for row in kept],
-        np.array([row[0] for row in kept], dtype=np.int64),
-        np.array([row[1] for row in kept], dtype=np.int64),
-        np.array([row[2] for row in kept]).reshape(-1, 4),
-        np.array([row[3] for row in kept]).reshape(-1, skeleton.joint_count, 3),
-    )
-    ids, uses = np.unique(people.ids, return_counts=True)
+    ids = np.array([row[0] for row in kept], dtype=np.int64).reshape(-1, 2)
+    each, uses = np.unique(ids[:, 1], return_counts=True)
     if (uses > 1).any():
-        found = f"id {ids[uses.argmax()]} of {uses.max()} annotations"
+        found = f"id {each[uses.argmax()]} of {uses.max()} annotations"
         raise InputError(path, found, "a different id for each annotation", _FIX)
-    return people
+    boxes = np.array([row[1] for row in kept]).reshape(-1, 4)
+    keypoints = np.array([row[2] for row in kept]).reshape(-1, skeleton.joint_count, 3)
+    return tuple(names[image] for image, _ in ids.tolist()), ids, boxes, keypoints
 
 
 def _dicts(raw: Any, where: str) -> list[dict[str, Any]]:
@@ -113,16 +104,15 @@ def _why_left_out(entry: dict[str, Any], categories: set[int] | None, where: str
 
 def _row(
     entry: dict[str, Any], images: dict[int, str], joints: int, where: str
-) -> tuple[int, int, npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Image id, id, box (4,) and keypoints (J, 3) of an annotation. Raises InputError."""
-    image, number = entry.get("image_id"), entry.get("id")
-    if not _is_id(image) or image not in images:
-        raise InputError(where, f"image_id {image!r}", "the id of an image in the file", _FIX)
-    if not _is_id(number):
-        raise InputError(where, f"id {number!r}", "a whole number", _FIX)
+) -> tuple[tuple[int, int], Floats, Floats]:
+    """Ids of image and annotation, box (4,) and keypoints (J, 3). Raises InputError."""
+    ids = entry.get("image_id"), entry.get("id")
+    if not all(map(_is_id, ids)) or ids[0] not in images:
+        found = f"image_id {ids[0]!r}, id {ids[1]!r}"
+        raise InputError(where, found, "the id of an image in the file, and a whole number", _FIX)
     keypoints = json_numbers(entry, "keypoints", (3 * joints,), where).reshape(joints, 3)
     if not np.isin(keypoints[:, 2], (0, 1, 2)).all():
         found = f"visibilities {sorted(set(keypoints[:, 2].tolist()))}"
         raise InputError(where, found, "0, 1 and 2", _FIX)
     keypoints[keypoints[:, 2] == 0] = 0.0  # files have any x and y there
-    return image, number, json_numbers(entry, "bbox", (4,), where), keypoints
+    return ids, json_numbers(entry, "bbox", (4,), where), keypoints

@@ -208,7 +208,7 @@ def annotate(rng: Generator, points_P3: Array, map_HW: Array, first: int) -> Per
         "visible": (marked & (map_HW[y_J, x_J] == first + np.arange(JOINTS))).astype(float),
         "center": (low + high) / 2 + shift,
         "scale": skeleton.BOX_SCALE * scale,
-        "normalize": skeleton.HEAD_LENGTH_FROM_NECK_TO_TOP
+        "normalize": skeleton.MPII_HEAD_LENGTH.factor
         * np.hypot(*(joints_J2[HEAD_TOP] - joints_J2[NECK])),
         "torsoangle": 0.0,
     }

@@ -11,7 +11,7 @@ from conftest import random_people, write_h5
 
 from common.errors import InputError
 from configs.skeleton import MPII
-from pipelines.annotations import People, head_length, read_annotations, safe_name
+from pipelines.annotations import People, normalizing_length, read_annotations, safe_name
 
 
 def good_columns(count: int = 3) -> dict[str, Any]:
@@ -137,11 +137,12 @@ def test_json_gives_each_split_its_own_people(tmp_path: Path) -> None:
     assert (train.images, valid.images) == (("0.jpg", "2.jpg", "4.jpg"), ("1.jpg", "3.jpg"))
 
 
-def test_head_length_is_three_quarters_of_neck_to_top() -> None:
+def test_the_head_length_is_three_quarters_of_neck_to_top() -> None:
     joints, marked = np.zeros((2, 16, 2)), np.ones((2, 16), dtype=bool)
     joints[:, 8], joints[:, 9] = (10, 20), (40, 60)  # a 3-4-5 triangle of 50 px
     marked[1, 9] = False
-    np.testing.assert_allclose(head_length(joints, marked), [37.5, 0])
+    length = normalizing_length(joints, marked, np.ones(2), MPII, Path("a.h5"))
+    np.testing.assert_allclose(length, [37.5, 0])
 
 
 def test_h5_without_normalize_takes_the_head_length(tmp_path: Path) -> None:

@@ -109,15 +109,14 @@ def test_an_unknown_option_is_an_error_that_suggests_the_nearest():
 def test_a_wrong_value_is_an_error_with_the_setting_and_what_fits(name, value, expected):
     with pytest.raises(InputError) as caught:
         parse(f"--{name}", value)
-    assert caught.value.where == name
-    assert expected in caught.value.expected
+    assert name in str(caught.value) and expected in str(caught.value)
 
 
 def test_a_wrong_value_in_a_file_is_an_error_with_the_setting(tmp_path):
     (tmp_path / "c.yaml").write_text("data:\n  preset: hrne\n")
-    with pytest.raises(InputError, match=r"data\.preset\n"):
+    with pytest.raises(InputError, match=r"data\.preset"):
         parse("--config", tmp_path / "c.yaml")
-    with pytest.raises(InputError, match=r"here: train\.device\n"):
+    with pytest.raises(InputError, match=r"here\n.*train\.device"):
         config_from_dict({"train": {"device": "gpu"}}, "here")
 
 

@@ -110,8 +110,8 @@ def test_joints_are_compared_by_name_or_where_there_are_none_by_number(tmp_path:
         ({"joints": []}, "names"),
         ({"joints": [True, "nose"]}, "in quotes"),
         ({"groups": {"head": []}}, "groups.head"),
-        ({"normalize": {"box": 1, "between": ["nose", "tail"]}}, "either {box: FACTOR}"),
-        ({"normalize": {"box": float("inf")}}, "a number above 0"),
+        ({"normalize": {"box": 1, "between": ["nose", "tail"]}}, "{box: FACTOR} or"),
+        ({"normalize": {"box": float("inf")}}, "FACTOR above 0"),
         ({"name": 3}, "names, in quotes"),
     ],
 )

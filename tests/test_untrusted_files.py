@@ -170,13 +170,9 @@ def test_dali_never_gets_such_a_picture_in_evaluation(bomb, jpeg, tiny_shards, m
     source = ShardSet(tiny_shards / "valid")
     monkeypatch.setattr(source, "jpeg", lambda sample: bomb(jpeg))
     loader = DaliEvaluationLoader(
-        source,
-        np.arange(1),
-        PRESETS["none"],
-        input_px=64,
-        batch_size=1,
-        device=torch.device("cpu"),
-    )
+        source, np.arange(1), PRESETS["none"], input_px=64, batch_size=1,
+        device=torch.device("cpu"), threads=1,
+    )  # fmt: skip
     with pytest.raises(InputError, match=r"over 100 scans|a header that says"):
         list(loader)
 
