@@ -109,19 +109,16 @@ class PoseEstimator:
         if isinstance(pictures, (str, Path, np.ndarray)):
             pictures = [read_picture(pictures)] * (1 if squares is None else len(squares))
         elif squares is not None and len(squares) != len(pictures):
-            raise InputError(
-                "boxes, or centers and scales",
-                f"{len(squares)} for {len(pictures)} pictures",
-                "one for each picture of a list",
-                "repeat a picture for each person in it",
-            )
+            found, expected = f"{len(squares)} for {len(pictures)} pictures", "one for each picture"
+            advice = "repeat a picture for each person in it"
+            raise InputError("boxes, or centers and scales", found, expected, advice)
         wanted: Sequence[Square | None] = squares or [None] * len(pictures)
-        found = [self.predict([])]
+        predictions = [self.predict([])]
         for start in range(0, len(pictures), self.batch_size):
             rows = range(start, min(start + self.batch_size, len(pictures)))
             crops = [self.crop(read_picture(pictures[i]), wanted[i], f"picture {i}") for i in rows]
-            found.append(self.predict(crops))
-        return Predictions(*(np.concatenate(column) for column in zip(*found, strict=True)))
+            predictions.append(self.predict(crops))
+        return Predictions(*map(np.concatenate, zip(*predictions, strict=True)))
 
     def crop(self, image_HW3: npt.NDArray[np.uint8], square: Square | None, where: str) -> Item:
         """One person for `predict`. image: BGR. square: None is the whole picture.
@@ -163,9 +160,6 @@ def read_picture(picture: Picture, upright: bool = True) -> npt.NDArray[np.uint8
     """
     if isinstance(picture, np.ndarray):
         return _checked_array(picture)
-    if not isinstance(picture, (str, Path)):
-        found = f"a {type(picture).__name__}"
-        raise InputError("picture", found, "a path, or a numpy array", "convert it")
     path = Path(picture)
     if not path.is_file():
         found = "a folder" if path.is_dir() else "no such file"
@@ -200,31 +194,16 @@ def _checked_array(image: npt.NDArray) -> npt.NDArray[np.uint8]:
 
 def _squares(boxes: Any, centers: Any, scales: Any, margin: float) -> list[Square] | None:
     """None: whole pictures."""
-    if boxes is None and centers is None and scales is None:
-        return None
-    if boxes is not None and centers is None and scales is None:
-        rows = _rows(boxes, "boxes", 4)
+    if (centers is None) != (scales is None) or (boxes is not None and centers is not None):
+        found, expected = "both kinds, or half of one", "boxes alone, or centers with scales"
+        raise InputError("boxes, centers, scales", found, expected, "give one of the two")
+    if boxes is not None:
+        rows = np.reshape(np.asarray(boxes, dtype=np.float64), (-1, 4))
         if not (rows[:, 2:] > 0).all():
             found = f"a width or height of {rows[:, 2:].min():g}"
             raise InputError("boxes", found, "x, y, width, height; sizes above 0", "correct it")
-        return [square_about(row, margin) for row in rows]
-    if boxes is None and centers is not None and scales is not None:
-        middles = _rows(centers, "centers", 2)
-        sizes = np.asarray(scales, dtype=np.float64).reshape(-1)
-        if len(sizes) == len(middles):
-            return [Square(x, y, float(s)) for (x, y), s in zip(middles, sizes, strict=True)]
-    raise InputError(
-        "boxes, centers, scales",
-        "both kinds, or half of one, or of different lengths",
-        "boxes alone, or as many centers as scales",
-        "give one of the two",
-    )
-
-
-def _rows(values: Any, name: str, columns: int) -> npt.NDArray[np.float64]:
-    rows = np.asarray(values, dtype=np.float64)
-    if rows.ndim == 1:
-        rows = rows.reshape(-1, columns) if not rows.size else rows[None]
-    if rows.ndim != 2 or rows.shape[1] != columns:
-        raise InputError(name, f"shape {rows.shape}", f"shape (N, {columns})", "correct it")
-    return rows
+        return [square_about(row, margin) for row in rows.tolist()]
+    if centers is not None:
+        rows = np.column_stack([np.reshape(centers, (-1, 2)), np.reshape(scales, -1)])
+        return [Square(*row) for row in rows.astype(float).tolist()]
+    return None

@@ -4,6 +4,7 @@ Their metadata holds the header of a checkpoint (config, skeleton, step) as JSON
 that such a file is read as a checkpoint is. Both packages are optional.
 """
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -49,13 +50,15 @@ def read_export(path: Path) -> dict[str, Any]:
 
     An .onnx gives no weights.
     """
-    metadata, weights = _read_onnx(path) if path.suffix == ".onnx" else _read_safetensors(path)
+    weights: dict[str, Tensor] = {}
     try:
+        if path.suffix == ".onnx":
+            metadata = _open_session(path).get_modelmeta().custom_metadata_map
+        else:
+            metadata, weights = _read_safetensors(path)
         header = parse_json(metadata.get(KEY, "").encode())
-    except ValueError as error:
+    except ValueError as error:  # UnicodeDecodeError is one too
         raise _unusable(path, f"no metadata {KEY!r} of this project") from error
-    if not isinstance(header, dict):
-        raise _unusable(path, f"no metadata {KEY!r} of this project")
     return {**header, "model": weights, "ema": {}}
 
 
@@ -63,23 +66,12 @@ def write_safetensors(path: Path, weights: dict[str, Tensor], header: dict[str, 
     """Write weights and a checkpoint's header atomically. Raises InputError without safetensors."""
     tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
     metadata = {"format": "pt", KEY: json.dumps(header)}
-    write_atomic(path, _safetensors(path).torch.save(tensors, metadata))
-
-
-def _read_onnx(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    session = _open_session(path)
-    try:
-        return session.get_modelmeta().custom_metadata_map, {}
-    except UnicodeDecodeError as error:
-        raise _unusable(path, f"metadata that is not UTF-8 ({error})") from error
+    write_atomic(path, _imported("safetensors.torch", path).save(tensors, metadata))
 
 
 def _open_session(path: Path) -> Any:
     """ONNX Runtime's session of a file. Raises InputError."""
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise _not_installed(path, "onnxruntime") from error
+    onnxruntime = _imported("onnxruntime", path)
     wanted = ("CUDAExecutionProvider", "CPUExecutionProvider")
     providers = [name for name in wanted if name in onnxruntime.get_available_providers()]
     try:
@@ -97,7 +89,7 @@ def _onnxruntime_errors() -> tuple[type[Exception], ...]:
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    safetensors = _safetensors(path)
+    safetensors = _imported("safetensors", path)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -106,18 +98,15 @@ def _read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         raise _unusable(path, f"not readable as safetensors ({str(error)[:120]})") from error
 
 
-def _safetensors(path: Path) -> Any:
+def _imported(module: str, path: Path) -> Any:
+    """An optional package. Raises InputError if it is not installed."""
     try:
-        import safetensors.torch
+        return importlib.import_module(module)
     except ImportError as error:
-        raise _not_installed(path, "safetensors") from error
-    return safetensors
+        package = module.split(".")[0]
+        found, expected = f"{package} is not installed", f"it, for {path.suffix} files"
+        raise InputError(path, found, expected, f"pip install {package}") from error
 
 
 def _unusable(path: Path, found: str) -> InputError:
     return InputError(path, found, "a file that tools/export_onnx.py wrote", "export it again")
-
-
-def _not_installed(path: Path, package: str) -> InputError:
-    found = f"{package} is not installed"
-    return InputError(path, found, f"it, for {path.suffix} files", f"pip install {package}")

@@ -4,6 +4,7 @@ Any number of stacks, width, depth and joints. Axes: N person, C channel, H row,
 Inputs are RGB in 0..1 whose sides are multiples of 4 x 2^depth.
 """
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -14,10 +15,12 @@ from torch.utils.checkpoint import checkpoint
 
 
 class Residual(nn.Module):
-    """Pre-activation bottleneck: 1x1, 3x3, 1x1, skip; (N, inputs, H, W) to (N, outputs, H, W)."""
+    """Pre-activation bottleneck (1x1, 3x3, 1x1) with skip: (N, inputs, H, W) -> (N, outputs, H, W).
+
+    Half the outputs inside; a 1x1 skip if the numbers of channels differ.
+    """
 
     def __init__(self, inputs: int, outputs: int):
-        """inputs, outputs: channels. Half the outputs inside; a 1x1 skip if the two differ."""
         super().__init__()
         inside = outputs // 2
         self.norm1 = nn.BatchNorm2d(inputs)
@@ -29,7 +32,6 @@ class Residual(nn.Module):
         self.skip = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, inputs, H, W) -> (N, outputs, H, W)."""
         y = self.conv1(functional.relu(self.norm1(x)))
         y = self.conv2(functional.relu(self.norm2(y)))
         y = self.conv3(functional.relu(self.norm3(y)))
@@ -37,10 +39,9 @@ class Residual(nn.Module):
 
 
 class Hourglass(nn.Module):
-    """One hourglass of some depth: halve the resolution, recur, double it, add the way across."""
+    """Halve the resolution `depth` times and double it again; (N, width, H, W) keeps its shape."""
 
     def __init__(self, depth: int, width: int):
-        """depth: how often the resolution is halved. width: channels throughout."""
         super().__init__()
         self.across = Residual(width, width)
         self.down = Residual(width, width)
@@ -48,36 +49,27 @@ class Hourglass(nn.Module):
         self.up = Residual(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, width, H, W) -> the same shape."""
         low = self.up(self.inner(self.down(functional.max_pool2d(x, 2))))
         return self.across(x) + functional.interpolate(low, scale_factor=2.0, mode="nearest")
 
 
-class ConvNormReLU(nn.Sequential):
-    """Convolution, batch norm, ReLU."""
-
-    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1):
-        """Padded so that a stride of 1 keeps the size."""
-        conv = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2)
-        super().__init__(conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
+def conv_norm_relu(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Sequential:
+    """Convolution, batch norm, ReLU; a stride of 1 keeps the size."""
+    conv = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2)
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
 
 
-class Stem(nn.Module):
-    """Picture to features at a quarter of the resolution, (N, 3, H, W) -> (N, width, H/4, W/4)."""
-
-    def __init__(self, width: int, channels: tuple[int, int, int]):
-        """channels: after the 7x7 convolution and after the first two residuals."""
-        super().__init__()
-        first, second, third = channels
-        self.conv = ConvNormReLU(3, first, 7, 2)
-        self.residual1 = Residual(first, second)
-        self.residual2 = Residual(second, third)
-        self.residual3 = Residual(third, width)
-
-    def forward(self, images_N3HW: Tensor) -> Tensor:
-        """(N, 3, H, W) -> (N, width, H/4, W/4)."""
-        x = functional.max_pool2d(self.residual1(self.conv(images_N3HW)), 2)
-        return self.residual3(self.residual2(x))
+def make_stem(width: int, channels: tuple[int, int, int]) -> nn.Sequential:
+    """(N, 3, H, W) -> (N, width, H/4, W/4). channels: after convolution, residual 1 and 2."""
+    first, second, third = channels
+    layers = {
+        "conv": conv_norm_relu(3, first, 7, stride=2),
+        "residual1": Residual(first, second),
+        "pool": nn.MaxPool2d(2),
+        "residual2": Residual(second, third),
+        "residual3": Residual(third, width),
+    }
+    return nn.Sequential(OrderedDict(layers))
 
 
 class StackedHourglass(nn.Module):
@@ -95,21 +87,21 @@ class StackedHourglass(nn.Module):
         input_mean: tuple[float, float, float] = (0.0, 0.0, 0.0),
         checkpoint_activations: bool = False,
     ):
-        """width: channels of the hourglasses. joints: heatmaps. depth: halvings in an hourglass.
+        """width: channels of the hourglasses. joints: heatmaps. stem: channels of `make_stem`.
 
-        stem: channels after the first convolution and the first two residuals. input_mean: RGB in
-        0..1, subtracted from the picture. checkpoint_activations: in training, keep each stack's
-        input alone and compute its activations again for the gradient; the numbers are the same.
+        input_mean: RGB in 0..1, subtracted from the picture. checkpoint_activations: in training,
+        keep only each stack's input and recompute its activations for the gradient; the numbers
+        are the same.
         """
         super().__init__()
         mean = torch.tensor(input_mean).reshape(1, 3, 1, 1) if any(input_mean) else None
         self.register_buffer("input_mean", mean, persistent=False)
         self.stacks, self.depth = stacks, depth
         self.checkpoint_activations = checkpoint_activations
-        self.stem = Stem(width, stem)
+        self.stem = make_stem(width, stem)
         self.hourglasses = nn.ModuleList(Hourglass(depth, width) for _ in range(stacks))
         self.features = nn.ModuleList(
-            nn.Sequential(Residual(width, width), ConvNormReLU(width, width, 1))
+            nn.Sequential(Residual(width, width), conv_norm_relu(width, width, 1))
             for _ in range(stacks)
         )
         self.heads = nn.ModuleList(nn.Conv2d(width, joints, 1) for _ in range(stacks))
@@ -131,19 +123,22 @@ class StackedHourglass(nn.Module):
         return torch.stack(outputs, dim=1)
 
     def _features(self, stack: int, x: Tensor) -> Tensor:
-        parts = (self.hourglasses[stack], self.features[stack])
+        hourglass, features = self.hourglasses[stack], self.features[stack]
         if not (self.checkpoint_activations and self.training and torch.is_grad_enabled()):
-            return parts[1](parts[0](x))
+            return features(hourglass(x))
         return checkpoint(
-            lambda x: parts[1](parts[0](x)), x, use_reentrant=False, preserve_rng_state=False,
-            context_fn=lambda: (nullcontext(), _statistics_kept(parts)),
-        )  # fmt: skip
+            lambda x: features(hourglass(x)),
+            x,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=lambda: (nullcontext(), _keep_statistics(hourglass, features)),
+        )
 
 
 @contextmanager
-def _statistics_kept(parts: tuple[nn.Module, ...]) -> Iterator[None]:
-    """Batch norms normalise as ever and leave their running statistics alone."""
-    norms = [m for part in parts for m in part.modules() if isinstance(m, nn.BatchNorm2d)]
+def _keep_statistics(*modules: nn.Module) -> Iterator[None]:
+    """Batch norms normalise by the batch as usual, but leave their running statistics alone."""
+    norms = [m for each in modules for m in each.modules() if isinstance(m, nn.BatchNorm2d)]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
         norm.momentum, norm.num_batches_tracked = 0.0, None

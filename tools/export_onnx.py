@@ -90,16 +90,22 @@ def check_options(options: argparse.Namespace) -> None:
     """Refuse what cannot be written before any work is done. Raises InputError."""
     if not (options.onnx or options.safetensors):
         raise InputError("command line", "nothing to write", "--onnx or --safetensors", "give one")
-    for path, ending in ((options.onnx, ".onnx"), (options.safetensors, ".safetensors")):
-        if path and (path.suffix != ending or path.is_dir()):
-            found = "another ending, or a folder"
-            raise InputError(path, found, f"a name in {ending}", "rename it")
-    needed = ["onnx", "onnxscript", "onnxruntime"] if options.onnx else []
-    needed += ["safetensors"] if options.safetensors else []
+    needed = []
+    if options.onnx:
+        _require_ending(options.onnx, ".onnx")
+        needed = ["onnx", "onnxscript", "onnxruntime"]
+    if options.safetensors:
+        _require_ending(options.safetensors, ".safetensors")
+        needed.append("safetensors")
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         found, advice = f"no {', '.join(missing)}", f"pip install {' '.join(missing)}"
         raise InputError("Python packages", found, "those that write these formats", advice)
+
+
+def _require_ending(path: Path, ending: str) -> None:
+    if path.suffix != ending or path.is_dir():
+        raise InputError(path, "another ending, or a folder", f"a name in {ending}", "rename it")
 
 
 def export_onnx(options: argparse.Namespace, loaded: Checkpoint) -> None:
@@ -142,15 +148,8 @@ def images_to_check(
         return noise, f"noise, because there is no {folder}; --check PICTURE takes pictures"
     shards = ShardSet(folder)
     samples = shards.people()[1][:MAX_PEOPLE]
-    (raw,) = evaluation_batches(
-        shards,
-        samples,
-        estimator.codec,
-        loader="opencv",
-        device=CPU,
-        batch_size=MAX_PEOPLE,
-        workers=0,
-    )
+    how = {"loader": "opencv", "device": CPU, "batch_size": MAX_PEOPLE, "workers": 0}
+    (raw,) = evaluation_batches(shards, samples, estimator.codec, **how)  # type: ignore[arg-type]
     return images_on_device(raw, CPU), f"{len(samples)} people of {folder}"
 
 

@@ -10,9 +10,8 @@ import argparse
 import json
 import os
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
 from typing import Any, NamedTuple
 
 import cv2
@@ -86,15 +85,11 @@ def main() -> None:
         precision=options.precision,
     )
     results: list[Result] = []
-    found = (
-        predict_pictures(options, estimator, pictures)
-        if video is None
-        else predict_video(options, estimator, video)
-    )
     try:
-        with closing(found):
-            for people in found:
-                results += people
+        if video is None:
+            predict_pictures(options, estimator, pictures, results)
+        else:
+            predict_video(options, estimator, video, results)
     finally:
         write_results(options, estimator.skeleton, results)
 
@@ -179,11 +174,9 @@ def _misused(found: str, expected: str) -> InputError:
 
 
 def _require_window() -> None:
-    has_display = {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys() or sys.platform != "linux"
-    has_windows = "GUI:                           NONE" not in cv2.getBuildInformation()
-    if not (has_display and has_windows):
-        found = "no display" if has_windows else "an OpenCV without windows"
-        raise InputError("--webcam", found, "a window for the frames", "give --overlay OUT.avi")
+    if sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys():
+        expected = "a window for the frames, or --overlay"
+        raise InputError("--webcam", "no display", expected, "give --overlay OUT.avi")
 
 
 def list_pictures(options: Options) -> list[Picture]:
@@ -259,16 +252,13 @@ def add_overlays(options: Options, pictures: list[Picture]) -> list[Picture]:
 
 
 def predict_pictures(
-    options: Options, estimator: PoseEstimator, pictures: list[Picture]
-) -> Generator[list[Result], None, None]:
-    """The people of each picture, which is drawn if that is wanted. Raises InputError."""
-    bad = []
-    people = sum(len(picture.people) for picture in pictures)
-    with (
-        ThreadPoolExecutor(options.workers) as pool,
-        counting("predict", people, "people") as advance,
-    ):
-        frames = read_ahead(pool, options, estimator, pictures)
+    options: Options, estimator: PoseEstimator, pictures: list[Picture], results: list[Result]
+) -> None:
+    """Append everybody to the results, and draw on the pictures if wanted. Raises InputError."""
+    bad: list[Path] = []
+    total = sum(len(picture.people) for picture in pictures)
+    with counting("predict", total, "people") as advance:
+        frames = read_ahead(options, estimator, pictures)
         for (picture, subjects), found in find_people(estimator, frames, estimator.batch_size):
             assert isinstance(picture, Picture)
             if not subjects:
@@ -278,7 +268,7 @@ def predict_pictures(
                 draw(image, found, estimator.skeleton, options.min_score)
                 _, data = cv2.imencode(picture.overlay.suffix, image)
                 write_atomic(picture.overlay, data.tobytes())
-            yield found
+            results += found
             advance(len(found))
     if len(bad) == len(pictures):
         problem = f"{len(bad)} picture(s), all of them bad (reported above)"
@@ -288,16 +278,17 @@ def predict_pictures(
 
 
 def read_ahead(
-    pool: ThreadPoolExecutor, options: Options, estimator: PoseEstimator, pictures: list[Picture]
+    options: Options, estimator: PoseEstimator, pictures: list[Picture]
 ) -> Iterator[Frame]:
     """The pictures in order, read and cropped in threads, a few ahead."""
     waiting: deque[Future[Frame]] = deque()
-    for picture in pictures:
-        waiting.append(pool.submit(read_frame, options, estimator, picture))
-        if len(waiting) > 2 * options.workers:
+    with ThreadPoolExecutor(options.workers) as pool:
+        for picture in pictures:
+            waiting.append(pool.submit(read_frame, options, estimator, picture))
+            if len(waiting) > 2 * options.workers:
+                yield waiting.popleft().result()
+        while waiting:
             yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
 
 
 def read_frame(options: Options, estimator: PoseEstimator, picture: Picture) -> Frame:
@@ -361,77 +352,69 @@ def predict_batch(estimator: PoseEstimator, subjects: list[Subject]) -> list[Res
 
 
 def predict_video(
-    options: Options, estimator: PoseEstimator, source: Path | int
-) -> Generator[list[Result], None, None]:
+    options: Options, estimator: PoseEstimator, source: Path | int, results: list[Result]
+) -> None:
     """The same for every frame of a video or webcam; nobody is tracked between frames."""
     is_live = isinstance(source, int)
     name = f"webcam {source}" if is_live else str(source)
     capture = cv2.VideoCapture(source if is_live else name)
     if not capture.isOpened():
-        raise InputError(
-            name, "cannot be opened", "a video or camera that OpenCV reads", "check it"
-        )
+        raise InputError(name, "cannot be opened", "a video or camera for OpenCV", "check it")
     person = Person(name, given_square(options))
     frames = (
         Frame(image, [crop_person(estimator, image, person, {"index": n, "frame": n})])
         for n, image in enumerate(read_video(capture, name))
     )
-    rate = capture.get(cv2.CAP_PROP_FPS) or DEFAULT_FRAMES_PER_SECOND
-    count = int(capture.get(cv2.CAP_PROP_FRAME_COUNT))
     batch_size = 1 if is_live else min(estimator.batch_size, MAX_FRAMES)
-    with (
-        closing(VideoFile(options.overlay, rate)) as video,
-        counting("predict", count if count > 0 else None, "frames") as advance,
-    ):
-        for (image, _), found in find_people(estimator, frames, batch_size):
-            assert isinstance(image, np.ndarray)
-            if options.overlay or is_live:
-                draw(image, found, estimator.skeleton, options.min_score)
-            if options.overlay:
-                video.write(image)
-            elif is_live and not show(image):
-                return
-            if not is_live or options.save_predictions or options.save_coco:
-                yield found
-            advance(1)
+    count = max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))
+    video = VideoFile(options.overlay, capture) if options.overlay else None
+    try:
+        with counting("predict", count or None, "frames") as advance:
+            for (image, _), found in find_people(estimator, frames, batch_size):
+                assert isinstance(image, np.ndarray)
+                if video or is_live:
+                    draw(image, found, estimator.skeleton, options.min_score)
+                if video:
+                    video.writer.write(image)
+                elif is_live and not show(image):
+                    return
+                if not is_live or options.save_predictions or options.save_coco:
+                    results += found
+                advance(1)
+    finally:
+        if video:
+            video.close()
 
 
 def read_video(capture: cv2.VideoCapture, name: str) -> Iterator[Image]:
     """The frames (H, W, 3) BGR, turned upright. Raises InputError if there is none."""
-    count = 0
-    while (frame := capture.read())[0]:
-        count += 1
-        yield np.asarray(frame[1], dtype=np.uint8)
-    if not count:
+    is_whole, image = capture.read()
+    if not is_whole:
         raise InputError(name, "no frame can be read", "a video", "try another")
+    while is_whole:
+        yield np.asarray(image, dtype=np.uint8)
+        is_whole, image = capture.read()
 
 
 class VideoFile:
-    """A video that gets its name when it is closed. The first frame decides its size."""
+    """A video that gets its name when it is closed."""
 
-    def __init__(self, path: Path, frames_per_second: float):
-        """path: its ending decides the codec (CODECS). Nothing is written without a frame."""
-        self.path, self.rate = path, frames_per_second
-        self._writer: cv2.VideoWriter | None = None
-
-    def write(self, image_HW3: Image) -> None:
-        """Add a frame. Raises InputError if the file cannot be written."""
-        if self._writer is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._temporary = self.path.with_name(f"{self.path.stem}.tmp{self.path.suffix}")
-            codec = cv2.VideoWriter.fourcc(*CODECS[self.path.suffix.lower()])
-            size = image_HW3.shape[1], image_HW3.shape[0]
-            self._writer = cv2.VideoWriter(str(self._temporary), codec, self.rate, size)
-            if not self._writer.isOpened():
-                found = "OpenCV cannot write it"
-                raise InputError(self.path, found, "a path for a video", "try an .avi")
-        self._writer.write(image_HW3)
+    def __init__(self, path: Path, capture: cv2.VideoCapture):
+        """capture: has the same size and speed. Raises InputError if nothing can be written."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path, self.temporary = path, path.with_name(f"{path.stem}.tmp{path.suffix}")
+        codec = cv2.VideoWriter.fourcc(*CODECS[path.suffix.lower()])
+        rate = capture.get(cv2.CAP_PROP_FPS) or DEFAULT_FRAMES_PER_SECOND
+        width = int(capture.get(cv2.CAP_PROP_FRAME_WIDTH))
+        height = int(capture.get(cv2.CAP_PROP_FRAME_HEIGHT))
+        self.writer = cv2.VideoWriter(str(self.temporary), codec, rate, (width, height))
+        if not self.writer.isOpened():
+            raise InputError(path, "OpenCV cannot write it", "a path for a video", "try an .avi")
 
     def close(self) -> None:
         """Finish the file."""
-        if self._writer is not None:
-            self._writer.release()
-            self._temporary.rename(self.path)
+        self.writer.release()
+        self.temporary.rename(self.path)
 
 
 def show(image_HW3: Image) -> bool:
