@@ -7,9 +7,8 @@
 # make fuzz       10,000 damaged files for every reader (FUZZ=1000 for fewer)
 # make soak       half an hour of training with a fault every minute (SOAK='--minutes 5' for less)
 # make bench      loaders, heatmaps and training step on this machine
-# make bench-gpu-loader bench-gpu-train bench-gpu-accuracy PYTHON=python3 OUT=runs/gpu
-#                 on a GPU, nine minutes each at most, with a Python that is already there; JSON and PNG go to OUT.
-#                 The last one wants POSE_SHARED, the folder that holds data/lspet
+# make bench-gpu PYTHON=python3 OUT=runs/gpu
+#                 the same on a GPU in nine minutes, with a Python that is already there; JSON and PNG go to OUT
 #
 # Without an NVIDIA driver the tested CPU build of torch is installed, with one the newest build. Say what you want with
 #   make install TORCH='torch==2.13.0' PIP_ARGS='--index-url URL'    another build of torch
@@ -31,7 +30,7 @@ FUZZ ?=
 SOAK ?=
 OUT ?= runs/gpu
 
-.PHONY: demo install lint test test-slow test-gpu docs-check fuzz soak bench bench-gpu-loader bench-gpu-train bench-gpu-accuracy
+.PHONY: demo install lint test test-slow test-gpu docs-check fuzz soak bench bench-gpu
 .DELETE_ON_ERROR:
 
 install: $(STAMP)
@@ -89,17 +88,10 @@ fuzz: install
 soak: install
 	$(PYTHON) tests/soak.py $(SOAK)
 
-# A plain checkout will do: nothing is installed, and a PYTHONPATH that is set stays.
-BENCH_GPU = PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) benchmarks/$(subst bench-gpu-,gpu_,$@).py --out $(OUT)
-
-bench-gpu-loader:
-	$(BENCH_GPU)
-
-bench-gpu-train:
-	$(BENCH_GPU)
-
-bench-gpu-accuracy:
-	$(BENCH_GPU)
-
 bench: install
 	$(PYTHON) benchmarks/throughput.py
+
+# A plain checkout will do: nothing is installed, and a PYTHONPATH that is set stays.
+bench-gpu:
+	PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) benchmarks/throughput.py --device cuda --budget 9 \
+	  --people 1024 --rounds 3 --json $(OUT)/throughput.json --chart $(OUT)/throughput.png

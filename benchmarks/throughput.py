@@ -1,137 +1,267 @@
-"""Times loaders, heatmaps and training steps: python benchmarks/throughput.py
+"""Times this project beside princeton-vl's loader, step and evaluation, which are re-created here.
 
-Prints a table for each, then everything as one JSON line. The data are made here: 1280 x 720
-pictures with people as large as in MPII.
+Prints a table for each group of cases, and writes everything as JSON after each. On a GPU each
+group runs in a child process with a time limit. The people are made here: 1280 x 720 pictures with
+people as large as in MPII.
 """
 
 import sys
 from pathlib import Path
 
-# `python benchmarks/throughput.py` puts benchmarks/ on the path, and not the folder above it.
+# `python benchmarks/throughput.py` puts benchmarks/ on the path, and not the repository.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import argparse
+import itertools
 import json
 import tempfile
-from typing import Any
+import time
+from dataclasses import fields
+from functools import partial
+from typing import Any, NamedTuple
 
-import torch
+import matplotlib
+import numpy as np
+from matplotlib import pyplot
 
-from benchmarks import evaluation, loading, network
-from benchmarks.comparing import compare, draw_chart, read_report
-from benchmarks.loading import Load
-from benchmarks.made_people import make_crops, make_originals
-from benchmarks.timing import Case, Result, table, take_turns, world
+from benchmarks import loader_suites, step_suites
+from benchmarks.accuracy_suite import WAYS, accuracy_group, time_to_same_pck
+from benchmarks.loader_suites import SIZES, Options, make_data, pack_people
+from benchmarks.timing import Group, Rows, environment, run_here, run_isolated, table
 from common.cli import Parser, at_least
 from common.distributed import choose_device
 from common.errors import InputError, run_main
+from common.files import read_json, write_atomic
+from common.system import usable_cores
+from pipelines.loader import dali_is_installed
 
-SUITES = ("loader", "scaling", "heatmaps", "train", "end_to_end", "decode", "evaluate")
+SUITES = ("pixels", "loader", "step", "training", "heatmaps", "evaluation", "scaling", "packing",
+          "accuracy")  # fmt: skip
+DEFAULT_SUITES = SUITES[:-1]
+LIMIT_S = {"step": 240.0, "accuracy": 600.0}
+"""Of a group in a child process; 180 for the others."""
 
 
-def main() -> None:
-    """Run the suites that were asked for."""
-    options = make_parser().parse_args()
-    check(options)
-    older = read_report(Path(options.compare)) if options.compare else None
-    device = choose_device(options.device)
-    load = Load(options.people, options.batch_size, options.workers, options.input_px, device)
-    report: dict[str, Any] = {"world": world(device), "options": vars(options)}
-    for suite in options.suites:
-        print(f"timing {suite} ...", file=sys.stderr, flush=True)
-        threads = torch.get_num_threads()
-        report |= run_suite(suite, load, options.rounds)
-        torch.set_num_threads(threads)
-    if device.type == "cpu":
-        print("not measured: everything on a GPU (no CUDA device is in use)\n")
+class Job(NamedTuple):
+    """A group to run, with its name in the report."""
+
+    suite: str
+    name: str
+    group: Group
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the suites in order. Returns 1 if something failed."""
+    args = make_parser().parse_args(argv)
+    device = choose_device(args.device)
+    check(args)
+    older = read_report(args.compare) if args.compare else None
+    deadline = time.monotonic() + 60 * args.budget
+    report: dict[str, Any] = {"world": environment(device), "failed": {}, "not_measured": []}
+    report["options"] = {name: str(value) for name, value in vars(args).items()}
+    with tempfile.TemporaryDirectory(prefix="throughput-") as folder:
+        shared = {f.name: getattr(args, f.name) for f in fields(Options) if f.name in args}
+        options = Options(**(shared | {"device": device, "folder": Path(folder)}))
+        make_data(options.folder, args.people)
+        if "accuracy" in args.suites:
+            pack_people(args.data, options.folder / "real", ("train", "valid"), None)
+        for job in jobs_of(args, options):
+            run_job(job, options, args.rounds, deadline, report)
+            if args.json:
+                write_atomic(args.json, (json.dumps(report, indent=1) + "\n").encode())
     if older:
         print(compare(older, report), end="\n\n")
-    line = json.dumps(report)
-    if options.json:
-        Path(options.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(options.json).write_text(line + "\n")
-    if options.chart:
-        draw_chart(report, Path(options.chart))
-    print(line)
+    if args.chart:
+        draw_chart(report, args.chart)
+    print(json.dumps(report))
+    return 1 if report["failed"] else 0
 
 
 def make_parser() -> Parser:
     """The command line."""
     parser = Parser(
         prog="throughput.py",
-        description="Times loaders, heatmaps and training steps of this machine.",
-        epilog="example: python benchmarks/throughput.py --suites loader --workers 2",
+        description="Times loaders, training steps and evaluation beside princeton-vl's.",
+        epilog="example: python benchmarks/throughput.py --suites loader step --json new.json",
     )
     # fmt: off
     add = parser.add_argument_group("what to time").add_argument
-    add("--suites", nargs="+", choices=SUITES, default=list(SUITES), help="default: all of them")
+    add("--suites", nargs="+", choices=SUITES, default=list(DEFAULT_SUITES),
+        help="in this order; accuracy wants --data (default: all but accuracy)")
     add("--device", choices=("auto", "cuda", "cpu"), default="auto",
         help="auto: a GPU where there is one (default: %(default)s)")
-    add("--people", type=at_least(1), default=320,
-        help="people in the made data (default: %(default)s)")
-    add("--batch-size", type=at_least(1), default=16, help="people a batch (default: %(default)s)")
-    add("--workers", type=at_least(0), default=2,
-        help="worker processes, or DALI's threads (default: %(default)s)")
+    add("--batch-sizes", type=at_least(1), nargs="+", default=[64, 16],
+        help="people a batch; on a CPU steps take 2 (default: 64 16)")
+    add("--stacks", type=at_least(1), nargs="+", default=[2, 8],
+        help="of the step suite; on a CPU the first (default: 2 8)")
+    add("--width", type=at_least(2), default=256, help="of the networks (default: %(default)s)")
+    add("--depth", type=at_least(1), default=4, help="of the networks (default: %(default)s)")
     add("--input-px", type=at_least(64), default=256,
         help="side of the input, px (default: %(default)s)")
-    add = parser.add_argument_group("how often, and what to write").add_argument
+    add("--people", type=at_least(1), default=320,
+        help="made people, and people a turn of a loader (default: %(default)s)")
+    add("--workers", type=at_least(0), default=min(2, usable_cores()),
+        help="worker processes, or DALI's threads (default: %(default)s)")
+    add("--data", type=Path, metavar="FOLDER",
+        help="real people, annot/ and images/, for packing and accuracy")
+    add("--seeds", type=at_least(0), nargs="+", default=[0], help="of accuracy (default: 0)")
+    add("--people-to-train", type=at_least(1), default=40_000,
+        help="that each network of accuracy sees (default: %(default)s)")
+    add = parser.add_argument_group("how long, and what to write").add_argument
     add("--rounds", type=at_least(1), default=5,
-        help="turns that each case takes (default: %(default)s)")
-    add("--json", metavar="OUT", help="also write the JSON line to this file")
-    add("--compare", metavar="OLD", help="say what moved since this JSON")
-    add("--chart", metavar="OUT", help="also write bars to this PNG")
+        help="turns of each case, in alternation (default: %(default)s)")
+    add("--budget", type=float, metavar="MINUTES", default=60.0,
+        help="groups that do not begin in this time are left out (default: %(default)s)")
+    add("--json", type=Path, metavar="OUT", help="write the results after each group")
+    add("--compare", type=Path, metavar="OLD", help="show what changed since this JSON")
+    add("--chart", type=Path, metavar="OUT", help="write bars to this .png, .svg or .pdf")
     # fmt: on
     return parser
 
 
-def check(options: argparse.Namespace) -> None:
-    """Raise InputError for what cannot be timed or written."""
-    if options.rounds < 1 or options.batch_size < 1 or options.people < options.batch_size:
-        raise InputError(
-            "command line",
-            f"{options.rounds} rounds, batch {options.batch_size}, {options.people} people",
-            "at least 1 round, and at least a batch of people",
-            "correct it",
-        )
-    if options.chart and Path(options.chart).suffix.lower() != ".png":
-        raise InputError(options.chart, "another kind of file", "a .png", "rename it")
+def check(args: argparse.Namespace) -> None:
+    """Raise InputError for what cannot be measured or written."""
+    if args.people < max(args.batch_sizes) and {"loader", "training"} & set(args.suites):
+        raise InputError("--people", str(args.people), "at least a batch of people", "raise it")
+    if "accuracy" in args.suites and not (args.data and (args.data / "annot").is_dir()):
+        expected = "--data with annot/ and images/ for the accuracy suite"
+        raise InputError("--data", str(args.data), expected, "give it, or leave accuracy out")
+    if args.chart and args.chart.suffix not in (".png", ".svg", ".pdf"):
+        raise InputError(args.chart, "another kind of file", ".png, .svg or .pdf", "rename it")
 
 
-def run_suite(suite: str, load: Load, rounds: int) -> dict[str, Any]:
-    """Print a suite's tables; returns its entries of the report."""
-    with tempfile.TemporaryDirectory(prefix="throughput-") as folder:
-        facts = None
-        if suite == "scaling":
-            results, facts = loading.scaling(Path(folder), load, rounds)
-        else:
-            results = take_turns(cases_of(suite, Path(folder), load), rounds, load.device)
-    print(table(f"{suite} ({load.device})", "people", results), end="\n\n", flush=True)
-    if facts is None:
-        return {suite: as_dicts(results)}
-    print(loading.scaling_table(facts), end="\n\n", flush=True)
-    return {suite: as_dicts(results), "start_up": facts}
+def jobs_of(args: argparse.Namespace, options: Options) -> list[Job]:
+    """The groups of all suites that were asked for."""
+    on_gpu, batches = options.device.type == "cuda", args.batch_sizes
+    steps = batches if on_gpu else [min(2, batches[0])]
+    stacks = args.stacks if on_gpu else args.stacks[:1]
+    groups: list[tuple[str, str, Any]] = [
+        ("packing", "packing", (loader_suites.packing_group,)),
+        ("heatmaps", "heatmaps", (step_suites.heatmaps_group, batches[0])),
+        ("evaluation", "evaluation", (step_suites.evaluation_group,)),
+    ]
+    if dali_is_installed():
+        groups.append(("pixels", "pixels", (loader_suites.pixels_group,)))
+    for n in batches:
+        groups.append(("loader", f"loader, batch {n}", (loader_suites.loader_group, n)))
+    for n in SIZES:
+        groups.append(("scaling", f"scaling, {n:,} people", (loader_suites.scaling_group, n)))
+    for s, n in itertools.product(stacks, steps):
+        groups.append(("step", f"step, {s} stacks, batch {n}", (step_suites.step_group, s, n)))
+    for n in steps:
+        groups.append(("training", f"training, batch {n}", (step_suites.training_group, n)))
+    for seed, way in itertools.product(args.seeds, WAYS):
+        group = (accuracy_group, way, batches[-1], seed)
+        groups.append(("accuracy", f"accuracy, {way}, seed {seed}", group))
+    jobs = [Job(suite, name, partial(f, options, *rest)) for suite, name, (f, *rest) in groups]
+    return [job for suite in args.suites for job in jobs if job.suite == suite]
 
 
-def cases_of(suite: str, folder: Path, load: Load) -> list[Case]:
-    """What a suite times."""
-    if suite == "heatmaps":
-        return network.heatmap_cases(load.batch_size, load.device)
-    if suite == "train":
-        return network.train_cases(load)
-    originals = make_originals(folder / "originals", load.people)
-    if suite == "decode":
-        return evaluation.decode_cases(originals, load.device)
-    if suite == "evaluate":
-        return evaluation.evaluate_cases(originals, load.workers, load.device)
-    crops = make_crops(folder / "crops", originals)
-    if suite == "loader":
-        return loading.loader_cases(originals, crops, load)
-    return network.end_to_end_cases(originals, crops, load)
+def run_job(
+    job: Job, options: Options, rounds: int, deadline: float, report: dict[str, Any]
+) -> None:
+    """Run a group, print what it found, and add it to the report."""
+    left = deadline - time.monotonic()
+    if left <= 0:
+        report["not_measured"].append(job.name)
+        print(f"{job.name}: not measured, the budget is spent")
+        return
+    print(f"timing {job.name} ...", file=sys.stderr, flush=True)
+    failed: dict[str, str] = {}
+    # Memory of the scaling suite is that of a new process.
+    if options.device.type == "cuda" or job.suite == "scaling":
+        limit_s = min(left, LIMIT_S.get(job.suite, 180.0))
+        found, failed = run_isolated(job.group, rounds, options.device, limit_s)
+    else:
+        found = run_here(job.group, rounds, options.device)
+    report[job.name] = found
+    if found:
+        text = table(job.name, found) if isinstance(found, list) else f"{job.name}: {found}"
+        print(text, end="\n\n", flush=True)
+    for case, reason in failed.items():
+        report["failed"][f"{job.name}: {case}"] = reason
+        print(f"FAILED {job.name}: {case}: {reason}", flush=True)
+    if job.suite == "accuracy":
+        curves = {n: curve for n, curve in report.items() if n.startswith("accuracy, ") and curve}
+        report["time_to_same_pck"] = time_to_same_pck(curves)
+        print(f"time to the same PCK: {report['time_to_same_pck']}", flush=True)
 
 
-def as_dicts(results: list[Result]) -> list[dict[str, Any]]:
-    """Plain values for JSON."""
-    return [result._asdict() for result in results]
+def read_report(path: Path) -> dict[str, Any]:
+    """A report that --json wrote. Raises InputError.
+
+    Until 2026-11-26 two groups had other names, and the people were drawn differently.
+    """
+    report = read_json(path)
+    if not isinstance(report, dict) or "world" not in report:
+        raise InputError(path, "no `world`", "a file that --json wrote", "name another file")
+    if "loader" in report:
+        report[f"loader, batch {report['options']['batch_size']}"] = report.pop("loader")
+        report["training, batch 2"] = report.pop("end_to_end")
+    return report
+
+
+def compare(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """Lines that say of each case whether its ratio to the first of its group has changed.
+
+    Rates of two runs are not compared, because the machine may have been busier. A ratio has
+    changed when the ranges over the rounds do not overlap.
+    """
+    lines = ["against the older run: ratio to the group's first line, then and now"]
+    machines = [
+        ", ".join(str(report["world"].get(key)) for key in ("device", "processor", "cores"))
+        for report in (old, new)
+    ]
+    if machines[0] != machines[1]:
+        lines.append(f"  another machine: {machines[0]}; ratios may differ by that")
+    for name, rows in groups_of(new).items():
+        before = {row["name"]: row for row in groups_of(old).get(name, [])}
+        lines.append(f"{name}, ratio to `{rows[0]['name']}`")
+        if before and next(iter(before)) != rows[0]["name"]:
+            lines.append(f"  not compared: the older run divides by `{next(iter(before))}`")
+            continue
+        lines += [f"  {change(before.get(row['name']), row)}  {row['name']}" for row in rows]
+        gone = before.keys() - {row["name"] for row in rows}
+        lines += [f"  gone       {name}" for name in sorted(gone)]
+    missing = groups_of(old).keys() - groups_of(new).keys()
+    return "\n".join([*lines, *(f"{name}: not in this run" for name in sorted(missing))])
+
+
+def change(old: dict[str, Any] | None, new: dict[str, Any]) -> str:
+    """How a ratio changed."""
+    if old is None:
+        return f"new        {new['ratio']:.2f} x"
+    faster, slower = new["ratio_low"] > old["ratio_high"], new["ratio_high"] < old["ratio_low"]
+    word = "faster" if faster else "SLOWER" if slower else "unchanged"
+    return f"{word:<10} {old['ratio']:.2f} -> {new['ratio']:.2f} x"
+
+
+def groups_of(report: dict[str, Any]) -> dict[str, Rows]:
+    """The groups of a report that were timed in turns."""
+    lists = {name: found for name, found in report.items() if isinstance(found, list) and found}
+    return {name: rows for name, rows in lists.items() if "ratio" in rows[0]}
+
+
+def draw_chart(report: dict[str, Any], path: Path) -> None:
+    """A panel a group, a bar a case, the range over the rounds as a line."""
+    matplotlib.use("Agg")
+    groups, world = groups_of(report), report["world"]
+    machine = world["processor"] if world["device"] == "cpu" else world["device"]
+    heights = [len(rows) + 1.5 for rows in groups.values()]
+    size, layout = (9, 0.36 * sum(heights)), {"height_ratios": heights}
+    figure = pyplot.figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(groups), squeeze=False, gridspec_kw=layout)[:, 0]
+    for axis, (name, rows) in zip(axes, groups.items(), strict=True):
+        low, middle, high = ([row[k] for row in rows[::-1]] for k in ("low", "median", "high"))
+        spread = [np.subtract(middle, low), np.subtract(high, middle)]
+        bars = axis.barh([row["name"] for row in rows[::-1]], middle, xerr=spread)
+        labels = [f"{row['ratio']:.2f} x" for row in rows[::-1]]
+        axis.bar_label(bars, labels, padding=4, fontsize=8)
+        axis.set_title(f"{name}, people/s on {machine}", fontsize=9)
+        axis.margins(x=0.12)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
-"""Timing to be trusted on a noisy machine: warm up, synchronise, take turns, give the spread."""
+"""Interleaved timing of cases, in this process or in a child process with a time limit."""
 
-import itertools
 import multiprocessing
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,10 +16,11 @@ import cv2
 import numpy as np
 import torch
 
-from common.cli import counting
 from common.system import usable_cores
 
 ROOT = Path(__file__).resolve().parents[1]
+H200_BF16_TFLOPS = 790
+"""Of a bf16 matrix product of 8192 x 8192 on an NVIDIA H200, as others measured it with torch."""
 
 
 class Case(NamedTuple):
@@ -26,98 +28,178 @@ class Case(NamedTuple):
 
     name: str
     run: Callable[[], int]
-    """Does a piece of work and returns how many units (people, ...) it was."""
+    """Does some work and returns the number of people."""
     prepare: Callable[[], object] = lambda: None
     """Runs before each turn, untimed: starts what works ahead, and uses up its first results."""
     finish: Callable[[], object] = lambda: None
-    """Runs after each turn, untimed: stops it, or it would work on in the others' turns."""
+    """Runs after each turn, untimed: stops it, or it would slow down the other cases."""
+    tflop: float = 0.0
+    """10^12 floating-point operations of a person; 0 where they are not counted."""
 
 
-class Result(NamedTuple):
-    """Rates of one case over the rounds."""
+class Turn(NamedTuple):
+    """One timed run of a case. Round 0 warms up and does not count."""
 
-    name: str
-    median: float
-    """Units per second."""
-    low: float
-    high: float
-    ratio: float
-    """Median over the rounds of this case's rate over that of the first case in the same round."""
-    ratio_low: float
-    ratio_high: float
-    cpu_ms: float = 0.0
-    """CPU time of this process and its children for a unit, median; 0 where it is unknown."""
+    case: Any
+    """Its name."""
+    round: int
+    per_s: float
+    cpu_ms: float
+    """CPU time of this process and its children for one person; 0 where it is unknown."""
+    peak_mb: float
+    """10^6 bytes of GPU memory that this turn added at most, in round 0 with the network's."""
+    tflop: float
 
 
-def take_turns(cases: list[Case], rounds: int, device: torch.device) -> list[Result]:
-    """Run every case once per round, one after the other, so that a slow spell hits them all.
+Rows = list[dict[str, Any]]
+Group = Callable[[], list[Case] | dict[str, Any]]
+"""Builds cases that are timed against each other, or measures by itself and returns facts."""
 
-    A first round warms up and does not count. The first case is what the ratios divide by.
+
+def take_turns(cases: list[Case], rounds: int, device: torch.device) -> Iterator[str | Turn]:
+    """Run each case once a round, one after the other, so that a slow moment affects them all.
+
+    Yields the name of a case before its turn, and the turn after it.
     """
-    rates: list[list[float]] = [[] for _ in cases]
-    costs: list[list[float]] = [[] for _ in cases]
-    with counting("timing", (rounds + 1) * len(cases), "turns") as advance:
-        for number, (case, values, cost) in itertools.product(
-            range(rounds + 1), zip(cases, rates, costs, strict=True)
-        ):
+    on_gpu = device.type == "cuda"
+    for number in range(rounds + 1):
+        for case in cases:
+            yield case.name
+            if on_gpu:
+                torch.cuda.reset_peak_memory_stats()
+            held = torch.cuda.memory_allocated() if on_gpu else 0
             case.prepare()
             synchronize(device)
             busy, start = cpu_seconds(), time.perf_counter()
-            units = case.run()
+            people = case.run()
             synchronize(device)
             seconds, busy = time.perf_counter() - start, cpu_seconds() - busy
             case.finish()
-            if number:
-                values.append(units / seconds)
-                cost.append(1e3 * busy / units)
-            advance(1)
-    return [
-        _result(case.name, values, [v / b for v, b in zip(values, rates[0], strict=True)], cost)
-        for case, values, cost in zip(cases, rates, costs, strict=True)
-    ]
-
-
-def _result(name: str, rates: list[float], ratios: list[float], costs: list[float]) -> Result:
-    return Result(
-        name,
-        statistics.median(rates), min(rates), max(rates),
-        statistics.median(ratios), min(ratios), max(ratios), statistics.median(costs),
-    )  # fmt: skip
+            peak_mb = (torch.cuda.max_memory_allocated() - held) / 1e6 if on_gpu else 0.0
+            cpu_ms = 1e3 * busy / people
+            yield Turn(case.name, number, people / seconds, cpu_ms, peak_mb, case.tflop)
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for the GPU's queue."""
+    """Wait until the GPU is idle."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def table(title: str, unit: str, results: list[Result]) -> str:
+def summarize(turns: list[Turn]) -> Rows:
+    """A row a case: people/s over the rounds, and ratios to the first case of the same round."""
+    rows, names = [], dict.fromkeys(turn.case for turn in turns if turn.round)
+    base = {turn.round: turn.per_s for turn in turns if turn.case == next(iter(names), None)}
+    for name in names:
+        first, *timed = (turn for turn in turns if turn.case == name)
+        row = {"name": name, "cpu_ms": statistics.median(turn.cpu_ms for turn in timed)}
+        rates = [turn.per_s for turn in timed]
+        row |= {"median": statistics.median(rates), "low": min(rates), "high": max(rates)}
+        ratios = [turn.per_s / base[turn.round] for turn in timed]
+        row |= {"ratio": statistics.median(ratios)}
+        row |= {"ratio_low": min(ratios), "ratio_high": max(ratios)}
+        if first.tflop:
+            row["tflops"] = first.tflop * row["median"]
+            row["share_of_790_tflops"] = row["tflops"] / H200_BF16_TFLOPS
+        if first.peak_mb:
+            row["peak_mb"] = first.peak_mb
+        rows.append(row)
+    return rows
+
+
+def run_here(group: Group, rounds: int, device: torch.device) -> Rows | dict[str, Any]:
+    """Run a group in this process; an error ends the program."""
+    found = group()
+    if isinstance(found, dict):
+        return found
+    messages = take_turns(found, rounds, device)
+    return summarize([message for message in messages if isinstance(message, Turn)])
+
+
+def run_isolated(
+    group: Group, rounds: int, device: torch.device, limit_s: float, method: str = "spawn"
+) -> tuple[Rows | dict[str, Any], dict[str, str]]:
+    """Run a group in a child process. Returns what was found, and failed cases with a reason.
+
+    What was measured before a failure is kept; without a complete round the group runs again
+    without the case that failed. limit_s: of the group, s. method: how the child is started.
+    """
+    deadline, failed = time.monotonic() + limit_s, dict[str, str]()
+    while True:
+        messages, error = _run_child(group, rounds, device, list(failed), deadline, method)
+        case = ([m for m in messages if isinstance(m, str)] or ["setup"])[-1]
+        facts = [message for message in messages if isinstance(message, dict)]
+        rows = summarize([message for message in messages if isinstance(message, Turn)])
+        if error:
+            failed[case] = error
+        if not error or rows or case == "setup" or time.monotonic() > deadline:
+            return (facts[0] if facts else rows), failed
+
+
+def _run_child(
+    group: Group, rounds: int, device: torch.device, skip: list[str], deadline: float, method: str
+) -> tuple[list[Any], str]:
+    """What the child sends until it ends, and why it failed, or ""."""
+    context, messages = multiprocessing.get_context(method), []
+    receiver, sender = context.Pipe(duplex=False)
+    arguments = (sender, group, rounds, device, skip)
+    child = context.Process(target=_child, args=arguments)  # type: ignore[attr-defined]
+    child.start()
+    sender.close()
+    error = "the time limit was reached"
+    try:
+        while receiver.poll(max(0.0, deadline - time.monotonic())):
+            messages.append(receiver.recv())
+    except EOFError:
+        child.join()
+        code = child.exitcode
+        error = f"the process ended with exit code {code}; see its stderr" if code else ""
+    finally:
+        if child.is_alive():
+            os.killpg(child.pid, signal.SIGKILL)  # with the workers of its loaders
+    child.join()
+    return messages, error
+
+
+def _child(
+    sender: Connection, group: Group, rounds: int, device: torch.device, skip: list[str]
+) -> None:
+    os.setsid()
+    found = group()
+    if isinstance(found, dict):
+        sender.send(found)
+        return
+    for message in take_turns([case for case in found if case.name not in skip], rounds, device):
+        sender.send(message)
+
+
+def table(title: str, rows: Rows) -> str:
     """Lines: a case a line, its rate and its ratio to the first."""
-    width = max(len(r.name) for r in results)
-    lines = [
-        f"{title}, {unit}/s: median (lowest to highest), ratio to the first line, CPU time of one"
-    ]
-    for r in results:
-        spread = f"({_number(r.low)} to {_number(r.high)})"
-        ratio = f"{r.ratio:.2f} x ({r.ratio_low:.2f} to {r.ratio_high:.2f})"
-        cost = f"{r.cpu_ms:.2f} ms"
-        lines.append(
-            f"  {r.name:<{width}}  {_number(r.median):>10}  {spread:<22} {ratio:<24} {cost:>10}"
-        )
+    width = max(len(row["name"]) for row in rows)
+    lines = [f"{title}, people/s: median (range), ratio to the first line (range), CPU time of one"]
+    for row in rows:
+        spread = f"{row['median']:,.1f} ({row['low']:,.1f} to {row['high']:,.1f})"
+        ratio = f"{row['ratio']:.2f} x ({row['ratio_low']:.2f} to {row['ratio_high']:.2f})"
+        line = f"  {row['name']:<{width}}  {spread:<30} {ratio:<24} {row['cpu_ms']:.2f} ms"
+        if "tflops" in row:
+            line += f"  {row['share_of_790_tflops']:.2%} of 790 TFLOP/s"
+        if "peak_mb" in row:
+            line += f"  {row['peak_mb']:,.0f} MB"
+        lines.append(line)
     return "\n".join(lines)
 
 
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
-
-
-def world(device: torch.device) -> dict[str, Any]:
-    """Commit, hardware and versions, to be kept with the numbers."""
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+def environment(device: torch.device) -> dict[str, Any]:
+    """Commit, hardware and versions, stored with the numbers."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=10"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return {
-        "commit": _commit(),
-        "device": gpu or "cpu",
-        "processor": _processor(),
+        "commit": done.stdout.strip() or "unknown",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "processor": names[0] if names else platform.processor(),
         "cores": usable_cores(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -126,48 +208,20 @@ def world(device: torch.device) -> dict[str, Any]:
     }
 
 
-def _commit() -> str:
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=10"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return done.stdout.strip()
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
 def cpu_seconds() -> float:
     """CPU time that this process and its children have used; 0 where it is unknown."""
-    ticks = 0
-    for pid in _processes():
-        try:
-            fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-        except OSError:
-            return 0.0
-        ticks += int(fields[11]) + int(fields[12])  # user and system
-    return ticks / os.sysconf("SC_CLK_TCK")
-
-
-def _processes() -> list[int | None]:
-    children = [child.pid for child in multiprocessing.active_children()]
-    return [multiprocessing.current_process().pid, *children]
+    fields = [text.rsplit(")", 1)[1].split() for text in _of_processes("stat")]
+    return sum(int(f[11]) + int(f[12]) for f in fields) / os.sysconf("SC_CLK_TCK")
 
 
 def memory_mib() -> float:
     """MiB that this process and its children hold, shared pages counted once; 0 where unknown."""
-    total = 0
-    for pid in _processes():
-        try:
-            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-        except OSError:
-            return 0.0
-        total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
-    return total / 1024
+    lines = [line for text in _of_processes("smaps_rollup") for line in text.splitlines()]
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
+
+
+def _of_processes(name: str) -> Iterator[str]:
+    """A file of /proc for this process and its children."""
+    children = [child.pid for child in multiprocessing.active_children()]
+    paths = [Path(f"/proc/{pid}/{name}") for pid in (os.getpid(), *children)]
+    return (path.read_text() for path in paths if path.exists())

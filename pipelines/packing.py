@@ -68,19 +68,19 @@ class PackingOptions:
     annotations: Path
     images: Path
     output: Path
-    splits: tuple[str, ...]
-    people_per_shard: int
-    workers: int
+    splits: tuple[str, ...] = SPLITS
+    people_per_shard: int = 512
+    workers: int = 1
     """Processes; with 0 and 1 this process does the work."""
-    seed: int
-    skip_bad: bool
-    overwrite: bool
-    packing: str
-    skeleton: Path | None
+    seed: int = 0
+    skip_bad: bool = False
+    overwrite: bool = False
+    packing: str = "original"
+    skeleton: Path | None = None
     """YAML file of the joints; None for MPII's."""
-    crop: CropRule | None
+    crop: CropRule | None = None
     """None if pictures are stored as they are."""
-    command: str
+    command: str = ""
 
     @property
     def partial(self) -> Path:

@@ -1,79 +1,110 @@
-"""The benchmark runs, measures in turns, and ends in one JSON line."""
+"""The benchmark: how it measures, what it compares with, and that every suite runs on a CPU."""
 
-import argparse
-import importlib.util
 import json
-import multiprocessing
 import os
-import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from helpers import make_codec
 
-from benchmarks import (
-    comparing,
-    evaluation,
-    loading,
-    made_people,
-    packing,
-    princeton_path,
-    throughput,
-    timing,
-)
-from benchmarks.timing import Case, take_turns
-from common.distributed import DistributedContext
+from benchmarks import accuracy_suite, loader_suites, step_suites, throughput
+from benchmarks.loader_suites import Options
+from benchmarks.princeton_baseline import PrincetonPeople, princeton_step, render_by_loop
+from benchmarks.timing import Case, Turn, run_here, run_isolated, summarize, take_turns
 from common.errors import InputError
-from evaluation.inference import predict_distributed
+from configs.skeleton import MPII
 from model.hourglass import StackedHourglass
-from pipelines import princeton
+from model.loss import stack_losses
 from pipelines.augment import PRESETS
-from pipelines.heatmaps import decode, render
+from pipelines.codec import Codec
+from pipelines.heatmaps import render
 from pipelines.loader import make_batch
 from pipelines.opencv_loader import CropDataset, collate
-from pipelines.shard_format import unpack_records
-from pipelines.shards import ShardSet
 
 ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+PEOPLE = 6
+TINY = "--device cpu --rounds 1 --people 4 --batch-sizes 2 --workers 1 --input-px 64 --width 16"
+TINY += " --depth 2 --stacks 1"
 
 
 def test_cases_take_turns_after_a_round_that_does_not_count():
-    calls = []
-    cases = [Case(name, lambda name=name: calls.append(name) or 1) for name in "ab"]
-    results = take_turns(cases, 2, torch.device("cpu"))
-    assert calls == ["a", "b"] * 3
-    assert [r.name for r in results] == ["a", "b"]
+    calls: list[str] = []
+
+    def case(name: str) -> Case:
+        def call(what: str) -> int:
+            calls.append(f"{what} {name}")
+            return 1
+
+        return Case(name, partial(call, "run"), partial(call, "start"), partial(call, "stop"))
+
+    rows = run_here(lambda: [case("a"), case("b")], 2, CPU)
+    assert calls == ["start a", "run a", "stop a", "start b", "run b", "stop b"] * 3
+    assert [row["name"] for row in rows] == ["a", "b"]
 
 
-def test_what_was_made_ahead_is_used_up_before_the_clock_starts(monkeypatch):
-    order = []
-    monkeypatch.setattr(
-        timing.time, "perf_counter", lambda: order.append("clock") or 1e-9 * len(order)
-    )
-    case = Case("a", lambda: order.append("run") or 1, lambda: order.append("prepare"))
-    take_turns([case], 1, torch.device("cpu"))
-    assert order[-4:] == ["prepare", "clock", "run", "clock"]
+def test_ratios_are_taken_within_a_round():
+    # The second round is ten times slower for both; the ratio stays 2.
+    rates = [("slow", 0, 9.0), ("fast", 0, 9.0), ("slow", 1, 2.0), ("fast", 1, 4.0),
+             ("slow", 2, 0.2), ("fast", 2, 0.4)]  # fmt: skip
+    slow, fast = summarize([Turn(name, n, rate, 1.0, 0.0, 0.01) for name, n, rate in rates])
+    assert (fast["ratio"], fast["ratio_low"], fast["ratio_high"]) == (2, 2, 2)
+    assert (slow["low"], slow["median"], slow["high"], slow["ratio"]) == (0.2, 1.1, 2, 1)
+    assert slow["tflops"] == pytest.approx(0.011)
+    assert slow["share_of_790_tflops"] == pytest.approx(0.011 / 790)
 
 
-def test_the_first_case_is_what_ratios_divide_by():
-    results = take_turns([Case("a", lambda: 1), Case("b", lambda: 1)], 2, torch.device("cpu"))
-    assert results[0].ratio == results[0].ratio_low == results[0].ratio_high == 1
+@pytest.mark.skipif(sys.platform != "linux", reason="read from /proc")
+def test_cpu_time_counts_work_and_not_waiting():
+    def work() -> int:
+        end = time.process_time() + 0.2
+        while time.process_time() < end:
+            pass
+        return 10
+
+    def wait() -> int:
+        time.sleep(0.2)
+        return 10
+
+    turns = list(take_turns([Case("busy", work), Case("idle", wait)], 0, CPU))
+    assert 18 <= turns[1].cpu_ms <= 25 and turns[3].cpu_ms <= 3
 
 
-def test_ratios_are_taken_within_a_round(monkeypatch):
-    # The clock makes the second round ten times slower for both; the ratio stays 2.
-    times = iter([0, 1, 0, 1, 0, 2, 0, 1, 0, 20, 0, 10])  # the first four: a round not counted
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(times))
-    slow, fast = take_turns(
-        [Case("slow", lambda: 4), Case("fast", lambda: 4)], 2, torch.device("cpu")
-    )
-    assert (fast.ratio, fast.ratio_low, fast.ratio_high) == (2, 2, 2)
-    assert (slow.low, slow.high) == (0.2, 2)
+@pytest.mark.parametrize("fault", ["dies", "raises", "hangs"])
+def test_a_case_that_fails_in_a_child_process_does_not_take_the_others_with_it(fault):
+    def culprit() -> int:
+        if fault == "dies":
+            os._exit(9)
+        if fault == "hangs":
+            time.sleep(60)
+        raise RuntimeError("out of something")
+
+    cases = [Case("a", lambda: 1), Case("b", culprit), Case("c", lambda: 1)]
+    limit_s = 1.0 if fault == "hangs" else 60.0
+    rows, failed = run_isolated(lambda: cases, 1, CPU, limit_s, method="fork")
+    assert list(failed) == ["b"]
+    if fault == "hangs":  # the limit of the whole group is reached
+        assert "time limit" in failed["b"] and not rows
+    else:
+        assert [row["name"] for row in rows] == ["a", "c"]
+        assert f"exit code {9 if fault == 'dies' else 1}" in failed["b"]
+
+
+def test_rounds_before_a_failure_are_kept():
+    runs = []
+
+    def fails_in_round_2() -> int:
+        runs.append(1)
+        return 1 if len(runs) < 3 else os._exit(1)
+
+    cases = [Case("a", lambda: 1), Case("b", fails_in_round_2)]
+    rows, failed = run_isolated(lambda: cases, 5, CPU, 60.0, method="fork")
+    assert [row["name"] for row in rows] == ["a", "b"] and list(failed) == ["b"]
 
 
 def test_the_loop_that_heatmaps_are_measured_against_makes_the_same_maps():
@@ -81,63 +112,35 @@ def test_the_loop_that_heatmaps_are_measured_against_makes_the_same_maps():
     batched = render(
         torch.from_numpy(joints)[None].float(), torch.ones(1, 16), 64, "princeton", 1.0
     )
-    np.testing.assert_allclose(princeton_path.render_by_loop(joints), batched[0].numpy(), atol=1e-6)
+    np.testing.assert_allclose(render_by_loop(joints), batched[0].numpy(), atol=1e-6)
 
 
-def test_people_are_as_large_as_in_mpii():
-    scale = made_people.make_people(4000, np.random.default_rng(0)).scale
-    assert np.percentile(scale, 50) == pytest.approx(3.45, abs=0.15)
-    assert scale.min() >= 1.43 and scale.max() <= 8.58
+@pytest.fixture(scope="module")
+def options(tmp_path_factory) -> Options:
+    folder = tmp_path_factory.mktemp("benchmark") / "data"
+    loader_suites.make_data(folder, PEOPLE)
+    sizes = {"people": PEOPLE, "workers": 0, "input_px": 64, "width": 16, "depth": 2}
+    return Options(device=CPU, folder=folder, **sizes)
 
 
-def test_what_works_ahead_is_stopped_before_the_next_turn():
-    calls = []
-    cases = [
-        Case(
-            name,
-            lambda name=name: calls.append(f"run {name}") or 1,
-            lambda name=name: calls.append(f"start {name}"),
-            lambda name=name: calls.append(f"stop {name}"),
-        )
-        for name in "ab"
-    ]
-    take_turns(cases, 1, torch.device("cpu"))
-    assert calls == ["start a", "run a", "stop a", "start b", "run b", "stop b"] * 2
+def test_people_are_as_large_as_mpiis_and_their_crops_are_smaller_files(options):
+    originals, crops = options.shards("original"), options.shards("crop")
+    scales = np.sort(originals.records()[:, 3])
+    expected = np.interp(100 * (np.arange(PEOPLE) + 0.5) / PEOPLE, *loader_suites.SCALE_PERCENTILES)
+    np.testing.assert_allclose(scales, expected, rtol=1e-6)
+    assert 300e3 < originals.manifest.shards[0].bytes / PEOPLE < 800e3  # MPII: about 500 kB
+    assert crops.manifest.shards[0].bytes < originals.manifest.shards[0].bytes / 3
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="read from /proc")
-def test_cpu_time_counts_work_and_not_waiting():
-    def work() -> int:
-        end = time.process_time() + 0.3
-        while time.process_time() < end:
-            pass
-        return 10
-
-    def wait() -> int:
-        time.sleep(0.3)
-        return 10
-
-    busy, idle = take_turns([Case("busy", work), Case("idle", wait)], 1, torch.device("cpu"))
-    assert 28 <= busy.cpu_ms <= 36 and idle.cpu_ms <= 4
-
-
-@pytest.fixture
-def few(tmp_path) -> tuple[ShardSet, ShardSet]:
-    """Six made people, as originals and as crops."""
-    originals = made_people.make_originals(tmp_path / "originals", 6)
-    return originals, made_people.make_crops(tmp_path / "crops", originals)
-
-
-def test_princetons_steps_make_what_the_preset_princeton_makes(few):
-    """Images and targets of the denominator against those of this project's own path."""
-    originals, _ = few
-    ours = CropDataset(originals, PRESETS["princeton"], 256, seed=0)
-    theirs = princeton_path.PrincetonPeople(originals, 256)
-    keys = [(sample, epoch) for sample in range(6) for epoch in range(2)]
+def test_princetons_loader_makes_what_the_preset_princeton_makes(options):
+    """Images and targets of the baseline against those of this project's own path."""
+    originals, preset = options.shards("original"), PRESETS["princeton"]
+    ours, theirs = CropDataset(originals, preset, 256, seed=0), PrincetonPeople(originals, 256)
+    keys = [(sample, epoch) for sample in range(PEOPLE) for epoch in range(2)]
     raw = collate([ours[key] for key in keys])
     assert 2 <= raw.draws_ND[:, 2].sum() <= 10  # some are mirrored and coloured, some are not
-    codec = make_codec("princeton", "princeton", 256)
-    batch = make_batch(raw, codec, torch.device("cpu"))
+    codec = Codec(preset=preset, rule="princeton", sigma=1.0, input_px=256, skeleton=MPII)
+    batch = make_batch(raw, codec, CPU)
     differing = 0
     for row, key in enumerate(keys):
         image, heat = theirs[key]
@@ -147,155 +150,113 @@ def test_princetons_steps_make_what_the_preset_princeton_makes(few):
     assert differing <= 2
 
 
-def test_made_crops_are_a_third_in_bytes_and_the_same_people(few):
-    originals, crops = few
-    np.testing.assert_array_equal(originals.records()[:, :5], crops.records()[:, :5])
-    assert crops.manifest.shards[0].bytes < originals.manifest.shards[0].bytes / 3
+def test_princetons_step_minimises_the_loss_of_this_project():
+    torch.manual_seed(0)
+    network = StackedHourglass(2, 16, 16, 2, (8, 8, 8))
+    images, heat = torch.rand(2, 64, 64, 3), torch.rand(2, 16, 16, 16)
+    expected = stack_losses(network(images.permute(0, 3, 1, 2)), heat, torch.ones(2, 16), "empty")
+    before = [p.detach().clone() for p in network.parameters()]
+    found = princeton_step(network, torch.optim.Adam(network.parameters()), images, heat)
+    assert found == pytest.approx(expected.mean().item(), rel=1e-6)
+    assert all(not torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
 
 
-def test_many_people_are_the_first_shards_renumbered(tmp_path, monkeypatch):
-    monkeypatch.setattr(made_people, "PER_SHARD", 3)
-    many = made_people.make_many(tmp_path / "many", 8)
-    assert len(many) == 9 and len(many.records()) == 9
-    assert many.records()[:, 0].tolist() == list(range(9))
-    assert many.jpeg(0) == many.jpeg(3) and many.facts(7)["row"] == 7
-    assert len(made_people.first_shards(many, tmp_path / "some", 5)) == 6
+@pytest.mark.parametrize(
+    ("stacks", "gigaflop"), [(2, 49.7), pytest.param(8, 164.3, marks=pytest.mark.slow)]
+)
+def test_the_floating_point_operations_of_a_person_are_those_of_the_documentation(
+    stacks, gigaflop, tmp_path
+):
+    counted = step_suites.flop_of_a_person(stacks, Options(device=CPU, folder=tmp_path))
+    assert counted / 1e9 == pytest.approx(gigaflop, rel=0.005)
 
 
-def test_starting_up_reports_seconds_and_memory_of_the_loader(few):
-    _, crops = few
-    load = loading.Load(4, 2, 1, 64, torch.device("cpu"))
-    facts = loading.start_up(crops.folder, load, multiprocessing.get_start_method())
-    assert facts["people"] == 6 and 0 < facts["start_up_s"] < 60
-    assert facts["peak_mib"] > 50 or sys.platform != "linux"
+@pytest.mark.gpu
+def test_every_variant_of_the_step_runs_on_a_gpu(tmp_path):
+    device = torch.device("cuda", 0)
+    options = Options(device=device, folder=tmp_path, input_px=128, width=64, depth=2)
+    rows, failed = run_isolated(partial(step_suites.step_group, options, 1, 4), 1, device, 300)
+    assert len(rows) == len(step_suites.variants_of(device)) and not failed
+    assert all(row["peak_mb"] > 0 for row in rows)
 
 
-def entry(name: str, ratio: float, spread: float = 0.1) -> dict:
+@pytest.mark.parametrize("slower", [1.0, 4.0])
+def test_time_to_the_same_pck_is_interpolated_up_to_what_both_reach(slower):
+    ours = {"seconds": [10.0, 20.0, 30.0], "pck": [20.0, 60.0, 80.0]}
+    theirs = {"seconds": [10.0 * slower, 20.0 * slower], "pck": [30.0, 50.0]}
+    found = accuracy_suite.time_to_same_pck({"ours": ours, "theirs": theirs})
+    assert found["pck"] == 50.0  # ours is there after 10 + 30 / 40 x 10 s
+    assert found["seconds"] == {"ours": 17.5, "theirs": 20.0 * slower}
+
+
+def row(name: str, ratio: float, spread: float = 0.1) -> dict:
     return {"name": name, "median": 10 * ratio, "low": 9 * ratio, "high": 11 * ratio,
             "ratio": ratio, "ratio_low": ratio - spread, "ratio_high": ratio + spread}  # fmt: skip
 
 
-def report_of(*entries: dict, processor: str = "P") -> dict:
+def report_of(*rows: dict, processor: str = "P") -> dict:
     world = {"device": "cpu", "processor": processor, "cores": 2}
-    return {"world": world, "options": {}, "loader": [entry("base", 1, 0), *entries]}
+    return {"world": world, "options": {}, "heatmaps": [row("base", 1, 0), *rows]}
 
 
-def test_what_moved_is_told_from_noise_by_the_spread():
-    old = report_of(entry("a", 2.0), entry("b", 2.0), entry("c", 2.0), entry("d", 1.0))
-    new = report_of(entry("a", 2.15), entry("b", 2.5), entry("c", 1.5), entry("e", 3.0))
-    lines = {line.split()[0]: line for line in comparing.compare(old, new).splitlines()}
+def test_a_change_is_told_from_noise_by_the_range():
+    old = report_of(row("a", 2.0), row("b", 2.0), row("c", 2.0), row("d", 1.0))
+    new = report_of(row("a", 2.15), row("b", 2.5), row("c", 1.5), row("e", 3.0))
+    lines = {line.split()[-1]: line for line in throughput.compare(old, new).splitlines()}
     assert "unchanged  2.00 -> 2.15 x" in lines["a"]
     assert "faster     2.00 -> 2.50 x" in lines["b"]
     assert "SLOWER     2.00 -> 1.50 x" in lines["c"]
     assert "gone" in lines["d"] and "new        3.00 x" in lines["e"]
+    assert "another machine: cpu, Q, 2" in throughput.compare(report_of(processor="Q"), new)
+    old["heatmaps"][0]["name"] = "other"
+    assert "divides by `other`" in throughput.compare(old, new)
 
 
-def test_another_machine_or_another_base_is_said():
-    new = report_of(entry("a", 2.0))
-    assert "another machine: cpu, Q, 2" in comparing.compare(report_of(processor="Q"), new)
-    old = report_of()
-    old["loader"][0]["name"] = "other"
-    assert "divides by `other`; not compared" in comparing.compare(old, new)
+def test_the_stored_results_can_be_compared_with():
+    old = throughput.read_report(
+        Path(__file__).parents[1] / "benchmarks/results/amd-epyc-2-cores.json"
+    )
+    names = throughput.groups_of(old)
+    assert {"loader, batch 16", "training, batch 2", "heatmaps"} <= names.keys()
+    assert "unchanged" in throughput.compare(old, old)
 
 
-def test_a_file_that_is_no_report_is_refused(tmp_path):
-    (tmp_path / "x.json").write_text("[]")
-    with pytest.raises(InputError, match="--json wrote"):
-        comparing.read_report(tmp_path / "x.json")
-    with pytest.raises(InputError):
-        comparing.read_report(tmp_path / "none.json")
-
-
-def test_the_chart_is_a_picture_or_says_what_to_install(tmp_path):
-    report = report_of(entry("a", 2.0))
-    if importlib.util.find_spec("matplotlib") is None:
-        with pytest.raises(InputError, match="pip install matplotlib"):
-            comparing.draw_chart(report, tmp_path / "c.png")
-        return
-    comparing.draw_chart(report, tmp_path / "c.png")
+def test_a_quick_run_writes_json_and_a_chart_and_what_the_budget_left_out(tmp_path, capsys):
+    words = f"{TINY} --suites heatmaps pixels --json {tmp_path}/r.json --chart {tmp_path}/c.png"
+    assert throughput.main(words.split()) == 0
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report == json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert len(report["heatmaps"]) == 3 and report["world"]["torch"] == torch.__version__
+    for gaps in report["pixels"].values():
+        assert gaps["mean"] < 0.5 and gaps["p99.9"] <= 6
     assert cv2.imread(str(tmp_path / "c.png")).std() > 10
+    assert throughput.main(f"{TINY} --suites heatmaps --budget 0".split()) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["not_measured"] == ["heatmaps"]
 
 
-def test_psnr_of_a_constant_difference():
-    black, grey = np.zeros((4, 4, 3), np.uint8), np.full((4, 4, 3), 16, np.uint8)
-    # 10 log10(255^2 / 16^2) = 20 log10(15.9375)
-    assert packing.psnr([black], [grey]) == pytest.approx(24.0484, abs=1e-3)
-    assert packing.psnr([black], [black]) == float("inf")
-
-
-def test_the_area_reference_is_the_mean_of_blocks(few):
-    """A box of 640 px about whole pixels, unturned: an input pixel is a block of 10 x 10."""
-    image = np.random.default_rng(0).integers(0, 256, (720, 1280, 3), dtype=np.uint8)
-    _, png = cv2.imencode(".png", image)
-    record = np.zeros(13 + 64)
-    record[1:4], record[7:13] = (639.5, 359.5, 3.2), (1, 0, 0, 0, 1, 0)
-    packed = packing.Packed([png.tobytes()], [record])
-    options = argparse.Namespace(reach="none", input_px=64)
-    (area,) = packing.area_inputs(packed, options)
-    blocks = image[40:680, 320:960, ::-1].reshape(64, 10, 64, 10, 3).mean(axis=(1, 3))
-    # Interpolation of the finest pixels mixes a quarter of a neighbour in at the blocks' edges.
-    assert np.abs(area - blocks).mean() < 1
-    assert np.abs(packing.make_inputs(packed, options)[0] - blocks).mean() > 20  # it aliases
+@pytest.mark.parametrize(
+    "words", ["--suites accuracy", "--suites loader --people 1", "--suites step --chart x.gif"]
+)
+def test_what_cannot_be_measured_or_written_is_refused(words):
+    with pytest.raises(InputError):
+        throughput.main(["--device", "cpu", *words.split()])
 
 
 @pytest.mark.slow
-def test_packings_are_compared_on_real_pictures(shared, capsys, monkeypatch):
-    data = shared / "data" / "mpii_sample"
-    words = ["packing.py", "--annotations", data / "annot" / "valid.h5",
-             "--images", data / "images", "--person-px", 144, 288]  # fmt: skip
-    monkeypatch.setattr(sys, "argv", [str(word) for word in words])
-    packing.main()
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    found = {row[0] if row[0] == "original" else row[1]: row for row in rows if len(row) > 6}
-    kilobytes = [float(found[name][-6]) for name in ("144", "288", "original")]
-    assert kilobytes == sorted(kilobytes)
-    to_area = {name: float(found[name][-2]) for name in ("144", "288", "original")}
-    assert to_area["288"] > to_area["original"] > to_area["144"]
-
-
-@pytest.mark.slow
-def test_the_benchmark_prints_tables_and_one_json_line(tmp_path):
-    suites = [suite for suite in throughput.SUITES if suite != "scaling"]  # it makes 25,000 people
-    done = subprocess.run(
-        [sys.executable, "benchmarks/throughput.py", "--rounds", "1", "--people", "4",
-         "--batch-size", "2", "--workers", "1", "--input-px", "128", "--device", "cpu",
-         "--json", str(tmp_path / "r.json"), "--suites", *suites],
-        cwd=ROOT, capture_output=True, text=True, timeout=500, check=True,
-        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
-    )  # fmt: skip
-    result = json.loads(done.stdout.splitlines()[-1])
-    assert result == json.loads((tmp_path / "r.json").read_text())
-    assert {"world", *suites} <= result.keys()
-    assert result["world"]["torch"] == torch.__version__
-    assert all(case["median"] > 0 for suite in suites for case in result[suite])
-    assert "not measured" in done.stdout
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    return made_people.make_originals(tmp_path_factory.mktemp("made") / "originals", 6)
-
-
-def test_decoding_by_a_loop_gives_the_joints_of_the_batched_routine(made):
-    heat = torch.rand(6, 16, 64, 64)
-    heat[0, 0] = -heat[0, 0]  # nothing positive
-    fields = unpack_records(made.records().astype(np.float64))
-    joints, _ = decode(heat, "princeton")
-    center, scale = fields.center_N2, fields.scale_N
-    batched = princeton.image_joints(joints.double().numpy(), center, scale, 256, 64)
-    for row in range(6):
-        alone = evaluation.decode_by_loop(heat[row], center[row], float(scale[row]))
-        np.testing.assert_allclose(alone, batched[row], atol=1)  # a truncation may flip
-        assert (alone == batched[row]).mean() > 0.95
-
-
-def test_evaluating_one_by_one_gives_the_joints_of_the_batched_way(made):
-    torch.manual_seed(0)
-    network, cpu = StackedHourglass(1, 16, 16).eval(), torch.device("cpu")
-    alone = [evaluation.predict_by_one(network, made, sample, cpu) for sample in range(6)]
-    together = predict_distributed(
-        network, made, np.arange(6), evaluation.princeton_codec(made),
-        DistributedContext(0, 1, cpu, torch.float32), batch_size=3, workers=0, flip=True,
-    )  # fmt: skip
-    # An untrained network's maps are nearly flat, so that a hair's breadth can move a maximum.
-    assert (np.abs(np.stack(alone) - together.keypoints_NJ2).max(axis=-1) <= 1).mean() > 0.9
+def test_every_suite_runs_on_a_cpu(tiny_set, tmp_path, monkeypatch):
+    monkeypatch.setattr(throughput, "SIZES", (10,))
+    words = f"{TINY} --suites {' '.join(throughput.SUITES)} --data {tiny_set} --people-to-train 16"
+    assert throughput.main([*words.split(), "--json", str(tmp_path / "r.json")]) == 0
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert not report["failed"] and not report["not_measured"]
+    expected = {"loader, batch 2": 11, "step, 1 stacks, batch 2": 3, "training, batch 2": 5}
+    assert {name: len(report[name]) for name in expected} == expected
+    assert all(case["median"] > 0 for name in expected for case in report[name])
+    assert report["scaling, 10 people"]["memory_mib"] > 50
+    sizes = [facts["kilobytes"] for facts in report["packing"].values()]
+    assert len(sizes) == 5
+    curves = [found for name, found in report.items() if name.startswith("accuracy, ")]
+    assert [len(curve["pck"]) for curve in curves] == [8, 8]
+    assert set(report["time_to_same_pck"]["seconds"]) == {
+        "accuracy, ours, seed 0", "accuracy, princeton-vl's way, seed 0"
+    }  # fmt: skip

@@ -1,8 +1,9 @@
-"""A person's way through princeton-vl/pytorch_stacked_hourglass, re-created as a denominator.
+"""What princeton-vl/pytorch_stacked_hourglass does with a person, re-created to compare with.
 
-Written from a description of its steps, not from its text: decode; cut with whole corners into a
-float64 canvas and resize; warp a second time; mirror, and then jitter the colours in numpy; move
-joints and paste a 9 x 9 Gaussian for each in Python loops; collate by torch.
+Written from a description of its steps, not from its text. Loading: decode; cut with whole corners
+into a float64 canvas and resize; warp a second time; mirror and jitter the colours in numpy; move
+joints and paste a 9 x 9 Gaussian for each in Python loops; collate by torch. Training: float32
+(TF32 on a GPU), Adam, the loss read in each step.
 """
 
 from collections.abc import Iterator
@@ -10,11 +11,14 @@ from collections.abc import Iterator
 import cv2
 import numpy as np
 import torch
+from torch import nn
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
 from configs.skeleton import MPII, PIXELS_PER_SCALE
 from pipelines import princeton
 from pipelines.augment import PRESETS, Draw, draw, draw_rng
+from pipelines.codec import Codec
 from pipelines.geometry import STRIDE
 from pipelines.opencv_loader import EndlessSampler
 from pipelines.shard_format import unpack_records
@@ -117,3 +121,23 @@ def princeton_batches(
 
 def _one_thread(worker: int) -> None:
     cv2.setNumThreads(0)
+
+
+def princeton_step(
+    network: nn.Module, optimizer: Optimizer, images_NHW3: torch.Tensor, heat_NJHW: torch.Tensor
+) -> float:
+    """Its training step: a loss a stack, their mean, and the loss read for its log."""
+    heat_NSJHW = network(images_NHW3.permute(0, 3, 1, 2))
+    losses = [(heat - heat_NJHW).square().mean() for heat in heat_NSJHW.unbind(dim=1)]
+    loss = torch.stack(losses).mean()
+    value = loss.item()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return value
+
+
+def princeton_codec(input_px: int) -> Codec:
+    """Its crop, heatmaps and decoding."""
+    preset = PRESETS["princeton"]
+    return Codec(preset=preset, rule="princeton", sigma=1.0, input_px=input_px, skeleton=MPII)

@@ -1,0 +1,287 @@
+"""Suites of the data path: loaders, size of the data set, pixels of DALI, and packings."""
+
+import dataclasses
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+
+from benchmarks.princeton_baseline import PREFETCH, princeton_batches
+from benchmarks.timing import Case, memory_mib
+from common.system import keep_freed_memory, usable_cores
+from configs.skeleton import MPII
+from pipelines import synthetic
+from pipelines.augment import PRESETS, Draw, Preset, draw, draw_rng
+from pipelines.codec import Codec
+from pipelines.crop_packing import crop_rule
+from pipelines.loader import (
+    Batch,
+    LoaderName,
+    LoaderSpec,
+    dali_is_installed,
+    make_batch,
+    train_loader,
+)
+from pipelines.opencv_loader import RawBatch, crop_person, decode
+from pipelines.packing import PackingOptions, pack
+from pipelines.shard_format import unpack_records
+from pipelines.shards import ShardSet
+
+PICTURES, SIZE_WH = 32, (1280, 720)
+"""Drawn; more people share them."""
+SCALE_PERCENTILES = ((5, 25, 50, 75, 95), (1.43, 2.38, 3.45, 5.06, 8.58))
+"""Of the scales in MPII's h5 files."""
+SIZES = (1_000, 5_000, 25_204)
+"""People of the scaling suite; the last is MPII, training and validation."""
+SCALING_BATCH, START_UPS = 16, 3
+PERSON_PX = (192, 256, 288, 384)
+HRNET, PRINCETON = PRESETS["hrnet"], PRESETS["princeton"]
+ONE_WARP = PRINCETON._replace(princeton_crop=False)
+TIMED = {"princeton preset": PRINCETON, "its draws, one warp": ONE_WARP, "hrnet": HRNET}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What is measured, and how large."""
+
+    device: torch.device
+    folder: Path
+    """Of the shards: made people in "original" and "crop", real ones in "real"."""
+    data: Path | None = None
+    people: int = 320
+    """Made people, and people a turn."""
+    workers: int = 2
+    input_px: int = 256
+    width: int = 256
+    depth: int = 4
+    people_to_train: int = 40_000
+
+    def shards(self, packing: str) -> ShardSet:
+        """The made people."""
+        return ShardSet(self.folder / packing / "train")
+
+
+def make_data(folder: Path, people: int) -> None:
+    """Pack people in 1280 x 720 pictures both ways."""
+    draw_people(folder, people, SIZE_WH)
+    pack_people(folder, folder / "original", ("train",), None)
+    pack_people(folder, folder / "crop", ("train",), 288)
+
+
+def draw_people(folder: Path, people: int, size_wh: tuple[int, int]) -> None:
+    """Draw annot/train.h5 and images/*.jpg; at 1280 x 720 px people are as large as MPII's."""
+    rng, rows = np.random.default_rng(0), list[synthetic.Person]()
+    (folder / "images").mkdir(parents=True)
+    (folder / "annot").mkdir()
+    scales = np.interp(100 * (np.arange(people) + 0.5) / people, *SCALE_PERCENTILES)
+    for row, scale in enumerate((scales * size_wh[0] / SIZE_WH[0]).tolist()):
+        if row < PICTURES:
+            image, (person,) = synthetic.draw_scene(rng, 1, size_wh)
+            # Sensor noise, for JPEGs of 500 kB as MPII's.
+            image = (image + rng.normal(0, 9, image.shape)).clip(0, 255).astype(np.uint8)
+            name = f"{row:09d}.jpg"
+            cv2.imwrite(str(folder / "images" / name), image, [cv2.IMWRITE_JPEG_QUALITY, 95])
+            person |= {"imgname": name.encode(), "index": float(row)}
+        else:
+            person = rows[row % PICTURES]
+        rows.append(resized(person, scale) | {"person": float(row)})
+    synthetic.write_annotations(folder / "annot" / "train.h5", rows)
+
+
+def resized(person: synthetic.Person, scale: float) -> synthetic.Person:
+    """The person of another scale at the same place."""
+    ratio, center, part = scale / person["scale"], person["center"], person["part"]
+    moved = np.where(part.any(1, keepdims=True), center + ratio * (part - center), 0.0)
+    return person | {"scale": scale, "normalize": ratio * person["normalize"], "part": moved}
+
+
+def pack_people(source: Path, output: Path, splits: tuple[str, ...], person_px: int | None) -> None:
+    """Pack annot/ and images/ of a folder, as crops if there is a size of a stored person."""
+    options = PackingOptions(
+        annotations=source / "annot", images=source / "images", output=output, splits=splits
+    )
+    if person_px:
+        crop = crop_rule("hrnet", person_px, 95)
+        options = dataclasses.replace(options, packing="crop", crop=crop)
+    pack(options)
+
+
+def act_as_training(options: Options) -> None:
+    """Memory and threads of this process as while training: a core for each worker."""
+    keep_freed_memory()
+    torch.set_num_threads(max(1, usable_cores() - options.workers))
+
+
+def loader_group(options: Options, batch_size: int) -> list[Case]:
+    """Augmented batches with heatmaps on the device; the first case is princeton-vl's loader."""
+    act_as_training(options)
+    start: Callable[[], Callable[[], object]] = partial(start_princeton, options, batch_size)
+    starts = {"princeton-vl's steps, re-created": start}
+    loaders: list[LoaderName] = ["opencv", "dali"] if dali_is_installed() else ["opencv"]
+    for loader, (name, preset), packing in product(loaders, TIMED.items(), ("original", "crop")):
+        if not (preset.princeton_crop and packing == "crop"):
+            start = partial(
+                start_loader, options.shards(packing), preset, loader, options, batch_size
+            )
+            where = "opencv" if loader == "opencv" else f"dali on {options.device.type}"
+            starts[f"{where}, {packing}s, {name}"] = start
+    steps = max(1, options.people // batch_size)
+    return [stream_case(*named, steps, batch_size, options.workers) for named in starts.items()]
+
+
+def start_princeton(options: Options, batch_size: int) -> Callable[[], list[torch.Tensor]]:
+    """Everything in the workers, then images and heatmaps to the device."""
+    shards = options.shards("original")
+    batches = princeton_batches(shards, options.input_px, batch_size, options.workers)
+    return lambda: [tensor.to(options.device, non_blocking=True) for tensor in next(batches)]
+
+
+def start_loader(
+    shards: ShardSet, preset: Preset, loader: LoaderName, options: Options, batch_size: int
+) -> Callable[[], Batch]:
+    """A loader of this project; returns a function that makes its next batch on the device."""
+    spec = LoaderSpec(
+        loader=loader,
+        device=options.device,
+        preset=preset,
+        input_px=options.input_px,
+        batch_size=batch_size,
+        workers=options.workers,
+    )
+    batches = train_loader(shards, spec)
+    codec = Codec(preset=preset, rule="exact", sigma=1.0, input_px=options.input_px, skeleton=MPII)
+    return lambda: make_batch(batches.next(), codec, options.device)
+
+
+def stream_case(
+    name: str, start: Callable[[], Callable[[], object]], steps: int, batch_size: int, workers: int
+) -> Case:
+    """Steps of something that works ahead. start: starts it, and returns what makes one step.
+
+    It is started before each turn and stopped after it; what it made ahead is used up before.
+    """
+    running: list[Callable[[], object]] = []
+
+    def prepare() -> None:
+        running.append(start())
+        for _ in range(PREFETCH * max(workers, 1) + 1):
+            running[0]()
+
+    def run() -> int:
+        for _ in range(steps):
+            running[0]()
+        return steps * batch_size
+
+    def finish() -> None:
+        running.clear()
+        gc.collect()  # or its processes would end later, in the turn of another case
+
+    return Case(name, run, prepare, finish)
+
+
+def scaling_group(options: Options, people: int) -> dict[str, Any]:
+    """Seconds from opening the shards to the first batch, people/s, and memory with workers.
+
+    The pictures are small, so that 25,204 people need 0.3 GB.
+    """
+    act_as_training(options)
+    source, start_up_s, rates = options.folder / f"many-{people}", list[float](), list[float]()
+    draw_people(source, people, (320, 180))
+    pack_people(source, source / "original", ("train",), None)
+    for _ in range(START_UPS):
+        began = time.perf_counter()
+        shards = ShardSet(source / "original" / "train")
+        shards.records()
+        next_batch = start_loader(shards, ONE_WARP, "opencv", options, SCALING_BATCH)
+        next_batch()
+        start_up_s.append(time.perf_counter() - began)
+        steps, began = max(1, options.people // SCALING_BATCH), time.perf_counter()
+        for _ in range(steps):
+            next_batch()
+        rates.append(steps * SCALING_BATCH / (time.perf_counter() - began))
+    # The shortest start-up: other work only lengthens it.
+    rate, memory = statistics.median(rates), memory_mib()
+    return {"start_up_s": min(start_up_s), "people_per_s": rate, "memory_mib": memory}
+
+
+def pixels_group(options: Options) -> dict[str, Any]:
+    """Grey levels between DALI's crops and OpenCV's of the same draws, by packing and decoder."""
+    loads = (0.0, 1.0) if options.device.type == "cuda" else (0.0,)
+    return {
+        f"{packing}, hw_decoder_load {load}": pixel_differences(options, packing, load)
+        for packing in ("original", "crop")
+        for load in loads
+    }
+
+
+def pixel_differences(options: Options, packing: str, hw_decoder_load: float) -> dict[str, float]:
+    """Mean, 99.9th percentile and largest difference of one batch."""
+    from pipelines.dali_loader import DaliLoader
+
+    shards = options.shards(packing)
+    loader = DaliLoader(
+        shards,
+        HRNET,
+        input_px=options.input_px,
+        batch_size=min(64, len(shards)),
+        device=options.device,
+        hw_decoder_load=hw_decoder_load,
+    )
+    raw = RawBatch(*(tensor.cpu() for tensor in loader.next()))
+    sample_of_row = {int(record[0]): sample for sample, record in enumerate(shards.records())}
+    differences = []
+    for record, draws, image in zip(raw.records_NR, raw.draws_ND, raw.images_NHW3, strict=True):
+        sample, drawn = sample_of_row[int(record[0])], Draw(*draws.tolist())
+        expected = input_image(shards, sample, drawn, options.input_px)
+        differences.append(np.abs(expected.astype(int) - image.numpy()))
+    levels = np.stack(differences)
+    percentile = float(np.percentile(levels, 99.9))
+    return {"mean": float(levels.mean()), "p99.9": percentile, "largest": float(levels.max())}
+
+
+def input_image(shards: ShardSet, sample: int, drawn: Draw, input_px: int) -> np.ndarray:
+    """(input_px, input_px, 3) uint8: an input as the OpenCV path makes it."""
+    image = decode(shards.jpeg(sample), shards.where(sample))
+    record = unpack_records(shards.record(sample)[None])
+    return crop_person(image, record, drawn, HRNET, input_px)[0]
+
+
+def packing_group(options: Options) -> dict[str, Any]:
+    """By size of a stored person: bytes, speed, and PSNR of the inputs to those from originals."""
+    source, split = (options.data, "valid") if options.data else (options.folder, "train")
+    facts, originals = {}, dict[int, np.ndarray]()
+    for person_px in (None, *PERSON_PX):
+        name = f"crop, {person_px} px" if person_px else "original"
+        output, began = options.folder / f"packing-{name}", time.process_time()
+        pack_people(source, output, (split,), person_px)
+        packing_s, began = time.process_time() - began, time.process_time()
+        shards = ShardSet(output / split)
+        count = min(len(shards), options.people)
+        inputs = {}
+        for sample in range(count):
+            row = int(shards.record(sample)[0])
+            drawn = draw(HRNET, draw_rng(0, 0, row))
+            inputs[row] = input_image(shards, sample, drawn, options.input_px)
+        originals = originals or inputs
+        facts[name] = {
+            "kilobytes": sum(len(shards.jpeg(sample)) for sample in range(count)) / count / 1e3,
+            "packed_per_s": len(shards) / packing_s,
+            "decode_and_warp_ms": 1e3 * (time.process_time() - began) / count,
+            "psnr_db": psnr(inputs, originals),
+        }
+    return facts
+
+
+def psnr(inputs: dict[int, np.ndarray], references: dict[int, np.ndarray]) -> float | None:
+    """Peak signal to noise ratio over all pixels, dB; None where they are equal."""
+    errors = [np.square(inputs[row].astype(float) - references[row]).mean() for row in inputs]
+    return 10 * math.log10(255**2 / float(np.mean(errors))) if any(errors) else None

@@ -1,0 +1,206 @@
+"""Suites of what computes: heatmaps, the training step, whole steps with loaders, evaluation."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.loader_suites import HRNET, Options, act_as_training, start_loader, stream_case
+from benchmarks.princeton_baseline import princeton_step, render_by_loop
+from benchmarks.timing import Case
+from common.distributed import DistributedContext, choose_dtype
+from configs.skeleton import MPII
+from evaluation.inference import predict_distributed
+from model.hourglass import StackedHourglass
+from model.loss import stack_losses
+from pipelines import heatmaps
+from pipelines.codec import Codec
+from pipelines.geometry import STRIDE
+from pipelines.loader import LoaderName, dali_is_installed
+
+LEAST_GPU_STEPS = 150
+"""Of a turn with a loader: fewer would measure the queue that the loader has filled before."""
+
+
+def heatmaps_group(options: Options, batch_size: int) -> list[Case]:
+    """Targets of a batch: a loop over joints in numpy, and the batched routine."""
+    heat_px, device = options.input_px // STRIDE, options.device
+    joints = np.random.default_rng(0).uniform(-5, heat_px + 5, (batch_size, MPII.joint_count, 2))
+    on_device = torch.from_numpy(joints).float().to(device)
+    drawn = torch.ones(joints.shape[:2], dtype=torch.bool, device=device)
+    repeats = 20 if device.type == "cpu" else 500
+
+    def loop() -> int:
+        for person in joints:
+            render_by_loop(person, heat_px)
+        return batch_size
+
+    def batched(rule: heatmaps.Rule) -> int:
+        for _ in range(repeats):
+            heatmaps.render(on_device, drawn, heat_px, rule, 1.0)
+        return repeats * batch_size
+
+    return [
+        Case("numpy, a loop over joints (princeton)", loop),
+        Case(f"torch on {device.type}, princeton", partial(batched, "princeton")),
+        Case(f"torch on {device.type}, exact", partial(batched, "exact")),
+    ]
+
+
+class Variant(NamedTuple):
+    """One way to do the same training step; images are channels-last in each, as princeton-vl's."""
+
+    name: str
+    dtype: torch.dtype
+    is_princeton: bool = False
+    checkpointed: bool = False
+    compiled: bool = False
+
+
+def variants_of(device: torch.device) -> list[Variant]:
+    """The first is what the others are divided by. Compiled on a GPU only: it takes minutes."""
+    dtype = choose_dtype("auto", device)
+    ours = Variant(f"ours: {str(dtype).removeprefix('torch.')}, fused Adam", dtype)
+    variants = [
+        Variant("princeton-vl's: float32 (TF32), Adam", torch.float32, is_princeton=True),
+        ours,
+        ours._replace(name=f"{ours.name}, activations twice", checkpointed=True),
+    ]
+    if device.type == "cuda":
+        variants.append(ours._replace(name=f"{ours.name}, compiled", compiled=True))
+    return variants
+
+
+class TrainingStep:
+    """Forward, loss, backward and optimizer."""
+
+    def __init__(self, variant: Variant, stacks: int, options: Options):
+        """Build the network; it is compiled in the first step."""
+        self.variant, self.device = variant, options.device
+        self.network = build_network(stacks, options, variant.checkpointed).to(options.device)
+        if not variant.is_princeton:
+            self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if variant.compiled:
+            self.network.compile()
+        fused = None if variant.is_princeton else True
+        self.optimizer = torch.optim.Adam(self.network.parameters(), 1e-3, fused=fused)
+
+    def __call__(self, images_N3HW: Tensor, heat_NJHW: Tensor, drawn_NJ: Tensor) -> None:
+        """One step."""
+        # As each train.py sets it: cuDNN times its algorithms for princeton-vl.
+        torch.backends.cudnn.benchmark = self.variant.is_princeton
+        if self.variant.is_princeton:
+            images_NHW3 = images_N3HW.permute(0, 2, 3, 1)
+            princeton_step(self.network, self.optimizer, images_NHW3, heat_NJHW)
+            return
+        dtype = self.variant.dtype
+        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+            heat_NSJHW = self.network(images_N3HW)
+        stack_losses(heat_NSJHW, heat_NJHW, drawn_NJ, "empty").mean().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def build_network(stacks: int, options: Options, checkpointed: bool = False) -> StackedHourglass:
+    """Random weights."""
+    shape = (stacks, options.width, MPII.joint_count, options.depth)
+    return StackedHourglass(*shape, checkpoint_activations=checkpointed)
+
+
+def random_batch(people: int, options: Options) -> tuple[Tensor, Tensor, Tensor]:
+    """Images, target heatmaps and drawn joints of noise."""
+    side, heat_px, device = options.input_px, options.input_px // STRIDE, options.device
+    images = torch.rand(people, side, side, 3, device=device).permute(0, 3, 1, 2)
+    heat = torch.rand(people, MPII.joint_count, heat_px, heat_px, device=device)
+    return images, heat, torch.ones(people, MPII.joint_count, dtype=torch.bool, device=device)
+
+
+def step_group(options: Options, stacks: int, batch_size: int) -> list[Case]:
+    """Variants of the step on a batch that is ready."""
+    act_as_training(options)
+    tflop = flop_of_a_person(stacks, options) / 1e12
+    repeats = 10 if options.device.type == "cuda" else 1
+
+    def case(variant: Variant) -> Case:
+        @functools.cache
+        def built() -> tuple[TrainingStep, tuple[Tensor, Tensor, Tensor]]:
+            return TrainingStep(variant, stacks, options), random_batch(batch_size, options)
+
+        def run() -> int:
+            step, batch = built()
+            for _ in range(repeats):
+                step(*batch)
+            return repeats * batch_size
+
+        return Case(variant.name, run, built, tflop=tflop)
+
+    return [case(variant) for variant in variants_of(options.device)]
+
+
+def flop_of_a_person(stacks: int, options: Options) -> int:
+    """FLOP of convolutions, forward and backward, counted by torch without memory for tensors."""
+    network, side = build_network(stacks, options).to("meta"), options.input_px
+    with FlopCounterMode(display=False) as counter:
+        network(torch.empty(1, 3, side, side, device="meta")).sum().backward()
+    return counter.get_total_flops()
+
+
+def training_group(options: Options, batch_size: int) -> list[Case]:
+    """Steps of 2 stacks with each loader; 1 - ratio is the share of the time lost to data."""
+    act_as_training(options)
+    on_gpu, dali = options.device.type == "cuda", f"dali on {options.device.type}"
+    variant = Variant("ours", choose_dtype("auto", options.device))
+    step, ready = TrainingStep(variant, 2, options), random_batch(batch_size, options)
+    steps = max(LEAST_GPU_STEPS, options.people // batch_size) if on_gpu else 4
+
+    def start(packing: str, loader: LoaderName) -> Callable[[], None]:
+        shards = options.shards(packing)
+        next_batch = start_loader(shards, HRNET, loader, options, batch_size)
+
+        def one_step() -> None:
+            batch = next_batch()
+            step(batch.images_N3HW, batch.heat_NJHW, batch.drawn_NJ)
+
+        return one_step
+
+    starts: list[tuple[str, Callable[[], Callable[[], None]]]] = [
+        ("network alone", lambda: partial(step, *ready)),
+        ("opencv, originals", partial(start, "original", "opencv")),
+        ("opencv, crops", partial(start, "crop", "opencv")),
+    ]
+    if dali_is_installed():
+        starts.append((f"{dali}, originals", partial(start, "original", "dali")))
+        starts.append((f"{dali}, crops", partial(start, "crop", "dali")))
+    return [stream_case(*named, steps, batch_size, options.workers) for named in starts]
+
+
+def evaluation_group(options: Options) -> list[Case]:
+    """Evaluation of the made people with the flip test, one by one and in batches."""
+    device, shards = options.device, options.shards("crop")
+    if device.type == "cpu":
+        options = dataclasses.replace(options, width=min(options.width, 32))
+    network = build_network(2, options).to(device).eval()
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    codec = Codec(preset=HRNET, rule="exact", sigma=1.0, input_px=options.input_px, skeleton=MPII)
+    dist = DistributedContext(0, 1, device, choose_dtype("auto", device))
+    samples = np.arange(len(shards) if device.type == "cuda" else min(len(shards), 32))
+
+    def run(size: int, workers: int, loader: Literal["opencv", "dali"]) -> int:
+        how: dict[str, Any] = {"loader": loader, "batch_size": size, "workers": workers}
+        predict_distributed(network, shards, samples, codec, dist, flip=True, **how)
+        return len(samples)
+
+    cases = [
+        Case("opencv, one by one", partial(run, 1, 0, "opencv")),
+        Case("opencv, batches of 32", partial(run, 32, options.workers, "opencv")),
+    ]
+    if dali_is_installed():
+        case = Case("dali, batches of 32", partial(run, 32, max(1, options.workers), "dali"))
+        cases.append(case)
+    return cases
