@@ -24,7 +24,7 @@ from model.hourglass import StackedHourglass
 from pipelines.augment import PRESETS
 from pipelines.codec import Codec
 from pipelines.shards import ShardSet
-from training.trainer import Run
+from training.trainer import Trainer
 
 WAYS = ("princeton-vl's way", "ours")
 LR, STACKS, VALIDATIONS = 1e-3, 2, 8
@@ -54,9 +54,9 @@ def train_ours(options: Options, batch_size: int, seed: int) -> list[tuple[float
     config = schema.Config(data=data, model=model, optim=optim, train=train)
     dist = DistributedContext(0, 1, options.device, choose_dtype("auto", options.device))
     folder = options.folder / "runs" / f"batch{batch_size}-seed{seed}"
-    run = Run(config, dist, folder)
+    trainer = Trainer(config, dist, folder)
     seconds, last_step, curve = time.perf_counter() - began, 0, list[tuple[float, float]]()
-    run.train()
+    trainer.train()
     for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
         if line["kind"] == "train":  # its rate leaves out validations
             seconds += (line["step"] - last_step) * batch_size / line["people_per_s"]
