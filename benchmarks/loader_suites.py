@@ -69,6 +69,11 @@ class Options:
         """The made people."""
         return ShardSet(self.folder / packing / "train")
 
+    def loader_spec(self, loader: LoaderName, preset: Preset, batch_size: int) -> LoaderSpec:
+        """How a loader makes its batches."""
+        sizes = {"input_px": self.input_px, "batch_size": batch_size, "workers": self.workers}
+        return LoaderSpec(loader=loader, device=self.device, preset=preset, **sizes)
+
 
 def make_data(folder: Path, people: int) -> None:
     """Pack people in 1280 x 720 pictures both ways."""
@@ -149,15 +154,7 @@ def start_loader(
     shards: ShardSet, preset: Preset, loader: LoaderName, options: Options, batch_size: int
 ) -> Callable[[], Batch]:
     """A loader of this project; returns a function that makes its next batch on the device."""
-    spec = LoaderSpec(
-        loader=loader,
-        device=options.device,
-        preset=preset,
-        input_px=options.input_px,
-        batch_size=batch_size,
-        workers=options.workers,
-    )
-    batches = train_loader(shards, spec)
+    batches = train_loader(shards, options.loader_spec(loader, preset, batch_size))
     codec = Codec(preset=preset, rule="exact", sigma=1.0, input_px=options.input_px, skeleton=MPII)
     return lambda: make_batch(batches.next(), codec, options.device)
 
@@ -228,14 +225,8 @@ def pixel_differences(options: Options, packing: str, hw_decoder_load: float) ->
     from pipelines.dali_loader import DaliLoader
 
     shards = options.shards(packing)
-    loader = DaliLoader(
-        shards,
-        HRNET,
-        input_px=options.input_px,
-        batch_size=min(64, len(shards)),
-        device=options.device,
-        hw_decoder_load=hw_decoder_load,
-    )
+    spec = options.loader_spec("dali", HRNET, min(64, len(shards)))
+    loader = DaliLoader(shards, spec, hw_decoder_load=hw_decoder_load)
     raw = RawBatch(*(tensor.cpu() for tensor in loader.next()))
     sample_of_row = {int(record[0]): sample for sample, record in enumerate(shards.records())}
     differences = []
