@@ -1,6 +1,5 @@
 """Which JPEGs pass the check before packing, and why others are refused."""
 
-import io
 import struct
 from pathlib import Path
 
@@ -9,7 +8,6 @@ import numpy as np
 import pytest
 from conftest import noise_picture
 from helpers import exif, with_segment
-from PIL import Image
 
 from pipelines import jpeg as pictures
 from pipelines.jpeg import PictureError, check_jpeg
@@ -20,9 +18,7 @@ def jpeg(*options: int, size: tuple[int, int] = (160, 120), seed: int = 5) -> by
     return cv2.imencode(".jpg", image, list(options))[1].tobytes()
 
 
-BASELINE = ()
-PROGRESSIVE = (cv2.IMWRITE_JPEG_PROGRESSIVE, 1)
-RESTARTS = (cv2.IMWRITE_JPEG_RST_INTERVAL, 3)
+KINDS = [(), (cv2.IMWRITE_JPEG_PROGRESSIVE, 1), (cv2.IMWRITE_JPEG_RST_INTERVAL, 3)]
 
 
 def frame_at(data: bytes) -> int:
@@ -36,23 +32,17 @@ def reason_of(data: bytes) -> str:
     return caught.value.reason
 
 
-def cmyk() -> bytes:
-    stream = io.BytesIO()
-    Image.new("CMYK", (40, 30), (10, 90, 40, 3)).save(stream, "JPEG")
-    return stream.getvalue()
-
-
-@pytest.mark.parametrize("options", [BASELINE, PROGRESSIVE, RESTARTS])
+@pytest.mark.parametrize("options", KINDS)
 def test_whole_jpegs_of_every_usual_kind_pass(options: tuple[int, ...]) -> None:
     assert check_jpeg(jpeg(*options)) == (160, 120)
 
 
-@pytest.mark.parametrize("tail", [b"\0", bytes(700), b"\r\n", b"trailing", b"\xff\xff", jpeg()])
-def test_bytes_after_the_end_marker_are_let_be(tail: bytes) -> None:
+@pytest.mark.parametrize("tail", [b"\0", bytes(700), b"\xff\xff", jpeg()])
+def test_bytes_after_the_end_marker_are_ignored(tail: bytes) -> None:
     assert check_jpeg(jpeg() + tail) == (160, 120)
 
 
-@pytest.mark.parametrize("options", [BASELINE, PROGRESSIVE, RESTARTS])
+@pytest.mark.parametrize("options", KINDS)
 @pytest.mark.parametrize("tail", [b"", bytes(64)])
 def test_jpeg_cut_anywhere_is_refused(options: tuple[int, ...], tail: bytes) -> None:
     data = jpeg(*options)
@@ -73,7 +63,7 @@ def test_cut_jpeg_is_not_saved_by_the_end_of_its_thumbnail(part: float) -> None:
     assert reason_of(cut).startswith("truncated")
 
 
-@pytest.mark.parametrize("options", [BASELINE, PROGRESSIVE, RESTARTS])
+@pytest.mark.parametrize("options", KINDS)
 @pytest.mark.parametrize("part", [0.3, 0.6, 0.9])
 def test_overwritten_middle_is_refused(options: tuple[int, ...], part: float) -> None:
     data = bytearray(jpeg(*options))
@@ -82,9 +72,10 @@ def test_overwritten_middle_is_refused(options: tuple[int, ...], part: float) ->
     assert reason_of(bytes(data)).startswith("damaged")
 
 
-def test_scan_that_ends_early_is_refused() -> None:
+def test_scan_that_ends_early_is_refused_silently(capfd: pytest.CaptureFixture[str]) -> None:
     data = jpeg()
     assert "premature end" in reason_of(data[: len(data) // 2] + b"\xff\xd9")
+    assert capfd.readouterr().err == ""  # libjpeg's own warning
 
 
 def test_random_damage_ends_in_a_verdict() -> None:
@@ -101,32 +92,17 @@ def test_random_damage_ends_in_a_verdict() -> None:
 
 
 @pytest.mark.parametrize("order", ["<", ">"])
-@pytest.mark.parametrize("orientation", [2, 3, 6, 8])
-def test_exif_orientation_is_refused(order: str, orientation: int) -> None:
-    data = with_segment(jpeg(), exif(orientation, order))
-    # OpenCV sees the same tag: it turns the picture when it may.
-    if orientation in (6, 8):
-        assert cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR).shape[:2] == (160, 120)
-    assert reason_of(data) == f"EXIF orientation {orientation}"
+def test_exif_that_rotates_the_picture_is_refused(order: str) -> None:
+    for orientation in (2, 3, 6, 8):
+        data = with_segment(jpeg(), exif(orientation, order))
+        assert reason_of(data) == f"EXIF orientation {orientation}"
+    # OpenCV reads the same tag, and rotates the picture when it may.
+    assert cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR).shape[:2] == (160, 120)
+    for orientation in (0, 1, 9):
+        assert check_jpeg(with_segment(jpeg(), exif(orientation, order))) == (160, 120)
 
 
-@pytest.mark.parametrize("order", ["<", ">"])
-@pytest.mark.parametrize("orientation", [0, 1, 9])
-def test_exif_that_turns_nothing_passes(order: str, orientation: int) -> None:
-    assert check_jpeg(with_segment(jpeg(), exif(orientation, order))) == (160, 120)
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        b"",
-        b"Exif\0\0",
-        b"Exif\0\0II*\0",
-        b"Exif\0\0MM\0*\xff\xff\xff\xff",
-        b"Exif\0\0II*\0\x08\0\0\0\xff\xff",
-        b"http://ns.adobe.com/xap/1.0/\0",
-    ],
-)
+@pytest.mark.parametrize("body", [b"", b"Exif\0\0", b"Exif\0\0II*\0\x08\0\0\0\xff\xff"])
 def test_broken_exif_passes(body: bytes) -> None:
     segment = b"\xff\xe1" + struct.pack(">H", len(body) + 2) + body
     assert check_jpeg(with_segment(jpeg(), segment)) == (160, 120)
@@ -140,13 +116,6 @@ def test_huge_header_is_refused_before_decoding(monkeypatch: pytest.MonkeyPatch)
     assert reason_of(bytes(data)) == "header says 64000 x 65000, over 64,000,000 pixels"
 
 
-def test_header_of_no_pixels_is_refused() -> None:
-    data = bytearray(jpeg())
-    place = frame_at(bytes(data))
-    data[place + 1 : place + 3] = bytes(2)
-    assert reason_of(bytes(data)).startswith("damaged")
-
-
 def test_rare_kinds_of_jpeg_are_refused() -> None:
     data = jpeg()
     arithmetic = data.replace(b"\xff\xc0", b"\xff\xc9", 1)
@@ -154,12 +123,6 @@ def test_rare_kinds_of_jpeg_are_refused() -> None:
     deep = bytearray(data)
     deep[frame_at(data)] = 12
     assert reason_of(bytes(deep)) == "12 bits a channel"
-
-
-def test_check_says_nothing_on_stderr(capfd: pytest.CaptureFixture[str]) -> None:
-    data = jpeg()
-    reason_of(data[: len(data) // 2] + b"\xff\xd9")
-    assert capfd.readouterr().err == ""
 
 
 def test_real_photographs_pass(shared: Path) -> None:
