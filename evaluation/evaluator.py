@@ -5,10 +5,9 @@
 
 import json
 import shlex
-import sys
 from argparse import Namespace
-from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -16,7 +15,7 @@ import cv2
 import numpy as np
 import torch
 
-from common.cli import progress
+from common.cli import info, progress
 from common.distributed import DistributedContext, set_cpu_threads
 from common.errors import InputError
 from common.files import write_atomic
@@ -38,7 +37,6 @@ from model.checkpoint import BEST, LAST, Checkpoint, evaluation_network, load_ch
 from pipelines.annotations import People, read_annotations
 from pipelines.codec import Codec, codec_of
 from pipelines.heatmaps import Rule
-from pipelines.loader import RawBatch
 from pipelines.opencv_loader import LooseImages
 
 LoaderName = Literal["opencv", "dali"]
@@ -128,8 +126,11 @@ def evaluate_file(options: Namespace) -> Evaluation:
 
 
 def _read_people(options: Namespace) -> tuple[People, Skeleton]:
-    skeleton = load_skeleton(options.skeleton) if options.skeleton else None
-    return read_annotations(options.annotations, "valid", skeleton)
+    return read_annotations(options.annotations, "valid", _given_skeleton(options))
+
+
+def _given_skeleton(options: Namespace) -> Skeleton | None:
+    return load_skeleton(options.skeleton) if options.skeleton else None
 
 
 def evaluate_checkpoint(options: Namespace, dist: DistributedContext) -> Evaluation:
@@ -145,7 +146,7 @@ def evaluate_checkpoint(options: Namespace, dist: DistributedContext) -> Evaluat
     if dist.is_first and release:
         path = options.save_submission
         count = predictions.write_submission(path, release, people, first.keypoints_NJ2)
-        _info(f"wrote {path}: {count:,} people of the test set")
+        info(f"wrote {path}: {count:,} people of the test set")
     results = {
         f"{loader} crops" if len(found) > 1 else "network": pckh.summary(each, people, skeleton)
         for loader, (each, _) in found.items()
@@ -204,16 +205,14 @@ def make_job(options: Namespace) -> EvaluationJob:
 
 
 def _open_dataset(options: Namespace, config: Config, trained: Skeleton) -> EvaluationDataset:
-    if not options.annotations and not options.images:
+    annotations, images = options.annotations, options.images
+    if not annotations and not images:
         return open_shards_dataset(options.shards or Path(config.data.shards))
-    if not options.annotations or not options.images or options.shards:
-        given = [n for n in ("annotations", "images", "shards") if getattr(options, n)]
-        expected = "--annotations with --images, or --shards alone"
-        raise _wrong(" and ".join(f"--{name}" for name in given), expected)
+    if not annotations or not images or options.shards:
+        given = [f"--{n}" for n in ("annotations", "images", "shards") if getattr(options, n)]
+        raise _wrong(" and ".join(given), "--annotations with --images, or --shards alone")
     skeleton = trained if trained.has_names else None
-    if options.skeleton:
-        skeleton = load_skeleton(options.skeleton)
-    return open_pictures_dataset(options.annotations, options.images, skeleton)
+    return open_pictures_dataset(annotations, images, _given_skeleton(options) or skeleton)
 
 
 def differences(
@@ -249,27 +248,20 @@ def run_job(
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     people = job.dataset.people.count
     share = -(-people // dist.world_size)
-    rates: dict[int, float] = {}
     if batch_size is None:
         if dist.is_first and share > FEW:
-            _info("finding the fastest batch size ...")
+            info("finding the fastest batch size ...")
         batch_size, rates = choose_batch_size(
             network, job.codec, share, flip=job.flip, device=dist.device, dtype=dist.dtype
         )
+        if dist.is_first and rates:
+            tried = ", ".join(f"{size}: {rate:,.0f}" for size, rate in rates.items())
+            info(f"batches of {batch_size} are fastest (people/s by size: {tried})")
     size = min(batch_size, share)
-    if dist.is_first and rates:
-        tried = ", ".join(f"{each}: {rate:,.0f}" for each, rate in rates.items())
-        _info(f"batches of {size} are fastest (people/s by size: {tried})")
     if dist.is_first:
-        _info(f"predicting {people:,} people, {size} at a time ...")
-    found: dict[LoaderName, Predictions] = {}
-    for loader in job.loaders:
-
-        def show(batches: Iterable[RawBatch], loader: str = loader) -> Iterable[RawBatch]:
-            total = -(-share // size)
-            return progress(batches, f"evaluate ({loader})", "batches", total, dist.is_first)
-
-        found[loader] = predict_distributed(
+        info(f"predicting {people:,} people, {size} at a time ...")
+    return {
+        loader: predict_distributed(
             network,
             job.dataset.source,
             job.dataset.samples,
@@ -279,22 +271,29 @@ def run_job(
             batch_size=size,
             workers=workers,
             flip=job.flip,
-            progress=show,
+            progress=partial(
+                progress,
+                what=f"evaluate ({loader})",
+                unit="batches",
+                total=-(-share // size),
+                shown=dist.is_first,
+            ),
         )
-    return found
+        for loader in job.loaders
+    }
 
 
 def _write_predictions(options: Namespace, dataset: EvaluationDataset, found: Predictions) -> None:
     people, (keypoints, scores) = dataset.people, found
-    if options.save_predictions:
-        _write(
-            options.save_predictions, json.dumps(predictions.as_entries(people, keypoints, scores))
-        )
-    if options.save_coco:
-        _write(options.save_coco, json.dumps(predictions.as_coco(people, keypoints, scores)))
+    for path, entries in (
+        (options.save_predictions, predictions.as_entries),
+        (options.save_coco, predictions.as_coco),
+    ):
+        if path:
+            _write(path, json.dumps(entries(people, keypoints, scores)))
     if options.save_mat:
         predictions.write_mat(options.save_mat, {"preds": keypoints})
-        _info(f"wrote {options.save_mat}")
+        info(f"wrote {options.save_mat}")
     if options.picture:
         rows = np.linspace(0, people.count - 1, min(options.people, people.count)).astype(int)
         sheet = draw_people(
@@ -306,7 +305,7 @@ def _write_predictions(options: Namespace, dataset: EvaluationDataset, found: Pr
         )
         _, encoded = cv2.imencode(options.picture.suffix, sheet)
         write_atomic(options.picture, encoded.tobytes())
-        _info(f"wrote {options.picture}")
+        info(f"wrote {options.picture}")
 
 
 def publish(evaluation: Evaluation, options: Namespace) -> None:
@@ -340,9 +339,4 @@ def publish(evaluation: Evaluation, options: Namespace) -> None:
 
 def _write(path: Path, text: str) -> None:
     write_atomic(path, (text + "\n").encode())
-    _info(f"wrote {path}")
-
-
-def _info(text: str) -> None:
-    """Print on stderr: `evaluate.py | head` would end the program at a print on stdout."""
-    print(text, file=sys.stderr, flush=True)
+    info(f"wrote {path}")

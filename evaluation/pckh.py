@@ -90,16 +90,12 @@ def auc(errors_NJ: Floats) -> float:
     return float(np.trapezoid(found, _CURVE_THRESHOLDS) / _CURVE_THRESHOLDS[-1])
 
 
-def details(errors_NJ: Floats, visible_NJ: npt.NDArray, skeleton: Skeleton) -> dict[str, Any]:
+def details(parts: dict[str, Floats], skeleton: Skeleton) -> dict[str, Any]:
     """Rates and counts of every joint (`<`) and every group of joints (`<=`), by name.
 
-    A group's rate is the mean of its joints' rates, as in Score.groups; its AUC is pooled.
+    parts: (N, J) errors of all, visible and occluded joints. A group's rate is the mean of its
+    joints' rates, as in Score.groups; its AUC is pooled.
     """
-    parts = {
-        "all": errors_NJ,
-        "visible": np.where(visible_NJ, errors_NJ, np.nan),
-        "occluded": np.where(visible_NJ, np.nan, errors_NJ),
-    }
     singles = [(name, (j,)) for j, name in enumerate(skeleton.names)]
     return {
         "joints": {name: _detail(parts, joints, False) for name, joints in singles},
@@ -176,6 +172,7 @@ def summary(keypoints_NJ2: npt.NDArray, people: People, skeleton: Skeleton) -> d
     errors = normalized_errors(keypoints_NJ2, people)
     counts = np.isfinite(errors).sum(axis=0)
     parts = {
+        "all": errors,
         "visible": np.where(people.visible, errors, np.nan),
         "occluded": np.where(people.visible, np.nan, errors),
     }
@@ -191,11 +188,11 @@ def summary(keypoints_NJ2: npt.NDArray, people: People, skeleton: Skeleton) -> d
         "pckh": {str(t): score(errors, skeleton, t)._asdict() for t in THRESHOLDS},
         "auc": auc(errors),
     }
-    for name, part in parts.items():
-        pooled = score(part, skeleton, 0.5).pooled
-        values[name] = {"pooled": pooled, "joints_counted": int(np.isfinite(part).sum())}
+    for name in ("visible", "occluded"):
+        pooled = score(parts[name], skeleton, 0.5).pooled
+        values[name] = {"pooled": pooled, "joints_counted": int(np.isfinite(parts[name]).sum())}
     values |= {
-        "details": details(errors, people.visible, skeleton),
+        "details": details(parts, skeleton),
         "curves": curves(errors, skeleton),
         "by_size": by_size(errors, people),
         "person_error_percentiles": _quantiles(person_errors(errors), _PERCENTILES),
