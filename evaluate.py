@@ -53,8 +53,7 @@ def make_parser() -> Parser:
     parser = Parser(
         prog="evaluate.py",
         description="Evaluate a trained network by PCKh, on one device or (torchrun) on several.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example:\n  python evaluate.py --checkpoint runs/2hg/best.pt --json pckh.json",
+        epilog="example: python evaluate.py --checkpoint runs/2hg/best.pt --json pckh.json",
     )
     what = parser.add_argument_group("what to evaluate")
     for name, text in INPUTS.items():

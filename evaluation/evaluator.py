@@ -4,7 +4,6 @@
 """
 
 import json
-import shlex
 from argparse import Namespace
 from dataclasses import replace
 from functools import partial
@@ -21,19 +20,13 @@ from common.errors import InputError
 from common.files import write_atomic
 from configs.schema import Config
 from configs.skeleton import Skeleton, load_skeleton, require_same_joints
-from evaluation import pckh, predictions, report
+from evaluation import inference, pckh, predictions, report
 from evaluation.dataset import EvaluationDataset, open_pictures_dataset, open_shards_dataset
 from evaluation.html_report import ReportData, html_report
-from evaluation.inference import (
-    FEW,
-    Predictions,
-    choose_batch_size,
-    oracle_keypoints,
-    predict_distributed,
-)
+from evaluation.inference import Predictions
 from evaluation.report import ReferenceRun, Summary, read_reference
 from evaluation.visualize import draw_people
-from model.checkpoint import BEST, LAST, Checkpoint, evaluation_network, load_checkpoint
+from model.checkpoint import BEST, Checkpoint, evaluation_network, load_checkpoint
 from pipelines.annotations import People, read_annotations
 from pipelines.codec import Codec, codec_of
 from pipelines.heatmaps import Rule
@@ -100,12 +93,12 @@ def report_file(options: Namespace) -> Path:
 def evaluate_oracle(options: Namespace) -> Evaluation:
     """The scores of perfect heatmaps by each rule, which are upper bounds. Raises InputError."""
     people, skeleton = _read_people(options)
-    results = {
-        rule: pckh.summary(oracle_keypoints(people, skeleton, rule, 256), people, skeleton)
-        for rule in progress(get_args(Rule), "rules", "rules")
-    }
+    results = {}
+    for rule in progress(get_args(Rule), "rules", "rules"):
+        keypoints = inference.oracle_keypoints(people, skeleton, rule, input_px=256)
+        results[rule] = pckh.summary(keypoints, people, skeleton)
     title = f"perfect heatmaps at 256 px, decoded again: upper bounds on {options.annotations}"
-    return Evaluation([title], {}, {**results}, skeleton)
+    return Evaluation([title], {}, results, skeleton)
 
 
 def evaluate_file(options: Namespace) -> Evaluation:
@@ -126,11 +119,8 @@ def evaluate_file(options: Namespace) -> Evaluation:
 
 
 def _read_people(options: Namespace) -> tuple[People, Skeleton]:
-    return read_annotations(options.annotations, "valid", _given_skeleton(options))
-
-
-def _given_skeleton(options: Namespace) -> Skeleton | None:
-    return load_skeleton(options.skeleton) if options.skeleton else None
+    skeleton = load_skeleton(options.skeleton) if options.skeleton else None
+    return read_annotations(options.annotations, "valid", skeleton)
 
 
 def evaluate_checkpoint(options: Namespace, dist: DistributedContext) -> Evaluation:
@@ -166,17 +156,12 @@ def evaluate_checkpoint(options: Namespace, dist: DistributedContext) -> Evaluat
 
 def newest_checkpoint(runs: Path) -> Path:
     """The best.pt that was written last. Raises InputError if no run has one."""
-    best, last = (
-        sorted(runs.glob(f"*/{name}"), key=lambda path: path.stat().st_mtime)
-        for name in (BEST, LAST)
-    )
-    if best:
-        return best[-1]
-    found, advice = f"no */{BEST}", "train first, or give --checkpoint PATH"
-    if last:
-        found += f", which the first validation writes, but {last[-1]}"
-        advice = f"python evaluate.py --checkpoint {shlex.quote(str(last[-1]))}"
-    raise InputError(runs, found, "a validated run of train.py", advice)
+    found = sorted(runs.glob(f"*/{BEST}"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        none = f"no */{BEST}, which the first validation of a run writes"
+        advice = "train first, or give --checkpoint PATH"
+        raise InputError(runs, none, "a validated run of train.py", advice)
+    return found[-1]
 
 
 def make_job(options: Namespace) -> EvaluationJob:
@@ -211,8 +196,8 @@ def _open_dataset(options: Namespace, config: Config, trained: Skeleton) -> Eval
     if not annotations or not images or options.shards:
         given = [f"--{n}" for n in ("annotations", "images", "shards") if getattr(options, n)]
         raise _wrong(" and ".join(given), "--annotations with --images, or --shards alone")
-    skeleton = trained if trained.has_names else None
-    return open_pictures_dataset(annotations, images, _given_skeleton(options) or skeleton)
+    skeleton = load_skeleton(options.skeleton) if options.skeleton else trained
+    return open_pictures_dataset(annotations, images, skeleton if skeleton.has_names else None)
 
 
 def differences(
@@ -221,10 +206,7 @@ def differences(
     """Sentences that say how the crops differ from those of training."""
     remarks = []
     if crop != trained_crop:
-        remarks.append(
-            f"trained on {trained_crop} crops, evaluated on {crop} ones and their rounding of "
-            "joints (--crop)"
-        )
+        remarks.append(f"trained on {trained_crop} crops, evaluated on {crop} ones (--crop)")
     if trained_loader and trained_loader not in loaders:
         remarks.append(
             f"trained on crops of {trained_loader}, evaluated on those of {loaders[0]}; "
@@ -249,9 +231,7 @@ def run_job(
     people = job.dataset.people.count
     share = -(-people // dist.world_size)
     if batch_size is None:
-        if dist.is_first and share > FEW:
-            info("finding the fastest batch size ...")
-        batch_size, rates = choose_batch_size(
+        batch_size, rates = inference.choose_batch_size(
             network, job.codec, share, flip=job.flip, device=dist.device, dtype=dist.dtype
         )
         if dist.is_first and rates:
@@ -260,8 +240,9 @@ def run_job(
     size = min(batch_size, share)
     if dist.is_first:
         info(f"predicting {people:,} people, {size} at a time ...")
+    bar = partial(progress, unit="batches", total=-(-share // size), shown=dist.is_first)
     return {
-        loader: predict_distributed(
+        loader: inference.predict_distributed(
             network,
             job.dataset.source,
             job.dataset.samples,
@@ -271,13 +252,7 @@ def run_job(
             batch_size=size,
             workers=workers,
             flip=job.flip,
-            progress=partial(
-                progress,
-                what=f"evaluate ({loader})",
-                unit="batches",
-                total=-(-share // size),
-                shown=dist.is_first,
-            ),
+            progress=partial(bar, what=f"evaluate ({loader})"),
         )
         for loader in job.loaders
     }

@@ -31,7 +31,6 @@ _BATCHES = 16
 _SECONDS_TO_CHOOSE = 4.0
 _MIN_GAIN = 1.05
 """A larger batch must be faster by this factor, because it needs more memory."""
-_ORACLE_BATCH = 256
 
 
 class Predictions(NamedTuple):
@@ -211,8 +210,7 @@ def oracle_keypoints(
         skeleton=skeleton,
     )
     keypoints = []
-    for start in range(0, people.count, _ORACLE_BATCH):
-        rows = range(start, min(start + _ORACLE_BATCH, people.count))
+    for rows in np.array_split(np.arange(people.count), math.ceil(people.count / 256)):
         records = np.stack([record_of(people, row, 0, 0) for row in rows])
         affines = np.stack(
             [input_from_image(people.center[r], people.scale[r], input_px)[:2] for r in rows]

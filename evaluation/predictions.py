@@ -7,6 +7,7 @@ of the annotation.
 import io
 import zlib
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
@@ -15,7 +16,10 @@ import numpy.typing as npt
 
 from common.errors import InputError
 from common.files import LARGEST_JSON, read_json, write_atomic
+from evaluation.pckh import Floats
 from pipelines.annotations import People
+
+Entries = list[dict[str, Any]]
 
 HEAD_BOX_SHARE = 0.6
 """MPII's head length is this share of the head box's diagonal (its evaluation toolkit, SC_BIAS)."""
@@ -24,7 +28,7 @@ HEAD_BOX_SHARE = 0.6
 class FilePredictions(NamedTuple):
     """Predictions from a file, and the ground truth if the file contains one."""
 
-    keypoints_NJ2: npt.NDArray[np.float64]
+    keypoints_NJ2: Floats
     """Image px."""
     truth: People | None
 
@@ -47,7 +51,7 @@ def read_predictions(path: Path, people: People) -> FilePredictions:
     """Predictions for all people of an annotation, in its order. Raises InputError.
 
     `.mat`: `preds` (N, J, 2), or the layout of detections_our_format.mat. Other files: the JSON of
-    --save-predictions, or COCO keypoint results (`_coco_rows` matches them with people).
+    --save-predictions, or COCO keypoint results.
     """
     if not path.is_file():
         raise InputError(path, "no such file", "a .json or .mat of predictions", "give its path")
@@ -71,43 +75,38 @@ def _read_json(path: Path, people: People) -> FilePredictions:
         entries = read_json(path)
     except ValueError as error:
         raise _mismatch(path, people, f"no JSON ({error})") from error
-    joints = people.joints.shape[1]
-    if entries and has_shape(entries, [{"image_id": int, "keypoints": list}]):
-        rows = _coco_rows(entries, people)
-    elif entries and has_shape(entries, [{"index": int, "image": str, "keypoints": list}]):
-        rows = [entry["index"] for entry in entries]
-    else:
-        raise _mismatch(path, people, "no list of entries with index, image and keypoints")
-    if sorted(rows) != list(range(people.count)):
-        found = f"{len(rows)} entries of {len(set(rows))} people, or other numbers"
-        advice = "COCO results need annotation_id where people share a picture"
-        raise _mismatch(path, people, f"{found} ({advice})")
-    for row, entry in zip(rows, entries, strict=True):
-        if entry.get("image", people.images[row]) != people.images[row]:
-            raise _mismatch(path, people, f"index {row} for the picture {entry['image']}")
+    rows = _rows(entries, people) if has_shape(entries, [{"keypoints": list}]) else []
+    if not rows:
+        need = "index and image, or image_id, and annotation_id where people share a picture"
+        raise _mismatch(path, people, f"no list with an entry for each person that has {need}")
     try:
         values = np.array([entry["keypoints"] for entry in entries], dtype=np.float64)
-        keypoints = values.reshape(people.count, joints, 3)[np.argsort(rows), :, :2]
+        keypoints = values.reshape(*people.joints.shape[:2], 3)[np.argsort(rows), :, :2]
     except (TypeError, ValueError, OverflowError) as error:
         raise _mismatch(path, people, f"keypoints that are not x, y, score ({error})") from error
     return FilePredictions(keypoints, None)
 
 
-def _coco_rows(entries: list[dict[str, Any]], people: People) -> list[int]:
-    """The row of the person of each COCO result.
+def _rows(entries: Entries, people: People) -> list[int]:
+    """The row of the person of each entry; [] unless each person has one.
 
-    By image_id and annotation_id as `as_coco` writes them; without annotation_id by image_id where
-    no two people share a picture. Where these do not match, image_id must be the row.
+    The first fields count whose values are those of the people: of our files; of COCO results as
+    `as_coco` writes them; image_id of pictures with one person each; image_id as the row itself.
     """
-    ids: list[Any] = [entry["image_id"] for entry in entries]
-    keys, known = ids, people.index.tolist()
-    if all(has_shape(entry, {"annotation_id": int}) for entry in entries):
-        keys = [(entry["image_id"], entry["annotation_id"]) for entry in entries]
-        known = list(zip(known, people.person.tolist(), strict=True))
-    rows = {key: row for row, key in enumerate(known)}
-    if len(rows) == people.count and rows.keys() == set(keys):
-        return [rows[key] for key in keys]
-    return ids
+    pictures, persons = people.index.tolist(), people.person.tolist()
+    candidates: list[tuple[tuple[str, ...], Iterable[tuple[Any, ...]]]] = [
+        (("index", "image"), enumerate(people.images)),
+        (("image_id", "annotation_id"), zip(pictures, persons, strict=True)),
+        (("image_id",), zip(pictures, strict=True)),
+        (("image_id",), zip(range(people.count), strict=True)),
+    ]
+    for fields, known in candidates:
+        rows = {key: row for row, key in enumerate(known)}
+        if has_shape(entries, [dict.fromkeys(fields, (int, str))]):
+            found = [rows.get(tuple(entry[field] for field in fields), -1) for entry in entries]
+            if sorted(found) == list(range(people.count)):
+                return found
+    return []
 
 
 def _read_mat(path: Path, people: People) -> FilePredictions:
@@ -124,7 +123,7 @@ def _read_mat(path: Path, people: People) -> FilePredictions:
     }
     mat = open_mat(path, list(shapes), "a .mat of predictions")
 
-    def array(name: str) -> npt.NDArray[np.float64]:
+    def array(name: str) -> Floats:
         value = mat.get(name)
         if name == "preds" and is_array(value, "biuf") and value.ndim == 3:
             value = value[..., :2]
@@ -147,9 +146,7 @@ def _read_mat(path: Path, people: People) -> FilePredictions:
     return FilePredictions(keypoints, truth)
 
 
-def as_entries(
-    people: People, keypoints_NJ2: npt.NDArray, scores_NJ: npt.NDArray
-) -> list[dict[str, Any]]:
+def as_entries(people: People, keypoints_NJ2: Floats, scores_NJ: Floats) -> Entries:
     """Our JSON: a dict for each person, in the annotation's order; keypoints [x, y, score], px."""
     joined = np.concatenate([keypoints_NJ2, scores_NJ[..., None]], axis=-1)
     return [
@@ -158,9 +155,7 @@ def as_entries(
     ]
 
 
-def as_coco(
-    people: People, keypoints_NJ2: npt.NDArray, scores_NJ: npt.NDArray
-) -> list[dict[str, Any]]:
+def as_coco(people: People, keypoints_NJ2: Floats, scores_NJ: Floats) -> Entries:
     """COCO keypoint results in the annotation's order; score is the mean over joints.
 
     image_id is the picture's number in the annotation file (in COCO's files its id), annotation_id
@@ -265,40 +260,31 @@ def _person_keys(people: People) -> list[tuple[int, int]]:
 
 
 def _read_release(path: Path) -> MpiiRelease:
-    error = InputError(
-        path,
-        "no annotation of MPII",
-        "a struct RELEASE with annolist, img_train and single_person",
-        "give mpii_human_pose_v1_u12_1.mat from MPII's web site",
-    )
-    kinds = {"annolist": "V", "img_train": "biuf", "single_person": "O"}
-    release = open_mat(path, ["RELEASE"], error.expected).get("RELEASE")
-    if (
-        not is_array(release, "V")
-        or release.size != 1
-        or not kinds.keys() <= set(release.dtype.names or ())
-    ):
-        raise error
-    fields = [release.flat[0][name] for name in kinds]
-    if not all(map(is_array, fields, kinds.values())) or len({each.size for each in fields}) != 1:
-        raise error
-    annolist, is_train, single = (each.ravel() for each in fields)
-    pictures = np.flatnonzero(is_train == 0).tolist()
-    for i in pictures:
-        if not is_array(single[i], "biuf") or not np.isfinite(single[i]).all():
-            raise error
-        if "annorect" not in annolist.dtype.names or not is_array(annolist[i]["annorect"], "Vbiuf"):
-            raise error
-    return MpiiRelease(
-        annolist,
-        pictures,
-        {(i, int(person) - 1) for i in pictures for person in single[i].ravel()},
-        {(i, p) for i in pictures for p in range(annolist[i]["annorect"].size)},
-    )
+    expected = "a struct RELEASE with annolist, img_train and single_person"
+    mat = open_mat(path, ["RELEASE"], expected)
+
+    def array(value: Any, kinds: str) -> npt.NDArray[Any]:
+        if not is_array(value, kinds):
+            raise ValueError("a field of another type")
+        return value.ravel()
+
+    try:
+        release = array(mat["RELEASE"], "V")[0]
+        annolist = array(release["annolist"], "V")
+        single = array(release["single_person"], "O")
+        pictures = np.flatnonzero(array(release["img_train"], "biuf") == 0).tolist()
+        numbers = [(i, number) for i in pictures for number in array(single[i], "biuf")]
+        single_people = {(i, int(number) - 1) for i, number in numbers}
+        sizes = {i: array(annolist[i]["annorect"], "Vbiuf").size for i in pictures}
+    except (LookupError, ValueError, OverflowError) as error:  # of infinity as an integer
+        advice = "give mpii_human_pose_v1_u12_1.mat from MPII's web site"
+        raise InputError(path, f"no annotation of MPII ({error})", expected, advice) from error
+    all_people = {(i, person) for i in pictures for person in range(sizes[i])}
+    return MpiiRelease(annolist, pictures, single_people, all_people)
 
 
 def write_submission(
-    path: Path, release: MpiiRelease, people: People, keypoints_NJ2: npt.NDArray[np.float64]
+    path: Path, release: MpiiRelease, people: People, keypoints_NJ2: Floats
 ) -> int:
     """Write pred_keypoints_mpii.mat for MPII's test server; returns the number of people in it.
 
@@ -306,9 +292,8 @@ def write_submission(
     each person of RELEASE.single_person (instructions on human-pose.mpi-inf.mpg.de).
     keypoints_NJ2: image px. Other people of the test set are left out.
     """
-    rows = {
-        key: row for row, key in enumerate(_person_keys(people)) if key in release.single_people
-    }
+    rows = {key: row for row, key in enumerate(_person_keys(people))}
+    rows = {key: row for key, row in rows.items() if key in release.single_people}
     pictures = release.annolist[release.test_pictures].copy()
     for entry, number in zip(pictures, release.test_pictures, strict=True):
         rects = entry["annorect"]
@@ -325,7 +310,7 @@ def write_submission(
     return len(rows)
 
 
-def _points(keypoints_J2: npt.NDArray[np.float64]) -> npt.NDArray[Any]:
+def _points(keypoints_J2: Floats) -> npt.NDArray[Any]:
     """A struct annopoints with its point(k); ids count from 0."""
     kind = [("x", object), ("y", object), ("id", object)]
     points = np.array([(x, y, float(j)) for j, (x, y) in enumerate(keypoints_J2)], dtype=kind)

@@ -100,10 +100,8 @@ def read_reference(path: Path, skeleton: Skeleton) -> ReferenceRun:
     advice = "evaluate the other run with --json, and give that file"
     try:
         content = read_json(path)
-    except FileNotFoundError as error:
-        raise InputError(path, "no such file", expected, advice) from error
-    except ValueError as error:
-        raise InputError(path, f"no JSON ({error})", expected, advice) from error
+    except (OSError, ValueError) as error:
+        raise InputError(path, f"no JSON file ({error})", expected, advice) from error
     found = content.values() if isinstance(content, dict) else ()
     results = [value for value in found if has_shape(value, {"pckh": dict, "joint_names": list})]
     if not results:
@@ -121,18 +119,16 @@ def read_reference(path: Path, skeleton: Skeleton) -> ReferenceRun:
         shape["curves"] = {"thresholds": [rate], "pooled": [rate]}
     if not has_shape(result, shape):
         raise InputError(path, "a result without some of its numbers", expected, advice)
-    if any(len(score["joints"]) != len(names) for score in result["pckh"].values()):
-        raise InputError(path, "a result without some of its joints", expected, advice)
     return ReferenceRun(_run_name(content, path), result)
 
 
 def _run_name(content: dict[str, Any], path: Path) -> str:
     step = content.get("step")
-    source = content.get("checkpoint") or content.get("predictions_file")
-    parts = [str(source)] if source else []
+    parts = [content.get("checkpoint") or content.get("predictions_file")]
     parts += [f"step {step:,}"] if isinstance(step, int) else []
     parts += [f"on {content['data']}"] if content.get("data") else []
-    return f"{', '.join(parts)} ({path})" if parts else str(path)
+    name = ", ".join(str(part) for part in parts if part)
+    return f"{name} ({path})" if name else str(path)
 
 
 def data_mismatch(own: Summary, reference: Summary) -> str | None:

@@ -13,10 +13,6 @@ from pipelines.shard_format import unpack_records
 RIGHT_BGR, LEFT_BGR, MIDDLE_BGR = (70, 70, 255), (255, 160, 40), (80, 220, 80)
 TRUTH_BGR = (255, 255, 255)
 TILE_PX = 256
-_FRACTION_BITS = 4
-"""Of the coordinates that OpenCV draws with."""
-_FARTHEST_PX = 2**15 - 1
-"""Coordinates beyond it would overflow them."""
 
 
 def draw_people(
@@ -69,17 +65,17 @@ def draw_skeleton(
 
     plain: white limbs of twice the width, without joints.
     """
-    scaled = np.clip(joints_J2, -_FARTHEST_PX, _FARTHEST_PX) * 2**_FRACTION_BITS
-    points = np.round(scaled).astype(int).tolist()
+    shift, far = 4, 2**15 - 1  # fractional bits of OpenCV's coordinates; beyond far they overflow
+    points = np.round(np.clip(joints_J2, -far, far) * 2**shift).astype(int).tolist()
     for a, b in skeleton.limbs:
         if drawn_J[a] and drawn_J[b]:
             color = TRUTH_BGR if plain else color_of(skeleton.sides[a], skeleton.sides[b])
             width = 2 * line_px if plain else line_px
-            cv2.line(image_HW3, points[a], points[b], color, width, cv2.LINE_AA, _FRACTION_BITS)
-    radius = round(1.5 * line_px * 2**_FRACTION_BITS)
+            cv2.line(image_HW3, points[a], points[b], color, width, cv2.LINE_AA, shift)
+    radius = round(1.5 * line_px * 2**shift)
     for j in () if plain else np.flatnonzero(drawn_J):
         color = color_of(skeleton.sides[j])
-        cv2.circle(image_HW3, points[j], radius, color, -1, cv2.LINE_AA, _FRACTION_BITS)
+        cv2.circle(image_HW3, points[j], radius, color, -1, cv2.LINE_AA, shift)
 
 
 def color_of(*sides: Side) -> tuple[int, int, int]:

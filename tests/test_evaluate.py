@@ -412,9 +412,7 @@ def test_for_a_missing_best_pt_the_last_is_suggested(trained, tmp_path):
     folder = tmp_path / "runs" / "stopped"
     folder.mkdir(parents=True)
     shutil.copy(trained / "best.pt", folder / "last.pt")
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(InputError, match="--checkpoint PATH"):
         run("--runs", tmp_path / "runs")
-    advice = f"python evaluate.py --checkpoint {folder / 'last.pt'}"
-    assert caught.value.next_step == advice
     with pytest.raises(InputError, match=r"give .*last\.pt"):
         load_checkpoint(folder / "best.pt")
