@@ -3,7 +3,7 @@
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
@@ -56,7 +56,7 @@ def _dicts(raw: Any, where: str) -> list[dict[str, Any]]:
     raise InputError(where, "something else", "a list of dicts", _FIX)
 
 
-def _is_id(value: Any) -> bool:
+def _is_id(value: object) -> TypeGuard[int]:
     return type(value) is int and 0 <= value < 2**53
 
 
@@ -73,11 +73,11 @@ def _image_names(raw: Any, path: Path) -> dict[int, str]:
     return images
 
 
-def _categories(raw: Any, path: Path, skeleton: Skeleton) -> set[int] | None:
+def _categories(raw: Any, path: Path, skeleton: Skeleton) -> list[Any] | None:
     """Ids of the categories with the skeleton's joints; None where the file names no joints."""
     named = [entry for entry in _dicts(raw, f"{path}: categories") if entry.get("keypoints")]
     names = list(skeleton.names)
-    found = {entry["id"] for entry in named if entry["keypoints"] == names and _is_id(entry["id"])}
+    found = [entry.get("id") for entry in named if entry["keypoints"] == names]
     if not named or found:
         return found or None
     raise InputError(
@@ -88,7 +88,7 @@ def _categories(raw: Any, path: Path, skeleton: Skeleton) -> set[int] | None:
     )
 
 
-def _why_left_out(entry: dict[str, Any], categories: set[int] | None, where: str) -> str:
+def _why_left_out(entry: dict[str, Any], categories: list[Any] | None, where: str) -> str:
     """Why an annotation is not a person to train or evaluate on; empty for a person."""
     if categories is not None and entry.get("category_id") not in categories:
         return "of other categories"
@@ -104,15 +104,15 @@ def _why_left_out(entry: dict[str, Any], categories: set[int] | None, where: str
 
 def _row(
     entry: dict[str, Any], images: dict[int, str], joints: int, where: str
-) -> tuple[tuple[int, int], Floats, Floats]:
+) -> tuple[list[int], Floats, Floats]:
     """Ids of image and annotation, box (4,) and keypoints (J, 3). Raises InputError."""
-    ids = entry.get("image_id"), entry.get("id")
-    if not all(map(_is_id, ids)) or ids[0] not in images:
-        found = f"image_id {ids[0]!r}, id {ids[1]!r}"
+    image, number = entry.get("image_id"), entry.get("id")
+    if not _is_id(image) or image not in images or not _is_id(number):
+        found = f"image_id {image!r}, id {number!r}"
         raise InputError(where, found, "the id of an image in the file, and a whole number", _FIX)
     keypoints = json_numbers(entry, "keypoints", (3 * joints,), where).reshape(joints, 3)
     if not np.isin(keypoints[:, 2], (0, 1, 2)).all():
         found = f"visibilities {sorted(set(keypoints[:, 2].tolist()))}"
         raise InputError(where, found, "0, 1 and 2", _FIX)
     keypoints[keypoints[:, 2] == 0] = 0.0  # files have any x and y there
-    return ids, json_numbers(entry, "bbox", (4,), where), keypoints
+    return [image, number], json_numbers(entry, "bbox", (4,), where), keypoints

@@ -262,7 +262,7 @@ def _fault(source: Source, sample: int) -> str:
     try:
         check_jpeg(source.jpeg(sample))
     except PictureError as error:
-        return error.reason
+        return str(error)
     except InputError as error:  # not readable
         return error.found
     return ""

@@ -24,14 +24,13 @@ from typing import IO, NamedTuple
 
 import cv2
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 from PIL.JpegImagePlugin import JpegImageFile
 
 from common.errors import InputError
 
 MAX_PIXELS = 64_000_000
 """More than any camera of the data sets has."""
-
 _MAX_SCANS = 100
 """A decoder goes over the whole picture for each; photographs have about 10."""
 _END, _SCAN = 0xD9, 0xDA
@@ -41,60 +40,42 @@ _PROGRESSIVE = {0xC2, 0xC6, 0xCA, 0xCE}
 _WITHOUT_BODY = {0x01, *range(0xD0, 0xD9)}
 # In a scan's data 0xFF is followed by 0x00, a restart marker or another 0xFF.
 _NEXT_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
-_ORIENTATION_TAG = 0x0112
 _LIBJPEG_WARNING = re.compile(rb"^(Corrupt|Premature end|Inconsistent|Invalid).*$", re.MULTILINE)
 
 
 class Picture(NamedTuple):
-    """A file as found on the disk. A changed file is another Picture."""
+    """A checked file."""
 
     path: str
     bytes: int
     mtime_ns: int
-    found: bool = True
-
-
-class Verdict(NamedTuple):
-    """What the check of a picture came to."""
-
-    picture: Picture
     width: int
-    """px; 0 for a bad picture."""
+    """px; 0 for a bad picture, as the height."""
     height: int
     fault: str
     """Empty for a good picture."""
 
 
 class PictureError(Exception):
-    """A picture that is not packed. `reason` says why, in a few words."""
-
-    def __init__(self, reason: str):
-        """Keep the reason."""
-        self.reason = reason
-        super().__init__(reason)
+    """A picture that is not packed; its text is the reason, in a few words."""
 
 
 class BadSamplesError(InputError):
-    """People of a data set whose pictures cannot be used. The message names the first."""
+    """Samples whose pictures cannot be used. The message names the first."""
 
     faults: dict[int, str]
-    """What is wrong with each, by the number of the sample."""
+    """The fault of each, by the number of the sample."""
 
     @classmethod
     def of(cls, faults: dict[int, str], where: object, found: str) -> "BadSamplesError":
-        """The error of one or more samples. where: the first one."""
-        error = cls(
-            where,
-            found,
-            "a whole JPEG",
-            "restore the picture; if it lies in a tar, restore the tar, or pack the split again "
-            "with tools/make_shards.py, whose --skip-bad leaves out what cannot be mended",
-        )
+        """where, found: of the first one."""
+        advice = "restore the picture or its tar, or pack the split again with --skip-bad"
+        error = cls(where, found, "a complete JPEG", advice)
         error.faults = faults
         return error
 
     def advise_to_skip(self) -> None:
-        """Name the way out that training has, and validation, which never skips, has not."""
+        """Mention the option of training; validation never skips."""
         self.next_step += "; or train on without it: --data.on_bad_sample skip"
 
 
@@ -108,36 +89,31 @@ class _Frame(NamedTuple):
     components: int
 
 
-def find_picture(folder: Path, name: str) -> Picture:
-    """Look a picture up, without reading it."""
+def check_picture(folder: Path, name: str) -> Picture:
+    """Read and check one picture, which must lie in the folder."""
     path = folder / name
+    size, mtime, width, height, fault = 0, 0, 0, 0, ""
     try:
         stat = path.stat()
-    except OSError:
-        return Picture(str(path), 0, 0, found=False)
-    return Picture(str(path), stat.st_size, stat.st_mtime_ns)
-
-
-def inspect_picture(folder: Path, picture: Picture) -> Verdict:
-    """Read and check one picture, which must lie in that folder."""
-    path = Path(picture.path)
-    try:
-        if not picture.found or not path.is_file():
-            raise PictureError("missing")
+        size, mtime = stat.st_size, stat.st_mtime_ns
         if not path.resolve().is_relative_to(folder.resolve()):
             raise PictureError("a link that leads out of the folder of pictures")
-        return Verdict(picture, *check_jpeg(path.read_bytes()), "")
+        width, height = check_jpeg(path.read_bytes())
     except PictureError as error:
-        return Verdict(picture, 0, 0, error.reason)
+        fault = str(error)
+    except FileNotFoundError:
+        fault = "missing"
     except OSError as error:
-        return Verdict(picture, 0, 0, f"not readable ({error.strerror})")
+        fault = f"not readable ({error.strerror})"
+    return Picture(str(path), size, mtime, width, height, fault)
 
 
 def check_jpeg(data: bytes) -> tuple[int, int]:
     """Width and height, px, of a JPEG that may be packed. Decodes it; raises PictureError."""
     _check_header(data)
+    flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
     with _stderr_captured() as messages:
-        image = _decode(data)
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
         messages.seek(0)
         warning = _LIBJPEG_WARNING.search(messages.read())
     if warning:
@@ -181,7 +157,7 @@ def _exif_orientation(data: bytes) -> int:
     try:
         with warnings.catch_warnings(action="ignore"):
             exif.load(JpegImageFile(io.BytesIO(data)).info.get("exif", b""))
-            return int(exif.get(_ORIENTATION_TAG, 1))
+            return int(exif.get(ExifTags.Base.Orientation, 1))
     except (OSError, SyntaxError, ValueError, struct.error):
         return 1
 
@@ -194,18 +170,14 @@ def require_sane_size(data: bytes, where: object, limit: int = MAX_PIXELS) -> No
     """
     is_jpeg = data[:2] == b"\xff\xd8"
     frame, scans = _frame_and_scans(data) if is_jpeg else (None, 0)
+    advice = "make the picture smaller, or replace it if it is damaged"
     try:
         width, height = (frame.width, frame.height) if frame else claimed_size(data) or (0, 0)
     except Image.DecompressionBombError as error:
-        found, advice = str(error).split(",")[0], "make the picture smaller"
-        raise InputError(where, found, f"{limit:,} pixels at most", advice) from error
+        raise InputError(where, str(error), f"{limit:,} pixels at most", advice) from error
     if width * height > limit:
-        raise InputError(
-            where,
-            f"a header that says {width} x {height}",
-            f"{limit:,} pixels at most",
-            "make the picture smaller, or replace it if it is damaged",
-        )
+        found = f"a header that says {width} x {height}"
+        raise InputError(where, found, f"{limit:,} pixels at most", advice)
     if scans > _MAX_SCANS:
         expected = "a photograph, which has about 10"
         raise InputError(where, f"over {_MAX_SCANS} scans", expected, "save the picture again")
@@ -257,15 +229,6 @@ def _markers(data: bytes) -> Iterator[tuple[int, int]]:
             continue
         yield marker, place
         place += max(int.from_bytes(data[place : place + 2], "big"), 2)
-
-
-def _decode(data: bytes) -> np.ndarray | None:
-    """(H, W, 3), or None where OpenCV cannot."""
-    flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
-    try:
-        return cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-    except cv2.error:
-        return None
 
 
 @contextmanager

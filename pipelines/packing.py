@@ -35,7 +35,7 @@ from common.system import keep_freed_memory
 from configs.skeleton import MPII, Skeleton, load_skeleton
 from pipelines.annotations import People, read_annotations, split_file
 from pipelines.crop_packing import Region, crop_jpeg, crop_region
-from pipelines.jpeg import Picture, Verdict, find_picture, inspect_picture
+from pipelines.jpeg import Picture, check_picture
 from pipelines.shard_format import (
     COMPONENTS,
     FORMAT_VERSION,
@@ -242,15 +242,14 @@ def _exit_after(process: Any) -> None:
 
 
 def check_pictures(
-    options: PackingOptions, jobs: list[SplitJob], map_tasks: Callable[..., Iterator[Verdict]]
-) -> dict[str, Verdict]:
-    """Decode every picture once; verdicts by file name. Raises InputError."""
+    options: PackingOptions, jobs: list[SplitJob], map_tasks: Callable[..., Iterator[Picture]]
+) -> dict[str, Picture]:
+    """Decode every picture once; by file name. Raises InputError."""
     names = sorted({name for job in jobs for name in job.people.images})
-    pictures = {name: find_picture(options.images, name) for name in names}
-    if not any(picture.found for picture in pictures.values()):
+    if not any((options.images / name).exists() for name in names):
         found = f"none of the {len(names):,} pictures, such as {names[0]}"
         raise InputError(options.images, found, "the pictures", "name their folder with --images")
-    results = map_tasks(partial(inspect_picture, options.images), list(pictures.values()))
+    results = map_tasks(partial(check_picture, options.images), names)
     checked = dict(zip(names, progress(results, "checking", "pictures", len(names)), strict=True))
     _report_bad_pictures(options, checked)
     for job in jobs:
@@ -260,9 +259,9 @@ def check_pictures(
     return checked
 
 
-def _report_bad_pictures(options: PackingOptions, checked: dict[str, Verdict]) -> None:
+def _report_bad_pictures(options: PackingOptions, checked: dict[str, Picture]) -> None:
     """Print the first bad pictures; raise InputError unless they are to be skipped."""
-    bad = {name: verdict.fault for name, verdict in checked.items() if verdict.fault}
+    bad = {name: picture.fault for name, picture in checked.items() if picture.fault}
     for name in list(bad)[:_BAD_SHOWN]:
         print(f"bad picture: {name}: {bad[name]}", file=sys.stderr)
     if len(bad) > _BAD_SHOWN:
@@ -277,7 +276,7 @@ def _report_bad_pictures(options: PackingOptions, checked: dict[str, Verdict]) -
 def pack_split(
     options: PackingOptions,
     job: SplitJob,
-    checked: dict[str, Verdict],
+    checked: dict[str, Picture],
     map_tasks: Callable[..., Iterator[Shard]],
 ) -> Manifest:
     """Write the shards of a split that are not written yet, and move it to the output."""
@@ -334,17 +333,17 @@ def pack_split(
 
 
 def prepare_sample(
-    crop: CropRule | None, job: SplitJob, row: int, key: str, verdict: Verdict
+    crop: CropRule | None, job: SplitJob, row: int, key: str, picture: Picture
 ) -> Sample:
     """All of one person but the bytes of the picture."""
-    people, width, height = job.people, verdict.width, verdict.height
+    people, width, height = job.people, picture.width, picture.height
     region, affine = None, IDENTITY_AFFINE
     if crop:
         region = crop_region(people.center[row], people.scale[row], width, height, crop)
         width, height, affine = region.width, region.height, region.image_from_stored
     record = record_of(people, row, width, height, affine).astype("<f4").tobytes()
     text = person_json(people, row, job.skeleton, width, height, affine)
-    return Sample(key, record, text, verdict.picture, region, width, height)
+    return Sample(key, record, text, picture, region, width, height)
 
 
 def check_space(options: PackingOptions, folder: Path, samples: list[Sample]) -> None:

@@ -243,6 +243,8 @@ NO_ID = {key: value for key, value in entry().items() if key != "id"}
         (coco(entry(), categories=OTHER_ORDER), "in its order"),
         (coco(annotations=[3]), "a list of dicts"),
         (coco(entry(iscrowd=1)), "no people in this split"),
+        (coco(entry(image_id=[])), "image_id []"),
+        (coco(entry(category_id=[])), "no people in this split"),
     ],
 )
 def test_bad_coco_ends_in_one_error(data: dict, message: str, tmp_path: Path) -> None:

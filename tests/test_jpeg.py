@@ -9,7 +9,6 @@ import pytest
 from conftest import noise_picture
 from helpers import exif, with_segment
 
-from pipelines import jpeg as pictures
 from pipelines.jpeg import PictureError, check_jpeg
 
 
@@ -29,7 +28,7 @@ def frame_at(data: bytes) -> int:
 def reason_of(data: bytes) -> str:
     with pytest.raises(PictureError) as caught:
         check_jpeg(data)
-    return caught.value.reason
+    return str(caught.value)
 
 
 @pytest.mark.parametrize("options", KINDS)
@@ -112,7 +111,7 @@ def test_huge_header_is_refused_before_decoding(monkeypatch: pytest.MonkeyPatch)
     data = bytearray(jpeg())
     place = frame_at(bytes(data))
     data[place + 1 : place + 5] = struct.pack(">HH", 65_000, 64_000)
-    monkeypatch.setattr(pictures, "_decode", lambda _: pytest.fail("decoded"))
+    monkeypatch.setattr(cv2, "imdecode", None)
     assert reason_of(bytes(data)) == "header says 64000 x 65000, over 64,000,000 pixels"
 
 

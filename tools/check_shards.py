@@ -203,7 +203,7 @@ def sample_faults(
             if list(size) != record_R[COLUMNS["size"]].tolist():
                 faults.append(f"a picture of {size[0]} x {size[1]} px, not as in the record")
         except PictureError as error:
-            faults.append(f"picture: {error.reason}")
+            faults.append(f"picture: {error}")
     return faults
 
 
