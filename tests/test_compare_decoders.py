@@ -1,10 +1,9 @@
-"""The comparison of decoders counts what it says, and names what it could not compare."""
-
-import sys
+"""The comparison of decoders counts correctly, and names what it could not compare."""
 
 import numpy as np
 import pytest
 import torch
+from helpers import make_trainer, tiny_config
 
 from tools import compare_decoders
 
@@ -20,10 +19,8 @@ def test_differences_by_hand():
     assert found.rms == pytest.approx(((9 + 16 + 255**2) / 24) ** 0.5)
 
 
-def test_every_decoder_at_hand_reads_the_same_pictures(tiny_shards, monkeypatch, capsys):
-    words = ["x", "--shards", str(tiny_shards / "train")]
-    monkeypatch.setattr(sys, "argv", words)
-    compare_decoders.main()
+def test_every_decoder_at_hand_reads_the_same_pictures(tiny_shards, capsys):
+    compare_decoders.main(["--shards", str(tiny_shards / "train")])
     text = capsys.readouterr().out
     decoders, missing = compare_decoders.find_decoders()
     assert "9 pictures" in text  # of 12 people
@@ -34,12 +31,9 @@ def test_every_decoder_at_hand_reads_the_same_pictures(tiny_shards, monkeypatch,
         assert "nvjpeg" in missing
 
 
-def test_pckh_is_printed_for_each_decoder(tiny_shards, tmp_path, monkeypatch, capsys):
-    from helpers import make_trainer, tiny_config
-
+def test_pckh_is_printed_for_each_decoder(tiny_shards, tmp_path, capsys):
     make_trainer(tiny_config(tiny_shards), tmp_path).save(["best.pt"])
-    words = ["x", "--shards", tiny_shards / "valid", "--checkpoint", tmp_path / "best.pt"]
-    monkeypatch.setattr(sys, "argv", [str(w) for w in words])
-    compare_decoders.main()
+    words = ["--shards", tiny_shards / "valid", "--checkpoint", tmp_path / "best.pt"]
+    compare_decoders.main([str(word) for word in words])
     table = capsys.readouterr().out.split("PCKh of")[1]
     assert all(name in table for name in compare_decoders.find_decoders()[0])

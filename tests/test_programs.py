@@ -74,7 +74,7 @@ def interrupted(words: list[object], marker: str) -> tuple[int, str]:
 def test_ctrl_c_ends_a_program_with_a_sentence_and_130(tiny_shards: Path, tmp_path: Path) -> None:
     words = ["tools/show_batch.py", "--shards", tiny_shards, "--people", 20_000,
              "--output", tmp_path / "x.png"]  # fmt: skip
-    code, text = interrupted(words, "cutting out")
+    code, text = interrupted(words, "cropping")
     assert code == 130 and "Traceback" not in text
     assert "Interrupted; files that were complete are kept." in text
     assert not (tmp_path / "x.png").exists()

@@ -17,18 +17,20 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 
 from common.cli import Parser, at_least, progress
 from common.errors import InputError, run_main
 from evaluation import pckh
 from evaluation.dataset import split_to_evaluate
 from evaluation.inference import predict
-from model import checkpoint
-from pipelines import opencv_loader as opencv_crops
+from model.checkpoint import evaluation_network, load_checkpoint
 from pipelines.codec import codec_of
 from pipelines.loader import dali_is_installed, evaluation_batches
+from pipelines.opencv_loader import decode
 from pipelines.shards import ShardSet
 
+CPU = torch.device("cpu")
 Picture = npt.NDArray[np.uint8]
 Decoder = Callable[[list[bytes]], list[Picture]]
 """JPEGs -> RGB pictures (H, W, 3)."""
@@ -45,9 +47,9 @@ class Difference(NamedTuple):
     largest: int
 
 
-def main() -> None:
-    """Decode everything with every decoder at hand, compare, print."""
-    options = make_parser().parse_args()
+def main(argv: list[str] | None = None) -> None:
+    """Decode all pictures with every installed decoder, compare, print. Raises InputError."""
+    options = make_parser().parse_args(argv)
     decoders, missing = find_decoders()
     for name, reason in missing.items():
         print(f"not compared: {name} ({reason})")
@@ -59,11 +61,7 @@ def main() -> None:
     for a, b in itertools.combinations(decoders, 2):
         d = compare(pictures[a], pictures[b])
         print(f"{a + ' - ' + b:24}{d.pixels:>20.4%}{d.total:>14,}{d.rms:>10.4f}{d.largest:>10}")
-    if options.checkpoint:
-        if shards is None:
-            raise InputError(
-                "command line", "--checkpoint without --shards", "both", "give --shards DIR"
-            )
+    if shards and options.checkpoint:
         print_pckh(Path(options.checkpoint), shards, jpegs, pictures)
 
 
@@ -72,91 +70,76 @@ def make_parser() -> Parser:
     parser = Parser(
         prog="compare_decoders.py",
         description="Compare OpenCV, Pillow, DALI and torchvision as JPEG decoders.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example:\n  python tools/compare_decoders.py --shards data/shards/lspet/valid",
+        epilog="example: python tools/compare_decoders.py --shards data/shards/lspet/valid",
     )
     what = parser.add_argument_group("what to decode, one of the two")
     what.add_argument("--images", metavar="DIR", help="folder of .jpg files")
     what.add_argument("--shards", metavar="DIR", help="a split made by tools/make_shards.py")
-    how = parser.add_argument_group("how far")
-    how.add_argument("--checkpoint", metavar="PATH", help="PCKh through each, with --shards")
-    how.add_argument(
-        "--most",
-        type=at_least(1),
-        default=500,
-        help="pictures, without --checkpoint (default: %(default)s)",
-    )
+    how = parser.add_argument_group("how much")
+    how.add_argument("--checkpoint", metavar="PATH", help="also compare PCKh; with --shards")
+    most = "most pictures, without --checkpoint (default: %(default)s)"
+    how.add_argument("--most", type=at_least(1), default=500, help=most)
     return parser
 
 
 def read_jpegs(options: argparse.Namespace, shards: ShardSet | None) -> list[bytes]:
     """Different pictures of the folder or of the shards, in order. Raises InputError."""
-    if bool(options.images) == bool(options.shards):
+    if bool(options.images) == bool(options.shards) or (options.checkpoint and not shards):
         raise InputError(
-            "command line", "no pictures, or too many sources", "--images or --shards", "give one"
+            "command line",
+            "no pictures, two sources, or --checkpoint without --shards",
+            "--images or --shards",
+            "give one of the two",
         )
     if shards is not None:
         jpegs = [shards.jpeg(sample) for sample in range(len(shards))]
     else:
         jpegs = [path.read_bytes() for path in sorted(Path(options.images).glob("*.jpg"))]
     if not jpegs:
-        raise InputError(
-            options.images, "no .jpg in this folder", "pictures", "name another folder"
-        )
-    # A checkpoint needs every picture of its people.
+        raise InputError(options.images, "no .jpg in this folder", "pictures", "give another")
+    # A checkpoint needs the pictures of all people.
     most = None if options.checkpoint else options.most
     return list(dict.fromkeys(jpegs))[:most]
 
 
 def find_decoders() -> tuple[dict[str, Decoder], dict[str, str]]:
-    """The decoders at hand, OpenCV first, and why the others are not."""
-    decoders: dict[str, Decoder] = {"opencv": decode_opencv}
+    """The installed decoders, OpenCV first, and why the others are missing."""
+    decoders: dict[str, Decoder] = {"opencv": decode_by_opencv, "pillow": decode_by_pillow}
     missing = {}
-    if importlib.util.find_spec("PIL"):
-        decoders["pillow"] = decode_pillow
-    else:
-        missing["pillow"] = "pip install pillow"
     if dali_is_installed():
-        decoders["dali cpu"] = lambda jpegs: decode_dali(jpegs, "cpu")
+        from pipelines.dali_loader import decode_pictures
+
+        decoders["dali cpu"] = functools.partial(decode_pictures, device=CPU)
         if torch.cuda.is_available():
-            decoders["nvjpeg"] = lambda jpegs: decode_dali(jpegs, "cuda")
+            decoders["nvjpeg"] = functools.partial(decode_pictures, device=torch.device("cuda"))
         else:
             missing["nvjpeg"] = "no CUDA device"
     else:
         missing["dali cpu"] = missing["nvjpeg"] = "pip install nvidia-dali-cuda120, on Linux"
     if importlib.util.find_spec("torchvision"):
-        decoders["torchvision"] = decode_torchvision
+        decoders["torchvision"] = decode_by_torchvision
     else:
         missing["torchvision"] = "pip install torchvision"
     return decoders, missing
 
 
 def decode_all(name: str, decoder: Decoder, jpegs: list[bytes]) -> list[Picture]:
-    """Everything by one decoder, a few at a time, with progress."""
+    """All pictures by one decoder, a few at a time, with progress."""
     starts = progress(range(0, len(jpegs), 32), f"decoding ({name})", "batches")
     return [picture for start in starts for picture in decoder(jpegs[start : start + 32])]
 
 
-def decode_opencv(jpegs: list[bytes]) -> list[Picture]:
-    """By cv2.imdecode, as the OpenCV path does."""
-    return [opencv_crops.decode(jpeg, "picture")[..., ::-1] for jpeg in jpegs]
+def decode_by_opencv(jpegs: list[bytes]) -> list[Picture]:
+    """As the OpenCV loader does."""
+    return [decode(jpeg, "picture")[..., ::-1] for jpeg in jpegs]
 
 
-def decode_pillow(jpegs: list[bytes]) -> list[Picture]:
+def decode_by_pillow(jpegs: list[bytes]) -> list[Picture]:
     """By PIL.Image."""
-    from PIL import Image
-
     return [np.array(Image.open(io.BytesIO(jpeg)).convert("RGB")) for jpeg in jpegs]
 
 
-def decode_dali(jpegs: list[bytes], device: str) -> list[Picture]:
-    """By DALI, all at once."""
-    from pipelines.dali_loader import decode_pictures
-
-    return decode_pictures(jpegs, torch.device(device))
-
-
-def decode_torchvision(jpegs: list[bytes]) -> list[Picture]:
+def decode_by_torchvision(jpegs: list[bytes]) -> list[Picture]:
     """By torchvision.io on the CPU."""
     from torchvision.io import ImageReadMode, decode_jpeg
 
@@ -181,32 +164,33 @@ def print_pckh(
     path: Path, shards: ShardSet, jpegs: list[bytes], pictures: dict[str, list[Picture]]
 ) -> None:
     """PCKh of the same people through each decoder."""
-    trained = checkpoint.load_checkpoint(path)
-    config, network = trained.config, checkpoint.evaluation_network(trained)
+    checkpoint = load_checkpoint(path)
+    config, network = checkpoint.config, evaluation_network(checkpoint)
     skeleton = shards.manifest.skeleton
     codec = codec_of(config.data, config.heatmaps, skeleton)
     people, samples = shards.people()
     print(f"\n{f'{skeleton.metric} of {path}':40}{'@0.5':>10}{'@0.1':>10}  (pooled, %)")
     for name, decoded in pictures.items():
-        by_jpeg = dict(zip(jpegs, decoded, strict=True))
+        bgr = {
+            jpeg: np.ascontiguousarray(picture[..., ::-1])
+            for jpeg, picture in zip(jpegs, decoded, strict=True)
+        }
         batches = evaluation_batches(
-            shards, samples, codec, loader="opencv", device=torch.device("cpu"),
-            batch_size=config.eval.batch_size, workers=0,
-            decoder=functools.partial(_lookup, by_jpeg),
-        )  # fmt: skip
+            shards,
+            samples,
+            codec,
+            loader="opencv",
+            device=CPU,
+            batch_size=config.eval.batch_size,
+            workers=0,
+            decoder=lambda jpeg, where, bgr=bgr: bgr[jpeg],  # type: ignore[misc]
+        )
         bar = progress(batches, f"predicting ({name})", "batches")
-        found = predict(
-            network, bar, codec, flip=config.eval.flip,
-            device=torch.device("cpu"), dtype=torch.float32,
-        )  # fmt: skip
+        flip = config.eval.flip
+        found = predict(network, bar, codec, flip=flip, device=CPU, dtype=torch.float32)
         errors = pckh.normalized_errors(found.keypoints_NJ2, people)
         half, tenth = (100 * pckh.score(errors, skeleton, t).pooled for t in (0.5, 0.1))
         print(f"{name:40}{half:>10.3f}{tenth:>10.3f}")
-
-
-def _lookup(by_jpeg: dict[bytes, Picture], jpeg: bytes, where: str) -> Picture:
-    """A picture that was decoded before, as BGR."""
-    return np.ascontiguousarray(by_jpeg[jpeg][..., ::-1])
 
 
 if __name__ == "__main__":

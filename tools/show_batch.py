@@ -1,4 +1,4 @@
-"""Draws what the network is shown: augmented crops with their joints and heatmaps.
+"""Draws augmented crops with their joints and heatmaps, as the network gets them.
 
 With both loaders, DALI makes a batch and OpenCV repeats its draws, so that their crops can be
 compared person by person.
@@ -7,9 +7,8 @@ compared person by person.
 import sys
 from pathlib import Path
 
-# `python tools/show_batch.py` puts tools/ on the path, and not the folder that holds configs/.
+# `python tools/show_batch.py` puts tools/ on the path, and not the folder of the packages.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 
 from typing import NamedTuple
 
@@ -17,73 +16,81 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
-from common.cli import Parser, at_least, progress
+from common.cli import Parser, at_least, info, progress
 from common.distributed import choose_device
 from common.errors import InputError, run_main
 from configs.schema import Config, config_from_dict, load_yaml
 from configs.skeleton import Skeleton
 from evaluation.visualize import LEFT_BGR, MIDDLE_BGR, RIGHT_BGR, color_of, draw_skeleton
 from pipelines import geometry, heatmaps
-from pipelines import opencv_loader as opencv_crops
-from pipelines.augment import PRESETS, Draw, Preset
+from pipelines.augment import PRESETS, Draw, preset_of
 from pipelines.codec import Codec
-from pipelines.loader import Batch, LoaderName, LoaderSpec, RawBatch, make_batch, train_loader
-from pipelines.shard_format import COLUMNS, MANIFEST, unpack_records
+from pipelines.loader import Batch, LoaderSpec, RawBatch, make_batch, train_loader
+from pipelines.opencv_loader import collate, crop_person, decode
+from pipelines.shard_format import MANIFEST, unpack_records
 from pipelines.shards import ShardSet
 
-TILE_PX, CAPTION_PX, LEGEND_PX = 256, 20, 26
-SHEET_SHAPE = 4 / 3
-"""Width over height, about: what a screen shows whole."""
-INK = (30, 30, 30)
+TILE_PX = 256
+SHEET_ASPECT = 4 / 3
+"""Width over height, approximately: what fits a screen."""
+CPU = torch.device("cpu")
 
 Picture = npt.NDArray[np.uint8]
 
 
-class Shown(NamedTuple):
-    """A batch through one loader."""
+class LoadedBatch(NamedTuple):
+    """A batch of one loader."""
 
-    name: str
+    loader: str
     raw: RawBatch
     batch: Batch
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Make a batch by each loader, draw it, write the picture. Raises InputError."""
-    options = make_parser().parse_args()
+    options = make_parser().parse_args(argv)
     output = Path(options.output)
     if output.suffix.lower() != ".png" or output.is_dir():
-        raise InputError(output, "not a .png", "a file name that ends in .png", "name another")
-    config = read_config(options.config)
-    shards = open_split(Path(options.shards or config.data.shards), options.split)
-    preset = PRESETS[options.preset or config.data.preset]
-    if not config.data.mirror or options.no_mirror:
-        preset = preset._replace(flip_probability=0.0)
-    heat = config.heatmaps
-    rule = options.rule or heat.rule
-    sigma, input_px = options.sigma or heat.sigma, options.input_px or config.data.input_px
-    if input_px % 64:
-        raise InputError("--input-px", str(input_px), "a multiple of 64", "give 64, 128, 256, ...")
+        raise InputError(output, "not a .png", "a file name that ends in .png", "give another")
+    config = config_from_dict(load_yaml(options.config), options.config) if options.config else None
+    config = config or Config()
+    folder = Path(options.shards or config.data.shards)
+    shards = ShardSet(folder if (folder / MANIFEST).is_file() else folder / options.split)
     codec = Codec(
-        preset=preset,
-        rule=rule,
-        sigma=sigma,
-        input_px=input_px,
+        preset=preset_of(
+            options.preset or config.data.preset, config.data.mirror and not options.no_mirror
+        ),
+        rule=options.rule or config.heatmaps.rule,
+        sigma=options.sigma or config.heatmaps.sigma,
+        input_px=options.input_px or config.data.input_px,
         skeleton=shards.manifest.skeleton,
     )
-    device = choose_device(options.device)
-    print(f"cutting out {options.people:,} people ...", file=sys.stderr, flush=True)
-    shown = make_batches(shards, codec, options.loader, options.people, options.seed, device)
-    grey = grey_differences(shown)
-    sheet = draw_sheet(shown, grey, codec)
+    if codec.input_px % 64:
+        found, advice = str(codec.input_px), "give 64, 128, 256, ..."
+        raise InputError("--input-px", found, "a multiple of 64", advice)
+    spec = LoaderSpec(
+        loader="opencv" if options.loader == "opencv" else "dali",
+        device=choose_device(options.device),
+        preset=codec.preset,
+        input_px=codec.input_px,
+        batch_size=options.people,
+        workers=0,
+        seed=options.seed,
+    )
+    info(f"cropping {options.people:,} people ...")
+    batches = make_batches(shards, spec, codec, compare=options.loader == "both")
+    grey = grey_differences(batches)
     output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(output.name + ".tmp.png")
-    cv2.imwrite(str(temporary), sheet)
-    temporary.rename(output)
+    sheet = draw_sheet(batches, grey, codec)
+    FigureCanvasAgg(sheet).print_png(output)
     if grey is not None:
         print(
-            f"{shown[1].name} minus {shown[0].name}, before colours: {grey.mean():.4f} grey levels "
-            f"on average, {grey.max():.0f} at most, {len(grey)} people"
+            f"{batches[1].loader} minus {batches[0].loader}, before colours: {grey.mean():.4f} "
+            f"grey levels on average, {grey.max():.0f} at most, {len(grey)} people"
         )
     print(f"wrote {output}")
 
@@ -95,139 +102,122 @@ def make_parser() -> Parser:
         description="Draws augmented crops with their joints and heatmaps as one PNG.",
         epilog="example: python tools/show_batch.py --config configs/2hg.yaml --output batch.png",
     )
-    # fmt: off
     add = parser.add_argument_group("what to show").add_argument
     add("--shards", metavar="DIR", help="folder of splits, or a split (default: the config's)")
     add("--split", choices=("train", "valid"), default="train", help="default: %(default)s")
-    add("--people", type=at_least(1), default=12, help="people (default: %(default)s)")
+    add("--people", type=at_least(1), default=12, help="number of people (default: %(default)s)")
     add("--seed", type=at_least(0), default=0, help="of order and draws (default: %(default)s)")
-    add = parser.add_argument_group("how they are made").add_argument
-    add("--config", metavar="FILE", help="take the settings of this run (default: the schema's)")
+    add = parser.add_argument_group("how it is made").add_argument
+    add("--config", metavar="FILE", help="use the settings of this run (default: the schema's)")
     add("--preset", choices=tuple(PRESETS), help="augmentation (default: the config's)")
     add("--no-mirror", action="store_true", help="never mirror, as data.mirror: false does")
-    add("--loader", choices=("opencv", "dali", "both"), default="opencv",
-        help="both: the same draws through each, and the difference (default: %(default)s)")
+    both = "both: the same draws through each, and the difference (default: %(default)s)"
+    add("--loader", choices=("opencv", "dali", "both"), default="opencv", help=both)
     add("--rule", choices=("exact", "princeton", "hrnet"), help="of heatmaps (default: config's)")
     add("--sigma", type=float, help="heatmap px at 64 x 64 (default: the config's)")
     add("--input-px", type=at_least(64), help="side of the crop, px (default: the config's)")
-    add("--device", choices=("auto", "cuda", "cpu"), default="cpu",
-        help="where DALI decodes and crops (default: %(default)s)")
+    device = "device of DALI (default: %(default)s)"
+    add("--device", choices=("auto", "cuda", "cpu"), default="cpu", help=device)
     add = parser.add_argument_group("what to write").add_argument
     add("--output", metavar="PNG", default="batch.png", help="default: %(default)s")
-    # fmt: on
     return parser
 
 
-def read_config(path: str | None) -> Config:
-    """The settings of a run, or the schema's own. Raises InputError."""
-    return config_from_dict(load_yaml(path), path) if path else Config()
-
-
-def open_split(folder: Path, split: str) -> ShardSet:
-    """A split, or the one of that name in a folder of splits. Raises InputError."""
-    return ShardSet(folder if (folder / MANIFEST).is_file() else folder / split)
-
-
 def make_batches(
-    shards: ShardSet, codec: Codec, loader: str, people: int, seed: int, device: torch.device
-) -> list[Shown]:
-    """One batch by one loader; or DALI's, after OpenCV's of the same people and draws."""
-    first: LoaderName = "opencv" if loader == "opencv" else "dali"
-    spec = LoaderSpec(
-        loader=first,
-        device=device,
-        preset=codec.preset,
-        input_px=codec.input_px,
-        batch_size=people,
-        workers=0,
-        seed=seed,
-    )
-    raw = train_loader(shards, spec).next()
-    raw = RawBatch(*(part.cpu() for part in raw))
-    raws = {first: raw} if loader != "both" else {"opencv": opencv_twin(shards, raw, codec.preset)}
-    raws.setdefault(first, raw)
-    cpu = torch.device("cpu")
-    return [Shown(name, raw, make_batch(raw, codec, cpu)) for name, raw in raws.items()]
+    shards: ShardSet, spec: LoaderSpec, codec: Codec, compare: bool
+) -> list[LoadedBatch]:
+    """A batch of the loader. compare: before it, OpenCV's of the same people and draws."""
+    raw = RawBatch(*(part.cpu() for part in train_loader(shards, spec).next()))
+    raws = [("opencv", repeat_by_opencv(shards, raw, codec))] if compare else []
+    return [
+        LoadedBatch(name, each, make_batch(each, codec, CPU))
+        for name, each in [*raws, (spec.loader, raw)]
+    ]
 
 
-def opencv_twin(shards: ShardSet, raw: RawBatch, preset: Preset) -> RawBatch:
+def repeat_by_opencv(shards: ShardSet, raw: RawBatch, codec: Codec) -> RawBatch:
     """The crops that OpenCV makes of the people and draws of a batch."""
-    sample_of = {float(row): i for i, row in enumerate(shards.records()[:, COLUMNS["row"]])}
+    rows = unpack_records(shards.records()).row_N.tolist()
     items = []
-    for record, drawn in zip(raw.records_NR.numpy(), raw.draws_ND.tolist(), strict=True):
-        sample = sample_of[float(record[COLUMNS["row"]])]
-        image = opencv_crops.decode(shards.jpeg(sample), shards.where(sample))
-        draw = Draw(*drawn)
-        fields = unpack_records(record[None])
-        crop, matrix = opencv_crops.crop_person(
-            image, fields, draw, preset, raw.images_NHW3.shape[1]
-        )
+    for record, values in zip(raw.records_NR.numpy(), raw.draws_ND.tolist(), strict=True):
+        fields, draw = unpack_records(record[None]), Draw(*values)
+        sample = rows.index(fields.row_N[0])
+        image = decode(shards.jpeg(sample), shards.where(sample))
+        crop, matrix = crop_person(image, fields, draw, codec.preset, codec.input_px)
         items.append((crop, matrix, draw, record))
-    return opencv_crops.collate(items)
+    return collate(items)
 
 
-def grey_differences(shown: list[Shown]) -> npt.NDArray[np.float32] | None:
+def grey_differences(batches: list[LoadedBatch]) -> npt.NDArray[np.float32] | None:
     """(N, H, W, 3) absolute differences of the crops of two loaders, 0..255, before colours."""
-    if len(shown) == 1:
+    if len(batches) == 1:
         return None
-    first, second = (one.raw.images_NHW3.float() for one in shown)
+    first, second = (each.raw.images_NHW3.float() for each in batches)
     return (second - first).abs().numpy()
 
 
 def draw_sheet(
-    shown: list[Shown], grey_NHW3: npt.NDArray[np.float32] | None, codec: Codec
-) -> Picture:
-    """The contact sheet (H, W, 3) BGR: a panel a person, under a legend."""
-    zoom = 1.0 if grey_NHW3 is None else amplification(grey_NHW3)
-    people = progress(range(len(shown[0].batch.rows_N)), "drawing", "people")
-    panels = [
-        draw_panel(shown, None if grey_NHW3 is None else grey_NHW3[i], zoom, codec, i)
-        for i in people
-    ]
-    height, width = panels[0].shape[:2]
-    columns = columns_of(len(panels), width / height)
-    panels += [np.full_like(panels[0], 255)] * (-len(panels) % columns)
-    rows = [np.hstack(panels[i : i + columns]) for i in range(0, len(panels), columns)]
-    names = [*(one.name for one in shown), "heatmaps"]
+    batches: list[LoadedBatch], grey_NHW3: npt.NDArray[np.float32] | None, codec: Codec
+) -> Figure:
+    """A panel for each person, with the draw above it, and a legend."""
+    # Makes the largest difference white; usually it is a grey level or two.
+    zoom = 1.0 if grey_NHW3 is None else 255 / max(1.0, float(grey_NHW3.max()))
+    people = len(batches[0].batch.rows_N)
+    tiles = len(batches) + 1 + (grey_NHW3 is not None)
+    columns = columns_of(people, tiles)
+    rows = -(-people // columns)
+    figure = Figure(figsize=(2.6 * tiles * columns, 2.85 * rows + 0.6), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for person in progress(range(people), "drawing", "people"):
+        grey = None if grey_NHW3 is None else grey_NHW3[person]
+        panels[person].imshow(draw_panel(batches, grey, zoom, codec, person)[..., ::-1])
+        panels[person].set_title(caption(batches[0], grey, person), fontsize=8)
+    for panel in panels:
+        panel.axis("off")
+    names = [*(each.loader for each in batches), "heatmaps"]
     names += [] if grey_NHW3 is None else [f"difference x {zoom:.3g} (black: none)"]
-    return np.vstack([legend(width * columns, names), *rows])
+    sides = (("right", RIGHT_BGR), ("left", LEFT_BGR), ("middle", MIDDLE_BGR))
+    patches = [
+        Patch(color=(red / 255, green / 255, blue / 255), label=f"the person's {side}")
+        for side, (blue, green, red) in sides
+    ]
+    figure.legend(handles=patches, loc="outside upper left", ncols=3, title=", ".join(names))
+    return figure
 
 
-def columns_of(panels: int, shape: float) -> int:
-    """The number of columns that brings the sheet nearest to its shape. shape: of a panel."""
-    shapes = [c * shape / -(-panels // c) for c in range(1, panels + 1)]
-    return int(np.argmin(np.abs(np.log(np.array(shapes) / SHEET_SHAPE)))) + 1
+def columns_of(people: int, tiles: int) -> int:
+    """The number of columns whose sheet is nearest to SHEET_ASPECT. tiles: of a panel."""
+    aspects = [columns * tiles / -(-people // columns) for columns in range(1, people + 1)]
+    return int(np.argmin(np.abs(np.log(np.array(aspects) / SHEET_ASPECT)))) + 1
 
 
-def amplification(grey_NHW3: npt.NDArray[np.float32]) -> float:
-    """The factor that makes the largest difference white; they are a grey level or two at most."""
-    return 255 / max(1.0, float(grey_NHW3.max()))
+def caption(loaded: LoadedBatch, grey_HW3: npt.NDArray[np.float32] | None, person: int) -> str:
+    """The person's row, draw and difference."""
+    drawn = Draw(*loaded.raw.draws_ND[person].tolist())
+    text = f"row {int(loaded.batch.rows_N[person])}   box x {drawn.scale:.2f}"
+    text += f"   {drawn.rotation_deg:+.1f} deg" + ("   mirrored" if drawn.flip else "")
+    if grey_HW3 is not None:
+        text += f"   difference: mean {grey_HW3.mean():.4f}, largest {grey_HW3.max():.0f}"
+    return text
 
 
 def draw_panel(
-    shown: list[Shown],
+    batches: list[LoadedBatch],
     grey_HW3: npt.NDArray[np.float32] | None,
     zoom: float,
     codec: Codec,
     person: int,
 ) -> Picture:
-    """One person's tiles side by side, with the draw below. zoom: factor on the difference."""
-    tiles = [draw_crop(one.batch, codec, person) for one in shown]
-    tiles.append(draw_heatmaps(shown[0].batch, codec.skeleton, person))
-    drawn = Draw(*shown[0].raw.draws_ND[person].tolist())
-    caption = f"row {int(shown[0].batch.rows_N[person])}   box x {drawn.scale:.2f}"
-    caption += f"   {drawn.rotation_deg:+.1f} deg" + ("   mirrored" if drawn.flip else "")
+    """One person's tiles side by side, BGR. zoom: factor on the difference."""
+    tiles = [draw_crop(each.batch, codec, person) for each in batches]
+    tiles.append(draw_heatmaps(batches[0].batch, codec.skeleton, person))
     if grey_HW3 is not None:
         tiles.append(enlarge((zoom * grey_HW3).astype(np.uint8)[..., ::-1]))
-        caption += f"   difference: mean {grey_HW3.mean():.4f}, largest {grey_HW3.max():.0f}"
-    strip = np.full((CAPTION_PX, TILE_PX * len(tiles), 3), 255, dtype=np.uint8)
-    write(strip, caption, 4, 14)
-    panel = np.vstack([np.hstack(tiles), strip])
-    return cv2.copyMakeBorder(panel, 2, 2, 2, 2, cv2.BORDER_CONSTANT, value=(255, 255, 255))  # type: ignore[return-value]
+    return np.hstack(tiles)
 
 
 def draw_crop(batch: Batch, codec: Codec, person: int) -> Picture:
-    """The crop as the network sees it, with the joints that have a target."""
+    """The crop as the network gets it, with the joints that have a target."""
     image = (batch.images_N3HW[person].permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
     tile = enlarge(image[..., ::-1])
     zoom = TILE_PX / codec.input_px
@@ -240,7 +230,7 @@ def draw_crop(batch: Batch, codec: Codec, person: int) -> Picture:
 
 
 def draw_heatmaps(batch: Batch, skeleton: Skeleton, person: int) -> Picture:
-    """All maps over the grey crop: each joint's in the colour of its side."""
+    """All heatmaps over the grey crop, each joint's in the colour of its side."""
     image = batch.images_N3HW[person].mean(dim=0).numpy()
     heat = batch.heat_NJHW[person].numpy()
     colored = np.zeros((*heat.shape[1:], 3))
@@ -254,25 +244,8 @@ def draw_heatmaps(batch: Batch, skeleton: Skeleton, person: int) -> Picture:
 def enlarge(image_HW3: Picture) -> Picture:
     """A tile of a crop, whose pixels stay sharp."""
     how = cv2.INTER_NEAREST if image_HW3.shape[0] <= TILE_PX else cv2.INTER_AREA
-    size = (TILE_PX, TILE_PX)
-    return cv2.resize(np.ascontiguousarray(image_HW3), size, interpolation=how)  # type: ignore[return-value]
-
-
-def legend(width: int, names: list[str]) -> Picture:
-    """What the tiles and the colours are."""
-    strip = np.full((LEGEND_PX, width, 3), 255, dtype=np.uint8)
-    x = write(strip, ", ".join(names) + "  |  the person's", 6, 17) + 8
-    for name, color in (("right", RIGHT_BGR), ("left", LEFT_BGR), ("middle", MIDDLE_BGR)):
-        dark = tuple(int(0.8 * channel) for channel in color)
-        x = write(strip, name, x, 17, dark) + 8
-    return strip
-
-
-def write(picture: Picture, text: str, x: int, y: int, color: tuple[int, ...] = INK) -> int:
-    """Write a line whose baseline is y, and return where it ends."""
-    font, scale = cv2.FONT_HERSHEY_SIMPLEX, 0.4
-    cv2.putText(picture, text, (x, y), font, scale, color, 1, cv2.LINE_AA)
-    return x + cv2.getTextSize(text, font, scale, 1)[0][0]
+    tile = cv2.resize(np.ascontiguousarray(image_HW3), (TILE_PX, TILE_PX), interpolation=how)
+    return tile.astype(np.uint8, copy=False)
 
 
 if __name__ == "__main__":
