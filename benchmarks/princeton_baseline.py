@@ -20,7 +20,7 @@ from pipelines import princeton
 from pipelines.augment import PRESETS, Draw, draw, draw_rng
 from pipelines.codec import Codec
 from pipelines.geometry import STRIDE
-from pipelines.opencv_loader import EndlessSampler
+from pipelines.opencv_loader import endless_batches
 from pipelines.shard_format import unpack_records
 from pipelines.shards import ShardSet
 
@@ -106,7 +106,7 @@ def princeton_batches(
 
     Its workers are not forked from this process: they would treat memory as it does.
     """
-    sampler = EndlessSampler(len(shards), batch_size, seed, 0, 1)
+    sampler = endless_batches(len(shards), batch_size, seed, 0, 1)
     return iter(
         DataLoader(
             PrincetonPeople(shards, input_px, seed),

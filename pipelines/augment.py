@@ -39,9 +39,6 @@ class Preset(NamedTuple):
 
 PresetName = Literal["princeton", "newell", "hrnet", "mild", "none"]
 
-ONE = Distribution("uniform", 1.0, 1.0)
-ZERO = Distribution("uniform", 0.0, 0.0)
-
 PRESETS: dict[str, Preset] = {
     # princeton-vl/pytorch_stacked_hourglass
     "princeton": Preset(
@@ -80,7 +77,14 @@ PRESETS: dict[str, Preset] = {
         flip_probability=0.5,
         color="none",
     ),
-    "none": Preset(ONE, False, ZERO, 0.0, 0.0, "none"),
+    "none": Preset(
+        scale=Distribution("uniform", 1.0, 1.0),
+        scale_is_log2=False,
+        rotation_deg=Distribution("uniform", 0.0, 0.0),
+        rotation_probability=0.0,
+        flip_probability=0.0,
+        color="none",
+    ),
 }
 
 
@@ -106,27 +110,19 @@ CHANNEL_GAIN = Distribution("uniform", 0.6, 1.4)
 class Draw(NamedTuple):
     """One drawn augmentation. As a row of a batch it is a float32 vector in this order."""
 
-    scale: float = 1.0
-    """Factor on the side of the box."""
-    rotation_deg: float = 0.0
-    """Turn of the picture, clockwise on the screen."""
-    flip: float = 0.0
-    """1 if mirrored, else 0."""
-    hue: float = 0.0
-    """Shift of the HSV hue, in turns of 360 degrees."""
-    saturation: float = 1.0
-    """Factor on the HSV saturation."""
-    brightness: float = 0.0
-    """Added to every channel, of 0..1."""
-    contrast: float = 1.0
-    """Factor about the pixel's own grey."""
-    red: float = 1.0
-    """Channel gain; so are the next two."""
+    scale: float = 1.0  # factor on the side of the box
+    rotation_deg: float = 0.0  # of the picture, clockwise on the screen
+    flip: float = 0.0  # 1 if mirrored, else 0
+    hue: float = 0.0  # shift of the HSV hue, in turns of 360 degrees
+    saturation: float = 1.0  # factor on the HSV saturation
+    brightness: float = 0.0  # added to every channel, of 0..1
+    contrast: float = 1.0  # factor about the mean of the pixel's three channels
+    red: float = 1.0  # gain of the channel, as are the next two
     green: float = 1.0
     blue: float = 1.0
 
 
-_COLUMN = {name: index for index, name in enumerate(Draw._fields)}
+_FIRST_COLOR = Draw._fields.index("hue")
 
 
 def draw_rng(seed: int, epoch: int, person: int) -> np.random.Generator:
@@ -181,8 +177,8 @@ def jitter(images_N3HW: torch.Tensor, draws_ND: torch.Tensor) -> torch.Tensor:
     three channels, then a clip to 0..1. The channel gain follows princeton-vl/pose-hg-train: a
     factor, then a clip. Images whose draw is neutral come back bit for bit.
     """
-    neutral = constant_on_device(Draw()[_COLUMN["hue"] :], draws_ND.dtype, draws_ND.device)
-    changed = (draws_ND[:, _COLUMN["hue"] :] != neutral).any(dim=1)
+    neutral = constant_on_device(Draw()[_FIRST_COLOR:], draws_ND.dtype, draws_ND.device)
+    changed = (draws_ND[:, _FIRST_COLOR:] != neutral).any(dim=1)
     if images_N3HW.device.type == "cpu":
         result = images_N3HW.clone(memory_format=torch.channels_last)
         for image_3HW, draw, applies in zip(result, draws_ND.tolist(), changed, strict=True):
@@ -203,8 +199,10 @@ def color_by_opencv(image_HW3: npt.NDArray, draw: Draw) -> npt.NDArray:
     """
     turned = image_HW3
     if draw.hue or draw.saturation != 1:
+        # OpenCV takes a hue above 360, but not below 0.
+        affine = [[1, 0, 0, draw.hue % 1 * 360], [0, draw.saturation, 0, 0], [0, 0, 1, 0]]
         hsv = cv2.cvtColor(image_HW3, cv2.COLOR_RGB2HSV)  # hue in 0..360
-        hsv = cv2.transform(hsv, _hue_and_saturation(draw))
+        hsv = cv2.transform(hsv, np.array(affine, dtype=np.float32))
         np.minimum(hsv[..., 1], 1, out=hsv[..., 1])
         turned = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
     contrast = np.full((3, 4), (1 - draw.contrast) / 3, dtype=np.float32)
@@ -215,24 +213,14 @@ def color_by_opencv(image_HW3: npt.NDArray, draw: Draw) -> npt.NDArray:
     return colored if (gain == 1).all() else np.clip(colored * gain, 0, 1)
 
 
-def _hue_and_saturation(draw: Draw) -> npt.NDArray[np.float32]:
-    """(3, 4) affine of (hue, saturation, value). OpenCV takes a hue beyond 360, not below 0."""
-    return np.array(
-        [[1, 0, 0, draw.hue % 1 * 360], [0, draw.saturation, 0, 0], [0, 0, 1, 0]], dtype=np.float32
-    )
-
-
 def color_by_torch(images_N3HW: torch.Tensor, draws_ND: torch.Tensor) -> torch.Tensor:
     """The formula for a batch of RGB images in 0..1."""
-    hue, saturation, brightness, contrast = (
-        draws_ND[:, _COLUMN[name], None, None]
-        for name in ("hue", "saturation", "brightness", "contrast")
-    )
-    gain = draws_ND[:, _COLUMN["red"] : _COLUMN["blue"] + 1, None, None]
+    colors = draws_ND[:, _FIRST_COLOR:, None, None]
+    hue, saturation, brightness, contrast = colors[:, :4].unbind(dim=1)
     colored = _shift_hsv(images_N3HW, hue, saturation) + brightness[:, None]
     grey = colored.mean(dim=1, keepdim=True)
     colored = ((colored - grey) * contrast[:, None] + grey).clamp(0, 1)
-    return (colored * gain).clamp(0, 1)
+    return (colored * colors[:, 4:]).clamp(0, 1)
 
 
 def _shift_hsv(

@@ -11,7 +11,7 @@ operators' seeds: no edit may add, drop or move one.
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -35,18 +35,6 @@ HW_DECODER_LOAD = 0.65
 """DALI's default share of the pictures for the GPU's JPEG engine."""
 
 
-class Decoder(NamedTuple):
-    """How pictures are decoded; the crops are the same."""
-
-    device: str
-    """gpu or cpu."""
-    hw_load: float = HW_DECODER_LOAD
-    cache_mb: int = 0
-    width: int = 0
-    """Largest picture, px, for which the GPU's JPEG engine reserves memory; 0 if unknown."""
-    height: int = 0
-
-
 class DaliLoader:
     """Endless batches of one rank's share of a split, on the device.
 
@@ -64,19 +52,20 @@ class DaliLoader:
     ):
         """prefetch: batches made ahead. hw_decoder_load: share of the GPU's JPEG engine."""
         self.shards, self.prefetch = shards, prefetch
+        decoder: dict[str, Any] = {}
+        if spec.device.type == "cuda":
+            decoder["hw_decoder_load"] = hw_decoder_load
+            decoder["preallocate_width_hint"] = shards.manifest.max_width
+            decoder["preallocate_height_hint"] = shards.manifest.max_height
+        if spec.cache_mb:
+            decoder |= {"cache_size": spec.cache_mb, "cache_type": "threshold"}
         self._arguments = _common_arguments(spec.device, spec.batch_size, spec.workers) | {
             "prefetch_queue_depth": prefetch,
             "seed": spec.seed + spec.rank,
             "enable_checkpointing": True,
             "shards": shards,
             "spec": spec,
-            "decoder": Decoder(
-                _kind(spec.device),
-                hw_decoder_load,
-                spec.cache_mb,
-                shards.manifest.max_width,
-                shards.manifest.max_height,
-            ),
+            "decoder": decoder,
         }
         self.pipeline = self._build(shards.indices, state)
 
@@ -165,7 +154,7 @@ class DaliEvaluationLoader:
             feed=self._feed(),
             preset=self.preset,
             input_px=self.input_px,
-            device=_kind(self.device),
+            gpu=self.device.type == "cuda",
         )
         pipeline.build()
         for number, samples in enumerate(self._batches):
@@ -195,7 +184,7 @@ class DaliEvaluationLoader:
 def decode_pictures(jpegs: list[bytes], device: torch.device) -> list[npt.NDArray[np.uint8]]:
     """(H, W, 3) RGB of each JPEG, decoded as for the crops. Raises InputError."""
     graph = pipeline_def(_decode_graph)(
-        **_common_arguments(device, len(jpegs), threads=2), device=_kind(device)
+        **_common_arguments(device, len(jpegs), threads=2), gpu=device.type == "cuda"
     )
     graph.build()
     graph.feed_input("jpeg", [np.frombuffer(jpeg, dtype=np.uint8) for jpeg in jpegs])
@@ -206,8 +195,8 @@ def decode_pictures(jpegs: list[bytes], device: torch.device) -> list[npt.NDArra
     return [np.array(image) for image in images.as_cpu()]
 
 
-def _decode_graph(*, device: str) -> Node:
-    return _decode(fn.external_source(name="jpeg", dtype=types.UINT8, ndim=1), Decoder(device))
+def _decode_graph(*, gpu: bool) -> Node:
+    return _decode(fn.external_source(name="jpeg", dtype=types.UINT8, ndim=1), gpu)
 
 
 def _common_arguments(device: torch.device, batch_size: int, threads: int) -> dict[str, Any]:
@@ -217,11 +206,6 @@ def _common_arguments(device: torch.device, batch_size: int, threads: int) -> di
         "device_id": (device.index or 0) if device.type == "cuda" else None,
         "exec_dynamic": True,
     }
-
-
-def _kind(device: torch.device) -> str:
-    """The device as DALI calls it."""
-    return "gpu" if device.type == "cuda" else "cpu"
 
 
 def _tensors(outputs: Iterable[Any]) -> list[torch.Tensor]:
@@ -295,7 +279,7 @@ def _reason(error: Exception) -> str:
 
 
 def _graph(
-    *, shards: ShardSet, indices: list[Path], spec: LoaderSpec, decoder: Decoder
+    *, shards: ShardSet, indices: list[Path], spec: LoaderSpec, decoder: dict[str, Any]
 ) -> tuple[Node, Node, Node, Node]:
     """Images NHW3, affines N23, draws ND and records NR, all on the device."""
     shuffle: dict[str, Any] = {}
@@ -318,37 +302,33 @@ def _graph(
         shard_id=spec.rank,
         num_shards=spec.world_size,
     )
-    return _crops(jpeg, record, spec.preset, spec.input_px, decoder)
+    gpu = spec.device.type == "cuda"
+    return _crops(jpeg, record, spec.preset, spec.input_px, gpu, **decoder)
 
 
 def _evaluation_graph(
-    *, feed: Iterator[tuple[list, list]], preset: Preset, input_px: int, device: str
+    *, feed: Iterator[tuple[list, list]], preset: Preset, input_px: int, gpu: bool
 ) -> tuple[Node, Node, Node, Node]:
     jpeg, record = fn.external_source(
         source=feed, num_outputs=2, batch=True, dtype=[types.UINT8, types.FLOAT], ndim=[1, 1]
     )
-    return _crops(jpeg, record, preset, input_px, Decoder(device))
+    return _crops(jpeg, record, preset, input_px, gpu)
 
 
-def _decode(jpeg: Node, decoder: Decoder) -> Node:
-    arguments: dict[str, Any] = {
-        "device": "mixed" if decoder.device == "gpu" else "cpu",
-        "output_type": types.RGB,
+def _decode(jpeg: Node, gpu: bool, **more: Any) -> Node:
+    return fn.decoders.image(
+        jpeg,
+        device="mixed" if gpu else "cpu",
+        output_type=types.RGB,
         # Both as OpenCV does: stored pixels, libjpeg-turbo's chroma upsampling.
-        "adjust_orientation": False,
-        "jpeg_fancy_upsampling": True,
-    }
-    if decoder.device == "gpu":
-        arguments["hw_decoder_load"] = decoder.hw_load
-        arguments["preallocate_width_hint"] = decoder.width
-        arguments["preallocate_height_hint"] = decoder.height
-    if decoder.cache_mb:
-        arguments |= {"cache_size": decoder.cache_mb, "cache_type": "threshold"}
-    return fn.decoders.image(jpeg, **arguments)
+        adjust_orientation=False,
+        jpeg_fancy_upsampling=True,
+        **more,
+    )
 
 
 def _crops(
-    jpeg: Node, record: Node, preset: Preset, input_px: int, decoder: Decoder
+    jpeg: Node, record: Node, preset: Preset, input_px: int, gpu: bool, **decoder: Any
 ) -> tuple[Node, Node, Node, Node]:
     """Images NHW3, affines N23, draws ND and records NR, all on the device."""
     drawn = _draw(preset)
@@ -356,11 +336,11 @@ def _crops(
         upper_left, lower_right = _princeton_corners(record, input_px)
         input_from_image = _princeton_affine(upper_left, lower_right, drawn, input_px)
         # Saved states name the two operators of `- 0.0`, which change no value.
-        image = _cut(_decode(jpeg, decoder), upper_left - 0.0, lower_right - 0.0)
+        image = _cut(_decode(jpeg, gpu, **decoder), upper_left - 0.0, lower_right - 0.0)
         image_from_stored = fn.transforms.translation(offset=_float(upper_left))
     else:
         input_from_image = _affine(record, drawn, input_px)
-        image = _decode(jpeg, decoder)
+        image = _decode(jpeg, gpu, **decoder)
         image_from_stored = fn.reshape(record[COLUMNS["image_from_stored"]], shape=[2, 3])
     crops = fn.warp_affine(
         image,
@@ -373,7 +353,7 @@ def _crops(
     )
     draws = fn.stack(*(fn.cast(value, dtype=types.FLOAT) for value in drawn))
     small = (input_from_image, draws, record)
-    return (crops, *(node.gpu() if decoder.device == "gpu" else node for node in small))
+    return (crops, *(node.gpu() if gpu else node for node in small))
 
 
 def _from_corners(affine: Node) -> Node:

@@ -62,11 +62,6 @@ def input_from_image(
     return mirror(input_px) @ matrix if flip else matrix
 
 
-def dali_from_opencv(matrix: Matrix) -> Matrix:
-    """The same affine counted from pixel corners, as DALI counts: T(+0.5) M T(-0.5)."""
-    return translation(0.5, 0.5) @ matrix @ translation(-0.5, -0.5)
-
-
 def transform(matrix: npt.ArrayLike, points: npt.ArrayLike) -> npt.NDArray[np.float64]:
     """Apply an affine (..., 2 or 3, 3) to points (..., P, 2); returns (..., P, 2), target px."""
     affine = np.asarray(matrix, dtype=np.float64)

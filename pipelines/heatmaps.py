@@ -62,25 +62,25 @@ def render(
     """(N, J, heat_px, heat_px) float32 Gaussians of peak 1 about the joints; empty where not drawn.
 
     joints_NJ2: heatmap px. sigma: heatmap px at a heatmap of 64 px; `princeton` and `exact` scale
-    it with the heatmap, `hrnet` takes it as it is. A Gaussian is a product of a row and a column,
-    so its exponentials are computed once per row and column.
+    it with the heatmap, `hrnet` does not. A Gaussian is a product of a row and a column, so its
+    exponentials are computed once per row and column.
     """
     grid = torch.arange(heat_px, device=joints_NJ2.device, dtype=torch.float32)
     if rule != "hrnet":
         sigma = sigma * heat_px / 64
-    center, drawn, reach = _discretise(joints_NJ2.float(), drawn_NJ, heat_px, rule, sigma)
+    center, drawn, radius = _discretize(joints_NJ2.float(), drawn_NJ, heat_px, rule, sigma)
     offset_NJ2S = grid - center[..., None]
     profile = torch.exp(-offset_NJ2S.square() / (2 * sigma**2))
-    if reach is not None:
-        profile = profile * (offset_NJ2S.abs() <= reach)
+    if radius is not None:
+        profile = profile * (offset_NJ2S.abs() <= radius)
     x_NJS, y_NJS = (profile * drawn[..., None, None]).unbind(dim=2)
     return y_NJS[..., :, None] * x_NJS[..., None, :]
 
 
-def _discretise(
+def _discretize(
     joints_NJ2: torch.Tensor, drawn_NJ: torch.Tensor, heat_px: int, rule: Rule, sigma: float
 ) -> tuple[torch.Tensor, torch.Tensor, float | None]:
-    """The centres, whether each is drawn, and how many px the window reaches to each side."""
+    """The centres, whether each is drawn, and the radius of the window in px, if there is one."""
     finite = torch.isfinite(joints_NJ2).all(dim=-1)
     drawn = drawn_NJ.bool() & finite
     joints = torch.where(finite[..., None], joints_NJ2, torch.zeros_like(joints_NJ2))
@@ -90,10 +90,9 @@ def _discretise(
         center = torch.trunc(joints)
         inside = ((center >= 0) & (center < heat_px)).all(dim=-1)
         return center, drawn & (joints_NJ2[..., 0] > 0) & inside, 3 * sigma + 1
-    center = torch.trunc(joints + 0.5)
-    reach = 3 * sigma
-    near = ((center - reach < heat_px) & (center + reach + 1 >= 0)).all(dim=-1)
-    return center, drawn & near, reach
+    center, radius = torch.trunc(joints + 0.5), 3 * sigma
+    near = ((center - radius < heat_px) & (center + radius + 1 >= 0)).all(dim=-1)
+    return center, drawn & near, radius
 
 
 def decode(heat_NJHW: torch.Tensor, rule: Rule) -> tuple[torch.Tensor, torch.Tensor]:
@@ -103,15 +102,12 @@ def decode(heat_NJHW: torch.Tensor, rule: Rule) -> tuple[torch.Tensor, torch.Ten
         return _decode_princeton(heat)
     score, x, y = _peak(heat)
     if rule == "exact":
-        joints = torch.stack([_vertex(heat, x, y, axis) for axis in (3, 2)], dim=-1)
-        return joints, score
-    width, height = heat.shape[3], heat.shape[2]
+        return torch.stack([_vertex(heat, x, y, axis) for axis in (3, 2)], dim=-1), score
+    height, width = heat.shape[2:]
     inner = (x > 1) & (x < width - 1) & (y > 1) & (y < height - 1)
-    steps = torch.stack(
-        [torch.sign(_neighbour(heat, x, y, a, 1) - _neighbour(heat, x, y, a, -1)) for a in (3, 2)],
-        dim=-1,
-    )
-    joints = torch.stack([x, y], dim=-1) + 0.25 * steps * inner[..., None]
+    slopes = [_neighbour(heat, x, y, a, 1) - _neighbour(heat, x, y, a, -1) for a in (3, 2)]
+    steps = 0.25 * torch.sign(torch.stack(slopes, dim=-1))
+    joints = torch.stack([x, y], dim=-1) + steps * inner[..., None]
     return joints * (score > 0)[..., None], score
 
 
@@ -182,17 +178,12 @@ def _decode_princeton(heat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         score, x, y = (torch.where(empty, a, b) for a, b in found)
     elif empty.any():
         score[empty], x[empty], y[empty] = (v[0] for v in _peak(_suppress(heat[empty][None])))
-    steps = torch.stack(
-        [
-            torch.where(_neighbour(heat, x, y, a, 1) > _neighbour(heat, x, y, a, -1), 0.75, 0.25)
-            for a in (3, 2)
-        ],
-        dim=-1,
-    )
+    rises = [_neighbour(heat, x, y, a, 1) > _neighbour(heat, x, y, a, -1) for a in (3, 2)]
+    steps = torch.where(torch.stack(rises, dim=-1), 0.75, 0.25)
     joints = torch.stack([x, y], dim=-1).float()
     return joints + steps * (score > 0)[..., None], score
 
 
 def _suppress(heat_NJHW: torch.Tensor) -> torch.Tensor:
-    """The maps with zeros in place of all that is no maximum of its 3 x 3 neighbourhood."""
+    """The maps with zeros where a pixel is not the maximum of its 3 x 3 neighbourhood."""
     return heat_NJHW * (torch.nn.functional.max_pool2d(heat_NJHW, 3, 1, 1) == heat_NJHW)

@@ -17,14 +17,14 @@ from pipelines.codec import Codec
 from pipelines.crop_packing import require_preset_fits
 from pipelines.opencv_loader import (
     CropDataset,
-    CropLoader,
-    ListSampler,
     LoaderName,
     LoaderSpec,
     OpenCVLoader,
     RawBatch,
     Source,
+    batches_in_order,
     decode,
+    load_crops,
 )
 from pipelines.shard_format import unpack_records
 from pipelines.shards import ShardSet
@@ -33,16 +33,11 @@ from pipelines.shards import ShardSet
 class Batch(NamedTuple):
     """One training batch on the device. Axes: docs/conventions.md."""
 
-    images_N3HW: torch.Tensor
-    """float32 RGB in 0..1, channels-last in memory."""
-    heat_NJHW: torch.Tensor
-    """float32 targets; empty (N, J, 0, 0) where the loss renders them."""
-    joints_NJ2: torch.Tensor
-    """float32, heatmap px."""
-    drawn_NJ: torch.Tensor
-    """bool, joints that have a target."""
-    rows_N: torch.Tensor
-    """int64 rows of the annotation."""
+    images_N3HW: torch.Tensor  # float32 RGB in 0..1, channels-last in memory
+    heat_NJHW: torch.Tensor  # float32 targets; (N, J, 0, 0) where the loss renders them
+    joints_NJ2: torch.Tensor  # float32, heatmap px
+    drawn_NJ: torch.Tensor  # bool, joints that have a target
+    rows_N: torch.Tensor  # int64 rows of the annotation
 
 
 class Loader(Protocol):
@@ -109,8 +104,8 @@ def evaluation_batches(
             threads=max(workers, 1),
         )
     dataset = CropDataset(source, preset, codec.input_px, seed=0, decoder=decoder)
-    sampler = ListSampler(samples, batch_size)
-    return CropLoader(dataset, sampler, workers, pin=device.type == "cuda")
+    batches = batches_in_order(samples, batch_size)
+    return load_crops(dataset, batches, workers, pin=device.type == "cuda")
 
 
 def choose_loader(name: LoaderName, device: torch.device) -> Literal["dali", "opencv"]:

@@ -5,10 +5,11 @@ crop is a pure function.
 """
 
 import gc
+import itertools
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from common.errors import InputError
 from common.system import keep_freed_memory, usable_cores
@@ -35,18 +36,16 @@ PREFETCH = 4
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """Signals that ask a program to stop. Worker processes leave them to the main process."""
 
+_CAN_IDENTIFY_SENDERS = hasattr(signal, "sigwaitinfo")  # not on macOS
+
 
 class RawBatch(NamedTuple):
     """What both loaders return: crops before colour jitter, and how each was made."""
 
-    images_NHW3: torch.Tensor
-    """RGB in 0..255: uint8, or float32 where the crop is princeton's."""
-    input_from_image_N23: torch.Tensor
-    """float32 affine of the pixels, image px -> input px."""
-    draws_ND: torch.Tensor
-    """float32, columns in the order of augment.Draw."""
-    records_NR: torch.Tensor
-    """Layout in pipelines/shard_format.py: float32 from shards, float64 from loose pictures."""
+    images_NHW3: torch.Tensor  # RGB in 0..255: uint8, or float32 for princeton's crop
+    input_from_image_N23: torch.Tensor  # float32 affine of the pixels, image px -> input px
+    draws_ND: torch.Tensor  # float32, columns in the order of augment.Draw
+    records_NR: torch.Tensor  # pipelines/shard_format.py; float32, or float64 of loose pictures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,17 +56,13 @@ class LoaderSpec:
     device: torch.device
     preset: Preset
     input_px: int
-    batch_size: int
-    """People per rank and step."""
-    workers: int
-    """Worker processes of OpenCV, CPU threads of DALI."""
-    shuffle_buffer: int = 1024
-    """People among whom DALI draws the next; 0 keeps the order of the shards."""
+    batch_size: int  # people per rank and step
+    workers: int  # worker processes of OpenCV, CPU threads of DALI
+    shuffle_buffer: int = 1024  # people among whom DALI draws the next; 0 keeps the shards' order
     seed: int = 0
     rank: int = 0
     world_size: int = 1
-    cache_mb: int = 0
-    """GPU memory in which DALI keeps decoded pictures, MB. Each rank then keeps its people."""
+    cache_mb: int = 0  # GPU memory for DALI's decoded pictures; each rank then keeps its people
 
 
 Item = tuple[npt.NDArray, npt.NDArray[np.float32], Draw, npt.NDArray[np.floating]]
@@ -97,20 +92,15 @@ class LooseImages:
         self.people, self.folder = people, Path(folder)
         names = sorted(set(people.images))
         missing = [name for name in names if not (self.folder / name).is_file()]
-        if missing:
+        outside = [name for name in names if not stays_inside(self.folder, name)]
+        if missing or outside:
+            reason = "missing" if missing else "links that lead out of the folder"
+            first = self.folder / (missing or outside)[0]
             raise InputError(
                 self.folder,
-                f"{len(missing)} of {len(names)} pictures missing, first {missing[0]}",
+                f"{len(missing or outside)} of {len(names)} pictures {reason}, first {first}",
                 "the pictures that the annotation file names",
                 "give their folder with --images",
-            )
-        outside = [name for name in names if not stays_inside(self.folder, name)]
-        if outside:
-            raise InputError(
-                self.folder / outside[0],
-                "a link that leads out of the folder",
-                "pictures in the folder itself",
-                "give the folder that has them",
             )
 
     def __len__(self) -> int:
@@ -184,8 +174,12 @@ def image_from_stored(record: Records) -> geometry.Matrix:
     return matrix
 
 
+Key = tuple[int, int]
+"""Sample and epoch."""
+
+
 class CropDataset(Dataset):
-    """Crops by (sample, epoch) keys. The draw depends on the seed and the key only."""
+    """Crops by keys. The draw depends on the seed and the key only."""
 
     def __init__(
         self,
@@ -199,7 +193,7 @@ class CropDataset(Dataset):
         self.source, self.preset, self.input_px, self.seed = source, preset, input_px, seed
         self.decoder = decoder
 
-    def __getitem__(self, key: tuple[int, int]) -> Item:
+    def __getitem__(self, key: Key) -> Item:
         sample, epoch = key
         drawn = draw(self.preset, draw_rng(self.seed, epoch, sample))
         where = self.source.where(sample)
@@ -224,97 +218,71 @@ def collate(items: list[Item]) -> RawBatch:
     )
 
 
-class EndlessSampler(Sampler[list[tuple[int, int]]]):
-    """Batches of (sample, epoch) keys for one rank, without end, from any step on.
+def endless_batches(
+    people: int, batch_size: int, seed: int, rank: int, world_size: int, first_step: int = 0
+) -> Iterator[list[Key]]:
+    """Batches of keys for one rank, without end, from any step on. batch_size: people per rank.
 
     All ranks walk one endless sequence of shuffled passes over the people; step t of rank r takes
     positions (t x world_size + r) x batch_size and on. So the sequence depends only on the seed
     and the global batch size, and the step is all that is needed to continue it.
     """
-
-    def __init__(
-        self,
-        people: int,
-        batch_size: int,
-        seed: int,
-        rank: int,
-        world_size: int,
-        first_step: int = 0,
-    ):
-        """batch_size: people per rank and step."""
-        self.people, self.batch_size, self.seed = people, batch_size, seed
-        self.rank, self.world_size, self.first_step = rank, world_size, first_step
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch, order = -1, np.empty(0, dtype=np.int64)
-        step = self.first_step
-        while True:
-            start = (step * self.world_size + self.rank) * self.batch_size
-            batch = []
-            for position in range(start, start + self.batch_size):
-                if position // self.people != epoch:
-                    epoch = position // self.people
-                    order = np.random.default_rng([self.seed, epoch]).permutation(self.people)
-                batch.append((int(order[position % self.people]), epoch))
-            yield batch
-            step += 1
+    epoch, order = -1, np.empty(0, dtype=np.int64)
+    for step in itertools.count(first_step):
+        start = (step * world_size + rank) * batch_size
+        batch = []
+        for position in range(start, start + batch_size):
+            if position // people != epoch:
+                epoch = position // people
+                order = np.random.default_rng([seed, epoch]).permutation(people)
+            batch.append((int(order[position % people]), epoch))
+        yield batch
 
 
-class ListSampler(Sampler[list[tuple[int, int]]]):
-    """Batches of (sample, 0) keys in the given order; the last one may be shorter."""
-
-    def __init__(self, samples: npt.NDArray[np.int64], batch_size: int):
-        """samples: (N,) sample numbers."""
-        self.samples, self.batch_size = samples, batch_size
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for start in range(0, len(self.samples), self.batch_size):
-            yield [(int(s), 0) for s in self.samples[start : start + self.batch_size]]
-
-    def __len__(self) -> int:
-        return -(-len(self.samples) // self.batch_size)
+def batches_in_order(samples: npt.NDArray[np.int64], batch_size: int) -> list[list[Key]]:
+    """Batches of keys of the given samples; the last one may be shorter."""
+    keys = [(int(sample), 0) for sample in samples]
+    return [keys[start : start + batch_size] for start in range(0, len(keys), batch_size)]
 
 
-class CropLoader:
-    """RawBatches of a dataset, cropped in worker processes."""
+def load_crops(
+    dataset: CropDataset, batches: Iterable[list[Key]], workers: int, pin: bool
+) -> Iterator[RawBatch]:
+    """The batches, cropped in worker processes. Raises BadSamplesError.
 
-    def __init__(
-        self, dataset: CropDataset, sampler: EndlessSampler | ListSampler, workers: int, pin: bool
-    ):
-        """workers: at most one per core; 0 crops in this process. pin: page-locked, for a GPU."""
-        workers = min(workers, usable_cores())
-        self._batches = DataLoader(
-            _BatchDataset(dataset),
-            batch_size=None,  # the sampler's keys are whole batches
-            sampler=sampler,
-            num_workers=workers,
-            pin_memory=pin,
-            worker_init_fn=_start_worker,
-            prefetch_factor=PREFETCH if workers else None,
-            # Its own, or each start of a run would draw from the generator that it restores.
-            generator=torch.Generator(),
-        )
-
-    def __iter__(self) -> Iterator[RawBatch]:
-        with _stop_signals_blocked():
-            # Workers must not destroy garbage that they inherit: a DALI pipeline would wait for
-            # threads that a forked process lacks.
-            gc.freeze()
-            batches = iter(self._batches)
-            gc.unfreeze()
-        for batch in batches:
-            if isinstance(batch, InputError):
-                break
-            yield batch
-        else:
-            return
-        # Workers end now, and no reference cycle of error, traceback and this frame is left: the
-        # garbage collector would wait five seconds for each worker.
-        del batches
-        try:
-            raise batch
-        finally:
-            del batch
+    workers: at most one per core; 0 crops in this process. pin: page-locked memory, for a GPU.
+    """
+    workers = min(workers, usable_cores())
+    loader = DataLoader(
+        _BatchDataset(dataset),
+        batch_size=None,  # a key of the sampler is a whole batch
+        sampler=batches,
+        num_workers=workers,
+        pin_memory=pin,
+        worker_init_fn=_start_worker,
+        prefetch_factor=PREFETCH if workers else None,
+        # Its own, or each start of a run would draw from the generator that it restores.
+        generator=torch.Generator(),
+    )
+    with _stop_signals_blocked():
+        # A worker must not destroy garbage that it inherits: a DALI pipeline would wait for
+        # threads that a forked process lacks.
+        gc.freeze()
+        results = iter(loader)
+        gc.unfreeze()
+    for result in results:
+        if isinstance(result, InputError):
+            break
+        yield result
+    else:
+        return
+    # Workers end now, and no reference cycle of error, traceback and this frame is left: the
+    # garbage collector would wait five seconds for each worker.
+    del results, loader
+    try:
+        raise result
+    finally:
+        del result
 
 
 class OpenCVLoader:
@@ -324,16 +292,15 @@ class OpenCVLoader:
         """first_step: number of batches to skip."""
         self.shards = shards
         dataset = CropDataset(shards, spec.preset, spec.input_px, spec.seed)
-        sampler = EndlessSampler(
+        batches = endless_batches(
             len(shards), spec.batch_size, spec.seed, spec.rank, spec.world_size, first_step
         )
-        loader = CropLoader(dataset, sampler, spec.workers, pin=spec.device.type == "cuda")
-        self._batches = iter(loader)
+        self._crops = load_crops(dataset, batches, spec.workers, spec.device.type == "cuda")
 
     def next(self) -> RawBatch:
         """The next batch. Raises BadSamplesError, after which this loader cannot be used."""
         try:
-            return next(self._batches)
+            return next(self._crops)
         except BadSamplesError as error:
             # A damaged replacement is reported under its own number.
             error.faults = {self.shards.origin(s): text for s, text in error.faults.items()}
@@ -351,7 +318,7 @@ class _BatchDataset(Dataset):
     def __init__(self, crops: CropDataset):
         self.crops = crops
 
-    def __getitem__(self, keys: list[tuple[int, int]]) -> RawBatch | InputError:
+    def __getitem__(self, keys: list[Key]) -> RawBatch | InputError:
         try:
             batch = collate([self.crops[key] for key in keys])
         except InputError as error:
@@ -381,7 +348,8 @@ def _share(batch: RawBatch) -> RawBatch | InputError:
 @contextmanager
 def _stop_signals_blocked() -> Iterator[None]:
     """Processes started meanwhile inherit the mask, so that no stop signal ever reaches them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    blocked = STOP_SIGNALS if _CAN_IDENTIFY_SENDERS else (signal.SIGINT, signal.SIGUSR1)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
     try:
         yield
     finally:
@@ -392,14 +360,13 @@ def _start_worker(worker: int) -> None:
     """Use one core, keep freed memory, and end when the main process asks for it."""
     cv2.setNumThreads(0)
     keep_freed_memory()
-    threading.Thread(target=_exit_on_sigterm_from, args=[os.getppid()], daemon=True).start()
+    if _CAN_IDENTIFY_SENDERS:
+        threading.Thread(target=_exit_on_sigterm_from, args=[os.getppid()], daemon=True).start()
 
 
 def _exit_on_sigterm_from(parent: int) -> None:
     """Discard blocked signals; a SIGTERM of the parent (`Process.terminate`) ends the worker."""
     while True:
-        # macOS has no sigwaitinfo, which tells the sender.
-        info = signal.sigwaitinfo(STOP_SIGNALS) if hasattr(signal, "sigwaitinfo") else None
-        number = info.si_signo if info else signal.sigwait(STOP_SIGNALS)
-        if number == signal.SIGTERM and (info is None or info.si_pid == parent):
+        received = signal.sigwaitinfo(STOP_SIGNALS)
+        if received.si_signo == signal.SIGTERM and received.si_pid == parent:
             os._exit(0)

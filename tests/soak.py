@@ -32,7 +32,7 @@ from test_bad_samples import damage, damaged  # noqa: E402
 from test_elastic import assert_same_weights, children, last_step, started  # noqa: E402
 
 from pipelines.bad_samples import LIST  # noqa: E402
-from pipelines.opencv_loader import EndlessSampler  # noqa: E402
+from pipelines.opencv_loader import endless_batches  # noqa: E402
 
 INSIDE = "SOAK_INSIDE"
 """Set in the process that may mount a small disk."""
@@ -116,7 +116,7 @@ class Soak:
 
         DALI has most people of the first pass in memory by now.
         """
-        people = EndlessSampler(PEOPLE["train"], PEOPLE_A_STEP, 0, 0, 1)  # of all ranks together
+        people = endless_batches(PEOPLE["train"], PEOPLE_A_STEP, 0, 0, 1)  # of all ranks together
         batch = next(islice(people, ROTS_BEFORE, None))
         stand_ins = {sample + 1 for sample in ROTTEN}  # these were met
         late = next(s for s, _ in batch if s not in stand_ins | set(ROTTEN))

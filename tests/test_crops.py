@@ -1,5 +1,7 @@
 """The OpenCV path, princeton's rules, and what both loaders share: joints, order, batches."""
 
+import itertools
+
 import cv2
 import numpy as np
 import pytest
@@ -14,11 +16,11 @@ from pipelines.heatmaps import heat_joints
 from pipelines.loader import choose_loader, make_batch
 from pipelines.opencv_loader import (
     CropDataset,
-    CropLoader,
-    EndlessSampler,
-    ListSampler,
     LooseImages,
+    batches_in_order,
     collate,
+    endless_batches,
+    load_crops,
 )
 from pipelines.shard_format import FORMAT_VERSION
 from pipelines.shards import ShardSet
@@ -108,14 +110,13 @@ def test_opencv_names_the_tar_and_sample_of_a_picture_that_does_not_decode(tiny_
         dataset[(2, 0)]
 
 
-def positions(sampler: EndlessSampler, steps: int) -> list[list[tuple[int, int]]]:
-    walk = iter(sampler)
-    return [next(walk) for _ in range(steps)]
+def first_batches(count: int, *arguments: int) -> list[list[tuple[int, int]]]:
+    return list(itertools.islice(endless_batches(*arguments), count))
 
 
 def test_every_pass_sees_everybody_once_whatever_the_number_of_ranks():
-    one = positions(EndlessSampler(10, 6, seed=1, rank=0, world_size=1), 5)
-    two = [positions(EndlessSampler(10, 3, seed=1, rank=r, world_size=2), 5) for r in (0, 1)]
+    one = first_batches(5, 10, 6, 1, 0, 1)
+    two = [first_batches(5, 10, 3, 1, rank, 2) for rank in (0, 1)]
     flat = [key for batch in one for key in batch]
     assert sorted(flat) == [(sample, epoch) for sample in range(10) for epoch in range(3)] or (
         {k for k in flat if k[1] == 0} == {(s, 0) for s in range(10)}
@@ -125,16 +126,16 @@ def test_every_pass_sees_everybody_once_whatever_the_number_of_ranks():
 
 
 def test_the_opencv_loader_continues_from_a_step():
-    whole = positions(EndlessSampler(10, 4, seed=1, rank=1, world_size=2), 9)
-    rest = positions(EndlessSampler(10, 4, seed=1, rank=1, world_size=2, first_step=4), 5)
+    whole = first_batches(9, 10, 4, 1, 1, 2)
+    rest = first_batches(5, 10, 4, 1, 1, 2, 4)
     assert whole[4:] == rest
 
 
 def test_worker_processes_change_nothing(tiny_shards):
     dataset = CropDataset(ShardSet(tiny_shards / "train"), PRESETS["princeton"], 64, seed=2)
-    sampler = ListSampler(np.arange(12), 5)
-    alone = list(CropLoader(dataset, sampler, workers=0, pin=False))
-    helped = list(CropLoader(dataset, sampler, workers=2, pin=False))
+    batches = batches_in_order(np.arange(12), 5)
+    alone = list(load_crops(dataset, batches, workers=0, pin=False))
+    helped = list(load_crops(dataset, batches, workers=2, pin=False))
     assert [len(raw.images_NHW3) for raw in helped] == [5, 5, 2]
     for a, b in zip(alone, helped, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))

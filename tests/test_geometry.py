@@ -1,4 +1,4 @@
-"""geometry.py against OpenCV, hand-worked points, and DALI's own way to count pixels."""
+"""geometry.py against OpenCV and hand-worked points."""
 
 import cv2
 import numpy as np
@@ -60,15 +60,6 @@ def test_a_bright_spot_lands_where_the_matrix_says():
     rows, columns = np.mgrid[:256, :256]
     centroid = np.array([(columns * crop).sum(), (rows * crop).sum()]) / crop.sum()
     np.testing.assert_allclose(centroid, geometry.transform(matrix, [[161.3, 70.8]])[0], atol=0.02)
-
-
-def test_dalis_matrix_moves_pixel_corners_where_opencvs_moves_centres():
-    matrix = geometry.input_from_image((31, 17), 0.3, 64, 0.8, 40, True)
-    dali = geometry.dali_from_opencv(matrix)
-    point = np.array([[12.25, 40.5]])
-    np.testing.assert_allclose(
-        geometry.transform(dali, point + 0.5), geometry.transform(matrix, point) + 0.5
-    )
 
 
 def test_transform_takes_a_matrix_for_each_person():
