@@ -34,11 +34,7 @@ from configs.schema import (
 )
 from configs.skeleton import Skeleton, skeleton_from_plain
 from model.export import OnnxNetwork, read_export
-from model.foreign_checkpoints import (
-    princeton_contents,
-    read_foreign,
-    require_princeton_size,
-)
+from model.foreign_checkpoints import PRINCETON_MODEL, princeton_contents, read_foreign
 from model.hourglass import StackedHourglass
 
 FORMAT = "stacked-hourglass-checkpoint"
@@ -47,12 +43,10 @@ LAST, BEST = "last.pt", "best.pt"
 
 _CHECKSUM_TAG = b"sha256:"
 _CHECKSUM_LENGTH = len(_CHECKSUM_TAG) + 2 * hashlib.sha256().digest_size
-_ZIP_ERRORS = (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError, EOFError,
-               OverflowError, struct.error, zlib.error)  # fmt: skip
-"""What zipfile raises for the various kinds of damage."""
-_LOAD_ERRORS = (RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError,
-                AssertionError, OverflowError, struct.error)  # fmt: skip
-"""What torch.load raises for the various kinds of damage, besides UnpicklingError."""
+_DAMAGE_ERRORS = (RuntimeError, EOFError, OSError, LookupError, ValueError, TypeError,
+                  AttributeError, ArithmeticError, AssertionError, struct.error, zlib.error,
+                  zipfile.BadZipFile)  # fmt: skip
+"""What torch.load and zipfile raise for the various kinds of damage."""
 _USE_ANOTHER = "use another checkpoint of the run: last.pt, one of step_*.pt, best.pt"
 
 
@@ -196,10 +190,8 @@ def _read_archive(path: Path) -> Any:
         found = "objects that only running code of the file could make, or damage"
         advice = "let its author save the weights alone: torch.save(model.state_dict(), PATH)"
         raise InputError(path, found, "tensors and plain values", advice) from error
-    except (*_LOAD_ERRORS, OSError) as error:
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:
-            raise  # not a damaged offset
-        found = f"not readable as a checkpoint ({type(error).__name__}: {str(error)[:120]})"
+    except _DAMAGE_ERRORS as error:
+        found = f"not readable as a checkpoint ({_describe(error)})"
         raise InputError(path, found, "a file that training wrote", _USE_ANOTHER) from error
 
 
@@ -226,10 +218,15 @@ def find_damage(path: Path) -> str:
                 return f"records of {claimed:,} bytes"
             damaged = None if checksum else archive.testzip()
             return f"its record {damaged} is damaged" if damaged else ""
-    except (*_ZIP_ERRORS, OSError) as error:
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:
-            raise  # not a damaged offset
-        return f"a damaged archive ({str(error)[:120]})"
+    except _DAMAGE_ERRORS as error:
+        return f"a damaged archive ({_describe(error)})"
+
+
+def _describe(error: Exception) -> str:
+    """Raises the error of a file that cannot be read; EINVAL is an offset before its start."""
+    if isinstance(error, OSError) and error.errno != errno.EINVAL:
+        raise error
+    return f"{type(error).__name__}: {str(error)[:120]}"
 
 
 def _sha256(file: BinaryIO, size: int) -> bytes:
@@ -280,7 +277,10 @@ def to_princeton(checkpoint: Checkpoint) -> dict[str, Any]:
 
     The averaged weights are taken if there are some, then without the others' optimizer state.
     """
-    require_princeton_size(checkpoint.config.model, checkpoint.path)
+    found = {name: getattr(checkpoint.config.model, name) for name in PRINCETON_MODEL}
+    if found != PRINCETON_MODEL:
+        expected = f"{PRINCETON_MODEL}: its code has no others"
+        raise InputError(checkpoint.path, str(found), expected, "keep this checkpoint's format")
     optimizer = None if checkpoint.averaged else checkpoint.optimizer
     return princeton_contents(trained_network(checkpoint), checkpoint.step, optimizer)
 
@@ -290,28 +290,19 @@ def to_princeton(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def build_network(config: Config, joints: int) -> StackedHourglass:
     """The network of a config, with fresh weights."""
-    size = config.model
-    return StackedHourglass(
-        stacks=size.stacks,
-        width=size.width,
-        joints=joints,
-        depth=size.depth,
-        stem=size.stem,
-        input_mean=size.input_mean,
-        checkpoint_activations=size.checkpoint_activations,
-    )
+    return StackedHourglass(joints=joints, **vars(config.model))
 
 
-def evaluation_network(checkpoint: Checkpoint, averaged: bool = True) -> nn.Module:
+def evaluation_network(checkpoint: Checkpoint) -> nn.Module:
     """`trained_network`, or the graph of an ONNX file, which is called the same way."""
     if checkpoint.is_onnx:
         return OnnxNetwork(checkpoint.path, checkpoint.skeleton.joint_count)
-    return trained_network(checkpoint, averaged)
+    return trained_network(checkpoint)
 
 
-def trained_network(checkpoint: Checkpoint, averaged: bool = True) -> StackedHourglass:
-    """The network in eval mode. averaged: take the averaged weights if there are some."""
-    weights = (averaged and checkpoint.averaged) or checkpoint.weights
+def trained_network(checkpoint: Checkpoint) -> StackedHourglass:
+    """The network in eval mode, with the averaged weights if there are some."""
+    weights = checkpoint.averaged or checkpoint.weights
     joints = checkpoint.skeleton.joint_count
     with torch.device("meta"):  # takes no memory, whatever the config says
         require_fit(build_network(checkpoint.config, joints), weights, checkpoint.path)
@@ -328,13 +319,12 @@ def load_weights(network: nn.Module, weights: dict[str, Tensor], path: Path) -> 
 
 def require_fit(network: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
     """Raise InputError unless these are the network's tensors, by name and shape."""
-    own = network.state_dict()
-    differing = [f"{name} is missing" for name in own if name not in weights]
-    differing += [f"{name} is not in the network" for name in weights if name not in own]
-    differing += [
-        f"{name} is {tuple(weights[name].shape)}, not {tuple(tensor.shape)}"
-        for name, tensor in own.items()
-        if name in weights and weights[name].shape != tensor.shape
+    own = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    given = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    differing = [
+        f"{name} is {given.get(name, 'missing')}, not {own.get(name, 'in the network')}"
+        for name in own | given
+        if given.get(name) != own.get(name)
     ]
     if differing:
         found = f"weights of another network; {len(differing)} tensors differ: "

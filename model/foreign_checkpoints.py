@@ -26,7 +26,7 @@ INPUT_MEAN = (0.4404, 0.4440, 0.4327)
 
 _STEPS_PER_EPOCH = 1_000
 """Of princeton's recipe; its checkpoints count epochs."""
-_STEM, _DEPTH = (64, 128, 128), 4
+PRINCETON_MODEL = {"stem": (64, 128, 128), "depth": 4, "input_mean": (0.0, 0.0, 0.0)}
 """Fixed in princeton's code."""
 _PREFIX = "model.module."
 """What princeton's train.py puts before every key."""
@@ -69,34 +69,29 @@ _TO_BEARPAW: Renames = (
 
 
 class _Layout(NamedTuple):
-    """How another code names the parts of this network."""
+    """How another code names the parts of this network: prefixes that may stand before every key;
+
+    weights of the stem's convolution, of its first two residuals' ends, and of the first head;
+    patterns of every head's weight, and of a name in every level of the first hourglass.
+    """
 
     prefixes: tuple[str, ...]
-    """What may stand before every key."""
     layers: tuple[str, str, str, str]
-    """Weights of the stem's convolution, its first two residuals' ends, and the first head."""
     heads: str
-    """Matches the name of every head's weight."""
     levels: str
-    """Matches a name in every level of the first hourglass."""
     input_mean: tuple[float, float, float]
 
 
 _PRINCETON = _Layout(
     prefixes=(_PREFIX, "module.", "model.", ""),
-    layers=(
-        "pre.0.conv.weight",
-        "pre.1.conv3.conv.weight",
-        "pre.3.conv3.conv.weight",
-        "outs.0.conv.weight",
-    ),
+    layers=("pre.0.conv", "pre.1.conv3.conv", "pre.3.conv3.conv", "outs.0.conv"),
     heads=r"outs\.\d+\.conv\.weight",
     levels=r"hgs\.0\.0(\.low2)*\.up1\.conv1\.conv\.weight",
     input_mean=(0.0, 0.0, 0.0),
 )
 _BEARPAW = _Layout(
     prefixes=("module.", ""),
-    layers=("conv1.weight", "layer1.0.conv3.weight", "layer2.0.conv3.weight", "score.0.weight"),
+    layers=("conv1", "layer1.0.conv3", "layer2.0.conv3", "score.0"),
     heads=r"score\.\d+\.weight",
     levels=r"hg\.0\.hg\.\d+\.0\.0\.conv1\.weight",
     input_mean=INPUT_MEAN,
@@ -109,9 +104,9 @@ class ForeignCheckpoint(NamedTuple):
     config: Config
     skeleton: Skeleton
     """The files do not name the joints; 16 are taken to be MPII's, which both codes train on."""
-    step: int
     weights: dict[str, Tensor]
-    optimizer: dict[str, Any] | None
+    step: int = 0
+    optimizer: dict[str, Any] | None = None
 
 
 def read_foreign(raw: Any, path: Path) -> ForeignCheckpoint | None:
@@ -121,10 +116,17 @@ def read_foreign(raw: Any, path: Path) -> ForeignCheckpoint | None:
             break
     else:
         return None
-    model, joints = _size_of(theirs, layout)
-    skeleton = MPII if joints == MPII.joint_count else unnamed(joints)
+    first, second, third, head = (theirs[f"{name}.weight"].shape for name in layout.layers)
+    model = ModelConfig(
+        stacks=_count(theirs, layout.heads),
+        width=head[1],
+        depth=_count(theirs, layout.levels),
+        stem=(first[0], second[0], third[0]),
+        input_mean=layout.input_mean,
+    )
+    skeleton = MPII if head[0] == MPII.joint_count else unnamed(head[0])
     with torch.device("meta"):  # names and shapes alone
-        network = StackedHourglass(model.stacks, model.width, joints, model.depth, model.stem)
+        network = StackedHourglass(joints=head[0], **vars(model))
     renames = _TO_PRINCETON if layout is _PRINCETON else _to_bearpaw(model.depth)
     names = {_their_name(name, renames): name for name in network.state_dict()}
     weights = {
@@ -133,18 +135,14 @@ def read_foreign(raw: Any, path: Path) -> ForeignCheckpoint | None:
         if name in names or ".skip_layer." not in name  # dead layers of princeton
     }
     if layout is _BEARPAW:
-        return ForeignCheckpoint(Config(model=model), skeleton, 0, weights, None)
+        return ForeignCheckpoint(Config(model=model), skeleton, weights)
     data, rule = DataConfig(preset="princeton"), HeatmapsConfig(rule="princeton")
+    config = Config(data=data, heatmaps=rule, model=model)
     epoch, optimizer = raw.get("epoch", 0), raw.get("optimizer")
     if type(epoch) is not int or epoch < 0:
         raise InputError(path, f"epoch {epoch}", "the number of an epoch", "give another file")
-    return ForeignCheckpoint(
-        Config(data=data, heatmaps=rule, model=model),
-        skeleton,
-        epoch * _STEPS_PER_EPOCH,
-        weights,
-        _our_adam_state(optimizer, network, path) if optimizer else None,
-    )
+    optimizer = _our_adam_state(optimizer, network, path) if optimizer else None
+    return ForeignCheckpoint(config, skeleton, weights, epoch * _STEPS_PER_EPOCH, optimizer)
 
 
 def _tensors_of(raw: Any, layout: _Layout) -> dict[str, Tensor]:
@@ -158,23 +156,10 @@ def _tensors_of(raw: Any, layout: _Layout) -> dict[str, Tensor]:
             for name, tensor in contents.items()
             if isinstance(tensor, Tensor) and name.startswith(prefix)
         }
-        shapes = [tensors[name].shape for name in layout.layers if name in tensors]
-        if [len(shape) for shape in shapes] == [4] * len(layout.layers):
+        known = [tensors.get(f"{name}.weight", torch.empty(0)) for name in layout.layers]
+        if all(tensor.dim() == 4 for tensor in known):
             return tensors if _count(tensors, layout.levels) else {}
     return {}
-
-
-def _size_of(theirs: dict[str, Tensor], layout: _Layout) -> tuple[ModelConfig, int]:
-    """The architecture and the number of joints, read off the tensors' names and shapes."""
-    first, second, third, head = (theirs[name].shape for name in layout.layers)
-    model = ModelConfig(
-        stacks=_count(theirs, layout.heads),
-        width=head[1],
-        depth=_count(theirs, layout.levels),
-        stem=(first[0], second[0], third[0]),
-        input_mean=layout.input_mean,
-    )
-    return model, head[0]
 
 
 def _count(tensors: dict[str, Tensor], pattern: str) -> int:
@@ -201,18 +186,13 @@ def _to_bearpaw(depth: int) -> Renames:
 # Princeton's weights and optimizer
 
 
-def require_princeton_size(model: ModelConfig, path: Path) -> None:
-    """Raise InputError for a network that princeton's code cannot build."""
-    if model.stem != _STEM or model.depth != _DEPTH or any(model.input_mean):
-        found = f"stem {model.stem}, depth {model.depth}, input mean {model.input_mean}"
-        expected = f"stem {_STEM}, depth {_DEPTH}, no mean: its code has no others"
-        raise InputError(path, found, expected, "keep this checkpoint in our format")
-
-
 def princeton_contents(
     network: StackedHourglass, step: int, optimizer: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """What princeton's train.py would have saved. optimizer: of ours; only Adam's is kept."""
+    """What princeton's train.py would have saved. optimizer: of ours; only Adam's is kept.
+
+    network: of the stem, depth and input mean of PRINCETON_MODEL.
+    """
     weights = _weights_to_princeton(network.state_dict(), network)
     contents: dict[str, Any] = {
         "state_dict": {_PREFIX + name: tensor for name, tensor in weights.items()},

@@ -322,7 +322,7 @@ def test_a_network_that_its_code_cannot_build_is_not_written_for_it(tiny_shards,
     from helpers import make_trainer, tiny_config
 
     make_trainer(tiny_config(tiny_shards), tmp_path).save(["last.pt"])
-    with pytest.raises(InputError, match=r"stem \(8, 16, 16\), depth 2"):
+    with pytest.raises(InputError, match=r"'stem': \(8, 16, 16\), 'depth': 2"):
         checkpoint.to_princeton(checkpoint.load_checkpoint(tmp_path / "last.pt"))
 
 
