@@ -28,15 +28,12 @@ from model.checkpoint import Checkpoint, header, load_checkpoint, trained_networ
 from model.export import INPUT, KEY, OUTPUT, OnnxNetwork, write_safetensors
 from pipelines.codec import Codec
 from pipelines.geometry import STRIDE
-from pipelines.loader import evaluation_batches, images_on_device
+from pipelines.loader import images_on_device
 from pipelines.opencv_loader import collate
-from pipelines.shard_format import MANIFEST
-from pipelines.shards import ShardSet
 
 TOLERANCE = 1e-4
 """Largest difference of a heatmap's pixel between torch and ONNX Runtime; a peak is about 1."""
-MAX_PEOPLE = 8
-"""Crops that are compared."""
+NOISE_IMAGES = 8
 CPU = torch.device("cpu")
 
 
@@ -81,7 +78,7 @@ def make_parser() -> Parser:
     add("--onnx", type=Path, metavar="OUT.onnx", help="the graph, for batches of any size")
     add("--safetensors", type=Path, metavar="OUT.safetensors", help="the evaluated weights")
     add("--flip", action="store_true", help="put the flip test into the ONNX graph")
-    check_help = "compare ONNX with torch on these; default: the validation shards, or noise"
+    check_help = "compare ONNX with torch on these; default: on noise"
     add("--check", type=Path, nargs="+", metavar="PICTURE", help=check_help)
     return parser
 
@@ -113,7 +110,7 @@ def export_onnx(options: argparse.Namespace, loaded: Checkpoint) -> None:
     estimator = PoseEstimator.from_checkpoint(loaded, device="cpu")
     codec, joints = estimator.codec, estimator.skeleton.joint_count
     network = LastStack(estimator.network, codec, options.flip)
-    images, what = images_to_check(options, loaded, estimator)
+    images, what = images_to_check(options.check, estimator)
     with tempfile.TemporaryDirectory() as folder:
         temporary = Path(folder) / "network.onnx"
         write_onnx(temporary, network, loaded)
@@ -133,24 +130,15 @@ def export_onnx(options: argparse.Namespace, loaded: Checkpoint) -> None:
     print(f"  differs from torch by {difference:.1e} at most, on {what}")
 
 
-def images_to_check(
-    options: argparse.Namespace, loaded: Checkpoint, estimator: PoseEstimator
-) -> tuple[Tensor, str]:
+def images_to_check(paths: list[Path] | None, estimator: PoseEstimator) -> tuple[Tensor, str]:
     """(N, 3, S, S) RGB in 0..1, and what they are. Raises InputError."""
-    if options.check:
-        pictures = [read_picture(path) for path in options.check]
+    if paths:
+        pictures = [read_picture(path) for path in paths]
         raw = collate([estimator.crop(image, None, "picture") for image in pictures])
         return images_on_device(raw, CPU), f"{len(pictures)} pictures"
-    folder = Path(loaded.config.data.shards) / "valid"
-    if not (folder / MANIFEST).is_file():
-        size = estimator.codec.input_px
-        noise = torch.rand(MAX_PEOPLE, 3, size, size, generator=torch.Generator().manual_seed(0))
-        return noise, f"noise, because there is no {folder}; --check PICTURE takes pictures"
-    shards = ShardSet(folder)
-    samples = shards.people()[1][:MAX_PEOPLE]
-    how = {"loader": "opencv", "device": CPU, "batch_size": MAX_PEOPLE, "workers": 0}
-    (raw,) = evaluation_batches(shards, samples, estimator.codec, **how)  # type: ignore[arg-type]
-    return images_on_device(raw, CPU), f"{len(samples)} people of {folder}"
+    size = estimator.codec.input_px
+    noise = torch.rand(NOISE_IMAGES, 3, size, size, generator=torch.Generator().manual_seed(0))
+    return noise, "noise; --check PICTURE takes pictures"
 
 
 def write_onnx(path: Path, network: LastStack, loaded: Checkpoint) -> None:
@@ -184,11 +172,8 @@ def write_onnx(path: Path, network: LastStack, loaded: Checkpoint) -> None:
 @torch.no_grad()
 def largest_difference(graph: OnnxNetwork, network: LastStack, images_N3HW: Tensor) -> float:
     """Largest difference of a heatmap's pixel, for all images at once and for the first alone."""
-    differences = [
-        (graph(images)[:, 0] - network(images)).abs().max().item()
-        for images in (images_N3HW, images_N3HW[:1])
-    ]
-    return max(differences)
+    pairs = [(graph(x)[:, 0], network(x)) for x in (images_N3HW, images_N3HW[:1])]
+    return max((mine - theirs).abs().max().item() for mine, theirs in pairs)
 
 
 if __name__ == "__main__":

@@ -149,41 +149,34 @@ def _add_position_options(parser: Parser) -> None:
 def video_source(options: Options) -> Path | int | None:
     """The video or camera number; None for pictures. Raises InputError for a mixture of them."""
     videos = [path for path in options.input if path.suffix.lower() in VIDEOS]
-    webcam = options.webcam is not None
-    if len(videos) + webcam > 1 or ((videos or webcam) and len(options.input) > len(videos)):
-        raise _misused("a video or webcam, and something else", "pictures, one video or a webcam")
-    if not options.input and not webcam:
-        raise _misused("no input", "pictures, folders, a video, or --webcam N")
-    if (options.center is None) != (options.scale is None):
-        raise _misused("--center or --scale alone", "both of them")
-    if not options.margin > 0 or (options.box and not min(options.box[2:]) > 0):
-        raise _misused("a --box or --margin without a size", "sizes above 0")
-    if not (videos or webcam):
-        return None
-    if options.people:
-        raise _misused("--people with a video or webcam", "--box, or --center with --scale")
-    if options.overlay and options.overlay.suffix.lower() not in CODECS:
+    sources = [*videos, *([] if options.webcam is None else [options.webcam])]
+    is_flat = not options.margin > 0 or (options.box and not min(options.box[2:]) > 0)
+    mistakes = {
+        "no input": not options.input and not sources,
+        "a video or webcam, and something else": len(sources) > 1
+        or (sources and len(options.input) > len(videos)),
+        "--center or --scale alone": (options.center is None) != (options.scale is None),
+        "a --box or --margin without a size": is_flat,
+        "--people with a video or webcam": options.people and sources,
+        "--people without the one folder of its pictures": options.people
+        and not (len(options.input) == 1 and options.input[0].is_dir()),
+    }
+    for found, is_made in mistakes.items():
+        if is_made:
+            raise InputError("command line", found, "options that go together", "see --help")
+    if sources and options.overlay and options.overlay.suffix.lower() not in CODECS:
         raise InputError(options.overlay, "not a video", " or ".join(CODECS), "rename the overlay")
-    if webcam and not options.overlay:
-        _require_window()
-    return options.webcam if webcam else videos[0]
-
-
-def _misused(found: str, expected: str) -> InputError:
-    return InputError("command line", found, expected, "see --help")
-
-
-def _require_window() -> None:
-    if sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys():
-        expected = "a window for the frames, or --overlay"
-        raise InputError("--webcam", "no display", expected, "give --overlay OUT.avi")
+    has_display = sys.platform != "linux" or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()
+    if options.webcam is not None and not (options.overlay or has_display):
+        raise InputError(
+            "--webcam", "no display", "a window, or --overlay", "give --overlay OUT.avi"
+        )
+    return sources[0] if sources else None
 
 
 def list_pictures(options: Options) -> list[Picture]:
     """The pictures with their people, in the order given. Raises InputError."""
     if options.people:
-        if len(options.input) != 1 or not options.input[0].is_dir():
-            raise _misused("--people without its pictures", "the one folder that holds them")
         return _pictures_of(options.input[0], read_people(options.people, options.margin))
     found: list[tuple[Path, str]] = []
     for path in options.input:
@@ -225,6 +218,8 @@ def check_outputs(options: Options) -> None:
         is_folder = path.is_dir() and path != options.overlay
         if is_folder or any(parent.is_file() for parent in path.parents):
             raise InputError(path, "a folder, or in a file", "a file name", "give another name")
+        if any(path.resolve() == other.resolve() for other in options.input if other.is_file()):
+            raise InputError(path, "the input itself", "another path", "give another name")
 
 
 def add_overlays(options: Options, pictures: list[Picture]) -> list[Picture]:
@@ -244,7 +239,7 @@ def add_overlays(options: Options, pictures: list[Picture]) -> list[Picture]:
     if len(set(paths)) < len(paths):
         raise InputError(out, "pictures of the same name", "different ones", "take them in turn")
     if {path.resolve() for path in paths} & {picture.path.resolve() for picture in pictures}:
-        raise InputError(out, "the picture itself", "another path", "rename the overlay")
+        raise InputError(out, "the input itself", "another path", "rename the overlay")
     return [p._replace(overlay=path) for p, path in zip(pictures, paths, strict=True)]
 
 
