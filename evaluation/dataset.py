@@ -1,12 +1,12 @@
 """Data to evaluate on: a split of shards, or an annotation file with pictures in a folder."""
 
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from common.cli import info
 from common.errors import InputError
 from configs.skeleton import Skeleton, require_same_joints
 from pipelines.annotations import People, read_annotations
@@ -33,10 +33,8 @@ def open_pictures_dataset(
 ) -> EvaluationDataset:
     """An annotation file and its pictures. joints: of the file; None: MPII's. Raises InputError."""
     people, skeleton = read_annotations(annotations, "valid", joints)
-    source = LooseImages(people, images)
-    return EvaluationDataset(
-        people, source, np.arange(people.count), skeleton, None, str(annotations)
-    )
+    source, samples = LooseImages(people, images), np.arange(people.count)
+    return EvaluationDataset(people, source, samples, skeleton, None, str(annotations))
 
 
 def split_to_evaluate(folder: Path) -> Path:
@@ -63,8 +61,7 @@ def _training_people(folder: Path, evaluated: ShardSet) -> People | None:
         train = ShardSet(folder)
         people = train.people()[0]
     except InputError as error:
-        found = f"{error.where}: {error.found}"
-        print(f"no mean pose: the training split is damaged: {found}", file=sys.stderr)
+        info(f"no mean pose: the training split is damaged: {error.where}: {error.found}")
         return None
     require_same_joints(
         train.manifest.skeleton, evaluated.manifest.skeleton, folder, evaluated.folder

@@ -272,7 +272,10 @@ def _read_release(path: Path) -> MpiiRelease:
         release = array(mat["RELEASE"], "V")[0]
         annolist = array(release["annolist"], "V")
         single = array(release["single_person"], "O")
-        pictures = np.flatnonzero(array(release["img_train"], "biuf") == 0).tolist()
+        is_train = array(release["img_train"], "biuf")
+        if not len(annolist) == len(single) == len(is_train):
+            raise ValueError("fields of different lengths")
+        pictures = np.flatnonzero(is_train == 0).tolist()
         numbers = [(i, number) for i in pictures for number in array(single[i], "biuf")]
         single_people = {(i, int(number) - 1) for i, number in numbers}
         sizes = {i: array(annolist[i]["annorect"], "Vbiuf").size for i in pictures}

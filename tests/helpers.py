@@ -18,6 +18,7 @@ from configs.schema import Config, config_from_dict
 from configs.skeleton import MPII
 from model.checkpoint import load_checkpoint
 from pipelines import geometry
+from pipelines.annotations import People
 from pipelines.augment import PRESETS, Draw, Preset
 from pipelines.codec import Codec
 from pipelines.loader import Batch, LoaderSpec, RawBatch
@@ -27,6 +28,18 @@ from pipelines.shards import ShardSet
 from training import train_step
 from training.metrics import Totals
 from training.trainer import Trainer
+
+
+def people_at(joints: np.ndarray, normalize: float = 10.0) -> People:
+    """People with these (N, J, 2) joints, all marked and visible, in pictures of their own."""
+    count = len(joints)
+    ones = np.ones(joints.shape[:2], dtype=bool)
+    index = np.arange(count)
+    return People(
+        images=tuple(f"{i}.jpg" for i in index), index=index, person=index,
+        center=np.full((count, 2), 100.0), scale=np.ones(count),
+        normalize=np.full(count, normalize), joints=joints, marked=ones, visible=ones.copy(),
+    )  # fmt: skip
 
 
 def make_codec(

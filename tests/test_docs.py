@@ -23,7 +23,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
-from test_submission import write_release
+from test_predictions import write_release
 
 from common.errors import InputError
 from configs.schema import config_from_dict

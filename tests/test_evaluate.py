@@ -12,8 +12,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from helpers import damage_picture, make_codec, make_trainer, steps, tiny_config
-from test_pckh import people_at
+from helpers import damage_picture, make_codec, make_trainer, people_at, steps, tiny_config
 from torch import nn
 
 import evaluate

@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 from browser import Browser, find_chromium
-from helpers import make_trainer, steps, tiny_config
-from test_pckh import people_at
+from helpers import make_trainer, people_at, steps, tiny_config
 
 import evaluate
 from configs.skeleton import L_WRIST, MPII, R_WRIST, Length, Skeleton

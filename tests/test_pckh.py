@@ -4,22 +4,11 @@ import json
 
 import numpy as np
 import pytest
+from helpers import people_at
 
 from configs.skeleton import MPII
 from evaluation import pckh
-from pipelines.annotations import People, read_annotations
-
-
-def people_at(joints: np.ndarray, normalize: float = 10.0) -> People:
-    """People of (N, J, 2) joints, all marked."""
-    count = len(joints)
-    ones = np.ones(joints.shape[:2], dtype=bool)
-    index = np.arange(count)
-    return People(
-        images=tuple(f"{i}.jpg" for i in index), index=index, person=index,
-        center=np.full((count, 2), 100.0), scale=np.ones(count),
-        normalize=np.full(count, normalize), joints=joints, marked=ones, visible=ones.copy(),
-    )  # fmt: skip
+from pipelines.annotations import read_annotations
 
 
 def test_an_error_equal_to_the_threshold_counts_by_one_definition_and_not_by_the_other():

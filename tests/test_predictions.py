@@ -1,16 +1,32 @@
-"""Files of predictions: what is written can be read, and what does not fit is refused."""
+"""Prediction files: written and read back, refused where they do not fit, and MPII's submission."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from test_pckh import people_at
+from helpers import people_at
 
 import evaluate
 from common.errors import InputError
-from evaluation.predictions import as_coco, as_entries, read_predictions, write_mat
+from evaluation.predictions import (
+    as_coco,
+    as_entries,
+    read_predictions,
+    read_release,
+    write_mat,
+    write_submission,
+)
+from pipelines.annotations import read_annotations
+
+scipy_io = pytest.importorskip("scipy.io")
+scipy_sparse = pytest.importorskip("scipy.sparse")
+
+# (pictures, people a picture): two of the four pictures are of the test set.
+IS_TRAIN = [1, 0, 1, 0]
+PEOPLE_IN = [1, 3, 2, 1]
+SINGLE = [[1], [1, 3], [1, 2], [1]]  # counted from 1, as MATLAB does
+WANTED = [(1, 0), (1, 2), (3, 0)]
 
 
 @pytest.fixture
@@ -18,7 +34,7 @@ def people():
     return people_at(np.random.default_rng(0).uniform(0, 300, (3, 16, 2)))
 
 
-def write(path: Path, value) -> Path:
+def write(path: Path, value: object) -> Path:
     path.write_text(json.dumps(value))
     return path
 
@@ -35,17 +51,14 @@ def test_our_json_and_coco_results_come_back(people, tmp_path):
 
 def test_mat_files_keep_the_coordinates_of_the_annotation(people, tmp_path):
     """HRNet subtracts 1 from MPII's coordinates and adds it again for its .mat; we do neither."""
-    loadmat = pytest.importorskip("scipy.io").loadmat
     write_mat(tmp_path / "p.mat", {"preds": people.joints})
-    np.testing.assert_allclose(loadmat(tmp_path / "p.mat")["preds"], people.joints)
+    np.testing.assert_allclose(scipy_io.loadmat(tmp_path / "p.mat")["preds"], people.joints)
     again = read_predictions(tmp_path / "p.mat", people)
     np.testing.assert_allclose(again.keypoints_NJ2, people.joints)
     assert again.truth is None
 
 
 def test_the_published_mat_has_a_ground_truth_of_its_own(shared):
-    from pipelines.annotations import read_annotations
-
     people, _ = read_annotations(shared / "data" / "mpii_annot", "valid")
     predicted = read_predictions(
         shared / "data" / "mpii_annot" / "detections_our_format.mat", people
@@ -62,13 +75,12 @@ def test_the_published_mat_has_a_ground_truth_of_its_own(shared):
     [([], 82.337, 28.975), (["--ground-truth", "annotations"], 82.315, 28.910)],
 )
 def test_the_published_predictions_from_the_command_line(
-    options, at_half, at_tenth, shared, tmp_path, monkeypatch
+    options, at_half, at_tenth, shared, tmp_path
 ):
     data = shared / "data" / "mpii_annot"
     words = ["--predictions", data / "detections_our_format.mat", "--annotations",
              data / "valid.h5", "--json", tmp_path / "n.json", *options]  # fmt: skip
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words)])
-    evaluate.main()
+    evaluate.main(list(map(str, words)))
     scores = json.loads((tmp_path / "n.json").read_text())["predictions"]["pckh"]
     assert 100 * scores["0.5"]["weighted"] == pytest.approx(at_half, abs=0.001)
     assert 100 * scores["0.1"]["weighted"] == pytest.approx(at_tenth, abs=0.001)
@@ -78,26 +90,133 @@ def bad_files(people, folder: Path) -> dict[str, Path]:
     good = as_entries(people, people.joints, np.ones((3, 16)))
     swapped = [{**entry, "image": "9.jpg"} for entry in good]
     nan = json.loads(json.dumps(good).replace(str(good[0]["keypoints"][0][0]), "NaN", 1))
+    words = [{**entry, "keypoints": ["x"] * 48} for entry in good]
     (folder / "noise.mat").write_bytes(b"noise" * 100)
     (folder / "noise.json").write_bytes(b"\xff\xfe{")
+    write_mat(folder / "sparse.mat", {"preds": scipy_sparse.eye(3)})
+    write_mat(folder / "text.mat", {"pos_pred_src": "text"})
     return {
         "another picture": write(folder / "swapped.json", swapped),
         "too few people": write(folder / "few.json", good[:2]),
         "one twice": write(folder / "twice.json", [good[0], good[0], good[1]]),
         "too few joints": write(folder / "j.json", [{**e, "keypoints": [[1, 2, 3]]} for e in good]),
         "not a number": write(folder / "nan.json", nan),
+        "words": write(folder / "words.json", words),
         "no list": write(folder / "dict.json", {"a": 1}),
         "no fields": write(folder / "fields.json", [{}]),
+        "no entries": write(folder / "numbers.json", [1, 2, 3]),
         "no JSON": folder / "noise.json",
         "no .mat": folder / "noise.mat",
+        "sparse": folder / "sparse.mat",
+        "text": folder / "text.mat",
         "missing": folder / "nowhere.json",
     }
 
 
 def test_files_that_do_not_fit_are_refused_by_name(people, tmp_path):
-    files = bad_files(people, tmp_path)
-    assert len(files) == 10
-    for path in files.values():
+    for path in bad_files(people, tmp_path).values():
         with pytest.raises(InputError) as caught:
             read_predictions(path, people)
         assert caught.value.where == str(path)
+
+
+# MPII's test server: every single person of the test set once, and nobody else
+
+
+def write_release(
+    path: Path,
+    is_train: list[int],
+    people_in: list[int],
+    single_people: list[list[int]],
+    **changes: object,
+) -> None:
+    """A file in the layout of mpii_human_pose_v1_u12_1.mat; a number or a list for each picture."""
+    annolist = np.empty((1, len(people_in)), dtype=[("image", object), ("annorect", object)])
+    for i, count in enumerate(people_in):
+        rects = np.empty((1, count), dtype=[("scale", object), ("objpos", object)])
+        for p in range(count):
+            rects[0, p] = (1.0 + i, {"x": 10.0 * i, "y": 10.0 * p})
+        annolist[0, i] = ({"name": f"{i:09d}.jpg"}, rects)
+    single = np.empty((len(people_in), 1), dtype=object)
+    for i, people in enumerate(single_people):
+        single[i, 0] = np.array(people, dtype=float)[:, None]
+    contents = {"annolist": annolist, "img_train": np.array([is_train]), "single_person": single}
+    scipy_io.savemat(path, {"RELEASE": {**contents, **changes}})
+
+
+@pytest.fixture
+def release(tmp_path) -> Path:
+    """MPII's own annotation of four pictures."""
+    write_release(tmp_path / "release.mat", IS_TRAIN, PEOPLE_IN, SINGLE)
+    return tmp_path / "release.mat"
+
+
+def crowd(who: list[tuple[int, int]]):
+    index, person = (np.array([pair[axis] for pair in who]) for axis in (0, 1))
+    return people_at(np.zeros((len(who), 16, 2)))._replace(index=index, person=person)
+
+
+def test_every_joint_stands_where_mpii_looks_for_it(release, tmp_path):
+    # One more person of the test set, who is not evaluated, and another order than the file's.
+    who = [(3, 0), (1, 2), (1, 1), (1, 0)]
+    people = crowd(who)
+    keypoints = np.arange(4 * 16 * 2, dtype=float).reshape(4, 16, 2)
+    contents = read_release(release, people)
+    assert write_submission(tmp_path / "pred.mat", contents, people, keypoints) == 3
+
+    pred = scipy_io.loadmat(tmp_path / "pred.mat", squeeze_me=True, struct_as_record=False)["pred"]
+    assert [str(picture.image.name) for picture in pred] == ["000000001.jpg", "000000003.jpg"]
+    assert float(pred[0].annorect[2].scale) == 2.0  # what was there is still there
+    for row, (picture, person) in enumerate(who):
+        rects = np.atleast_1d(pred[[1, 3].index(picture)].annorect)
+        if (picture, person) == (1, 1):
+            assert np.size(rects[person].annopoints) == 0
+            continue
+        points = rects[person].annopoints.point
+        assert [int(p.id) for p in points] == list(range(16))
+        np.testing.assert_array_equal([[p.x, p.y] for p in points], keypoints[row])
+
+
+@pytest.mark.parametrize(
+    ("who", "fault"),
+    [
+        (WANTED[:2], r"1 missing \(first: picture 3, person 0\)"),
+        ([*WANTED, (3, 0)], "1 there twice"),
+        ([*WANTED, (0, 0)], "1 not in the test set"),
+        ([*WANTED, (3, 5)], "1 not in the test set"),
+    ],
+)
+def test_a_wrong_count_is_refused(who, fault, release):
+    with pytest.raises(InputError, match=fault) as caught:
+        read_release(release, crowd(who))
+    assert "each of the 3 single people" in caught.value.expected
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"annolist": 3},
+        {"img_train": scipy_sparse.csr_matrix(np.array([[1.0, 0, 1, 0]]))},
+        {"img_train": np.array([[0, 0]])},
+        {"single_person": np.array([[1.0]])},
+        {"single_person": [np.array([[np.inf]])] * 4},
+        {"single_person": [scipy_sparse.eye(1)] * 4},
+        {"annolist": np.zeros((1, 4), dtype=[("image", object)])},
+    ],
+)
+def test_a_release_with_other_fields_is_refused(changes, tmp_path):
+    if isinstance(changes.get("single_person"), list):
+        cells = np.empty((4, 1), dtype=object)
+        cells[:, 0] = changes["single_person"]
+        changes = {"single_person": cells}
+    write_release(tmp_path / "r.mat", IS_TRAIN, PEOPLE_IN, SINGLE, **changes)
+    with pytest.raises(InputError, match="no annotation of MPII"):
+        read_release(tmp_path / "r.mat", crowd(WANTED))
+
+
+def test_another_file_is_no_release(tmp_path):
+    scipy_io.savemat(tmp_path / "other.mat", {"preds": 3})
+    (tmp_path / "noise.mat").write_bytes(b"noise" * 50)
+    for name in ("other.mat", "noise.mat", "nowhere.mat"):
+        with pytest.raises(InputError, match=name):
+            read_release(tmp_path / name, crowd(WANTED))
