@@ -74,16 +74,27 @@ def test_the_published_mat_has_a_ground_truth_of_its_own(shared):
     ("options", "at_half", "at_tenth"),
     [([], 82.337, 28.975), (["--ground-truth", "annotations"], 82.315, 28.910)],
 )
-def test_the_published_predictions_from_the_command_line(
+def test_the_published_predictions_have_the_published_pckh(
     options, at_half, at_tenth, shared, tmp_path
 ):
+    """Of Tompson et al., against the file's own ground truth and against valid.h5."""
     data = shared / "data" / "mpii_annot"
     words = ["--predictions", data / "detections_our_format.mat", "--annotations",
              data / "valid.h5", "--json", tmp_path / "n.json", *options]  # fmt: skip
     evaluate.main(list(map(str, words)))
-    scores = json.loads((tmp_path / "n.json").read_text())["predictions"]["pckh"]
+    result = json.loads((tmp_path / "n.json").read_text())["predictions"]
+    scores = result["pckh"]
+    assert result["people"] == 2958
     assert 100 * scores["0.5"]["weighted"] == pytest.approx(at_half, abs=0.001)
     assert 100 * scores["0.1"]["weighted"] == pytest.approx(at_tenth, abs=0.001)
+    if options:
+        assert result["joints_counted"] == 44_239
+        assert scores["0.5"]["pooled"] == pytest.approx(0.71505, abs=5e-6)
+    else:
+        groups = [95.600, 92.714, 83.365, 76.736, 81.929, 73.363, 65.446]
+        names = ["head", "shoulder", "elbow", "wrist", "hip", "knee", "ankle"]
+        found = [100 * scores["0.5"]["groups"][name] for name in names]
+        assert found == pytest.approx(groups, abs=0.001)
 
 
 def bad_files(people, folder: Path) -> dict[str, Path]:
