@@ -8,12 +8,13 @@ import dataclasses
 import functools
 import itertools
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from common.cli import check_options, did_you_mean
 from common.errors import InputError
@@ -236,9 +237,8 @@ def as_dict(config: Config) -> dict[str, Any]:
 def add_config_options(parser: ArgumentParser) -> None:
     """Add `--config FILE` and an option for every field, with its docstring, to a parser."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser.add_argument(
-        "--config", action="config", help="YAML file of settings, such as configs/8hg.yaml"
-    )
+    help_text = "YAML file of settings, such as configs/8hg.yaml"
+    parser.add_argument("--config", action="config", help=help_text)
     parser.add_class_arguments(Config, None)
 
 
@@ -250,11 +250,7 @@ def parse_config(parser: ArgumentParser, arguments: list[str]) -> tuple[Config, 
         if word.split("=")[0] == "--config":
             path = word.removeprefix("--config=") if "=" in word else following
             check_keys(load_yaml(path), path)
-    try:
-        values = parser.instantiate(parser.parse_args(arguments))
-    except ArgumentError as error:
-        raise _wrong_value(error, "settings") from error
-    others = dict(vars(values))
+    others = vars(_instantiate(parser, lambda: parser.parse_args(arguments), "settings"))
     others.pop("config", None)
     config = Config(**{section: others.pop(section) for section in _SECTIONS})
     check_values(config)
@@ -265,11 +261,17 @@ def config_from_dict(raw: dict[str, Any], where: str) -> Config:
     """The Config of nested plain values, as `as_dict` returns them. Raises InputError."""
     check_keys(raw, where)
     parser = _sections_parser()
-    try:
-        values = parser.instantiate(parser.parse_object(raw))
-    except ArgumentError as error:
-        raise _wrong_value(error, where) from error
+    values = _instantiate(parser, lambda: parser.parse_object(raw), where)
     return Config(**{section: getattr(values, section) for section in _SECTIONS})
+
+
+def _instantiate(parser: ArgumentParser, parse: Callable[[], Namespace], where: str) -> Namespace:
+    try:
+        return parser.instantiate(parse())
+    except ArgumentError as error:  # its text names the setting
+        found = " ".join(str(error).split())[:400].replace("typing.Literal", "value of ")
+        expected = "values of the types in configs/schema.py"
+        raise InputError(where, found, expected, "correct it") from error
 
 
 @functools.cache
@@ -325,18 +327,11 @@ def check_values(config: Config) -> None:
     model, name, unit = config.model, config.train.name, 4 * 2**config.model.depth
     for channels in (model.width, *model.stem):
         _require(channels % 2 == 0, "model.width and model.stem", channels, "even numbers")
-    _require(
-        config.data.input_px % unit == 0,
-        "data.input_px",
-        config.data.input_px,
-        f"a multiple of {unit}, which is 4 x 2^model.depth",
-    )
-    _require(
-        not (config.train.compile and model.checkpoint_activations),
-        "train.compile and model.checkpoint_activations",
-        "both",
-        "one of them: torch.compile decides by itself what to compute twice",
-    )
+    px, fits = config.data.input_px, config.data.input_px % unit == 0
+    _require(fits, "data.input_px", px, f"a multiple of {unit}, which is 4 x 2^model.depth")
+    both = config.train.compile and model.checkpoint_activations
+    expected = "one of them: torch.compile decides by itself what to compute twice"
+    _require(not both, "train.compile and model.checkpoint_activations", "both", expected)
     is_plain = Path(name).name == name and name not in ("", ".", "..")
     _require(is_plain, "train.name", name, "a plain folder name; other folders go into train.out")
 
@@ -344,9 +339,3 @@ def check_values(config: Config) -> None:
 def _require(holds: bool, name: str, found: object, expected: str) -> None:
     if not holds:
         raise InputError(name, str(found), expected, "correct the config")
-
-
-def _wrong_value(error: ArgumentError, where: str) -> InputError:
-    """An error of jsonargparse, which names the setting, as one of ours."""
-    found = " ".join(str(error).split())[:400].replace("typing.Literal", "value of ")
-    return InputError(where, found, "values of the types in configs/schema.py", "correct it")

@@ -158,13 +158,12 @@ def default_groups(names: tuple[str, ...], flip_pairs: Pairs) -> Groups:
     rests = [side_of(name)[1] for name in names]
     groups: list[tuple[str, tuple[int, ...]]] = []
     for joint, name in enumerate(names):
-        other = partner.get(joint)
+        other, rest = partner.get(joint), rests[joint]
         if other is None:
             groups.append((name, (joint,)))
         elif joint < other:
-            agreed = rests[joint] == rests[other] and rests.count(rests[joint]) == 2
-            pair = rests[joint] if agreed else f"{name}/{names[other]}"
-            groups.append((pair, (joint, other)))
+            is_clear = rests[other] == rest and rests.count(rest) == 2
+            groups.append((rest if is_clear else f"{name}/{names[other]}", (joint, other)))
     return tuple(groups)
 
 

@@ -32,8 +32,6 @@ _LARGEST_COLUMN = 256 << 20
 _SUFFIXES = (".h5", ".json", ".json.gz")
 _FROM_PRINCETON = "an annotation file of princeton-vl/pytorch_stacked_hourglass (data/MPII/annot)"
 _REQUIRED, _OPTIONAL = ("center", "scale", "part", "visible"), ("normalize", "index", "person")
-_LONGEST_NAME, _LONGEST_PART = 1024, 255
-"""Bytes of a path, and of one file or folder name, that file systems accept."""
 
 
 class People(NamedTuple):
@@ -100,12 +98,9 @@ def split_file(path: Path, split: str) -> Path:
         names = " and ".join(file.name for file in found)
         raise InputError(path, names, f"one file for {split}", "name the file, or move the other")
     if not found:
-        raise InputError(
-            files[0],
-            "no such file",
-            f"{_FROM_PRINCETON}, mpii_annotations.json, or COCO's JSON",
-            "give the file or its folder with --annotations, or pack one split with --splits",
-        )
+        expected = f"{_FROM_PRINCETON}, mpii_annotations.json, or COCO's JSON"
+        advice = "give the file or its folder with --annotations, or pack one split with --splits"
+        raise InputError(files[0], "no such file", expected, advice)
     return found[0]
 
 
@@ -157,10 +152,8 @@ def _h5_columns(path: Path, joints: int) -> dict[str, npt.NDArray[Any]]:
             if link is None and name in _OPTIONAL:
                 continue
             data = file.get(name) if isinstance(link, h5py.HardLink) else None
-            if not isinstance(data, h5py.Dataset):
+            if not isinstance(data, h5py.Dataset) or data.is_virtual or data.external:
                 raise ValueError(f"no dataset {name} in the file itself")
-            if data.is_virtual or data.external:
-                raise ValueError(f"the values of {name} are in another file")
             if data.nbytes > _LARGEST_COLUMN:
                 raise ValueError(f"{name} claims {data.nbytes:,} bytes")
             is_text = h5py.check_string_dtype(data.dtype) is not None
@@ -278,11 +271,9 @@ def normalizing_length(
 
 def safe_name(name: str) -> bool:
     """Whether a file name stays in the folder that it is joined to, and file systems accept it."""
-    if not name.isprintable() or len(name.encode()) > _LONGEST_NAME:
-        return False
     parts = re.split(r"[/\\]", name)
-    plain = "" not in parts and not {".", ".."} & set(parts) and ":" not in parts[0]
-    return plain and all(len(part.encode()) <= _LONGEST_PART for part in parts)
+    inside = not {"", ".", ".."} & {*parts} and ":" not in parts[0]
+    return inside and name.isprintable() and max(len(part.encode()) for part in parts) <= 255
 
 
 def stays_inside(folder: Path, name: str) -> bool:
@@ -311,9 +302,5 @@ def _check(people: People, path: Path) -> None:
         if rows.any()
     ]
     if faults:
-        raise InputError(
-            path,
-            "; ".join(faults),
-            "finite numbers, scale above 0, names inside the folder of pictures",
-            "correct these rows (rows count from 0)",
-        )
+        expected = "finite numbers, scale above 0, names inside the folder of pictures"
+        raise InputError(path, "; ".join(faults), expected, "correct them (rows count from 0)")

@@ -134,10 +134,12 @@ def _person(row: Any, margin: float) -> Person:
         square = Square(numbers["center_x"], numbers["center_y"], numbers["scale"])
     elif numbers:
         raise ValueError(f"neither a box nor centre and scale: {', '.join(map(str, numbers))}")
-    number = -1.0 if image_id is None else _number("image_id", image_id)
+    if image_id is None:
+        return Person(image, square)
+    number = _number("image_id", image_id)
     if not number.is_integer():
         raise ValueError(f"image_id {image_id} is not a whole number")
-    return Person(image, square, None if image_id is None else int(number))
+    return Person(image, square, int(number))
 
 
 def _number(name: str, value: Any) -> float:

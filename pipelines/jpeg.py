@@ -154,12 +154,11 @@ def _exif_orientation(data: bytes) -> int:
     if b"Exif\0\0" not in data:
         return 1
     exif = Image.Exif()
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            exif.load(JpegImageFile(io.BytesIO(data)).info.get("exif", b""))
-            return int(exif.get(ExifTags.Base.Orientation, 1))
-    except (OSError, SyntaxError, ValueError, struct.error):
-        return 1
+    with suppress(OSError, SyntaxError, ValueError, struct.error), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exif.load(JpegImageFile(io.BytesIO(data)).info.get("exif", b""))
+        return int(exif.get(ExifTags.Base.Orientation, 1))
+    return 1
 
 
 def require_sane_size(data: bytes, where: object, limit: int = MAX_PIXELS) -> None:

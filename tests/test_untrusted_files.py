@@ -186,7 +186,7 @@ def test_names_and_links_out_of_the_folder_of_pictures_are_refused(tiny_set, tmp
     folder.mkdir()
     for name in people.images:
         (folder / name).symlink_to(tiny_set / "images" / name)
-    with pytest.raises(InputError, match="a link that leads out"):
+    with pytest.raises(InputError, match="links? that lead"):
         LooseImages(people, folder)
     (folder / "loop").symlink_to(folder / "loop")
     assert not any(stays_inside(folder, name) for name in ("loop", "../a.jpg", "/etc/passwd"))
@@ -216,8 +216,8 @@ def virtual(file: h5py.File) -> None:
     ("change", "found"),
     [
         (external_link, "no dataset scale in the file itself"),
-        (replaced("scale", shape=(5,), dtype="u1", external=[("/etc/passwd", 0, 5)]), "another"),
-        (virtual, "the values of scale are in another file"),
+        (replaced("scale", shape=(5,), dtype="u1", external=[("/etc/passwd", 0, 5)]), "no dataset"),
+        (virtual, "no dataset scale"),
         (replaced("scale", shape=(2**29,), dtype="f8", chunks=(2**20,)), "claims 4,294,967,296 b"),
         (replaced("imgname", shape=(2**40,), dtype="S8", chunks=(2**10,)), "claims"),
         (replaced("index", shape=(5,), dtype=h5py.ref_dtype), "object of shape"),
