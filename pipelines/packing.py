@@ -85,9 +85,8 @@ class PackingOptions:
     @property
     def partial(self) -> Path:
         """Folder of unfinished work, on the output's file system so that a rename can move it."""
-        if self.output.is_mount():
-            return self.output / ".partial"
-        return self.output.with_name(self.output.name + ".partial")
+        beside = self.output.with_name(self.output.name + ".partial")
+        return self.output / ".partial" if self.output.is_mount() else beside
 
 
 class SplitJob(NamedTuple):

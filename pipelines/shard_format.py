@@ -43,9 +43,8 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 PACK_AGAIN = "pack the data again with tools/make_shards.py into a new folder"
 _MAX_MANIFEST = 64 << 20
-"""Bytes."""
-_MIN_BYTES = 6 * 512
-"""Of a person in a tar: three files of a header and at least one block."""
+_MIN_PERSON = 6 * 512
+"""Bytes in a tar: three files of a header and at least one block."""
 
 
 class Records(NamedTuple):
@@ -270,7 +269,7 @@ def _manifest(raw: Any) -> Manifest:
     if skeleton.joint_count != manifest.joints:
         raise ValueError("joints are not those of the skeleton")
     for shard in shards:
-        if not 0 < shard.people * _MIN_BYTES <= shard.bytes:
+        if not 0 < shard.people * _MIN_PERSON <= shard.bytes:
             raise ValueError(f"{shard.tar}: {shard.people} people in {shard.bytes} bytes")
         for name in (shard.tar, shard.index):
             if not safe_name(name) or Path(name).name != name:

@@ -118,9 +118,9 @@ class ShardSet:
                 data = self.component(sample, "f32")
             except InputError as error:
                 faults[sample] = error.found
-                continue
-            if self._records is not None and data != self._records[sample].tobytes():
-                faults[sample] = "its record has changed since the start"
+            else:
+                if self._records is not None and data != self._records[sample].tobytes():
+                    faults[sample] = "its record has changed since the start"
         return faults
 
     def facts(self, sample: int) -> dict[str, Any]:
@@ -258,10 +258,10 @@ def _read_index(
         numbers = [sample.group(1, 2, 4, 5, 6, 7) for sample in samples]
         places = np.array(numbers, dtype=np.int64).reshape(-1, len(COMPONENTS), 2)
         offset, size = places[..., 0], places[..., 1]
-        if (size > list(LARGEST.values())).any() or (offset + size > tar_bytes).any():
-            raise ValueError("sizes or offsets out of range")
-        if (size[:, 0] != record_bytes).any() or (np.diff(offset) <= size[:, :-1]).any():
-            raise ValueError(f"records of other than {record_bytes} bytes, or overlapping files")
+        is_outside = (size > list(LARGEST.values())) | (offset + size > tar_bytes)
+        is_overlapping = np.diff(offset) <= size[:, :-1]
+        if is_outside.any() or is_overlapping.any() or (size[:, 0] != record_bytes).any():
+            raise ValueError("impossible sizes or offsets")
     except (OSError, ValueError) as error:
         expected = f"{shard.tar} and its wds2idx index of {shard.people} people"
         found = f"not the index of its tar ({error})"

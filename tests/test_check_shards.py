@@ -3,9 +3,7 @@
 import io
 import json
 import os
-import re
 import shutil
-import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -82,12 +80,6 @@ def test_a_split_without_a_manifest_is_a_fault(tiny_shards, tmp_path, capsys):
     assert f"{tmp_path / 'shards' / 'train'}: no manifest.json beside its tars" in lines
 
 
-def test_a_progress_bar_counts_the_people(packed, capsys, monkeypatch):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    main([str(packed), "--workers", "1"])
-    assert re.search(r"checking train: 100%.* 12/12 ", capsys.readouterr().err)
-
-
 @pytest.mark.parametrize("name", ["00001.tar", "00001.idx"])
 def test_one_flipped_bit_is_found_and_the_file_is_named(packed, name, capsys):
     data = bytearray((packed / name).read_bytes())
@@ -140,23 +132,13 @@ def test_damaged_people_are_named_by_shard_and_key(packed, component, data, expe
     assert any(x.startswith(f"{packed / '00001.tar'}: key 000000006: {expected}") for x in lines)
 
 
-@pytest.mark.parametrize("field", ["row", "scale", "width", "x", "visible", "l_knee", "image"])
-def test_every_difference_of_json_and_record_is_found(packed, field, capsys):
-    def change(member: tarfile.TarInfo, data: bytes) -> bytes | None:
-        if member.name != "000000006.json":
-            return None
-        facts = json.loads(data)
-        knee = facts["joints"]["l_knee"]
-        if field == "l_knee":
-            facts["joints"] = {f"my_{name}": joint for name, joint in facts["joints"].items()}
-        elif field == "image":
-            facts["image"] = "../a.jpg"
-        else:
-            place = knee if field in knee else facts
-            place[field] = (not knee["visible"]) if field == "visible" else place[field] + 0.01
-        return json.dumps(facts).encode()
+@pytest.mark.parametrize("change", [{"row": 1e9}, {"height": 1}, {"joints": {}}, {"image": "../a"}])
+def test_every_difference_of_json_and_record_is_found(packed, change, capsys):
+    def differ(member: tarfile.TarInfo, data: bytes) -> bytes | None:
+        is_changed = member.name == "000000006.json"
+        return json.dumps({**json.loads(data), **change}).encode() if is_changed else None
 
-    rebuild(packed, change)
+    rebuild(packed, differ)
     code, lines = check(packed, capsys)
     assert code == 1
     assert f"{packed / '00001.tar'}: key 000000006: JSON and record differ" in lines

@@ -1,5 +1,6 @@
 """Which JPEGs pass the check before packing, and why others are refused."""
 
+import io
 import struct
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from conftest import noise_picture
 from helpers import exif, with_segment
+from PIL import Image
 
 from pipelines.jpeg import PictureError, check_jpeg
 
@@ -77,19 +79,6 @@ def test_scan_that_ends_early_is_refused_silently(capfd: pytest.CaptureFixture[s
     assert capfd.readouterr().err == ""  # libjpeg's own warning
 
 
-def test_random_damage_ends_in_a_verdict() -> None:
-    data, rng, refusals = jpeg(), np.random.default_rng(0), 0
-    for _ in range(300):
-        damaged = bytearray(data)
-        for place in rng.integers(0, len(data), 3):
-            damaged[place] = rng.integers(0, 256)
-        try:
-            check_jpeg(bytes(damaged))
-        except PictureError:
-            refusals += 1
-    assert refusals > 100
-
-
 @pytest.mark.parametrize("order", ["<", ">"])
 def test_exif_that_rotates_the_picture_is_refused(order: str) -> None:
     for orientation in (2, 3, 6, 8):
@@ -124,9 +113,16 @@ def test_rare_kinds_of_jpeg_are_refused() -> None:
     assert reason_of(bytes(deep)) == "12 bits a channel"
 
 
+@pytest.mark.parametrize(("mode", "reason"), [("L", "grey"), ("CMYK", "CMYK (4 components)")])
+def test_pictures_of_other_colours_are_refused(mode: str, reason: str) -> None:
+    stream = io.BytesIO()
+    Image.new(mode, (40, 30)).save(stream, "JPEG")
+    assert reason_of(stream.getvalue()).startswith(reason)
+
+
 def test_real_photographs_pass(shared: Path) -> None:
-    paths = sorted((shared / "data/lspet/images").iterdir())[:200]
+    paths = sorted((shared / "data/lspet/images").iterdir())[:100]
     paths += sorted((shared / "data/mpii_sample/images").iterdir())
-    assert len(paths) == 205
+    assert len(paths) == 105
     for path in paths:
         check_jpeg(path.read_bytes())

@@ -50,7 +50,7 @@ class Report(NamedTuple):
     """The result for one shard."""
 
     people: int
-    """As the manifest counts them."""
+    """According to the manifest."""
     keys: list[str]
     rows: list[float]
     faults: list[str]
@@ -61,8 +61,8 @@ def main(argv: list[str] | None = None) -> int:
     """Check every split and print what is damaged. Returns the exit code."""
     options = make_parser().parse_args(argv)
     folders = split_folders(options.shards)
-    tar_folders = {path.parent for path in options.shards.glob("*/*.tar")}
-    lost = sorted(folder for folder in tar_folders if not (folder / MANIFEST).is_file())
+    tars = options.shards.glob("*/*.tar")
+    lost = sorted({tar.parent for tar in tars if not (tar.parent / MANIFEST).is_file()})
     faults, people = [f"{folder}: no {MANIFEST} beside its tars" for folder in lost], 0
     with worker_pool(options.workers) as map_tasks:
         for folder in folders:
@@ -91,6 +91,7 @@ def main(argv: list[str] | None = None) -> int:
         splits = " and ".join(folder.name for folder in folders)
         print(f"{options.shards}: {people:,} people of {splits}, all is well; {pictures}")
         return 0
+
     print(f"{options.shards}: DAMAGED, {len(faults):,} fault(s); {people:,} people; {pictures}")
     print("next: restore these files from a copy, or pack again with tools/make_shards.py")
     return EXIT_DAMAGED

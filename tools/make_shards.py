@@ -41,7 +41,6 @@ HOW_TO_GET_DATA = """download it into data/mpii:
 CROP_PRESETS = [name for name, preset in PRESETS.items() if not preset.princeton_crop]
 JPEG_QUALITY = 95
 """Of stored crops."""
-REASONS_SHOWN = 5
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -124,7 +123,6 @@ def chosen_splits(annotations: Path, asked: list[str]) -> tuple[str, ...]:
 
 def print_summary(options: PackingOptions, manifests: list[Manifest], seconds: float) -> None:
     """Print what was packed and the next command."""
-    print("reading what was packed ...", file=sys.stderr, flush=True)
     for manifest in manifests:
         print(summary(options.output / manifest.split), end="\n\n")
     people = sum(manifest.people for manifest in manifests)
@@ -156,7 +154,7 @@ def summary(folder: Path) -> str:
     left_out = shards.manifest.left_out  # lines of `row N: picture: fault`
     reasons = Counter(line.split(": ", 2)[-1] for line in left_out).most_common()
     lines.append(f"  left out   {len(left_out):,} people (left_out in the manifest)")
-    lines += [f"             {count:,} x {reason}" for reason, count in reasons[:REASONS_SHOWN]]
+    lines += [f"             {count:,} x {reason}" for reason, count in reasons[:5]]
     lines += ["", *joint_lines(people, shards.manifest.skeleton)]
     return "\n".join(lines)
 
