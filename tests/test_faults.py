@@ -1,11 +1,9 @@
 """Injected faults: damaged checkpoints, full disks, signals, a killed process."""
 
 import errno
-import gc
 import multiprocessing
 import os
 import random
-import shlex
 import shutil
 import signal
 import subprocess
@@ -15,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, may_mount
+from conftest import ROOT
 from helpers import SMALL, leaves, make_trainer, metrics, steps, tiny_config
 
 import train
@@ -28,7 +26,6 @@ from model.checkpoint import (
     load_weights,
     write_archive,
 )
-from pipelines.opencv_loader import STOP_SIGNALS
 from training.checkpoint_manager import CheckpointManager, open_run_folder
 from training.metrics import read_metrics
 from training.preemption import stop_signals
@@ -99,7 +96,7 @@ def test_a_file_that_is_no_checkpoint_is_refused(content, tmp_path):
 
 def test_a_checkpoint_of_another_version_is_refused(tmp_path):
     torch.save({"format": FORMAT, "format_version": 99}, tmp_path / "new.pt")
-    with pytest.raises(InputError, match="version 99"):
+    with pytest.raises(InputError, match="99"):
         load_checkpoint(tmp_path / "new.pt")
 
 
@@ -274,25 +271,6 @@ def test_a_log_that_cannot_be_written_is_reported_once_and_ends_no_run(
     assert load_checkpoint(tmp_path / "last.pt").step == 6
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not may_mount(), reason="no small disk can be mounted here")
-@pytest.mark.parametrize("megabytes, batch", [(1, 4), (2, 32)])
-def test_too_little_shared_memory_ends_in_one_message(megabytes, batch, tiny_shards, tmp_path):
-    words = ["train.py", "--data.shards", tiny_shards, "--data.workers", 2,
-             "--data.batch_size", batch, "--data.input_px", 256, "--model.width", 8,
-             "--train.out", tmp_path, "--train.name", "x", "--train.steps", 50,
-             "--train.device", "cpu"]  # fmt: skip
-    mount = f"mount -t tmpfs -o size={megabytes}m x /dev/shm"
-    command = shlex.join([sys.executable, *map(str, words)])
-    done = subprocess.run(
-        ["unshare", "-rm", "bash", "-c", f"{mount} && exec {command}"],
-        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-    assert done.returncode == 2, done.stderr[-2000:]
-    assert "no room for a batch of" in done.stderr and "--shm-size" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
 # Signals and processes
 
 
@@ -460,46 +438,3 @@ def test_a_run_that_another_process_trains_is_refused(tmp_path):
     other.kill()
     other.join(10)
     open_run_folder(tmp_path)  # the lock ended with its process
-
-
-def test_workers_ignore_the_signals_and_end_with_their_parent(tiny_shards, tmp_path):
-    config = tiny_config(tiny_shards, data={"workers": 2})
-    trainer = make_trainer(config, tmp_path)
-    expected = steps(make_trainer(tiny_config(tiny_shards), tmp_path / "other"), 3)
-    losses = steps(trainer, 1)
-    workers = multiprocessing.active_children()
-    assert len(workers) == 2
-    for worker in workers:
-        for number in STOP_SIGNALS:  # from another process: a signal of the parent ends a worker
-            subprocess.run(["kill", f"-{int(number)}", str(worker.pid)], check=True)
-    assert losses + steps(trainer, 2) == expected
-    assert all(worker.is_alive() for worker in workers)
-    for worker in workers:
-        worker.terminate()
-        worker.join(10)
-    assert not any(worker.is_alive() for worker in workers)
-
-
-def test_a_worker_never_destroys_what_it_inherits(tiny_shards, tmp_path):
-    """A dead pipeline of DALI would wait for its threads, which are not in the worker, for ever."""
-    armed, log = [True], tmp_path / "log"
-
-    class Inherited:
-        def __init__(self):
-            self.cycle = self
-
-        def __del__(self):
-            log.touch()
-
-    def inherit() -> None:
-        if armed:
-            gc.set_threshold(1)
-            Inherited()
-
-    os.register_at_fork(after_in_child=inherit)
-    try:
-        steps(make_trainer(tiny_config(tiny_shards, data={"workers": 1}), tmp_path / "run"), 2)
-    finally:
-        armed.clear()
-    assert not log.exists()
-    assert gc.isenabled()

@@ -19,13 +19,14 @@ from model.checkpoint import load_checkpoint
 from pipelines.loader import choose_loader
 from training import cpu_threads
 from training.checkpoint_manager import numbered
+from training.metrics import MetricsLogger
 from training.optimizer import AveragedModel, learning_rate
 
 
-def test_it_learns_twelve_people_by_heart(tiny_shards, tmp_path):
+def test_the_loss_of_twelve_people_seen_again_and_again_falls(tiny_shards, tmp_path):
     config = tiny_config(tiny_shards, data={"preset": "none", "batch_size": 12}, optim={"lr": 1e-2})
-    losses = steps(make_trainer(config, tmp_path / "run"), 60)
-    assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[10:15])
+    losses = steps(make_trainer(config, tmp_path), 25)
+    assert losses[-1] < 0.6 * losses[10] < 0.1 * losses[0]
 
 
 def test_twenty_steps_give_the_stored_losses(tiny_shards, tmp_path):
@@ -46,7 +47,7 @@ def test_twenty_steps_give_the_stored_losses(tiny_shards, tmp_path):
 
 
 def test_a_run_writes_its_checkpoints_and_every_number(tiny_shards, tmp_path):
-    config = tiny_config(tiny_shards, optim={"ema_decay": 0.9}, train={"steps_per_epoch": 4})
+    config = tiny_config(tiny_shards, train={"steps_per_epoch": 4})
     result = make_trainer(config, tmp_path).train()
     names = {"last.pt", "best.pt", "metrics.jsonl", "config.yaml", "validation.jpg", "curves.png"}
     assert {p.name for p in tmp_path.iterdir()} >= names
@@ -68,7 +69,8 @@ def test_the_newest_checkpoints_and_the_best_are_kept(tiny_shards, tmp_path, mon
         "pckh": {"0.5": {"pooled": next(pooled)}, "0.1": {"pooled": 0.0}},
         "auc": 0.0, "peak": 1.0, "people": 5, "joints_counted": 70,
     })  # fmt: skip
-    monkeypatch.setattr(trainer.validator, "picture", lambda: np.zeros((8, 8, 3), np.uint8))
+    monkeypatch.setattr(MetricsLogger, "log_pictures", lambda *_: None)
+    monkeypatch.setattr(trainer.validator, "picture", lambda: None)
     trainer.train()
     assert [path.name for path in numbered(tmp_path)] == [f"step_{n:08d}.pt" for n in (5, 4, 3)]
     assert load_checkpoint(tmp_path / "best.pt").step == 2
@@ -182,25 +184,25 @@ def half_precision_trainer(shards: Path, folder: Path, **options: object):
 
 
 def test_with_fp16_the_search_for_a_scale_is_no_fault(tiny_shards, tmp_path, capsys):
-    trainer = half_precision_trainer(tiny_shards, tmp_path, max_bad_steps=2)
-    trainer.train_step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    trainer = half_precision_trainer(tiny_shards, tmp_path, steps=8, max_bad_steps=2)
+    trainer.train_step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**22)
     before = trainer.network.heads[0].weight.clone()
     trainer.train()
-    assert trainer.train_step.scaler.get_scale() < 2.0**36, "gradients overflow before"
+    assert trainer.train_step.scaler.get_scale() < 2.0**21, "gradients overflow before"
     assert not torch.equal(trainer.network.heads[0].weight, before)
     assert "skipped" not in capsys.readouterr().err
     assert sum(line["bad_steps"] for line in metrics(tmp_path, "train")) == 0
 
 
 def test_with_fp16_a_scale_without_room_is_a_fault(tiny_shards, tmp_path):
-    trainer = half_precision_trainer(tiny_shards, tmp_path, max_bad_steps=4)
+    trainer = half_precision_trainer(tiny_shards, tmp_path, max_bad_steps=3, log_every=1)
+    trainer.train_step.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     trainer.network.heads[0].weight.register_hook(lambda gradient: gradient * torch.inf)
-    with pytest.raises(InputError, match="4 steps in a row"):
+    with pytest.raises(InputError, match="3 steps in a row"):
         trainer.train()
-    # The scale of 2^16 is halved at each step, and from the 17th on it has no room left.
-    assert trainer.progress.step == 20
+    # The scale of 4 is halved at each step, and from the 3rd on it has no room left.
     lines = [json.loads(x) for x in (tmp_path / "skipped_batches.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [17, 18, 19, 20]
+    assert [line["step"] for line in lines] == [3, 4, 5]
     assert all(line["loss_is_finite"] for line in lines)
 
 
@@ -318,7 +320,7 @@ def test_a_run_on_damaged_shards_is_refused_before_it_begins(split, tiny_shards,
 
 def test_train_then_resume_from_the_command_line(tiny_shards, tmp_path, capfd):
     words = [*SMALL, "--data.shards", str(tiny_shards), "--train.out", str(tmp_path)]
-    words += ["--train.name", "r"]
+    words += ["--train.name", "r", "--train.steps_per_epoch", "4"]
     assert train.main(words) == 0
     text = capfd.readouterr()
     assert "batch: 4 = 4 per rank x 1 rank(s) x 1" in text.out
@@ -329,11 +331,8 @@ def test_train_then_resume_from_the_command_line(tiny_shards, tmp_path, capfd):
         train.main(words)
     assert train.main([*words, "--resume"]) == 0
     assert "The run was done: step 4 is its last" in capfd.readouterr().out
-    more = ["--train.steps", "12", "--train.steps_per_epoch", "12", "--resume", "--profile"]
-    assert train.main([*words, *more]) == 0
-    assert [m["step"] for m in metrics(tmp_path / "r", "train")] == list(range(1, 13))
-    assert "aten::" in capfd.readouterr().err
-    assert "convolution" in (tmp_path / "r" / "trace.json").read_text()
+    assert train.main([*words, "--train.steps", "6", "--resume"]) == 0
+    assert [m["step"] for m in metrics(tmp_path / "r", "train")] == list(range(1, 7))
 
 
 def test_a_new_run_may_start_from_the_weights_of_another(tiny_shards, tmp_path):
