@@ -204,13 +204,6 @@ def test_impossible_index_is_named(packed: Path, old: str, new: str, found: str)
     assert found in error_of(packed).found
 
 
-def test_index_beyond_the_end_of_the_tar_is_named(packed: Path) -> None:
-    last = ShardSet(packed).place(9, "json")
-    os.truncate(last.tar, last.offset)
-    change_manifest(packed, lambda raw: raw["shards"][1].update(bytes=last.offset))
-    assert "impossible sizes" in error_of(packed).found
-
-
 def peak_memory_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 

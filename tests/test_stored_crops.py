@@ -202,14 +202,11 @@ def test_an_interrupted_packing_of_crops_is_not_continued_with_another_size(tiny
 def test_people_at_the_limits_are_packed_and_cropped(tmp_path):
     """Outside the picture, tiny, and far larger than the picture: everybody has a crop."""
     cases = [(-400.0, 50.0, 0.5), (60.0, 40.0, 0.02), (60.0, 40.0, 30.0), (119.0, 79.0, 0.4)]
-    count = len(cases)
+    count, values = len(cases), np.array(cases)
     picture = np.random.default_rng(0).integers(60, 256, (80, 120, 3), dtype=np.uint8)
     write_jpeg(tmp_path / "images" / "a.jpg", picture)
     columns: dict = {"imgname": np.array([b"a.jpg"] * count), "normalize": np.ones(count)}
-    columns |= {
-        "center": np.array([c[:2] for c in cases]),
-        "scale": np.array([c[2] for c in cases]),
-    }
+    columns |= {"center": values[:, :2], "scale": values[:, 2]}
     columns |= {"part": np.full((count, 16, 2), 50.0), "visible": np.ones((count, 16))}
     write_h5(tmp_path / "annot" / "train.h5", columns)
     main(pack_arguments(tmp_path, tmp_path / "out", "--packing", "crop", "--splits", "train"))

@@ -107,9 +107,7 @@ def make_parser() -> Parser:
     add = parser.add_argument
     add("shards", type=Path, help="a split of shards, or the folder of its splits")
     add("--decode", action="store_true", help="also decode every picture, as packing does")
-    add(
-        "--workers", type=at_least(0), default=usable_cores(), help="processes (default: all cores)"
-    )
+    add("--workers", type=at_least(0), default=usable_cores(), help="processes (default: all)")
     add("--show", type=at_least(0), default=20, help="faults to list (default: %(default)s)")
     return parser
 

@@ -125,8 +125,8 @@ def print_summary(options: PackingOptions, manifests: list[Manifest], seconds: f
     """Print what was packed and the next command."""
     for manifest in manifests:
         print(summary(options.output / manifest.split), end="\n\n")
-    people = sum(manifest.people for manifest in manifests)
-    print(f"{seconds:.1f} s, {people / seconds:,.0f} people/s with {options.workers} worker(s)")
+    rate = sum(manifest.people for manifest in manifests) / seconds
+    print(f"{seconds:.1f} s, {rate:,.0f} people/s with {options.workers} worker(s)")
     folder = shlex.quote(str(options.output))
     if "train" in options.splits:
         preset = f" --data.preset {options.crop.preset}" if options.crop else ""
