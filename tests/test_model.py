@@ -16,7 +16,9 @@ def test_live_parameters_at_width_256(stacks, parameters):
     assert sum(p.numel() for p in network.parameters()) == parameters
 
 
-@pytest.mark.parametrize(("stacks", "gmac"), [(2, 8.335), (8, 27.440)])
+@pytest.mark.parametrize(
+    ("stacks", "gmac"), [(2, 8.335), pytest.param(8, 27.440, marks=pytest.mark.slow)]
+)
 def test_forward_cost_at_256_px(stacks, gmac):
     with torch.device("meta"):
         network, image = StackedHourglass(stacks, 256, 16), torch.empty(1, 3, 256, 256)
