@@ -1,13 +1,11 @@
-"""A headless Chromium, spoken to in its DevTools protocol over a pipe; nothing else is needed."""
+"""A headless Chromium, driven by the DevTools protocol over a pipe; nothing else is needed."""
 
-import base64
 import fcntl
 import json
 import os
 import select
 import shutil
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ FLAGS = (
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
     "--remote-debugging-pipe",
 )  # fmt: skip
-_PATIENCE_S = 60
+_TIMEOUT_S = 60
 
 
 def find_chromium() -> str | None:
@@ -26,38 +24,36 @@ def find_chromium() -> str | None:
 
 
 class Browser:
-    """One page. `events` has everything that the browser reported, as the protocol names it."""
+    """One page. `events` holds everything that the browser reported, as the protocol names it."""
 
     def __init__(self, program: str, profile: Path):
         """Start it with an empty folder as its profile."""
-        theirs_in, self._to = _high_pipe()
-        self._from, theirs_out = _high_pipe()
+        child_in, self._to = _high_pipe()
+        self._from, child_out = _high_pipe()
 
-        def connect() -> None:  # the protocol's pipe is always 3 and 4
-            os.dup2(theirs_in, 3)
-            os.dup2(theirs_out, 4)
+        def connect() -> None:  # the protocol's pipes are always 3 and 4
+            os.dup2(child_in, 3)
+            os.dup2(child_out, 4)
 
         self._process = subprocess.Popen(
             [program, *FLAGS, f"--user-data-dir={profile}", "about:blank"],
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             close_fds=False, preexec_fn=connect,
         )  # fmt: skip
-        os.close(theirs_in)
-        os.close(theirs_out)
+        os.close(child_in)
+        os.close(child_out)
         self.events: list[dict[str, Any]] = []
-        self._number, self._rest, self._session = 0, b"", None
+        self._number, self._rest, self._session = 0, b"", {}
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         attached = self.call("Target.attachToTarget", targetId=target, flatten=True)
-        self._session = attached["sessionId"]
+        self._session = {"sessionId": attached["sessionId"]}
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
-        """The answer to one command; events on the way are kept."""
+        """The answer to one command; events that arrive before it are kept."""
         self._number += 1
-        message: dict[str, Any] = {"id": self._number, "method": method, "params": params}
-        if self._session:
-            message["sessionId"] = self._session
+        message = {"id": self._number, "method": method, "params": params, **self._session}
         os.write(self._to, json.dumps(message).encode() + b"\0")
         while True:
             answer = self._next_message()
@@ -68,9 +64,9 @@ class Browser:
 
     def _next_message(self) -> dict[str, Any]:
         while b"\0" not in self._rest:
-            ready, _, _ = select.select([self._from], [], [], _PATIENCE_S)
+            ready, _, _ = select.select([self._from], [], [], _TIMEOUT_S)
             data = os.read(self._from, 1 << 20) if ready else b""
-            assert data, f"Chromium is silent (exit code {self._process.poll()})"
+            assert data, f"Chromium does not answer (exit code {self._process.poll()})"
             self._rest += data
         message, _, self._rest = self._rest.partition(b"\0")
         return json.loads(message)
@@ -82,18 +78,16 @@ class Browser:
         self.call("Emulation.setEmulatedMedia", features=features)
         self.events.clear()
         self.call("Page.navigate", url=page.resolve().as_uri())
-        limit = time.monotonic() + _PATIENCE_S
         while not any(event["method"] == "Page.loadEventFired" for event in self.events):
-            assert time.monotonic() < limit, f"{page} does not load"
             self.events.append(self._next_message())
 
-    def resize(self, width: int, height: int, factor: float = 1) -> None:
+    def resize(self, width: int, height: int) -> None:
         """Set the window's size in CSS px."""
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height,
-                  deviceScaleFactor=factor, mobile=False)  # fmt: skip
+                  deviceScaleFactor=1, mobile=False)  # fmt: skip
 
     def ask(self, expression: str) -> Any:
-        """The value of a JavaScript expression, once two frames are drawn."""
+        """The value of a JavaScript expression after two frames have been drawn."""
         script = (
             "new Promise(f => requestAnimationFrame(() => requestAnimationFrame(f)))"
             f".then(() => ({expression}))"
@@ -110,22 +104,17 @@ class Browser:
             self.call("Input.dispatchKeyEvent", type=kind, key=key, windowsVirtualKeyCode=code,
                       **words)  # fmt: skip
 
-    def picture(self, path: Path, whole: bool = False) -> None:
-        """Write a PNG of the window, or of the whole page."""
-        answer = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
-        path.write_bytes(base64.b64decode(answer["data"]))
-
     def close(self) -> None:
         """End the browser."""
-        self._session = None
+        self._session = {}
         self.call("Browser.close")
-        self._process.wait(_PATIENCE_S)
+        self._process.wait(_TIMEOUT_S)
         os.close(self._to)
         os.close(self._from)
 
 
 def _high_pipe() -> tuple[int, int]:
-    """A pipe whose ends are out of the way of descriptors 3 and 4."""
+    """A pipe whose ends are not descriptors 3 and 4."""
     ends = os.pipe()
     high = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in ends]
     for end in ends:

@@ -134,8 +134,8 @@ def test_the_picture_shows_the_prediction_where_it_is(tiny_shards):
 class Machine:
     """Batches whose times are given: people/s by size, and pauses by number of the batch."""
 
-    def __init__(self, rates: dict[int, float], pauses: dict[int, float] | None = None):
-        self.rates, self.pauses, self.batches, self.spent = rates, pauses or {}, 0, 0.0
+    def __init__(self, rates: dict[int, float], pauses: dict[int, float]):
+        self.rates, self.pauses, self.batches, self.spent = rates, pauses, 0, 0.0
 
     def __call__(self, size: int) -> float:
         if size not in self.rates:
@@ -147,14 +147,22 @@ class Machine:
 
 
 RATES = {1: 100.0, 2: 150.0, 4: 230.0, 8: 400.0, 16: 410.0, 32: 700.0, 64: 720.0, 128: 600.0}
+FIT_IN_MEMORY = {1: 10.0, 2: 19.0, 4: 30.0}
 
 
-@pytest.mark.parametrize("paused", [None, 0, 2, 6, 12, 13])
-def test_the_fastest_batch_is_found_over_a_dip_and_in_spite_of_a_pause(paused):
-    pauses = {} if paused is None else {paused: 0.5, paused + 1: 0.3}
-    size, rates = inference.fastest_size(Machine(RATES, pauses), 128)
-    assert size == 32  # 64 is hardly faster; 16 was a dip
-    assert list(rates) == list(RATES) and rates[8] == pytest.approx(400)
+@pytest.mark.parametrize(
+    ("rates", "pauses", "fastest", "tried"),
+    [
+        (RATES, {}, 32, list(RATES)),  # 64 is hardly faster; 16 was a dip
+        (RATES, {6: 0.5, 7: 0.3}, 32, list(RATES)),
+        (FIT_IN_MEMORY, {}, 4, [1, 2, 4]),
+        ({}, {}, 1, []),
+    ],
+)
+def test_the_fastest_batch_size_is_found(rates, pauses, fastest, tried):
+    size, found = inference.fastest_size(Machine(rates, pauses), 128)
+    assert size == fastest and list(found) == tried
+    assert not tried or found[4] == pytest.approx(rates[4])
 
 
 @pytest.mark.parametrize(
@@ -162,16 +170,10 @@ def test_the_fastest_batch_is_found_over_a_dip_and_in_spite_of_a_pause(paused):
 )
 def test_the_search_for_the_batch_size_takes_four_seconds_or_one_batch(rate, sizes):
     """Of a large network on a CPU, where a larger batch gains nothing; the first warms up."""
-    machine = Machine(dict.fromkeys(RATES, rate))
+    machine = Machine(dict.fromkeys(RATES, rate), {})
     size, rates = inference.fastest_size(machine, 128)
     assert size == 1 and set(rates) == sizes
     assert machine.spent - 1 / rate <= max(4.0, 1 / rate)
-
-
-def test_a_batch_that_does_not_fit_ends_the_search():
-    size, rates = inference.fastest_size(Machine({1: 10.0, 2: 19.0, 4: 30.0}), 128)
-    assert size == 4 and list(rates) == [1, 2, 4]
-    assert inference.fastest_size(Machine({}), 128) == (1, {})
 
 
 @pytest.mark.parametrize(("people", "expected"), [(5, 5), (16, 8), (inference.FEW, 8)])

@@ -25,14 +25,10 @@ WIDE_LETTERS = "* { font-family: monospace !important; letter-spacing: 0.06em !i
 class Report(NamedTuple):
     page: Path
     own: dict
-    """The results in the two files of --json."""
+    """Results of --json, and those of the reference."""
     other: dict
     errors: np.ndarray
-    """(5, 16) from the files alone, NaN where a joint is not annotated."""
-
-
-def evaluate_with(*words: object) -> None:
-    evaluate.main(list(map(str, words)))
+    """(5, 16) computed here, NaN where a joint is not annotated."""
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +37,7 @@ def report(tiny_set, tmp_path_factory) -> Report:
     folder = tmp_path_factory.mktemp("report")
     people, _ = read_annotations(tiny_set / "annot", "valid")
     words = ["--annotations", tiny_set / "annot" / "valid.h5", "--images", tiny_set / "images"]
-    rng = np.random.default_rng(5)
+    rng, results = np.random.default_rng(5), []
     for name in ("other", "own"):
         spread = rng.gamma(2, 0.2, (5, 16, 1)) * people.normalize[:, None, None]
         found = people.joints + spread * rng.normal(size=(5, 16, 2))
@@ -50,11 +46,11 @@ def report(tiny_set, tmp_path_factory) -> Report:
         words += ["--predictions", folder / f"{name}_found.json", "--json", folder / f"{name}.json"]
         if name == "own":
             words += ["--report", folder / "out", "--compare", folder / "other.json"]
-        evaluate_with(*words)
-    own, other = (json.loads((folder / f"{name}.json").read_text()) for name in ("own", "other"))
+        evaluate.main(list(map(str, words)))
+        results.append(json.loads((folder / f"{name}.json").read_text())["predictions"])
     distance = np.linalg.norm(found - people.joints, axis=-1) / people.normalize[:, None]
     errors = np.where(people.marked, distance, np.nan)
-    return Report(folder / "out" / "index.html", own["predictions"], other["predictions"], errors)
+    return Report(folder / "out" / "index.html", results[1], results[0], errors)
 
 
 @pytest.fixture(scope="module")
@@ -287,9 +283,8 @@ def test_the_slider_reads_the_curves(report, browser):
         browser.press("ArrowLeft", 37)
     assert texts(browser, "#threshold-value") == ["0.47"]
     choose(browser, "joint", R_WRIST)
-    rows = dict(
-        zip(texts(browser, "#readout tbody th"), texts(browser, "#readout tbody td"), strict=True)
-    )
+    names, cells = texts(browser, "#readout tbody th"), texts(browser, "#readout tbody td")
+    rows = dict(zip(names, cells, strict=True))
     assert len(rows) == 8 + 3
     assert rows["r_wrist"] == percent(curves["joints"]["r_wrist"][47])
     assert rows["pooled"] == percent(curves["pooled"][47])
@@ -298,7 +293,8 @@ def test_the_slider_reads_the_curves(report, browser):
 
 
 @pytest.mark.slow
-def test_light_and_dark_follow_the_system_and_the_button(report, browser):
+def test_dark_mode_layers_and_colors(report, browser):
+    """Dark follows the system and the button; layers can be hidden; colors are the pictures'."""
     light, dark = ("rgb(251, 250, 248)", "rgb(20, 23, 26)")
     paper = "getComputedStyle(document.body).backgroundColor"
     for scheme, first, then in (("light", light, dark), ("dark", dark, light)):
@@ -306,11 +302,10 @@ def test_light_and_dark_follow_the_system_and_the_button(report, browser):
         assert browser.ask(paper) == first
         click(browser, "#theme")
         assert browser.ask(paper) == then
-
-
-@pytest.mark.slow
-def test_prediction_and_annotation_can_be_hidden(report, browser):
-    browser.show(report.page, *WIDE)
+    for side in ("right", "left", "middle"):
+        for what, style in ((f".found .{side}", "stroke"), (f".key.{side}", "backgroundColor")):
+            found = browser.ask(f"getComputedStyle(document.querySelector('{what}')).{style}")
+            assert found == f"rgb{visualize.color_of(side)[::-1]}", what
     for layer in ("found", "truth"):
         display = f"getComputedStyle(document.querySelector('.figure .{layer}')).display"
         assert browser.ask(display) != "none"
@@ -319,49 +314,21 @@ def test_prediction_and_annotation_can_be_hidden(report, browser):
 
 
 @pytest.mark.slow
-def test_the_colors_of_the_page_are_those_of_the_pictures(report, browser):
-    browser.show(report.page, *WIDE)
-    for side in ("right", "left", "middle"):
-        expected = f"rgb{visualize.color_of(side)[::-1]}"
-        for what, style in ((f".found .{side}", "stroke"), (f".key.{side}", "backgroundColor"),
-                            (f"#bars .side.{side}", "backgroundColor")):  # fmt: skip
-            found = browser.ask(f"getComputedStyle(document.querySelector('{what}')).{style}")
-            assert found == expected, what
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("worst", [2.0, 40.0])
-def test_the_line_of_errors_ends_in_its_frame_or_says_where_it_leaves_it(worst, tmp_path, browser):
-    joints = np.full((200, 16, 2), 100.0)
-    found = joints + np.linspace(0, 150, 200)[:, None, None] * [1, 0]
-    found[-1] = joints[-1] + [100 * worst, 0]
-    browser.show(write_page(tmp_path, people_at(joints, normalize=100.0), found), *WIDE)
-    xy = "[...document.querySelectorAll('#sorted path.own')][0].getAttribute('d')"
-    points = [tuple(map(float, p.split())) for p in browser.ask(xy)[1:].split("L")]
-    (note,) = texts(browser, "#sorted-cut")
-    if worst == 2.0:
-        assert note == "" and len(points) == 101 and points[-1][1] > 18
-    else:
-        assert note.startswith("The line leaves the frame at 99.") and note.endswith("is 40.00.")
-        assert points[-1][1] == 18  # at the frame's upper edge
-
-
-@pytest.mark.slow
-def test_a_reference_on_other_data_has_a_warning(report, tiny_set, tmp_path, browser):
-    folder = report.page.parents[1]
+@pytest.mark.parametrize("known", [True, False])
+def test_a_reference_on_unknown_data_has_a_warning(known, report, tiny_set, tmp_path, browser):
+    """And without --images there are skeletons alone."""
+    folder, valid = report.page.parents[1], tiny_set / "annot" / "valid.h5"
     content = json.loads((folder / "other.json").read_text())
-    del content["predictions"]["truth_sha256"]
-    (tmp_path / "old.json").write_text(json.dumps(content))
-    valid = tiny_set / "annot" / "valid.h5"
-    for other, why in ((folder / "other.json", ""), (tmp_path / "old.json", "not known")):
-        evaluate_with("--predictions", folder / "own_found.json", "--annotations", valid,
-                      "--compare", other, "--report", tmp_path / "p.html")  # fmt: skip
-        browser.show(tmp_path / "p.html", *WIDE)
-        assert f"{folder / 'other_found.json'}, on {valid} ({other})" in texts(browser, "#facts dd")
-        (shown,) = texts(browser, "#doubt")
-        assert why in shown and bool(why) == bool(shown)
-        assert browser.ask("document.getElementById('doubt').offsetHeight > 0") == bool(why)
-    # Without --images there are skeletons alone.
+    if not known:
+        del content["predictions"]["truth_sha256"]
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(content))
+    words = ["--predictions", folder / "own_found.json", "--annotations", valid, "--compare", other]
+    evaluate.main(list(map(str, [*words, "--report", tmp_path / "p.html"])))
+    browser.show(tmp_path / "p.html", *WIDE)
+    assert f"{folder / 'other_found.json'}, on {valid} ({other})" in texts(browser, "#facts dd")
+    assert ("not known" in texts(browser, "#doubt")[0]) == (not known)
+    assert browser.ask("document.getElementById('doubt').offsetHeight > 0") == (not known)
     assert browser.ask("document.images.length") == 0
     assert browser.ask("document.querySelectorAll('.tile .found line').length") == 5 * 15
     assert complaints(browser) == []
@@ -369,21 +336,15 @@ def test_a_reference_on_other_data_has_a_warning(report, tiny_set, tmp_path, bro
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("length", "metric"), [(None, "PCKh"), (Length((), 0.4), "PCK")])
-def test_the_metric_is_pckh_only_if_the_annotation_gives_the_length(
+def test_the_metric_has_its_name_and_people_without_a_length_are_dashes(
     length, metric, tmp_path, browser
 ):
-    people = people_at(np.full((2, 16, 2), 100.0))
-    skeleton = MPII._replace(length=length)
-    browser.show(write_page(tmp_path, people, people.joints, skeleton), *WIDE)
+    people = people_at(np.zeros((2, 16, 2)), normalize=0.0)
+    page = write_page(tmp_path, people, people.joints, MPII._replace(length=length))
+    browser.show(page, *WIDE)
     text = browser.ask("document.title + document.body.innerText")
     assert f"{metric}@0.5, pooled over 16 joints" in text
     assert metric == "PCKh" or "PCKh" not in text
-
-
-@pytest.mark.slow
-def test_people_without_a_length_make_a_page_of_dashes(tmp_path, browser):
-    people = people_at(np.zeros((2, 16, 2)), normalize=0.0)
-    browser.show(write_page(tmp_path, people, people.joints), *WIDE)
     assert texts(browser, "#headline") == ["–"] and texts(browser, ".tile") == []
     choose(browser, "joint", 3)
     assert complaints(browser) == []
@@ -394,8 +355,9 @@ def test_a_checkpoint_makes_a_page_with_pictures(tiny_shards, tmp_path, browser)
     trainer = make_trainer(tiny_config(tiny_shards), tmp_path / "run")
     steps(trainer, 2)
     trainer.save(["best.pt"])
-    evaluate_with("--checkpoint", tmp_path / "run" / "best.pt", "--workers", 0, "--batch-size", 5,
-                  "--json", tmp_path / "n.json", "--report", tmp_path / "out")  # fmt: skip
+    words = ["--checkpoint", tmp_path / "run", "--workers", 0, "--batch-size", 5, "--json",
+             tmp_path / "n.json", "--report", tmp_path / "out"]  # fmt: skip
+    evaluate.main(list(map(str, words)))
     numbers = json.loads((tmp_path / "n.json").read_text())
     browser.show(tmp_path / "out" / "index.html", *WIDE)
     assert texts(browser, "#means tbody td") == mean_cells(numbers["network"], numbers["mean pose"])
