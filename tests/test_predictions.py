@@ -1,4 +1,4 @@
-"""Prediction files: written and read back, refused where they do not fit, and MPII's submission."""
+"""Prediction files, MPII's submission, and the comparison with a reference run."""
 
 import json
 from pathlib import Path
@@ -9,6 +9,7 @@ from helpers import people_at
 
 import evaluate
 from common.errors import InputError
+from evaluation import pckh, report
 from evaluation.predictions import (
     as_coco,
     as_entries,
@@ -18,6 +19,7 @@ from evaluation.predictions import (
     write_submission,
 )
 from pipelines.annotations import read_annotations
+from pipelines.shards import ShardSet
 
 scipy_io = pytest.importorskip("scipy.io")
 scipy_sparse = pytest.importorskip("scipy.sparse")
@@ -56,18 +58,6 @@ def test_mat_files_keep_the_coordinates_of_the_annotation(people, tmp_path):
     again = read_predictions(tmp_path / "p.mat", people)
     np.testing.assert_allclose(again.keypoints_NJ2, people.joints)
     assert again.truth is None
-
-
-def test_the_published_mat_has_a_ground_truth_of_its_own(shared):
-    people, _ = read_annotations(shared / "data" / "mpii_annot", "valid")
-    predicted = read_predictions(
-        shared / "data" / "mpii_annot" / "detections_our_format.mat", people
-    )
-    assert predicted.truth is not None
-    # Its joints are those of valid.h5 before they were truncated to whole pixels.
-    both = people.marked & predicted.truth.marked
-    difference = (predicted.truth.joints - people.joints)[both]
-    assert len(difference) > 44_000 and np.median(np.abs(difference)) < 1
 
 
 @pytest.mark.parametrize(
@@ -231,3 +221,58 @@ def test_another_file_is_no_release(tmp_path):
     for name in ("other.mat", "noise.mat", "nowhere.mat"):
         with pytest.raises(InputError, match=name):
             read_release(tmp_path / name, crowd(WANTED))
+
+
+# --compare names the reference run, and warns where it was scored on different data
+
+
+def score(annotations: Path, output: Path, *words: object) -> dict:
+    """The --json of predictions 5 px beside an annotation."""
+    people, _ = read_annotations(annotations, "valid")
+    found = output.with_suffix(".found.json")
+    scores = np.ones(people.joints.shape[:2])
+    found.write_text(json.dumps(as_entries(people, people.joints + 5, scores)))
+    words = ("--predictions", found, "--annotations", annotations, "--json", output, *words)
+    evaluate.main(list(map(str, words)))
+    return json.loads(output.read_text())["predictions"]
+
+
+def test_a_reference_on_another_split_is_named_with_a_warning(tiny_set, tmp_path, capsys):
+    valid, train = (tiny_set / "annot" / f"{split}.h5" for split in ("valid", "train"))
+    for path in (valid, train):
+        other = tmp_path / f"{path.stem}.json"
+        score(path, other)
+        capsys.readouterr()
+        score(valid, tmp_path / "own.json", "--compare", other)
+        lines = capsys.readouterr().out.split("the other run: ")[1].splitlines()
+        assert lines[0] == f"{other.with_suffix('.found.json')}, on {path} ({other})"
+        if path == valid:
+            assert lines[1].startswith("gap, predictions minus the other run")
+        else:
+            assert lines[1].startswith("warning: The other run was scored on other data: 12 people")
+
+
+@pytest.mark.parametrize("change", ["joint", "length", "picture"])
+def test_one_number_of_the_annotation_makes_other_data(change, tiny_set):
+    people, skeleton = read_annotations(tiny_set / "annot", "valid")
+    joints, normalize = people.joints.copy(), people.normalize.copy()
+    joints[tuple(np.argwhere(people.marked)[0])] += 1
+    normalize[0] += 1
+    other = {
+        "joint": people._replace(joints=joints),
+        "length": people._replace(normalize=normalize),
+        "picture": people._replace(images=("x.jpg", *people.images[1:])),
+    }[change]
+    own, there = (pckh.summary(each.joints, each, skeleton) for each in (people, other))
+    assert "in both, but other pictures" in (report.data_mismatch(own, there) or "")
+    assert report.data_mismatch(own, own) is None
+    old = {key: value for key, value in own.items() if key != "truth_sha256"}
+    assert "not known" in (report.data_mismatch(own, old) or "")
+
+
+def test_shards_hold_the_same_data_as_their_annotation_in_any_order(tiny_set, tiny_shards):
+    people, _ = read_annotations(tiny_set / "annot", "valid")
+    packed, _ = ShardSet(tiny_shards / "valid").people()
+    assert pckh.truth_sha256(people) == pckh.truth_sha256(packed)
+    assert pckh.truth_sha256(people) == pckh.truth_sha256(packed.select([4, 2, 0, 1, 3]))
+    assert pckh.truth_sha256(people) != pckh.truth_sha256(packed.select([4, 2, 0, 1, 1]))
