@@ -49,19 +49,9 @@ class Codec:
         """
         mirrored = constant_on_device(self.skeleton.mirrored, torch.int64, draws_ND.device)
         if self._is_princeton:
-            return princeton.heat_joints(
-                records.joints_NJ2,
-                records.center_N2,
-                records.scale_N,
-                draws_ND,
-                mirrored,
-                self.input_px,
-                self.heat_px,
-            )
+            return princeton.heat_joints(records, draws_ND, mirrored, self.input_px)
         flip_N = draws_ND[:, 2] > 0
-        return heatmaps.heat_joints(
-            records.joints_NJ2, records.marked_NJ, input_from_image_N23, flip_N, mirrored, self.rule
-        )
+        return heatmaps.heat_joints(records, input_from_image_N23, flip_N, mirrored, self.rule)
 
     def render(self, joints_NJ2: torch.Tensor, drawn_NJ: torch.Tensor) -> torch.Tensor:
         """(N, J, H, W) float32 target heatmaps. joints_NJ2: heatmap px."""
@@ -77,10 +67,9 @@ class Codec:
         """Decoded joints, heatmap px -> image px (N, J, 2). records: numpy."""
         joints = joints_NJ2.double().cpu().numpy()
         if self._is_princeton:
-            center = records.center_N2.astype(np.float64)
-            scale = records.scale_N.astype(np.float64)
-            return princeton.image_joints(joints, center, scale, self.input_px, self.heat_px)
-        return heatmaps.image_joints(joints, input_from_image_N23.double().cpu().numpy(), self.rule)
+            return princeton.image_joints(joints, records, self.input_px)
+        matrices = input_from_image_N23.double().cpu().numpy()
+        return heatmaps.image_joints(joints, matrices, self.rule)
 
 
 def codec_of(data: DataConfig, heat: HeatmapsConfig, skeleton: Skeleton) -> Codec:

@@ -89,8 +89,11 @@ class DaliLoader:
         try:
             outputs = self.pipeline.run(*_stream(self.pipeline))
         except (RuntimeError, ValueError) as error:  # a picture; numbers of a record
+            faults = self._find_faults()
+            if not faults:
+                raise
             # No variable holds it: in a reference cycle it would keep this pipeline's memory.
-            raise _failure(error, self.shards, self._find_faults(), training=True) from error
+            raise _bad_samples_error(self.shards, faults) from error
         return RawBatch(*_tensors(outputs))
 
     def _find_faults(self) -> dict[int, str]:
@@ -130,41 +133,28 @@ class DaliEvaluationLoader:
     as the source gives them.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        samples: npt.NDArray[np.int64],
-        preset: Preset,
-        *,
-        input_px: int,
-        batch_size: int,
-        device: torch.device,
-        threads: int,
-    ):
-        """samples: (N,) numbers in the source. preset: without randomness."""
-        self.source, self.preset, self.input_px = source, preset, input_px
-        self.device, self.batch_size, self.threads = device, batch_size, threads
+    def __init__(self, source: Source, samples: npt.NDArray[np.int64], spec: LoaderSpec):
+        """samples: (N,) numbers in the source. The spec's preset has no randomness."""
+        self.source, self.spec = source, spec
         self.samples: list[int] = samples.tolist()
-        starts = range(0, len(samples), batch_size)
-        self._batches = [self.samples[start : start + batch_size] for start in starts]
+        starts = range(0, len(samples), spec.batch_size)
+        self._batches = [self.samples[start : start + spec.batch_size] for start in starts]
 
     def __iter__(self) -> Iterator[RawBatch]:
-        pipeline = pipeline_def(_evaluation_graph)(
-            **_common_arguments(self.device, self.batch_size, self.threads),
-            feed=self._feed(),
-            preset=self.preset,
-            input_px=self.input_px,
-            gpu=self.device.type == "cuda",
-        )
+        spec = self.spec
+        arguments = _common_arguments(spec.device, spec.batch_size, spec.workers)
+        pipeline = pipeline_def(_evaluation_graph)(**arguments, feed=self._feed(), spec=spec)
         pipeline.build()
         for number, samples in enumerate(self._batches):
             try:
                 outputs = pipeline.run(*_stream(pipeline))
             except RuntimeError as error:
                 end = number + pipeline.prefetch_queue_depth + 1  # of the batches made ahead
-                suspects = self.samples[number * self.batch_size : end * self.batch_size]
+                suspects = self.samples[number * spec.batch_size : end * spec.batch_size]
                 faults = _faults(self.source, suspects)
-                raise _failure(error, self.source, faults) from error
+                if not faults:
+                    raise
+                raise _bad_samples_error(self.source, faults) from error
             images, matrices, draws, _ = _tensors(outputs)
             yield RawBatch(images, matrices, draws, torch.from_numpy(self._records(samples)))
 
@@ -182,16 +172,13 @@ class DaliEvaluationLoader:
 
 
 def decode_pictures(jpegs: list[bytes], device: torch.device) -> list[npt.NDArray[np.uint8]]:
-    """(H, W, 3) RGB of each JPEG, decoded as for the crops. Raises InputError."""
+    """(H, W, 3) RGB of each JPEG, decoded as for the crops."""
     graph = pipeline_def(_decode_graph)(
         **_common_arguments(device, len(jpegs), threads=2), gpu=device.type == "cuda"
     )
     graph.build()
     graph.feed_input("jpeg", [np.frombuffer(jpeg, dtype=np.uint8) for jpeg in jpegs])
-    try:
-        (images,) = graph.run()
-    except RuntimeError as error:
-        raise InputError("DALI", _reason(error), "JPEGs", "check the pictures") from error
+    (images,) = graph.run()
     return [np.array(image) for image in images.as_cpu()]
 
 
@@ -252,23 +239,10 @@ def _fault(source: Source, sample: int) -> str:
     return ""
 
 
-def _failure(
-    error: Exception, source: Source, faults: dict[int, str], training: bool = False
-) -> InputError:
-    """The error of a pipeline that failed. faults: of the people who caused it."""
-    if faults:
-        first = min(faults)
-        more = f", and {len(faults) - 1} more people" if len(faults) > 1 else ""
-        failure = BadSamplesError.of(faults, source.where(first), faults[first] + more)
-        if training:
-            failure.advise_to_skip()
-        return failure
-    return InputError(
-        getattr(source, "folder", "DALI"),
-        f"DALI failed: {_reason(error)}",
-        "a batch; its pictures are undamaged",
-        "look for exhausted memory, or use the loader opencv",
-    )
+def _bad_samples_error(source: Source, faults: dict[int, str]) -> BadSamplesError:
+    first = min(faults)
+    more = f", and {len(faults) - 1} more people" if len(faults) > 1 else ""
+    return BadSamplesError.of(faults, source.where(first), faults[first] + more)
 
 
 def _reason(error: Exception) -> str:
@@ -302,17 +276,16 @@ def _graph(
         shard_id=spec.rank,
         num_shards=spec.world_size,
     )
-    gpu = spec.device.type == "cuda"
-    return _crops(jpeg, record, spec.preset, spec.input_px, gpu, **decoder)
+    return _crops(jpeg, record, spec, **decoder)
 
 
 def _evaluation_graph(
-    *, feed: Iterator[tuple[list, list]], preset: Preset, input_px: int, gpu: bool
+    *, feed: Iterator[tuple[list, list]], spec: LoaderSpec
 ) -> tuple[Node, Node, Node, Node]:
     jpeg, record = fn.external_source(
         source=feed, num_outputs=2, batch=True, dtype=[types.UINT8, types.FLOAT], ndim=[1, 1]
     )
-    return _crops(jpeg, record, preset, input_px, gpu)
+    return _crops(jpeg, record, spec)
 
 
 def _decode(jpeg: Node, gpu: bool, **more: Any) -> Node:
@@ -328,11 +301,11 @@ def _decode(jpeg: Node, gpu: bool, **more: Any) -> Node:
 
 
 def _crops(
-    jpeg: Node, record: Node, preset: Preset, input_px: int, gpu: bool, **decoder: Any
+    jpeg: Node, record: Node, spec: LoaderSpec, **decoder: Any
 ) -> tuple[Node, Node, Node, Node]:
     """Images NHW3, affines N23, draws ND and records NR, all on the device."""
-    drawn = _draw(preset)
-    if preset.princeton_crop:
+    drawn, input_px, gpu = _draw(spec.preset), spec.input_px, spec.device.type == "cuda"
+    if spec.preset.princeton_crop:
         upper_left, lower_right = _princeton_corners(record, input_px)
         input_from_image = _princeton_affine(upper_left, lower_right, drawn, input_px)
         # Saved states name the two operators of `- 0.0`, which change no value.

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 from pipelines.geometry import STRIDE, Matrix, scaling, transform, translation
+from pipelines.shard_format import Records
 
 Rule = Literal["exact", "princeton", "hrnet"]
 
@@ -26,8 +27,7 @@ def heat_from_input(rule: Rule) -> Matrix:
 
 
 def heat_joints(
-    joints_NJ2: torch.Tensor,
-    marked_NJ: torch.Tensor,
+    records: Records,
     input_from_image_N23: torch.Tensor,
     flip_N: torch.Tensor,
     mirrored: torch.Tensor,
@@ -39,12 +39,12 @@ def heat_joints(
     int64, the joint on the other side.
     """
     linear, shift = input_from_image_N23[..., :2], input_from_image_N23[..., 2]
-    in_input = joints_NJ2.to(linear) @ linear.transpose(1, 2) + shift[:, None]
+    in_input = records.joints_NJ2.to(linear) @ linear.transpose(1, 2) + shift[:, None]
     to_heat = heat_from_input(rule)
     heat = in_input * float(to_heat[0, 0]) + float(to_heat[0, 2])  # the same in x and y
     heat = torch.where(flip_N[:, None, None], heat[:, mirrored], heat)
-    marked = torch.where(flip_N[:, None], marked_NJ[:, mirrored], marked_NJ)
-    return heat, marked
+    marked = records.marked_NJ
+    return heat, torch.where(flip_N[:, None], marked[:, mirrored], marked)
 
 
 def image_joints(

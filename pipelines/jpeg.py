@@ -69,14 +69,13 @@ class BadSamplesError(InputError):
     @classmethod
     def of(cls, faults: dict[int, str], where: object, found: str) -> "BadSamplesError":
         """where, found: of the first one."""
-        advice = "restore the picture or its tar, or pack the split again with --skip-bad"
+        advice = (
+            "restore the picture or its tar, or pack the split again with --skip-bad; training "
+        )
+        advice += "can leave the person out: --data.on_bad_sample skip"
         error = cls(where, found, "a complete JPEG", advice)
         error.faults = faults
         return error
-
-    def advise_to_skip(self) -> None:
-        """Mention the option of training; validation never skips."""
-        self.next_step += "; or train on without it: --data.on_bad_sample skip"
 
 
 class _Frame(NamedTuple):

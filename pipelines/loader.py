@@ -94,15 +94,15 @@ def evaluation_batches(
     if choose_loader(loader, device) == "dali":
         from pipelines.dali_loader import DaliEvaluationLoader
 
-        return DaliEvaluationLoader(
-            source,
-            samples,
-            preset,
+        spec = LoaderSpec(
+            loader=loader,
+            device=device,
+            preset=preset,
             input_px=codec.input_px,
             batch_size=batch_size,
-            device=device,
-            threads=max(workers, 1),
+            workers=workers,
         )
+        return DaliEvaluationLoader(source, samples, spec)
     dataset = CropDataset(source, preset, codec.input_px, seed=0, decoder=decoder)
     batches = batches_in_order(samples, batch_size)
     return load_crops(dataset, batches, workers, pin=device.type == "cuda")

@@ -94,7 +94,7 @@ class LooseImages:
         missing = [name for name in names if not (self.folder / name).is_file()]
         outside = [name for name in names if not stays_inside(self.folder, name)]
         if missing or outside:
-            reason = "missing" if missing else "links that lead out of the folder"
+            reason = "missing" if missing else "are links that lead out of the folder"
             first = self.folder / (missing or outside)[0]
             raise InputError(
                 self.folder,
@@ -304,7 +304,6 @@ class OpenCVLoader:
         except BadSamplesError as error:
             # A damaged replacement is reported under its own number.
             error.faults = {self.shards.origin(s): text for s, text in error.faults.items()}
-            error.advise_to_skip()
             raise
 
     def state(self) -> bytes:

@@ -11,7 +11,8 @@ import torch
 
 from configs.skeleton import PIXELS_PER_SCALE
 from pipelines.augment import Draw
-from pipelines.geometry import Matrix, mirror, rotation, scaling, translation
+from pipelines.geometry import STRIDE, Matrix, mirror, rotation, scaling, translation
+from pipelines.shard_format import Records
 
 
 def crop_from_image(center: npt.ArrayLike, scale: float, crop_px: int) -> Matrix:
@@ -82,23 +83,18 @@ def input_from_image(center: npt.ArrayLike, scale: float, draw: Draw, input_px: 
 
 
 def heat_joints(
-    joints_NJ2: torch.Tensor,
-    center_N2: torch.Tensor,
-    scale_N: torch.Tensor,
-    draws_ND: torch.Tensor,
-    mirrored: torch.Tensor,
-    input_px: int,
-    heat_px: int,
+    records: Records, draws_ND: torch.Tensor, mirrored: torch.Tensor, input_px: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Joints in heatmap px by its rules; returns ((N, J, 2), drawn (N, J) bool).
 
     Joints are truncated to whole crop pixels, those with x <= 0 are not moved into the crop, a flip
-    is x -> heat_px - x, and the mask of joints that are missing (0, 0) is not mirrored with them.
-    joints_NJ2, center_N2: image px. mirrored: (J,) int64, the joint on the other side.
+    is x -> width - x, and the mask of joints that are missing (0, 0) is not mirrored with them.
+    mirrored: (J,) int64, the joint on the other side.
     """
-    box_N1 = (PIXELS_PER_SCALE * scale_N.double())[:, None]
-    joints = joints_NJ2.double()
-    shift_N2 = input_px * (-center_N2.double() / box_N1 + 0.5)
+    heat_px = input_px // STRIDE
+    box_N1 = (PIXELS_PER_SCALE * records.scale_N.double())[:, None]
+    joints = records.joints_NJ2.double()
+    shift_N2 = input_px * (-records.center_N2.double() / box_N1 + 0.5)
     moved = torch.trunc(joints * (input_px / box_N1)[:, None] + shift_N2[:, None])
     in_crop = torch.where(joints[..., :1] > 0, moved, joints)
 
@@ -118,14 +114,13 @@ def heat_joints(
 
 
 def image_joints(
-    heat_NJ2: npt.NDArray, center_N2: npt.NDArray, scale_N: npt.NDArray, input_px: int, heat_px: int
+    heat_NJ2: npt.NDArray[np.float64], records: Records, input_px: int
 ) -> npt.NDArray[np.float64]:
     """Decoded heatmap px (N, J, 2) -> image px, truncated to whole pixels toward zero."""
-    stride = input_px / heat_px
-    crop_from_image_N33 = np.stack([
-        crop_from_image(center, float(scale), input_px)
-        for center, scale in zip(center_N2, scale_N, strict=True)
-    ])  # fmt: skip
+    people = zip(records.center_N2, records.scale_N, strict=True)
+    crop_from_image_N33 = [
+        crop_from_image(center, float(scale), input_px) for center, scale in people
+    ]
     image_from_crop = np.linalg.inv(crop_from_image_N33)
     zoom_N12 = image_from_crop[:, None, [0, 1], [0, 1]]
-    return np.trunc(heat_NJ2 * stride * zoom_N12 + image_from_crop[:, None, :2, 2])
+    return np.trunc(heat_NJ2 * STRIDE * zoom_N12 + image_from_crop[:, None, :2, 2])

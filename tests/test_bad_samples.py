@@ -312,9 +312,8 @@ def test_evaluation_names_the_picture_and_never_skips(name, workers, tiny_shards
         data, np.arange(5), make_codec("none"), loader=name, device=torch.device("cpu"),
         batch_size=2, workers=workers,
     )  # fmt: skip
-    with pytest.raises(BadSamplesError, match=r"sample 3 \(key 000000003\)") as caught:
+    with pytest.raises(BadSamplesError, match=r"sample 3 \(key 000000003\)"):
         list(batches)
-    assert "on_bad_sample" not in caught.value.next_step
 
 
 @pytest.mark.parametrize("name", LOADERS)

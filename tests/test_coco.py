@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import noise_picture, pack_arguments, random_people, write_h5, write_jpeg
-from helpers import make_trainer, tiny_config
+from helpers import make_codec, make_trainer, tiny_config
 
 import evaluate
 from common.errors import InputError
@@ -22,8 +22,7 @@ from evaluation.inference import oracle_keypoints
 from evaluation.predictions import as_coco, read_predictions
 from model import checkpoint
 from pipelines.annotations import People, read_annotations
-from pipelines.augment import PRESETS, Draw
-from pipelines.heatmaps import heat_joints
+from pipelines.augment import PRESETS, Draw, draws_array
 from pipelines.opencv_loader import crop_person
 from pipelines.shard_format import record_of, unpack_records
 from pipelines.shards import ShardSet
@@ -111,11 +110,12 @@ def test_a_mirrored_picture_is_the_mirrored_crop_with_the_pairs_swapped(tmp_path
     for people, picture, flip in ((plain, image, 1.0), (turned, image[:, ::-1].copy(), 0.0)):
         record = unpack_records(record_of(people, 0, 200, 150)[None])
         crop, matrix = crop_person(picture, record, Draw(flip=flip), PRESETS["none"], 64)
-        heat, marked = heat_joints(
-            torch.from_numpy(people.joints), torch.from_numpy(people.marked),
-            torch.from_numpy(matrix)[None].double(), torch.tensor([flip > 0]),
-            torch.tensor(FIGURE.mirrored), "exact",
-        )  # fmt: skip
+        fields = unpack_records(torch.from_numpy(record_of(people, 0, 200, 150))[None])
+        heat, marked = make_codec("none", skeleton=FIGURE).heat_joints(
+            fields,
+            torch.from_numpy(matrix)[None].double(),
+            torch.from_numpy(draws_array([Draw(flip=flip)])),
+        )
         assert marked[0].tolist() == [True, True, True, True, False]
         results.append((crop, heat[marked]))
     # warpAffine's positions are rounded to 1/32 px, from either side.

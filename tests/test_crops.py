@@ -6,13 +6,13 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from helpers import make_codec
+from helpers import damage_picture, make_codec
 
 from common.errors import InputError
 from configs.skeleton import MPII
 from pipelines import geometry, princeton
-from pipelines.augment import PRESETS, Draw
-from pipelines.heatmaps import heat_joints
+from pipelines.annotations import read_annotations
+from pipelines.augment import PRESETS, Draw, draws_array
 from pipelines.loader import choose_loader, make_batch
 from pipelines.opencv_loader import (
     CropDataset,
@@ -22,7 +22,7 @@ from pipelines.opencv_loader import (
     endless_batches,
     load_crops,
 )
-from pipelines.shard_format import FORMAT_VERSION
+from pipelines.shard_format import unpack_records
 from pipelines.shards import ShardSet
 
 CPU = torch.device("cpu")
@@ -38,6 +38,15 @@ def test_princetons_crop_is_a_zero_padded_cut_resized():
     box = np.zeros((64, 63, 3))
     box[:, 11:] = image[18:82, :52]
     np.testing.assert_allclose(crop, cv2.resize(box, (64, 64)))
+
+
+def records_of(joints_NJ2, center_N2, scale_N, marked_NJ):
+    """Fields of records that were not packed."""
+    header = np.zeros((len(scale_N), 13))
+    header[:, 1:3], header[:, 3] = center_N2, scale_N
+    joints = np.concatenate([joints_NJ2, marked_NJ[..., None], marked_NJ[..., None]], axis=-1)
+    records = np.concatenate([header, joints.reshape(len(joints), -1)], axis=1)
+    return unpack_records(torch.from_numpy(records))
 
 
 def princeton_joints_by_hand(joints, center, scale, drawn, mirrored, size=256, heat=64):
@@ -63,12 +72,11 @@ def test_princetons_joints_are_truncated_and_their_mask_is_not_mirrored(flip):
     rng = np.random.default_rng(3)
     joints = np.floor(rng.uniform(50, 400, (16, 2)))
     joints[[0, 11]] = 0  # right ankle and right elbow are missing; their left twins are not
-    center, scale, drawn = np.array([230.0, 210.5]), 1.7, Draw(1.1, -17.0, flip)
+    center, scale, drawn = [230.0, 210.5], 1.7, Draw(1.1, -17.0, flip)
+    records = records_of(joints[None], [center], [scale], np.ones((1, 16)))
     heat, shown = princeton.heat_joints(
-        torch.tensor(joints)[None], torch.tensor(center)[None],
-        torch.tensor([scale], dtype=torch.float64),
-        torch.tensor([list(drawn)]), torch.tensor(MPII.mirrored), 256, 64,
-    )  # fmt: skip
+        records, torch.tensor([list(drawn)]), torch.tensor(MPII.mirrored), 256
+    )
     expected = princeton_joints_by_hand(joints, center, scale, drawn, MPII.mirrored)
     np.testing.assert_allclose(heat[0], expected, atol=1e-3)
     assert not shown[0, 0] and not shown[0, 11]
@@ -77,32 +85,22 @@ def test_princetons_joints_are_truncated_and_their_mask_is_not_mirrored(flip):
 
 
 def test_a_flip_swaps_left_and_right_and_their_marks():
-    joints = torch.rand(2, 16, 2) * 100
-    marked = torch.ones(2, 16, dtype=torch.bool)
-    marked[:, 0] = False
-    matrices = torch.from_numpy(
-        np.stack([
-            geometry.input_from_image((50, 50), 0.5, 64, 1.2, 20, flip)[:2]
-            for flip in (False, True)
-        ])
-    ).float()  # fmt: skip
-    mirrored = torch.tensor(MPII.mirrored)
-    heat, shown = heat_joints(
-        joints[:1].expand(2, -1, -1),
-        marked,
-        matrices,
-        torch.tensor([False, True]),
-        mirrored,
-        "exact",
+    joints = np.tile(np.random.default_rng(0).uniform(0, 100, (1, 16, 2)), (2, 1, 1))
+    marked = np.ones((2, 16))
+    marked[:, 0] = 0
+    draws = [Draw(1.2, 20.0, flip) for flip in (0.0, 1.0)]
+    matrices = [geometry.input_from_image((50, 50), 0.5, 64, *draw[:3])[:2] for draw in draws]
+    heat, shown = make_codec().heat_joints(
+        records_of(joints, [[50.0, 50.0]] * 2, [0.5] * 2, marked),
+        torch.from_numpy(np.stack(matrices)),
+        torch.from_numpy(draws_array(draws)),
     )
     assert torch.nonzero(~shown).tolist() == [[0, 0], [1, 5]]
-    back = torch.stack([15 - heat[1, :, 0], heat[1, :, 1]], dim=-1)[mirrored]
+    back = torch.stack([15 - heat[1, :, 0], heat[1, :, 1]], dim=-1)[list(MPII.mirrored)]
     torch.testing.assert_close(back, heat[0], atol=1e-4, rtol=0)
 
 
 def test_opencv_names_the_tar_and_sample_of_a_picture_that_does_not_decode(tiny_shards, tmp_path):
-    from helpers import damage_picture
-
     folder = damage_picture(tiny_shards / "valid", tmp_path / "bad", sample=2)
     dataset = CropDataset(ShardSet(folder), PRESETS["none"], 64, 0)
     dataset[(1, 0)]
@@ -114,21 +112,17 @@ def first_batches(count: int, *arguments: int) -> list[list[tuple[int, int]]]:
     return list(itertools.islice(endless_batches(*arguments), count))
 
 
-def test_every_pass_sees_everybody_once_whatever_the_number_of_ranks():
+def test_every_pass_has_everybody_once_whatever_the_number_of_ranks():
     one = first_batches(5, 10, 6, 1, 0, 1)
     two = [first_batches(5, 10, 3, 1, rank, 2) for rank in (0, 1)]
-    flat = [key for batch in one for key in batch]
-    assert sorted(flat) == [(sample, epoch) for sample in range(10) for epoch in range(3)] or (
-        {k for k in flat if k[1] == 0} == {(s, 0) for s in range(10)}
-    )
-    assert [key for a, b in zip(*two, strict=True) for key in [*a, *b]] == flat
-    assert [s for s, e in flat if e == 0] != [s for s, e in flat if e == 1]
+    keys = [key for batch in one for key in batch]
+    assert sorted(keys) == sorted((sample, epoch) for sample in range(10) for epoch in range(3))
+    assert [key for a, b in zip(*two, strict=True) for key in [*a, *b]] == keys
+    assert [s for s, e in keys if e == 0] != [s for s, e in keys if e == 1]
 
 
 def test_the_opencv_loader_continues_from_a_step():
-    whole = first_batches(9, 10, 4, 1, 1, 2)
-    rest = first_batches(5, 10, 4, 1, 1, 2, 4)
-    assert whole[4:] == rest
+    assert first_batches(9, 10, 4, 1, 1, 2)[4:] == first_batches(5, 10, 4, 1, 1, 2, 4)
 
 
 def test_worker_processes_change_nothing(tiny_shards):
@@ -138,17 +132,15 @@ def test_worker_processes_change_nothing(tiny_shards):
     helped = list(load_crops(dataset, batches, workers=2, pin=False))
     assert [len(raw.images_NHW3) for raw in helped] == [5, 5, 2]
     for a, b in zip(alone, helped, strict=True):
-        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+        assert all(map(torch.equal, a, b))
 
 
 def test_loose_pictures_give_the_crops_of_the_shards(tiny_set, tiny_shards):
-    from pipelines.annotations import read_annotations
-
     people, _ = read_annotations(tiny_set / "annot", "valid")
     loose = CropDataset(LooseImages(people, tiny_set / "images"), PRESETS["none"], 64, 0)
     split = ShardSet(tiny_shards / "valid")
-    _, samples = split.people()
     packed = CropDataset(split, PRESETS["none"], 64, 0)
+    _, samples = split.people()
     assert len(samples) == 5
     for row, sample in enumerate(samples):
         # Centres are float32 in the record, float64 in the file: interpolation differs by a hair.
@@ -157,15 +149,13 @@ def test_loose_pictures_give_the_crops_of_the_shards(tiny_set, tiny_shards):
 
 
 def test_missing_pictures_are_counted(tiny_set, tmp_path):
-    from pipelines.annotations import read_annotations
-
     people, _ = read_annotations(tiny_set / "annot", "valid")
     with pytest.raises(InputError, match="5 of 5 pictures missing"):
         LooseImages(people, tmp_path)
 
 
 @pytest.mark.parametrize("preset", ["princeton", "hrnet"])
-def test_a_finished_batch_has_the_shapes_and_ranges_that_it_promises(preset, tiny_shards):
+def test_a_batch_has_the_promised_shapes_and_ranges(preset, tiny_shards):
     dataset = CropDataset(ShardSet(tiny_shards / "train"), PRESETS[preset], 64, seed=0)
     raw = collate([dataset[(i, 3)] for i in range(12)])
     batch = make_batch(raw, make_codec(preset), CPU)
@@ -181,8 +171,8 @@ def test_a_finished_batch_has_the_shapes_and_ranges_that_it_promises(preset, tin
 def test_a_batch_is_the_same_on_the_gpu(tiny_shards):
     dataset = CropDataset(ShardSet(tiny_shards / "train"), PRESETS["princeton"], 64, seed=0)
     raw = collate([dataset[(i, 3)] for i in range(12)])
-    here = make_batch(raw, make_codec("princeton", "princeton"), CPU)
-    there = make_batch(raw, make_codec("princeton", "princeton"), torch.device("cuda"))
+    codec = make_codec("princeton", "princeton")
+    here, there = (make_batch(raw, codec, device) for device in (CPU, torch.device("cuda")))
     for a, b in zip(here, there, strict=True):
         torch.testing.assert_close(a, b.cpu(), atol=1e-5, rtol=0)
 
@@ -192,14 +182,10 @@ def test_auto_takes_opencv_on_a_cpu():
     assert choose_loader("dali", CPU) == "dali"
 
 
-def test_every_preset_but_princetons_needs_one_warp_alone(tiny_shards, monkeypatch):
-    """One resampling: a second call of warpAffine would be a second one."""
-    calls = []
-    real = cv2.warpAffine
+def test_every_preset_but_princetons_resamples_once(tiny_shards, monkeypatch):
+    calls, real = [], cv2.warpAffine
     monkeypatch.setattr(cv2, "warpAffine", lambda *a, **k: calls.append(1) or real(*a, **k))
-    split = ShardSet(tiny_shards / "train")
     for name in ("newell", "hrnet", "mild", "none"):
         calls.clear()
-        CropDataset(split, PRESETS[name], 64, 0)[(0, 0)]
+        CropDataset(ShardSet(tiny_shards / "train"), PRESETS[name], 64, 0)[(0, 0)]
         assert len(calls) == 1, name
-    assert split.manifest.format_version == FORMAT_VERSION

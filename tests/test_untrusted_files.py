@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import noise_picture
-from helpers import make_trainer, overwrite, tiny_config
+from helpers import make_spec, make_trainer, overwrite, tiny_config
 from PIL import Image
 from test_architecture import imports, sources
 
@@ -31,7 +31,6 @@ from evaluation.predictions import open_mat
 from model import checkpoint
 from pipelines import annotations
 from pipelines.annotations import read_annotations, stays_inside
-from pipelines.augment import PRESETS
 from pipelines.boxes import read_people
 from pipelines.jpeg import PictureError, check_jpeg, claimed_size
 from pipelines.opencv_loader import LooseImages, decode
@@ -169,10 +168,7 @@ def test_dali_never_gets_such_a_picture_in_evaluation(bomb, jpeg, tiny_shards, m
 
     source = ShardSet(tiny_shards / "valid")
     monkeypatch.setattr(source, "jpeg", lambda sample: bomb(jpeg))
-    loader = DaliEvaluationLoader(
-        source, np.arange(1), PRESETS["none"], input_px=64, batch_size=1,
-        device=torch.device("cpu"), threads=1,
-    )  # fmt: skip
+    loader = DaliEvaluationLoader(source, np.arange(1), make_spec("none", batch_size=1))
     with pytest.raises(InputError, match=r"over 100 scans|a header that says"):
         list(loader)
 
