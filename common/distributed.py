@@ -4,7 +4,6 @@ With one process every function works without torch.distributed.
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from torch.distributed import DistError, PrefixStore, TCPStore
+from torch.distributed import PrefixStore, TCPStore
 
 from common.errors import InputError
 from common.system import keep_freed_memory, usable_cores
@@ -70,19 +69,12 @@ def choose_device(device: str, local_rank: int = 0) -> torch.device:
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     found = torch.cuda.device_count()
-    if not found:
-        raise InputError(
-            "train.device or --device: cuda",
-            "no CUDA device that torch can use",
-            "an NVIDIA GPU, its driver, and a CUDA build of torch",
-            "check nvidia-smi, or use cpu",
-        )
     if local_rank >= found:
         raise InputError(
-            f"local rank {local_rank}",
-            f"{found} CUDA device(s)",
-            "a GPU for each process of this machine",
-            "start fewer processes (torchrun --nproc-per-node), or set train.device to cpu",
+            "train.device or --device: cuda",
+            f"{found} CUDA device(s) that torch can use, and {local_rank + 1} or more processes",
+            "an NVIDIA GPU for each process of this machine, and a CUDA build of torch",
+            "check nvidia-smi, start fewer processes (torchrun --nproc-per-node), or use cpu",
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
@@ -97,14 +89,11 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
     if precision != "auto":
         return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
     if device.type == "cpu":
-        return torch.bfloat16 if _cpu_has_bf16() else torch.float32
+        cpuinfo = Path("/proc/cpuinfo")
+        flags = cpuinfo.read_text() if cpuinfo.exists() else ""
+        has_bf16 = "avx512_bf16" in flags or "amx_bf16" in flags
+        return torch.bfloat16 if has_bf16 else torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-
-
-def _cpu_has_bf16() -> bool:
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = cpuinfo.read_text() if cpuinfo.exists() else ""
-    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def set_cpu_threads(device: torch.device, workers: int) -> None:
@@ -128,12 +117,6 @@ def seed_everything(seed: int, rank: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence([seed, rank]).generate_state(1)[0]))
 
 
-def barrier(dist: DistributedContext) -> None:
-    """Wait for the other ranks."""
-    if dist.world_size > 1:
-        torch.distributed.barrier()
-
-
 def sum_over_ranks(tensor: torch.Tensor, dist: DistributedContext) -> torch.Tensor:
     """The tensor's sum over all ranks, in place."""
     if dist.world_size > 1:
@@ -151,39 +134,25 @@ def any_rank(flag: bool, dist: DistributedContext) -> bool:
 
 def gather_bytes(data: bytes, dist: DistributedContext) -> list[bytes]:
     """Every rank's bytes, ordered by rank, on every rank."""
-    if dist.world_size == 1:
-        return [data]
-    lengths = _all_gather(torch.tensor([len(data)], device=dist.device), dist)
-    longest = int(torch.cat(lengths).max())
-    padded = np.frombuffer(data.ljust(longest, b"\0"), dtype=np.uint8).copy()
-    parts = _all_gather(torch.from_numpy(padded).to(dist.device), dist) if longest else lengths
-    return [
-        part.cpu().numpy().tobytes()[: int(length)]
-        for part, length in zip(parts, lengths, strict=True)
-    ]
-
-
-def _all_gather(tensor: torch.Tensor, dist: DistributedContext) -> list[torch.Tensor]:
-    gathered = [torch.empty_like(tensor) for _ in range(dist.world_size)]
-    torch.distributed.all_gather(gathered, tensor)
+    gathered = [data] * dist.world_size
+    if dist.world_size > 1:
+        torch.distributed.all_gather_object(gathered, data)
     return gathered
 
 
 def from_first_rank(function: Callable[[], Any], dist: DistributedContext) -> Any:
-    """What the function returns on rank 0, on every rank; plain JSON values.
-
-    An InputError of rank 0 is raised on every rank.
-    """
-    answer: dict[str, Any] = {}
+    """What the function returns on rank 0, on every rank. Its InputError is raised on all."""
+    answer: list[Any] = [None, None]
     if dist.is_first:
         try:
-            answer = {"value": function()}
+            answer = [function(), None]
         except InputError as error:
-            answer = {"error": error.args}
-    answer = json.loads(gather_bytes(json.dumps(answer).encode(), dist)[0])
-    if "error" in answer:
-        raise InputError(*answer["error"])
-    return answer["value"]
+            answer = [None, error]
+    if dist.world_size > 1:
+        torch.distributed.broadcast_object_list(answer, 0)
+    if answer[1]:
+        raise answer[1]
+    return answer[0]
 
 
 def launched_by_torchrun() -> bool:
@@ -205,12 +174,9 @@ def restarted_by_torchrun(dist: DistributedContext) -> bool:
 
 def report_error_once(text: str) -> bool:
     """Whether this rank is the first to report this text; the ranks count in torchrun's store."""
+    store = _torchrun_store()
     digest = hashlib.sha256(text.encode()).hexdigest()
-    try:
-        store = _torchrun_store()
-        return store is None or store.add(f"error/{_restart_count()}/{digest}", 1) == 1
-    except DistError:  # torchrun has ended
-        return True
+    return store is None or store.add(f"error/{_restart_count()}/{digest}", 1) == 1
 
 
 def _restart_count() -> str:

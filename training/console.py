@@ -3,7 +3,6 @@
 import shutil
 import sys
 import time
-from typing import TextIO
 
 from common.cli import SECONDS_BETWEEN_LINES
 
@@ -14,9 +13,9 @@ SECONDS_BETWEEN_UPDATES = 0.2
 class Console:
     """On a terminal one live line at the bottom; elsewhere whole lines, without control codes."""
 
-    def __init__(self, stream: TextIO | None = None):
-        """stream: stderr if it is not given."""
-        self._stream = stream or sys.stderr
+    def __init__(self) -> None:
+        """Write to stderr."""
+        self._stream = sys.stderr
         self.is_live = self._stream.isatty()
         self._line = ""
         self._shown_at = -float("inf")
@@ -34,31 +33,18 @@ class Console:
         if not self.is_live:
             print("  ".join(parts), file=self._stream, flush=True)
             return
-        self._line = fit(parts, shutil.get_terminal_size().columns - 1)
-        self._overwrite()
+        while len("  ".join(parts)) >= shutil.get_terminal_size().columns and len(parts) > 1:
+            parts = parts[:-1]
+        self._line = "  ".join(parts)
+        print(f"\r{self._line}\x1b[K", end="", file=self._stream, flush=True)
 
     def info(self, text: str) -> None:
         """Print a line above the live one."""
-        start = "\r\x1b[K" if self._line else ""
-        print(start + text, file=self._stream, flush=True)
-        self._overwrite()
+        start, end = ("\r\x1b[K", f"\n{self._line}") if self._line else ("", "\n")
+        print(start + text, end=end, file=self._stream, flush=True)
 
     def close(self) -> None:
         """End the live line, so that its last state stays."""
         if self._line:
             print(file=self._stream, flush=True)
         self._line = ""
-
-    def _overwrite(self) -> None:
-        if self._line:
-            print(f"\r{self._line}\x1b[K", end="", file=self._stream, flush=True)
-
-
-def fit(parts: list[str], columns: int) -> str:
-    """As many of the first parts as fit; the first one is cut if it is too long."""
-    line = parts[0][: max(columns, 0)]
-    for part in parts[1:]:
-        if len(line) + 2 + len(part) > columns:
-            break
-        line += "  " + part
-    return line

@@ -34,8 +34,6 @@ PEOPLE, CURVES = "validation.jpg", "curves.png"
 """Pictures of the last validation."""
 TRAINING_PCK_RADIUS = 0.05
 """Radius of the training PCK as a share of the heatmap's side: about half a head in an MPII box."""
-PROJECT = "stacked-hourglass"
-"""Of a tracker."""
 
 
 class Totals:
@@ -47,13 +45,12 @@ class Totals:
         """All sums at zero."""
         self.sums = torch.zeros(len(self.NAMES), device=device)
         self.good_batches = torch.zeros((), device=device)
-        self.bad_steps = torch.zeros((), device=device)
-        self.batches = 0
-        self.steps = 0
-        self.rows: list[tuple[Tensor, Tensor]] = []
-        """Of each batch: rows of the annotation, and whether its loss was finite."""
+        self.rows: list[Tensor] = []
+        """Of each batch, of the annotation."""
+        self.finite: list[Tensor] = []
+        """Whether the loss of each batch was."""
         self.skipped: list[Tensor] = []
-        """Of each step."""
+        """Whether each step was."""
         self.waited = 0.0
         """Seconds spent waiting for the loader."""
         self.started = time.perf_counter()
@@ -63,37 +60,27 @@ class Totals:
         """Add one batch. heat_NJHW: of the last stack."""
         heat = heat_NJHW.detach().float()
         joints, _ = codec.decode(heat)
+        radius = TRAINING_PCK_RADIUS * heat.shape[-1]
         values = [
             losses_S.detach().mean(),
             losses_S.detach()[-1],
             peak_height(heat, batch.drawn_NJ),
-            pck(joints, batch.joints_NJ2, batch.drawn_NJ, TRAINING_PCK_RADIUS * heat.shape[-1]),
+            pck(joints, batch.joints_NJ2, batch.drawn_NJ, radius),
         ]
         numbers = torch.stack(values)
         good = torch.isfinite(numbers).all()
         self.sums += torch.where(good, numbers, torch.zeros_like(numbers))
         self.good_batches += good
-        self.rows.append((batch.rows_N, torch.isfinite(values[0])))
-        self.batches += 1
-
-    def losses_were_finite(self, batches: int) -> Tensor:
-        """Whether those of the last so many batches were finite, on this rank."""
-        return torch.stack([finite for _, finite in self.rows[-batches:]]).all()
-
-    def add_step(self, bad: Tensor) -> None:
-        """Add a step. bad: whether it was skipped."""
-        self.bad_steps += bad
-        self.skipped.append(bad)
-        self.steps += 1
+        self.rows.append(batch.rows_N)
+        self.finite.append(torch.isfinite(values[0]))
 
     def skipped_batches(self) -> list[tuple[int, list[int], bool]]:
         """Of each batch of a skipped step: the step (from 0), its rows, is its own loss finite?"""
-        per_step = len(self.rows) // max(1, len(self.skipped))
+        accumulate = len(self.rows) // max(1, len(self.skipped))
         return [
-            (step, rows.tolist(), bool(finite))
-            for step, bad in enumerate(self.skipped)
-            if bad
-            for rows, finite in self.rows[step * per_step : (step + 1) * per_step]
+            (batch // accumulate, rows.tolist(), bool(finite))
+            for batch, (rows, finite) in enumerate(zip(self.rows, self.finite, strict=True))
+            if self.skipped[batch // accumulate]
         ]
 
 
@@ -106,7 +93,7 @@ class MetricsLogger:
         config: Config,
         dist: DistributedContext,
         first_step: int,
-        metric: str = "PCKh",
+        metric: str,
     ):
         """folder: of the run. first_step: where this start begins. metric: PCKh or PCK."""
         self.enabled = dist.is_first
@@ -124,7 +111,7 @@ class MetricsLogger:
         self._board: SummaryWriter | None = SummaryWriter(
             folder / TENSORBOARD, purge_step=first_step
         )
-        self._tracker = Tracker(config, folder)
+        self._tracker = open_tracker(config, folder)
         self._console = Console()
         self._values: dict[str, float] = {}
 
@@ -175,7 +162,8 @@ class MetricsLogger:
                 write_atomic(path, encoded.tobytes())
                 if self._board:
                     self._board.add_image(tag, image, step, dataformats="HWC")
-                self._tracker.log_picture(step, tag, image)
+                if self._tracker:
+                    self._tracker.log({tag: self._tracker.Image(image)}, step=step)
 
     def info(self, text: str) -> None:
         """Print a line that stays on the console."""
@@ -189,10 +177,13 @@ class MetricsLogger:
             if self._console.is_live and self._values:
                 self._console.show(self._parts(), at_once=True)
             self._console.close()
-            for each in (self._board, self._tracker, self._file):
-                with self._disk_may_fail():
-                    if each:
-                        each.close()
+            with self._disk_may_fail():
+                self._file.close()
+            with self._disk_may_fail():
+                if self._board:
+                    self._board.close()
+            if self._tracker:
+                self._tracker.finish()
 
     def _parts(self) -> list[str]:
         """The progress, the most important first."""
@@ -236,12 +227,11 @@ class MetricsLogger:
         with self._disk_may_fail():
             self._file.write(json.dumps(entry) + "\n")
             self._file.flush()
-        with self._disk_may_fail():
             for name, value in named.items():
                 if self._board:
                     self._board.add_scalar(name, value, step)
-        with self._disk_may_fail():
-            self._tracker.log(step, named)
+        if self._tracker:
+            self._tracker.log(named, step=step)
 
     @contextmanager
     def _disk_may_fail(self) -> Iterator[None]:
@@ -258,41 +248,25 @@ class MetricsLogger:
             self._write_error_shown = True
 
 
-class Tracker:
-    """A run of Weights & Biases or Trackio, which have the same functions; or nothing."""
+def open_tracker(config: Config, folder: Path) -> Any:
+    """The module wandb or trackio, with this run begun or continued; None without a tracker.
 
-    def __init__(self, config: Config, folder: Path):
-        """Begin the tracker's run, or continue the one that was begun for the same folder."""
-        self._package: Any = None
-        name = config.train.tracker
-        if name == "none":
-            return
-        require_tracker(name)
-        self._package = importlib.import_module(name)
-        more = {}
-        if name == "wandb":  # knows a run by its id, Trackio by its name
-            path = folder / "tracker_id"
-            if not path.exists():
-                path.write_text(uuid.uuid4().hex)
-            more = {"id": path.read_text(), "dir": str(folder)}
-        self._package.init(
-            project=PROJECT, name=config.train.name, config=as_dict(config), resume="allow", **more
-        )
-
-    def log(self, step: int, values: dict[str, float]) -> None:
-        """Send the numbers of a step."""
-        if self._package:
-            self._package.log(values, step=step)
-
-    def log_picture(self, step: int, name: str, image_HW3: npt.NDArray[np.uint8]) -> None:
-        """Send an RGB picture of a step."""
-        if self._package:
-            self._package.log({name: self._package.Image(image_HW3)}, step=step)
-
-    def close(self) -> None:
-        """Send the rest."""
-        if self._package:
-            self._package.finish()
+    Both have the same functions.
+    """
+    name = config.train.tracker
+    if name == "none":
+        return None
+    require_tracker(name)
+    tracker = importlib.import_module(name)
+    more = {}
+    if name == "wandb":  # knows a run by its id, trackio by its name
+        path = folder / "tracker_id"
+        if not path.exists():
+            path.write_text(uuid.uuid4().hex)
+        more = {"id": path.read_text(), "dir": str(folder)}
+    project, settings = "stacked-hourglass", as_dict(config)
+    tracker.init(project=project, name=config.train.name, config=settings, resume="allow", **more)
+    return tracker
 
 
 def require_tracker(name: TrackerName) -> None:
@@ -326,13 +300,12 @@ def memory_mb(device: torch.device) -> float:
     """The GPU memory that torch has held at most, or the resident memory now; in 10^6 bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
-    statm = Path("/proc/self/statm")
-    if statm.exists():
-        return int(statm.read_text().split()[1]) * resource.getpagesize() / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # macOS: bytes, at most
+    statm = Path("/proc/self/statm")  # of Linux
+    pages = int(statm.read_text().split()[1]) if statm.exists() else 0
+    return pages * resource.getpagesize() / 1e6
 
 
-def draw_curves(entries: list[dict[str, Any]], metric: str = "PCKh") -> npt.NDArray[np.uint8]:
+def draw_curves(entries: list[dict[str, Any]], metric: str) -> npt.NDArray[np.uint8]:
     """(380, 1240, 3) RGB: the loss, on a logarithmic axis, and PCK in per cent, over the steps.
 
     entries: lines of metrics.jsonl. metric: name of the validation's, PCKh or PCK.

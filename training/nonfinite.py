@@ -4,7 +4,6 @@ The step itself was skipped on the device (training/train_step.py). Here, at eac
 steps are reported, their people are written down, and batch-norm statistics are restored.
 """
 
-import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -50,24 +49,26 @@ class NonFiniteMonitor:
             keep_lines_until(self.folder / SKIPPED, step)
 
     def check(
-        self, step: int, bad: int, totals: Totals, log: MetricsLogger, dist: DistributedContext
+        self, step: int, totals: Totals, log: MetricsLogger, dist: DistributedContext
     ) -> None:
-        """Act on the steps in `totals`, of which `step` is the last and `bad` were skipped.
+        """Act on skipped steps among those in `totals`, of which `step` is the last.
 
-        Every rank must call it. Raises InputError at the limit.
+        Ranks skip the same steps, and every one must call it. Raises InputError at the limit.
         """
-        if not bad:
-            self.in_a_row = 0
+        skipped, longest = torch.stack(totals.skipped).tolist(), 0
+        for bad in skipped:
+            self.in_a_row = self.in_a_row + 1 if bad else 0
+            longest = max(longest, self.in_a_row)
+        if not any(skipped):
             self._good = [tensor.clone() for tensor in self._statistics]
             return
         log.info(
-            f"step {step}: skipped {bad} of the last {totals.steps} steps, "
+            f"step {step}: skipped {sum(skipped)} of the last {len(skipped)} steps, "
             "whose loss or gradients were not finite"
         )
-        self._write_people(step - totals.steps + 1, totals, log, dist)
+        self._write_people(step - len(skipped) + 1, totals, log, dist)
         if not all(torch.isfinite(tensor).all() for tensor in self._statistics):
             torch._foreach_copy_(self._statistics, self._good)
-        longest = self._longest_in_a_row(totals)
         if longest >= self.limit:
             raise InputError(
                 f"{self.folder}: step {step}",
@@ -76,14 +77,6 @@ class NonFiniteMonitor:
                 "a finite loss",
                 "lower optim.lr, set optim.clip_norm 1.0 or train.precision fp32, and --resume",
             )
-
-    def _longest_in_a_row(self, totals: Totals) -> int:
-        """Of skipped steps, with those before `totals`."""
-        longest = 0
-        for bad in torch.stack(totals.skipped).tolist():
-            self.in_a_row = self.in_a_row + 1 if bad else 0
-            longest = max(longest, self.in_a_row)
-        return longest
 
     def _write_people(
         self, first_step: int, totals: Totals, log: MetricsLogger, dist: DistributedContext
@@ -97,20 +90,17 @@ class NonFiniteMonitor:
         if not dist.is_first:
             return
         batches: list[dict[str, Any]] = [batch for part in parts for batch in json.loads(part)]
+        row_N = unpack_records(self.shards.records()).row_N
+        sample_of_row = {int(row): sample for sample, row in enumerate(row_N)}
+        for batch in batches:
+            samples = [sample_of_row[row] for row in batch["rows"]]
+            batch["people"] = [
+                f"{self.shards.facts(sample)['image']} ({self.shards.where(sample)})"
+                for sample in samples
+            ]
         batches.sort(key=lambda batch: batch["step"])
-        lines = [{**b, "people": [self._name(row) for row in b["rows"]]} for b in batches]
         try:
             with (self.folder / SKIPPED).open("a") as file:
-                file.writelines(json.dumps(line) + "\n" for line in lines)
+                file.writelines(json.dumps(batch) + "\n" for batch in batches)
         except OSError as error:
             log.info(f"{self.folder / SKIPPED} cannot be written: {error}")
-
-    def _name(self, row: int) -> str:
-        """Picture and position in the shards of the person in this row of the annotation."""
-        sample = self._sample_of_row[row]
-        return f"{self.shards.facts(sample)['image']} ({self.shards.where(sample)})"
-
-    @functools.cached_property
-    def _sample_of_row(self) -> dict[int, int]:
-        row_N = unpack_records(self.shards.records()).row_N
-        return {int(row): sample for sample, row in enumerate(row_N)}

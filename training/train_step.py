@@ -77,7 +77,8 @@ class TrainStep:
             render = not self.config.train.fuse_targets
             batch = make_batch(raw, self.codec, self.dist.device, render=render)
             self._backward(batch, totals, last=part == optim.accumulate - 1)
-        totals.add_step(self._apply_gradients(totals.losses_were_finite(optim.accumulate)))
+        losses_are_finite = torch.stack(totals.finite[-optim.accumulate :]).all()
+        totals.skipped.append(self._apply_gradients(losses_are_finite))
         self.optimizer.zero_grad(set_to_none=True)
         if self.averaged:
             self.averaged.update(step)

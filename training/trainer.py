@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from common.distributed import (
     DistributedContext,
     any_rank,
-    barrier,
     gather_bytes,
     launched_by_torchrun,
     seed_everything,
@@ -184,21 +183,17 @@ class Trainer:
     def _loader_state(self, run: RunState) -> bytes:
         """The state of this rank's loader; empty if its order of people begins anew."""
         loader, device = self.loader_name, self.dist.device.type
+        same_ranks = run.ranks == self.dist.world_size
         if loader != run.loader:
-            self.remarks.append(
-                f"the loader was {run.loader} and is {loader}: the order of people is another"
-            )
-        elif loader == "dali" and run.loader_device not in (None, device):
-            self.remarks.append("DALI runs on another kind of device: it begins a new pass")
-        elif run.ranks != self.dist.world_size:
-            self.remarks.append(
-                "people follow each other as before"
-                if loader == "opencv"
-                else "DALI begins a new pass over the people, with new draws"
-            )
-        else:
+            remark = f"the loader was {run.loader} and is {loader}: another order of people"
+        elif same_ranks and (loader == "opencv" or run.loader_device in (None, device)):
             self.progress.loader_began = run.loader_began
             return bytes(run.loader_states[self.dist.rank].numpy())
+        elif loader == "dali":
+            remark = "DALI begins a new pass over the people, with new draws"
+        else:
+            remark = "people follow each other as before"
+        self.remarks.append(remark)
         self.progress.loader_began = self.progress.step if loader == "dali" else 0
         return b""
 
@@ -335,23 +330,23 @@ class Trainer:
     def report(self, totals: Totals) -> None:
         """Read the sums, log them, and act on what is not finite or damaged."""
         dist, step = self.dist, self.progress.step
-        numbers = torch.cat([totals.sums, totals.good_batches[None], totals.bad_steps[None]])
-        *sums, good, bad = sum_over_ranks(numbers, dist).tolist()
+        *sums, good = sum_over_ranks(
+            torch.cat([totals.sums, totals.good_batches[None]]), dist
+        ).tolist()
         seconds = time.perf_counter() - totals.started
+        people = len(totals.rows) * self.config.data.batch_size * dist.world_size
         means = [total / good if good else math.nan for total in sums]
-        people = totals.batches * self.config.data.batch_size * dist.world_size
-        bad_steps = math.ceil(bad / dist.world_size)
         values = dict(zip(Totals.NAMES, means, strict=True)) | {
             "lr": self.train_step.optimizer.param_groups[0]["lr"],
             "people_per_s": people / seconds,
             "wait_share": totals.waited / seconds,
-            "bad_steps": float(bad_steps),
+            "bad_steps": torch.stack(totals.skipped).sum().item(),
             "epoch": step / self.config.train.steps_per_epoch,
         }
         self.log.log_training(step, values)
-        self.monitor.check(step, bad_steps, totals, self.log, dist)
+        self.monitor.check(step, totals, self.log, dist)
         if self.bad_samples:
-            for line in self.bad_samples.merge(gather_bytes(self.bad_samples.report(), dist)):
+            for line in self.bad_samples.learn(gather_bytes(self.bad_samples.report(), dist)):
                 self.log.info(f"step {step}: {line}")
 
     def _report_early_end(self) -> None:
@@ -435,7 +430,6 @@ class Trainer:
             self.checkpoints.save(self._checkpoint(rng, loaders), names)
             if self.checkpoints.failure:
                 self.log.info(f"WARNING: {self.checkpoints.failure}; training goes on")
-        barrier(self.dist)
 
     def _checkpoint(self, rng: list[bytes], loaders: list[bytes]) -> Checkpoint:
         """Everything that continues the run. rng, loaders: the states of each rank."""
