@@ -14,13 +14,20 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from common.errors import InputError
 from training import console
 from training import metrics as log
-from training.console import Console, fit
-from training.metrics import MetricsLogger, Tracker, draw_curves, read_metrics, require_tracker
+from training.console import Console
+from training.metrics import (
+    MetricsLogger,
+    draw_curves,
+    open_tracker,
+    read_metrics,
+    require_tracker,
+)
 
 
-def test_a_terminal_sees_one_line_that_is_written_over_and_whole_lines_above_it():
+def test_a_terminal_sees_one_line_that_is_written_over_and_whole_lines_above_it(monkeypatch):
     stream = Stream(terminal=True)
-    shown = Console(stream)
+    monkeypatch.setattr(sys, "stderr", stream)
+    shown = Console()
     shown.show(["step 1", "loss 2"])
     shown.show(["step 2"])  # a moment later: not yet
     shown.info("step 2: PCKh")
@@ -33,8 +40,9 @@ def test_a_terminal_sees_one_line_that_is_written_over_and_whole_lines_above_it(
 
 def test_a_file_gets_whole_lines_without_control_codes_at_most_one_in_fifteen_seconds(monkeypatch):
     stream, clock = Stream(terminal=False), [100.0]
+    monkeypatch.setattr(sys, "stderr", stream)
     monkeypatch.setattr(console.time, "monotonic", lambda: clock[0])
-    shown = Console(stream)
+    shown = Console()
     for step in range(40):
         shown.show([f"step {step}", "loss 1"])
         clock[0] += 1
@@ -44,18 +52,21 @@ def test_a_file_gets_whole_lines_without_control_codes_at_most_one_in_fifteen_se
     assert stream.getvalue() == expected
 
 
-def test_a_narrow_terminal_keeps_the_most_important_parts():
-    parts = ["step 1/9", "0:07 left", "loss 0.1"]
-    assert fit(parts, 100) == "step 1/9  0:07 left  loss 0.1"
-    assert fit(parts, 19) == "step 1/9  0:07 left"
-    assert fit(parts, 18) == "step 1/9"
-    assert fit(parts, 4) == "step"
+@pytest.mark.parametrize(
+    ("columns", "line"),
+    [(100, "step 1/9  0:07 left  loss 0.1"), (21, "step 1/9  0:07 left"), (19, "step 1/9")],
+)
+def test_a_narrow_terminal_keeps_the_most_important_parts(columns, line, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Stream(terminal=True))
+    monkeypatch.setenv("COLUMNS", str(columns))
+    Console().show(["step 1/9", "0:07 left", "loss 0.1"])
+    assert sys.stderr.getvalue() == f"\r{line}\x1b[K"
 
 
 def test_a_long_validation_tells_a_file_how_far_it_is(tiny_shards, tmp_path, monkeypatch, capsys):
     clock = [100.0]
     monkeypatch.setattr(console.time, "monotonic", lambda: clock[0])
-    logger = MetricsLogger(tmp_path, tiny_config(tiny_shards), CPU, 3)
+    logger = MetricsLogger(tmp_path, tiny_config(tiny_shards), CPU, 3, "PCKh")
     batch = types.SimpleNamespace(records_NR=np.zeros((4, 1)))
     for _ in logger.validation_progress([batch] * 6, 22):
         clock[0] += 8
@@ -69,7 +80,7 @@ def test_the_time_to_the_end_is_that_of_the_steps_so_far(tiny_shards, tmp_path, 
     clock = [0.0]
     monkeypatch.setattr(log.time, "perf_counter", lambda: clock[0])
     config = tiny_config(tiny_shards, train={"steps": 110, "max_minutes": 1})
-    logger = MetricsLogger(tmp_path, config, CPU, 10)
+    logger = MetricsLogger(tmp_path, config, CPU, 10, "PCKh")
     for _ in range(10):
         logger.advance()
     clock[0] = 5.0  # 10 of 100 steps in 5 s: 45 s are left
@@ -137,7 +148,7 @@ def test_a_run_that_is_resumed_keeps_its_identity(tmp_path, monkeypatch, tiny_sh
     monkeypatch.setitem(sys.modules, "wandb", replacement("wandb", calls))
     config = tiny_config(tiny_shards, train={"tracker": "wandb"})
     for _ in range(2):
-        Tracker(config, tmp_path).close()
+        open_tracker(config, tmp_path)
     ids = [k["id"] for word, _, k in calls if word == "init"]
     assert len(ids) == 2 and ids[0] == ids[1] == (tmp_path / "tracker_id").read_text()
 
@@ -163,7 +174,7 @@ def test_the_picture_shows_the_same_people_and_their_prediction(tiny_shards, tmp
 def test_a_power_law_is_a_straight_falling_line_in_the_curve_of_the_loss():
     entries = [{"kind": "train", "step": s, "loss": 10.0 ** -(1 + s / 100), "pck": None}
                for s in range(1, 101)]  # fmt: skip
-    picture = draw_curves(entries)
+    picture = draw_curves(entries, "PCKh")
     assert picture.shape == (380, 1240, 3) and picture.dtype == np.uint8
     left = picture[60:330, :620].astype(int)  # below the legend
     blue = np.argwhere((left == (31, 119, 180)).all(axis=2))  # matplotlib's first colour

@@ -139,14 +139,14 @@ def poisoned_on_the_second(shards: Path, folder: Path, dist: DistributedContext)
     trainer.log.close()
     after = dict(trainer.network.named_parameters())
     return {
-        "skipped": totals.bad_steps.item(),
+        "skipped": float(totals.skipped[0]),
         "weights stay": all(torch.equal(tensor, after[name]) for name, tensor in before.items()),
         "statistics are finite": all(b.isfinite().all().item() for b in trainer.network.buffers()),
     }
 
 
 def rows_of(totals: Totals) -> list[int]:
-    return [row for rows, _ in totals.rows for row in rows.tolist()]
+    return [row for rows in totals.rows for row in rows.tolist()]
 
 
 if __name__ == "__main__":

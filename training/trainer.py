@@ -340,13 +340,13 @@ class Trainer:
             "lr": self.train_step.optimizer.param_groups[0]["lr"],
             "people_per_s": people / seconds,
             "wait_share": totals.waited / seconds,
-            "bad_steps": torch.stack(totals.skipped).sum().item(),
+            "bad_steps": float(torch.stack(totals.skipped).sum()),
             "epoch": step / self.config.train.steps_per_epoch,
         }
         self.log.log_training(step, values)
         self.monitor.check(step, totals, self.log, dist)
         if self.bad_samples:
-            for line in self.bad_samples.learn(gather_bytes(self.bad_samples.report(), dist)):
+            for line in self.bad_samples.merge(gather_bytes(self.bad_samples.report(), dist)):
                 self.log.info(f"step {step}: {line}")
 
     def _report_early_end(self) -> None:
