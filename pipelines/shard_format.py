@@ -257,8 +257,8 @@ def _manifest(raw: Any) -> Manifest:
         raise ValueError("another kind of file")
     if raw["format_version"] != FORMAT_VERSION:
         raise ValueError(f"format version {raw['format_version']!r:.50}")
-    if not isinstance(raw["shards"], list) or not raw["shards"]:
-        raise ValueError("no list of shards")
+    if not raw["shards"] or type(raw["shards"]) is not list or type(raw["skeleton"]) is not dict:
+        raise ValueError("no list of shards, or no skeleton")
     shards = tuple(_parse(Shard, shard) for shard in raw["shards"])
     skeleton = skeleton_from_plain(raw["skeleton"])
     crop = _parse(CropRule, raw["crop"]) if raw.get("crop") else None

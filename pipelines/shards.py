@@ -36,7 +36,7 @@ from pipelines.shard_format import (
     unpack_records,
 )
 
-_LONGEST_INDEX_LINE = 1024
+_MAX_INDEX = 256 << 20  # bytes
 _JPEG_HEADER_BYTES = 4096
 """Contain the size, except in pictures with a thumbnail or a colour profile."""
 _INDEX_LINE = re.compile(
@@ -65,10 +65,9 @@ class ShardSet:
         self.manifest = read_manifest(self.folder)
         self.tars = [self.folder / shard.tar for shard in self.manifest.shards]
         self.indices = [self.folder / shard.index for shard in self.manifest.shards]
-        counts = [shard.people for shard in self.manifest.shards]
-        self._shard_N = np.repeat(np.arange(len(counts)), counts)
         record_bytes = 4 * record_length(self.manifest.joints)
         indices = [_read_index(self.folder, x, record_bytes) for x in self.manifest.shards]
+        self._shard_N = np.repeat(np.arange(len(indices)), [len(keys) for keys, _ in indices])
         self._keys = [key for keys, _ in indices for key in keys]
         self._places_NC2 = np.concatenate([places for _, places in indices])
         key, count = Counter(self._keys).most_common(1)[0]
@@ -248,7 +247,7 @@ def _read_index(
         tar_bytes = (folder / shard.tar).stat().st_size
         if tar_bytes != shard.bytes:
             raise ValueError(f"{shard.tar} has {tar_bytes} bytes, the manifest says {shard.bytes}")
-        data = read_bytes(path, _LONGEST_INDEX_LINE * (shard.people + 1))
+        data = read_bytes(path, _MAX_INDEX)
         if hashlib.sha256(data).hexdigest() != shard.index_sha256:
             raise ValueError("its SHA-256 is not the one in the manifest")
         header, *lines = data.decode("ascii").splitlines()

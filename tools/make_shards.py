@@ -1,9 +1,7 @@
-"""Packs pictures and annotations into tar shards, one person a sample (pipelines/shards.py).
+"""Packs pictures and annotations into tar shards, one person a sample (pipelines/packing.py).
 
-The pictures are stored as they are, or as crops that are smaller and faster to decode
-(pipelines/crop_packing.py). Every picture is decoded before the first shard is written. A split is
-written in a folder beside the output and moved there when it is whole, so that an interrupted run
-can be continued and the output never holds half a split.
+The pictures are stored unchanged, or as crops that are smaller and faster to decode
+(pipelines/crop_packing.py). An interrupted run can be continued.
 """
 
 import sys
