@@ -3,7 +3,6 @@
 import gzip
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,6 @@ from helpers import make_codec, make_trainer, tiny_config
 import evaluate
 from common.errors import InputError
 from configs.skeleton import Length, Skeleton, default_groups, unnamed
-from evaluation import pckh
-from evaluation.inference import oracle_keypoints
 from evaluation.predictions import as_coco, read_predictions
 from model import checkpoint
 from pipelines.annotations import People, read_annotations
@@ -157,15 +154,6 @@ def test_shards_hold_the_joints_and_ids_of_the_json(figures: Path) -> None:
         np.testing.assert_allclose(people.normalize, [0.4 * 81] * 3, rtol=1e-6)
 
 
-def test_other_joints_are_another_packing(figures: Path, capsys: Any) -> None:
-    pack(figures)
-    pack(figures)
-    assert capsys.readouterr().out.count("already packed, 3 people") == 2
-    (figures / "figure.yaml").write_text(YAML.replace("0.4", "0.5"))
-    with pytest.raises(InputError, match="another packing"):
-        pack(figures)
-
-
 def test_one_file_needs_its_split(figures: Path) -> None:
     file = (figures / "set" / "annot" / "train.json").rename(figures / "people.json")
     with pytest.raises(InputError, match="one file for two splits"):
@@ -192,15 +180,6 @@ def test_results_find_the_people_of_one_picture_again(figures: Path, tmp_path: P
     (tmp_path / "r.json").write_text(json.dumps(results[1::-1]))
     alone = read_predictions(tmp_path / "r.json", people.select([0, 1]))
     np.testing.assert_array_equal(alone.keypoints_NJ2, found[:2])
-
-
-def test_perfect_heatmaps_of_five_joints_come_back(figures: Path) -> None:
-    people, skeleton = read_annotations(figures / "set" / "annot", "valid", FIGURE)
-    people = people._replace(scale=2 * people.scale)  # so that all joints are in the crop
-    for rule in ("exact", "princeton", "hrnet"):
-        summary = pckh.summary(oracle_keypoints(people, skeleton, rule, 256), people, skeleton)
-        assert summary["pckh"]["0.5"]["pooled"] == 1.0
-        assert summary["length"] == "0.4 x the longer side of the box"
 
 
 def test_h5_files_of_other_joints_are_read_with_a_skeleton(tmp_path: Path) -> None:
@@ -291,35 +270,26 @@ def test_splits_of_different_joints_do_not_train(figures: Path, tiny_shards: Pat
         make_trainer(tiny_config(figures / "out"), figures / "run")
 
 
-def test_evaluate_takes_the_joints_of_its_checkpoint(
-    figures: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+def test_evaluate_takes_the_joints_of_its_checkpoint_or_of_the_yaml(
+    figures: Path, tmp_path: Path, capsys: Any
 ) -> None:
-    """Loose pictures with COCO's JSON; a checkpoint without names needs the YAML."""
     pack(figures)
-    run = make_trainer(tiny_config(figures / "out"), tmp_path / "run")
-    run.save(["named.pt"])
-    state = torch.load(tmp_path / "run" / "named.pt", weights_only=True)
-    checkpoint.write_archive(
-        tmp_path / "run" / "nameless.pt", {**state, "skeleton": unnamed(5).plain()}
-    )
-    data = ["--annotations", figures / "set" / "annot", "--images", figures / "set" / "images",
-            "--workers", 0, "--flip", "--save-coco", tmp_path / "r.json"]  # fmt: skip
+    make_trainer(tiny_config(figures / "out"), tmp_path / "run").save(["named.pt"])
+    named, nameless = (tmp_path / "run" / name for name in ("named.pt", "nameless.pt"))
+    contents = torch.load(named, weights_only=True)
+    checkpoint.write_archive(nameless, {**contents, "skeleton": unnamed(5).plain()})
+    capsys.readouterr()
 
     def evaluated(*words: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, [*data, *words])])
-        evaluate.main()
+        data = ["--annotations", figures / "set" / "annot", "--images", figures / "set" / "images",
+                "--workers", 0, "--flip", "--save-coco", tmp_path / "r.json"]  # fmt: skip
+        evaluate.main([*map(str, [*data, "--checkpoint", *words])])
         return capsys.readouterr().out
 
-    capsys.readouterr()  # what packing said
-    named = evaluated("--checkpoint", tmp_path / "run" / "named.pt")
-    assert "hand" in named and "pooled 5 (<)" in named
+    with_names = evaluated(named)
+    assert "hand" in with_names and "pooled 5 (<)" in with_names
     assert [r["image_id"] for r in json.loads((tmp_path / "r.json").read_text())] == [77, 5, 77]
-    nameless = ["--checkpoint", tmp_path / "run" / "nameless.pt"]
     with pytest.raises(InputError, match="--skeleton"):
-        evaluated(*nameless)
-    given = evaluated(*nameless, "--skeleton", figures / "figure.yaml")
-    assert given.splitlines()[2:] == named.splitlines()[2:]  # all but the checkpoint's name
-    words = ["evaluate.py", *map(str, nameless), "--skeleton", "s.yaml"]
-    monkeypatch.setattr(sys, "argv", words)
-    with pytest.raises(InputError, match="--skeleton without --annotations"):
-        evaluate.main()
+        evaluated(nameless)
+    given = evaluated(nameless, "--skeleton", figures / "figure.yaml")
+    assert given.splitlines()[2:] == with_names.splitlines()[2:]  # all but the checkpoint's name

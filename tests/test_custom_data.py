@@ -18,20 +18,6 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FILE = re.compile(r"Save this as `([\w.]+)`")
 
 
-def saved_files() -> dict[str, str]:
-    """The files that the page asks to save, by name: the next block that is not bash."""
-    texts = {}
-    for named in FILE.finditer(PAGE):
-        block = BLOCK.search(PAGE, named.end())
-        assert block and block[1] in ("python", "yaml")
-        texts[named[1]] = block[2]
-    return texts
-
-
-def commands() -> list[str]:
-    return [block[2] for block in BLOCK.finditer(PAGE) if block[1] == "bash"]
-
-
 def bash(command: str, folder: Path) -> str:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
@@ -49,19 +35,16 @@ def followed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]
     folder = tmp_path_factory.mktemp("figures")
     for name in ("tools", "train.py", "evaluate.py"):
         (folder / name).symlink_to(ROOT / name)
-    for name, text in saved_files().items():
-        (folder / name).write_text(text)
-    return folder, [bash(command, folder) for command in commands()]
-
-
-def row_of(name: str, printed: str) -> list[str]:
-    """The numbers of one line of the table."""
-    (line,) = [line for line in printed.splitlines() if line.startswith(name)]
-    return line.split()[2:]
+    for named in FILE.finditer(PAGE):
+        block = BLOCK.search(PAGE, named.end())
+        assert block and block[1] in ("python", "yaml")
+        (folder / named[1]).write_text(block[2])
+    commands = [block[2] for block in BLOCK.finditer(PAGE) if block[1] == "bash"]
+    return folder, [bash(command, folder) for command in commands]
 
 
 @pytest.mark.slow
-def test_the_page_followed_to_the_letter_ends_in_a_pck_far_above_the_mean_pose(followed):
+def test_the_page_followed_as_written_ends_in_a_pck_far_above_the_mean_pose(followed):
     folder, printed = followed
     assert len(printed) == 9
     pck = json.loads((folder / "pck.json").read_text())
@@ -69,18 +52,13 @@ def test_the_page_followed_to_the_letter_ends_in_a_pck_far_above_the_mean_pose(f
     assert network["people"] == 20 and network["joints_counted"] == 100
     assert list(network["pckh"]["0.5"]["groups"]) == ["head", "hand", "foot"]
     assert network["pckh"]["0.5"]["pooled"] > 0.75 > 0.5 > mean["pckh"]["0.5"]["pooled"]
-    assert "Errors are divided by 0.15 x the distance of head and left_foot." in printed[5]
-    assert "PCK@0.5" in printed[4] and "PCKh" not in printed[4] + printed[5]
-    # The file of predictions scores as the network did, but for the order of its people.
-    assert row_of("predictions @0.1", printed[6]) == row_of("network @0.1", printed[5])
-    assert "Other joints: 2 tensors start fresh" in printed[8]
     lines = (folder / "runs/figures_from_people/metrics.jsonl").read_text().splitlines()
-    begun = json.loads(lines[-1])
-    assert begun["kind"] == "valid" and begun["pckh@0.1_pooled"] > network["pckh"]["0.1"]["pooled"]
+    tuned = json.loads(lines[-1])
+    assert tuned["kind"] == "valid" and tuned["pckh@0.1_pooled"] > network["pckh"]["0.1"]["pooled"]
 
 
 @pytest.mark.slow
-def test_its_shards_hold_the_joints_of_its_json(followed):
+def test_its_shards_and_results_hold_the_joints_and_ids_of_its_json(followed):
     folder, _ = followed
     for split, count in (("train", 60), ("valid", 20)):
         truth = json.loads((folder / "data" / "figures" / f"{split}.json").read_text())
@@ -88,11 +66,5 @@ def test_its_shards_hold_the_joints_of_its_json(followed):
         keypoints = np.array([a["keypoints"] for a in truth["annotations"]]).reshape(count, 5, 3)
         np.testing.assert_array_equal(people.joints, keypoints[..., :2])
         assert people.person.tolist() == [a["id"] for a in truth["annotations"]]
-
-
-@pytest.mark.slow
-def test_its_coco_results_have_the_ids_of_its_json(followed):
-    folder, _ = followed
-    truth = json.loads((folder / "data/figures/valid.json").read_text())["annotations"]
     results = json.loads((folder / "results.json").read_text())
-    assert [r["image_id"] for r in results] == [a["image_id"] for a in truth]
+    assert [r["image_id"] for r in results] == [a["image_id"] for a in truth["annotations"]]
