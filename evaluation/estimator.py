@@ -7,6 +7,7 @@ keypoints_NJ2, scores_NJ = estimator("photo.jpg", boxes=[[410, 95, 180, 420]])
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ from torch import nn
 
 from common.distributed import choose_device, choose_dtype
 from common.errors import InputError
+from configs.skeleton import Skeleton
 from evaluation.inference import Predictions, predict
 from model.checkpoint import Checkpoint, evaluation_network, load_checkpoint
 from pipelines.augment import Draw
@@ -35,26 +37,25 @@ _MAX_PIXELS = 256_000_000
 _MAX_BYTES = 1 << 30
 
 
+@dataclass
 class PoseEstimator:
     """A network with the crop, flip and decode rules that it was trained with."""
 
-    def __init__(
-        self,
-        network: nn.Module,
-        codec: Codec,
-        *,
-        flip: bool,
-        device: torch.device,
-        dtype: torch.dtype,
-        batch_size: int,
-    ):
-        """network: in eval mode, on the device. flip: average with the mirrored picture.
+    network: nn.Module
+    """In eval mode, on the device."""
+    codec: Codec
+    flip: bool
+    """Average with the mirrored picture."""
+    device: torch.device
+    dtype: torch.dtype
+    """Of autocast, float32 for none."""
+    batch_size: int
+    """People at a time."""
 
-        dtype: of autocast, float32 for none. batch_size: people at a time.
-        """
-        self.network, self.codec, self.flip = network, codec, flip
-        self.device, self.dtype, self.batch_size = device, dtype, batch_size
-        self.skeleton = codec.skeleton
+    @property
+    def skeleton(self) -> Skeleton:
+        """The joints that are found."""
+        return self.codec.skeleton
 
     @classmethod
     def from_checkpoint(

@@ -52,7 +52,10 @@ _USE_ANOTHER = "use another checkpoint of the run: last.pt, one of step_*.pt, be
 
 @dataclass(frozen=True, kw_only=True)
 class RunState:
-    """What a training run of ours continues from, besides weights and optimizer."""
+    """What a training run of ours continues from, besides weights and optimizer.
+
+    Tensors are uint8, one a rank: torch's random state, and the loader's state (empty with OpenCV).
+    """
 
     ranks: int
     people: int
@@ -60,11 +63,10 @@ class RunState:
     loader: str
     """"opencv" or "dali"."""
     rng: list[Tensor]
-    """torch's random state of each rank, uint8."""
     loader_states: list[Tensor]
-    """Of each rank, uint8; empty tensors with OpenCV."""
+    # The defaults are for files of older versions.
     loader_device: str | None = None
-    """"cpu" or "cuda". None in files of older versions, as all that follow."""
+    """"cpu" or "cuda"."""
     loader_began: int = 0
     """The step at which the loader's order of people began anew."""
     people_sha256: str | None = None

@@ -38,16 +38,17 @@ CPU = torch.device("cpu")
 
 
 class LastStack(nn.Module):
-    """The network's last heatmaps, averaged with the mirrored picture's if `flip`."""
+    """The network's last heatmaps, averaged with the mirrored picture's if `flip`.
+
+    RGB in 0..1, (N, 3, S, S) -> heatmaps (N, J, S/4, S/4). network: in eval mode.
+    """
 
     def __init__(self, network: nn.Module, codec: Codec, flip: bool):
-        """network: in eval mode."""
         super().__init__()
         self.network, self.codec, self.flip = network, codec, flip
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
-        """RGB in 0..1, (N, 3, S, S) -> heatmaps (N, J, S/4, S/4)."""
         return last_heatmaps(self.network, images, self.codec, self.flip)
 
 
@@ -87,22 +88,16 @@ def check_options(options: argparse.Namespace) -> None:
     """Refuse what cannot be written before any work is done. Raises InputError."""
     if not (options.onnx or options.safetensors):
         raise InputError("command line", "nothing to write", "--onnx or --safetensors", "give one")
-    needed = []
-    if options.onnx:
-        _require_ending(options.onnx, ".onnx")
-        needed = ["onnx", "onnxscript", "onnxruntime"]
-    if options.safetensors:
-        _require_ending(options.safetensors, ".safetensors")
-        needed.append("safetensors")
-    missing = [name for name in needed if importlib.util.find_spec(name) is None]
-    if missing:
-        found, advice = f"no {', '.join(missing)}", f"pip install {' '.join(missing)}"
-        raise InputError("Python packages", found, "those that write these formats", advice)
-
-
-def _require_ending(path: Path, ending: str) -> None:
-    if path.suffix != ending or path.is_dir():
-        raise InputError(path, "another ending, or a folder", f"a name in {ending}", "rename it")
+    for path, ending, packages in (
+        (options.onnx, ".onnx", ("onnx", "onnxscript", "onnxruntime")),
+        (options.safetensors, ".safetensors", ("safetensors",)),
+    ):
+        if path and (path.suffix != ending or path.is_dir()):
+            found = "another ending, or a folder"
+            raise InputError(path, found, f"a name in {ending}", "rename it")
+        if path and not all(map(importlib.util.find_spec, packages)):
+            names = " ".join(packages)
+            raise InputError(path, "missing Python packages", names, f"pip install {names}")
 
 
 def export_onnx(options: argparse.Namespace, loaded: Checkpoint) -> None:
@@ -116,17 +111,14 @@ def export_onnx(options: argparse.Namespace, loaded: Checkpoint) -> None:
         write_onnx(temporary, network, loaded)
         difference = largest_difference(OnnxNetwork(temporary, joints), network, images)
         if not difference <= TOLERANCE:
-            raise InputError(
-                options.onnx,
-                f"heatmaps that differ from torch's by {difference:.1e}; nothing was written",
-                f"at most {TOLERANCE:.0e}",
-                "try other versions of torch, onnxscript and onnxruntime",
-            )
+            found = f"heatmaps that differ from torch's by {difference:.1e}; nothing was written"
+            advice = "try other versions of torch, onnxscript and onnxruntime"
+            raise InputError(options.onnx, found, f"at most {TOLERANCE:.0e}", advice)
         write_atomic(options.onnx, temporary.read_bytes())
     size, heat = codec.input_px, codec.input_px // STRIDE
     print(f"wrote {options.onnx}, {'with' if options.flip else 'without'} flip test")
-    print(f"  {INPUT} (N, 3, {size}, {size}) float32 RGB in 0..1 ->", end=" ")
-    print(f"{OUTPUT} (N, {joints}, {heat}, {heat})")
+    shapes = f"(N, 3, {size}, {size}) float32 RGB in 0..1 -> {OUTPUT} (N, {joints}, {heat}, {heat})"
+    print(f"  {INPUT} {shapes}")
     print(f"  differs from torch by {difference:.1e} at most, on {what}")
 
 
@@ -143,8 +135,8 @@ def images_to_check(paths: list[Path] | None, estimator: PoseEstimator) -> tuple
 
 def write_onnx(path: Path, network: LastStack, loaded: Checkpoint) -> None:
     """Trace the network for any batch size, and write it with the checkpoint's header."""
-    size = network.codec.input_px
-    example = torch.zeros(2, 3, size, size)  # a batch of 1 would become a constant
+    # A batch of 1 would become a constant.
+    example = torch.zeros(2, 3, network.codec.input_px, network.codec.input_px)
     print("tracing the network ...", file=sys.stderr, flush=True)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # no remarks on optional packages
     with (

@@ -317,30 +317,25 @@ def crop_person(
 def find_people(
     estimator: PoseEstimator, frames: Iterable[Frame], batch_size: int
 ) -> Iterator[tuple[Frame, list[Result]]]:
-    """Each frame with its people's results, in order. A batch may span several frames."""
-    waiting, subjects, results = deque[Frame](), list[Subject](), list[Result]()
+    """Each frame with its people's results, in order; about a batch of people at a time."""
+    group: list[Frame] = []
     for frame in frames:
-        waiting.append(frame)
-        subjects += frame.subjects
-        while len(subjects) >= batch_size:
-            results += predict_batch(estimator, subjects[:batch_size])
-            del subjects[:batch_size]
-        while waiting and len(waiting[0].subjects) <= len(results):
-            done = waiting.popleft()
-            yield done, [results.pop(0) for _ in done.subjects]
-    results += predict_batch(estimator, subjects)
-    for frame in waiting:
-        yield frame, [results.pop(0) for _ in frame.subjects]
+        group.append(frame)
+        if sum(len(frame.subjects) for frame in group) >= batch_size:
+            yield from predict_group(estimator, group)
+            group = []
+    yield from predict_group(estimator, group)
 
 
-def predict_batch(estimator: PoseEstimator, subjects: list[Subject]) -> list[Result]:
-    """The people's results: keypoints are x, y in px and the height of the heatmap's peak."""
+def predict_group(
+    estimator: PoseEstimator, group: list[Frame]
+) -> Iterator[tuple[Frame, list[Result]]]:
+    """keypoints of a result: x, y in px and the height of the heatmap's peak, for each joint."""
+    subjects = [subject for frame in group for subject in frame.subjects]
     keypoints_NJ2, scores_NJ = estimator.predict([subject.crop for subject in subjects])
-    keypoints_NJ3 = np.concatenate([keypoints_NJ2, scores_NJ[..., None]], axis=2)
-    return [
-        {**subject.facts, "keypoints": keypoints_J3.tolist()}
-        for subject, keypoints_J3 in zip(subjects, keypoints_NJ3, strict=True)
-    ]
+    rows = iter(np.concatenate([keypoints_NJ2, scores_NJ[..., None]], axis=2).tolist())
+    for frame in group:
+        yield frame, [{**subject.facts, "keypoints": next(rows)} for subject in frame.subjects]
 
 
 # Video
