@@ -33,64 +33,44 @@ needs_safetensors = pytest.mark.skipif(
 )
 
 
-def train_tiny(shards: Path, folder: Path, **sections: dict) -> Path:
-    run = make_trainer(tiny_config(shards, **sections), folder)
-    steps(run, 2)
-    run.save(["best.pt"])
-    return folder / "best.pt"
-
-
 @pytest.fixture(scope="module")
 def trained(tiny_shards, tmp_path_factory) -> Path:
     """A checkpoint with averaged weights, which differ from the trained ones."""
-    folder = tmp_path_factory.mktemp("runs") / "tiny"
-    return train_tiny(tiny_shards, folder, optim={"ema_decay": 0.5})
+    config = tiny_config(tiny_shards, optim={"ema_decay": 0.5})
+    trainer = make_trainer(config, tmp_path_factory.mktemp("runs") / "tiny")
+    steps(trainer, 2)
+    trainer.save(["best.pt"])
+    return trainer.folder / "best.pt"
 
 
 @pytest.fixture(scope="module")
 def plain_onnx(trained, tmp_path_factory) -> Path:
     """Its graph without the flip test."""
     path = tmp_path_factory.mktemp("onnx") / "t.onnx"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["program", str(trained), "--onnx", str(path)])
-        export_onnx.main()
+    run(export_onnx, trained, "--onnx", path)
     return path
 
 
-@pytest.fixture
-def program(monkeypatch):
-    """Run a program's main function in this process with a command line."""
-
-    def run(main, *words: object) -> None:
-        monkeypatch.setattr(sys, "argv", ["program", *map(str, words)])
-        main()
-
-    return run
+def run(program, *words: object) -> None:
+    program.main([*map(str, words)])
 
 
-@pytest.fixture
-def export(program):
-    return lambda *words: program(export_onnx.main, *words)
-
-
-def found_by_both(program, path: Path, tiny_set: Path, folder: Path, *more: str) -> np.ndarray:
+def found_by_both(path: Path, tiny_set: Path, folder: Path, *more: str) -> np.ndarray:
     """(2, 5, 16, 3) joints: predict.py's of whole pictures, evaluate.py's of the annotation."""
     own = {100 + i for i in range(5)}
     pictures = sorted(p for p in (tiny_set / "images").iterdir() if int(p.stem) in own)
-    program(predict.main, "--checkpoint", path, *pictures, "--device", "cpu",
+    run(predict, "--checkpoint", path, *pictures, "--device", "cpu",
             "--save-predictions", folder / "p.json", *more)  # fmt: skip
-    program(evaluate.main, "--checkpoint", path, "--images", tiny_set / "images",
+    run(evaluate, "--checkpoint", path, "--images", tiny_set / "images",
             "--annotations", tiny_set / "annot" / "valid.h5", "--device", "cpu", "--workers", 0,
             "--save-predictions", folder / "e.json", *more)  # fmt: skip
     return np.stack([read_json(folder / name)[1] for name in ("p.json", "e.json")])
 
 
 @needs_safetensors
-def test_safetensors_are_the_checkpoint_without_the_run(
-    trained, export, program, tiny_set, tmp_path
-):
+def test_safetensors_are_the_checkpoint_without_the_run(trained, tiny_set, tmp_path):
     out = tmp_path / "out" / "t.safetensors"
-    export(trained, "--safetensors", out)
+    run(export_onnx, trained, "--safetensors", out)
     before, after = checkpoint.load_checkpoint(trained), checkpoint.load_checkpoint(out)
     assert checkpoint.header(before) == checkpoint.header(after)
     assert after.weights.keys() == before.averaged.keys() and len(after.weights) > 100
@@ -99,68 +79,46 @@ def test_safetensors_are_the_checkpoint_without_the_run(
     assert not torch.equal(before.weights["heads.0.weight"], before.averaged["heads.0.weight"])
     assert after.optimizer is None and after.run is None
     np.testing.assert_array_equal(
-        found_by_both(program, trained, tiny_set, tmp_path),
-        found_by_both(program, out, tiny_set, tmp_path),
+        found_by_both(trained, tiny_set, tmp_path),
+        found_by_both(out, tiny_set, tmp_path),
     )
 
 
-def check_same_answers(program, trained: Path, graph: Path, tiny_set: Path, folder: Path) -> None:
+def check_same_answers(trained: Path, graph: Path, tiny_set: Path, folder: Path) -> None:
     """A checkpoint and its graph, through both programs."""
-    theirs = found_by_both(program, trained, tiny_set, folder)
-    mine = found_by_both(program, graph, tiny_set, folder)
+    theirs = found_by_both(trained, tiny_set, folder)
+    mine = found_by_both(graph, tiny_set, folder)
     assert theirs.shape == (2, 5, 16, 3)
     np.testing.assert_allclose(mine[..., 2], theirs[..., 2], atol=1e-5)
     # A barely trained network's maps are nearly flat, so that a hair's breadth can move a maximum.
     assert (np.abs(mine - theirs).max(axis=-1) < 0.05).mean() > 0.9
-    unflipped = found_by_both(program, trained, tiny_set, folder, "--no-flip")
+    unflipped = found_by_both(trained, tiny_set, folder, "--no-flip")
     assert np.abs(mine[..., 2] - unflipped[..., 2]).max() > 1e-4
 
 
 @needs_onnx
-def test_an_onnx_predicts_and_evaluates_as_its_checkpoint(
-    trained, plain_onnx, program, tiny_set, tmp_path
-):
+def test_an_onnx_predicts_and_evaluates_as_its_checkpoint(trained, plain_onnx, tiny_set, tmp_path):
     assert checkpoint.load_checkpoint(plain_onnx, onnx=True).config.eval.flip
-    check_same_answers(program, trained, plain_onnx, tiny_set, tmp_path)
+    check_same_answers(trained, plain_onnx, tiny_set, tmp_path)
 
 
 @needs_onnx
 @pytest.mark.slow
-def test_an_onnx_with_the_flip_test_inside_gets_no_second_one(
-    trained, export, program, tiny_set, tmp_path
-):
-    export(trained, "--onnx", tmp_path / "t.onnx", "--flip")
+def test_an_onnx_with_the_flip_test_inside_gets_no_second_one(trained, tiny_set, tmp_path):
+    run(export_onnx, trained, "--onnx", tmp_path / "t.onnx", "--flip")
     assert not checkpoint.load_checkpoint(tmp_path / "t.onnx", onnx=True).config.eval.flip
-    check_same_answers(program, trained, tmp_path / "t.onnx", tiny_set, tmp_path)
+    check_same_answers(trained, tmp_path / "t.onnx", tiny_set, tmp_path)
 
 
 @needs_onnx
 @pytest.mark.slow
-@pytest.mark.parametrize(("size", "words"), [(192, []), (320, ["--flip"])])
-def test_sizes_that_are_no_powers_of_two_are_exported(
-    size, words, tiny_shards, export, tmp_path, capsys
-):
-    deep = {"stacks": 1, "width": 16, "depth": 4, "stem": [8, 16, 16]}
-    path = train_tiny(tiny_shards, tmp_path / "run", data={"input_px": size}, model=deep)
-    export(path, "--onnx", tmp_path / "t.onnx", *words)
-    assert f"(N, 3, {size}, {size})" in capsys.readouterr().out
-    torch_one = PoseEstimator.from_checkpoint(path, device="cpu")
-    graph = PoseEstimator.from_checkpoint(tmp_path / "t.onnx", device="cpu")
-    images = np.random.default_rng(0).integers(0, 256, (3, 200, 170, 3), dtype=np.uint8)
-    np.testing.assert_allclose(
-        graph(list(images)).scores_NJ, torch_one(list(images)).scores_NJ, atol=1e-4
-    )
-
-
-@needs_onnx
-@pytest.mark.slow
-def test_onnx_runtime_answers_as_torch_on_real_crops(shared, export, tmp_path):
+def test_onnx_runtime_answers_as_torch_on_real_crops(shared, tmp_path):
     """princeton-vl's own network with its flip test, by ONNX Runtime itself."""
     import onnxruntime
 
     path = shared / "golden" / "seed_2hg_dim48_checkpoint.pt"
     pictures = sorted((shared / "data" / "lspet" / "images").iterdir())[:9]
-    export(path, "--onnx", tmp_path / "t.onnx", "--check", *pictures, "--flip")
+    run(export_onnx, path, "--onnx", tmp_path / "t.onnx", "--check", *pictures, "--flip")
     estimator = PoseEstimator.from_checkpoint(path, device="cpu")
     raw = collate([estimator.crop(read_picture(p), None, "") for p in pictures])
     images = images_on_device(raw, torch.device("cpu"))
@@ -175,16 +133,14 @@ def test_onnx_runtime_answers_as_torch_on_real_crops(shared, export, tmp_path):
 
 
 @needs_onnx
-def test_a_graph_that_answers_otherwise_is_not_kept(
-    trained, plain_onnx, export, tmp_path, monkeypatch
-):
+def test_a_graph_that_answers_otherwise_is_not_kept(trained, plain_onnx, tmp_path, monkeypatch):
     def write_anothers(path, network, facts):
         shutil.copy(plain_onnx, path)
         network.network.heads[0].bias.data += 1e-3
 
     monkeypatch.setattr(export_onnx, "write_onnx", write_anothers)
     with pytest.raises(InputError, match=r"differ from torch's by 1\.0e-03"):
-        export(trained, "--onnx", tmp_path / "t.onnx")
+        run(export_onnx, trained, "--onnx", tmp_path / "t.onnx")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -232,7 +188,7 @@ def test_a_missing_package_says_the_command_that_installs_it(module, name, tmp_p
         checkpoint.load_checkpoint(tmp_path / name, onnx=True)
 
 
-def test_what_cannot_be_written_is_refused(trained, export, tmp_path, monkeypatch):
+def test_what_cannot_be_written_is_refused(trained, tmp_path, monkeypatch):
     cases = {
         (): "nothing to write",
         ("--onnx", tmp_path / "t.pt"): "another ending",
@@ -240,16 +196,16 @@ def test_what_cannot_be_written_is_refused(trained, export, tmp_path, monkeypatc
     }
     for words, found in cases.items():
         with pytest.raises(InputError, match=found):
-            export(trained, *words)
+            run(export_onnx, trained, *words)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="pip install onnx onnxscript onnxruntime"):
-        export(trained, "--onnx", tmp_path / "t.onnx")
+        run(export_onnx, trained, "--onnx", tmp_path / "t.onnx")
 
 
 @needs_safetensors
-def test_the_facts_can_be_read_by_anybody(trained, export, tmp_path):
+def test_the_facts_can_be_read_by_anybody(trained, tmp_path):
     """By the format's own definition: a length, a JSON header, the tensors."""
-    export(trained, "--safetensors", tmp_path / "t.safetensors")
+    run(export_onnx, trained, "--safetensors", tmp_path / "t.safetensors")
     data = (tmp_path / "t.safetensors").read_bytes()
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     facts = json.loads(header["__metadata__"]["stacked_hourglass"])

@@ -25,7 +25,7 @@ from pipelines.loader import evaluation_batches
 from pipelines.opencv_loader import LooseImages
 from tools import convert_checkpoint
 from tools import predict as predict_program
-from training.resume import find_start, load_resumable
+from training.resume import load_resumable
 from training.train_step import TrainStep
 
 CODEC = make_codec("princeton", "princeton", 256)
@@ -101,9 +101,8 @@ def _rows(golden, data: str) -> list[int]:
     return [i for i in range(PEOPLE) if ("lsp" in str(golden["dataset"][i])) == (data == "lspet")]
 
 
-def run(monkeypatch, program, *words: object) -> None:
-    monkeypatch.setattr("sys.argv", ["program", *map(str, words)])
-    program.main()
+def run(program, *words: object) -> None:
+    program.main([*map(str, words)])
 
 
 def test_float_crops_of_all_15_boxes_are_equal(crops, golden):
@@ -146,10 +145,10 @@ def test_predictions_are_equal_to_the_pixel(data, network, margins, golden, shar
 
 
 def test_evaluate_on_its_checkpoint_gives_its_predictions(
-    golden_path, margins, golden, shared, tmp_path, monkeypatch, capsys
+    golden_path, margins, golden, shared, tmp_path, capsys
 ):
     """evaluate.py on the checkpoint as its train.py wrote it; the batch size is free."""
-    run(monkeypatch, evaluate, "--checkpoint", golden_path, "--crop", "princeton",
+    run(evaluate, "--checkpoint", golden_path, "--crop", "princeton",
         "--annotations", shared / "golden" / "annot_mpii_sample.h5",
         "--images", shared / "data" / "mpii_sample" / "images",
         "--save-predictions", tmp_path / "OUT.json", "--device", "cpu", "--workers", 0)  # fmt: skip
@@ -165,7 +164,7 @@ def test_evaluate_on_its_checkpoint_gives_its_predictions(
 
 @pytest.mark.parametrize("data", DATA)
 def test_predict_finds_its_predictions_from_centre_and_scale(
-    data, golden_path, margins, golden, shared, tmp_path, monkeypatch
+    data, golden_path, margins, golden, shared, tmp_path
 ):
     """Its checkpoint as it is, through tools/predict.py; what hangs on rounding is left out."""
     rows = _rows(golden, data)
@@ -175,7 +174,7 @@ def test_predict_finds_its_predictions_from_centre_and_scale(
         for i in rows:
             numbers = [*golden["center"][i], golden["scale"][i]]
             table.writerow([_text(golden["imgname"][i]), *map(float, numbers)])
-    run(monkeypatch, predict_program, "--checkpoint", golden_path, "--device", "cpu", "--people",
+    run(predict_program, "--checkpoint", golden_path, "--device", "cpu", "--people",
         tmp_path / "people.csv", shared / "data" / data / "images",
         "--save-predictions", tmp_path / "p.json")  # fmt: skip
     entries = json.loads((tmp_path / "p.json").read_text())
@@ -218,13 +217,13 @@ def test_a_damaged_or_partial_checkpoint_of_its_kind_is_refused(golden_path, tmp
         load_resumable(tmp_path / "weights.pt")
 
 
-def test_weights_and_adam_state_come_back_as_they_were(golden_path, tmp_path, monkeypatch, capsys):
+def test_weights_and_adam_state_come_back_as_they_were(golden_path, tmp_path, capsys):
     """Through the program, to our format and back."""
     for source, target, to in (
         (golden_path, tmp_path / "native.pt", "native"),
         (tmp_path / "native.pt", tmp_path / "theirs.pt", "princeton"),
     ):
-        run(monkeypatch, convert_checkpoint, source, target, "--to", to)
+        run(convert_checkpoint, source, target, "--to", to)
         assert "with optimizer state" in capsys.readouterr().out
     raw, again = (torch.load(p, weights_only=True) for p in (golden_path, tmp_path / "theirs.pt"))
     assert list(again["state_dict"]) == list(raw["state_dict"])
@@ -239,7 +238,7 @@ def test_weights_and_adam_state_come_back_as_they_were(golden_path, tmp_path, mo
     params = [state["param_groups"][0]["params"] for state in (theirs, mine)]
     assert params == [list(range(454))] * 2
     with pytest.raises(InputError, match="a new name"):
-        convert_checkpoint.main()
+        run(convert_checkpoint, golden_path, tmp_path / "native.pt", "--to", "native")
 
 
 def test_one_step_of_adam_from_the_checkpoint_equals_plain_torch(golden_path, crops, golden):
@@ -298,17 +297,6 @@ def test_options_that_do_not_fit_its_checkpoint_are_named(
     with pytest.raises(InputError) as caught:
         make_trainer(tiny_config(tiny_shards, **sections), tmp_path / "run", golden_path)
     assert caught.value.next_step == advice
-
-
-def test_a_checkpoint_from_elsewhere_does_not_replace_a_run(golden_path, tmp_path):
-    folder = tmp_path / "run"
-    folder.mkdir()
-    assert find_start(folder, str(golden_path), False) == (str(golden_path), [])
-    (folder / "last.pt").touch()
-    with pytest.raises(InputError, match="a run of this name"):
-        find_start(folder, str(golden_path), False)
-    own = str(folder / "step_00000001.pt")
-    assert find_start(folder, own, False) == (own, [])
 
 
 def test_a_network_that_its_code_cannot_build_is_not_written_for_it(tiny_shards, tmp_path):

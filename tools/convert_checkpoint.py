@@ -13,9 +13,9 @@ from common.errors import InputError, run_main
 from model.checkpoint import load_checkpoint, save_checkpoint, to_princeton, write_archive
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Read any format, write the one asked for. Raises InputError."""
-    options = make_parser().parse_args()
+    options = make_parser().parse_args(argv)
     if options.target.exists():
         raise InputError(options.target, "a file", "a new name", "give another name, or remove it")
     loaded = load_checkpoint(options.source)

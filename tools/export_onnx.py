@@ -52,9 +52,9 @@ class LastStack(nn.Module):
         return last_heatmaps(self.network, images, self.codec, self.flip)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Read the checkpoint, write what was asked for, compare."""
-    options = make_parser().parse_args()
+    options = make_parser().parse_args(argv)
     check_options(options)
     loaded = load_checkpoint(options.checkpoint)
     if options.safetensors:

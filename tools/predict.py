@@ -71,9 +71,9 @@ class Frame(NamedTuple):
     subjects: list[Subject]
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Predict, draw, and write the results, also those of an interrupted run."""
-    options = make_parser().parse_args()
+    options = make_parser().parse_args(argv)
     video = video_source(options)
     pictures = [] if video is not None else add_overlays(options, list_pictures(options))
     check_outputs(options)
