@@ -218,6 +218,19 @@ def collate(items: list[Item]) -> RawBatch:
     )
 
 
+def repeat_draws(shards: ShardSet, raw: RawBatch, preset: Preset) -> RawBatch:
+    """OpenCV's crops of the people and draws of another loader's batch, which is on the CPU."""
+    rows = unpack_records(shards.records()).row_N.tolist()
+    items = []
+    for record, values in zip(raw.records_NR.numpy(), raw.draws_ND.tolist(), strict=True):
+        fields, drawn = unpack_records(record[None]), Draw(*values)
+        sample = rows.index(fields.row_N[0])
+        image = decode(shards.jpeg(sample), shards.where(sample))
+        crop, matrix = crop_person(image, fields, drawn, preset, raw.images_NHW3.shape[1])
+        items.append((crop, matrix, drawn, record))
+    return collate(items)
+
+
 def endless_batches(
     people: int, batch_size: int, seed: int, rank: int, world_size: int, first_step: int = 0
 ) -> Iterator[list[Key]]:
@@ -322,26 +335,21 @@ class _BatchDataset(Dataset):
             batch = collate([self.crops[key] for key in keys])
         except InputError as error:
             return error
-        return batch if get_worker_info() is None else _share(batch)
-
-
-def _share(batch: RawBatch) -> RawBatch | InputError:
-    """Move the tensors to shared memory, from which the main process reads them.
-
-    If the queue's thread did it, a failure would be a traceback and a batch that never arrives.
-    """
-    try:
-        for tensor in batch:
-            tensor.share_memory_()
-    except RuntimeError as error:
-        size = sum(tensor.nbytes for tensor in batch) / 1e6
-        return InputError(
-            "the workers' shared memory, /dev/shm",
-            f"no room for a batch of {size:.1f} MB ({str(error).splitlines()[0]})",
-            f"room for {PREFETCH + 1} batches for each worker and rank",
-            "enlarge it (docker run --shm-size=2g), or use smaller batches, fewer workers or none",
-        )
-    return batch
+        if get_worker_info() is None:
+            return batch
+        try:
+            # Else the queue's thread does it, whose failure is a batch that never arrives.
+            for tensor in batch:
+                tensor.share_memory_()
+        except RuntimeError as error:
+            size = sum(tensor.nbytes for tensor in batch) / 1e6
+            return InputError(
+                "the workers' shared memory, /dev/shm",
+                f"no room for a batch of {size:.1f} MB ({str(error).splitlines()[0]})",
+                f"room for {PREFETCH + 1} batches for each worker and rank",
+                "enlarge it (docker run --shm-size=2g), or use smaller batches or fewer workers",
+            )
+        return batch
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from helpers import assert_loaders_agree, damage_picture, make_spec, opencv_crop, sample_of_row
+from helpers import assert_loaders_agree, damage_picture, make_spec, sample_of_row
 
 from common.errors import InputError
 from pipelines import geometry, princeton
@@ -60,13 +60,8 @@ def test_a_rotated_flipped_half_outside_case_agrees(split):
         flip_probability=1.0,
     )
     spec = make_spec(hard, input_px=128, batch_size=12, shuffle_buffer=0)
-    raw = DaliLoader(split, spec).next()
+    raw = assert_loaders_agree(split, spec, steps=1)
     assert raw.draws_ND[:, :3].tolist() == [pytest.approx([1.3, 40, 1])] * 12
-    for person in range(12):
-        crop, matrix = opencv_crop(split, raw, person, hard)
-        difference = np.abs(crop.astype(int) - raw.images_NHW3[person].numpy().astype(int))
-        assert difference.mean() <= 0.5 and np.percentile(difference, 99.9) <= 6
-        np.testing.assert_allclose(raw.input_from_image_N23[person], matrix, atol=1e-3)
     black_N = (raw.images_NHW3 == 0).all(dim=-1).float().mean(dim=(1, 2))
     assert black_N.max() > 0.4, "no person lies half outside"
 

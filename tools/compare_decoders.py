@@ -39,10 +39,8 @@ Decoder = Callable[[list[bytes]], list[Picture]]
 class Difference(NamedTuple):
     """How two decoders differ over all pictures. Units are grey levels of 0..255."""
 
-    pixels: float
-    """Share of pixels with a difference in any channel."""
-    total: int
-    """Sum of absolute differences."""
+    pixels: float  # share of pixels with a difference in any channel
+    total: int  # sum of absolute differences
     rms: float
     largest: int
 
@@ -103,8 +101,13 @@ def read_jpegs(options: argparse.Namespace, shards: ShardSet | None) -> list[byt
 
 
 def find_decoders() -> tuple[dict[str, Decoder], dict[str, str]]:
-    """The installed decoders, OpenCV first, and why the others are missing."""
-    decoders: dict[str, Decoder] = {"opencv": decode_by_opencv, "pillow": decode_by_pillow}
+    """The installed decoders, OpenCV first, and how to install the others."""
+    decoders: dict[str, Decoder] = {
+        "opencv": lambda jpegs: [decode(jpeg, "picture")[..., ::-1] for jpeg in jpegs],
+        "pillow": lambda jpegs: [
+            np.array(Image.open(io.BytesIO(jpeg)).convert("RGB")) for jpeg in jpegs
+        ],
+    }
     missing = {}
     if dali_is_installed():
         from pipelines.dali_loader import decode_pictures
@@ -123,28 +126,18 @@ def find_decoders() -> tuple[dict[str, Decoder], dict[str, str]]:
     return decoders, missing
 
 
-def decode_all(name: str, decoder: Decoder, jpegs: list[bytes]) -> list[Picture]:
-    """All pictures by one decoder, a few at a time, with progress."""
-    starts = progress(range(0, len(jpegs), 32), f"decoding ({name})", "batches")
-    return [picture for start in starts for picture in decoder(jpegs[start : start + 32])]
-
-
-def decode_by_opencv(jpegs: list[bytes]) -> list[Picture]:
-    """As the OpenCV loader does."""
-    return [decode(jpeg, "picture")[..., ::-1] for jpeg in jpegs]
-
-
-def decode_by_pillow(jpegs: list[bytes]) -> list[Picture]:
-    """By PIL.Image."""
-    return [np.array(Image.open(io.BytesIO(jpeg)).convert("RGB")) for jpeg in jpegs]
-
-
 def decode_by_torchvision(jpegs: list[bytes]) -> list[Picture]:
     """By torchvision.io on the CPU."""
     from torchvision.io import ImageReadMode, decode_jpeg
 
     tensors = [torch.frombuffer(bytearray(jpeg), dtype=torch.uint8) for jpeg in jpegs]
     return [decode_jpeg(t, ImageReadMode.RGB).permute(1, 2, 0).numpy() for t in tensors]
+
+
+def decode_all(name: str, decoder: Decoder, jpegs: list[bytes]) -> list[Picture]:
+    """All pictures by one decoder, a few at a time, with progress."""
+    starts = progress(range(0, len(jpegs), 32), f"decoding ({name})", "batches")
+    return [picture for start in starts for picture in decoder(jpegs[start : start + 32])]
 
 
 def compare(first: list[Picture], second: list[Picture]) -> Difference:
@@ -171,10 +164,7 @@ def print_pckh(
     people, samples = shards.people()
     print(f"\n{f'{skeleton.metric} of {path}':40}{'@0.5':>10}{'@0.1':>10}  (pooled, %)")
     for name, decoded in pictures.items():
-        bgr = {
-            jpeg: np.ascontiguousarray(picture[..., ::-1])
-            for jpeg, picture in zip(jpegs, decoded, strict=True)
-        }
+        bgr = {jpeg: picture[..., ::-1] for jpeg, picture in zip(jpegs, decoded, strict=True)}
         batches = evaluation_batches(
             shards,
             samples,
@@ -183,7 +173,7 @@ def print_pckh(
             device=CPU,
             batch_size=config.eval.batch_size,
             workers=0,
-            decoder=lambda jpeg, where, bgr=bgr: bgr[jpeg],  # type: ignore[misc]
+            decoder=lambda jpeg, where, bgr=bgr: np.ascontiguousarray(bgr[jpeg]),  # type: ignore[misc]
         )
         bar = progress(batches, f"predicting ({name})", "batches")
         flip = config.eval.flip

@@ -30,13 +30,12 @@ from pipelines import geometry, heatmaps
 from pipelines.augment import PRESETS, Draw, preset_of
 from pipelines.codec import Codec
 from pipelines.loader import Batch, LoaderSpec, RawBatch, make_batch, train_loader
-from pipelines.opencv_loader import collate, crop_person, decode
-from pipelines.shard_format import MANIFEST, unpack_records
+from pipelines.opencv_loader import repeat_draws
+from pipelines.shard_format import MANIFEST
 from pipelines.shards import ShardSet
 
 TILE_PX = 256
-SHEET_ASPECT = 4 / 3
-"""Width over height, approximately: what fits a screen."""
+SHEET_ASPECT = 4 / 3  # width over height, approximately: what fits a screen
 CPU = torch.device("cpu")
 
 Picture = npt.NDArray[np.uint8]
@@ -56,22 +55,22 @@ def main(argv: list[str] | None = None) -> None:
     output = Path(options.output)
     if output.suffix.lower() != ".png" or output.is_dir():
         raise InputError(output, "not a .png", "a file name that ends in .png", "give another")
-    config = config_from_dict(load_yaml(options.config), options.config) if options.config else None
-    config = config or Config()
+    config = Config()
+    if options.config:
+        config = config_from_dict(load_yaml(options.config), options.config)
     folder = Path(options.shards or config.data.shards)
     shards = ShardSet(folder if (folder / MANIFEST).is_file() else folder / options.split)
+    mirror = config.data.mirror and not options.no_mirror
     codec = Codec(
-        preset=preset_of(
-            options.preset or config.data.preset, config.data.mirror and not options.no_mirror
-        ),
+        preset=preset_of(options.preset or config.data.preset, mirror),
         rule=options.rule or config.heatmaps.rule,
         sigma=options.sigma or config.heatmaps.sigma,
         input_px=options.input_px or config.data.input_px,
         skeleton=shards.manifest.skeleton,
     )
     if codec.input_px % 64:
-        found, advice = str(codec.input_px), "give 64, 128, 256, ..."
-        raise InputError("--input-px", found, "a multiple of 64", advice)
+        found = str(codec.input_px)
+        raise InputError("--input-px", found, "a multiple of 64", "give 64, 128, 256, ...")
     spec = LoaderSpec(
         loader="opencv" if options.loader == "opencv" else "dali",
         device=choose_device(options.device),
@@ -128,24 +127,11 @@ def make_batches(
 ) -> list[LoadedBatch]:
     """A batch of the loader. compare: before it, OpenCV's of the same people and draws."""
     raw = RawBatch(*(part.cpu() for part in train_loader(shards, spec).next()))
-    raws = [("opencv", repeat_by_opencv(shards, raw, codec))] if compare else []
+    raws = [("opencv", repeat_draws(shards, raw, codec.preset))] if compare else []
     return [
         LoadedBatch(name, each, make_batch(each, codec, CPU))
         for name, each in [*raws, (spec.loader, raw)]
     ]
-
-
-def repeat_by_opencv(shards: ShardSet, raw: RawBatch, codec: Codec) -> RawBatch:
-    """The crops that OpenCV makes of the people and draws of a batch."""
-    rows = unpack_records(shards.records()).row_N.tolist()
-    items = []
-    for record, values in zip(raw.records_NR.numpy(), raw.draws_ND.tolist(), strict=True):
-        fields, draw = unpack_records(record[None]), Draw(*values)
-        sample = rows.index(fields.row_N[0])
-        image = decode(shards.jpeg(sample), shards.where(sample))
-        crop, matrix = crop_person(image, fields, draw, codec.preset, codec.input_px)
-        items.append((crop, matrix, draw, record))
-    return collate(items)
 
 
 def grey_differences(batches: list[LoadedBatch]) -> npt.NDArray[np.float32] | None:
@@ -164,7 +150,7 @@ def draw_sheet(
     zoom = 1.0 if grey_NHW3 is None else 255 / max(1.0, float(grey_NHW3.max()))
     people = len(batches[0].batch.rows_N)
     tiles = len(batches) + 1 + (grey_NHW3 is not None)
-    columns = columns_of(people, tiles)
+    columns = max(1, round((SHEET_ASPECT * people / tiles) ** 0.5))
     rows = -(-people // columns)
     figure = Figure(figsize=(2.6 * tiles * columns, 2.85 * rows + 0.6), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
@@ -183,12 +169,6 @@ def draw_sheet(
     ]
     figure.legend(handles=patches, loc="outside upper left", ncols=3, title=", ".join(names))
     return figure
-
-
-def columns_of(people: int, tiles: int) -> int:
-    """The number of columns whose sheet is nearest to SHEET_ASPECT. tiles: of a panel."""
-    aspects = [columns * tiles / -(-people // columns) for columns in range(1, people + 1)]
-    return int(np.argmin(np.abs(np.log(np.array(aspects) / SHEET_ASPECT)))) + 1
 
 
 def caption(loaded: LoadedBatch, grey_HW3: npt.NDArray[np.float32] | None, person: int) -> str:
