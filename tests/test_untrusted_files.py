@@ -156,9 +156,8 @@ def test_scans_after_one_with_the_whole_picture_do_not_count(jpeg):
 def test_shards_with_a_huge_picture_are_refused_at_the_start(tiny_shards, tmp_path):
     copy = Path(shutil.copytree(tiny_shards / "train", tmp_path / "train"))
     overwrite(copy, 6, "jpg", claiming(ShardSet(copy).jpeg(6), 65_500, 65_500))
-    with pytest.raises(InputError, match="65500 x 65500") as caught:
+    with pytest.raises(InputError, match=r"sample 6(.|\n)*65500 x 65500"):
         ShardSet(copy).records()
-    assert "sample 6" in caught.value.where
 
 
 @pytest.mark.parametrize("bomb", [progressive_bomb, lambda jpeg: claiming(jpeg, 65500, 65500)])
