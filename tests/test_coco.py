@@ -6,12 +6,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import pytest
 import torch
 from conftest import noise_picture, pack_arguments, random_people, write_h5, write_jpeg
-from helpers import make_codec, make_trainer, tiny_config
+from helpers import make_trainer, tiny_config
 
 import evaluate
 from common.errors import InputError
@@ -19,9 +18,6 @@ from configs.skeleton import Length, Skeleton, default_groups, unnamed
 from evaluation.predictions import as_coco, read_predictions
 from model import checkpoint
 from pipelines.annotations import People, read_annotations
-from pipelines.augment import PRESETS, Draw, draws_array
-from pipelines.opencv_loader import crop_person
-from pipelines.shard_format import record_of, unpack_records
 from pipelines.shards import ShardSet
 from tools import make_shards
 
@@ -95,31 +91,6 @@ def test_people_left_out_are_counted_on_stderr(tmp_path: Path, capsys: Any) -> N
         assert part in said
 
 
-def test_a_mirrored_picture_is_the_mirrored_crop_with_the_pairs_swapped(tmp_path: Path) -> None:
-    """The picture, its box and its joints mirrored by hand, against our flip of the crop."""
-    width, image = 200, noise_picture(np.random.default_rng(1), 200, 150)
-    joints = np.array(KEYPOINTS).reshape(5, 3)
-    other = (joints * [-1, 1, 1] + [width - 1, 0, 0])[[0, 2, 1, 4, 3]]
-    box, other_box = [10, 20, 41, 81], [width - 10 - 41, 20, 41, 81]
-    plain = read(tmp_path, coco(entry(bbox=box)))
-    turned = read(tmp_path, coco(entry(bbox=other_box, keypoints=other.ravel().tolist())))
-    results = []
-    for people, picture, flip in ((plain, image, 1.0), (turned, image[:, ::-1].copy(), 0.0)):
-        record = unpack_records(record_of(people, 0, 200, 150)[None])
-        crop, matrix = crop_person(picture, record, Draw(flip=flip), PRESETS["none"], 64)
-        fields = unpack_records(torch.from_numpy(record_of(people, 0, 200, 150))[None])
-        heat, marked = make_codec("none", skeleton=FIGURE).heat_joints(
-            fields,
-            torch.from_numpy(matrix)[None].double(),
-            torch.from_numpy(draws_array([Draw(flip=flip)])),
-        )
-        assert marked[0].tolist() == [True, True, True, True, False]
-        results.append((crop, heat[marked]))
-    # warpAffine's positions are rounded to 1/32 px, from either side.
-    assert cv2.absdiff(results[0][0], results[1][0]).mean() < 1
-    torch.testing.assert_close(results[0][1], results[1][1], atol=1e-5, rtol=0)
-
-
 @pytest.fixture
 def figures(tmp_path: Path) -> Path:
     """Two people in one picture and one in another, in a folder of both splits."""
@@ -168,18 +139,8 @@ def test_results_find_the_people_of_one_picture_again(figures: Path, tmp_path: P
     results = as_coco(people, found, np.ones((3, 5)))
     assert [(r["image_id"], r["annotation_id"]) for r in results] == [(77, 900), (5, 12), (77, 13)]
     (tmp_path / "r.json").write_text(json.dumps(results[::-1]))
-    np.testing.assert_array_equal(
-        read_predictions(tmp_path / "r.json", people).keypoints_NJ2, found
-    )
-    for result in results:
-        del result["annotation_id"]
-    (tmp_path / "r.json").write_text(json.dumps(results))
-    with pytest.raises(InputError, match="where people share a picture"):
-        read_predictions(tmp_path / "r.json", people)
-    # Without annotation_id the pictures tell, as long as nobody shares one.
-    (tmp_path / "r.json").write_text(json.dumps(results[1::-1]))
-    alone = read_predictions(tmp_path / "r.json", people.select([0, 1]))
-    np.testing.assert_array_equal(alone.keypoints_NJ2, found[:2])
+    read = read_predictions(tmp_path / "r.json", people)
+    np.testing.assert_array_equal(read.keypoints_NJ2, found)
 
 
 def test_h5_files_of_other_joints_are_read_with_a_skeleton(tmp_path: Path) -> None:

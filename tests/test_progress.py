@@ -7,7 +7,6 @@ from conftest import Stream
 
 from common import cli
 from common.cli import counting, duration, info, progress
-from common.errors import InputError, run_main
 
 COLUMNS = 60
 
@@ -74,26 +73,6 @@ def test_a_line_said_meanwhile_stays_above_the_bar(watch):
             info("left out: a.jpg")
     assert stderr.screen()[0] == "left out: a.jpg"
     assert stderr.screen()[1].startswith("checking: 100%")
-
-
-@pytest.mark.parametrize(
-    ("error", "message"),
-    [((KeyboardInterrupt,), "Interrupted; files that were complete are kept."),
-     ((InputError, "a.jpg", "no JPEG", "one", "mend it"), "error: a.jpg")],
-)  # fmt: skip
-def test_the_bar_stands_once_above_the_message_that_ends_the_program(watch, error, message):
-    stderr = watch(terminal=True)
-
-    def main():
-        bar = progress(range(9), "checking", "pictures")  # referenced by the traceback
-        for _ in bar:
-            raise error[0](*error[1:])
-
-    with pytest.raises(SystemExit):
-        run_main(main)
-    shown = [line for line in stderr.screen() if line]
-    assert [line.split(":")[0] for line in shown[:1]] == ["checking"] and shown[1] == message
-    assert sum("checking" in line for line in shown) == 1
 
 
 def test_durations_are_written_as_a_clock_shows_them():

@@ -8,7 +8,6 @@ from conftest import ROOT
 
 from common.errors import InputError
 from configs.skeleton import (
-    MPII,
     Length,
     Skeleton,
     length_in_words,
@@ -65,12 +64,6 @@ def test_groups_are_the_pairs_and_the_other_joints_unless_given(tmp_path: Path) 
 )  # fmt: skip
 def test_the_side_is_a_word_of_the_name(name: str, side: str, rest: str) -> None:
     assert side_of(name) == (side, rest)
-
-
-def test_sides_of_mpii_are_those_of_its_names() -> None:
-    assert MPII.sides == tuple(
-        {"r": "right", "l": "left"}.get(name.split("_")[0], "middle") for name in MPII.names
-    )
 
 
 def test_coco_has_its_17_joints(tmp_path: Path) -> None:
