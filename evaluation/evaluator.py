@@ -259,7 +259,7 @@ def run_job(
 
 
 def _write_predictions(options: Namespace, dataset: EvaluationDataset, found: Predictions) -> None:
-    people, (keypoints, scores) = dataset.people, found
+    (people, source, samples, skeleton, *_), (keypoints, scores) = dataset, found
     for path, entries in (
         (options.save_predictions, predictions.as_entries),
         (options.save_coco, predictions.as_coco),
@@ -271,13 +271,8 @@ def _write_predictions(options: Namespace, dataset: EvaluationDataset, found: Pr
         info(f"wrote {options.save_mat}")
     if options.picture:
         rows = np.linspace(0, people.count - 1, min(options.people, people.count)).astype(int)
-        sheet = draw_people(
-            dataset.source,
-            dataset.samples[rows],
-            people.select(rows),
-            keypoints[rows],
-            dataset.skeleton,
-        )
+        people, samples = people.select(rows), samples[rows]
+        sheet = draw_people(source, samples, people, keypoints[rows], skeleton)
         _, encoded = cv2.imencode(options.picture.suffix, sheet)
         write_atomic(options.picture, encoded.tobytes())
         info(f"wrote {options.picture}")
@@ -294,8 +289,8 @@ def publish(evaluation: Evaluation, options: Namespace) -> None:
     name, first = next(iter(results.items()))
     print("\n" + "\n".join(title))
     if first["joints_counted"]:
-        print(f"{skeleton.metric} in %; < and <= say whether an error equal to the threshold counts"
-              " as found (groups: <=)\n")  # fmt: skip
+        signs = "< and <= say whether an error equal to the threshold counts as found (groups: <=)"
+        print(f"{skeleton.metric} in %; {signs}\n")
         print(report.results_table(results, skeleton))
         if data:
             print("\n" + report.counts_text(first))

@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from helpers import damage_picture, make_codec, make_trainer, people_at, steps, tiny_config
+from helpers import damage_picture, leaves, make_codec, make_trainer, people_at, steps, tiny_config
 from torch import nn
 
 import evaluate
@@ -28,8 +28,8 @@ from pipelines.shards import ShardSet
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 PLAIN = {"flip": False, "device": CPU, "dtype": torch.float32}
-MOST_PIXELS_ARE_FLAT = 0.9
-"""Maps of an untrained network are nearly flat: rounding can move a few maxima by many pixels."""
+EQUAL_SHARE = 0.9
+"""Of joints. Maps of an untrained network are nearly flat, so rounding moves a few maxima far."""
 
 
 class Fixed(nn.Module):
@@ -61,7 +61,7 @@ def test_target_heatmaps_decode_to_the_annotated_pixels(preset, flip, tiny_shard
     truth = unpack_records(raw.records_NR).joints_NJ2.double().numpy()
     error = (found.keypoints_NJ2 - truth)[inside.numpy()]
     assert len(error) > 60
-    assert np.linalg.norm(error, axis=-1).max() < 0.05
+    assert np.linalg.norm(error, axis=-1).max() < (0.01 if preset == "hrnet" else 0.05)
     assert np.abs(error.mean(axis=0)).max() < 0.005
 
 
@@ -127,7 +127,6 @@ class Machine:
 
 
 RATES = {1: 100.0, 2: 150.0, 4: 230.0, 8: 400.0, 16: 410.0, 32: 700.0, 64: 720.0, 128: 600.0}
-FIT_IN_MEMORY = {1: 10.0, 2: 19.0, 4: 30.0}
 
 
 @pytest.mark.parametrize(
@@ -135,30 +134,27 @@ FIT_IN_MEMORY = {1: 10.0, 2: 19.0, 4: 30.0}
     [
         (RATES, {}, 32, list(RATES)),  # 64 is hardly faster; 16 was a dip
         (RATES, {6: 0.5, 7: 0.3}, 32, list(RATES)),
-        (FIT_IN_MEMORY, {}, 4, [1, 2, 4]),
+        ({1: 10.0, 2: 19.0, 4: 30.0}, {}, 4, [1, 2, 4]),  # 8 does not fit in memory
         ({}, {}, 1, []),
+        # Large networks on a CPU, where larger batches gain nothing: the time is limited.
+        (dict.fromkeys(RATES, 60.0), {}, 1, [1, 2, 4, 8, 16, 32]),
+        (dict.fromkeys(RATES, 3.0), {}, 1, [1, 2]),
+        (dict.fromkeys(RATES, 0.2), {}, 1, [1]),
     ],
 )
-def test_the_fastest_batch_size_is_found(rates, pauses, fastest, tried):
-    size, found = inference.fastest_size(Machine(rates, pauses), 128)
-    assert size == fastest and list(found) == tried
-    assert not tried or found[4] == pytest.approx(rates[4])
+def test_the_fastest_batch_size_is_found_in_four_seconds_or_one_batch(
+    rates, pauses, fastest, tried
+):
+    machine = Machine(rates, pauses)
+    size, found = inference.fastest_size(machine, 128)
+    assert size == fastest and found == pytest.approx({size: rates[size] for size in tried})
+    warm_up = 1 / rates.get(1, 1.0)
+    assert machine.spent - warm_up <= max(4.0, warm_up)
 
 
-@pytest.mark.parametrize(
-    ("rate", "sizes"), [(0.2, {1}), (3.0, {1, 2}), (60.0, {1, 2, 4, 8, 16, 32})]
-)
-def test_the_search_for_the_batch_size_takes_four_seconds_or_one_batch(rate, sizes):
-    """Of a large network on a CPU, where a larger batch gains nothing; the first warms up."""
-    machine = Machine(dict.fromkeys(RATES, rate), {})
-    size, rates = inference.fastest_size(machine, 128)
-    assert size == 1 and set(rates) == sizes
-    assert machine.spent - 1 / rate <= max(4.0, 1 / rate)
-
-
-@pytest.mark.parametrize(("people", "expected"), [(5, 5), (16, 8), (inference.FEW, 8)])
-def test_for_a_few_people_no_batch_size_is_measured(people, expected):
-    assert inference.choose_batch_size(None, make_codec(), people, **PLAIN) == (expected, {})
+def test_for_a_few_people_no_batch_size_is_measured():
+    for people, size in ((5, 5), (16, 8), (inference.FEW, 8)):
+        assert inference.choose_batch_size(None, make_codec(), people, **PLAIN) == (size, {})
 
 
 # The program
@@ -230,7 +226,7 @@ def test_shards_pictures_and_batch_sizes_give_the_same_predictions(trained, tiny
     for name, tolerance in (("five", 0.01), ("pictures", 0.05)):
         other = predictions(tmp_path / f"{name}.json")
         near = np.abs(other - one)[..., :2].max(axis=-1) < tolerance
-        assert near.mean() > MOST_PIXELS_ARE_FLAT, name
+        assert near.mean() > EQUAL_SHARE, name
 
 
 @pytest.mark.slow
@@ -246,7 +242,7 @@ def test_two_ranks_predict_what_one_predicts(trained, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("PCKh in %") == 1  # printed by rank 0 alone
     one, two = (predictions(tmp_path / f"{name}.json") for name in ("one", "two"))
-    assert (np.abs(two - one)[..., :2].max(axis=-1) < 0.01).mean() > MOST_PIXELS_ARE_FLAT
+    assert (np.abs(two - one)[..., :2].max(axis=-1) < 0.01).mean() > EQUAL_SHARE
     np.testing.assert_allclose(two[..., 2], one[..., 2], atol=1e-5)
 
 
@@ -257,7 +253,7 @@ def test_a_gpu_predicts_what_the_cpu_predicts(trained, tmp_path):
                        "--save-predictions", str(tmp_path / f"{device}.json")])  # fmt: skip
     one, other = (predictions(tmp_path / f"{device}.json") for device in ("cpu", "cuda"))
     np.testing.assert_allclose(other[..., 2], one[..., 2], atol=1e-3)  # scores; TF32 may be on
-    assert (np.abs(other - one)[..., :2].max(axis=-1) < 0.5).mean() > MOST_PIXELS_ARE_FLAT
+    assert (np.abs(other - one)[..., :2].max(axis=-1) < 0.5).mean() > EQUAL_SHARE
 
 
 def test_the_gap_between_the_loaders_is_printed(trained, tmp_path, capsys):
@@ -274,11 +270,9 @@ def test_the_gap_between_the_loaders_is_printed(trained, tmp_path, capsys):
 def test_differences_from_training_are_printed(trained, capsys):
     run("--checkpoint", trained, "--crop", "princeton")
     assert "note: trained on affine crops, evaluated on princeton ones" in capsys.readouterr().out
-    differences = evaluator.differences
-    assert differences("affine", "affine", "opencv", ("opencv",)) == []
-    assert "--compare-loaders" in differences("affine", "affine", "dali", ("opencv",))[0]
-    assert differences("affine", "affine", "dali", ("opencv", "dali")) == []
-    assert "twice" in differences("princeton", "princeton", "dali", ("dali",))[0]
+    assert evaluator.differences("affine", "affine", "dali", ("opencv", "dali")) == []
+    (remark,) = evaluator.differences("affine", "affine", "dali", ("opencv",))
+    assert "--compare-loaders" in remark
 
 
 def documented(heading: str) -> set[str]:
@@ -289,16 +283,6 @@ def documented(heading: str) -> set[str]:
     return {key for cell in cells for key in re.findall(r"`([^`]+)`", cell)}
 
 
-def keys(value: object, names: dict[str, str], path: str = "") -> set[str]:
-    """Dotted keys of the leaves. names: of keys that stand for many."""
-    if isinstance(value, list) and value and isinstance(value[0], dict):
-        return {path}.union(*(keys(each, names, path) for each in value))
-    if not isinstance(value, dict):
-        return {path}
-    inner = {f"{path}.{names.get(key, key)}".lstrip("."): each for key, each in value.items()}
-    return set().union(*(keys(each, names, name) for name, each in inner.items()))
-
-
 def test_the_documented_keys_are_those_of_the_files(tiny_shards, tmp_path):
     make_trainer(tiny_config(tiny_shards, train={"steps": 4, "log_every": 2}), tmp_path).train()
     run("--checkpoint", tmp_path, "--shards", tiny_shards, "--json", tmp_path / "n.json",
@@ -306,10 +290,11 @@ def test_the_documented_keys_are_those_of_the_files(tiny_shards, tmp_path):
     numbers = json.loads((tmp_path / "n.json").read_text())
     assert set(numbers) == documented("`evaluate.py --json`")
     result = numbers["network"]
-    names = {"0.5": "T", "0.1": "T"}
-    names |= dict.fromkeys(result["joint_names"], "JOINT")
+    names = {"0.5": "T", "0.1": "T", **dict.fromkeys(result["joint_names"], "JOINT")}
     names |= dict.fromkeys(result["details"]["groups"], "GROUP")
-    assert keys(result, names) == documented("A result")
+    paths = [path.split("/")[:-1] for path in leaves(result)]  # with indices of lists
+    found = {".".join(names.get(k, k) for k in path if not k.isdigit()) for path in paths}
+    assert found | {"by_size"} == documented("A result")
     assert len(result["person_error_percentiles"]) == 101
     entries = json.loads((tmp_path / "p.json").read_text())
     assert {key for entry in entries for key in entry} == documented("Predictions")
@@ -330,22 +315,15 @@ def bad_inputs(trained: Path, tiny_shards: Path, tiny_set: Path, tmp_path: Path)
     nose = Skeleton("nose", ("nose",), (), (), (("nose", (0,)),))
     result = pckh.summary(np.zeros((1, 1, 2)), people_at(np.zeros((1, 1, 2))), nose)
     (tmp_path / "others.json").write_text(json.dumps({"network": result}))
-    no_index = shutil.copytree(tiny_shards / "valid", tmp_path / "no_index")
-    next(no_index.glob("*.idx")).unlink()
     best = ["--checkpoint", trained / "best.pt"]
     annotations = tiny_set / "annot" / "valid.h5"
     return {
         "no checkpoint": (["--checkpoint", tmp_path / "nowhere.pt"], "nowhere.pt"),
         "bad checkpoint": (["--checkpoint", tmp_path / "noise.pt"], "noise.pt"),
-        "no shards": ([*best, "--shards", tmp_path / "empty"], "no manifest.json"),
-        "no index": ([*best, "--shards", no_index], ".idx"),
         "no pictures": ([*best, "--annotations", annotations, "--images", tmp_path / "empty"],
                         "5 of 5 pictures missing"),
         "half a pair": ([*best, "--annotations", annotations], "--images"),
-        "no picture": ([*best, "--picture", tmp_path / "p.xyz"], "p.xyz"),
         "a folder": ([*best, "--save-predictions", tmp_path], str(tmp_path)),
-        "half a submission": ([*best, "--save-submission", tmp_path / "s.mat"], "--release"),
-        "no earlier run": ([*best, "--compare", tmp_path / "nowhere.json"], "nowhere.json\n"),
         "noise to compare": ([*best, "--compare", tmp_path / "noise.pt"], "no JSON"),
         "nothing to compare": ([*best, "--compare", tmp_path / "empty.json"], "no result in it"),
         "other joints": ([*best, "--compare", tmp_path / "others.json"], "joints nose"),

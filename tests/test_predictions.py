@@ -104,7 +104,6 @@ def bad_files(people, folder: Path) -> dict[str, Path]:
         "not a number": write(folder / "nan.json", nan),
         "words": write(folder / "words.json", words),
         "no list": write(folder / "dict.json", {"a": 1}),
-        "no fields": write(folder / "fields.json", [{}]),
         "no entries": write(folder / "numbers.json", [1, 2, 3]),
         "no JSON": folder / "noise.json",
         "no .mat": folder / "noise.mat",
@@ -213,14 +212,6 @@ def test_a_release_with_other_fields_is_refused(changes, tmp_path):
     write_release(tmp_path / "r.mat", IS_TRAIN, PEOPLE_IN, SINGLE, **changes)
     with pytest.raises(InputError, match="no annotation of MPII"):
         read_release(tmp_path / "r.mat", crowd(WANTED))
-
-
-def test_another_file_is_no_release(tmp_path):
-    scipy_io.savemat(tmp_path / "other.mat", {"preds": 3})
-    (tmp_path / "noise.mat").write_bytes(b"noise" * 50)
-    for name in ("other.mat", "noise.mat", "nowhere.mat"):
-        with pytest.raises(InputError, match=name):
-            read_release(tmp_path / name, crowd(WANTED))
 
 
 # --compare names the reference run, and warns where it was scored on different data
