@@ -1,4 +1,4 @@
-"""Shards of crops: the region holds all that a preset reaches, and its pixels are the picture's."""
+"""Stored crops: they contain all that a preset reads, and their pixels are the picture's."""
 
 import math
 import sys
@@ -38,7 +38,7 @@ CENTERS_AND_SIDES = [
 
 @pytest.fixture(scope="module")
 def crop_shards(tiny_set, tmp_path_factory):
-    """The tiny set as crops that hrnet reaches, of at most 64 px a person."""
+    """The tiny set as crops for the preset hrnet, of at most 64 px a person."""
     output = tmp_path_factory.mktemp("crops") / "tiny"
     assert main(pack_arguments(tiny_set, output, "--packing", "crop", "--person-px", 64)) == 0
     return output
