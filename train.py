@@ -25,12 +25,10 @@ from training.checkpoint_manager import (
     BEST,
     LAST,
     RESUME_ME,
-    numbered,
     open_run_folder,
     remove_resume_marker,
 )
-from training.metrics import CURVES, METRICS, PEOPLE, TENSORBOARD, require_tracker
-from training.nonfinite import SKIPPED
+from training.metrics import require_tracker
 from training.resume import AUTO, find_start, global_batch_size, load_resumable
 from training.trainer import Trainer
 
@@ -109,17 +107,17 @@ def make_parser() -> ArgumentParser:
 
 def print_settings(trainer: Trainer) -> None:
     """Print what is about to be trained, the global batch size above all."""
-    config, dist = trainer.config, trainer.dist
+    config, dist, shards = trainer.config, trainer.dist, trainer.shards
     data, model, optim, train = config.data, config.model, config.optim, config.train
     parameters = sum(p.numel() for p in trainer.network.parameters())
+    batch, people = global_batch_size(config, dist.world_size), len(trainer.validator.shards)
     facts: dict[str, Any] = {
         "run": trainer.folder,
         "network": f"{model.stacks} stack(s) of width {model.width}, {parameters:,} parameters",
-        "people": f"{len(trainer.shards):,} to train on, "
-        f"{len(trainer.validator.shards):,} to validate on",
-        "pictures": describe_pictures(trainer.shards.manifest.crop, data.input_px),
-        "batch": f"{global_batch_size(config, dist.world_size)} = {data.batch_size} per rank "
-        f"x {dist.world_size} rank(s) x {optim.accumulate}",
+        "people": f"{len(shards):,} to train on, {people:,} to validate on",
+        "pictures": describe_pictures(shards.manifest.crop, data.input_px),
+        "batch": f"{batch} = {data.batch_size} per rank x {dist.world_size} rank(s) "
+        f"x {optim.accumulate}",
         "steps": f"{train.steps:,}, {train.steps_per_epoch:,} an epoch, "
         f"from {trainer.progress.step:,}",
         "loader": trainer.loader_name,
@@ -139,28 +137,17 @@ def describe_pictures(crop: CropRule | None, input_px: int) -> str:
 
 def print_results(trainer: Trainer, first_step: int) -> None:
     """Print what was made, and the command that comes next. first_step: of this start."""
-    folder, progress, checkpoints = trainer.folder, trainer.progress, trainer.checkpoints
-    metric = trainer.codec.skeleton.metric
-    made = {
-        "config.yaml": "every setting",
-        LAST: f"weights, optimizer and loader state after step {checkpoints.saved_step:,}",
-        BEST: f"the best by validation, {metric}@0.5 {100 * progress.best:.2f} %",
-        **{path.name: "of its step" for path in numbered(folder)},
-        SKIPPED: "people whose loss or gradients were not finite",
-        METRICS: "every number",
-        CURVES: f"loss and {metric} over the steps",
-        PEOPLE: "people of the last validation",
-        TENSORBOARD: f"tensorboard --logdir {folder}",
-    }
+    folder, progress, saved = trainer.folder, trainer.progress, trainer.checkpoints
+    metric, steps = trainer.codec.skeleton.metric, trainer.config.train.steps
     if progress.step == first_step and not trainer.interrupted:
         print(f"The run was done: step {progress.step:,} is its last. More: --train.steps")
-    print(f"Made, after {progress.step:,} of {trainer.config.train.steps:,} steps:")
-    for name, what in made.items():
-        if (folder / name).exists():
-            print(f"  {folder / name}  ({what})")
-    if checkpoints.failure:
-        lost = f"{checkpoints.saved_step + 1:,} to {progress.step:,}"
-        print(f"LOST: steps {lost}: {checkpoints.failure}")
+    print(f"{folder}, after {progress.step:,} of {steps:,} steps, has")
+    print(f"  {', '.join(sorted(path.name for path in folder.iterdir()))}")
+    print(f"  {LAST} is of step {saved.saved_step:,}")
+    if progress.best >= 0:
+        print(f"  {BEST} has {metric}@0.5 {100 * progress.best:.2f} %, the best of all validations")
+    if saved.failure:
+        print(f"LOST: steps {saved.saved_step + 1:,} to {progress.step:,}: {saved.failure}")
     if trainer.interrupted:
         print(f"Stopped by a signal; {folder / RESUME_ME} is there until the run goes on")
         print(f"Next: python train.py --config {folder / 'config.yaml'} --resume")

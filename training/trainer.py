@@ -9,13 +9,13 @@ import math
 import os
 import signal
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from common.distributed import (
     DistributedContext,
@@ -47,7 +47,6 @@ from pipelines.shards import ShardSet
 from training.checkpoint_manager import (
     BEST,
     LAST,
-    RESUME_ME,
     CheckpointManager,
     remove_resume_marker,
     write_resume_marker,
@@ -222,14 +221,14 @@ class Trainer:
         first_batch = self.progress.step * self.config.optim.accumulate
         if data.on_bad_sample == "stop":
             return train_loader(self.shards, spec, first_batch, loader_state)
-        self.bad_samples = BadSamples(
-            self.shards, self.folder, data.max_bad_samples, self.dist.rank
+        limit, rank = data.max_bad_samples, self.dist.rank
+        self.bad_samples = BadSamples(self.shards, self.folder, limit, rank)
+        return SkippingLoader(
+            lambda shards, batch, state: train_loader(shards, spec, batch, state),
+            self.bad_samples,
+            first_batch,
+            loader_state,
         )
-
-        def make(shards: ShardSet, batch: int, state: bytes) -> Loader:
-            return train_loader(shards, spec, batch, state)
-
-        return SkippingLoader(make, self.bad_samples, first_batch, loader_state)
 
     # Training
 
@@ -257,14 +256,13 @@ class Trainer:
                 end_profiled_step()
                 seconds = time.perf_counter() - started
                 self.progress.seconds = seconds_before + seconds
-                at_epoch, at_log = (
-                    self._is_at_epoch_end(),
-                    self.progress.step % train.log_every == 0,
-                )
+                step = self.progress.step
+                at_epoch = step % train.steps_per_epoch == 0 or step == train.steps
+                at_log = at_epoch or step % train.log_every == 0
                 # GPU ranks synchronise only here; a collective at each step would stall the queue.
-                if at_epoch or at_log or dist.world_size == 1 or dist.device.type == "cpu":
+                if at_log or dist.world_size == 1 or dist.device.type == "cpu":
                     self.interrupted = any_rank(self._should_stop(), dist)
-                if not (at_epoch or at_log or self.interrupted):
+                if not (at_log or self.interrupted):
                     continue
                 self.report(totals)
                 totals = Totals(dist.device)
@@ -318,10 +316,6 @@ class Trainer:
             for c in (self.config, self.saved_config)
         )
 
-    def _is_at_epoch_end(self) -> bool:
-        step, train = self.progress.step, self.config.train
-        return step % train.steps_per_epoch == 0 or step == train.steps
-
     def _should_stop(self) -> bool:
         """Whether a signal came, or torchrun has died, which then cannot end this rank."""
         is_orphan = launched_by_torchrun() and os.getppid() != self._parent
@@ -362,10 +356,8 @@ class Trainer:
         text = f"STOPPED EARLY at step {step} of {train.steps}: {why}."
         self.log.info(f"{text} --resume, without a path, continues.")
         if self.interrupted and self.dist.is_first:
-            try:
+            with suppress(OSError):  # on a full disk only the exit code asks for a restart
                 write_resume_marker(self.folder, text)
-            except OSError as error:
-                self.log.info(f"{self.folder / RESUME_ME} cannot be written: {error}")
 
     # Validation and checkpoints
 
@@ -400,10 +392,8 @@ class Trainer:
             f"{' (best so far)' if is_best else ''}"
         )
         if not result["peak"] >= COLLAPSED_PEAK and step >= COLLAPSE_FROM_STEP:
-            self.log.info(
-                f"step {step}: the heatmaps peak at {result['peak']:.3f} on average: the network "
-                "predicts almost only zeros. If this stays, lower optim.lr or raise heatmaps.sigma."
-            )
+            advice = "if this stays, lower optim.lr or raise heatmaps.sigma"
+            self.log.info(f"step {step}: the network predicts almost only zeros; {advice}")
         self.progress.validation_due = False
         self.save([LAST, BEST] if is_best else [LAST])
         if self.dist.is_first:
@@ -445,8 +435,8 @@ class Trainer:
             loader=self.loader_name,
             loader_device=self.dist.device.type,
             loader_began=self.progress.loader_began,
-            rng=[_as_tensor(data) for data in rng],
-            loader_states=[_as_tensor(data) for data in loaders],
+            rng=[torch.tensor(bytearray(data), dtype=torch.uint8) for data in rng],
+            loader_states=[torch.tensor(bytearray(s), dtype=torch.uint8) for s in loaders],
         )
         return Checkpoint(
             path=self.folder / LAST,
@@ -471,8 +461,3 @@ def open_shards(config: Config) -> tuple[ShardSet, ShardSet]:
         valid.manifest.skeleton, train.manifest.skeleton, valid.folder, train.folder
     )
     return train, valid
-
-
-def _as_tensor(data: bytes) -> Tensor:
-    """Bytes as a uint8 tensor, which a checkpoint can hold."""
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.zeros(0).byte()
