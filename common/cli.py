@@ -29,9 +29,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raises InputError instead of printing the usage."""
-        raise InputError(
-            "command line", message, "options of this program", f"see {self.prog} --help"
-        )
+        raise InputError("command line", message, "known options", f"see {self.prog} --help")
 
 
 def check_options(words: Iterable[str], known: Iterable[str], help_command: str) -> None:

@@ -168,47 +168,46 @@ def default_groups(names: tuple[str, ...], flip_pairs: Pairs) -> Groups:
 
 
 def load_skeleton(path: Path) -> Skeleton:
-    """A Skeleton from a YAML file. Raises InputError; for an unknown name it suggests the nearest.
+    """A Skeleton from a YAML file with the keys of docs/custom-data.md. Raises InputError.
 
-    Keys: docs/custom-data.md.
+    For an unknown name the message suggests the nearest.
     """
-    raw = _read(path)
-    names = tuple(_name_list(raw["joints"], f"{path}: joints"))
-    pairs = _pairs(raw["flip_pairs"], names, f"{path}: flip_pairs")
-    _check_sides(names, pairs, f"{path}: flip_pairs")
-    groups = raw.get("groups")
+    raw = read_yaml(path, f"the keys {', '.join(_KEYS)}")
+    try:
+        return _from_yaml(raw)
+    except ValueError as error:
+        expected, advice = "joints as in configs/skeletons/coco.yaml", "correct it"
+        raise InputError(path, str(error), expected, advice) from error
+
+
+def _from_yaml(raw: dict[str, Any]) -> Skeleton:
+    """Raises ValueError."""
+    for key in raw:
+        _index(key, _KEYS, "the file")
+    missing = [key for key in _KEYS if key not in raw and key not in _OPTIONAL_KEYS]
+    if missing:
+        raise ValueError(f"no {', '.join(missing)}")
+    names = tuple(_name_list(raw["joints"], "joints"))
+    pairs = _pairs(raw["flip_pairs"], names, "flip_pairs")
+    _check_sides(names, pairs)
+    groups = default_groups(names, pairs)
+    if raw.get("groups") is not None:
+        groups = _groups(raw["groups"], names)
     return Skeleton(
-        name=_name_list([raw["name"]], f"{path}: name")[0],
+        name=_name_list([raw["name"]], "name")[0],
         names=names,
         flip_pairs=pairs,
-        limbs=_pairs(raw["limbs"], names, f"{path}: limbs"),
-        groups=default_groups(names, pairs)
-        if groups is None
-        else _groups(groups, names, f"{path}: groups"),
-        length=_length(raw.get("normalize"), names, f"{path}: normalize"),
+        limbs=_pairs(raw["limbs"], names, "limbs"),
+        groups=groups,
+        length=_length(raw.get("normalize"), names),
     )
 
 
-def _error(where: object, found: object, expected: str, advice: str = "") -> InputError:
-    example = "correct it; configs/skeletons/coco.yaml is an example"
-    return InputError(where, str(found)[:300], expected, advice or example)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    raw = read_yaml(path, f"the keys {', '.join(_KEYS)}")
-    for key in raw:
-        _index(key, _KEYS, path, "key")
-    missing = [key for key in _KEYS if key not in raw and key not in _OPTIONAL_KEYS]
-    if missing:
-        raise _error(path, f"no {', '.join(missing)}", f"the keys {', '.join(_KEYS)}")
-    return raw
-
-
-def _index(name: Any, known: tuple[str, ...], where: object, what: str) -> int:
+def _index(name: Any, known: tuple[str, ...], where: str) -> int:
     """The index of a name among the known ones."""
     if name not in known:
         advice = did_you_mean(str(name), known) or f"known are {', '.join(known)}"
-        raise _error(where, f"unknown {what} {name!r}", f"a {what} of this file", advice)
+        raise ValueError(f"{where}: unknown {name!r}; {advice}")
     return known.index(name)
 
 
@@ -217,63 +216,54 @@ def _name_list(raw: Any, where: str) -> list[str]:
     is_list = isinstance(raw, list) and len(raw) > 0
     # YAML reads an unquoted yes, no, on, off as true or false, and digits as a number.
     if not is_list or not all(isinstance(n, str) and n.strip() and n.isprintable() for n in raw):
-        raise _error(where, repr(raw), "names, in quotes where YAML reads something else")
-    twice = sorted({name for name in raw if raw.count(name) > 1})
-    if twice:
-        raise _error(where, f"{', '.join(twice)} more than once", "different names")
+        raise ValueError(f"{where}: {raw!r} are no names (write them in quotes)"[:300])
+    if twice := sorted({name for name in raw if raw.count(name) > 1}):
+        raise ValueError(f"{where}: {', '.join(twice)} more than once")
     return raw
 
 
 def _joints(raw: Any, names: tuple[str, ...], where: str) -> tuple[int, ...]:
     """Indices of different joints, at least one."""
-    return tuple(_index(name, names, where, "joint") for name in _name_list(raw, where))
+    return tuple(_index(name, names, where) for name in _name_list(raw, where))
 
 
 def _pairs(raw: Any, names: tuple[str, ...], where: str) -> Pairs:
-    if not isinstance(raw, list):
-        raise _error(where, repr(raw), "a list of pairs of joints, [] for none")
     pairs: list[tuple[int, int]] = []
-    for i, entry in enumerate(raw):
+    for i, entry in enumerate(raw if isinstance(raw, list) else [raw]):
         joints = _joints(entry, names, f"{where}[{i}]")
         if len(joints) != 2 or set(joints) in map(set, pairs):
-            raise _error(f"{where}[{i}]", entry, "two joints, and each pair once")
+            raise ValueError(f"{where}[{i}]: {entry} is not two joints, or is there twice")
         pairs.append((joints[0], joints[1]))
     return tuple(pairs)
 
 
-def _check_sides(names: tuple[str, ...], pairs: Pairs, where: str) -> None:
-    """Raise InputError for a joint in two pairs, and for sides by name that the pairs contradict.
+def _check_sides(names: tuple[str, ...], pairs: Pairs) -> None:
+    """Raise ValueError for a joint in two pairs, and for sides by name that the pairs contradict.
 
     Such a mistake would train left joints as right ones without any other sign.
     """
     paired = [joint for pair in pairs for joint in pair]
     for joint in paired:
         if paired.count(joint) > 1:
-            found = f"{names[joint]} in {paired.count(joint)} pairs"
-            raise _error(where, found, "a joint in at most one pair")
+            raise ValueError(f"flip_pairs: {names[joint]} in {paired.count(joint)} pairs")
     sides = [side_of(name) for name in names]
     for a, b in pairs:
         if sides[a][0] == sides[b][0] != "middle":
-            found = f"{names[a]} and {names[b]}, both {sides[a][0]}"
-            raise _error(where, found, "a left joint and a right one")
+            raise ValueError(f"flip_pairs: {names[a]} and {names[b]} are both {sides[a][0]}")
     for a, b in itertools.combinations(range(len(names)), 2):
         opposite = {sides[a][0], sides[b][0]} == {"left", "right"}
         if opposite and sides[a][1] == sides[b][1] and not {(a, b), (b, a)} & set(pairs):
-            found = f"{names[a]} and {names[b]} in no pair"
-            expected = "a pair of them: they change places in a mirrored picture"
-            raise _error(where, found, expected, f"add [{names[a]}, {names[b]}]")
+            raise ValueError(f"flip_pairs: no pair of {names[a]} and {names[b]}; add it")
 
 
-def _groups(raw: Any, names: tuple[str, ...], where: str) -> Groups:
-    if not isinstance(raw, dict) or not raw:
-        raise _error(where, repr(raw), "a name and a list of joints for each group")
-    return tuple(
-        (name, _joints(joints, names, f"{where}.{name}"))
-        for name, joints in zip(_name_list([*raw], where), raw.values(), strict=True)
-    )
+def _groups(raw: Any, names: tuple[str, ...]) -> Groups:
+    if not isinstance(raw, dict):
+        raise ValueError(f"groups: {raw!r} has no name and list of joints for each group"[:300])
+    keys = _name_list([*raw], "groups")
+    return tuple((key, _joints(raw[key], names, f"groups.{key}")) for key in keys)
 
 
-def _length(raw: Any, names: tuple[str, ...], where: str) -> Length | None:
+def _length(raw: Any, names: tuple[str, ...]) -> Length | None:
     if raw is None:
         return None
     keys = set(raw) if isinstance(raw, dict) else set()
@@ -281,11 +271,11 @@ def _length(raw: Any, names: tuple[str, ...], where: str) -> Length | None:
     if type(factor) in (int, float) and 0 < factor < math.inf:
         if keys == {"box"}:
             return Length((), float(factor))
-        joints = _joints(raw.get("between"), names, f"{where}.between")
+        joints = _joints(raw.get("between"), names, "normalize.between")
         if len(joints) == 2 and keys <= {"between", "factor"}:
             return Length(joints, float(factor))
     expected = "{box: FACTOR} or {between: [JOINT, JOINT], factor: FACTOR}, with FACTOR above 0"
-    raise _error(where, repr(raw), expected)
+    raise ValueError(f"normalize: {raw!r} is not {expected}"[:400])
 
 
 R_ANKLE, R_KNEE, R_HIP, L_HIP, L_KNEE, L_ANKLE = 0, 1, 2, 3, 4, 5

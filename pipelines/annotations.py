@@ -25,7 +25,7 @@ from configs.skeleton import (
     PIXELS_PER_SCALE,
     Skeleton,
 )
-from pipelines.coco import parse_coco
+from pipelines.coco import Floats, parse_coco
 
 _LARGEST_COLUMN = 256 << 20
 """Bytes; that of MPII's 25,000 people has 6 million."""
@@ -43,13 +43,13 @@ class People(NamedTuple):
     """(N,) number of the picture in the source; -1 where the file has none."""
     person: npt.NDArray[np.int64]
     """(N,) number of the person in the picture; -1 where the file has none."""
-    center: npt.NDArray[np.float64]
+    center: Floats
     """(N, 2) image px."""
-    scale: npt.NDArray[np.float64]
+    scale: Floats
     """(N,) box side / 200 px."""
-    normalize: npt.NDArray[np.float64]
+    normalize: Floats
     """(N,) px; 0 where it is unknown."""
-    joints: npt.NDArray[np.float64]
+    joints: Floats
     """(N, J, 2) image px."""
     marked: npt.NDArray[np.bool_]
     """(N, J)"""
@@ -86,6 +86,8 @@ def read_annotations(
             people = _from_mpii_json(data, path, split, joints)
     else:
         people = _from_h5(path, joints)
+    if joints.length or np.isnan(people.normalize).all():
+        people = people._replace(normalize=normalizing_length(people, joints, path))
     _check(people, path)
     return people, joints
 
@@ -121,20 +123,16 @@ def _from_h5(path: Path, skeleton: Skeleton) -> People:
         found = f"not a readable HDF5 file of people ({str(error)[:120]})"
         advice = "fetch the file again; joints other than MPII's need --skeleton FILE.yaml"
         raise InputError(path, found, _FROM_PRINCETON, advice) from error
-    names, part, scale = columns["imgname"], columns["part"], columns["scale"]
-    unknown = np.full(len(names), -1.0)
-    marked, length = part[..., 0] != 0, columns.get("normalize")
-    if length is None or skeleton.length:
-        length = normalizing_length(part, marked, scale, skeleton, path)
+    unknown = np.full(len(columns["imgname"]), -1.0)
     return People(
-        images=tuple(names),
+        images=tuple(columns["imgname"]),
         index=_whole_numbers(columns.get("index", unknown), f"{path}: dataset index"),
         person=_whole_numbers(columns.get("person", unknown), f"{path}: dataset person"),
         center=columns["center"],
-        scale=scale,
-        normalize=length,
-        joints=part,
-        marked=marked,
+        scale=columns["scale"],
+        normalize=columns.get("normalize", np.nan * unknown),
+        joints=columns["part"],
+        marked=columns["part"][..., 0] != 0,
         visible=columns["visible"] > 0,
     )
 
@@ -166,7 +164,7 @@ def _h5_columns(path: Path, joints: int) -> dict[str, npt.NDArray[Any]]:
     return columns
 
 
-def _whole_numbers(values: npt.NDArray[np.float64], where: str) -> npt.NDArray[np.int64]:
+def _whole_numbers(values: Floats, where: str) -> npt.NDArray[np.int64]:
     fits = np.abs(values) < 2**53  # False for NaN
     if not fits.all():
         row = fits.argmin()
@@ -209,14 +207,14 @@ def _from_mpii_json(entries: list[Any], path: Path, split: str, skeleton: Skelet
         numbers.append([*(json_numbers(entry, key, (), where) for key in keys), *center])
     joints_NJ3 = np.array(joints).reshape(-1, skeleton.joint_count, 3)
     index, person, raw_scale, x, y = np.array(numbers, dtype=np.float64).reshape(-1, 5).T
-    marked, scale = joints_NJ3[..., 0] != 0, BOX_SCALE * raw_scale
+    marked = joints_NJ3[..., 0] != 0
     return People(
         images=tuple(images),
         index=_whole_numbers(index, f"{path}: annolist_index"),
         person=_whole_numbers(person, f"{path}: people_index"),
         center=np.stack([x, y + BOX_SHIFT_Y_PX * raw_scale], axis=1),
-        scale=scale,
-        normalize=normalizing_length(joints_NJ3[..., :2], marked, scale, skeleton, path),
+        scale=BOX_SCALE * raw_scale,
+        normalize=np.nan * raw_scale,
         joints=joints_NJ3[..., :2],
         marked=marked,
         visible=marked & (joints_NJ3[..., 2] > 0),
@@ -229,29 +227,22 @@ def _from_coco(data: dict[str, Any], path: Path, skeleton: Skeleton | None) -> P
         advice = "configs/skeletons/coco.yaml has COCO's own 17 joints; see docs/custom-data.md"
         raise InputError(path, found, expected, advice)
     images, ids_N2, box_N4, keypoints_NJ3 = parse_coco(data, path, skeleton)
-    joints, visibility = keypoints_NJ3[..., :2], keypoints_NJ3[..., 2]
-    scale = BOX_SCALE * box_N4[:, 2:].max(axis=1) / PIXELS_PER_SCALE
+    side_N = box_N4[:, 2:].max(axis=1)
     return People(
         images=images,
         index=ids_N2[:, 0],
         person=ids_N2[:, 1],
         # Boxes count from the corner of the picture, which is (-0.5, -0.5) here.
         center=box_N4[:, :2] + box_N4[:, 2:] / 2 - 0.5,
-        scale=scale,
-        normalize=normalizing_length(joints, visibility > 0, scale, skeleton, path),
-        joints=joints,
-        marked=visibility > 0,
-        visible=visibility > 1,
+        scale=BOX_SCALE * side_N / PIXELS_PER_SCALE,
+        normalize=np.nan * side_N,
+        joints=keypoints_NJ3[..., :2],
+        marked=keypoints_NJ3[..., 2] > 0,
+        visible=keypoints_NJ3[..., 2] > 1,
     )
 
 
-def normalizing_length(
-    joints_NJ2: npt.NDArray[np.float64],
-    marked_NJ: npt.NDArray[np.bool_],
-    scale_N: npt.NDArray[np.float64],
-    skeleton: Skeleton,
-    path: Path,
-) -> npt.NDArray[np.float64]:
+def normalizing_length(people: People, skeleton: Skeleton, path: Path) -> Floats:
     """(N,) the length that errors are divided by, px; 0 where a joint that it needs is unmarked.
 
     By the skeleton's rule; for MPII's joints without one, by the head. Raises InputError otherwise.
@@ -263,10 +254,10 @@ def normalizing_length(
         found, expected = "no length to divide errors by", "`normalize` in the skeleton's file"
         raise InputError(path, found, expected, "add it (docs/custom-data.md)")
     if not rule.joints:
-        return rule.factor * scale_N * PIXELS_PER_SCALE / BOX_SCALE
+        return rule.factor * people.scale * PIXELS_PER_SCALE / BOX_SCALE
     a, b = rule.joints
-    length = rule.factor * np.linalg.norm(joints_NJ2[:, a] - joints_NJ2[:, b], axis=-1)
-    return np.where(marked_NJ[:, a] & marked_NJ[:, b], length, 0.0)
+    length = rule.factor * np.linalg.norm(people.joints[:, a] - people.joints[:, b], axis=-1)
+    return np.where(people.marked[:, a] & people.marked[:, b], length, 0.0)
 
 
 def safe_name(name: str) -> bool:

@@ -11,7 +11,7 @@ from conftest import random_people, write_h5
 
 from common.errors import InputError
 from configs.skeleton import MPII
-from pipelines.annotations import People, normalizing_length, read_annotations, safe_name
+from pipelines.annotations import People, read_annotations, safe_name
 
 
 def good_columns(count: int = 3) -> dict[str, Any]:
@@ -137,21 +137,14 @@ def test_json_gives_each_split_its_own_people(tmp_path: Path) -> None:
     assert (train.images, valid.images) == (("0.jpg", "2.jpg", "4.jpg"), ("1.jpg", "3.jpg"))
 
 
-def test_the_head_length_is_three_quarters_of_neck_to_top() -> None:
-    joints, marked = np.zeros((2, 16, 2)), np.ones((2, 16), dtype=bool)
-    joints[:, 8], joints[:, 9] = (10, 20), (40, 60)  # a 3-4-5 triangle of 50 px
-    marked[1, 9] = False
-    length = normalizing_length(joints, marked, np.ones(2), MPII, Path("a.h5"))
-    np.testing.assert_allclose(length, [37.5, 0])
-
-
-def test_h5_without_normalize_takes_the_head_length(tmp_path: Path) -> None:
+def test_without_normalize_the_length_is_three_quarters_of_neck_to_top(tmp_path: Path) -> None:
     columns = good_columns()
     del columns["normalize"], columns["person"]
-    columns["part"][0, 8:10] = [(10, 20), (40, 60)]
+    columns["part"][0, 8:10] = [(10, 20), (40, 60)]  # a 3-4-5 triangle of 50 px
+    columns["part"][1, 9] = 0
     write_h5(tmp_path / "train.h5", columns)
     people, _ = read_annotations(tmp_path, "train")
-    assert people.normalize[0] == pytest.approx(37.5)
+    np.testing.assert_allclose(people.normalize[:2], [37.5, 0])
     np.testing.assert_array_equal(people.person, [-1, -1, -1])
 
 

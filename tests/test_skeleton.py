@@ -94,18 +94,18 @@ def test_joints_are_compared_by_name_or_where_there_are_none_by_number(tmp_path:
     [
         ({"limbs": [["nose", "lef_paw"]]}, "did you mean left_paw?"),
         ({"flip_pair": []}, "did you mean flip_pairs?"),
-        ({"flip_pairs": [["left_paw", "left_ear"]]}, "both left"),
-        ({"flip_pairs": [["left_paw", "right_paw"]]}, "add [left_ear, right_ear]"),
-        ({"flip_pairs": [["left_paw", "right_paw"]] * 2}, "each pair once"),
+        ({"flip_pairs": [["left_paw", "left_ear"]]}, "are both left"),
+        ({"flip_pairs": [["left_paw", "right_paw"]]}, "no pair of left_ear and right_ear"),
+        ({"flip_pairs": [["left_paw", "right_paw"]] * 2}, "is there twice"),
         ({"flip_pairs": None}, "no flip_pairs"),
-        ({"limbs": [["nose", "tail", "left_paw"]]}, "two joints"),
+        ({"limbs": [["nose", "tail", "left_paw"]]}, "is not two joints"),
         ({"joints": ["nose", "nose"]}, "nose more than once"),
         ({"joints": []}, "names"),
         ({"joints": [True, "nose"]}, "in quotes"),
         ({"groups": {"head": []}}, "groups.head"),
         ({"normalize": {"box": 1, "between": ["nose", "tail"]}}, "{box: FACTOR} or"),
         ({"normalize": {"box": float("inf")}}, "FACTOR above 0"),
-        ({"name": 3}, "names, in quotes"),
+        ({"name": 3}, "in quotes"),
     ],
 )
 def test_a_fault_is_one_error_with_its_place(changes: dict, message: str, tmp_path: Path) -> None:
