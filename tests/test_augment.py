@@ -17,55 +17,50 @@ from pipelines.augment import (
 )
 
 
-def many(name: str, count: int = 4000) -> np.ndarray:
+def many(name: str, count: int = 4000) -> Draw:
+    """A Draw of columns."""
     rng = np.random.default_rng(1)
-    return draws_array([draw(PRESETS[name], rng) for _ in range(count)])
+    return Draw(*draws_array([draw(PRESETS[name], rng) for _ in range(count)]).T)
 
 
-def column(draws: np.ndarray, name: str) -> np.ndarray:
-    return draws[:, Draw._fields.index(name)]
+NEUTRAL = draws_array([Draw()])[0, 3:]
 
 
-def test_princeton_draws_uniform_scale_and_rotation_and_colours_the_flipped_alone():
+def test_princeton_draws_uniform_scale_and_rotation_and_colours_only_the_flipped():
     draws = many("princeton")
-    scale, angle, flip = (column(draws, n) for n in ("scale", "rotation_deg", "flip"))
-    assert (scale.min(), scale.max()) == pytest.approx((0.75, 1.25), abs=0.005)
-    assert (angle.min(), angle.max()) == pytest.approx((-30, 30), abs=0.2)
-    assert flip.mean() == pytest.approx(0.5, abs=0.03)
-    neutral = draws_array([Draw()])[0, 3:]
-    assert (draws[flip == 0][:, 3:] == neutral).all()
-    flipped = draws[flip == 1]
-    for name, low, high in (("hue", -0.2, 0.2), ("saturation", 0.5, 1.5), ("brightness", -0.3, 0.3),
-                            ("contrast", 0.5, 1.5)):  # fmt: skip
-        values = column(flipped, name)
-        assert (values.min(), values.max()) == pytest.approx((low, high), abs=0.01)
+    assert (draws.scale.min(), draws.scale.max()) == pytest.approx((0.75, 1.25), abs=0.005)
+    assert np.ptp(draws.rotation_deg) == pytest.approx(60, abs=0.4)
+    assert draws.flip.mean() == pytest.approx(0.5, abs=0.03)
+    colors = np.stack(draws[3:], axis=1)
+    assert (colors[draws.flip == 0] == NEUTRAL).all()
+    limits = [(-0.2, 0.2), (0.5, 1.5), (-0.3, 0.3), (0.5, 1.5)]
+    for values, low_high in zip(colors[draws.flip == 1].T, limits, strict=False):
+        assert (values.min(), values.max()) == pytest.approx(low_high, abs=0.01)
 
 
 def test_newell_draws_a_clipped_normal_exponent_and_gains():
     draws = many("newell")
-    exponent = np.log2(column(draws, "scale"))
+    exponent = np.log2(draws.scale)
     # P(|N| > 2) = 4.55 % of the draws are clipped to the ends.
     assert np.abs(exponent).max() == pytest.approx(0.5, abs=1e-6)
     assert (np.abs(exponent) > 0.4999).mean() == pytest.approx(0.0455, abs=0.012)
-    angle = column(draws, "rotation_deg")
-    assert (angle != 0).mean() == pytest.approx(0.4, abs=0.03)
-    assert np.abs(angle).max() == pytest.approx(60, abs=1e-4)
-    red = column(draws, "red")
-    assert (red.min(), red.max()) == pytest.approx((0.6, 1.4), abs=0.01)
-    assert (column(draws, "hue") == 0).all()
+    assert (draws.rotation_deg != 0).mean() == pytest.approx(0.4, abs=0.03)
+    assert np.abs(draws.rotation_deg).max() == pytest.approx(60, abs=1e-4)
+    assert (draws.red.min(), draws.red.max()) == pytest.approx((0.6, 1.4), abs=0.01)
+    assert (draws.hue == 0).all()
 
 
 def test_hrnet_draws_a_clipped_normal_and_no_colour():
     draws = many("hrnet")
-    scale, angle = column(draws, "scale"), column(draws, "rotation_deg")
     # One standard deviation is kept, so 31.7 % lie on the ends.
-    assert ((scale == 0.75) | (scale == 1.25)).mean() == pytest.approx(0.317, abs=0.03)
-    assert (angle != 0).mean() == pytest.approx(0.6, abs=0.03)
-    assert (draws[:, 3:] == draws_array([Draw()])[0, 3:]).all()
+    at_limit = (draws.scale == 0.75) | (draws.scale == 1.25)
+    assert at_limit.mean() == pytest.approx(0.317, abs=0.03)
+    assert (draws.rotation_deg != 0).mean() == pytest.approx(0.6, abs=0.03)
+    assert (np.stack(draws[3:], axis=1) == NEUTRAL).all()
 
 
 def test_none_draws_nothing():
-    assert (many("none", 50) == draws_array([Draw()])[0]).all()
+    assert (np.stack(many("none", 50), axis=1) == draws_array([Draw()])).all()
 
 
 def test_a_draw_follows_from_seed_epoch_and_person_alone():

@@ -66,6 +66,11 @@ def make(name: str, workers: int = 0):
     return lambda shards, first_step, state: train_loader(shards, spec, first_step, state)
 
 
+def skip(split: Path | ShardSet, run: Path, name="opencv", workers=0, limit=5) -> SkippingLoader:
+    shards = split if isinstance(split, ShardSet) else ShardSet(split)
+    return SkippingLoader(make(name, workers), BadSamples(shards, run, limit), 0, b"")
+
+
 def next_batch(loader: Loader) -> RawBatch:
     return RawBatch(*(tensor.clone() for tensor in loader.next()))
 
@@ -108,12 +113,11 @@ def test_a_neighbour_replaces_the_damaged_and_all_others_are_equal_to_the_bit(
 ):
     folder = damaged(tiny_shards / "train", tmp_path / "bad", *replacement)
     split = ShardSet(tiny_shards / "train")
-    known = BadSamples(ShardSet(folder), tmp_path / "run", 5)
     whole = make(name)(split, 0, b"")
-    skipping = SkippingLoader(make(name, workers), known, 0, b"")
+    skipping = skip(folder, tmp_path / "run", name, workers)
     pairs = [(next_batch(whole), next_batch(skipping)) for _ in range(9)]
     assert count_replaced(split, replacement, pairs) >= 2 * len(replacement)
-    assert known.faults.keys() == replacement.keys()
+    assert skipping.bad_samples.faults.keys() == replacement.keys()
 
 
 def test_a_full_disk_delays_the_list_of_the_damaged(tiny_shards, tmp_path, monkeypatch):
@@ -121,8 +125,8 @@ def test_a_full_disk_delays_the_list_of_the_damaged(tiny_shards, tmp_path, monke
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     folder = damaged(tiny_shards / "train", tmp_path / "bad", 6)
-    known = BadSamples(ShardSet(folder), tmp_path, 5)
-    skipping = SkippingLoader(make("opencv"), known, 0, b"")
+    skipping = skip(folder, tmp_path, "opencv")
+    known = skipping.bad_samples
     with monkeypatch.context() as patch:
         patch.setattr(bad_samples, "write_atomic", full)
         for _ in range(9):
@@ -136,16 +140,15 @@ def test_workers_of_a_loader_that_failed_end_at_once(tiny_shards, tmp_path):
     """If the garbage collector ended them, it would wait five seconds for each."""
     folder = damaged(tiny_shards / "train", tmp_path / "bad", 1, 6)
     before = set(multiprocessing.active_children())
-    known = BadSamples(ShardSet(folder), tmp_path / "run", 5)
     gc.disable()
     try:
-        skipping = SkippingLoader(make("opencv", workers=1), known, 0, b"")
+        skipping = skip(folder, tmp_path / "run", workers=1)
         for _ in range(9):
             skipping.next()
             assert len(set(multiprocessing.active_children()) - before) == 1
     finally:
         gc.enable()
-    assert set(known.faults) == {1, 6}
+    assert set(skipping.bad_samples.faults) == {1, 6}
 
 
 @pytest.mark.parametrize("name", LOADERS)
@@ -165,32 +168,19 @@ def test_a_picture_damaged_in_mid_run_is_replaced_from_then_on(
 ):
     folder = Path(shutil.copytree(tiny_shards / "train", tmp_path / "train"))
     split = ShardSet(tiny_shards / "train")
-    known = BadSamples(ShardSet(folder), tmp_path / "run", 5)
     whole = make(name)(split, 0, b"")
-    skipping = SkippingLoader(make(name, workers), known, 0, b"")
+    skipping = skip(folder, tmp_path / "run", name, workers)
     pairs, damaged_at = [], []
     for number in range(24):  # eight passes; up to four batches are made ahead
         if number in (4, 14):  # and then the replacement itself
             damage_later(folder, {4: 6, 14: 7}[number])
         pairs.append((next_batch(whole), next_batch(skipping)))
-        damaged_at.append(sorted(known.faults))
+        damaged_at.append(sorted(skipping.bad_samples.faults))
     first, second = damaged_at.index([6]), damaged_at.index([6, 7])
     assert 4 <= first < 14 <= second < 21
     assert count_replaced(split, {}, pairs[:first]) == 0
     assert count_replaced(split, {6: 7}, pairs[first:second]) >= 1
     assert count_replaced(split, {6: 8, 7: 8}, pairs[second:]) >= 2
-
-
-@pytest.mark.parametrize(("name", "workers"), WITH_WORKERS)
-def test_in_stop_mode_a_picture_damaged_in_mid_run_is_named(name, workers, tiny_shards, tmp_path):
-    folder = Path(shutil.copytree(tiny_shards / "train", tmp_path / "train"))
-    loader = make(name, workers)(ShardSet(folder), 0, b"")
-    loader.next()
-    damage_later(folder, 6)
-    with pytest.raises(BadSamplesError, match="on_bad_sample skip") as caught:
-        for _ in range(9):
-            loader.next()
-    assert caught.value.where == f"{folder / '00001.tar'}: sample 6 (key 000000006)"
 
 
 @pytest.mark.parametrize("name", LOADERS)
@@ -211,10 +201,9 @@ def test_a_record_damaged_in_mid_run_changes_nothing_or_is_named(name, tiny_shar
         for _ in range(9):
             loader.next()
     assert caught.value.where == f"{folder / '00001.tar'}: sample 6 (key 000000006)"
-    known = BadSamples(data, tmp_path / "run", 5)
-    skipping = SkippingLoader(make(name), known, 0, b"")
+    skipping = skip(data, tmp_path / "run", name, limit=5)
     assert all(skipping.next().input_from_image_N23.isfinite().all() for _ in range(9))
-    assert set(known.faults) == {6}
+    assert set(skipping.bad_samples.faults) == {6}
 
 
 @pytest.mark.parametrize(("mode", "workers"), [("skip", 1), ("stop", 0)])
@@ -237,12 +226,11 @@ def test_a_picture_in_a_bad_sector_is_replaced_or_named(
                 loader.next()
         assert caught.value.where == f"{place.tar}: sample 6 (key 000000006)"
         return
-    known = BadSamples(split, tmp_path / "run", 5)
-    skipping = SkippingLoader(make("opencv", workers), known, 0, b"")
+    skipping = skip(split, tmp_path / "run", "opencv", workers)
     rows = [row for _ in range(9) for row in skipping.next().records_NR[:, 0]]
     samples = [sample_of_row(split, row) for row in rows]
     assert len(samples) == 36 and 6 not in samples and samples.count(7) == 6
-    assert known.faults == {6: "not readable (Input/output error)"}
+    assert skipping.bad_samples.faults == {6: "not readable (Input/output error)"}
 
 
 @pytest.mark.parametrize(("name", "workers"), WITH_WORKERS)
@@ -251,15 +239,14 @@ def test_of_a_tar_truncated_in_mid_run_only_the_lost_people_are_replaced(
 ):
     data = ShardSet(Path(shutil.copytree(tiny_shards / "train", tmp_path / "train")))
     data.records()
-    known = BadSamples(data, tmp_path / "run", 2)
-    loader = SkippingLoader(make(name, workers), known, 0, b"")
+    loader = skip(data, tmp_path / "run", name, workers, limit=2)
     loader.next()
     place = data.place(8, "jpg")
     os.truncate(place.tar, place.offset + place.size // 2)
     for _ in range(18):
         loader.next()
-    assert set(known.faults) == {8, 9}
-    assert all("the tar was cut off" in fault for fault in known.faults.values())
+    assert set(loader.bad_samples.faults) == {8, 9}
+    assert all("the tar was cut off" in fault for fault in loader.bad_samples.faults.values())
 
 
 @pytest.mark.parametrize("name", LOADERS)
@@ -268,10 +255,8 @@ def test_a_tar_that_vanishes_in_mid_run_is_named_and_stops_it_at_the_limit(
     mode, name, tiny_shards, tmp_path
 ):
     data = ShardSet(Path(shutil.copytree(tiny_shards / "train", tmp_path / "train")))
-    loader: Loader = make(name)(data, 0, b"")
-    if mode == "skip":
-        known = BadSamples(data, tmp_path / "run", 2)
-        loader = SkippingLoader(make(name), known, 0, b"")
+    run = tmp_path / "run"
+    loader = skip(data, run, name, limit=2) if mode == "skip" else make(name)(data, 0, b"")
     data.tars[1].unlink()
     with pytest.raises(InputError) as caught:
         for _ in range(9):
@@ -319,8 +304,7 @@ def test_evaluation_names_the_picture_and_never_skips(name, workers, tiny_shards
 @pytest.mark.parametrize("name", LOADERS)
 def test_beyond_the_limit_the_run_stops(name, tiny_shards, tmp_path):
     folder = damaged(tiny_shards / "train", tmp_path / "bad", 1, 6, 11)
-    known = BadSamples(ShardSet(folder), tmp_path / "run", 2)
-    loader = SkippingLoader(make(name), known, 0, b"")
+    loader = skip(folder, tmp_path / "run", name, limit=2)
     with pytest.raises(InputError, match=r"3 people with damaged pictures"):
         for _ in range(9):
             loader.next()
@@ -335,8 +319,7 @@ def test_beyond_the_limit_the_run_stops(name, tiny_shards, tmp_path):
 
 def test_a_tar_without_one_undamaged_picture_ends_in_an_error(tiny_shards, tmp_path):
     folder = damaged(tiny_shards / "train", tmp_path / "bad", 10, 11)
-    known = BadSamples(ShardSet(folder), tmp_path / "run", 5)
-    loader = SkippingLoader(make("opencv"), known, 0, b"")
+    loader = skip(folder, tmp_path / "run", "opencv", limit=5)
     with pytest.raises(InputError, match="2 damaged pictures of 2"):
         for _ in range(9):
             loader.next()

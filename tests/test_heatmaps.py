@@ -107,15 +107,6 @@ def test_princetons_decode_takes_the_first_maximum_and_steps_back_on_a_tie():
     assert score[0].tolist() == pytest.approx([0.7, 0.0])
 
 
-def test_princetons_decode_of_a_negative_map_gives_the_first_suppressed_pixel():
-    # All values are negative; every pixel but the 3 x 3 peaks becomes 0, and the first 0 wins.
-    heat = -torch.arange(1.0, 26.0).reshape(
-        1, 1, 5, 5
-    )  # falls from the corner: one peak, at (0, 0)
-    joints, score = heatmaps.decode(heat, "princeton")
-    assert joints[0, 0].tolist() == [1.0, 0.0] and score.item() == 0
-
-
 def test_princetons_decode_equals_suppressing_every_map():
     """Its own order of doing things, spelt out; with ties, zeros and maps below zero."""
     rng = np.random.default_rng(0)
