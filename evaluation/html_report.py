@@ -59,7 +59,7 @@ def html_report(
         "facts": facts,
         "results": results,
         "other": reference._asdict() if reference else None,
-        "doubt": data_mismatch(first, reference.result) if reference else None,
+        "warning": data_mismatch(first, reference.result) if reference else None,
         "skeleton": {
             "names": [name or f"joint {j}" for j, name in enumerate(skeleton.names)],
             "sides": skeleton.sides,

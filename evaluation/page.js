@@ -8,7 +8,7 @@ const own = results[names[0]];
 const metric = own.metric;
 const length = own.length ? "of the length" : "of the head’s length";
 const state = { joints: null, label: "", gallery: "worst", order: "largest", level: "0.5" };
-let closeup = -1; // place in the gallery of the person who is enlarged
+let closeup = -1; // index in the gallery of the enlarged person
 
 const $ = (id) => document.getElementById(id);
 
@@ -87,8 +87,8 @@ function drawFacts() {
   if (other) {
     add($("facts"), "dt", {}, "Other run");
     add($("facts"), "dd", {}, other.name);
-    $("doubt").textContent = data.doubt;
-    $("doubt").hidden = !data.doubt;
+    $("warning").textContent = data.warning;
+    $("warning").hidden = !data.warning;
   }
   for (const remark of facts.remarks ?? []) add($("remarks"), "li", {}, remark);
 }
@@ -311,7 +311,7 @@ function barRow(body, { j, name, rate, past, visible, occluded, n }) {
 }
 
 function sortBars(key) {
-  // A third click brings the skeleton's order back.
+  // A third click restores the skeleton's order.
   if (barOrder.key !== key) Object.assign(barOrder, { key, falls: key !== "name" });
   else if (barOrder.falls === (key !== "name")) barOrder.falls = !barOrder.falls;
   else barOrder.key = null;
@@ -328,7 +328,7 @@ function sortedBars() {
 
 function drawOcclusion() {
   const table = $("occlusion"), groups = own.details.groups;
-  headRow(table, [["", ""], ["", ""], ["visible"], ["occluded"], ["hidden", "wide"]]);
+  headRow(table, [["", ""], ["", ""], ["visible"], ["occluded"], ["occluded of all", "wide"]]);
   const body = add(table, "tbody");
   const all = { visible: own.visible.pooled, occluded: own.occluded.pooled,
     counts: { all: own.joints_counted, occluded: own.occluded.joints_counted } };
@@ -371,7 +371,7 @@ function errorTable(table, rows, longest, unit) {
 function drawSorted() {
   const ys = [...own.person_error_percentiles];
   if (ys[0] == null) return;
-  // Where the last percentiles would press all others flat, the frame ends above the 98th.
+  // If the last percentiles are far larger than all others, the chart ends above the 98th.
   const last = ys.at(-1), top = Math.max(0.1, 1.1 * (last > 1.5 * ys[98] ? ys[98] : last));
   const xs = ys.map((_, i) => i), out = ys.findIndex((v) => v > top);
   if (out > 0) {
@@ -411,7 +411,7 @@ function drawPeople() {
   rows.forEach((row, place) => {
     const person = people[row];
     const tile = add($("tiles"), "button", { type: "button", class: "tile", "data-row": row,
-      "aria-label": inWords(person), tabindex: place ? -1 : 0 });
+      "aria-label": description(person), tabindex: place ? -1 : 0 });
     figure(add(tile, "div", { class: "figure" }), person);
     const caption = add(tile, "div", { class: "caption", "aria-hidden": "true" });
     add(caption, "span", { class: "error" }, fixed(errorOf(person)));
@@ -430,7 +430,7 @@ function foundText(person) {
   return `${known.filter((e) => e < 0.5).length} of ${known.length}`;
 }
 
-function inWords(person) {
+function description(person) {
   const who = person.person < 0 ? "" : `, person ${person.person}`;
   return `${person.picture}${who}: error ${fixed(errorOf(person))}, ${foundText(person)} joints found`;
 }
@@ -501,7 +501,7 @@ function closeCloseup() {
   if (tile) focusTile(tile);
 }
 
-/* What the reader does */
+/* Events */
 
 function focusTile(tile) {
   for (const each of $("tiles").children) each.tabIndex = each === tile ? 0 : -1;

@@ -62,12 +62,8 @@ def read_predictions(path: Path, people: People) -> FilePredictions:
 
 
 def _mismatch(path: Path, people: People, found: str) -> InputError:
-    return InputError(
-        path,
-        found,
-        f"predictions of {people.count} people with {people.joints.shape[1]} joints each",
-        "give the file that belongs to this annotation",
-    )
+    wanted = f"predictions of {people.count} people with {people.joints.shape[1]} joints each"
+    return InputError(path, found, wanted, "give the file that belongs to this annotation")
 
 
 def _read_json(path: Path, people: People) -> FilePredictions:
@@ -75,16 +71,17 @@ def _read_json(path: Path, people: People) -> FilePredictions:
         entries = read_json(path)
     except ValueError as error:
         raise _mismatch(path, people, f"no JSON ({error})") from error
-    rows = _rows(entries, people) if has_shape(entries, [{"keypoints": list}]) else []
+    shapes = ([{"keypoints": [(int, float)]}], [{"keypoints": [[(int, float)]]}])
+    rows = _rows(entries, people) if any(has_shape(entries, each) for each in shapes) else []
     if not rows:
         need = "index and image, or image_id, and annotation_id where people share a picture"
-        raise _mismatch(path, people, f"no list with an entry for each person that has {need}")
+        raise _mismatch(path, people, f"no list with keypoints of each person that has {need}")
     try:
         values = np.array([entry["keypoints"] for entry in entries], dtype=np.float64)
-        keypoints = values.reshape(*people.joints.shape[:2], 3)[np.argsort(rows), :, :2]
-    except (TypeError, ValueError, OverflowError) as error:
+        keypoints = values.reshape(*people.joints.shape[:2], 3)
+    except (ValueError, OverflowError) as error:
         raise _mismatch(path, people, f"keypoints that are not x, y, score ({error})") from error
-    return FilePredictions(keypoints, None)
+    return FilePredictions(keypoints[np.argsort(rows), :, :2], None)
 
 
 def _rows(entries: Entries, people: People) -> list[int]:
