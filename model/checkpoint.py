@@ -165,7 +165,8 @@ def load_checkpoint(path: Path, onnx: bool = False) -> Checkpoint:
     weights to train or convert; `evaluation_network` runs it.
     """
     if not path.is_file():
-        raise _missing(path)
+        found = "a folder" if path.is_dir() else "no such file"
+        raise InputError(path, found, f"a checkpoint ({BEST}, {LAST})", "give its path")
     if path.suffix == ".onnx" and not onnx:
         found, advice = "an ONNX file, which has no weights", "give the checkpoint that it is from"
         raise InputError(path, found, "a checkpoint or .safetensors", advice)
@@ -173,14 +174,6 @@ def load_checkpoint(path: Path, onnx: bool = False) -> Checkpoint:
         return _from_ours(read_export(path), path)
     raw = _read_archive(path)
     return _from_foreign(raw, path) or _from_ours(raw, path)
-
-
-def _missing(path: Path) -> InputError:
-    """The error for a path that is no file; it suggests a checkpoint that lies there."""
-    folder, found = (path, "a folder") if path.is_dir() else (path.parent, "no such file")
-    there = [folder / name for name in (BEST, LAST) if (folder / name).is_file()]
-    advice = f"give {there[0]}" if there else "give its path"
-    return InputError(path, found, "a checkpoint (last.pt, best.pt)", advice)
 
 
 def _read_archive(path: Path) -> Any:
@@ -358,11 +351,8 @@ def init_weights(network: nn.Module, skeleton: Skeleton, checkpoint: Checkpoint)
 
 def require_same_size(checkpoint: Checkpoint, config: Config) -> None:
     """Raise InputError, naming the options, unless the config has the checkpoint's network."""
-    other = {
-        name: before
-        for name, (before, _) in _changes(checkpoint, config).items()
-        if name.startswith("model.") and name not in FREE_ON_RESUME
-    }
+    changes = _changes(checkpoint, config)
+    other = {name: before for name, (before, _) in changes.items() if name.startswith("model.")}
     if other:
         found = "a network with " + ", ".join(f"{name} {value}" for name, value in other.items())
         options = [f"--{name} {value}".replace(", ", ",") for name, value in other.items()]
@@ -375,17 +365,14 @@ def compare_settings(checkpoint: Checkpoint, config: Config) -> list[str]:
 
     Raises InputError for changes that would make it another run.
     """
-    changed = {
-        name: f"{name} was {before}, is {now}"
-        for name, (before, now) in _changes(checkpoint, config).items()
-        if name not in FREE_ON_RESUME
-    }
-    refused = [line for name, line in changed.items() if name in FIXED_ON_RESUME]
+    changes = _changes(checkpoint, config)
+    lines = {name: f"{name} was {before}, is {now}" for name, (before, now) in changes.items()}
+    refused = [line for name, line in lines.items() if name in FIXED_ON_RESUME]
     if refused:
         advice = "resume with the config.yaml in its folder, or begin a new run with --init_from"
         expected = "the settings that the run began with"
         raise InputError(checkpoint.path, "; ".join(refused), expected, advice)
-    return [f"changed on resuming: {line}" for line in changed.values()]
+    return [f"changed on resuming: {line}" for line in lines.values()]
 
 
 def foreign_remarks(checkpoint: Checkpoint, config: Config) -> list[str]:
@@ -399,6 +386,10 @@ def foreign_remarks(checkpoint: Checkpoint, config: Config) -> list[str]:
 
 
 def _changes(checkpoint: Checkpoint, config: Config) -> dict[str, tuple[Any, Any]]:
-    """Dotted name -> (the checkpoint's value, the config's) where the two differ."""
+    """Dotted name -> (the checkpoint's value, the config's) of settings that matter and differ."""
     saved, now = flat(as_dict(checkpoint.config)), flat(as_dict(config))
-    return {name: (saved[name], now[name]) for name in saved if saved[name] != now[name]}
+    return {
+        name: (before, now[name])
+        for name, before in saved.items()
+        if before != now[name] and name not in FREE_ON_RESUME
+    }

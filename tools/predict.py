@@ -44,6 +44,8 @@ Image = npt.NDArray[np.uint8]
 Options = argparse.Namespace
 Result = dict[str, Any]
 """One person as written to JSON; `evaluate.py --predictions` reads it too."""
+Subject = tuple[Result, Item]
+"""One person to find: the result without joints, and the crop."""
 
 
 class Picture(NamedTuple):
@@ -53,14 +55,6 @@ class Picture(NamedTuple):
     people: list[tuple[int, Person]]
     """With their index in the results."""
     overlay: Path | None = None
-
-
-class Subject(NamedTuple):
-    """One person to find."""
-
-    facts: Result
-    """What the result holds besides the joints."""
-    crop: Item
 
 
 class Frame(NamedTuple):
@@ -168,40 +162,33 @@ def video_source(options: Options) -> Path | int | None:
         raise InputError(options.overlay, "not a video", " or ".join(CODECS), "rename the overlay")
     has_display = sys.platform != "linux" or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()
     if options.webcam is not None and not (options.overlay or has_display):
-        raise InputError(
-            "--webcam", "no display", "a window, or --overlay", "give --overlay OUT.avi"
-        )
+        raise InputError("--webcam", "no display", "a window", "give --overlay OUT.avi")
     return sources[0] if sources else None
 
 
 def list_pictures(options: Options) -> list[Picture]:
-    """The pictures with their people, in the order given. Raises InputError."""
+    """The pictures with their people, in the order given. Raises InputError.
+
+    People of the same picture are grouped, so that it is read once.
+    """
     if options.people:
-        return _pictures_of(options.input[0], read_people(options.people, options.margin))
+        folder, pictures = options.input[0], dict[Path, Picture]()
+        for index, person in enumerate(read_people(options.people, options.margin)):
+            path = folder / person.image
+            if not stays_inside(folder, person.image) or not path.is_file():
+                problem = f"no such picture, of person {index}"
+                raise InputError(path, problem, f"one in {folder}", "correct the file")
+            pictures.setdefault(path, Picture(path, [])).people.append((index, person))
+        return list(pictures.values())
     found: list[tuple[Path, str]] = []
     for path in options.input:
-        if not path.is_dir():
-            found.append((path, str(path)))
-            continue
-        inside = [p for p in sorted(path.iterdir()) if p.suffix.lower() in PICTURES]
-        if not inside:
+        inside = [p for p in sorted(path.glob("*")) if p.suffix.lower() in PICTURES]
+        if path.is_dir() and not inside:
             kinds = ", ".join(sorted(PICTURES))
             raise InputError(path, "no picture in this folder", kinds, "give another folder")
-        found += [(p, p.name) for p in inside]
+        found += [(p, p.name) for p in inside] or [(path, str(path))]
     square = given_square(options)
     return [Picture(path, [(n, Person(name, square))]) for n, (path, name) in enumerate(found)]
-
-
-def _pictures_of(folder: Path, people: list[Person]) -> list[Picture]:
-    """People grouped by picture, so that each picture is read once. Raises InputError."""
-    pictures: dict[str, Picture] = {}
-    for index, person in enumerate(people):
-        path = folder / person.image
-        if not stays_inside(folder, person.image) or not path.is_file():
-            found = f"no such picture, of person {index}"
-            raise InputError(path, found, f"one in {folder}", "correct the file")
-        pictures.setdefault(person.image, Picture(path, [])).people.append((index, person))
-    return list(pictures.values())
 
 
 def given_square(options: Options) -> Square | None:
@@ -311,7 +298,7 @@ def crop_person(
         facts["image_id"] = person.image_id
     facts |= {"center": [square.x, square.y], "scale": square.scale}
     where = f"{person.image}: person {facts['index']}"
-    return Subject(facts, estimator.crop(image_HW3, square, where))
+    return facts, estimator.crop(image_HW3, square, where)
 
 
 def find_people(
@@ -332,10 +319,10 @@ def predict_group(
 ) -> Iterator[tuple[Frame, list[Result]]]:
     """keypoints of a result: x, y in px and the height of the heatmap's peak, for each joint."""
     subjects = [subject for frame in group for subject in frame.subjects]
-    keypoints_NJ2, scores_NJ = estimator.predict([subject.crop for subject in subjects])
+    keypoints_NJ2, scores_NJ = estimator.predict([crop for _, crop in subjects])
     rows = iter(np.concatenate([keypoints_NJ2, scores_NJ[..., None]], axis=2).tolist())
     for frame in group:
-        yield frame, [{**subject.facts, "keypoints": next(rows)} for subject in frame.subjects]
+        yield frame, [{**facts, "keypoints": next(rows)} for facts, _ in frame.subjects]
 
 
 # Video
@@ -431,11 +418,10 @@ def write_results(options: Options, skeleton: Skeleton, results: list[Result]) -
     if not results:
         return
     results = sorted(results, key=lambda person: person["index"])
-    if options.save_predictions:
-        write_atomic(options.save_predictions, (json.dumps(results) + "\n").encode())
-    if options.save_coco:
-        coco = [as_coco(person) for person in results]
-        write_atomic(options.save_coco, (json.dumps(coco) + "\n").encode())
+    coco = [as_coco(person) for person in results]
+    for path, entries in ((options.save_predictions, results), (options.save_coco, coco)):
+        if path:
+            write_atomic(path, (json.dumps(entries) + "\n").encode())
     outputs = [options.save_predictions, options.save_coco, options.overlay]
     for path in filter(None, outputs):
         print(f"wrote {path}", file=sys.stderr)
