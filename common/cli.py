@@ -18,7 +18,6 @@ class Parser(argparse.ArgumentParser):
     """argparse without abbreviations whose errors are InputErrors; suggests the nearest option."""
 
     def __init__(self, **arguments: Any):
-        """arguments: as argparse.ArgumentParser takes them."""
         super().__init__(allow_abbrev=False, **arguments)
 
     def parse_known_args(self, args=None, namespace=None):

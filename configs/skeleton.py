@@ -4,6 +4,7 @@
 """
 
 import itertools
+import json
 import math
 import re
 from pathlib import Path
@@ -90,27 +91,16 @@ class Skeleton(NamedTuple):
 
     def plain(self) -> dict[str, Any]:
         """Only lists, strings and numbers, for manifests and checkpoints."""
-        return {
-            "name": self.name,
-            "names": list(self.names),
-            "flip_pairs": [list(pair) for pair in self.flip_pairs],
-            "limbs": [list(limb) for limb in self.limbs],
-            "groups": [[name, list(joints)] for name, joints in self.groups],
-            "length": [list(self.length.joints), self.length.factor] if self.length else None,
-        }
+        return json.loads(json.dumps(self._asdict()))
 
 
 def skeleton_from_plain(raw: dict[str, Any]) -> Skeleton:
-    """The Skeleton that `plain` was called on. Raises KeyError, TypeError or ValueError."""
+    """The Skeleton that `plain` was called on."""
+    pairs, limbs = (tuple(map(tuple, raw[key])) for key in ("flip_pairs", "limbs"))
+    groups = tuple((name, tuple(joints)) for name, joints in raw["groups"])
     length = raw.get("length")  # absent in files of the first versions
-    return Skeleton(
-        name=str(raw["name"]),
-        names=tuple(map(str, raw["names"])),
-        flip_pairs=tuple((int(a), int(b)) for a, b in raw["flip_pairs"]),
-        limbs=tuple((int(a), int(b)) for a, b in raw["limbs"]),
-        groups=tuple((str(name), tuple(map(int, joints))) for name, joints in raw["groups"]),
-        length=Length(tuple(map(int, length[0])), float(length[1])) if length else None,
-    )
+    rule = Length(tuple(length[0]), length[1]) if length else None
+    return Skeleton(raw["name"], tuple(raw["names"]), pairs, limbs, groups, rule)
 
 
 def unnamed(joints: int) -> Skeleton:

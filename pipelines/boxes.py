@@ -4,7 +4,6 @@ Boxes are (x, y, width, height) in px, as in COCO and OpenCV: (0, 0, W, H) is a 
 W x H px. docs/conventions.md says how a box becomes the network's input square.
 """
 
-import codecs
 import csv
 import io
 import math
@@ -96,14 +95,12 @@ def read_people(path: Path, margin: float = MARGIN) -> list[Person]:
 def _read_rows(path: Path) -> list[Any]:
     expected = f"a .csv or .json with a list of people: {_COLUMNS}"
     try:
-        data = read_bytes(path, _LARGEST_FILE).removeprefix(codecs.BOM_UTF8)
+        data = read_bytes(path, _LARGEST_FILE)
         if path.suffix == ".json":
             rows = parse_json(data)
         else:
-            rows = list(csv.DictReader(io.StringIO(data.decode("utf-8"), newline="")))
-    except FileNotFoundError as error:
-        raise InputError(path, "no such file", expected, "give its path") from error
-    except (ValueError, csv.Error) as error:
+            rows = list(csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline="")))
+    except (FileNotFoundError, ValueError, csv.Error) as error:
         raise InputError(path, f"not readable ({error})", expected, "correct it") from error
     if not isinstance(rows, list) or not rows:
         raise InputError(path, "no people", expected, "correct it")
