@@ -11,12 +11,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from jsonargparse import ArgumentParser
 
 from benchmarks.loader_suites import Options
 from benchmarks.princeton_baseline import princeton_batches, princeton_step
+from benchmarks.step_suites import build_network
 from benchmarks.timing import synchronize
 from common.distributed import DistributedContext, choose_dtype, seed_everything
-from configs import schema
+from configs.schema import add_config_options, parse_config
 from configs.skeleton import MPII
 from evaluation import pckh
 from evaluation.inference import predict_distributed
@@ -31,29 +33,25 @@ LR, STACKS, VALIDATIONS = 1e-3, 2, 8
 
 
 def accuracy_group(options: Options, way: str, batch_size: int, seed: int) -> dict[str, Any]:
-    """Train, and return the learning curve: seconds of training and pooled PCK@0.5 in %."""
+    """Train; returns the learning curve, seconds of training and pooled PCK@0.5 in %."""
     train = train_ours if way == "ours" else train_princeton
-    curve = train(options, batch_size, seed)
-    return {"seconds": [seconds for seconds, _ in curve], "pck": [value for _, value in curve]}
+    seconds, pck = zip(*train(options, batch_size, seed), strict=True)
+    return {"seconds": seconds, "pck": pck}
 
 
 def train_ours(options: Options, batch_size: int, seed: int) -> list[tuple[float, float]]:
     """A run of training/trainer.py."""
-    began = time.perf_counter()
-    steps = max(VALIDATIONS, options.people_to_train // batch_size)
-    data = schema.DataConfig(
-        shards=str(options.folder / "real"), batch_size=batch_size, workers=options.workers,
-        input_px=options.input_px, preset="princeton",
-    )  # fmt: skip
-    train = schema.TrainConfig(
-        name=f"seed{seed}", steps=steps, steps_per_epoch=steps // VALIDATIONS, keep_last=1,
-        seed=seed, log_every=20,
-    )  # fmt: skip
-    model = schema.ModelConfig(stacks=STACKS, width=options.width, depth=options.depth)
-    optim = schema.OptimConfig(lr=LR, schedule="constant", ema_decay=0.998)
-    config = schema.Config(data=data, model=model, optim=optim, train=train)
+    began, steps = time.perf_counter(), max(VALIDATIONS, options.people_to_train // batch_size)
+    words = f"""--data.shards {options.folder}/real --data.batch_size {batch_size}
+        --data.workers {options.workers} --data.input_px {options.input_px} --data.preset princeton
+        --model.stacks {STACKS} --model.width {options.width} --model.depth {options.depth}
+        --optim.lr {LR} --optim.schedule constant --optim.ema_decay 0.998 --train.steps {steps}
+        --train.steps_per_epoch {steps // VALIDATIONS} --train.keep_last 1 --train.seed {seed}"""
+    parser = ArgumentParser()
+    add_config_options(parser)
+    config, _ = parse_config(parser, words.split())
     dist = DistributedContext(0, 1, options.device, choose_dtype("auto", options.device))
-    folder = options.folder / "runs" / f"batch{batch_size}-seed{seed}"
+    folder = options.folder / "runs" / f"seed{seed}"
     trainer = Trainer(config, dist, folder)
     seconds, last_step, curve = time.perf_counter() - began, 0, list[tuple[float, float]]()
     trainer.train()
@@ -69,52 +67,40 @@ def train_ours(options: Options, batch_size: int, seed: int) -> list[tuple[float
 def train_princeton(options: Options, batch_size: int, seed: int) -> list[tuple[float, float]]:
     """princeton-vl's loader and step, evaluated by its rules."""
     torch.backends.cudnn.benchmark = True  # as its train.py
-    began, device = time.perf_counter(), options.device
+    steps, device = max(VALIDATIONS, options.people_to_train // batch_size), options.device
+    seconds, began, curve = 0.0, time.perf_counter(), list[tuple[float, float]]()
     seed_everything(seed, 0)
-    network = StackedHourglass(STACKS, options.width, MPII.joint_count, options.depth).to(device)
+    network = build_network(STACKS, options).to(device)
     optimizer = torch.optim.Adam(network.parameters(), LR)
     shards = ShardSet(options.folder / "real" / "train")
     batches = princeton_batches(shards, options.input_px, batch_size, options.workers, seed)
-    steps = max(VALIDATIONS, options.people_to_train // batch_size)
-    curve, validating = list[tuple[float, float]](), 0.0
     for step in range(1, steps + 1):
         images, heat = (tensor.to(device) for tensor in next(batches))
         princeton_step(network.train(), optimizer, images, heat)
         if step % (steps // VALIDATIONS) == 0:
             synchronize(device)
-            seconds = time.perf_counter() - began
-            curve.append((seconds - validating, validate(network, options)))
-            validating += time.perf_counter() - began - seconds
+            seconds += time.perf_counter() - began
+            curve.append((seconds, validate(network.eval(), options)))
+            began = time.perf_counter()
     return curve
 
 
 def validate(network: StackedHourglass, options: Options) -> float:
     """Pooled PCK@0.5 in % on the validation people, with the flip test."""
-    shards = ShardSet(options.folder / "real" / "valid")
+    shards, preset = ShardSet(options.folder / "real" / "valid"), PRESETS["princeton"]
     people, samples = shards.people()
-    preset, side = PRESETS["princeton"], options.input_px
+    side, dist = options.input_px, DistributedContext(0, 1, options.device, torch.float32)
     codec = Codec(preset=preset, rule="princeton", sigma=1.0, input_px=side, skeleton=MPII)
-    dist = DistributedContext(0, 1, options.device, torch.float32)
     how: dict[str, Any] = {"batch_size": 32, "workers": options.workers, "flip": True}
-    found = predict_distributed(network.eval(), shards, samples, codec, dist, **how)
+    found = predict_distributed(network, shards, samples, codec, dist, **how)
     return 100 * (pckh.summary(found.keypoints_NJ2, people, MPII)["pckh"]["0.5"]["pooled"] or 0.0)
 
 
-def time_to_same_pck(curves: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Seconds until each curve has the highest PCK that all of them reach."""
-    if not curves:
-        return {}
-    common = min(max(curve["pck"]) for curve in curves.values())
-    return {
-        "pck": common,
-        "seconds": {name: seconds_to(curve, common) for name, curve in curves.items()},
-    }
-
-
-def seconds_to(curve: dict[str, list[float]], pck: float) -> float:
-    """By linear interpolation between validations; the curve starts at 0 s and 0 %."""
-    best = np.maximum.accumulate([0.0, *curve["pck"]])
-    row = int(np.argmax(best >= pck))
-    seconds = [0.0, *curve["seconds"]]
-    share = (pck - best[row - 1]) / max(best[row] - best[row - 1], 1e-9)
-    return float(seconds[row - 1] + share * (seconds[row] - seconds[row - 1])) if row else 0.0
+def time_to_same_pck(curves: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """The highest PCK that every curve reaches, and the seconds until each does."""
+    found = {"pck": min((max(curve["pck"]) for curve in curves.values()), default=0.0)}
+    for name, curve in curves.items():
+        # Interpolated between validations; each curve starts at 0 s and 0 %.
+        best, row = np.unique(np.maximum.accumulate([0.0, *curve["pck"]]), return_index=True)
+        found[name] = float(np.interp(found["pck"], best, np.array([0.0, *curve["seconds"]])[row]))
+    return found

@@ -77,34 +77,30 @@ def variants_of(device: torch.device) -> list[Variant]:
     return variants
 
 
-class TrainingStep:
-    """Forward, loss, backward and optimizer."""
+def training_step(variant: Variant, stacks: int, options: Options) -> Callable[..., object]:
+    """Forward, loss, backward and optimizer, as a function of a batch of random_batch."""
+    network = build_network(stacks, options, variant.checkpointed).to(options.device)
+    if not variant.is_princeton:
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if variant.compiled:
+        network.compile()
+    fused = None if variant.is_princeton else True
+    optimizer = torch.optim.Adam(network.parameters(), 1e-3, fused=fused)
 
-    def __init__(self, variant: Variant, stacks: int, options: Options):
-        """Build the network; it is compiled in the first step."""
-        self.variant, self.device = variant, options.device
-        self.network = build_network(stacks, options, variant.checkpointed).to(options.device)
-        if not variant.is_princeton:
-            self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if variant.compiled:
-            self.network.compile()
-        fused = None if variant.is_princeton else True
-        self.optimizer = torch.optim.Adam(self.network.parameters(), 1e-3, fused=fused)
-
-    def __call__(self, images_N3HW: Tensor, heat_NJHW: Tensor, drawn_NJ: Tensor) -> None:
-        """One step."""
+    def step(images_N3HW: Tensor, heat_NJHW: Tensor, drawn_NJ: Tensor) -> None:
         # As each train.py sets it: cuDNN times its algorithms for princeton-vl.
-        torch.backends.cudnn.benchmark = self.variant.is_princeton
-        if self.variant.is_princeton:
-            images_NHW3 = images_N3HW.permute(0, 2, 3, 1)
-            princeton_step(self.network, self.optimizer, images_NHW3, heat_NJHW)
+        torch.backends.cudnn.benchmark = variant.is_princeton
+        if variant.is_princeton:
+            princeton_step(network, optimizer, images_N3HW.permute(0, 2, 3, 1), heat_NJHW)
             return
-        dtype = self.variant.dtype
-        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
-            heat_NSJHW = self.network(images_N3HW)
+        is_mixed = variant.dtype != torch.float32
+        with torch.autocast(options.device.type, variant.dtype, enabled=is_mixed):
+            heat_NSJHW = network(images_N3HW)
         stack_losses(heat_NSJHW, heat_NJHW, drawn_NJ, "empty").mean().backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
 
 
 def build_network(stacks: int, options: Options, checkpointed: bool = False) -> StackedHourglass:
@@ -126,16 +122,14 @@ def step_group(options: Options, stacks: int, batch_size: int) -> list[Case]:
     act_as_training(options)
     tflop = flop_of_a_person(stacks, options) / 1e12
     repeats = 10 if options.device.type == "cuda" else 1
+    batch = random_batch(batch_size, options)
 
     def case(variant: Variant) -> Case:
-        @functools.cache
-        def built() -> tuple[TrainingStep, tuple[Tensor, Tensor, Tensor]]:
-            return TrainingStep(variant, stacks, options), random_batch(batch_size, options)
+        built = functools.cache(partial(training_step, variant, stacks, options))
 
         def run() -> int:
-            step, batch = built()
             for _ in range(repeats):
-                step(*batch)
+                built()(*batch)
             return repeats * batch_size
 
         return Case(variant.name, run, built, tflop=tflop)
@@ -156,7 +150,7 @@ def training_group(options: Options, batch_size: int) -> list[Case]:
     act_as_training(options)
     on_gpu, dali = options.device.type == "cuda", f"dali on {options.device.type}"
     variant = Variant("ours", choose_dtype("auto", options.device))
-    step, ready = TrainingStep(variant, 2, options), random_batch(batch_size, options)
+    step, ready = training_step(variant, 2, options), random_batch(batch_size, options)
     steps = max(LEAST_GPU_STEPS, options.people // batch_size) if on_gpu else 4
 
     def start(packing: str, loader: LoaderName) -> Callable[[], None]:
@@ -169,7 +163,7 @@ def training_group(options: Options, batch_size: int) -> list[Case]:
 
         return one_step
 
-    starts: list[tuple[str, Callable[[], Callable[[], None]]]] = [
+    starts: list[tuple[str, Callable[[], Callable[[], object]]]] = [
         ("network alone", lambda: partial(step, *ready)),
         ("opencv, originals", partial(start, "original", "opencv")),
         ("opencv, crops", partial(start, "crop", "opencv")),

@@ -18,15 +18,13 @@ import tempfile
 import time
 from dataclasses import fields
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib import pyplot
+from matplotlib.figure import Figure
 
-from benchmarks import loader_suites, step_suites
-from benchmarks.accuracy_suite import WAYS, accuracy_group, time_to_same_pck
-from benchmarks.loader_suites import SIZES, Options, make_data, pack_people
+from benchmarks import accuracy_suite, loader_suites, step_suites
+from benchmarks.loader_suites import Options, make_data, pack_people
 from benchmarks.timing import Group, Rows, environment, run_here, run_isolated, table
 from common.cli import Parser, at_least
 from common.distributed import choose_device
@@ -35,19 +33,9 @@ from common.files import read_json, write_atomic
 from common.system import usable_cores
 from pipelines.loader import dali_is_installed
 
-SUITES = ("pixels", "loader", "step", "training", "heatmaps", "evaluation", "scaling", "packing",
-          "accuracy")  # fmt: skip
-DEFAULT_SUITES = SUITES[:-1]
+SUITES = ("pixels", "loader", "step", "training", "heatmaps", "evaluation", "scaling", "packing")
 LIMIT_S = {"step": 240.0, "accuracy": 600.0}
 """Of a group in a child process; 180 for the others."""
-
-
-class Job(NamedTuple):
-    """A group to run, with its name in the report."""
-
-    suite: str
-    name: str
-    group: Group
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -65,8 +53,8 @@ def main(argv: list[str] | None = None) -> int:
         make_data(options.folder, args.people)
         if "accuracy" in args.suites:
             pack_people(args.data, options.folder / "real", ("train", "valid"), None)
-        for job in jobs_of(args, options):
-            run_job(job, options, args.rounds, deadline, report)
+        for name, group in groups_to_run(args, options).items():
+            run_group(name, group, args, deadline, report)
             if args.json:
                 write_atomic(args.json, (json.dumps(report, indent=1) + "\n").encode())
     if older:
@@ -86,8 +74,8 @@ def make_parser() -> Parser:
     )
     # fmt: off
     add = parser.add_argument_group("what to time").add_argument
-    add("--suites", nargs="+", choices=SUITES, default=list(DEFAULT_SUITES),
-        help="in this order; accuracy wants --data (default: all but accuracy)")
+    add("--suites", nargs="+", choices=(*SUITES, "accuracy"), default=SUITES,
+        help="accuracy wants --data (default: all but accuracy)")
     add("--device", choices=("auto", "cuda", "cpu"), default="auto",
         help="auto: a GPU where there is one (default: %(default)s)")
     add("--batch-sizes", type=at_least(1), nargs="+", default=[64, 16],
@@ -121,8 +109,6 @@ def make_parser() -> Parser:
 
 def check(args: argparse.Namespace) -> None:
     """Raise InputError for what cannot be measured or written."""
-    if args.people < max(args.batch_sizes) and {"loader", "training"} & set(args.suites):
-        raise InputError("--people", str(args.people), "at least a batch of people", "raise it")
     if "accuracy" in args.suites and not (args.data and (args.data / "annot").is_dir()):
         expected = "--data with annot/ and images/ for the accuracy suite"
         raise InputError("--data", str(args.data), expected, "give it, or leave accuracy out")
@@ -130,60 +116,63 @@ def check(args: argparse.Namespace) -> None:
         raise InputError(args.chart, "another kind of file", ".png, .svg or .pdf", "rename it")
 
 
-def jobs_of(args: argparse.Namespace, options: Options) -> list[Job]:
-    """The groups of all suites that were asked for."""
+def groups_to_run(args: argparse.Namespace, options: Options) -> dict[str, Group]:
+    """The groups of the suites by their names in the report; a name begins with its suite."""
     on_gpu, batches = options.device.type == "cuda", args.batch_sizes
     steps = batches if on_gpu else [min(2, batches[0])]
-    stacks = args.stacks if on_gpu else args.stacks[:1]
-    groups: list[tuple[str, str, Any]] = [
-        ("packing", "packing", (loader_suites.packing_group,)),
-        ("heatmaps", "heatmaps", (step_suites.heatmaps_group, batches[0])),
-        ("evaluation", "evaluation", (step_suites.evaluation_group,)),
-    ]
+    groups: dict[str, Group] = {}
     if dali_is_installed():
-        groups.append(("pixels", "pixels", (loader_suites.pixels_group,)))
+        groups["pixels"] = partial(loader_suites.pixels_group, options)
     for n in batches:
-        groups.append(("loader", f"loader, batch {n}", (loader_suites.loader_group, n)))
-    for n in SIZES:
-        groups.append(("scaling", f"scaling, {n:,} people", (loader_suites.scaling_group, n)))
-    for s, n in itertools.product(stacks, steps):
-        groups.append(("step", f"step, {s} stacks, batch {n}", (step_suites.step_group, s, n)))
+        groups[f"loader, batch {n}"] = partial(loader_suites.loader_group, options, n)
+    for stacks, n in itertools.product(args.stacks if on_gpu else args.stacks[:1], steps):
+        group = partial(step_suites.step_group, options, stacks, n)
+        groups[f"step, {stacks} stacks, batch {n}"] = group
     for n in steps:
-        groups.append(("training", f"training, batch {n}", (step_suites.training_group, n)))
-    for seed, way in itertools.product(args.seeds, WAYS):
-        group = (accuracy_group, way, batches[-1], seed)
-        groups.append(("accuracy", f"accuracy, {way}, seed {seed}", group))
-    jobs = [Job(suite, name, partial(f, options, *rest)) for suite, name, (f, *rest) in groups]
-    return [job for suite in args.suites for job in jobs if job.suite == suite]
+        groups[f"training, batch {n}"] = partial(step_suites.training_group, options, n)
+    groups["heatmaps"] = partial(step_suites.heatmaps_group, options, batches[0])
+    groups["evaluation"] = partial(step_suites.evaluation_group, options)
+    for n in loader_suites.SIZES:
+        groups[f"scaling, {n:,} people"] = partial(loader_suites.scaling_group, options, n)
+    groups["packing"] = partial(loader_suites.packing_group, options)
+    for seed, way in itertools.product(args.seeds, accuracy_suite.WAYS):
+        train = partial(accuracy_suite.accuracy_group, options, way, batches[-1], seed)
+        groups[f"accuracy, {way}, seed {seed}"] = train
+    return {name: group for name, group in groups.items() if suite_of(name) in args.suites}
 
 
-def run_job(
-    job: Job, options: Options, rounds: int, deadline: float, report: dict[str, Any]
+def suite_of(name: str) -> str:
+    """The suite of a group."""
+    return name.split(",")[0]
+
+
+def run_group(
+    name: str, group: Group, args: argparse.Namespace, deadline: float, report: dict[str, Any]
 ) -> None:
     """Run a group, print what it found, and add it to the report."""
-    left = deadline - time.monotonic()
+    left, device = deadline - time.monotonic(), choose_device(args.device)
     if left <= 0:
-        report["not_measured"].append(job.name)
-        print(f"{job.name}: not measured, the budget is spent")
+        report["not_measured"].append(name)
+        print(f"{name}: not measured, the budget is spent")
         return
-    print(f"timing {job.name} ...", file=sys.stderr, flush=True)
+    print(f"timing {name} ...", file=sys.stderr, flush=True)
     failed: dict[str, str] = {}
     # Memory of the scaling suite is that of a new process.
-    if options.device.type == "cuda" or job.suite == "scaling":
-        limit_s = min(left, LIMIT_S.get(job.suite, 180.0))
-        found, failed = run_isolated(job.group, rounds, options.device, limit_s)
+    if device.type == "cuda" or suite_of(name) == "scaling":
+        limit_s = min(left, LIMIT_S.get(suite_of(name), 180.0))
+        found, failed = run_isolated(group, args.rounds, device, limit_s)
     else:
-        found = run_here(job.group, rounds, options.device)
-    report[job.name] = found
+        found = run_here(group, args.rounds, device)
+    report[name] = found
     if found:
-        text = table(job.name, found) if isinstance(found, list) else f"{job.name}: {found}"
+        text = table(name, found) if isinstance(found, list) else f"{name}: {found}"
         print(text, end="\n\n", flush=True)
     for case, reason in failed.items():
-        report["failed"][f"{job.name}: {case}"] = reason
-        print(f"FAILED {job.name}: {case}: {reason}", flush=True)
-    if job.suite == "accuracy":
+        report["failed"][f"{name}: {case}"] = reason
+        print(f"FAILED {name}: {case}: {reason}", flush=True)
+    if suite_of(name) == "accuracy":
         curves = {n: curve for n, curve in report.items() if n.startswith("accuracy, ") and curve}
-        report["time_to_same_pck"] = time_to_same_pck(curves)
+        report["time_to_same_pck"] = accuracy_suite.time_to_same_pck(curves)
         print(f"time to the same PCK: {report['time_to_same_pck']}", flush=True)
 
 
@@ -220,20 +209,15 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> str:
         if before and next(iter(before)) != rows[0]["name"]:
             lines.append(f"  not compared: the older run divides by `{next(iter(before))}`")
             continue
-        lines += [f"  {change(before.get(row['name']), row)}  {row['name']}" for row in rows]
-        gone = before.keys() - {row["name"] for row in rows}
-        lines += [f"  gone       {name}" for name in sorted(gone)]
+        for row in rows:
+            word = "unchanged" if row["name"] in before else "new"
+            then = before.pop(row["name"], row)
+            word = "faster" if row["ratio_low"] > then["ratio_high"] else word
+            word = "SLOWER" if row["ratio_high"] < then["ratio_low"] else word
+            lines.append(f"  {word:<10} {then['ratio']:.2f} -> {row['ratio']:.2f} x  {row['name']}")
+        lines += [f"  gone       {name}" for name in before]
     missing = groups_of(old).keys() - groups_of(new).keys()
     return "\n".join([*lines, *(f"{name}: not in this run" for name in sorted(missing))])
-
-
-def change(old: dict[str, Any] | None, new: dict[str, Any]) -> str:
-    """How a ratio changed."""
-    if old is None:
-        return f"new        {new['ratio']:.2f} x"
-    faster, slower = new["ratio_low"] > old["ratio_high"], new["ratio_high"] < old["ratio_low"]
-    word = "faster" if faster else "SLOWER" if slower else "unchanged"
-    return f"{word:<10} {old['ratio']:.2f} -> {new['ratio']:.2f} x"
 
 
 def groups_of(report: dict[str, Any]) -> dict[str, Rows]:
@@ -244,24 +228,20 @@ def groups_of(report: dict[str, Any]) -> dict[str, Rows]:
 
 def draw_chart(report: dict[str, Any], path: Path) -> None:
     """A panel a group, a bar a case, the range over the rounds as a line."""
-    matplotlib.use("Agg")
     groups, world = groups_of(report), report["world"]
     machine = world["processor"] if world["device"] == "cpu" else world["device"]
     heights = [len(rows) + 1.5 for rows in groups.values()]
-    size, layout = (9, 0.36 * sum(heights)), {"height_ratios": heights}
-    figure = pyplot.figure(figsize=size, layout="constrained")
-    axes = figure.subplots(len(groups), squeeze=False, gridspec_kw=layout)[:, 0]
+    figure = Figure(figsize=(9, 0.36 * sum(heights)), layout="constrained")
+    axes = figure.subplots(len(groups), squeeze=False, height_ratios=heights)[:, 0]
     for axis, (name, rows) in zip(axes, groups.items(), strict=True):
         low, middle, high = ([row[k] for row in rows[::-1]] for k in ("low", "median", "high"))
         spread = [np.subtract(middle, low), np.subtract(high, middle)]
         bars = axis.barh([row["name"] for row in rows[::-1]], middle, xerr=spread)
-        labels = [f"{row['ratio']:.2f} x" for row in rows[::-1]]
-        axis.bar_label(bars, labels, padding=4, fontsize=8)
-        axis.set_title(f"{name}, people/s on {machine}", fontsize=9)
+        axis.bar_label(bars, [f"{row['ratio']:.2f} x" for row in rows[::-1]], padding=4)
+        axis.set_title(f"{name}, people/s on {machine}")
         axis.margins(x=0.12)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
 
 
 if __name__ == "__main__":
