@@ -32,26 +32,26 @@ WAYS = ("princeton-vl's way", "ours")
 LR, STACKS, VALIDATIONS = 1e-3, 2, 8
 
 
-def accuracy_group(options: Options, way: str, batch_size: int, seed: int) -> dict[str, Any]:
+def accuracy_group(options: Options, way: str, batch_size: int) -> dict[str, Any]:
     """Train; returns the learning curve, seconds of training and pooled PCK@0.5 in %."""
     train = train_ours if way == "ours" else train_princeton
-    seconds, pck = zip(*train(options, batch_size, seed), strict=True)
+    seconds, pck = zip(*train(options, batch_size), strict=True)
     return {"seconds": seconds, "pck": pck}
 
 
-def train_ours(options: Options, batch_size: int, seed: int) -> list[tuple[float, float]]:
+def train_ours(options: Options, batch_size: int) -> list[tuple[float, float]]:
     """A run of training/trainer.py."""
     began, steps = time.perf_counter(), max(VALIDATIONS, options.people_to_train // batch_size)
     words = f"""--data.shards {options.folder}/real --data.batch_size {batch_size}
         --data.workers {options.workers} --data.input_px {options.input_px} --data.preset princeton
-        --model.stacks {STACKS} --model.width {options.width} --model.depth {options.depth}
+        --model.stacks {STACKS} --model.width {options.width}
         --optim.lr {LR} --optim.schedule constant --optim.ema_decay 0.998 --train.steps {steps}
-        --train.steps_per_epoch {steps // VALIDATIONS} --train.keep_last 1 --train.seed {seed}"""
+        --train.steps_per_epoch {steps // VALIDATIONS} --train.keep_last 1"""
     parser = ArgumentParser()
     add_config_options(parser)
     config, _ = parse_config(parser, words.split())
     dist = DistributedContext(0, 1, options.device, choose_dtype("auto", options.device))
-    folder = options.folder / "runs" / f"seed{seed}"
+    folder = options.folder / "run"
     trainer = Trainer(config, dist, folder)
     seconds, last_step, curve = time.perf_counter() - began, 0, list[tuple[float, float]]()
     trainer.train()
@@ -64,16 +64,16 @@ def train_ours(options: Options, batch_size: int, seed: int) -> list[tuple[float
     return curve
 
 
-def train_princeton(options: Options, batch_size: int, seed: int) -> list[tuple[float, float]]:
+def train_princeton(options: Options, batch_size: int) -> list[tuple[float, float]]:
     """princeton-vl's loader and step, evaluated by its rules."""
     torch.backends.cudnn.benchmark = True  # as its train.py
     steps, device = max(VALIDATIONS, options.people_to_train // batch_size), options.device
     seconds, began, curve = 0.0, time.perf_counter(), list[tuple[float, float]]()
-    seed_everything(seed, 0)
+    seed_everything(0, 0)
     network = build_network(STACKS, options).to(device)
     optimizer = torch.optim.Adam(network.parameters(), LR)
     shards = ShardSet(options.folder / "real" / "train")
-    batches = princeton_batches(shards, options.input_px, batch_size, options.workers, seed)
+    batches = princeton_batches(shards, options.input_px, batch_size, options.workers)
     for step in range(1, steps + 1):
         images, heat = (tensor.to(device) for tensor in next(batches))
         princeton_step(network.train(), optimizer, images, heat)

@@ -31,7 +31,7 @@ from pipelines.loader import (
     make_batch,
     train_loader,
 )
-from pipelines.opencv_loader import RawBatch, crop_person, decode
+from pipelines.opencv_loader import crop_person, decode
 from pipelines.packing import PackingOptions, pack
 from pipelines.shard_format import unpack_records
 from pipelines.shards import ShardSet
@@ -62,7 +62,6 @@ class Options:
     workers: int = 2
     input_px: int = 256
     width: int = 256
-    depth: int = 4
     people_to_train: int = 40_000
 
     def shards(self, packing: str) -> ShardSet:
@@ -75,14 +74,7 @@ class Options:
         return LoaderSpec(loader=loader, device=self.device, preset=preset, **sizes)
 
 
-def make_data(folder: Path, people: int) -> None:
-    """Pack people in 1280 x 720 pictures both ways."""
-    draw_people(folder, people, SIZE_WH)
-    pack_people(folder, folder / "original", ("train",), None)
-    pack_people(folder, folder / "crop", ("train",), 288)
-
-
-def draw_people(folder: Path, people: int, size_wh: tuple[int, int]) -> None:
+def make_data(folder: Path, people: int, size_wh: tuple[int, int] = SIZE_WH) -> None:
     """Draw annot/train.h5 and images/*.jpg; at 1280 x 720 px people are as large as MPII's."""
     rng, rows = np.random.default_rng(0), list[synthetic.Person]()
     (folder / "images").mkdir(parents=True)
@@ -98,26 +90,22 @@ def draw_people(folder: Path, people: int, size_wh: tuple[int, int]) -> None:
             person |= {"imgname": name.encode(), "index": float(row)}
         else:
             person = rows[row % PICTURES]
-        rows.append(resized(person, scale) | {"person": float(row)})
+        ratio, center, part = scale / person["scale"], person["center"], person["part"]
+        moved = np.where(part.any(1, keepdims=True), center + ratio * (part - center), 0.0)
+        rows.append(person | {"scale": scale, "part": moved, "person": float(row)})
     synthetic.write_annotations(folder / "annot" / "train.h5", rows)
 
 
-def resized(person: synthetic.Person, scale: float) -> synthetic.Person:
-    """The person of another scale at the same place."""
-    ratio, center, part = scale / person["scale"], person["center"], person["part"]
-    moved = np.where(part.any(1, keepdims=True), center + ratio * (part - center), 0.0)
-    return person | {"scale": scale, "normalize": ratio * person["normalize"], "part": moved}
-
-
-def pack_people(source: Path, output: Path, splits: tuple[str, ...], person_px: int | None) -> None:
-    """Pack annot/ and images/ of a folder, as crops if there is a size of a stored person."""
-    options = PackingOptions(
-        annotations=source / "annot", images=source / "images", output=output, splits=splits
-    )
+def pack_people(source: Path, output: Path, person_px: int | None = None) -> Path:
+    """Pack annot/*.h5 and images/ of a folder, as crops if there is a size of a stored person."""
+    annotations, images = source / "annot", source / "images"
+    splits = tuple(sorted(path.stem for path in annotations.glob("*.h5")))
+    options = PackingOptions(annotations=annotations, images=images, output=output, splits=splits)
     if person_px:
         crop = crop_rule("hrnet", person_px, 95)
         options = dataclasses.replace(options, packing="crop", crop=crop)
     pack(options)
+    return output
 
 
 def act_as_training(options: Options) -> None:
@@ -192,11 +180,11 @@ def scaling_group(options: Options, people: int) -> dict[str, Any]:
     """
     act_as_training(options)
     source, start_up_s, rates = options.folder / f"many-{people}", list[float](), list[float]()
-    draw_people(source, people, (320, 180))
-    pack_people(source, source / "original", ("train",), None)
+    make_data(source, people, (320, 180))
+    folder = pack_people(source, source / "original") / "train"
     for _ in range(START_UPS):
         began = time.perf_counter()
-        shards = ShardSet(source / "original" / "train")
+        shards = ShardSet(folder)
         shards.records()
         next_batch = start_loader(shards, ONE_WARP, "opencv", options, SCALING_BATCH)
         next_batch()
@@ -212,31 +200,25 @@ def scaling_group(options: Options, people: int) -> dict[str, Any]:
 
 def pixels_group(options: Options) -> dict[str, Any]:
     """Grey levels between DALI's crops and OpenCV's of the same draws, by packing and decoder."""
-    loads = (0.0, 1.0) if options.device.type == "cuda" else (0.0,)
-    return {
-        f"{packing}, hw_decoder_load {load}": pixel_differences(options, packing, load)
-        for packing in ("original", "crop")
-        for load in loads
-    }
-
-
-def pixel_differences(options: Options, packing: str, hw_decoder_load: float) -> dict[str, float]:
-    """Mean, 99.9th percentile and largest difference of one batch."""
     from pipelines.dali_loader import DaliLoader
 
-    shards = options.shards(packing)
-    spec = options.loader_spec("dali", HRNET, min(64, len(shards)))
-    loader = DaliLoader(shards, spec, hw_decoder_load=hw_decoder_load)
-    raw = RawBatch(*(tensor.cpu() for tensor in loader.next()))
-    sample_of_row = {int(record[0]): sample for sample, record in enumerate(shards.records())}
-    differences = []
-    for record, draws, image in zip(raw.records_NR, raw.draws_ND, raw.images_NHW3, strict=True):
-        sample, drawn = sample_of_row[int(record[0])], Draw(*draws.tolist())
-        expected = input_image(shards, sample, drawn, options.input_px)
-        differences.append(np.abs(expected.astype(int) - image.numpy()))
-    levels = np.stack(differences)
-    percentile = float(np.percentile(levels, 99.9))
-    return {"mean": float(levels.mean()), "p99.9": percentile, "largest": float(levels.max())}
+    facts: dict[str, Any] = {}
+    loads = (0.0, 1.0) if options.device.type == "cuda" else (0.0,)
+    for packing, load in product(("original", "crop"), loads):
+        shards = options.shards(packing)
+        spec = options.loader_spec("dali", HRNET, min(64, len(shards)))
+        raw = DaliLoader(shards, spec, hw_decoder_load=load).next()
+        sample_of_row = {int(record[0]): sample for sample, record in enumerate(shards.records())}
+        levels = []
+        for record, draws, image in zip(raw.records_NR, raw.draws_ND, raw.images_NHW3, strict=True):
+            sample, drawn = sample_of_row[int(record[0])], Draw(*draws.tolist())
+            expected = input_image(shards, sample, drawn, options.input_px)
+            levels.append(np.abs(expected.astype(int) - image.cpu().numpy()))
+        mean, largest = float(np.mean(levels)), float(np.max(levels))
+        facts[f"{packing}, hw_decoder_load {load}"] = {
+            "mean": mean, "p99.9": float(np.percentile(levels, 99.9)), "largest": largest
+        }  # fmt: skip
+    return facts
 
 
 def input_image(shards: ShardSet, sample: int, drawn: Draw, input_px: int) -> np.ndarray:
@@ -248,12 +230,14 @@ def input_image(shards: ShardSet, sample: int, drawn: Draw, input_px: int) -> np
 
 def packing_group(options: Options) -> dict[str, Any]:
     """By size of a stored person: bytes, speed, and PSNR of the inputs to those from originals."""
-    source, split = (options.data, "valid") if options.data else (options.folder, "train")
+    source, split = options.folder / "made", "train"
+    if options.data:
+        source, split = options.data, "valid"
     facts, originals = {}, dict[int, np.ndarray]()
     for person_px in (None, *PERSON_PX):
         name = f"crop, {person_px} px" if person_px else "original"
-        output, began = options.folder / f"packing-{name}", time.process_time()
-        pack_people(source, output, (split,), person_px)
+        began = time.process_time()
+        output = pack_people(source, options.folder / f"packing-{name}", person_px)
         packing_s, began = time.process_time() - began, time.process_time()
         shards = ShardSet(output / split)
         count = min(len(shards), options.people)

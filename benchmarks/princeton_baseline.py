@@ -34,14 +34,14 @@ STAMP = np.exp(-(_X**2 + _Y**2) / 2)
 class PrincetonPeople(Dataset):
     """(input_px, input_px, 3) float32 images in 0..1 and (J, H, W) float32 heatmaps."""
 
-    def __init__(self, shards: ShardSet, input_px: int, seed: int = 0):
-        """shards: of original pictures. seed: of the draws."""
-        self.shards, self.input_px, self.seed = shards, input_px, seed
+    def __init__(self, shards: ShardSet, input_px: int):
+        """shards: of original pictures."""
+        self.shards, self.input_px = shards, input_px
         self.fields = unpack_records(shards.records())
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
         sample, epoch = key
-        drawn = draw(PRESETS["princeton"], draw_rng(self.seed, epoch, sample))
+        drawn = draw(PRESETS["princeton"], draw_rng(0, epoch, sample))
         data = np.frombuffer(self.shards.jpeg(sample), dtype=np.uint8)
         image = cv2.imdecode(data, cv2.IMREAD_COLOR)[:, :, ::-1]  # type: ignore[index]
         center = self.fields.center_N2[sample].astype(np.float64)
@@ -100,16 +100,16 @@ def render_by_loop(joints_J2: np.ndarray, heat_px: int = 64) -> np.ndarray:
 
 
 def princeton_batches(
-    shards: ShardSet, input_px: int, batch_size: int, workers: int, seed: int = 0
+    shards: ShardSet, input_px: int, batch_size: int, workers: int
 ) -> Iterator[list[torch.Tensor]]:
     """Endless batches by torch's DataLoader, as that code sets it up.
 
     Its workers are not forked from this process: they would treat memory as it does.
     """
-    sampler = endless_batches(len(shards), batch_size, seed, 0, 1)
+    sampler = endless_batches(len(shards), batch_size, 0, 0, 1)
     return iter(
         DataLoader(
-            PrincetonPeople(shards, input_px, seed),
+            PrincetonPeople(shards, input_px),
             batch_sampler=sampler,
             num_workers=workers,
             prefetch_factor=PREFETCH if workers else None,

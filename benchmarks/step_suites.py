@@ -105,7 +105,7 @@ def training_step(variant: Variant, stacks: int, options: Options) -> Callable[.
 
 def build_network(stacks: int, options: Options, checkpointed: bool = False) -> StackedHourglass:
     """Random weights."""
-    shape = (stacks, options.width, MPII.joint_count, options.depth)
+    shape = (stacks, options.width, MPII.joint_count)
     return StackedHourglass(*shape, checkpoint_activations=checkpointed)
 
 

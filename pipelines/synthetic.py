@@ -38,7 +38,7 @@ PELVIS, THORAX, NECK, HEAD_TOP, SKULL, FACE = 6, 7, 8, 9, 20, 21
 # The right arm, the left arm, the right leg and the left leg, from the trunk to the tip.
 LIMBS = np.array([[12, 11, 10, 16], [13, 14, 15, 17], [2, 1, 0, 18], [3, 4, 5, 19]])
 LIMB_HUES_DEG = (2.0, 225.0, 312.0, 182.0)
-LIMB_RADII: tuple = ((0.04, 0.035, 0.028, 0.02), (0.052, 0.042, 0.032, 0.022))
+LIMB_RADII: tuple = ((0.042, 0.04, 0.038, 0.02), (0.052, 0.046, 0.042, 0.024))
 """Of arms and legs at the four points, in heights."""
 
 
@@ -124,12 +124,12 @@ def draw_body(rng: Generator, canvas: Canvas, points_P3: Array, first: int) -> N
     }  # fmt: skip
     # Hulls of discs: points, radii and a bias of the depth in heights (arms are before the chest).
     shapes: list[tuple[Any, tuple[float, ...], float, Colour]] = [
-        ([NECK, SKULL, HEAD_TOP], (0.03, 0.07, 0.012), -0.02, hair),
+        ([NECK, SKULL, HEAD_TOP], (0.036, 0.07, 0.034), -0.02, hair),
         ([FACE], (0.045,), -0.03, skin),
         ([*LIMBS[:, 0], THORAX, PELVIS], (0.042,) * 6, 0.0, shirt),
     ]
     for limb, hue in enumerate(rng.normal(LIMB_HUES_DEG, 5)):
-        for row, saturation, value in ((0, 0.25, 1.0), (1, 0.55, 1.0), (2, 0.9, 0.35)):
+        for row, saturation, value in ((0, 0.2, 1.0), (1, 0.5, 1.0), (2, 0.95, 1.0)):
             marks[LIMBS[limb, row]] = colour_of(hue, saturation, value)
             colour = colour_of(hue, rng.uniform(0.65, 0.95), rng.uniform(0.4, 0.8))
             ends, bias = slice(row, row + 2), (-0.03, 0.02)[limb // 2] - 0.01 * row
@@ -141,8 +141,9 @@ def draw_body(rng: Generator, canvas: Canvas, points_P3: Array, first: int) -> N
         canvas.hull(centers - px[:, None] * [0.1, 0.2], 0.72 * px, colour)
         for row in np.argsort(-points_P3[points, 2]):
             if points[row] in marks:
-                mark = marks[points[row]]
-                canvas.hull(centers[[row]], 0.85 * px[[row]], mark, first + points[row])
+                at, radius, joint = centers[[row]], px[[row]], first + points[row]
+                canvas.hull(at, radius, (40, 40, 40), joint)
+                canvas.hull(at, 0.7 * radius, marks[points[row]], joint)
 
 
 def draw_scene(
@@ -153,13 +154,13 @@ def draw_scene(
     background = cv2.resize(colours.clip(0, 255).astype(np.uint8), size_wh)
     canvas = Canvas(background, np.zeros(size_wh[::-1], np.uint8))
     for _ in range(rng.integers(8, 40)):
-        draw_clutter(rng, canvas, rng.uniform(-0.05, 1.05, 2) * size_wh)
+        draw_clutter(rng, canvas, rng.uniform(-0.05, 1.05, 2) * size_wh, 0.4)
     bodies = place_bodies(rng, annotated, size_wh)
     # Small people are far away.
     for number in np.argsort([height_of(body) for body in bodies]):
         draw_body(rng, canvas, bodies[number], 1 + JOINTS * int(number))
         if rng.random() < 0.2:
-            draw_clutter(rng, canvas, bodies[number][rng.integers(JOINTS), :2])
+            draw_clutter(rng, canvas, bodies[number][rng.integers(JOINTS), :2], 0.12)
     people = [
         annotate(rng, body, canvas.joints_HW, 1 + JOINTS * number)
         for number, body in enumerate(bodies[:annotated])
@@ -214,9 +215,9 @@ def annotate(rng: Generator, points_P3: Array, map_HW: Array, first: int) -> Per
     }
 
 
-def draw_clutter(rng: Generator, canvas: Canvas, at_2: Array) -> None:
-    """A disc, a shape like a limb, or a polygon with round corners."""
-    size = len(canvas.image_HW3) * float(np.clip(rng.lognormal(-2.1, 0.6), 0.02, 0.4))
+def draw_clutter(rng: Generator, canvas: Canvas, at_2: Array, largest: float) -> None:
+    """A disc, a shape like a limb, or a polygon. largest: share of the picture's height."""
+    size = len(canvas.image_HW3) * float(np.clip(rng.lognormal(-2.1, 0.6), 0.02, largest))
     corners = at_2 + size * rng.uniform(-1, 1, (rng.choice([1, 2, 3, 5]), 2))
     radii = size * rng.uniform(0.03, 0.2) * rng.uniform(0.7, 1, len(corners))
     saturation = rng.uniform(0, 0.35) if rng.random() < 0.93 else rng.uniform(0.35, 0.7)
