@@ -29,7 +29,7 @@ from pipelines.opencv_loader import CropDataset, collate
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 PEOPLE = 6
-TINY = "--device cpu --rounds 1 --people 4 --batch-sizes 2 --workers 1 --input-px 64 --width 16"
+TINY = "--device cpu --rounds 1 --people 4 --batch-sizes 2 --workers 1 --input-px 128 --width 16"
 
 
 def test_cases_take_turns_after_a_round_that_does_not_count():
