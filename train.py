@@ -25,8 +25,7 @@ from training.checkpoint_manager import (
     BEST,
     LAST,
     RESUME_ME,
-    open_run_folder,
-    remove_resume_marker,
+    lock_run_folder,
 )
 from training.metrics import require_tracker
 from training.resume import AUTO, find_start, global_batch_size, load_resumable
@@ -48,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
         dist = init_distributed(config.train.device, config.train.precision)
         folder = Path(config.train.out) / config.train.name
         if dist.is_first:
-            remove_resume_marker(folder)
+            (folder / RESUME_ME).unlink(missing_ok=True)
         restarted = restarted_by_torchrun(dist)
         start, remarks = from_first_rank(
             lambda: find_start(folder, options["resume"], restarted), dist
@@ -61,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
             if fresh:
                 remarks.append(f"other joints: {len(fresh)} tensors start fresh ({fresh[0]}, ...)")
         trainer.remarks = remarks + trainer.remarks
-        from_first_rank(lambda: open_run_folder(folder), dist)
+        from_first_rank(lambda: lock_run_folder(folder), dist)
         first_step = trainer.progress.step
         if dist.is_first:
             mark_run_started()

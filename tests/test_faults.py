@@ -26,7 +26,7 @@ from model.checkpoint import (
     load_weights,
     write_archive,
 )
-from training.checkpoint_manager import CheckpointManager, open_run_folder
+from training.checkpoint_manager import CheckpointManager, lock_run_folder
 from training.metrics import read_metrics
 from training.preemption import stop_signals
 from training.resume import find_start, load_resumable
@@ -424,7 +424,7 @@ def test_a_rank_whose_torchrun_has_died_saves_and_ends(tiny_shards, tmp_path, mo
 
 def test_a_run_that_another_process_trains_is_refused(tmp_path):
     def hold(pipe) -> None:
-        open_run_folder(tmp_path)
+        lock_run_folder(tmp_path)
         pipe.send("held")
         time.sleep(30)
 
@@ -434,7 +434,7 @@ def test_a_run_that_another_process_trains_is_refused(tmp_path):
     other.start()
     assert here.recv() == "held"
     with pytest.raises(InputError, match=rf"\(process {other.pid} on "):
-        open_run_folder(tmp_path)
+        lock_run_folder(tmp_path)
     other.kill()
     other.join(10)
-    open_run_folder(tmp_path)  # the lock ended with its process
+    lock_run_folder(tmp_path)  # the lock ended with its process

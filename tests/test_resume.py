@@ -22,7 +22,7 @@ from model.checkpoint import Checkpoint, RunState, load_checkpoint
 from pipelines.shard_format import HEADER_LENGTH, people_sha256
 from pipelines.shards import ShardSet
 from tools.make_shards import main as pack
-from training.checkpoint_manager import open_run_folder, write_resume_marker
+from training.checkpoint_manager import RESUME_ME, lock_run_folder
 from training.resume import find_start, fit_to_ranks, global_batch_size, load_resumable
 
 LAST = Path("last.pt")
@@ -311,7 +311,7 @@ def test_a_start_finds_the_runs_checkpoint_and_protects_it(tiny_shards, tmp_path
     with pytest.raises(InputError, match=r"last\.pt"):
         find_start(folder, "", False)
     trainer = make_trainer(tiny_config(tiny_shards), folder)
-    with pytest.raises(InputError, match="no checkpoint yet") as caught:
+    with pytest.raises(InputError, match="a run of this name") as caught:
         find_start(folder, None, False)
     assert "remove this folder" in caught.value.next_step
     trainer.save(["last.pt"])
@@ -340,15 +340,15 @@ def test_weights_alone_cannot_be_resumed(tiny_shards, tmp_path):
 def test_a_start_removes_what_a_killed_one_left(tiny_shards, tmp_path):
     for name in ("step_00000006.pt.tmp", "last.pt.tmp", "last.pt"):
         (tmp_path / name).touch()
-    open_run_folder(tmp_path)
+    lock_run_folder(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"last.pt", "lock"}
-    write_resume_marker(tmp_path, "STOPPED EARLY")
+    (tmp_path / RESUME_ME).touch()
     make_trainer(tiny_config(tiny_shards), tmp_path).open_log().close()
     assert not (tmp_path / "resume_me").exists()
 
 
 def test_an_error_of_the_first_rank_is_raised_and_other_answers_are_plain_values():
-    assert from_first_rank(lambda: ("a", ["b"]), CPU) == ["a", ["b"]]
+    assert from_first_rank(lambda: ("a", ["b"]), CPU) == ("a", ["b"])
 
     def refuse() -> None:
         raise InputError("where", "found", "expected", "next")

@@ -12,7 +12,6 @@ from contextlib import suppress
 from pathlib import Path
 
 from common.errors import InputError
-from common.files import write_atomic
 from model.checkpoint import BEST, LAST, Checkpoint, load_checkpoint, save_checkpoint, sync_folder
 
 RESUME_ME = "resume_me"
@@ -105,45 +104,25 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
     return None, []
 
 
-def open_run_folder(folder: Path) -> None:
-    """Make a run's folder, lock it, and remove unfinished files of a killed process.
+def lock_run_folder(folder: Path) -> None:
+    """Make a run's folder, lock it, and remove the unfinished files of a killed process.
 
-    Raises InputError if another process trains this run.
+    The lock lasts until this process ends; its workers do not inherit it. File systems without
+    locks are not locked. Raises InputError if another process trains this run.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock(folder)
+    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT)  # stays open
+    with suppress(OSError):  # without locks; or on a full disk, without the holder's name
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise InputError(
+                folder,
+                f"another process that trains this run ({os.read(descriptor, 200).decode()})",
+                "one at a time",
+                "wait for its end, stop it, or choose another --train.name",
+            ) from error
+        os.truncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
     for unfinished in folder.glob("*.pt.tmp"):
         unfinished.unlink(missing_ok=True)
-
-
-def lock(folder: Path) -> None:
-    """Lock the folder until this process ends, however that happens. Raises InputError.
-
-    Worker processes do not inherit the lock. On file systems without locks this does nothing.
-    """
-    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT)  # stays open
-    try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:
-        holder = os.read(descriptor, 200).decode().strip()
-        raise InputError(
-            folder,
-            f"another process that trains this run ({holder})",
-            "one at a time",
-            "wait for its end, stop it, or choose another --train.name",
-        ) from error
-    except OSError:
-        return
-    with suppress(OSError):  # a full disk: the lock holds without its holder's name
-        os.truncate(descriptor, 0)
-        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-
-
-def write_resume_marker(folder: Path, text: str) -> None:
-    """Leave the file that tells a job script to start the run again. Raises OSError."""
-    write_atomic(folder / RESUME_ME, f"{text}\n".encode())
-
-
-def remove_resume_marker(folder: Path) -> None:
-    """Remove that file: the run is started again."""
-    (folder / RESUME_ME).unlink(missing_ok=True)

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from common.distributed import DistributedContext, gather_bytes
 from common.errors import InputError
 from pipelines.shard_format import unpack_records
 from pipelines.shards import ShardSet
-from training.metrics import MetricsLogger, Totals, keep_lines_until
-from training.optimizer import AveragedModel
+from training.metrics import MetricsLogger, Totals
+from training.train_step import TrainStep
 
 SKIPPED = "skipped_batches.jsonl"
 
@@ -24,29 +23,17 @@ SKIPPED = "skipped_batches.jsonl"
 class NonFiniteMonitor:
     """Counts skipped steps, and stops the run at the limit."""
 
-    def __init__(
-        self,
-        network: nn.Module,
-        averaged: AveragedModel | None,
-        shards: ShardSet,
-        folder: Path,
-        limit: int,
-    ):
+    def __init__(self, train_step: TrainStep, shards: ShardSet, folder: Path, limit: int):
         """shards: of training. folder: of the run. limit: train.max_bad_steps."""
         self.shards, self.folder, self.limit = shards, folder, limit
         self.in_a_row = 0
-        networks = [network, averaged.module] if averaged else [network]
+        averaged = [train_step.averaged.module] if train_step.averaged else []
+        networks = [train_step.network, *averaged]
         self._statistics = [
             buffer for each in networks for buffer in each.buffers() if buffer.is_floating_point()
         ]
-        self._good: list[Tensor] = []
-        """The statistics when the last steps were all finite."""
-
-    def begin(self, step: int, dist: DistributedContext) -> None:
-        """Drop what is written about later steps than this one, which will be repeated."""
         self._good = [tensor.clone() for tensor in self._statistics]
-        if dist.is_first:
-            keep_lines_until(self.folder / SKIPPED, step)
+        """As they were when the last steps were all finite."""
 
     def check(
         self, step: int, totals: Totals, log: MetricsLogger, dist: DistributedContext

@@ -29,7 +29,15 @@ def find_start(folder: Path, resume: str | None, restarted: bool) -> tuple[str, 
             )
         return given, []
     if resume is None and not restarted:
-        _require_new_folder(folder)
+        if folder.exists():
+            resumable = has_checkpoint(folder)
+            advice = "continue it with --resume" if resumable else "remove this folder"
+            raise InputError(
+                folder,
+                "a run of this name",
+                "a new folder",
+                f"choose another --train.name, or {advice}",
+            )
         return "", []
     source, remarks = newest_whole(folder)
     if resume == "" and source is None and not restarted:
@@ -43,18 +51,6 @@ def find_start(folder: Path, resume: str | None, restarted: bool) -> tuple[str, 
     why = "torchrun started the ranks again: " if restarted else ""
     how = f"continuing from {start}" if start else "there is no checkpoint yet, so it begins anew"
     return start, [*remarks, why + how]
-
-
-def _require_new_folder(folder: Path) -> None:
-    if folder.exists():
-        resumable = has_checkpoint(folder)
-        raise InputError(
-            folder,
-            "a run of this name" + ("" if resumable else ", which has no checkpoint yet"),
-            "a new folder",
-            "choose another --train.name, or "
-            + ("continue it with --resume" if resumable else "remove this folder"),
-        )
 
 
 def load_resumable(path: Path) -> Checkpoint:

@@ -26,6 +26,7 @@ from common.distributed import (
     sum_over_ranks,
 )
 from common.errors import InputError
+from common.files import write_atomic
 from configs.schema import Config, save_yaml
 from configs.skeleton import require_same_joints
 from evaluation.inference import StoppedError
@@ -47,13 +48,12 @@ from pipelines.shards import ShardSet
 from training.checkpoint_manager import (
     BEST,
     LAST,
+    RESUME_ME,
     CheckpointManager,
-    remove_resume_marker,
-    write_resume_marker,
 )
 from training.cpu_threads import ThreadTuner
-from training.metrics import MetricsLogger, Totals
-from training.nonfinite import NonFiniteMonitor
+from training.metrics import MetricsLogger, Totals, keep_lines_until
+from training.nonfinite import SKIPPED, NonFiniteMonitor
 from training.preemption import stop_signals
 from training.profiler import profiled_steps
 from training.resume import fit_to_ranks, global_batch_size
@@ -118,13 +118,8 @@ class Trainer:
         loader_state = self._restore(checkpoint) if checkpoint else b""
         self.bad_samples: BadSamples | None = None
         self.loader = self._make_loader(loader_state)
-        self.monitor = NonFiniteMonitor(
-            self.network,
-            self.train_step.averaged,
-            self.shards,
-            folder,
-            config.train.max_bad_steps,
-        )
+        limit = config.train.max_bad_steps
+        self.monitor = NonFiniteMonitor(self.train_step, self.shards, folder, limit)
         self.interrupted = False
         """A signal ended the run."""
         self.received_signals: list[int] = []
@@ -285,8 +280,8 @@ class Trainer:
         if self.dist.is_first:
             self.folder.mkdir(parents=True, exist_ok=True)
             save_yaml(self.saved_config, self.folder / "config.yaml")
-            remove_resume_marker(self.folder)
-        self.monitor.begin(self.progress.step, self.dist)
+            (self.folder / RESUME_ME).unlink(missing_ok=True)
+            keep_lines_until(self.folder / SKIPPED, self.progress.step)
         step, metric = self.progress.step, self.codec.skeleton.metric
         log = MetricsLogger(self.folder, self.config, self.dist, step, metric)
         for remark in self.remarks:
@@ -357,7 +352,7 @@ class Trainer:
         self.log.info(f"{text} --resume, without a path, continues.")
         if self.interrupted and self.dist.is_first:
             with suppress(OSError):  # on a full disk only the exit code asks for a restart
-                write_resume_marker(self.folder, text)
+                write_atomic(self.folder / RESUME_ME, f"{text}\n".encode())
 
     # Validation and checkpoints
 
