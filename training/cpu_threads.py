@@ -8,10 +8,8 @@ import torch
 from common.distributed import DistributedContext, cores_per_rank, set_cpu_threads, sum_over_ranks
 from configs.schema import Config
 
-WARM_UP_STEPS = 4
-ROUNDS = 2
-STEPS_PER_ROUND = 4
-"""With each number of threads; the first step of a round is not counted."""
+WARM_UP_STEPS, ROUNDS, STEPS_PER_ROUND = 4, 2, 4
+"""In each round each number of threads takes so many steps, of which the first is not counted."""
 
 
 class ThreadTuner:
@@ -26,14 +24,13 @@ class ThreadTuner:
         self._dist = dist
         self._schedule: list[tuple[int, bool]] = []
         """Of the next steps: thread count, and whether the step is counted."""
-        if dist.device.type != "cpu":
-            return
-        if config.train.threads:
+        if dist.device.type == "cpu" and config.train.threads:
             torch.set_num_threads(config.train.threads)
             return
         set_cpu_threads(dist.device, config.data.workers)
         counts = [torch.get_num_threads(), cores_per_rank()]
-        if "OMP_NUM_THREADS" in os.environ or counts[0] == counts[1]:
+        fixed = dist.device.type != "cpu" or "OMP_NUM_THREADS" in os.environ
+        if fixed or counts[0] == counts[1]:
             return
         self._seconds: dict[int, list[float]] = {count: [] for count in counts}
         self._schedule = [(counts[0], False)] * WARM_UP_STEPS
@@ -41,7 +38,7 @@ class ThreadTuner:
             self._schedule += [(count, step > 0) for step in range(STEPS_PER_ROUND)]
 
     def add_step(self, seconds: float) -> dict[int, float]:
-        """Record a step; after the last one the seconds per step by thread count, else {}.
+        """Record a step; after the last one the median seconds per thread count, else {}.
 
         Every rank must call it, and gets the same answer.
         """

@@ -166,14 +166,13 @@ class MetricsLogger:
                     self._tracker.log({tag: self._tracker.Image(image)}, step=step)
 
     def info(self, text: str) -> None:
-        """Print a line that stays on the console."""
+        """Print a line on the console."""
         if self.enabled:
             self._console.info(text)
 
     def close(self) -> None:
-        """Flush and close everything; a second time does nothing."""
+        """Flush and close everything."""
         if self.enabled:
-            self.enabled = False
             if self._console.is_live and self._values:
                 self._console.show(self._parts(), at_once=True)
             self._console.close()
@@ -193,17 +192,18 @@ class MetricsLogger:
         pckh = "-" if self._pckh is None else f"{100 * self._pckh:.1f} %"
         seconds, end = self._time_left()
         parts = [f"step {self._step:,}/{train.steps:,}", f"{duration(seconds)} {end}"]
-        if values:
-            memory = "GPU peak" if self._device.type == "cuda" else "RSS"
-            parts += [
-                f"loss {values['loss']:.5f}",
-                f"{self._metric} {pckh}",
-                f"waiting {100 * values['wait_share']:.0f} %",
-                f"{values['people_per_s']:,.0f} people/s",
-                f"epoch {epoch}/{epochs}",
-                f"{memory} {values['memory_mb']:,.0f} MB",
-            ]
-        return parts
+        if not values:
+            return parts
+        memory = "GPU peak" if self._device.type == "cuda" else "RSS"
+        return [
+            *parts,
+            f"loss {values['loss']:.5f}",
+            f"{self._metric} {pckh}",
+            f"waiting {100 * values['wait_share']:.0f} %",
+            f"{values['people_per_s']:,.0f} people/s",
+            f"epoch {epoch}/{epochs}",
+            f"{memory} {values['memory_mb']:,.0f} MB",
+        ]
 
     def _time_left(self) -> tuple[float, str]:
         """Seconds to the end, and to which end: the last step at the average rate so far, or the

@@ -4,12 +4,12 @@ A step is `optim.accumulate` batches. Numbers that decide something are computed
 read once every `train.log_every` steps, so that the host does not wait for the GPU in between.
 """
 
-import dataclasses
 import math
 import os
 import signal
 import time
 from contextlib import closing, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ COLLAPSE_FROM_STEP = 1_000
 """Before it every network's peaks are low."""
 
 
-@dataclasses.dataclass
+@dataclass
 class Progress:
     """The counters of a run."""
 
@@ -307,7 +307,7 @@ class Trainer:
 
     def _set_threads(self, threads: int) -> None:
         self.config, self.saved_config = (
-            dataclasses.replace(c, train=dataclasses.replace(c.train, threads=threads))
+            replace(c, train=replace(c.train, threads=threads))
             for c in (self.config, self.saved_config)
         )
 
@@ -418,18 +418,17 @@ class Trainer:
 
     def _checkpoint(self, rng: list[bytes], loaders: list[bytes]) -> Checkpoint:
         """Everything that continues the run. rng, loaders: the states of each rank."""
+        counters = asdict(self.progress)
+        step = counters.pop("step")
         run = RunState(
+            **counters,
             scaler=self.train_step.scaler.state_dict(),
-            best=self.progress.best,
-            seconds=self.progress.seconds,
-            validation_due=self.progress.validation_due,
             people=len(self.shards),
             people_sha256=self.people_sha256,
             ranks=self.dist.world_size,
             people_a_step=global_batch_size(self.config, self.dist.world_size),
             loader=self.loader_name,
             loader_device=self.dist.device.type,
-            loader_began=self.progress.loader_began,
             rng=[torch.tensor(bytearray(data), dtype=torch.uint8) for data in rng],
             loader_states=[torch.tensor(bytearray(s), dtype=torch.uint8) for s in loaders],
         )
@@ -437,7 +436,7 @@ class Trainer:
             path=self.folder / LAST,
             config=self.saved_config,
             skeleton=self.codec.skeleton,
-            step=self.progress.step,
+            step=step,
             weights=self.network.state_dict(),
             averaged=self.train_step.averaged_weights,
             optimizer=self.train_step.optimizer.state_dict(),

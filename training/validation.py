@@ -38,8 +38,7 @@ class Validator:
     ) -> dict[str, Any]:
         """The summary of evaluation/pckh.py, and `peak`, the mean height of the heatmaps' peaks.
 
-        network: in eval mode, on the device, the same on every rank. progress: wraps the batches.
-        Raises StoppedError between two batches once should_stop is true on any rank.
+        Arguments and StoppedError as for predict_distributed.
         """
         found = predict_distributed(
             network,
