@@ -57,6 +57,8 @@ def read_export(path: Path) -> dict[str, Any]:
         else:
             metadata, weights = _read_safetensors(path)
         header = parse_json(metadata.get(KEY, "").encode())
+        if not isinstance(header, dict):
+            raise ValueError("no JSON object")
     except ValueError as error:  # UnicodeDecodeError is one too
         raise _unusable(path, f"no metadata {KEY!r} of this project") from error
     return {**header, "model": weights, "ema": {}}

@@ -69,16 +69,16 @@ _TO_BEARPAW: Renames = (
 
 
 class _Layout(NamedTuple):
-    """How another code names the parts of this network: prefixes that may stand before every key;
-
-    weights of the stem's convolution, of its first two residuals' ends, and of the first head;
-    patterns of every head's weight, and of a name in every level of the first hourglass.
-    """
+    """How another code base names the parts of this network."""
 
     prefixes: tuple[str, ...]
+    """One of them stands before every name."""
     layers: tuple[str, str, str, str]
+    """Stem convolution, last convolutions of the stem's first two residuals, first head."""
     heads: str
+    """Pattern of the heads' weights, one a stack."""
     levels: str
+    """Pattern of a weight that each level of the first hourglass has once."""
     input_mean: tuple[float, float, float]
 
 

@@ -15,12 +15,8 @@ from test_predict import read_json
 
 import evaluate
 from common.errors import InputError
-from evaluation.estimator import PoseEstimator, read_picture
-from evaluation.inference import last_heatmaps
 from model import checkpoint
 from model.export import OnnxNetwork
-from pipelines.loader import images_on_device
-from pipelines.opencv_loader import collate
 from tools import export_onnx, predict
 
 needs_onnx = pytest.mark.skipif(
@@ -108,28 +104,6 @@ def test_an_onnx_with_the_flip_test_inside_gets_no_second_one(trained, tiny_set,
     run(export_onnx, trained, "--onnx", tmp_path / "t.onnx", "--flip")
     assert not checkpoint.load_checkpoint(tmp_path / "t.onnx", onnx=True).config.eval.flip
     check_same_answers(trained, tmp_path / "t.onnx", tiny_set, tmp_path)
-
-
-@needs_onnx
-@pytest.mark.slow
-def test_onnx_runtime_answers_as_torch_on_real_crops(shared, tmp_path):
-    """princeton-vl's own network with its flip test, by ONNX Runtime itself."""
-    import onnxruntime
-
-    path = shared / "golden" / "seed_2hg_dim48_checkpoint.pt"
-    pictures = sorted((shared / "data" / "lspet" / "images").iterdir())[:9]
-    run(export_onnx, path, "--onnx", tmp_path / "t.onnx", "--check", *pictures, "--flip")
-    estimator = PoseEstimator.from_checkpoint(path, device="cpu")
-    raw = collate([estimator.crop(read_picture(p), None, "") for p in pictures])
-    images = images_on_device(raw, torch.device("cpu"))
-    with torch.no_grad():
-        expected = last_heatmaps(estimator.network, images, estimator.codec, flip=True).numpy()
-    session = onnxruntime.InferenceSession(tmp_path / "t.onnx")
-    assert session.get_inputs()[0].shape[1:] == [3, 256, 256]
-    for count in (1, 2, 9):
-        (heat,) = session.run(None, {"images": images[:count].numpy()})
-        assert heat.shape == (count, 16, 64, 64)
-        np.testing.assert_allclose(heat, expected[:count], atol=1e-4)
 
 
 @needs_onnx

@@ -90,26 +90,18 @@ def test_evaluate_and_predict_find_the_same_joints(flip, run, trained, tiny_set,
     assert "predictions @0.5" in capsys.readouterr().out
 
 
-def test_coco_results_hold_the_same_joints(run, tiny_set, tmp_path):
-    run(tiny_set / "images", "--save-predictions", tmp_path / "p.json",
-        "--save-coco", tmp_path / "c.json")  # fmt: skip
-    _, keypoints = read_json(tmp_path / "p.json")
-    coco = json.loads((tmp_path / "c.json").read_text())
-    assert [one["image_id"] for one in coco] == list(range(14))
-    flat = np.array([one["keypoints"] for one in coco])
-    np.testing.assert_array_equal(flat, keypoints.reshape(14, 48))
-    scores = [one["score"] for one in coco]
-    np.testing.assert_allclose(scores, keypoints[..., 2].mean(axis=1))
-
-
-def test_the_python_call_and_the_program_agree(run, estimator, tiny_set, tmp_path):
+def test_the_python_call_the_json_and_the_coco_results_agree(run, estimator, tiny_set, tmp_path):
     pictures = sorted((tiny_set / "images").glob("*.jpg"))[:5]
-    run(*pictures, "--box", 20, 10, 50, 60, "--save-predictions", tmp_path / "p.json")
+    run(*pictures, "--box", 20, 10, 50, 60, "--save-predictions", tmp_path / "p.json",
+        "--save-coco", tmp_path / "c.json")  # fmt: skip
     _, mine = read_json(tmp_path / "p.json")
     keypoints, scores = estimator(pictures, boxes=[[20, 10, 50, 60]] * 5)
     np.testing.assert_array_equal(mine[..., :2], keypoints)
     np.testing.assert_array_equal(mine[..., 2], scores)
-    assert keypoints.shape == (5, estimator.skeleton.joint_count, 2)
+    coco = json.loads((tmp_path / "c.json").read_text())
+    assert [one["image_id"] for one in coco] == list(range(5))
+    np.testing.assert_array_equal([one["keypoints"] for one in coco], mine.reshape(5, 48))
+    np.testing.assert_allclose([one["score"] for one in coco], scores.mean(axis=1))
 
 
 def test_one_picture_may_hold_any_number_of_people(estimator):

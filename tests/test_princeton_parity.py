@@ -1,6 +1,5 @@
 """Crops, outputs, losses and predictions of princeton-vl's own code, for 15 people."""
 
-import csv
 import json
 from pathlib import Path
 
@@ -24,7 +23,6 @@ from pipelines.codec import codec_of
 from pipelines.loader import evaluation_batches
 from pipelines.opencv_loader import LooseImages
 from tools import convert_checkpoint
-from tools import predict as predict_program
 from training.resume import load_resumable
 from training.train_step import TrainStep
 
@@ -160,31 +158,6 @@ def test_evaluate_on_its_checkpoint_gives_its_predictions(
     clear = margins[rows] > 1e-5
     assert (~clear).sum() <= 12
     np.testing.assert_array_equal(found[clear][:, :2], golden["predictions"][rows][clear][:, :2])
-
-
-@pytest.mark.parametrize("data", DATA)
-def test_predict_finds_its_predictions_from_centre_and_scale(
-    data, golden_path, margins, golden, shared, tmp_path
-):
-    """Its checkpoint as it is, through tools/predict.py; what hangs on rounding is left out."""
-    rows = _rows(golden, data)
-    with (tmp_path / "people.csv").open("w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["image", "center_x", "center_y", "scale"])
-        for i in rows:
-            numbers = [*golden["center"][i], golden["scale"][i]]
-            table.writerow([_text(golden["imgname"][i]), *map(float, numbers)])
-    run(predict_program, "--checkpoint", golden_path, "--device", "cpu", "--people",
-        tmp_path / "people.csv", shared / "data" / data / "images",
-        "--save-predictions", tmp_path / "p.json")  # fmt: skip
-    entries = json.loads((tmp_path / "p.json").read_text())
-    assert len(entries) == COUNTS[data]
-    found = np.array([entry["keypoints"] for entry in entries])
-    expected = golden["predictions"][rows]
-    clear = margins[rows] > 2e-6
-    np.testing.assert_array_equal(found[clear][:, :2], expected[clear][:, :2])
-    np.testing.assert_allclose(found[..., 2], expected[..., 2], atol=1e-5)
-    assert int((~clear).sum()) == LEFT_OUT[data]
 
 
 def test_any_prefix_is_read_and_dead_layers_are_dropped(golden_path):
