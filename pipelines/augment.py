@@ -26,15 +26,13 @@ class Distribution(NamedTuple):
 class Preset(NamedTuple):
     """One row of the table of presets."""
 
-    scale: Distribution
-    """Factor on the side of the box, or its base-2 logarithm if `scale_is_log2`."""
+    scale: Distribution  # factor on the side of the box, or its base-2 logarithm
     scale_is_log2: bool
     rotation_deg: Distribution
     rotation_probability: float
     flip_probability: float
     color: Literal["none", "hsv_if_flipped", "channel_gain"]
-    princeton_crop: bool = False
-    """Crop, joints and flip by the rules in pipelines/princeton.py."""
+    princeton_crop: bool = False  # crop, joints and flip by the rules in pipelines/princeton.py
 
 
 PresetName = Literal["princeton", "newell", "hrnet", "mild", "none"]

@@ -22,13 +22,10 @@ class Codec:
     otherwise the affine of the crop's pixels. Axes: N person, J joint, H row, W column.
     """
 
-    preset: Preset
-    """Augmentation; also says whether the crop is princeton's."""
+    preset: Preset  # augmentation, and whether the crop is princeton's
     rule: heatmaps.Rule
-    sigma: float
-    """Heatmap px."""
-    input_px: int
-    """Side of the crop."""
+    sigma: float  # heatmap px
+    input_px: int  # side of the crop
     skeleton: Skeleton
 
     @property

@@ -15,8 +15,7 @@ from pipelines.shard_format import Records
 
 Rule = Literal["exact", "princeton", "hrnet"]
 
-_FLOOR = 1e-6
-"""Values are raised to this before the logarithm of the sub-pixel decode."""
+_FLOOR = 1e-6  # values are raised to this before the logarithm of the sub-pixel decode
 
 
 def heat_from_input(rule: Rule) -> Matrix:

@@ -94,8 +94,8 @@ def image_of_every_hue() -> np.ndarray:
 
 def test_princetons_jitter_equals_opencvs_hsv_on_every_hue():
     image = image_of_every_hue()
-    drawn = [Draw(flip=1, hue=h, saturation=s, brightness=b, contrast=c) for h, s, b, c in
-             ((0.2, 1.5, 0.3, 0.5), (-0.2, 0.5, -0.3, 1.5), (0.07, 1.2, 0.0, 1.0))]  # fmt: skip
+    colors = [(0.2, 1.5, 0.3, 0.5), (-0.2, 0.5, -0.3, 1.5), (0.07, 1.2, 0.0, 1.0)]
+    drawn = [Draw(1.0, 0.0, 1.0, *color) for color in colors]
     batch = torch.from_numpy(np.stack([image] * 3)).permute(0, 3, 1, 2)
     for apply in (jitter, color_by_torch):
         mine = apply(batch, torch.from_numpy(draws_array(drawn))).permute(0, 2, 3, 1).numpy()

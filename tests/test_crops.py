@@ -55,8 +55,8 @@ def princeton_joints_by_hand(joints, center, scale, drawn, mirrored, size=256, h
     moved = joints.copy()
     for j, (x, y) in enumerate(joints):
         if x > 0:
-            moved[j] = [int(x * (size / box) + size * (-center[0] / box + 0.5)),
-                        int(y * (size / box) + size * (-center[1] / box + 0.5))]  # fmt: skip
+            shift_x, shift_y = (size * (-middle / box + 0.5) for middle in center)
+            moved[j] = int(x * (size / box) + shift_x), int(y * (size / box) + shift_y)
     angle = np.deg2rad(drawn.rotation_deg)
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     points = (moved - size / 2) * heat / (size * drawn.scale) @ turn.T + heat / 2

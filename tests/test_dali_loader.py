@@ -27,9 +27,8 @@ def real_shards(shared, tmp_path_factory) -> ShardSet:
     from tools.make_shards import main
 
     data, output = shared / "data" / "mpii_sample", tmp_path_factory.mktemp("real") / "shards"
-    words = ["--annotations", data / "annot" / "valid.h5", "--images", data / "images",
-             "--output", output, "--splits", "valid", "--workers", 1]  # fmt: skip
-    assert main([str(word) for word in words]) == 0
+    words = f"--annotations {data / 'annot' / 'valid.h5'} --images {data / 'images'}"
+    assert main(f"{words} --output {output} --splits valid --workers 1".split()) == 0
     return ShardSet(output / "valid")
 
 

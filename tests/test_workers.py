@@ -39,20 +39,19 @@ def test_workers_ignore_stop_signals_but_for_a_sigterm_of_their_parent(tiny_shar
 
 @pytest.mark.skipif(not may_mount(), reason="no small disk can be mounted here")
 def test_too_little_shared_memory_is_one_clear_error(tiny_shards):
-    code = (
-        "from pathlib import Path; from helpers import make_spec;"
-        "from common.errors import run_main;"
-        "from pipelines.loader import train_loader; from pipelines.shards import ShardSet;"
-        f"shards = ShardSet(Path({str(tiny_shards / 'train')!r}));"
-        "spec = make_spec('hrnet', 'opencv', workers=2, batch_size=32, input_px=256);"
-        "run_main(lambda: train_loader(shards, spec).next() and None)"
-    )
-    command = (
-        f"mount -t tmpfs -o size=2m x /dev/shm && exec {sys.executable} -c {shlex.quote(code)}"
-    )
+    code = f"""
+from pathlib import Path
+from common.errors import run_main
+from helpers import make_spec
+from pipelines.loader import train_loader
+from pipelines.shards import ShardSet
+spec = make_spec("hrnet", "opencv", workers=2, batch_size=32, input_px=256)
+run_main(train_loader(ShardSet(Path("{tiny_shards}/train")), spec).next)
+"""
+    mount = "mount -t tmpfs -o size=2m x /dev/shm && exec"
+    command = f"{mount} {sys.executable} -c {shlex.quote(code)}"
     done = subprocess.run(
         ["unshare", "-rm", "bash", "-c", command],
-        cwd=ROOT,
         env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
         capture_output=True,
         text=True,
