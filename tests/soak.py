@@ -1,11 +1,9 @@
-"""Trains for a long time with a fault every minute: python tests/soak.py --minutes 30
+"""Half an hour of training with a fault every minute: `make soak`, or tests/soak.py --minutes 5.
 
-The network and the people of `make demo`, by two ranks under torchrun on a CPU; two pictures are
-rotten from the start, and a third rots as the run goes on. In the first half processes are stopped,
-killed and started again; in the second half they live, the disk fills up each minute, and memory,
-threads and open files of the ranks and of their loaders' workers are watched. Then the same number
-of steps is trained without a fault (on the same shards: who stands in for a rotten picture is the
-same), and losses and weights must be the same to the bit.
+The demo's network is trained by two ranks under torchrun on a CPU; two pictures are damaged. In the
+first half processes are stopped, killed and started again. In the second half they live, the disk
+fills up each minute, and memory, threads and open files of ranks and loader workers are watched.
+Then as many steps are trained without a fault, and losses and weights must be the same to the bit.
 """
 
 import argparse
@@ -18,67 +16,48 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from itertools import cycle, islice
+from collections.abc import Callable, Iterator
+from itertools import cycle
 from pathlib import Path
 from statistics import quantiles
-from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-for place in (ROOT, ROOT / "tests"):
-    sys.path.insert(0, str(place))
+for folder in (ROOT, ROOT / "tests"):
+    sys.path.insert(0, str(folder))
 
-from test_bad_samples import damage, damaged  # noqa: E402
-from test_elastic import assert_same_weights, children, last_step, started  # noqa: E402
+from helpers import damage_picture  # noqa: E402
+from test_elastic import (  # noqa: E402
+    AGAIN,
+    assert_same_weights,
+    children,
+    last_step,
+    saved_step,
+    started,
+)
 
 from pipelines.bad_samples import LIST  # noqa: E402
-from pipelines.opencv_loader import endless_batches  # noqa: E402
+from training.metrics import read_metrics  # noqa: E402
 
 INSIDE = "SOAK_INSIDE"
 """Set in the process that may mount a small disk."""
 DISK_MB = 256
-"""Half an hour, twice, leaves a hundred of them at most."""
 PEOPLE = {"train": 1500, "valid": 300}
-"""Pictures, as `make demo` draws them."""
-ROTTEN = (20, 700)
-ROTS_BEFORE = 80
-"""A step of the first pass (of 94), long after those that are loaded when the run's first ends."""
-PEOPLE_A_STEP = 16
-WATCHED = ("ranks", "workers")
-GROWTH = 1.05
-IN_FLIGHT = 8
-"""Files of one batch more of each rank on its way from worker to rank: its tensors."""
-JUDGED_FROM_S = 180
+DAMAGED = (20, 700)
+WATCHED = ("rss_mb", "threads", "files")
+SLACK = {"rss_mb": 1.05, "threads": 1.0, "files": 1.2}
+"""How much more there may be at the end; the files include batches on their way to the ranks."""
 PATIENCE_S = 180
-
-
-class Sample(NamedTuple):
-    """What some processes take, together."""
-
-    rss_mb: float
-    threads: int
-    files: int
-
-
-class Moment(NamedTuple):
-    """What a run takes at one time."""
-
-    second: float
-    ranks: Sample
-    workers: Sample
-    """Of the loaders: training's, and for seconds validation's."""
 
 
 class Soak:
     """One run and what is done to it."""
 
-    def __init__(self, folder: Path, shards: Path, loader: str, minutes: float, every: float):
-        """folder: on the disk that fills up. every: seconds from fault to fault."""
-        self.folder, self.every, self.minutes = folder, every, minutes
-        self.shards, self.loader, self.log = shards, loader, folder.parent / "log"
-        self.run, self.done = folder / "run", list[str]()
-        self.moments: list[Moment] = []
-        self.rotten = list(ROTTEN)
+    def __init__(self, folder: Path, shards: Path, options: argparse.Namespace):
+        """folder: on the disk that fills up."""
+        self.folder, self.shards, self.options = folder, shards, options
+        self.run, self.log, self.faults = folder / "run", folder.parent / "log", list[str]()
+        self.samples: list[tuple[float, dict[str, float]]] = []
+        """Seconds, and what ranks and workers used then."""
 
     def command(self, name: str, steps: int) -> list[object]:
         return [
@@ -88,70 +67,58 @@ class Soak:
             "--train.out", self.folder, "--train.name", name, "--train.steps", steps,
             "--train.max_minutes", 0, "--optim.schedule", "constant", "--eval.people", 32,
             "--train.steps_per_epoch", 200, "--train.log_every", 1, "--train.keep_last", 1,
-            "--data.on_bad_sample", "skip", "--data.loader", self.loader, "--resume", "auto",
+            "--data.on_bad_sample", "skip", "--data.loader", self.options.loader,
+            "--train.device", "cpu", "--resume", "auto",
         ]  # fmt: skip
 
     def soak(self) -> int:
-        """Run and disturb; returns the step at which the run was stopped."""
-        began = time.monotonic()
-        ends = cycle([signal.SIGTERM, signal.SIGKILL, signal.SIGUSR1])
-        half = 30 * self.minutes
+        """Train and disturb; returns the step at which the run was stopped."""
+        began, half = time.monotonic(), 30 * self.options.minutes
+        faults = cycle([signal.SIGTERM, signal.SIGKILL, signal.SIGUSR1])
         while time.monotonic() - began < half:
             with self.started() as process:
-                if not self.done and self.loader == "opencv":
-                    self.rot()
-                self.pause(process, self.every)
-                self.end(process, next(ends))
+                self.pause(process)
+                self.end(process, next(faults))
         with self.started() as process:
             living = time.monotonic()
             while time.monotonic() - began < 2 * half:
-                self.pause(process, self.every, watched_since=living)
+                self.pause(process, watched_since=living)
                 self.fill_the_disk(process)
             process.send_signal(signal.SIGTERM)
             process.wait(PATIENCE_S)
-        return last_checkpoint_step(self.run)
-
-    def rot(self) -> None:
-        """Overwrite a picture that no rank has met, so that it is rotten from its first use on.
-
-        DALI has most people of the first pass in memory by now.
-        """
-        people = endless_batches(PEOPLE["train"], PEOPLE_A_STEP, 0, 0, 1)  # of all ranks together
-        batch = next(islice(people, ROTS_BEFORE, None))
-        stand_ins = {sample + 1 for sample in ROTTEN}  # these were met
-        late = next(s for s, _ in batch if s not in stand_ins | set(ROTTEN))
-        damage(self.shards / "train", late)
-        assert last_step(self.run) < ROTS_BEFORE - 20, "too late to rot"
-        tell(f"step {last_step(self.run)}: the picture of sample {late} rots")
-        self.rotten = sorted([*ROTTEN, late])
-        self.done.append("rotten picture")
+        return saved_step(self.run)
 
     @contextlib.contextmanager
     def started(self) -> Iterator[subprocess.Popen]:
-        stood = last_step(self.run)
+        before = last_step(self.run)
         with started(self.log, *self.command("run", 10**8)) as process:
-            self.wait_for(lambda: last_step(self.run) > stood, process)
+            self.wait_for(lambda: last_step(self.run) > before, process)
             yield process
 
-    def pause(self, process: subprocess.Popen, seconds: float, watched_since: float = 0.0) -> None:
-        end = time.monotonic() + seconds
+    def wait_for(self, true: Callable[[], bool], process: subprocess.Popen) -> None:
+        end = time.monotonic() + PATIENCE_S
+        while not true():
+            assert process.poll() is None and time.monotonic() < end, self.log.read_text()[-4000:]
+            time.sleep(0.2)
+
+    def pause(self, process: subprocess.Popen, watched_since: float = 0.0) -> None:
+        end = time.monotonic() + self.options.every
         while time.monotonic() < end:
             assert process.poll() is None, self.log.read_text()[-4000:]
             if watched_since:
-                self.moments.append(moment(process.pid, time.monotonic() - watched_since))
+                used = usage(descendants(process.pid))
+                self.samples.append((time.monotonic() - watched_since, used))
             time.sleep(1)
 
     def end(self, process: subprocess.Popen, number: signal.Signals) -> None:
-        """Stop the run by a signal to torchrun or a rank; or first kill a rank: it returns."""
-        self.done.append(number.name)
-        tell(f"step {last_step(self.run)}: {number.name}")
+        """Stop the run by a signal to torchrun or a rank; or kill a rank first, which returns."""
+        self.record(number.name)
         ranks = children(process.pid)
         if number == signal.SIGKILL:
-            again = self.log.read_text().count("torchrun started the ranks again")
+            before = self.log.read_text().count(AGAIN)
             os.kill(ranks[1], number)
-            self.wait_for(lambda: self.log.read_text().count("started the ranks again") > again,
-                          process)  # fmt: skip
-            stood = last_checkpoint_step(self.run)
+            self.wait_for(lambda: self.log.read_text().count(AGAIN) > before, process)
+            stood = saved_step(self.run)
             self.wait_for(lambda: last_step(self.run) > stood + 5, process)
             process.send_signal(signal.SIGTERM)
         else:
@@ -160,83 +127,60 @@ class Soak:
         assert (self.run / "resume_me").exists(), self.log.read_text()[-4000:]
 
     def fill_the_disk(self, process: subprocess.Popen) -> None:
-        """Leave no byte, until a checkpoint could not be written."""
-        self.done.append("full disk")
-        tell(f"step {last_step(self.run)}: full disk")
-        failed = self.log.read_text().count("training goes on")
-        full = (self.folder / "full").open("wb", buffering=0)
-        with full as file, contextlib.suppress(OSError):
+        """Leave no byte until a checkpoint could not be written."""
+        if os.environ[INSIDE] != "disk":
+            return
+        self.record("full disk")
+        failed = self.log.read_text().count("WARNING: no checkpoint")
+        full = self.folder / "full"
+        with full.open("wb", buffering=0) as file, contextlib.suppress(OSError):
             while True:
                 file.write(bytes(1 << 16))
         self.wait_for(
-            lambda: (
-                self.log.read_text().count("training goes on") > failed
-                or os.environ.get(INSIDE) != "disk"
-            ),
-            process,
+            lambda: self.log.read_text().count("WARNING: no checkpoint") > failed, process
         )
-        (self.folder / "full").unlink()
+        full.unlink()
 
-    def wait_for(self, true, process: subprocess.Popen) -> None:
-        end = time.monotonic() + PATIENCE_S
-        while not true():
-            assert process.poll() is None and time.monotonic() < end, self.log.read_text()[-4000:]
-            time.sleep(0.2)
+    def record(self, fault: str) -> None:
+        self.faults.append(fault)
+        print(f"{time.strftime('%H:%M:%S')} step {last_step(self.run)}: {fault}", flush=True)
 
     def compare(self, steps: int) -> int:
         """Train as many steps without a fault; the same losses and weights. Returns how many."""
-        tell(f"training {steps} steps without a fault")
         with started(self.log, *self.command("quiet", steps)) as process:
-            assert process.wait(3600 + 120 * self.minutes) == 0, self.log.read_text()[-4000:]
-        found, expected = losses(self.run), losses(self.folder / "quiet")
-        same = [step for step in found if step <= steps and found[step] == expected[step]]
-        assert len(same) == len([step for step in found if step <= steps]), "losses differ"
-        assert len(same) > 0.5 * steps, "too few lines outlived the full disk"
-        assert_same_weights(self.run / "last.pt", self.folder / "quiet" / "last.pt")
-        for name in ("run", "quiet"):
-            lines = (self.folder / name / LIST).read_text().splitlines()
-            assert [json.loads(line)["sample"] for line in lines] == self.rotten
-        return len(same)
+            limit = 3600 + 120 * self.options.minutes
+            assert process.wait(limit) == 0, self.log.read_text()[-4000:]
+        quiet, lines = self.folder / "quiet", read_metrics(self.run / "metrics.jsonl")
+        expected = {x["step"]: x["loss"] for x in read_metrics(quiet / "metrics.jsonl")
+                    if x["kind"] == "train"}  # fmt: skip
+        losses = {
+            x["step"]: x["loss"] for x in lines if x["kind"] == "train" and x["step"] <= steps
+        }
+        assert all(loss == expected[step] for step, loss in losses.items()), "losses differ"
+        assert len(losses) > 0.5 * steps, "too few lines outlived the full disk"
+        assert_same_weights(self.run / "last.pt", quiet / "last.pt")
+        for run in (self.run, quiet):
+            found = [json.loads(line)["sample"] for line in (run / LIST).read_text().splitlines()]
+            assert found == list(DAMAGED)
+        return len(losses)
 
-    def growth(self) -> dict[str, float]:
-        """Of memory, threads and files from the settled beginning of the watch to its end."""
-        last = self.moments[-1].second
+    def growth(self) -> dict[str, tuple[float, float]]:
+        """What was used in the first and the last quarter of the watch, after two minutes.
+
+        Lower quartiles: workers of a validation come and go within seconds.
+        """
+        last = self.samples[-1][0]
         settled = min(120.0, last / 2)
         quarter = (last - settled) / 4
-        parts = {
-            "early": [m for m in self.moments if settled <= m.second < settled + quarter],
-            "late": [m for m in self.moments if m.second >= last - quarter],
-        }
-        found = {"settled_s": settled, "watched_s": last}
-        for name in WATCHED:
-            for when, moments in parts.items():
-                for number, field in enumerate(Sample._fields):
-                    values = [getattr(m, name)[number] for m in moments]
-                    found[f"{name}_{field}_{when}"] = usual(values)
-        return {name: round(value, 1) for name, value in found.items()}
-
-
-def grown(growth: dict[str, float]) -> list[str]:
-    """What was more at the end than it may be."""
-    found = []
-    for name in WATCHED:
-        for field in Sample._fields:
-            early, late = (growth[f"{name}_{field}_{when}"] for when in ("early", "late"))
-            most = GROWTH * early if field == "rss_mb" else early + IN_FLIGHT * (field == "files")
-            if not 0 < late <= most:
-                found.append(f"{field} of the {name}, from {early} to {late}")
-    return found
-
-
-def usual(counts: list[float]) -> float:
-    """The lower quartile: a validation's workers come, and a full disk's log goes, for seconds."""
-    return quantiles(counts, n=4, method="inclusive")[0]
-
-
-def moment(torchrun: int, second: float) -> Moment:
-    ranks = children(torchrun)
-    workers = [pid for rank in ranks for pid in descendants(rank)]
-    return Moment(second, sample(ranks), sample(workers))
+        parts = (
+            [used for second, used in self.samples if settled <= second < settled + quarter],
+            [used for second, used in self.samples if second >= last - quarter],
+        )
+        early, late = (
+            {name: quantiles([used[name] for used in part], n=4)[0] for name in WATCHED}
+            for part in parts
+        )
+        return {name: (round(early[name], 1), round(late[name], 1)) for name in WATCHED}
 
 
 def descendants(pid: int) -> list[int]:
@@ -244,66 +188,33 @@ def descendants(pid: int) -> list[int]:
     return [pid for child in children(pid) for pid in (child, *descendants(child))]
 
 
-def sample(pids: list[int]) -> Sample:
+def usage(pids: list[int]) -> dict[str, float]:
     """Resident memory, threads and open files of these processes together."""
-    rss, threads, files = 0.0, 0, 0
+    total = dict.fromkeys(WATCHED, 0.0)
     for pid in pids:
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            status = dict(
-                line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines()
-            )
-            rss += int(status.get("VmRSS", "0").split()[0]) / 1024  # one that has ended has none
-            threads += int(status["Threads"])
-            files += len(list(Path(f"/proc/{pid}/fd").iterdir()))
-    return Sample(rss, threads, files)
+            lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+            status = dict(line.split(":", 1) for line in lines)
+            total["rss_mb"] += int(status.get("VmRSS", "0").split()[0]) / 1024
+            total["threads"] += int(status["Threads"])
+            total["files"] += len(list(Path(f"/proc/{pid}/fd").iterdir()))
+    return total
 
 
-def losses(folder: Path) -> dict[int, float]:
-    """The loss of each step that the log has; a line that a full disk cut is none."""
-    found = {}
-    for line in (folder / "metrics.jsonl").read_text().splitlines():
-        with contextlib.suppress(ValueError):
-            entry = json.loads(line)
-            if entry["kind"] == "train":
-                found[entry["step"]] = entry["loss"]
-    return found
-
-
-def last_checkpoint_step(folder: Path) -> int:
-    from model import checkpoint
-
-    return checkpoint.load_checkpoint(folder / "last.pt").step
-
-
-def tell(text: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
-
-
-def make_shards(folder: Path) -> None:
-    """Draw the demo's people, pack them into folder/shards, and damage two."""
-    drawn = folder / "drawn"
-    counts = [word for split, count in PEOPLE.items() for word in (f"--{split}", count)]
-    run("tools/make_synthetic.py", "--output", drawn, *counts, "--max-width", 640)
-    run("tools/make_shards.py", "--annotations", drawn / "annot", "--images", drawn / "images",
-        "--output", folder / "shards")  # fmt: skip
-    shutil.rmtree(drawn)
-    shutil.move(folder / "shards" / "train", folder / "whole")
-    damaged(folder / "whole", folder / "shards" / "train", *ROTTEN)
-
-
-def run(*words: object) -> None:
-    """A Python program of this project, to its end."""
-    subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, check=True)
-
-
-def with_small_disk() -> None:
-    """Start this program again where it may mount a disk, if this system allows that."""
-    probe = ["unshare", "-rm", "mount", "-t", "tmpfs", "x", "/mnt"]
-    if shutil.which("unshare") and subprocess.run(probe, check=False).returncode == 0:
-        os.environ[INSIDE] = "disk"
-        os.execvp("unshare", ["unshare", "-rm", sys.executable, *sys.argv])
-    os.environ[INSIDE] = "no disk"
-    tell("no small disk can be mounted here: the disk does not fill up")
+def make_shards(folder: Path) -> Path:
+    """Draw synthetic people, pack them, and damage two pictures."""
+    counts = [word for split, count in PEOPLE.items() for word in (f"--{split}", str(count))]
+    people, packed = folder / "people", folder / "packed"
+    for words in (
+        ["tools/make_synthetic.py", "--output", people, *counts, "--max-width", "640"],
+        ["tools/make_shards.py", "--annotations", people / "annot", "--images",
+         people / "images", "--output", packed],
+    ):  # fmt: skip
+        subprocess.run([sys.executable, *words], cwd=ROOT, check=True)
+    once = damage_picture(packed / "train", folder / "once", DAMAGED[0])
+    shutil.rmtree(packed / "train")
+    damage_picture(once, packed / "train", DAMAGED[1])
+    return packed
 
 
 def main() -> int:
@@ -313,28 +224,28 @@ def main() -> int:
     parser.add_argument("--every", type=float, default=60.0, help="seconds from fault to fault")
     parser.add_argument("--loader", choices=["opencv", "dali"], default="opencv")
     options = parser.parse_args()
-    if INSIDE not in os.environ:
-        with_small_disk()
+    if INSIDE not in os.environ:  # start again where a disk may be mounted
+        probe = ["unshare", "-rm", "mount", "-t", "tmpfs", "x", "/mnt"]
+        may_mount = shutil.which("unshare") and not subprocess.run(probe, check=False).returncode
+        os.environ[INSIDE] = "disk" if may_mount else "no disk"
+        if may_mount:
+            os.execvp("unshare", ["unshare", "-rm", sys.executable, *sys.argv])
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as at_end:
-        folder = Path(name)
-        make_shards(folder)
-        (folder / "disk").mkdir()
+        disk = Path(name) / "disk"
+        disk.mkdir()
         if os.environ[INSIDE] == "disk":
-            size = f"size={DISK_MB}m"
-            subprocess.run(["mount", "-t", "tmpfs", "-o", size, "x", folder / "disk"], check=True)
-            at_end.callback(subprocess.run, ["umount", "--lazy", folder / "disk"], check=True)
-        soak = Soak(folder / "disk", folder / "shards", options.loader, options.minutes,
-                    options.every)  # fmt: skip
+            mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_MB}m", "x", disk]
+            subprocess.run(mount, check=True)
+            at_end.callback(subprocess.run, ["umount", "--lazy", disk], check=True)
+        soak = Soak(disk, make_shards(Path(name)), options)
         steps = soak.soak()
         compared, growth = soak.compare(steps), soak.growth()
-    faults = {name: soak.done.count(name) for name in sorted(set(soak.done))}
+    faults = {fault: soak.faults.count(fault) for fault in sorted(set(soak.faults))}
     print(json.dumps({"minutes": options.minutes, "loader": options.loader, "steps": steps,
                       "losses_compared": compared, "faults": faults, **growth}))  # fmt: skip
-    if growth["watched_s"] >= JUDGED_FROM_S:
-        assert not grown(growth), f"it grows: {grown(growth)}"
-    else:
-        tell(f"watched for under {JUDGED_FROM_S} s: too short to tell growth from warming up")
-    tell("all is well")
+    if options.minutes >= 10:
+        grown = [x for x, (early, late) in growth.items() if not 0 < late <= SLACK[x] * early]
+        assert not grown, f"more at the end than at the beginning: {grown}"
     return 0
 
 

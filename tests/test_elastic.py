@@ -82,7 +82,8 @@ def saved_step(folder: Path) -> int:
 
 def words(shards: Path, out: Path, name: str, steps: int, *more: object) -> list[object]:
     return ["train.py", *SMALL, "--data.shards", shards, "--train.out", out, "--train.name", name,
-            "--train.steps", steps, "--optim.schedule", "constant", "--eval.people", 2, *more]  # fmt: skip
+            "--train.steps", steps, "--optim.schedule", "constant", "--eval.people", 2,
+            *more]  # fmt: skip
 
 
 def torchrun(*more: object) -> list[object]:
@@ -150,15 +151,16 @@ def test_ranks_stopped_by_torchrun_and_killed_end_with_the_bytes_of_an_undisturb
 def test_a_restart_does_not_continue_a_run_that_the_first_start_refused(tiny_shards, tmp_path):
     log, command = tmp_path / "log", words(tiny_shards, tmp_path, "run", 2)
     run_to_end(log, *command)
-    run_to_end(log, *TWO_RANKS, *command, code=1)
-    assert log.read_text().count("a run of this name") == 4  # once for each of four starts
+    launch = torchrun("--standalone", "--nproc-per-node", 2, "--max-restarts", 1)
+    run_to_end(log, *launch, *command, code=1)
+    assert log.read_text().count(f"error: {tmp_path / 'run'}\n") == 2  # once for each start
     assert AGAIN not in log.read_text() and saved_step(tmp_path / "run") == 2
 
 
 def test_two_nodes_lose_a_rank_go_on_and_stop_at_a_signal_to_one_of_them(tiny_shards, tmp_path):
     logs, run = [tmp_path / "log0", tmp_path / "log1"], tmp_path / "run"
-    command = [*nodes("2", free_port()),
-               *words(tiny_shards, tmp_path, "run", 100_000, "--train.steps_per_epoch", 5)]  # fmt: skip
+    options = words(tiny_shards, tmp_path, "run", 100_000, "--train.steps_per_epoch", 5)
+    command = [*nodes("2", free_port()), *options]
     with started(logs[0], *command) as first, started(logs[1], *command) as second:
         wait_until(lambda: last_step(run) >= 7, first, logs[0])
         os.kill(children(second.pid)[0], signal.SIGKILL)
@@ -186,8 +188,8 @@ def test_of_two_nodes_one_is_lost_whole_and_the_other_goes_on_with_the_same_glob
     tiny_shards, tmp_path
 ):
     logs, run, port = [tmp_path / "log0", tmp_path / "log1"], tmp_path / "run", free_port()
-    command = [*nodes("1:2", port),
-               *words(tiny_shards, tmp_path, "run", 100_000, "--train.steps_per_epoch", 5)]  # fmt: skip
+    options = words(tiny_shards, tmp_path, "run", 100_000, "--train.steps_per_epoch", 5)
+    command = [*nodes("1:2", port), *options]
     with started(logs[0], *command) as first:
         wait_until(lambda: listens(port), first, logs[0])  # the nodes meet at the one that stays
         with started(logs[1], *command) as second:
