@@ -214,7 +214,8 @@ def add_overlays(options: Options, pictures: list[Picture]) -> list[Picture]:
     out: Path | None = options.overlay
     if out is None:
         return pictures
-    if out.is_file() or (out.suffix and not out.is_dir()):
+    names_file = out.suffix.lower() in PICTURES | VIDEOS or (out.suffix and len(pictures) == 1)
+    if out.is_file() or (names_file and not out.is_dir()):
         if len(pictures) > 1 or out.suffix.lower() not in PICTURES:
             found = f"one file of kind {out.suffix!r}, for {len(pictures)} pictures"
             raise InputError(out, found, "a .png or .jpg for one, else a folder", "rename it")
