@@ -129,7 +129,7 @@ def draw_body(rng: Generator, canvas: Canvas, points_P3: Array, first: int) -> N
         ([*LIMBS[:, 0], THORAX, PELVIS], (0.042,) * 6, 0.0, shirt),
     ]
     for limb, hue in enumerate(rng.normal(LIMB_HUES_DEG, 5)):
-        for row, saturation, value in ((0, 0.2, 1.0), (1, 0.5, 1.0), (2, 0.95, 1.0)):
+        for row, saturation, value in ((0, 0.6, 1.0), (1, 0.25, 1.0), (2, 0.95, 1.0)):
             marks[LIMBS[limb, row]] = colour_of(hue, saturation, value)
             colour = colour_of(hue, rng.uniform(0.65, 0.95), rng.uniform(0.4, 0.8))
             ends, bias = slice(row, row + 2), (-0.03, 0.02)[limb // 2] - 0.01 * row
@@ -171,7 +171,7 @@ def draw_scene(
 def place_bodies(rng: Generator, annotated: int, size_wh: tuple[int, int]) -> list[Array]:
     """Bodies in pixels, the annotated ones first: head and ten joints inside, none on another."""
     bodies: list[Array] = []
-    wanted = annotated + rng.choice(3, p=[0.72, 0.2, 0.08])
+    wanted = annotated + rng.choice(3, p=[0.8, 0.15, 0.05])
     height = size_wh[1] * rng.uniform(0.55, 1.05)
     while len(bodies) < wanted:
         height *= 0.997  # so that a crowded picture has room in the end
@@ -283,6 +283,5 @@ def write_annotations(path: Path, people: list[Person]) -> None:
     """Write an h5 file with the keys and types of MPII's valid.h5."""
     with h5py.File(path, "w") as file:
         for key in people[0]:
-            values = np.array([person[key] for person in people])
             # With times, the same people would give other bytes a second later.
-            file.create_dataset(key, data=values, track_times=False)
+            file.create_dataset(key, data=np.array([p[key] for p in people]), track_times=False)
