@@ -8,8 +8,9 @@ A checkpoint of a pipeline fits only the same operators in the same order, which
 operators' seeds: no edit may add, drop or move one.
 """
 
+import functools
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,40 +87,24 @@ class DaliLoader:
 
     def next(self) -> RawBatch:
         """The next batch. Raises BadSamplesError, after which only `state` can be used."""
-        try:
-            outputs = self.pipeline.run(*_stream(self.pipeline))
-        except (RuntimeError, ValueError) as error:  # a picture; numbers of a record
-            faults = self._find_faults()
-            if not faults:
-                raise
-            # No variable holds it: in a reference cycle it would keep this pipeline's memory.
-            raise _bad_samples_error(self.shards, faults) from error
-        return RawBatch(*_tensors(outputs))
+        return RawBatch(*_run(self.pipeline, self.shards, self._find_faults))
 
     def _find_faults(self) -> dict[int, str]:
-        """What is wrong with the people who made a batch fail; DALI's message names nobody."""
-        split = self.shards
-        faults = split.damaged_records() or self._faults_of_failed_batch()
-        return {split.origin(sample): fault for sample, fault in faults.items()}
+        """What is wrong with the people who made a batch fail; DALI's message names nobody.
 
-    def _faults_of_failed_batch(self) -> dict[int, str]:
-        """Run the same pipeline with a good picture for everybody, and see who is in the batch.
-
-        A batch that was made ahead may have failed.
+        If their records are undamaged, the same pipeline with a good picture for everybody shows
+        who is in the batch, or in one that was made ahead.
         """
         split = self.shards
-        sample_of_row = {float(split.record(i)[0]): i for i in range(len(split))}
-        with tempfile.TemporaryDirectory() as folder:
-            indices = _indices_of_good_pictures(split, Path(folder))
-            if not indices:
-                return {}
-            probe = self._build(indices, self.state())
-            for _ in range(self.prefetch + 1):
-                *_, records = _tensors(probe.run(*_stream(probe)))
-                faults = _faults(split, [sample_of_row[row] for row in records[:, 0].tolist()])
-                if faults:
-                    return faults
-        return {}
+        faults = split.damaged_records() or _faults_of_tars_without_good_pictures(split)
+        if not faults:
+            sample_of_row = {float(split.record(i)[0]): i for i in range(len(split))}
+            with tempfile.TemporaryDirectory() as folder:
+                probe = self._build(_indices_of_good_pictures(split, Path(folder)), self.state())
+                for _ in range(self.prefetch + 1):
+                    *_, records = _run(probe, split, dict)
+                    faults |= _faults(split, [sample_of_row[row] for row in records[:, 0].tolist()])
+        return {split.origin(sample): fault for sample, fault in faults.items()}
 
     def state(self) -> bytes:
         """Where the sequence stands, after the batches returned so far."""
@@ -146,16 +131,10 @@ class DaliEvaluationLoader:
         pipeline = pipeline_def(_evaluation_graph)(**arguments, feed=self._feed(), spec=spec)
         pipeline.build()
         for number, samples in enumerate(self._batches):
-            try:
-                outputs = pipeline.run(*_stream(pipeline))
-            except RuntimeError as error:
-                end = number + pipeline.prefetch_queue_depth + 1  # of the batches made ahead
-                suspects = self.samples[number * spec.batch_size : end * spec.batch_size]
-                faults = _faults(self.source, suspects)
-                if not faults:
-                    raise
-                raise _bad_samples_error(self.source, faults) from error
-            images, matrices, draws, _ = _tensors(outputs)
+            end = number + pipeline.prefetch_queue_depth + 1  # of the batches made ahead
+            suspects = self.samples[number * spec.batch_size : end * spec.batch_size]
+            find_faults = functools.partial(_faults, self.source, suspects)
+            images, matrices, draws, _ = _run(pipeline, self.source, find_faults)
             yield RawBatch(images, matrices, draws, torch.from_numpy(self._records(samples)))
 
     def _feed(self) -> Iterator[tuple[list[npt.NDArray], list[npt.NDArray]]]:
@@ -195,25 +174,43 @@ def _common_arguments(device: torch.device, batch_size: int, threads: int) -> di
     }
 
 
-def _tensors(outputs: Iterable[Any]) -> list[torch.Tensor]:
-    """A pipeline's outputs as torch tensors, without a copy."""
+def _run(
+    pipeline: Pipeline, source: Source, find_faults: Callable[[], dict[int, str]]
+) -> list[torch.Tensor]:
+    """The next outputs as torch tensors, without a copy.
+
+    Raises BadSamplesError if find_faults names people whose data made the pipeline fail.
+    """
+    device = pipeline.device_id
+    # The outputs are handed over on this stream, so that the host does not wait for the GPU.
+    stream = [] if device is None or device < 0 else [torch.cuda.current_stream(device)]
+    try:
+        outputs = pipeline.run(*stream)
+    except (RuntimeError, ValueError) as error:  # a picture; numbers of a record
+        faults = find_faults()
+        if not faults:
+            raise
+        first = min(faults)
+        more = f", and {len(faults) - 1} more people" if len(faults) > 1 else ""
+        # No variable holds it: in a reference cycle it would keep the pipeline's memory.
+        raise BadSamplesError.of(faults, source.where(first), faults[first] + more) from error
     return [torch.from_dlpack(output.as_tensor()) for output in outputs]
 
 
-def _stream(pipeline: Pipeline) -> list[torch.cuda.Stream]:
-    """On a GPU, the stream on which outputs are handed over, so that the host does not wait."""
-    device = pipeline.device_id
-    return [] if device is None or device < 0 else [torch.cuda.current_stream(device)]
+def _faults_of_tars_without_good_pictures(split: ShardSet) -> dict[int, str]:
+    for number in range(len(split.tars)):
+        samples = split.samples_of(number)
+        if all(_fault(split, sample) for sample in samples):
+            return _faults(split, samples)
+    return {}
 
 
 def _indices_of_good_pictures(split: ShardSet, folder: Path) -> list[Path]:
-    """Indices that give everybody the first good picture of its tar; [] if a tar has none."""
+    """Indices that give everybody the first good picture of its tar."""
     paths = []
     for number, source in enumerate(split.indices):
         samples = split.samples_of(number)
-        good = next((i for i, sample in enumerate(samples) if not _fault(split, sample)), None)
-        if good is None:
-            return []
+        good = next(i for i, sample in enumerate(samples) if not _fault(split, sample))
         header, *lines = source.read_text().splitlines()
         words = [line.split(" ") for line in lines]
         # Groups of four: extension, offset, size, name. The second is the picture's.
@@ -237,12 +234,6 @@ def _fault(source: Source, sample: int) -> str:
     except InputError as error:  # not readable
         return error.found
     return ""
-
-
-def _bad_samples_error(source: Source, faults: dict[int, str]) -> BadSamplesError:
-    first = min(faults)
-    more = f", and {len(faults) - 1} more people" if len(faults) > 1 else ""
-    return BadSamplesError.of(faults, source.where(first), faults[first] + more)
 
 
 def _reason(error: Exception) -> str:

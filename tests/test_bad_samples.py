@@ -292,9 +292,10 @@ def test_beyond_the_limit_the_run_stops(name, tiny_shards, tmp_path):
     assert BadSamples(whole, tmp_path / "run", 2).merge([b"{}"]) == []
 
 
-def test_a_tar_without_one_undamaged_picture_ends_in_an_error(tiny_shards, tmp_path):
+@pytest.mark.parametrize("name", LOADERS)
+def test_a_tar_without_one_undamaged_picture_ends_in_an_error(name, tiny_shards, tmp_path):
     folder = damaged(tiny_shards / "train", tmp_path / "bad", 10, 11)
-    loader = skip(folder, tmp_path / "run", "opencv", limit=5)
+    loader = skip(folder, tmp_path / "run", name, limit=5)
     with pytest.raises(InputError, match="2 damaged pictures of 2"):
         read(loader)
 
