@@ -4,7 +4,7 @@ DALI is imported only where it is the chosen loader.
 """
 
 import importlib.util
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -17,6 +17,7 @@ from pipelines.codec import Codec
 from pipelines.crop_packing import require_preset_fits
 from pipelines.opencv_loader import (
     CropDataset,
+    Decoder,
     LoaderName,
     LoaderSpec,
     OpenCVLoader,
@@ -81,7 +82,7 @@ def evaluation_batches(
     device: torch.device,
     batch_size: int,
     workers: int,
-    decoder: Callable[[bytes, str], npt.NDArray[np.uint8]] = decode,
+    decoder: Decoder = decode,
 ) -> Iterable[RawBatch]:
     """Crops of these samples in this order, without augmentation; the last batch may be shorter.
 

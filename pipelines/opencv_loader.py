@@ -65,6 +65,12 @@ class LoaderSpec:
     cache_mb: int = 0  # GPU memory for DALI's decoded pictures; each rank then keeps its people
 
 
+Key = tuple[int, int]
+"""Sample and epoch."""
+
+Decoder = Callable[[bytes, str], npt.NDArray[np.uint8]]
+"""(JPEG, its name in messages) -> (H, W, 3) BGR."""
+
 Item = tuple[npt.NDArray, npt.NDArray[np.float32], Draw, npt.NDArray[np.floating]]
 """One person: crop, affine, draw, record."""
 
@@ -174,37 +180,38 @@ def image_from_stored(record: Records) -> geometry.Matrix:
     return matrix
 
 
-Key = tuple[int, int]
-"""Sample and epoch."""
+def crop_sample(
+    source: Source,
+    sample: int,
+    drawn: Draw,
+    preset: Preset,
+    input_px: int,
+    decoder: Decoder = decode,
+) -> Item:
+    """Read, decode and crop one person. Raises InputError."""
+    record = source.record(sample)
+    image = decoder(source.jpeg(sample), source.where(sample))
+    crop, matrix = crop_person(image, unpack_records(record[None]), drawn, preset, input_px)
+    return crop, matrix, drawn, record
 
 
 class CropDataset(Dataset):
     """Crops by keys. The draw depends on the seed and the key only."""
 
     def __init__(
-        self,
-        source: Source,
-        preset: Preset,
-        input_px: int,
-        seed: int,
-        decoder: Callable[[bytes, str], npt.NDArray[np.uint8]] = decode,
+        self, source: Source, preset: Preset, input_px: int, seed: int, decoder: Decoder = decode
     ):
-        """decoder: (JPEG, its name in messages) -> (H, W, 3) BGR."""
         self.source, self.preset, self.input_px, self.seed = source, preset, input_px, seed
         self.decoder = decoder
 
     def __getitem__(self, key: Key) -> Item:
         sample, epoch = key
         drawn = draw(self.preset, draw_rng(self.seed, epoch, sample))
-        where = self.source.where(sample)
         try:
-            record = self.source.record(sample)
-            image = self.decoder(self.source.jpeg(sample), where)
+            return crop_sample(self.source, sample, drawn, self.preset, self.input_px, self.decoder)
         except InputError as error:
+            where = self.source.where(sample)
             raise BadSamplesError.of({sample: error.found}, where, error.found) from error
-        fields = unpack_records(record[None])
-        crop, matrix = crop_person(image, fields, drawn, self.preset, self.input_px)
-        return crop, matrix, drawn, record
 
 
 def collate(items: list[Item]) -> RawBatch:
@@ -220,15 +227,12 @@ def collate(items: list[Item]) -> RawBatch:
 
 def repeat_draws(shards: ShardSet, raw: RawBatch, preset: Preset) -> RawBatch:
     """OpenCV's crops of the people and draws of another loader's batch, which is on the CPU."""
-    rows = unpack_records(shards.records()).row_N.tolist()
-    items = []
-    for record, values in zip(raw.records_NR.numpy(), raw.draws_ND.tolist(), strict=True):
-        fields, drawn = unpack_records(record[None]), Draw(*values)
-        sample = rows.index(fields.row_N[0])
-        image = decode(shards.jpeg(sample), shards.where(sample))
-        crop, matrix = crop_person(image, fields, drawn, preset, raw.images_NHW3.shape[1])
-        items.append((crop, matrix, drawn, record))
-    return collate(items)
+    samples = {row: i for i, row in enumerate(unpack_records(shards.records()).row_N.tolist())}
+    people = zip(unpack_records(raw.records_NR).row_N.tolist(), raw.draws_ND.tolist(), strict=True)
+    size = raw.images_NHW3.shape[1]
+    return collate(
+        [crop_sample(shards, samples[row], Draw(*drawn), preset, size) for row, drawn in people]
+    )
 
 
 def endless_batches(
