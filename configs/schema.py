@@ -193,26 +193,17 @@ class Config:
 _SECTIONS = [section.name for section in dataclasses.fields(Config)]
 
 
-def _settings(**sections: str) -> set[str]:
-    """Dotted names of the settings that are listed for each section."""
-    return {f"{section}.{name}" for section, names in sections.items() for name in names.split()}
-
-
 # A resumed run may not change these, or it would be another run. Of the others, those in
 # FREE_ON_RESUME change without a remark.
-FIXED_ON_RESUME = _settings(
-    data="batch_size input_px preset mirror",
-    heatmaps="rule sigma",
-    loss="unmarked",
-    model="stacks width depth stem input_mean",
-    optim="name accumulate",
-    train="seed",
+FIXED_ON_RESUME = set(
+    "data.batch_size data.input_px data.preset data.mirror heatmaps.rule heatmaps.sigma "
+    "loss.unmarked model.stacks model.width model.depth model.stem model.input_mean optim.name "
+    "optim.accumulate train.seed".split()
 )
-FREE_ON_RESUME = _settings(
-    data="shards workers loader",
-    model="checkpoint_activations",
-    train="name out steps max_minutes device threads log_every steps_per_epoch keep_last tracker "
-    "profile_steps",
+FREE_ON_RESUME = set(
+    "data.shards data.workers data.loader model.checkpoint_activations train.name train.out "
+    "train.steps train.steps_per_epoch train.max_minutes train.device train.threads "
+    "train.log_every train.keep_last train.tracker train.profile_steps".split()
 )
 
 

@@ -1,13 +1,11 @@
 """Which JPEGs may be packed: complete ones that every decoder turns into the same picture.
 
-Refused are, besides missing and damaged files:
-
+Besides missing and damaged files, these are refused:
 - grey (1 component) and CMYK (4 components): the bytes are packed unchanged, and OpenCV, nvJPEG
   and libjpeg convert them to RGB differently;
 - an EXIF orientation of 2 to 8: annotations were made on the stored pixels, and decoders disagree
   on whether to rotate them;
 - lossless, hierarchical and arithmetic-coded JPEGs, which the GPU decoder does not read.
-
 Some damage leaves a valid JPEG and is not detected.
 """
 

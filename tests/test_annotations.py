@@ -148,15 +148,6 @@ def test_without_normalize_the_length_is_three_quarters_of_neck_to_top(tmp_path:
     np.testing.assert_array_equal(people.person, [-1, -1, -1])
 
 
-def test_select_keeps_rows_together(tmp_path: Path) -> None:
-    write_h5(tmp_path / "valid.h5", good_columns(4))
-    people, _ = read_annotations(tmp_path, "valid")
-    some = people.select([3, 1])
-    assert some.images == (people.images[3], people.images[1])
-    np.testing.assert_array_equal(some.joints[0], people.joints[3])
-    np.testing.assert_array_equal(some.center[1], people.center[1])
-
-
 # Bad input
 
 

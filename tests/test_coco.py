@@ -201,10 +201,6 @@ def test_coco_without_a_skeleton_or_a_length_says_what_to_give(tmp_path: Path) -
         read(tmp_path, coco(entry()), FIGURE._replace(length=None))
 
 
-def test_a_category_without_joint_names_is_taken_as_it_is(tmp_path: Path) -> None:
-    assert read(tmp_path, coco(entry(), categories=[{"id": 3}])).count == 1
-
-
 def test_a_network_of_16_joints_begins_a_run_of_five(
     figures: Path, tiny_shards: Path, tmp_path: Path
 ) -> None:

@@ -15,7 +15,7 @@ from pipelines.shards import ShardSet
 
 PAGE = (ROOT / "docs" / "custom-data.md").read_text()
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-FILE = re.compile(r"Save this as `([\w.]+)`")
+FILE = re.compile(r"[Ss]ave this as `([\w.]+)`")
 
 
 def bash(command: str, folder: Path) -> str:
