@@ -43,9 +43,9 @@ LAST, BEST = "last.pt", "best.pt"
 
 _CHECKSUM_TAG = b"sha256:"
 _CHECKSUM_LENGTH = len(_CHECKSUM_TAG) + 2 * hashlib.sha256().digest_size
-_DAMAGE_ERRORS = (RuntimeError, EOFError, OSError, LookupError, ValueError, TypeError,
-                  AttributeError, ArithmeticError, AssertionError, struct.error, zlib.error,
-                  zipfile.BadZipFile)  # fmt: skip
+_PARSER_ERRORS = (RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError)
+_FORMAT_ERRORS = (OSError, ArithmeticError, AssertionError, struct.error, zlib.error)
+_DAMAGE_ERRORS = (*_PARSER_ERRORS, *_FORMAT_ERRORS, zipfile.BadZipFile)
 """What torch.load and zipfile raise for the various kinds of damage."""
 _USE_ANOTHER = "use another checkpoint of the run: last.pt, one of step_*.pt, best.pt"
 
@@ -130,20 +130,14 @@ def write_archive(path: Path, contents: dict[str, Any]) -> None:
     """torch.save with a checksum, atomically. Raises OSError that names the file."""
     with io.BytesIO() as archive:
         torch.save(contents, archive)
-        append_checksum(archive)
+        archive.seek(-2, os.SEEK_END)  # the archive's last field: the length of its comment
+        archive.write(_CHECKSUM_LENGTH.to_bytes(2, "little"))
+        with archive.getbuffer() as data:
+            checksum = hashlib.sha256(data).hexdigest()
+        archive.write(_CHECKSUM_TAG + checksum.encode())
         with archive.getbuffer() as data:
             write_atomic(path, data)
     sync_folder(path.parent)
-
-
-def append_checksum(archive: BinaryIO) -> None:
-    """Make the checksum the comment of a zip archive that has none."""
-    archive.seek(-2, os.SEEK_END)
-    archive.write(_CHECKSUM_LENGTH.to_bytes(2, "little"))  # the archive's last field
-    size = archive.tell()
-    digest = _sha256(archive, size)
-    archive.seek(size)
-    archive.write(_CHECKSUM_TAG + digest)
 
 
 def sync_folder(folder: Path) -> None:
@@ -291,7 +285,7 @@ def build_network(config: Config, joints: int) -> StackedHourglass:
 def evaluation_network(checkpoint: Checkpoint) -> nn.Module:
     """`trained_network`, or the graph of an ONNX file, which is called the same way."""
     if checkpoint.is_onnx:
-        return OnnxNetwork(checkpoint.path, checkpoint.skeleton.joint_count)
+        return OnnxNetwork(checkpoint.path)
     return trained_network(checkpoint)
 
 

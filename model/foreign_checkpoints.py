@@ -174,12 +174,11 @@ def _their_name(ours: str, renames: Renames) -> str:
 
 def _to_bearpaw(depth: int) -> Renames:
     """Its levels count from the innermost one; our names are nested."""
-    levels = [
-        (r"^hourglasses\.(\d+)" + r"\.inner" * outer + rf"\.{part}\b",
-         rf"hg.\1.hg.{depth - 1 - outer}.{n}.0")
-        for outer in reversed(range(depth))
-        for n, part in enumerate(("across", "down", "up", "inner"))
-    ]  # fmt: skip
+    levels = []
+    for outer in reversed(range(depth)):
+        for n, part in enumerate(("across", "down", "up", "inner")):
+            ours = r"^hourglasses\.(\d+)" + r"\.inner" * outer + rf"\.{part}\b"
+            levels.append((ours, rf"hg.\1.hg.{depth - 1 - outer}.{n}.0"))
     return (*levels, *_TO_BEARPAW)
 
 

@@ -109,7 +109,7 @@ def export_onnx(options: argparse.Namespace, loaded: Checkpoint) -> None:
     with tempfile.TemporaryDirectory() as folder:
         temporary = Path(folder) / "network.onnx"
         write_onnx(temporary, network, loaded)
-        difference = largest_difference(OnnxNetwork(temporary, joints), network, images)
+        difference = largest_difference(OnnxNetwork(temporary), network, images)
         if not difference <= TOLERANCE:
             found = f"heatmaps that differ from torch's by {difference:.1e}; nothing was written"
             advice = "try other versions of torch, onnxscript and onnxruntime"
