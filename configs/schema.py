@@ -193,18 +193,20 @@ class Config:
 _SECTIONS = [section.name for section in dataclasses.fields(Config)]
 
 
-# A resumed run may not change these, or it would be another run. Of the others, those in
-# FREE_ON_RESUME change without a remark.
-FIXED_ON_RESUME = set(
+_FIXED = (
     "data.batch_size data.input_px data.preset data.mirror heatmaps.rule heatmaps.sigma "
     "loss.unmarked model.stacks model.width model.depth model.stem model.input_mean optim.name "
-    "optim.accumulate train.seed".split()
+    "optim.accumulate train.seed"
 )
-FREE_ON_RESUME = set(
+_FREE = (
     "data.shards data.workers data.loader model.checkpoint_activations train.name train.out "
     "train.steps train.steps_per_epoch train.max_minutes train.device train.threads "
-    "train.log_every train.keep_last train.tracker train.profile_steps".split()
+    "train.log_every train.keep_last train.tracker train.profile_steps"
 )
+FIXED_ON_RESUME = frozenset(_FIXED.split())
+"""Settings that a resumed run may not change, or it would be another run."""
+FREE_ON_RESUME = frozenset(_FREE.split())
+"""Settings that change without a remark; other changes are printed."""
 
 
 def flat(raw: dict[str, Any]) -> dict[str, Any]:
