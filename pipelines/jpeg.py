@@ -158,17 +158,16 @@ def _exif_orientation(data: bytes) -> int:
     return 1
 
 
-def require_sane_size(data: bytes, where: object, limit: int = MAX_PIXELS) -> None:
+def require_sane_size(data: bytes, where: object, limit: int = MAX_PIXELS) -> bool:
     """Raise InputError if a picture's header claims more pixels, or a JPEG has too many scans.
 
     data: a file of any format that Pillow can identify; others pass (OpenCV itself refuses more
-    than 2^30 pixels). A JPEG may be cut off after its header. Decodes nothing: 7 us for a JPEG.
+    than 2^30 pixels). A JPEG may be cut off after its header. Returns whether a header was found.
+    Decodes nothing: 7 us for a JPEG.
     """
-    is_jpeg = data[:2] == b"\xff\xd8"
-    frame, scans = _frame_and_scans(data) if is_jpeg else (None, 0)
     advice = "make the picture smaller, or replace it if it is damaged"
     try:
-        width, height = (frame.width, frame.height) if frame else claimed_size(data) or (0, 0)
+        width, height, scans = _claims(data)
     except Image.DecompressionBombError as error:
         raise InputError(where, str(error), f"{limit:,} pixels at most", advice) from error
     if width * height > limit:
@@ -177,23 +176,21 @@ def require_sane_size(data: bytes, where: object, limit: int = MAX_PIXELS) -> No
     if scans > _MAX_SCANS:
         expected = "a photograph, which has about 10"
         raise InputError(where, f"over {_MAX_SCANS} scans", expected, "save the picture again")
+    return width > 0
 
 
-def claimed_size(data: bytes) -> tuple[int, int] | None:
-    """Width and height, px, in the header of a picture; None where no header is found.
-
-    Pillow may raise Image.DecompressionBombError for other formats than JPEG.
-    """
+def _claims(data: bytes) -> tuple[int, int, int]:
+    """Width and height, px, in the header of a picture (0: none found), and a JPEG's scans."""
     if data[:2] == b"\xff\xd8":
-        frame, _ = _frame_and_scans(data)
-        return (frame.width, frame.height) if frame else None
+        frame, scans = _frame_and_scans(data)
+        return (frame.width, frame.height, scans) if frame else (0, 0, scans)
     Image.init()
     # Image.open does the same, but refuses or warns of large pictures by a limit of its own.
     for open_with, accepts in Image.OPEN.values():
         with suppress(OSError, SyntaxError, ValueError, IndexError, struct.error):
             if accepts is None or accepts(data[:16]):
-                return open_with(io.BytesIO(data), "").size
-    return None
+                return (*open_with(io.BytesIO(data), "").size, 0)
+    return 0, 0, 0
 
 
 def _frame_and_scans(data: bytes) -> tuple[_Frame | None, int]:

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from common.errors import InputError
 from common.files import parse_json, read_bytes, write_atomic
 from pipelines.annotations import People, safe_name
-from pipelines.jpeg import claimed_size, require_sane_size
+from pipelines.jpeg import require_sane_size
 from pipelines.shard_format import (
     COMPONENTS,
     INDEX_VERSION,
@@ -232,9 +232,8 @@ class ShardSet:
         header = min(picture.size, _JPEG_HEADER_BYTES)
         data = self._read(sample, record.offset, picture.offset + header - record.offset)
         jpeg = data[-header:]
-        if claimed_size(jpeg) is None:
-            jpeg = self.jpeg(sample)
-        require_sane_size(jpeg, self.where(sample))
+        if not require_sane_size(jpeg, self.where(sample)):
+            require_sane_size(self.jpeg(sample), self.where(sample))
         return np.frombuffer(data[: record.size], dtype="<f4")
 
 
