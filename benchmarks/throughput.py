@@ -119,7 +119,7 @@ def groups_to_run(args: argparse.Namespace, options: Options) -> dict[str, Group
         groups[f"step, {stacks} stacks, batch {n}"] = group
     for n in steps:
         groups[f"training, batch {n}"] = partial(step_suites.training_group, options, n)
-    groups["heatmaps"] = partial(step_suites.heatmaps_group, options, batches[0])
+    groups["heatmaps"] = partial(step_suites.heatmaps_group, options, batches[-1])
     groups["evaluation"] = partial(step_suites.evaluation_group, options)
     for n in loader_suites.SIZES:
         groups[f"scaling, {n:,} people"] = partial(loader_suites.scaling_group, options, n)

@@ -88,16 +88,16 @@ def synchronize(device: torch.device) -> None:
 
 def summarize(turns: list[Turn]) -> Rows:
     """A row a case: people/s over the rounds, and ratios to the first case of the same round."""
-    rows, names = [], dict.fromkeys(turn.case for turn in turns if turn.round)
-    base = {turn.round: turn.per_s for turn in turns if turn.case == next(iter(names), None)}
+    rows, names = [], list(dict.fromkeys(turn.case for turn in turns if turn.round))
+    base = {turn.round: turn.per_s for turn in turns if turn.case == names[0]} if names else {}
     for name in names:
         first, *timed = (turn for turn in turns if turn.case == name)
-        row = {"name": name, "cpu_ms": statistics.median(turn.cpu_ms for turn in timed)}
-        rates = [turn.per_s for turn in timed]
-        row |= {"median": statistics.median(rates), "low": min(rates), "high": max(rates)}
+        row: dict[str, Any] = {"name": name}
         ratios = [turn.per_s / base[turn.round] for turn in timed]
-        row |= {"ratio": statistics.median(ratios)}
-        row |= {"ratio_low": min(ratios), "ratio_high": max(ratios)}
+        for prefix, values in (("", [turn.per_s for turn in timed]), ("ratio_", ratios)):
+            row |= {f"{prefix}low": min(values), f"{prefix}high": max(values)}
+            row[prefix.rstrip("_") or "median"] = statistics.median(values)
+        row["cpu_ms"] = statistics.median(turn.cpu_ms for turn in timed)
         if first.tflop:
             row["tflops"] = first.tflop * row["median"]
             row["share_of_790_tflops"] = row["tflops"] / H200_BF16_TFLOPS
@@ -196,15 +196,13 @@ def environment(device: torch.device) -> dict[str, Any]:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return {
+    versions = {module.__name__: module.__version__ for module in (torch, cv2, np)}
+    return versions | {
+        "python": platform.python_version(),
         "commit": done.stdout.strip() or "unknown",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "processor": names[0] if names else platform.processor(),
         "cores": usable_cores(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "opencv": cv2.__version__,
-        "numpy": np.__version__,
     }
 
 

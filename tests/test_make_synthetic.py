@@ -23,7 +23,7 @@ from configs.skeleton import (
 from pipelines import synthetic
 from tools.make_synthetic import main
 
-TRAIN, VALID = 130, 90
+TRAIN, VALID = 90, 60
 SMALL = ("--train", "5", "--valid", "2", "--max-width", "480", "--workers", "1")
 
 
@@ -106,7 +106,7 @@ def test_scale_and_head_length_follow_mpii(data_set):
     extent = np.ptp(rows["part"][whole], axis=1).max(1)
     # Hands and feet are outside the joints; the scale is jittered by 5 %.
     ratio = 1.25 * extent / (200 * rows["scale"][whole])
-    assert len(ratio) > 40 and ratio.min() > 0.7 and ratio.max() < 1.06
+    assert len(ratio) > 25 and ratio.min() > 0.7 and ratio.max() < 1.06
 
 
 def test_the_mean_pose_is_a_bad_answer(data_set):
@@ -139,7 +139,7 @@ def hues_deg(data_set: Path, joints: tuple[int, int]) -> np.ndarray:
 def test_right_wrists_and_ankles_are_red_and_left_ones_blue(data_set):
     right = hues_deg(data_set, (R_WRIST, R_ANKLE))
     left = hues_deg(data_set, (L_WRIST, L_ANKLE))
-    assert min(len(right), len(left)) > 120
+    assert min(len(right), len(left)) > 100
     # The halves of the hue circle around 343 and 206 degrees meet near 94 and 274.
     assert ((right > 274) | (right < 94)).mean() > 0.95
     assert ((left > 94) & (left < 274)).mean() > 0.95
