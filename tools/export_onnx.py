@@ -28,12 +28,15 @@ from model.checkpoint import Checkpoint, header, load_checkpoint, trained_networ
 from model.export import INPUT, KEY, OUTPUT, OnnxNetwork, write_safetensors
 from pipelines.codec import Codec
 from pipelines.geometry import STRIDE
-from pipelines.loader import images_on_device
+from pipelines.loader import evaluation_batches, images_on_device
 from pipelines.opencv_loader import collate
+from pipelines.shard_format import MANIFEST
+from pipelines.shards import ShardSet
 
 TOLERANCE = 1e-4
 """Largest difference of a heatmap's pixel between torch and ONNX Runtime; a peak is about 1."""
-NOISE_IMAGES = 8
+MAX_PEOPLE = 8
+"""Crops that are compared."""
 CPU = torch.device("cpu")
 
 
@@ -79,7 +82,7 @@ def make_parser() -> Parser:
     add("--onnx", type=Path, metavar="OUT.onnx", help="the graph, for batches of any size")
     add("--safetensors", type=Path, metavar="OUT.safetensors", help="the evaluated weights")
     add("--flip", action="store_true", help="put the flip test into the ONNX graph")
-    check_help = "compare ONNX with torch on these; default: on noise"
+    check_help = "compare ONNX with torch on these; default: people of the validation shards"
     add("--check", type=Path, nargs="+", metavar="PICTURE", help=check_help)
     return parser
 
@@ -105,7 +108,8 @@ def export_onnx(options: argparse.Namespace, loaded: Checkpoint) -> None:
     estimator = PoseEstimator.from_checkpoint(loaded, device="cpu")
     codec, joints = estimator.codec, estimator.skeleton.joint_count
     network = LastStack(estimator.network, codec, options.flip)
-    images, what = images_to_check(options.check, estimator)
+    valid = Path(loaded.config.data.shards) / "valid"
+    images, what = images_to_check(options.check, valid, estimator)
     with tempfile.TemporaryDirectory() as folder:
         temporary = Path(folder) / "network.onnx"
         write_onnx(temporary, network, loaded)
@@ -122,15 +126,23 @@ def export_onnx(options: argparse.Namespace, loaded: Checkpoint) -> None:
     print(f"  differs from torch by {difference:.1e} at most, on {what}")
 
 
-def images_to_check(paths: list[Path] | None, estimator: PoseEstimator) -> tuple[Tensor, str]:
-    """(N, 3, S, S) RGB in 0..1, and what they are. Raises InputError."""
+def images_to_check(
+    paths: list[Path] | None, shards: Path, estimator: PoseEstimator
+) -> tuple[Tensor, str]:
+    """(N, 3, S, S) RGB in 0..1, and what they are: pictures, people of shards, or noise."""
     if paths:
         pictures = [read_picture(path) for path in paths]
         raw = collate([estimator.crop(image, None, "picture") for image in pictures])
         return images_on_device(raw, CPU), f"{len(pictures)} pictures"
-    size = estimator.codec.input_px
-    noise = torch.rand(NOISE_IMAGES, 3, size, size, generator=torch.Generator().manual_seed(0))
-    return noise, "noise; --check PICTURE takes pictures"
+    if not (shards / MANIFEST).is_file():
+        size = estimator.codec.input_px
+        noise = torch.rand(MAX_PEOPLE, 3, size, size, generator=torch.Generator().manual_seed(0))
+        return noise, f"noise, because there is no {shards}; --check PICTURE takes pictures"
+    split = ShardSet(shards)
+    samples = split.people()[1][:MAX_PEOPLE]
+    how = {"loader": "opencv", "device": CPU, "batch_size": MAX_PEOPLE, "workers": 0}
+    (raw,) = evaluation_batches(split, samples, estimator.codec, **how)  # type: ignore[arg-type]
+    return images_on_device(raw, CPU), f"{len(samples)} people of {shards}"
 
 
 def write_onnx(path: Path, network: LastStack, loaded: Checkpoint) -> None:

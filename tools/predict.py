@@ -160,9 +160,11 @@ def video_source(options: Options) -> Path | int | None:
             raise InputError("command line", found, "options that go together", "see --help")
     if sources and options.overlay and options.overlay.suffix.lower() not in CODECS:
         raise InputError(options.overlay, "not a video", " or ".join(CODECS), "rename the overlay")
-    has_display = sys.platform != "linux" or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()
-    if options.webcam is not None and not (options.overlay or has_display):
-        raise InputError("--webcam", "no display", "a window", "give --overlay OUT.avi")
+    if options.webcam is not None and not options.overlay:
+        has_display = sys.platform != "linux" or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()
+        if not has_display or "GUI:                           NONE" in cv2.getBuildInformation():
+            found, expected = "no display, or opencv-python-headless", "a window for the frames"
+            raise InputError("--webcam", found, expected, "give --overlay OUT.avi")
     return sources[0] if sources else None
 
 
