@@ -21,12 +21,7 @@ from common.errors import EXIT_RESUME, InputError, run_main
 from configs.schema import add_config_options, parse_config
 from model.checkpoint import load_checkpoint
 from pipelines.shard_format import CropRule
-from training.checkpoint_manager import (
-    BEST,
-    LAST,
-    RESUME_ME,
-    lock_run_folder,
-)
+from training.checkpoint_manager import BEST, LAST, RESUME_ME, lock_run_folder
 from training.metrics import require_tracker
 from training.resume import AUTO, find_start, global_batch_size, load_resumable
 from training.trainer import Trainer
