@@ -59,27 +59,21 @@ class Variant(NamedTuple):
     name: str
     dtype: torch.dtype
     is_princeton: bool = False
-    checkpointed: bool = False
     compiled: bool = False
 
 
 def variants_of(device: torch.device) -> list[Variant]:
     """The first is what the others are divided by. Compiled on a GPU only: it takes minutes."""
     dtype = choose_dtype("auto", device)
+    theirs = Variant("princeton-vl's: float32 (TF32), Adam", torch.float32, is_princeton=True)
     ours = Variant(f"ours: {str(dtype).removeprefix('torch.')}, fused Adam", dtype)
-    variants = [
-        Variant("princeton-vl's: float32 (TF32), Adam", torch.float32, is_princeton=True),
-        ours,
-        ours._replace(name=f"{ours.name}, activations twice", checkpointed=True),
-    ]
-    if device.type == "cuda":
-        variants.append(ours._replace(name=f"{ours.name}, compiled", compiled=True))
-    return variants
+    compiled = ours._replace(name=f"{ours.name}, compiled", compiled=True)
+    return [theirs, ours, compiled] if device.type == "cuda" else [theirs, ours]
 
 
 def training_step(variant: Variant, stacks: int, options: Options) -> Callable[..., object]:
     """Forward, loss, backward and optimizer, as a function of a batch of random_batch."""
-    network = build_network(stacks, options, variant.checkpointed).to(options.device)
+    network = build_network(stacks, options)
     if not variant.is_princeton:
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if variant.compiled:
@@ -103,10 +97,9 @@ def training_step(variant: Variant, stacks: int, options: Options) -> Callable[.
     return step
 
 
-def build_network(stacks: int, options: Options, checkpointed: bool = False) -> StackedHourglass:
-    """Random weights."""
-    shape = (stacks, options.width, MPII.joint_count)
-    return StackedHourglass(*shape, checkpoint_activations=checkpointed)
+def build_network(stacks: int, options: Options) -> StackedHourglass:
+    """Random weights on the device."""
+    return StackedHourglass(stacks, options.width, MPII.joint_count).to(options.device)
 
 
 def random_batch(people: int, options: Options) -> tuple[Tensor, Tensor, Tensor]:
@@ -179,7 +172,7 @@ def evaluation_group(options: Options) -> list[Case]:
     device, shards = options.device, options.shards("crop")
     if device.type == "cpu":
         options = dataclasses.replace(options, width=min(options.width, 32))
-    network = build_network(2, options).to(device).eval()
+    network = build_network(2, options).eval()
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     codec = Codec(preset=HRNET, rule="exact", sigma=1.0, input_px=options.input_px, skeleton=MPII)
     dist = DistributedContext(0, 1, device, choose_dtype("auto", device))

@@ -122,22 +122,22 @@ def run_isolated(
     """Run a group in a child process. Returns what was found, and failed cases with a reason.
 
     What was measured before a failure is kept; without a complete round the group runs again
-    without the case that failed. limit_s: of the group, s. method: how the child is started.
+    without the case that failed. limit_s: of each try, s. method: how the child is started.
     """
-    deadline, failed = time.monotonic() + limit_s, dict[str, str]()
+    failed: dict[str, str] = {}
     while True:
-        messages, error = _run_child(group, rounds, device, list(failed), deadline, method)
+        messages, error = _run_child(group, rounds, device, list(failed), limit_s, method)
         case = ([m for m in messages if isinstance(m, str)] or ["setup"])[-1]
         facts = [message for message in messages if isinstance(message, dict)]
         rows = summarize([message for message in messages if isinstance(message, Turn)])
         if error:
             failed[case] = error
-        if not error or rows or case == "setup" or time.monotonic() > deadline:
+        if not error or rows or case == "setup":
             return (facts[0] if facts else rows), failed
 
 
 def _run_child(
-    group: Group, rounds: int, device: torch.device, skip: list[str], deadline: float, method: str
+    group: Group, rounds: int, device: torch.device, skip: list[str], limit_s: float, method: str
 ) -> tuple[list[Any], str]:
     """What the child sends until it ends, and why it failed, or ""."""
     context, messages = multiprocessing.get_context(method), []
@@ -146,7 +146,7 @@ def _run_child(
     child = context.Process(target=_child, args=arguments)  # type: ignore[attr-defined]
     child.start()
     sender.close()
-    error = "the time limit was reached"
+    error, deadline = "the time limit was reached", time.monotonic() + limit_s
     try:
         while receiver.poll(max(0.0, deadline - time.monotonic())):
             messages.append(receiver.recv())
