@@ -66,14 +66,14 @@ def read_yaml(path: Path, keys: str) -> dict[str, Any]:
     """
     try:
         value = yaml.safe_load(read_bytes(path, _LARGEST_YAML).decode("utf-8"))
-        found = f"a {type(value).__name__}"
     except (FileNotFoundError, IsADirectoryError):
-        value, found = None, "no such file"
+        found = "no such file"
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        value, found = None, f"not YAML: {' '.join(str(error).split())[:300]}"
+        found = f"not YAML: {' '.join(str(error).split())[:300]}"
     else:
         if isinstance(value, dict | None):
             return value or {}
+        found = f"a {type(value).__name__}"
     raise InputError(path, found, f"a YAML file with {keys}", "correct the file or its path")
 
 

@@ -111,12 +111,10 @@ def unnamed(joints: int) -> Skeleton:
 def require_same_joints(found: Skeleton, wanted: Skeleton, where: object, other: object) -> None:
     """Raise InputError unless the joints are the same. where, other: their files."""
     if not found.same_joints(wanted):
-        raise InputError(
-            where,
-            f"{found.joint_count} joints ({found.name}): {', '.join(found.names[:4])}, ...",
-            f"the {wanted.joint_count} joints of {other} ({wanted.name})",
-            "give data and a checkpoint of the same joints, or begin a new run with --init_from",
-        )
+        theirs = f"{found.joint_count} joints ({found.name}): {', '.join(found.names[:4])}, ..."
+        expected = f"the {wanted.joint_count} joints of {other} ({wanted.name})"
+        advice = "give data and a checkpoint of the same joints, or begin a run with --init_from"
+        raise InputError(where, theirs, expected, advice)
 
 
 def length_in_words(skeleton: Skeleton) -> str | None:

@@ -108,12 +108,10 @@ def split_file(path: Path, split: str) -> Path:
 
 def has_both_splits(path: Path) -> bool:
     """Whether one file holds both splits, as MPII's JSON does: a list, where COCO's is a dict."""
-    if not path.name.endswith((".json", ".json.gz")):
-        return False
-    opener = gzip.open if path.name.endswith(".gz") else open
+    opener, start = gzip.open if path.name.endswith(".gz") else open, b""
     with suppress(OSError, EOFError, zlib.error), opener(path, "rb") as file:
-        return not file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{")
-    return True  # reading all of it will report what is wrong
+        start = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
+    return path.name.endswith((".json", ".json.gz")) and not start.startswith(b"{")
 
 
 def _from_h5(path: Path, skeleton: Skeleton) -> People:

@@ -216,7 +216,7 @@ def test_a_network_of_16_joints_begins_a_run_of_five(
     result = run.train()
     assert run.progress.step == 6 and result["joints_counted"] == 12
     assert result["joint_names"] == list(NAMES)
-    with pytest.raises(InputError, match="begin a new run with --init_from"):
+    with pytest.raises(InputError, match="begin a run with --init_from"):
         make_trainer(config, tmp_path / "resumed", state)
 
 

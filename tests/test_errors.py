@@ -40,10 +40,6 @@ def test_ctrl_c_prints_a_sentence_and_exits_with_130(capsys):
     assert code == 130 and text.strip() == "Interrupted; files that were complete are kept."
 
 
-def test_success_exits_with_0_silently(capsys):
-    assert exit_with(None, capsys) == (0, "")
-
-
 @pytest.mark.parametrize("error", [ZeroDivisionError(), OSError(errno.EIO, "odd")])
 def test_other_errors_keep_their_traceback(error, capsys):
     with pytest.raises(type(error)):
