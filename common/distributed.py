@@ -7,6 +7,7 @@ import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -15,6 +16,9 @@ from torch.distributed import PrefixStore, TCPStore
 
 from common.errors import InputError
 from common.system import keep_freed_memory, usable_cores
+
+WARM_UP_STEPS, ROUNDS, STEPS_PER_ROUND = 4, 2, 4
+"""In each round each number of threads takes so many steps, of which the first is not counted."""
 
 
 class DistributedContext(NamedTuple):
@@ -110,6 +114,49 @@ def set_cpu_threads(device: torch.device, workers: int) -> None:
 def cores_per_rank() -> int:
     """The usable cores of this machine for each of its ranks."""
     return max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+class ThreadTuner:
+    """Finds the faster of two thread counts: all cores, or those that loader workers leave free.
+
+    Threads of one step wait for each other, so a core shared with a busy worker slows all of them;
+    but a worker that is hardly busy needs no core. This is measured with the real loader.
+    """
+
+    def __init__(self, dist: DistributedContext, threads: int, workers: int):
+        """Set the threads to start with. threads: 0 to measure, if there is a choice."""
+        self._dist = dist
+        self._schedule: list[tuple[int, bool]] = []
+        """Of the next steps: thread count, and whether the step is counted."""
+        if dist.device.type == "cpu" and threads:
+            torch.set_num_threads(threads)
+            return
+        set_cpu_threads(dist.device, workers)
+        counts = [torch.get_num_threads(), cores_per_rank()]
+        fixed = dist.device.type != "cpu" or "OMP_NUM_THREADS" in os.environ
+        if fixed or counts[0] == counts[1]:
+            return
+        self._seconds: dict[int, list[float]] = {count: [] for count in counts}
+        self._schedule = [(counts[0], False)] * WARM_UP_STEPS
+        for count in ROUNDS * counts:
+            self._schedule += [(count, step > 0) for step in range(STEPS_PER_ROUND)]
+
+    def add_step(self, seconds: float) -> dict[int, float]:
+        """Record a step; after the last one the median seconds per thread count, else {}.
+
+        Every rank must call it, and gets the same answer.
+        """
+        if not self._schedule:
+            return {}
+        count, is_counted = self._schedule.pop(0)
+        if is_counted:
+            self._seconds[count].append(seconds)
+        if self._schedule:
+            torch.set_num_threads(self._schedule[0][0])
+            return {}
+        medians = torch.tensor([median(s) for s in self._seconds.values()], dtype=torch.float64)
+        means = sum_over_ranks(medians, self._dist) / self._dist.world_size
+        return dict(zip(self._seconds, means.tolist(), strict=True))
 
 
 def seed_everything(seed: int, rank: int) -> None:

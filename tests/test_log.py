@@ -12,10 +12,9 @@ from helpers import CPU, make_trainer, metrics, tiny_config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from common.errors import InputError
-from training import console
 from training import metrics as log
-from training.console import Console
 from training.metrics import (
+    Console,
     MetricsLogger,
     draw_curves,
     open_tracker,
@@ -41,7 +40,7 @@ def test_a_terminal_sees_one_line_that_is_written_over_and_whole_lines_above_it(
 def test_a_file_gets_whole_lines_without_control_codes_at_most_one_in_fifteen_seconds(monkeypatch):
     stream, clock = Stream(terminal=False), [100.0]
     monkeypatch.setattr(sys, "stderr", stream)
-    monkeypatch.setattr(console.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(log.time, "monotonic", lambda: clock[0])
     shown = Console()
     for step in range(40):
         shown.show([f"step {step}", "loss 1"])
@@ -65,7 +64,7 @@ def test_a_narrow_terminal_keeps_the_most_important_parts(columns, line, monkeyp
 
 def test_a_long_validation_tells_a_file_how_far_it_is(tiny_shards, tmp_path, monkeypatch, capsys):
     clock = [100.0]
-    monkeypatch.setattr(console.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(log.time, "monotonic", lambda: clock[0])
     logger = MetricsLogger(tmp_path, tiny_config(tiny_shards), CPU, 3, "PCKh")
     batch = types.SimpleNamespace(records_NR=np.zeros((4, 1)))
     for _ in logger.validation_progress([batch] * 6, 22):

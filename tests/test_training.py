@@ -12,12 +12,12 @@ from conftest import ROOT
 from helpers import CPU, SMALL, make_trainer, metrics, poison, step, steps, tiny_config
 
 import train
+from common import distributed
 from common.distributed import choose_dtype, init_distributed
 from common.errors import InputError
 from configs.schema import Config
 from model.checkpoint import load_checkpoint
 from pipelines.loader import choose_loader
-from training import cpu_threads
 from training.checkpoint_manager import numbered
 from training.metrics import MetricsLogger
 from training.optimizer import AveragedModel, learning_rate
@@ -282,8 +282,8 @@ def test_the_faster_number_of_threads_is_measured_used_and_stored(
     """Time is simulated: with 4 threads a step takes 3 s, with 3 beside one worker 4 s."""
     threads, clock = [3], [0.0]
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(cpu_threads, "cores_per_rank", lambda: 4)
-    monkeypatch.setattr(cpu_threads, "set_cpu_threads", lambda *_: None)
+    monkeypatch.setattr(distributed, "cores_per_rank", lambda: 4)
+    monkeypatch.setattr(distributed, "set_cpu_threads", lambda *_: None)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads[-1])
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     options = {"steps": 30, "steps_per_epoch": 30, "threads": 0}

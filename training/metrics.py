@@ -4,6 +4,8 @@ import importlib
 import json
 import math
 import resource
+import shutil
+import sys
 import time
 import uuid
 from collections.abc import Iterable, Iterator
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from common.cli import duration
+from common.cli import SECONDS_BETWEEN_LINES, duration
 from common.distributed import DistributedContext
 from common.errors import InputError
 from common.files import write_atomic
@@ -27,13 +29,15 @@ from model.loss import pck, peak_height
 from pipelines.codec import Codec
 from pipelines.loader import Batch
 from pipelines.opencv_loader import RawBatch
-from training.console import Console
 
 METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
 PEOPLE, CURVES = "validation.jpg", "curves.png"
 """Pictures of the last validation."""
 TRAINING_PCK_RADIUS = 0.05
 """Radius of the training PCK as a share of the heatmap's side: about half a head in an MPII box."""
+
+SECONDS_BETWEEN_UPDATES = 0.2
+"""Of the live line on a terminal."""
 
 
 class Totals:
@@ -246,6 +250,46 @@ class MetricsLogger:
             if not self._write_error_shown:
                 self._console.info(f"the log cannot be written: {error}; training goes on")
             self._write_error_shown = True
+
+
+class Console:
+    """On a terminal one live line at the bottom; elsewhere whole lines, without control codes."""
+
+    def __init__(self) -> None:
+        """Write to stderr."""
+        self._stream = sys.stderr
+        self.is_live = self._stream.isatty()
+        self._line = ""
+        self._shown_at = -float("inf")
+
+    def show(self, parts: list[str], at_once: bool = False) -> None:
+        """Show the progress, unless that was done a moment ago.
+
+        parts: the most important first; a terminal leaves out those that do not fit.
+        """
+        now = time.monotonic()
+        wait = SECONDS_BETWEEN_UPDATES if self.is_live else SECONDS_BETWEEN_LINES
+        if now - self._shown_at < wait and not at_once:
+            return
+        self._shown_at = now
+        if not self.is_live:
+            print("  ".join(parts), file=self._stream, flush=True)
+            return
+        while len("  ".join(parts)) >= shutil.get_terminal_size().columns and len(parts) > 1:
+            parts = parts[:-1]
+        self._line = "  ".join(parts)
+        print(f"\r{self._line}\x1b[K", end="", file=self._stream, flush=True)
+
+    def info(self, text: str) -> None:
+        """Print a line above the live one."""
+        start, end = ("\r\x1b[K", f"\n{self._line}") if self._line else ("", "\n")
+        print(start + text, end=end, file=self._stream, flush=True)
+
+    def close(self) -> None:
+        """End the live line, so that its last state stays."""
+        if self._line:
+            print(file=self._stream, flush=True)
+        self._line = ""
 
 
 def open_tracker(config: Config, folder: Path) -> Any:

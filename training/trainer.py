@@ -19,6 +19,7 @@ from torch import nn
 
 from common.distributed import (
     DistributedContext,
+    ThreadTuner,
     any_rank,
     gather_bytes,
     launched_by_torchrun,
@@ -51,7 +52,6 @@ from training.checkpoint_manager import (
     RESUME_ME,
     CheckpointManager,
 )
-from training.cpu_threads import ThreadTuner
 from training.metrics import MetricsLogger, Totals, keep_lines_until
 from training.nonfinite import SKIPPED, NonFiniteMonitor
 from training.preemption import stop_signals
@@ -104,7 +104,7 @@ class Trainer:
             if not config.train.threads:
                 self._set_threads(checkpoint.config.train.threads)
         config = self.config
-        self.thread_tuner = ThreadTuner(config, dist)
+        self.thread_tuner = ThreadTuner(dist, config.train.threads, config.data.workers)
         self.shards, valid = open_shards(config)
         self.people_sha256 = people_sha256(self.shards.records())  # raises if they are damaged
         self.codec = codec_of(config.data, config.heatmaps, self.shards.manifest.skeleton)
