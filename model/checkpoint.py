@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from pickle import UnpicklingError  # an exception alone
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -194,21 +194,23 @@ def find_damage(path: Path) -> str:
     if not zipfile.is_zipfile(path):
         with path.open("rb") as file:
             return "it is cut off" if file.read(4) == b"PK\x03\x04" else ""
-    size = path.stat().st_size
     try:
-        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+        with zipfile.ZipFile(path) as archive:
             records, checksum = archive.infolist(), archive.comment
-            if checksum and checksum != _CHECKSUM_TAG + _sha256(file, size - len(checksum)):
-                return "its bytes do not match its checksum"
-            if any(record.compress_type != zipfile.ZIP_STORED for record in records):
-                return "compressed records"
-            claimed = sum(record.file_size for record in records)
-            if claimed > size:
-                return f"records of {claimed:,} bytes"
-            damaged = None if checksum else archive.testzip()
-            return f"its record {damaged} is damaged" if damaged else ""
+            is_stored = all(record.compress_type == zipfile.ZIP_STORED for record in records)
+            damaged = archive.testzip() if is_stored and not checksum else None
     except _DAMAGE_ERRORS as error:
         return f"a damaged archive ({_describe(error)})"
+    size = path.stat().st_size
+    claimed = sum(record.file_size for record in records)
+    faults = {
+        "its bytes do not match its checksum": checksum
+        and checksum != _CHECKSUM_TAG + _sha256(path, size - len(checksum)),
+        "compressed records": not is_stored,
+        f"records of {claimed:,} bytes": claimed > size,
+        f"its record {damaged} is damaged": damaged,
+    }
+    return next((fault for fault, is_there in faults.items() if is_there), "")
 
 
 def _describe(error: Exception) -> str:
@@ -218,13 +220,13 @@ def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error)[:120]}"
 
 
-def _sha256(file: BinaryIO, size: int) -> bytes:
+def _sha256(path: Path, size: int) -> bytes:
     """Hexadecimal SHA-256 of the first `size` bytes of a file."""
     digest = hashlib.sha256()
-    file.seek(0)
-    while size and (chunk := file.read(min(size, 1 << 20))):
-        digest.update(chunk)
-        size -= len(chunk)
+    with path.open("rb") as file:
+        while size and (chunk := file.read(min(size, 1 << 20))):
+            digest.update(chunk)
+            size -= len(chunk)
     return digest.hexdigest().encode()
 
 

@@ -84,7 +84,7 @@ def test_peak_height_and_pck_count_drawn_joints_alone():
     assert pck(found, torch.zeros(1, 3, 2), drawn, 1.0).item() == 0.5
 
 
-def test_running_out_of_gpu_memory_is_not_told_as_a_damaged_checkpoint(
+def test_running_out_of_gpu_memory_is_not_reported_as_a_damaged_checkpoint(
     tiny_shards, tmp_path, monkeypatch
 ):
     from helpers import make_trainer, tiny_config
