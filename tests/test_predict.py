@@ -4,23 +4,19 @@ import csv
 import json
 import signal
 import struct
-from dataclasses import replace
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
-import torch
 from conftest import noise_picture, write_jpeg
 from helpers import exif, make_trainer, steps, tiny_config, with_segment
 
 import evaluate
 from common.errors import InputError, run_main
-from configs.skeleton import Skeleton
 from evaluation import visualize
 from evaluation.estimator import PoseEstimator, read_picture
 from evaluation.inference import Predictions
-from model.hourglass import StackedHourglass
 from pipelines.annotations import read_annotations
 from tools import predict
 
@@ -112,21 +108,6 @@ def test_one_picture_may_hold_any_number_of_people(estimator):
     np.testing.assert_array_equal(together.keypoints_NJ2, apart.keypoints_NJ2)
     assert estimator(image, []).keypoints_NJ2.shape == (0, 16, 2)
     assert estimator([]).scores_NJ.shape == (0, 16)
-
-
-def test_any_number_of_joints_is_found(estimator):
-    three = Skeleton("three", ("l_a", "b", "r_c"), ((0, 2),), ((0, 1), (1, 2)), ())
-    one = PoseEstimator(
-        StackedHourglass(1, 16, 3, 2, (8, 16, 16)).eval(),
-        replace(estimator.codec, skeleton=three),
-        flip=True, device=torch.device("cpu"), dtype=torch.float32, batch_size=4,
-    )  # fmt: skip
-    image = noise_picture(np.random.default_rng(3), 200, 150)
-    keypoints, scores = one(image, [[10, 10, 90, 90]] * 2)
-    assert keypoints.shape == (2, 3, 2) and scores.shape == (2, 3)
-    before = image.copy()
-    visualize.draw_skeleton(image, keypoints[0], scores[0] > -1, three, 2)
-    assert (image != before).any()
 
 
 def test_a_photograph_is_turned_upright_and_its_joints_with_it(run, estimator, tmp_path):
