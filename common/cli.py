@@ -65,18 +65,11 @@ def at_least(least: int) -> Callable[[str], int]:
 
 def add_device_options(group: argparse._ArgumentGroup) -> None:
     """Add `--device` and `--precision`, as the programs that run a network take them."""
-    group.add_argument(
-        "--device",
-        choices=("auto", "cuda", "cpu"),
-        default="auto",
-        help="auto: a GPU where there is one (default: %(default)s)",
-    )
-    group.add_argument(
-        "--precision",
-        choices=("auto", "bf16", "fp16", "fp32"),
-        default="fp32",
-        help="arithmetic (default: %(default)s)",
-    )
+    devices, precisions = ("auto", "cuda", "cpu"), ("auto", "bf16", "fp16", "fp32")
+    text = "auto: a GPU where there is one (default: %(default)s)"
+    group.add_argument("--device", choices=devices, default="auto", help=text)
+    text = "arithmetic (default: %(default)s)"
+    group.add_argument("--precision", choices=precisions, default="fp32", help=text)
 
 
 SECONDS_BETWEEN_LINES = 15.0
