@@ -40,7 +40,7 @@ class BadSamples:
         return self.shards.with_replacements(set(self.faults), Path(self._indices.name))
 
     def add(self, error: BadSamplesError) -> None:
-        """Add what a loader met. Raises InputError beyond the limit, or if nothing is new."""
+        """Add what a loader found. Raises InputError beyond the limit, or if nothing is new."""
         if error.faults.keys() <= self.faults.keys():
             raise error
         self.faults |= error.faults
@@ -95,7 +95,7 @@ class BadSamples:
             self._written = set(faults)
 
     def _read(self) -> dict[int, str]:
-        """People of these shards in the file; those of shards since packed anew do not count."""
+        """People in the file; those of other shards, packed before or later, do not count."""
         if not self.path.is_file():
             return {}
         faults = {}

@@ -4,8 +4,8 @@ One graph serves both devices: read, decode, draw, build the affine, warp. It dr
 table of presets as the OpenCV path and returns its draws, so that the other path can repeat them.
 DALI counts from pixel corners, hence the two half-pixel shifts around the affine.
 
-A checkpoint of a pipeline fits only the same operators in the same order, which also decides the
-operators' seeds: no edit may add, drop or move one.
+Do not add, remove or reorder operators: their order sets their seeds, and a saved state fits only
+the operators that it names.
 """
 
 import functools
@@ -248,7 +248,7 @@ def _graph(
 ) -> tuple[Node, Node, Node, Node]:
     """Images NHW3, affines N23, draws ND and records NR, all on the device."""
     shuffle: dict[str, Any] = {}
-    if spec.cache_mb and spec.world_size > 1:  # a rank must meet again what it has cached
+    if spec.cache_mb and spec.world_size > 1:  # each rank keeps the people that it has cached
         shuffle = {"stick_to_shard": True}
     elif spec.shuffle_buffer:
         shuffle = {"shuffle_after_epoch": True, "shuffle_after_epoch_seed": spec.seed}
@@ -348,7 +348,7 @@ def _princeton_corners(record: Node, input_px: int) -> tuple[Node, Node]:
 
 
 def _cut(image: Node, upper_left: Node, lower_right: Node) -> Node:
-    """The box alone, black outside the picture: what lies around it never reaches its input."""
+    """Only the box, black outside the picture: princeton's crop ends there before it is warped."""
     start, end = (fn.cast(corner, dtype=types.INT32) for corner in (upper_left, lower_right))
     return fn.slice(
         image, start=start, end=end, axis_names="WH", out_of_bounds_policy="pad", fill_values=0

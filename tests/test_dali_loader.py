@@ -151,7 +151,7 @@ def test_a_decoder_cache_without_a_gpu_is_refused(loader, split):
 
 
 def test_a_rank_with_a_cache_meets_the_same_people_again(split, monkeypatch):
-    """The reader of the graph with a cache, on a CPU, whose decoder is spared the cache itself."""
+    """The reader with a cache on a CPU; the decoder's own cache needs a GPU and is left out."""
     given, image = {}, dali_loader.fn.decoders.image
 
     def without_cache(jpeg, *, cache_size, cache_type, **others):
@@ -159,7 +159,7 @@ def test_a_rank_with_a_cache_meets_the_same_people_again(split, monkeypatch):
         return image(jpeg, **others)
 
     monkeypatch.setattr(dali_loader.fn.decoders, "image", without_cache)
-    met = []
+    people = []
     for rank in range(2):
         spec = make_spec(
             "none", batch_size=6, rank=rank, world_size=2, shuffle_buffer=4, cache_mb=64
@@ -167,8 +167,8 @@ def test_a_rank_with_a_cache_meets_the_same_people_again(split, monkeypatch):
         loader = DaliLoader(split, spec)
         epochs = [set(loader.next().records_NR[:, 0].int().tolist()) for _ in range(5)]
         assert all(epoch == epochs[0] for epoch in epochs) and len(epochs[0]) == 6
-        met.append(epochs[0])
-    assert set.union(*met) == set(range(12))
+        people.append(epochs[0])
+    assert set.union(*people) == set(range(12))
     assert given == {"cache_size": 64, "cache_type": "threshold"}
 
 

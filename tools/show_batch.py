@@ -222,7 +222,7 @@ def draw_heatmaps(batch: Batch, skeleton: Skeleton, person: int) -> Picture:
 
 
 def enlarge(image_HW3: Picture) -> Picture:
-    """A tile of a crop, whose pixels stay sharp."""
+    """A crop resized to a tile, without blurring its pixels."""
     how = cv2.INTER_NEAREST if image_HW3.shape[0] <= TILE_PX else cv2.INTER_AREA
     tile = cv2.resize(np.ascontiguousarray(image_HW3), (TILE_PX, TILE_PX), interpolation=how)
     return tile.astype(np.uint8, copy=False)
