@@ -54,7 +54,7 @@ def json_numbers(
     except ValueError:  # lists of different lengths
         numbers = np.array(None)
     if numbers.dtype.kind not in "iuf" or numbers.shape != shape:
-        expected = f"numbers of shape {shape}" if shape else "a number"
+        expected = f"numbers of shape {shape}"
         raise InputError(where, f"{key}: {str(value)[:100]}", expected, "correct the file")
     return numbers.astype(np.float64)
 

@@ -177,13 +177,12 @@ def _load_json(path: Path) -> list[Any] | dict[str, Any]:
         with opener(path, "rb") as file:
             data = parse_json(bounded(file.read(LARGEST_JSON + 1), LARGEST_JSON))
     except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
-        found = f"not readable as JSON ({error})"
+        data, found = None, f"not readable as JSON ({error})"
     else:
-        if isinstance(data, list) and data:
-            return data
-        if isinstance(data, dict) and {"images", "annotations"} <= data.keys():
-            return data
         found = f"a JSON {type(data).__name__}"
+    is_coco = isinstance(data, dict) and {"images", "annotations"} <= data.keys()
+    if data and (is_coco or isinstance(data, list)):
+        return data
     expected = "a JSON list of people, or COCO's dict of images and annotations"
     raise InputError(path, found, expected, "fetch the file again")
 

@@ -19,7 +19,7 @@ MARGIN = BOX_SCALE
 """Side of the square over the longer side of a box drawn tightly about a person: MPII's own."""
 
 _LARGEST = 4
-"""Half the side of a square over the picture's longer side; larger ones have a wrong unit."""
+"""Half the side of a square over the picture's longer side: larger ones have a wrong unit."""
 _LARGEST_FILE = 64 << 20
 _BOX, _CENTER = ("x", "y", "width", "height"), ("center_x", "center_y")
 _COLUMNS = "image, and x, y, width, height, or center_x, center_y, scale; image_id if wanted"
@@ -63,14 +63,12 @@ def check_square(square: Square, width: int, height: int, where: str) -> None:
     """Raise InputError for a square that a picture of that size (px) does not overlap."""
     half = PIXELS_PER_SCALE * square.scale / 2
     is_sane = math.isfinite(sum(square)) and 0 < half < _LARGEST * max(width, height)
-    inside_x = -half < square.x < width - 1 + half
-    inside_y = -half < square.y < height - 1 + half
-    if not (is_sane and inside_x and inside_y):
+    overlaps = -half < square.x < width - 1 + half and -half < square.y < height - 1 + half
+    if not (is_sane and overlaps):
         raise InputError(
             where,
             f"a square of {2 * half:g} px about ({square.x:g}, {square.y:g})",
-            f"one that overlaps the picture of {width} x {height} px, and that is smaller than "
-            f"{2 * _LARGEST} times the picture",
+            f"one that overlaps the picture of {width} x {height} px and is less than 8 times it",
             "correct the box, or centre and scale (side / 200 px); px are of the upright picture",
         )
 

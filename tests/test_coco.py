@@ -86,9 +86,9 @@ def test_people_left_out_are_counted_on_stderr(tmp_path: Path, capsys: Any) -> N
         entry(id=5, bbox=[3, 4, 0, 9]), entry(id=6, keypoints=[0] * 15), entry(id=7),
     )  # fmt: skip
     assert read(tmp_path, data).person.tolist() == [1, 7]
-    said = capsys.readouterr().err
+    printed = capsys.readouterr().err
     for part in ("1 crowds", "1 of other categories", "2 without a box", "1 without a marked"):
-        assert part in said
+        assert part in printed
 
 
 @pytest.fixture

@@ -66,7 +66,7 @@ def test_a_terminal_gets_a_bar_with_room_for_the_echo_of_control_c(watch):
     assert len(line) <= COLUMNS - 3
 
 
-def test_a_line_said_meanwhile_stays_above_the_bar(watch):
+def test_a_printed_line_stays_above_the_bar(watch):
     stderr = watch(terminal=True)
     for number in progress(range(2), "checking", "pictures"):
         if number:

@@ -1,4 +1,4 @@
-"""Sets of joints from YAML: what they mean, and what is said of faulty ones."""
+"""Sets of joints from YAML: what they mean, and the errors of faulty ones."""
 
 from pathlib import Path
 
