@@ -182,7 +182,7 @@ def test_every_program_option_target_and_file_of_a_command_exists():
 
 
 def test_every_option_named_alone_exists():
-    programs = {"train.py", "evaluate.py", "benchmarks/throughput.py", "benchmarks/gpu_train.py"}
+    programs = {"train.py", "evaluate.py", "benchmarks/throughput.py"}
     programs |= {f"tools/{p.name}" for p in (ROOT / "tools").glob("*.py") if "run_main" in
                  p.read_text()}  # fmt: skip
     known = set().union(*map(options_of, programs)) | OF_OTHERS
