@@ -32,9 +32,6 @@ from pipelines.shards import ShardSet
 Node = Any
 """A DALI data node; one scalar or tensor a sample."""
 
-HW_DECODER_LOAD = 0.65
-"""DALI's default share of the pictures for the GPU's JPEG engine."""
-
 
 class DaliLoader:
     """Endless batches of one rank's share of a split, on the device.
@@ -43,16 +40,10 @@ class DaliLoader:
     """
 
     def __init__(
-        self,
-        shards: ShardSet,
-        spec: LoaderSpec,
-        state: bytes = b"",
-        *,
-        prefetch: int = 2,
-        hw_decoder_load: float = HW_DECODER_LOAD,
+        self, shards: ShardSet, spec: LoaderSpec, state: bytes = b"", hw_decoder_load: float = 0.65
     ):
-        """prefetch: batches made ahead. hw_decoder_load: share of the GPU's JPEG engine."""
-        self.shards, self.prefetch = shards, prefetch
+        """hw_decoder_load: share of the pictures for the GPU's JPEG engine (DALI's default)."""
+        self.shards = shards
         decoder: dict[str, Any] = {}
         if spec.device.type == "cuda":
             decoder["hw_decoder_load"] = hw_decoder_load
@@ -61,7 +52,6 @@ class DaliLoader:
         if spec.cache_mb:
             decoder |= {"cache_size": spec.cache_mb, "cache_type": "threshold"}
         self._arguments = _common_arguments(spec.device, spec.batch_size, spec.workers) | {
-            "prefetch_queue_depth": prefetch,
             "seed": spec.seed + spec.rank,
             "enable_checkpointing": True,
             "shards": shards,
@@ -101,7 +91,7 @@ class DaliLoader:
             sample_of_row = {float(split.record(i)[0]): i for i in range(len(split))}
             with tempfile.TemporaryDirectory() as folder:
                 probe = self._build(_indices_of_good_pictures(split, Path(folder)), self.state())
-                for _ in range(self.prefetch + 1):
+                for _ in range(probe.prefetch_queue_depth + 1):
                     *_, records = _run(probe, split, dict)
                     faults |= _faults(split, [sample_of_row[row] for row in records[:, 0].tolist()])
         return {split.origin(sample): fault for sample, fault in faults.items()}

@@ -10,7 +10,7 @@ from common.errors import InputError
 from configs.skeleton import MPII
 from evaluation.visualize import LEFT_BGR, MIDDLE_BGR, RIGHT_BGR
 from pipelines.augment import PRESETS
-from pipelines.loader import Batch, RawBatch, train_loader
+from pipelines.loader import Batch, train_loader
 from pipelines.opencv_loader import repeat_draws
 from pipelines.shards import ShardSet
 from tools import show_batch
@@ -76,10 +76,7 @@ def test_a_joint_is_drawn_at_its_place_in_the_colour_of_its_side(joint, color):
 def test_differences_are_shown_where_they_are_and_black_means_none():
     grey = np.zeros((64, 64, 3), np.float32)
     grey[10, 20] = 2
-    raw = RawBatch(torch.zeros(0), torch.zeros(0), torch.zeros(1, 10), torch.zeros(0))
-    batch = show_batch.LoadedBatch("dali", raw, one_person(HEAD_TOP, (3.0, 10.0)))
-    panel = show_batch.draw_panel([batch, batch], grey, 255 / 2, make_codec("none"), 0)
-    tile = panel[:, 3 * 256 :]
+    tile = show_batch.draw_difference(grey, 255 / 2)
     bright = np.argwhere(tile.any(axis=2))
     assert (bright.min(axis=0).tolist(), bright.max(axis=0).tolist()) == ([40, 80], [43, 83])
     assert (tile[40:44, 80:84] == 255).all()

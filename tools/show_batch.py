@@ -155,9 +155,15 @@ def draw_sheet(
     figure = Figure(figsize=(2.6 * tiles * columns, 2.85 * rows + 0.6), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     for person in progress(range(people), "drawing", "people"):
-        grey = None if grey_NHW3 is None else grey_NHW3[person]
-        panels[person].imshow(draw_panel(batches, grey, zoom, codec, person)[..., ::-1])
-        panels[person].set_title(caption(batches[0], grey, person), fontsize=8)
+        drawings = [draw_crop(each.batch, codec, person) for each in batches]
+        drawings.append(draw_heatmaps(batches[0].batch, codec.skeleton, person))
+        text = caption(batches[0], person)
+        if grey_NHW3 is not None:
+            drawings.append(draw_difference(grey_NHW3[person], zoom))
+            mean, largest = grey_NHW3[person].mean(), grey_NHW3[person].max()
+            text += f"   difference: mean {mean:.4f}, largest {largest:.0f}"
+        panels[person].imshow(np.hstack(drawings)[..., ::-1])
+        panels[person].set_title(text, fontsize=8)
     for panel in panels:
         panel.axis("off")
     names = [*(each.loader for each in batches), "heatmaps"]
@@ -171,29 +177,11 @@ def draw_sheet(
     return figure
 
 
-def caption(loaded: LoadedBatch, grey_HW3: npt.NDArray[np.float32] | None, person: int) -> str:
-    """The person's row, draw and difference."""
+def caption(loaded: LoadedBatch, person: int) -> str:
+    """The person's row and draw."""
     drawn = Draw(*loaded.raw.draws_ND[person].tolist())
     text = f"row {int(loaded.batch.rows_N[person])}   box x {drawn.scale:.2f}"
-    text += f"   {drawn.rotation_deg:+.1f} deg" + ("   mirrored" if drawn.flip else "")
-    if grey_HW3 is not None:
-        text += f"   difference: mean {grey_HW3.mean():.4f}, largest {grey_HW3.max():.0f}"
-    return text
-
-
-def draw_panel(
-    batches: list[LoadedBatch],
-    grey_HW3: npt.NDArray[np.float32] | None,
-    zoom: float,
-    codec: Codec,
-    person: int,
-) -> Picture:
-    """One person's tiles side by side, BGR. zoom: factor on the difference."""
-    tiles = [draw_crop(each.batch, codec, person) for each in batches]
-    tiles.append(draw_heatmaps(batches[0].batch, codec.skeleton, person))
-    if grey_HW3 is not None:
-        tiles.append(enlarge((zoom * grey_HW3).astype(np.uint8)[..., ::-1]))
-    return np.hstack(tiles)
+    return text + f"   {drawn.rotation_deg:+.1f} deg" + ("   mirrored" if drawn.flip else "")
 
 
 def draw_crop(batch: Batch, codec: Codec, person: int) -> Picture:
@@ -219,6 +207,11 @@ def draw_heatmaps(batch: Batch, skeleton: Skeleton, person: int) -> Picture:
     background = 90.0 * cv2.resize(image, (TILE_PX, TILE_PX))[..., None]
     tile = cv2.resize(colored, (TILE_PX, TILE_PX), interpolation=cv2.INTER_NEAREST) + background
     return np.clip(tile, 0, 255).astype(np.uint8)
+
+
+def draw_difference(grey_HW3: npt.NDArray[np.float32], zoom: float) -> Picture:
+    """The difference of two crops, BGR. zoom: factor on it."""
+    return enlarge((zoom * grey_HW3).astype(np.uint8)[..., ::-1])
 
 
 def enlarge(image_HW3: Picture) -> Picture:
