@@ -80,10 +80,7 @@ T = TypeVar("T")
 
 @contextmanager
 def counting(what: str, total: int | None, unit: str) -> Iterator[Callable[[int], object]]:
-    """A progress bar, or lines in a log file; yields a function that adds to what is done.
-
-    total: None if unknown. unit: a plural.
-    """
+    """Yields a function that adds to what is done. total: None if unknown. unit: a plural."""
     if not sys.stderr.isatty():
         yield _line_printer(what, total, unit)
         return
@@ -115,10 +112,7 @@ def _line_printer(what: str, total: int | None, unit: str) -> Callable[[int], ob
 def progress(
     items: Iterable[T], what: str, unit: str, total: int | None = None, shown: bool = True
 ) -> Iterator[T]:
-    """The items, with progress; an item counts as done when the next one is asked for.
-
-    total: by default len(items), where it has one. shown: False prints nothing.
-    """
+    """The items, with progress. total: by default len(items). shown: False prints nothing."""
     if not shown:
         yield from items
         return

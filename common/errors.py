@@ -39,9 +39,8 @@ class InputError(Exception):
 def run_main(main: Callable[[], int | None], show: Callable[[str], bool] | None = None) -> None:
     """Run a program's main function and exit with its code.
 
-    InputError, a missing permission and a full disk become a message on stderr and exit code 2,
-    Ctrl-C one sentence and 130; a closed pipe (`| head`) is silent. show: gets the message and
-    returns whether this process prints it; one of several ranks with the same message does.
+    InputError, a missing permission and a full disk: a message on stderr and exit code 2. Ctrl-C:
+    one sentence and 130. A closed pipe: silence. show: returns whether this rank prints a message.
     """
     message = ""
     try:

@@ -60,10 +60,7 @@ def json_numbers(
 
 
 def read_yaml(path: Path, keys: str) -> dict[str, Any]:
-    """The dict in a YAML file of at most 1 MiB; {} for an empty one. Raises InputError.
-
-    keys: what the dict has, for the message.
-    """
+    """The dict in a YAML file of at most 1 MiB. Raises InputError, which names the keys."""
     try:
         value = yaml.safe_load(read_bytes(path, _LARGEST_YAML).decode("utf-8"))
     except (FileNotFoundError, IsADirectoryError):

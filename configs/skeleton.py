@@ -19,7 +19,6 @@ Groups = tuple[tuple[str, tuple[int, ...]], ...]
 Side = Literal["left", "right", "middle"]
 
 _KEYS = ("name", "joints", "flip_pairs", "limbs", "groups", "normalize")
-_OPTIONAL_KEYS = ("groups", "normalize")
 # The side is a separate word, or written in full before a capital: l_knee, knee-right, leftKnee.
 _SIDE_FIRST = re.compile(r"(?:(?i:(left|right|l|r)[ _.-]+)|(left|right|Left|Right)(?=[A-Z]))(.+)")
 _SIDE_LAST = re.compile(r"(.+?)[ _.-]+(left|right|l|r)", re.IGNORECASE)
@@ -156,10 +155,7 @@ def default_groups(names: tuple[str, ...], flip_pairs: Pairs) -> Groups:
 
 
 def load_skeleton(path: Path) -> Skeleton:
-    """A Skeleton from a YAML file with the keys of docs/custom-data.md. Raises InputError.
-
-    For an unknown name the message suggests the nearest.
-    """
+    """A Skeleton from a YAML file with the keys of docs/custom-data.md. Raises InputError."""
     raw = read_yaml(path, f"the keys {', '.join(_KEYS)}")
     try:
         return _from_yaml(raw)
@@ -172,7 +168,7 @@ def _from_yaml(raw: dict[str, Any]) -> Skeleton:
     """Raises ValueError."""
     for key in raw:
         _index(key, _KEYS, "the file")
-    missing = [key for key in _KEYS if key not in raw and key not in _OPTIONAL_KEYS]
+    missing = [key for key in _KEYS if key not in raw and key not in ("groups", "normalize")]
     if missing:
         raise ValueError(f"no {', '.join(missing)}")
     names = tuple(_name_list(raw["joints"], "joints"))

@@ -88,8 +88,8 @@ class _Frame(NamedTuple):
 
 def check_picture(folder: Path, name: str) -> Picture:
     """Read and check one picture, which must lie in the folder."""
-    path = folder / name
-    size, mtime, width, height, fault = 0, 0, 0, 0, ""
+    path, fault = folder / name, ""
+    size = mtime = width = height = 0
     try:
         stat = path.stat()
         size, mtime = stat.st_size, stat.st_mtime_ns
