@@ -41,6 +41,8 @@ SCALE_PERCENTILES = ((5, 25, 50, 75, 95), (1.43, 2.38, 3.45, 5.06, 8.58))
 """Of the scales in MPII's h5 files."""
 SIZES = (1_000, 5_000, 25_204)
 """People of the scaling suite; the last is MPII, training and validation."""
+LEAST_GPU_PEOPLE = 4096
+"""Of a turn of the loaders."""
 PERSON_PX = (192, 256, 288, 384)
 HRNET, PRINCETON = PRESETS["hrnet"], PRESETS["princeton"]
 ONE_WARP = PRINCETON._replace(princeton_crop=False)
@@ -125,7 +127,8 @@ def loader_group(options: Options, batch_size: int) -> list[Case]:
             )
             where = "opencv" if loader == "opencv" else f"dali on {options.device.type}"
             starts[f"{where}, {packing}s, {name}"] = start
-    steps = max(1, options.people // batch_size)
+    people = max(options.people, LEAST_GPU_PEOPLE if options.device.type == "cuda" else 0)
+    steps = max(1, people // batch_size)
     return [stream_case(*named, steps, batch_size, options.workers) for named in starts.items()]
 
 

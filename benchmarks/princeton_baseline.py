@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader, Dataset
 from configs.skeleton import MPII, PIXELS_PER_SCALE
 from pipelines import princeton
 from pipelines.augment import PRESETS, Draw, draw, draw_rng
-from pipelines.codec import Codec
 from pipelines.geometry import STRIDE
 from pipelines.opencv_loader import endless_batches
 from pipelines.shard_format import unpack_records
@@ -135,9 +134,3 @@ def princeton_step(
     loss.backward()
     optimizer.step()
     return value
-
-
-def princeton_codec(input_px: int) -> Codec:
-    """Its crop, heatmaps and decoding."""
-    preset = PRESETS["princeton"]
-    return Codec(preset=preset, rule="princeton", sigma=1.0, input_px=input_px, skeleton=MPII)

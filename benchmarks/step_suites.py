@@ -30,6 +30,7 @@ LEAST_GPU_STEPS = 150
 
 def heatmaps_group(options: Options, batch_size: int) -> list[Case]:
     """Targets of a batch: a loop over joints in numpy, and the batched routine."""
+    act_as_training(options)
     heat_px, device = options.input_px // STRIDE, options.device
     joints = np.random.default_rng(0).uniform(-5, heat_px + 5, (batch_size, MPII.joint_count, 2))
     on_device = torch.from_numpy(joints).float().to(device)

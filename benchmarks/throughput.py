@@ -88,7 +88,7 @@ def make_parser() -> Parser:
     add("--width", type=at_least(2), default=256, help="of the networks (default: %(default)s)")
     add("--people", type=at_least(1), default=320,
         help="made people, and people a turn of a loader (default: %(default)s)")
-    add("--workers", type=at_least(0), default=min(2, usable_cores()),
+    add("--workers", type=at_least(0), default=max(2, usable_cores() - 2),
         help="worker processes, or DALI's threads (default: %(default)s)")
     add("--data", type=Path, metavar="FOLDER",
         help="real people, annot/ and images/, for packing and accuracy")
