@@ -8,7 +8,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import argparse
 import functools
-import importlib.util
 import io
 import itertools
 from collections.abc import Callable
@@ -67,7 +66,7 @@ def make_parser() -> Parser:
     """The command line."""
     parser = Parser(
         prog="compare_decoders.py",
-        description="Compare OpenCV, Pillow, DALI and torchvision as JPEG decoders.",
+        description="Compare OpenCV, Pillow and DALI (on a GPU: nvJPEG) as JPEG decoders.",
         epilog="example: python tools/compare_decoders.py --shards data/shards/lspet/valid",
     )
     what = parser.add_argument_group("what to decode, one of the two")
@@ -101,37 +100,23 @@ def read_jpegs(options: argparse.Namespace, shards: ShardSet | None) -> list[byt
 
 
 def find_decoders() -> tuple[dict[str, Decoder], dict[str, str]]:
-    """The installed decoders, OpenCV first, and how to install the others."""
+    """The decoders at hand, OpenCV first, and why others are missing."""
     decoders: dict[str, Decoder] = {
         "opencv": lambda jpegs: [decode(jpeg, "picture")[..., ::-1] for jpeg in jpegs],
         "pillow": lambda jpegs: [
             np.array(Image.open(io.BytesIO(jpeg)).convert("RGB")) for jpeg in jpegs
         ],
     }
-    missing = {}
-    if dali_is_installed():
-        from pipelines.dali_loader import decode_pictures
+    if not dali_is_installed():
+        advice = "pip install nvidia-dali-cuda120, on Linux"
+        return decoders, {"dali cpu": advice, "nvjpeg": advice}
+    from pipelines.dali_loader import decode_pictures
 
-        decoders["dali cpu"] = functools.partial(decode_pictures, device=CPU)
-        if torch.cuda.is_available():
-            decoders["nvjpeg"] = functools.partial(decode_pictures, device=torch.device("cuda"))
-        else:
-            missing["nvjpeg"] = "no CUDA device"
-    else:
-        missing["dali cpu"] = missing["nvjpeg"] = "pip install nvidia-dali-cuda120, on Linux"
-    if importlib.util.find_spec("torchvision"):
-        decoders["torchvision"] = decode_by_torchvision
-    else:
-        missing["torchvision"] = "pip install torchvision"
-    return decoders, missing
-
-
-def decode_by_torchvision(jpegs: list[bytes]) -> list[Picture]:
-    """By torchvision.io on the CPU."""
-    from torchvision.io import ImageReadMode, decode_jpeg
-
-    tensors = [torch.frombuffer(bytearray(jpeg), dtype=torch.uint8) for jpeg in jpegs]
-    return [decode_jpeg(t, ImageReadMode.RGB).permute(1, 2, 0).numpy() for t in tensors]
+    decoders["dali cpu"] = functools.partial(decode_pictures, device=CPU)
+    if not torch.cuda.is_available():
+        return decoders, {"nvjpeg": "no CUDA device"}
+    decoders["nvjpeg"] = functools.partial(decode_pictures, device=torch.device("cuda"))
+    return decoders, {}
 
 
 def decode_all(name: str, decoder: Decoder, jpegs: list[bytes]) -> list[Picture]:
