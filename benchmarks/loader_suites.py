@@ -17,6 +17,7 @@ import torch
 from benchmarks.princeton_baseline import PREFETCH, princeton_batches
 from benchmarks.timing import Case, memory_mib
 from common.system import keep_freed_memory, usable_cores
+from configs.schema import LoaderName
 from configs.skeleton import MPII
 from pipelines import synthetic
 from pipelines.augment import PRESETS, Draw, Preset, draw, draw_rng
@@ -24,7 +25,6 @@ from pipelines.codec import Codec
 from pipelines.crop_packing import crop_rule
 from pipelines.loader import (
     Batch,
-    LoaderName,
     LoaderSpec,
     dali_is_installed,
     make_batch,

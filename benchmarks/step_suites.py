@@ -15,6 +15,7 @@ from benchmarks.loader_suites import HRNET, Options, act_as_training, start_load
 from benchmarks.princeton_baseline import princeton_step, render_by_loop
 from benchmarks.timing import Case
 from common.distributed import DistributedContext, choose_dtype
+from configs.schema import LoaderName, RuleName
 from configs.skeleton import MPII
 from evaluation.inference import predict_distributed
 from model.hourglass import StackedHourglass
@@ -22,7 +23,7 @@ from model.loss import stack_losses
 from pipelines import heatmaps
 from pipelines.codec import Codec
 from pipelines.geometry import STRIDE
-from pipelines.loader import LoaderName, dali_is_installed
+from pipelines.loader import dali_is_installed
 
 LEAST_GPU_STEPS = 150
 """Of a turn with a loader: fewer would measure the queue that the loader has filled before."""
@@ -42,7 +43,7 @@ def heatmaps_group(options: Options, batch_size: int) -> list[Case]:
             render_by_loop(person, heat_px)
         return batch_size
 
-    def batched(rule: heatmaps.Rule) -> int:
+    def batched(rule: RuleName) -> int:
         for _ in range(repeats):
             heatmaps.render(on_device, drawn, heat_px, rule, 1.0)
         return repeats * batch_size

@@ -20,6 +20,9 @@ from common.cli import check_options, did_you_mean
 from common.errors import InputError
 from common.files import read_yaml, write_atomic
 
+LoaderName = Literal["auto", "dali", "opencv"]
+PresetName = Literal["princeton", "newell", "hrnet", "mild", "none"]
+RuleName = Literal["exact", "princeton", "hrnet"]
 TrackerName = Literal["none", "wandb", "trackio"]
 
 _LIMITS = {
@@ -41,7 +44,7 @@ class DataConfig:
 
     shards: str = "data/shards/mpii"
     """Folder with the splits train and valid, made by tools/make_shards.py."""
-    loader: Literal["auto", "dali", "opencv"] = "auto"
+    loader: LoaderName = "auto"
     """auto: dali on a GPU, opencv on a CPU."""
     batch_size: int = _number(16, least=1, most=65_536)
     """People per rank and step."""
@@ -51,7 +54,7 @@ class DataConfig:
     """Size of DALI's shuffle buffer, in people per rank."""
     input_px: int = _number(256, least=1, most=8192)
     """Side of the network's square input."""
-    preset: Literal["princeton", "newell", "hrnet", "mild", "none"] = "hrnet"
+    preset: PresetName = "hrnet"
     """Augmentation, by the code it is named after (docs/conventions.md)."""
     cache_mb: int = _number(0, least=0)
     """GPU memory (MB) in which DALI caches decoded pictures; 0 caches none."""
@@ -67,7 +70,7 @@ class DataConfig:
 class HeatmapsConfig:
     """How joints become target heatmaps and back."""
 
-    rule: Literal["exact", "princeton", "hrnet"] = "exact"
+    rule: RuleName = "exact"
     """Discretisation, the same for rendering and decoding."""
     sigma: float = _number(1.0, above=0)
     """Heatmap px at 64 x 64; hrnet's own is 2."""

@@ -18,7 +18,7 @@ from common.cli import info, progress
 from common.distributed import DistributedContext, set_cpu_threads
 from common.errors import InputError
 from common.files import write_atomic
-from configs.schema import Config
+from configs.schema import Config, RuleName
 from configs.skeleton import Skeleton, load_skeleton, require_same_joints
 from evaluation import inference, pckh, predictions, report
 from evaluation.dataset import EvaluationDataset, open_pictures_dataset, open_shards_dataset
@@ -29,7 +29,6 @@ from evaluation.visualize import draw_people
 from model.checkpoint import BEST, Checkpoint, evaluation_network, load_checkpoint
 from pipelines.annotations import People, read_annotations
 from pipelines.codec import Codec, codec_of
-from pipelines.heatmaps import Rule
 from pipelines.opencv_loader import LooseImages
 
 LoaderName = Literal["opencv", "dali"]
@@ -94,7 +93,7 @@ def evaluate_oracle(options: Namespace) -> Evaluation:
     """The scores of perfect heatmaps by each rule, which are upper bounds. Raises InputError."""
     people, skeleton = _read_people(options)
     results = {}
-    for rule in progress(get_args(Rule), "rules", "rules"):
+    for rule in progress(get_args(RuleName), "rules", "rules"):
         keypoints = inference.oracle_keypoints(people, skeleton, rule, input_px=256)
         results[rule] = pckh.summary(keypoints, people, skeleton)
     title = f"perfect heatmaps at 256 px, decoded again: upper bounds on {options.annotations}"

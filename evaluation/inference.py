@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from common.distributed import DistributedContext, any_rank, sum_over_ranks
+from configs.schema import RuleName
 from configs.skeleton import Skeleton
 from pipelines import heatmaps
 from pipelines.annotations import People
@@ -197,7 +198,7 @@ def fastest_size(seconds: Callable[[int], float], largest: int) -> tuple[int, di
 
 
 def oracle_keypoints(
-    people: People, skeleton: Skeleton, rule: heatmaps.Rule, input_px: int
+    people: People, skeleton: Skeleton, rule: RuleName, input_px: int
 ) -> npt.NDArray[np.float64]:
     """(N, J, 2) image px: the annotation rendered as heatmaps and decoded again, the upper bound.
 

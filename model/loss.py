@@ -5,6 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from configs.schema import RuleName
 from pipelines import heatmaps
 
 Unmarked = Literal["empty", "ignore"]
@@ -31,7 +32,7 @@ def stack_losses_of_joints(
     heat_NSJHW: Tensor,
     joints_NJ2: Tensor,
     drawn_NJ: Tensor,
-    rule: heatmaps.Rule,
+    rule: RuleName,
     sigma: float,
     unmarked: Unmarked,
 ) -> Tensor:

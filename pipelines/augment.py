@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from configs.schema import PresetName
+
 
 class Distribution(NamedTuple):
     """How one number is drawn: uniform in low..high, or normal and then clipped to low..high."""
@@ -34,8 +36,6 @@ class Preset(NamedTuple):
     color: Literal["none", "hsv_if_flipped", "channel_gain"]
     princeton_crop: bool = False  # crop, joints and flip by the rules in pipelines/princeton.py
 
-
-PresetName = Literal["princeton", "newell", "hrnet", "mild", "none"]
 
 PRESETS: dict[str, Preset] = {
     # princeton-vl/pytorch_stacked_hourglass

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from configs.schema import DataConfig, HeatmapsConfig
+from configs.schema import DataConfig, HeatmapsConfig, RuleName
 from configs.skeleton import Skeleton
 from pipelines import heatmaps, princeton
 from pipelines.augment import Preset, constant_on_device, preset_of
@@ -23,7 +23,7 @@ class Codec:
     """
 
     preset: Preset  # augmentation, and whether the crop is princeton's
-    rule: heatmaps.Rule
+    rule: RuleName
     sigma: float  # heatmap px
     input_px: int  # side of the crop
     skeleton: Skeleton

@@ -4,21 +4,18 @@ One batched routine on the tensors' own device, no loop over joints. The three r
 docs/conventions.md. Axes: N person, J joint, H row, W column; points are (x, y) in heatmap px.
 """
 
-from typing import Literal
-
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from configs.schema import RuleName
 from pipelines.geometry import STRIDE, Matrix, scaling, transform, translation
 from pipelines.shard_format import Records
-
-Rule = Literal["exact", "princeton", "hrnet"]
 
 _FLOOR = 1e-6  # values are raised to this before the logarithm of the sub-pixel decode
 
 
-def heat_from_input(rule: Rule) -> Matrix:
+def heat_from_input(rule: RuleName) -> Matrix:
     """(3, 3) affine, input px -> heatmap px: edge to edge for `exact`, x / 4 for the other two."""
     if rule == "exact":
         return translation(-0.5, -0.5) @ scaling(1 / STRIDE, 1 / STRIDE) @ translation(0.5, 0.5)
@@ -30,7 +27,7 @@ def heat_joints(
     input_from_image_N23: torch.Tensor,
     flip_N: torch.Tensor,
     mirrored: torch.Tensor,
-    rule: Rule,
+    rule: RuleName,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Joints image px -> heatmap px (N, J, 2) through the pixels' affine, and their marks (N, J).
 
@@ -47,7 +44,9 @@ def heat_joints(
 
 
 def image_joints(
-    joints_NJ2: npt.NDArray[np.float64], input_from_image_N23: npt.NDArray[np.float64], rule: Rule
+    joints_NJ2: npt.NDArray[np.float64],
+    input_from_image_N23: npt.NDArray[np.float64],
+    rule: RuleName,
 ) -> npt.NDArray[np.float64]:
     """Decoded joints, heatmap px -> image px (N, J, 2), by the inverse of the pixels' affine."""
     input_from_image = np.tile(np.eye(3), (len(joints_NJ2), 1, 1))
@@ -56,7 +55,7 @@ def image_joints(
 
 
 def render(
-    joints_NJ2: torch.Tensor, drawn_NJ: torch.Tensor, heat_px: int, rule: Rule, sigma: float
+    joints_NJ2: torch.Tensor, drawn_NJ: torch.Tensor, heat_px: int, rule: RuleName, sigma: float
 ) -> torch.Tensor:
     """(N, J, heat_px, heat_px) float32 Gaussians of peak 1 about the joints; empty where not drawn.
 
@@ -77,7 +76,7 @@ def render(
 
 
 def _discretize(
-    joints_NJ2: torch.Tensor, drawn_NJ: torch.Tensor, heat_px: int, rule: Rule, sigma: float
+    joints_NJ2: torch.Tensor, drawn_NJ: torch.Tensor, heat_px: int, rule: RuleName, sigma: float
 ) -> tuple[torch.Tensor, torch.Tensor, float | None]:
     """The centres, whether each is drawn, and the radius of the window in px, if there is one."""
     finite = torch.isfinite(joints_NJ2).all(dim=-1)
@@ -94,7 +93,7 @@ def _discretize(
     return center, drawn & near, radius
 
 
-def decode(heat_NJHW: torch.Tensor, rule: Rule) -> tuple[torch.Tensor, torch.Tensor]:
+def decode(heat_NJHW: torch.Tensor, rule: RuleName) -> tuple[torch.Tensor, torch.Tensor]:
     """Joints in heatmap px (N, J, 2) float32 and their scores (N, J), the height of the peak."""
     heat = heat_NJHW.detach().float().contiguous()
     if rule == "princeton":
@@ -110,7 +109,7 @@ def decode(heat_NJHW: torch.Tensor, rule: Rule) -> tuple[torch.Tensor, torch.Ten
     return joints * (score > 0)[..., None], score
 
 
-def mirror_back(heat_NJHW: torch.Tensor, mirrored: torch.Tensor, rule: Rule) -> torch.Tensor:
+def mirror_back(heat_NJHW: torch.Tensor, mirrored: torch.Tensor, rule: RuleName) -> torch.Tensor:
     """Heatmaps of a mirrored input, as heatmaps of the input itself. mirrored: (J,) int64.
 
     `hrnet` then moves them right by one pixel, as its own test does.

@@ -12,13 +12,13 @@ import numpy.typing as npt
 import torch
 
 from common.errors import InputError
+from configs.schema import LoaderName
 from pipelines.augment import jitter, without_augmentation
 from pipelines.codec import Codec
 from pipelines.crop_packing import require_preset_fits
 from pipelines.opencv_loader import (
     CropDataset,
     Decoder,
-    LoaderName,
     LoaderSpec,
     OpenCVLoader,
     RawBatch,

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import cv2
 import numpy as np
@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from common.errors import InputError
 from common.system import keep_freed_memory, usable_cores
+from configs.schema import LoaderName
 from pipelines import geometry, princeton
 from pipelines.annotations import People, stays_inside
 from pipelines.augment import Draw, Preset, draw, draw_rng, draws_array
@@ -30,7 +31,6 @@ from pipelines.jpeg import BadSamplesError, require_sane_size
 from pipelines.shard_format import Records, record_of, unpack_records
 from pipelines.shards import ShardSet
 
-LoaderName = Literal["auto", "dali", "opencv"]
 PREFETCH = 4
 """Batches that each worker process makes ahead."""
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
