@@ -164,6 +164,12 @@ def seed_everything(seed: int, rank: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence([seed, rank]).generate_state(1)[0]))
 
 
+def barrier(dist: DistributedContext) -> None:
+    """Wait for the other ranks."""
+    if dist.world_size > 1:
+        torch.distributed.barrier()
+
+
 def sum_over_ranks(tensor: torch.Tensor, dist: DistributedContext) -> torch.Tensor:
     """The tensor's sum over all ranks, in place."""
     if dist.world_size > 1:

@@ -21,6 +21,7 @@ from common.distributed import (
     DistributedContext,
     ThreadTuner,
     any_rank,
+    barrier,
     gather_bytes,
     launched_by_torchrun,
     seed_everything,
@@ -415,6 +416,7 @@ class Trainer:
             self.checkpoints.save(self._checkpoint(rng, loaders), names)
             if self.checkpoints.failure:
                 self.log.info(f"WARNING: {self.checkpoints.failure}; training goes on")
+        barrier(self.dist)  # the file is there when any rank returns
 
     def _checkpoint(self, rng: list[bytes], loaders: list[bytes]) -> Checkpoint:
         """Everything that continues the run. rng, loaders: the states of each rank."""
