@@ -78,8 +78,6 @@ Item = tuple[npt.NDArray, npt.NDArray[np.float32], Draw, npt.NDArray[np.floating
 class Source(Protocol):
     """People with pictures, numbered from 0."""
 
-    def __len__(self) -> int: ...
-
     def jpeg(self, sample: int) -> bytes:
         """The stored picture of one person. Raises InputError if it cannot be read."""
 
@@ -108,9 +106,6 @@ class LooseImages:
                 "the pictures that the annotation file names",
                 "give their folder with --images",
             )
-
-    def __len__(self) -> int:
-        return self.people.count
 
     def jpeg(self, sample: int) -> bytes:
         """The file's bytes. Raises InputError."""
