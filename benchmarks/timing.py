@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -155,8 +156,9 @@ def _run_child(
         code = child.exitcode
         error = f"the process ended with exit code {code}; see its stderr" if code else ""
     finally:
-        if child.is_alive():
+        with suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)  # with the workers of its loaders
+        child.kill()  # if it had not yet its own group
     child.join()
     return messages, error
 
