@@ -70,7 +70,7 @@ def train_princeton(options: Options, batch_size: int) -> list[tuple[float, floa
     steps, device = max(VALIDATIONS, options.people_to_train // batch_size), options.device
     seconds, began, curve = 0.0, time.perf_counter(), list[tuple[float, float]]()
     seed_everything(0, 0)
-    network = build_network(STACKS, options)
+    network = build_network(STACKS, options, torch.contiguous_format)
     optimizer = torch.optim.Adam(network.parameters(), LR)
     shards = ShardSet(options.folder / "real" / "train")
     batches = princeton_batches(shards, options.input_px, batch_size, options.workers)

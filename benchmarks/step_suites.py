@@ -75,9 +75,8 @@ def variants_of(device: torch.device) -> list[Variant]:
 
 def training_step(variant: Variant, stacks: int, options: Options) -> Callable[..., object]:
     """Forward, loss, backward and optimizer, as a function of a batch of random_batch."""
-    network = build_network(stacks, options)
-    if not variant.is_princeton:
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    layout = torch.contiguous_format if variant.is_princeton else torch.channels_last
+    network = build_network(stacks, options, layout)
     if variant.compiled:
         network.compile()
     fused = None if variant.is_princeton else True
@@ -99,9 +98,12 @@ def training_step(variant: Variant, stacks: int, options: Options) -> Callable[.
     return step
 
 
-def build_network(stacks: int, options: Options) -> StackedHourglass:
+def build_network(
+    stacks: int, options: Options, layout: torch.memory_format = torch.channels_last
+) -> StackedHourglass:
     """Random weights on the device."""
-    return StackedHourglass(stacks, options.width, MPII.joint_count).to(options.device)
+    network = StackedHourglass(stacks, options.width, MPII.joint_count).to(options.device)
+    return network.to(memory_format=layout)  # type: ignore[call-overload]
 
 
 def random_batch(people: int, options: Options) -> tuple[Tensor, Tensor, Tensor]:
@@ -175,7 +177,6 @@ def evaluation_group(options: Options) -> list[Case]:
     if device.type == "cpu":
         options = dataclasses.replace(options, width=min(options.width, 32))
     network = build_network(2, options).eval()
-    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     codec = Codec(preset=HRNET, rule="exact", sigma=1.0, input_px=options.input_px, skeleton=MPII)
     dist = DistributedContext(0, 1, device, choose_dtype("auto", device))
     samples = np.arange(len(shards) if device.type == "cuda" else min(len(shards), 32))

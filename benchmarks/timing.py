@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import cv2
 import numpy as np
@@ -141,10 +141,10 @@ def _run_child(
     group: Group, rounds: int, device: torch.device, skip: list[str], limit_s: float, method: str
 ) -> tuple[list[Any], str]:
     """What the child sends until it ends, and why it failed, or ""."""
-    context, messages = multiprocessing.get_context(method), []
+    messages, context = list[Any](), cast(Any, multiprocessing.get_context(method))
     receiver, sender = context.Pipe(duplex=False)
     arguments = (sender, group, rounds, device, skip)
-    child = context.Process(target=_child, args=arguments)  # type: ignore[attr-defined]
+    child = context.Process(target=_child, args=arguments)
     child.start()
     sender.close()
     error, deadline = "the time limit was reached", time.monotonic() + limit_s

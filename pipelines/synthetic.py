@@ -129,8 +129,8 @@ def draw_body(rng: Generator, canvas: Canvas, points_P3: Array, first: int) -> N
         ([*LIMBS[:, 0], THORAX, PELVIS], (0.042,) * 6, 0.0, shirt),
     ]
     for limb, hue in enumerate(rng.normal(LIMB_HUES_DEG, 5)):
-        for row, saturation, value in ((0, 0.6, 1.0), (1, 0.25, 1.0), (2, 0.95, 1.0)):
-            marks[LIMBS[limb, row]] = colour_of(hue, saturation, value)
+        for row, saturation in enumerate((0.6, 0.25, 0.95)):
+            marks[LIMBS[limb, row]] = colour_of(hue, saturation, 1.0)
             colour = colour_of(hue, rng.uniform(0.65, 0.95), rng.uniform(0.4, 0.8))
             ends, bias = slice(row, row + 2), (-0.03, 0.02)[limb // 2] - 0.01 * row
             shapes.append((LIMBS[limb, ends], LIMB_RADII[limb // 2][ends], bias, colour))
