@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import os
 import shlex
 import shutil
 import struct
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from conftest import ROOT
 
 from common.distributed import DistributedContext
 from configs.schema import Config, config_from_dict
@@ -132,6 +134,13 @@ SMALL = shlex.split(
     "--train.log_every 1 --train.device cpu --train.precision fp32 --train.threads 1"
 )
 """Options of train.py for a tiny network."""
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+"""For programs of this project in a process of their own."""
+
+
+def train_options(shards: Path, out: Path, name: str, more: str = "") -> list[str]:
+    """The command line of train.py for a run of a tiny network. more: further options."""
+    return [*SMALL, *f"--data.shards {shards} --train.out {out} --train.name {name} {more}".split()]
 
 
 def tiny_config(shards: Path, **sections: dict) -> Config:
@@ -141,10 +150,15 @@ def tiny_config(shards: Path, **sections: dict) -> Config:
         "heatmaps": {"sigma": 4.0},
         "model": {"stacks": 1, "width": 16, "depth": 2, "stem": [8, 16, 16]},
         "optim": {"schedule": "constant", "lr": 3e-3},
-        "train": {"steps": 6, "steps_per_epoch": 6, "log_every": 2, "precision": "fp32",
-                  "threads": 1},
+        "train": {
+            "steps": 6,
+            "steps_per_epoch": 6,
+            "log_every": 2,
+            "precision": "fp32",
+            "threads": 1,
+        },
         "eval": {"batch_size": 4},
-    }  # fmt: skip
+    }
     for name, values in sections.items():
         raw[name] = {**raw.get(name, {}), **values}
     return config_from_dict(raw, "test")

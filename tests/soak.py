@@ -40,7 +40,6 @@ from training.metrics import read_metrics  # noqa: E402
 
 INSIDE = "SOAK_INSIDE"
 """Set in the process that may mount a small disk."""
-PEOPLE = {"train": 1500, "valid": 300}
 DAMAGED = (20, 700)
 WATCHED = ("rss_mb", "threads", "files")
 SLACK = {"rss_mb": 1.05, "threads": 1.0, "files": 1.2}
@@ -59,17 +58,15 @@ class Soak:
         self.samples: list[dict[str, float]] = []
         """What ranks and workers used, once a second."""
 
-    def command(self, name: str, steps: int) -> list[object]:
-        return [
-            "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2,
-            "--max-restarts", 1000,
-            "train.py", "--config", "configs/demo.yaml", "--data.shards", self.shards,
-            "--train.out", self.folder, "--train.name", name, "--train.steps", steps,
-            "--train.max_minutes", 0, "--optim.schedule", "constant", "--eval.people", 32,
-            "--train.steps_per_epoch", 200, "--train.log_every", 1, "--train.keep_last", 1,
-            "--data.on_bad_sample", "skip", "--data.loader", self.options.loader,
-            "--train.device", "cpu", "--resume", "auto",
-        ]  # fmt: skip
+    def command(self, name: str, steps: int) -> list[str]:
+        return (
+            "-m torch.distributed.run --standalone --nproc-per-node 2 --max-restarts 1000 "
+            f"train.py --config configs/demo.yaml --data.shards {self.shards} "
+            f"--train.out {self.folder} --train.name {name} --train.steps {steps} "
+            "--train.max_minutes 0 --optim.schedule constant --eval.people 32 --train.device cpu "
+            "--train.steps_per_epoch 200 --train.log_every 1 --train.keep_last 1 --resume auto "
+            f"--data.on_bad_sample skip --data.loader {self.options.loader}"
+        ).split()
 
     def soak(self) -> int:
         """Train and disturb; returns the step at which the run was stopped."""
@@ -197,14 +194,13 @@ def usage(pids: list[int]) -> dict[str, float]:
 
 def make_shards(folder: Path) -> Path:
     """Draw synthetic people, pack them, and damage two pictures."""
-    counts = [word for split, count in PEOPLE.items() for word in (f"--{split}", str(count))]
     people, packed = folder / "people", folder / "packed"
-    for words in (
-        ["tools/make_synthetic.py", "--output", people, *counts, "--max-width", "640"],
-        ["tools/make_shards.py", "--annotations", people / "annot", "--images",
-         people / "images", "--output", packed],
-    ):  # fmt: skip
-        subprocess.run([sys.executable, *words], cwd=ROOT, check=True)
+    for command in (
+        f"tools/make_synthetic.py --output {people} --train 1500 --valid 300 --max-width 640",
+        f"tools/make_shards.py --annotations {people}/annot --images {people}/images "
+        f"--output {packed}",
+    ):
+        subprocess.run([sys.executable, *command.split()], cwd=ROOT, check=True)
     once = damage_picture(packed / "train", folder / "once", DAMAGED[0])
     shutil.rmtree(packed / "train")
     damage_picture(once, packed / "train", DAMAGED[1])
@@ -234,8 +230,18 @@ def main() -> int:
         steps = soak.soak()
         compared, growth = soak.compare(steps), soak.growth()
     faults = {fault: soak.faults.count(fault) for fault in sorted(set(soak.faults))}
-    print(json.dumps({"minutes": options.minutes, "loader": options.loader, "steps": steps,
-                      "losses_compared": compared, "faults": faults, **growth}))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "minutes": options.minutes,
+                "loader": options.loader,
+                "steps": steps,
+                "losses_compared": compared,
+                "faults": faults,
+                **growth,
+            }
+        )
+    )
     if options.minutes >= 10:
         grown = [x for x, (early, late) in growth.items() if not 0 < late <= SLACK[x] * early]
         assert not grown, f"more at the end than at the beginning: {grown}"

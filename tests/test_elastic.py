@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, may_mount
-from helpers import SMALL, leaves, metrics
+from helpers import ENVIRONMENT, leaves, metrics, train_options
 
 from model.checkpoint import load_checkpoint
 from training.metrics import read_metrics
@@ -25,7 +25,6 @@ from training.metrics import read_metrics
 pytestmark = pytest.mark.slow
 PATIENCE_S = 180
 AGAIN = "torchrun started the ranks again"
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 @contextlib.contextmanager
@@ -33,9 +32,13 @@ def started(log: Path, *words: object) -> Iterator[subprocess.Popen]:
     """A Python program whose output goes to a file; it and its children are killed at the end."""
     with log.open("a") as file:
         process = subprocess.Popen(
-            [sys.executable, *map(str, words)], cwd=ROOT, stdout=file, stderr=file,
-            start_new_session=True, env=ENVIRONMENT,
-        )  # fmt: skip
+            [sys.executable, *map(str, words)],
+            cwd=ROOT,
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+            env=ENVIRONMENT,
+        )
     try:
         yield process
     finally:
@@ -80,17 +83,16 @@ def saved_step(folder: Path) -> int:
     return load_checkpoint(folder / "last.pt").step
 
 
-def words(shards: Path, out: Path, name: str, steps: int, *more: object) -> list[object]:
-    return ["train.py", *SMALL, "--data.shards", shards, "--train.out", out, "--train.name", name,
-            "--train.steps", steps, "--optim.schedule", "constant", "--eval.people", 2,
-            *more]  # fmt: skip
+def words(shards: Path, out: Path, name: str, steps: int, more: str = "") -> list[str]:
+    options = f"--train.steps {steps} --optim.schedule constant --eval.people 2 {more}"
+    return ["train.py", *train_options(shards, out, name, options)]
 
 
-def torchrun(*more: object) -> list[object]:
-    return ["-m", "torch.distributed.run", "--max-restarts", 3, *more]
+def torchrun(options: str) -> list[str]:
+    return f"-m torch.distributed.run --max-restarts 3 {options}".split()
 
 
-TWO_RANKS = torchrun("--standalone", "--nproc-per-node", 2)
+TWO_RANKS = torchrun("--standalone --nproc-per-node 2")
 
 
 def assert_same_weights(one: Path, other: Path, *more: str) -> None:
@@ -110,10 +112,10 @@ def test_a_run_killed_ten_times_goes_on_each_time_and_ends_with_the_same_bytes(
     tiny_shards, tmp_path
 ):
     log, run, moments = tmp_path / "log", tmp_path / "run", random.Random(1)
-    more = ["--resume", "auto", "--data.workers", 1, "--train.steps_per_epoch", 2]
+    more = "--resume auto --data.workers 1 --train.steps_per_epoch 2"
     stood = 0
     for _ in range(10):
-        with started(log, *words(tiny_shards, tmp_path, "run", 100_000, *more)) as process:
+        with started(log, *words(tiny_shards, tmp_path, "run", 100_000, more)) as process:
             wait_until(lambda: last_step(run) > stood + 2, process, log)  # noqa: B023
             time.sleep(moments.uniform(0, 0.5))
             os.killpg(process.pid, signal.SIGKILL)  # its worker too
@@ -122,7 +124,7 @@ def test_a_run_killed_ten_times_goes_on_each_time_and_ends_with_the_same_bytes(
     assert log.read_text().count("continuing from") == 9
     assert "is damaged" not in log.read_text() and "Traceback" not in log.read_text()
     for name in ("run", "unstopped"):
-        run_to_end(log, *words(tiny_shards, tmp_path, name, stood + 3, *more))
+        run_to_end(log, *words(tiny_shards, tmp_path, name, stood + 3, more))
     assert_same_weights(run / "last.pt", tmp_path / "unstopped" / "last.pt", *ALL)
 
 
@@ -130,7 +132,7 @@ def test_ranks_stopped_by_torchrun_and_killed_end_with_the_bytes_of_an_undisturb
     tiny_shards, tmp_path
 ):
     log, run = tmp_path / "log", tmp_path / "run"
-    command = [*TWO_RANKS, *words(tiny_shards, tmp_path, "run", 60, "--train.steps_per_epoch", 5)]
+    command = [*TWO_RANKS, *words(tiny_shards, tmp_path, "run", 60, "--train.steps_per_epoch 5")]
     with started(log, *command) as process:
         wait_until(lambda: last_step(run) >= 7, process, log)
         process.send_signal(signal.SIGTERM)  # which it forwards
@@ -143,7 +145,7 @@ def test_ranks_stopped_by_torchrun_and_killed_end_with_the_bytes_of_an_undisturb
         os.kill(children(process.pid)[1], signal.SIGKILL)
         assert process.wait(PATIENCE_S) == 0, log.read_text()[-4000:]
     assert f"{AGAIN}: continuing from" in log.read_text()
-    quiet = words(tiny_shards, tmp_path, "quiet", 60, "--train.steps_per_epoch", 5)
+    quiet = words(tiny_shards, tmp_path, "quiet", 60, "--train.steps_per_epoch 5")
     run_to_end(log, *TWO_RANKS, *quiet)
     assert_same_weights(run / "last.pt", tmp_path / "quiet" / "last.pt", *ALL)
 
@@ -151,7 +153,7 @@ def test_ranks_stopped_by_torchrun_and_killed_end_with_the_bytes_of_an_undisturb
 def test_a_restart_does_not_continue_a_run_that_the_first_start_refused(tiny_shards, tmp_path):
     log, command = tmp_path / "log", words(tiny_shards, tmp_path, "run", 2)
     run_to_end(log, *command)
-    launch = torchrun("--standalone", "--nproc-per-node", 2, "--max-restarts", 1)
+    launch = torchrun("--standalone --nproc-per-node 2 --max-restarts 1")
     run_to_end(log, *launch, *command, code=1)
     assert log.read_text().count(f"error: {tmp_path / 'run'}\n") == 2  # once for each start
     assert AGAIN not in log.read_text() and saved_step(tmp_path / "run") == 2
@@ -159,7 +161,7 @@ def test_a_restart_does_not_continue_a_run_that_the_first_start_refused(tiny_sha
 
 def test_two_nodes_lose_a_rank_go_on_and_stop_at_a_signal_to_one_of_them(tiny_shards, tmp_path):
     logs, run = [tmp_path / "log0", tmp_path / "log1"], tmp_path / "run"
-    options = words(tiny_shards, tmp_path, "run", 100_000, "--train.steps_per_epoch", 5)
+    options = words(tiny_shards, tmp_path, "run", 100_000, "--train.steps_per_epoch 5")
     command = [*nodes("2", free_port()), *options]
     with started(logs[0], *command) as first, started(logs[1], *command) as second:
         wait_until(lambda: last_step(run) >= 7, first, logs[0])
@@ -171,11 +173,12 @@ def test_two_nodes_lose_a_rank_go_on_and_stop_at_a_signal_to_one_of_them(tiny_sh
     assert (run / "resume_me").exists() and saved_step(run) == last_step(run)
 
 
-def nodes(count: str, port: int) -> list[object]:
+def nodes(count: str, port: int) -> list[str]:
     """torchrun of one node of `count`, all on this machine, with a rank each."""
-    return torchrun("--nnodes", count, "--nproc-per-node", 1, "--rdzv-backend", "c10d",
-                    "--rdzv-id", "x", "--rdzv-endpoint", f"127.0.0.1:{port}",
-                    "--local-addr", "127.0.0.1")  # fmt: skip
+    return torchrun(
+        f"--nnodes {count} --nproc-per-node 1 --rdzv-backend c10d --rdzv-id x "
+        f"--rdzv-endpoint 127.0.0.1:{port} --local-addr 127.0.0.1"
+    )
 
 
 def free_port() -> int:
@@ -188,7 +191,7 @@ def test_of_two_nodes_one_is_lost_whole_and_the_other_goes_on_with_the_same_glob
     tiny_shards, tmp_path
 ):
     logs, run, port = [tmp_path / "log0", tmp_path / "log1"], tmp_path / "run", free_port()
-    options = words(tiny_shards, tmp_path, "run", 100_000, "--train.steps_per_epoch", 5)
+    options = words(tiny_shards, tmp_path, "run", 100_000, "--train.steps_per_epoch 5")
     command = [*nodes("1:2", port), *options]
     with started(logs[0], *command) as first:
         wait_until(lambda: listens(port), first, logs[0])  # the nodes meet at the one that stays
@@ -211,10 +214,10 @@ def listens(port: int) -> bool:
 
 def test_a_run_of_one_rank_goes_on_with_two_at_an_epochs_end(tiny_shards, tmp_path):
     """With accumulation on one rank, both forms put the same people through batch norm together."""
-    log, more = tmp_path / "log", ["--optim.accumulate", 2]
+    log, more = tmp_path / "log", "--optim.accumulate 2"
     for name, steps in (("run", 4), ("quiet", 6)):
-        run_to_end(log, *words(tiny_shards, tmp_path, name, steps, *more))
-    run_to_end(log, *TWO_RANKS, *words(tiny_shards, tmp_path, "run", 6, *more), "--resume")
+        run_to_end(log, *words(tiny_shards, tmp_path, name, steps, more))
+    run_to_end(log, *TWO_RANKS, *words(tiny_shards, tmp_path, "run", 6, more), "--resume")
     text = " ".join(log.read_text().split())
     assert "the run had 1 rank(s) and has 2; a step takes 8 people as before, 4 per rank" in text
     assert "people follow each other as before" in text
@@ -251,14 +254,14 @@ def test_a_signal_to_one_of_two_ranks_in_a_validation_stops_both_and_the_bytes_a
     """Of three people, one a batch, the second rank has one, and is told to stop in that."""
     log, run = tmp_path / "log", tmp_path / "run"
     (tmp_path / "stopped.py").write_text(STOPPED)
-    more = ["--train.steps_per_epoch", 4, "--eval.people", 3, "--eval.batch_size", 1]
-    program, *options = words(tiny_shards, tmp_path, "run", 8, *more)
+    more = "--train.steps_per_epoch 4 --eval.people 3 --eval.batch_size 1"
+    program, *options = words(tiny_shards, tmp_path, "run", 8, more)
     run_to_end(log, *TWO_RANKS, tmp_path / "stopped.py", *options)
     assert "STOPPED EARLY at step 4 of 8" in (run / "resume_me").read_text()
     stopped = load_checkpoint(run / "last.pt")
     assert stopped.step == 4 and stopped.run.validation_due and metrics(run, "valid") == []
     run_to_end(log, *TWO_RANKS, program, *options, "--resume")
-    run_to_end(log, *TWO_RANKS, *words(tiny_shards, tmp_path, "quiet", 8, *more))
+    run_to_end(log, *TWO_RANKS, *words(tiny_shards, tmp_path, "quiet", 8, more))
     assert metrics(run, "valid")[0]["step"] == 4 and not (run / "resume_me").exists()
     assert_same_weights(run / "last.pt", tmp_path / "quiet" / "last.pt", *ALL)
 
@@ -287,9 +290,13 @@ def test_the_shell_lines_for_kubernetes_end_with_75_at_sigterm_and_go_on_when_ru
         stood = last_step(run)
         with log.open("a") as file:
             shell = subprocess.Popen(
-                ["bash", "-c", script], cwd=ROOT, env=ENVIRONMENT, stdout=file, stderr=file,
+                ["bash", "-c", script],
+                cwd=ROOT,
+                env=ENVIRONMENT,
+                stdout=file,
+                stderr=file,
                 start_new_session=True,
-            )  # fmt: skip
+            )
         try:
             wait_until(lambda: last_step(run) >= stood + 3, shell, log)  # noqa: B023
             shell.send_signal(signal.SIGTERM)
@@ -301,7 +308,7 @@ def test_the_shell_lines_for_kubernetes_end_with_75_at_sigterm_and_go_on_when_ru
 
 def test_a_message_that_all_ranks_have_is_shown_once_and_in_torchruns_summary(tmp_path):
     log = tmp_path / "log"
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 3]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3"]
     run_to_end(log, *command, *words(tmp_path, tmp_path, "run", 0), code=1)
     text = log.read_text()
     assert text.count("error: train.steps\n  found:    0") == 1
@@ -315,7 +322,7 @@ def test_on_a_disk_that_fills_up_the_run_goes_on_and_its_last_checkpoint_is_whol
     """A disk of 3 MiB fills up after the first checkpoint, and has room again a little later."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    train = [sys.executable, *words(tiny_shards, disk, "run", 60, "--train.steps_per_epoch", 10)]
+    train = [sys.executable, *words(tiny_shards, disk, "run", 60, "--train.steps_per_epoch 10")]
     script = f"""
         mount -t tmpfs -o size=3m x {disk}
         {" ".join(map(str, train))} & run=$!
@@ -331,9 +338,14 @@ def test_on_a_disk_that_fills_up_the_run_goes_on_and_its_last_checkpoint_is_whol
     """
     with (tmp_path / "log").open("w") as file:
         done = subprocess.run(
-            ["unshare", "-rm", "bash", "-c", script], cwd=ROOT, env=ENVIRONMENT, stdout=file,
-            stderr=file, timeout=PATIENCE_S, check=False,
-        )  # fmt: skip
+            ["unshare", "-rm", "bash", "-c", script],
+            cwd=ROOT,
+            env=ENVIRONMENT,
+            stdout=file,
+            stderr=file,
+            timeout=PATIENCE_S,
+            check=False,
+        )
     text = (tmp_path / "log").read_text()
     assert done.returncode == 0, text[-4000:]
     assert re.search(r"No space left on device(: '\S+')?; training goes on", " ".join(text.split()))

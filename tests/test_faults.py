@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from helpers import SMALL, leaves, make_trainer, metrics, steps, tiny_config
+from helpers import ENVIRONMENT, leaves, make_trainer, metrics, steps, tiny_config, train_options
 
 import train
 from common.errors import InputError
@@ -119,10 +119,9 @@ def test_weights_of_another_size_are_named_and_other_joints_start_fresh(tiny_sha
     make_trainer(config, tmp_path).save(["last.pt"])
     loaded = load_checkpoint(tmp_path / "last.pt")
     network = build_network(config, joints=5)
-    assert init_weights(network, unnamed(5), loaded) == [
-        "heads.0.weight", "heads.0.bias", "heads.1.weight", "heads.1.bias",
-        "merge_heatmaps.0.weight",
-    ]  # fmt: skip
+    heads = [f"heads.{stack}.{name}" for stack in (0, 1) for name in ("weight", "bias")]
+    fresh = init_weights(network, unnamed(5), loaded)
+    assert fresh == [*heads, "merge_heatmaps.0.weight"]
     assert torch.equal(network.stem.conv[0].weight, loaded.weights["stem.conv.0.weight"])
     wider = build_network(tiny_config(tiny_shards, model={"stacks": 2, "width": 32}), 16)
     with pytest.raises(InputError, match=r"stem\.residual3\.conv1\.weight is \(8, 16, 1, 1\)"):
@@ -191,10 +190,9 @@ def test_a_checkpoint_is_whole_and_on_the_disk_before_it_has_its_name(saved, tmp
     monkeypatch.setattr(os, "fsync", recorded_fsync)
     monkeypatch.setattr(Path, "replace", recorded_replace)
     CheckpointManager(tmp_path, keep=2).save(load_checkpoint(saved), ["last.pt", "best.pt"])
-    assert done == [
-        ("sync", "step_00000000.pt.tmp"), ("rename", "step_00000000.pt"), ("sync", tmp_path.name),
-        ("rename", "last.pt"), ("rename", "best.pt"), ("sync", tmp_path.name),
-    ]  # fmt: skip
+    written = [("sync", "step_00000000.pt.tmp"), ("rename", "step_00000000.pt")]
+    synced = ("sync", tmp_path.name)
+    assert done == [*written, synced, ("rename", "last.pt"), ("rename", "best.pt"), synced]
 
 
 def test_on_a_disk_without_links_names_are_copies(saved, tmp_path, monkeypatch):
@@ -272,16 +270,18 @@ def test_a_log_that_cannot_be_written_is_reported_once_and_ends_no_run(
 # Signals and processes
 
 
-def start(shards: Path, out: Path, *more: object) -> subprocess.Popen:
+def start(shards: Path, out: Path, more: str) -> subprocess.Popen:
     """Start training in a process of its own, without an end."""
-    words = ["train.py", *SMALL, "--data.shards", shards, "--train.out", out, "--train.name", "r",
-             "--train.steps", 100_000, "--data.workers", 1, "--train.steps_per_epoch", 4,
-             *more]  # fmt: skip
+    options = f"--train.steps 100000 --data.workers 1 --train.steps_per_epoch 4 {more}"
     return subprocess.Popen(
-        [sys.executable, *map(str, words)], cwd=ROOT, stderr=subprocess.PIPE, text=True,
-        stdout=subprocess.DEVNULL, start_new_session=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        [sys.executable, "train.py", *train_options(shards, out, "r", options)],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def last_step(folder: Path) -> int:
@@ -299,12 +299,12 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
 
 def test_a_killed_run_and_one_ended_by_sigterm_continue_with_the_same_bytes(tiny_shards, tmp_path):
     run = tmp_path / "r"
-    killed = start(tiny_shards, tmp_path, "--optim.ema_decay", 0.9)
+    killed = start(tiny_shards, tmp_path, "--optim.ema_decay 0.9")
     wait_for_step(run, 5, killed)
     os.killpg(killed.pid, signal.SIGKILL)
     killed.communicate()
     stood = load_checkpoint(run / "last.pt").step
-    stopped = start(tiny_shards, tmp_path, "--optim.ema_decay", 0.9, "--resume", "auto")
+    stopped = start(tiny_shards, tmp_path, "--optim.ema_decay 0.9 --resume auto")
     wait_for_step(run, last_step(run) + 2, stopped)
     os.killpg(stopped.pid, signal.SIGTERM)  # as a job scheduler does: the worker gets it too
     _, text = stopped.communicate(timeout=60)
@@ -312,10 +312,9 @@ def test_a_killed_run_and_one_ended_by_sigterm_continue_with_the_same_bytes(tiny
     step = load_checkpoint(run / "last.pt").step
     assert f"STOPPED EARLY at step {step} of 100000: SIGTERM." in (run / "resume_me").read_text()
     assert "continuing from" in text and "Traceback" not in text and step > stood
-    words = [*SMALL, "--data.shards", tiny_shards, "--optim.ema_decay", 0.9, "--train.steps",
-             step + 1, "--train.steps_per_epoch", 4, "--train.out"]  # fmt: skip
-    for out, more in ((tmp_path, ["--resume"]), (tmp_path / "quiet", [])):
-        assert train.main([*map(str, [*words, out, "--train.name", "r"]), *more]) == 0
+    more = f"--optim.ema_decay 0.9 --train.steps {step + 1} --train.steps_per_epoch 4"
+    for out, resume in ((tmp_path, " --resume"), (tmp_path / "quiet", "")):
+        assert train.main(train_options(tiny_shards, out, "r", more + resume)) == 0
     assert not (run / "resume_me").exists()
     found, expected = (
         leaves(torch.load(out / "r" / "last.pt", weights_only=True))

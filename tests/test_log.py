@@ -170,8 +170,10 @@ def test_the_picture_shows_the_same_people_and_their_prediction(tiny_shards, tmp
 
 
 def test_a_power_law_is_a_straight_falling_line_in_the_curve_of_the_loss():
-    entries = [{"kind": "train", "step": s, "loss": 10.0 ** -(1 + s / 100), "pck": None}
-               for s in range(1, 101)]  # fmt: skip
+    entries = [
+        {"kind": "train", "step": s, "loss": 10.0 ** -(1 + s / 100), "pck": None}
+        for s in range(1, 101)
+    ]
     picture = draw_curves(entries, "PCKh")
     assert picture.shape == (380, 1240, 3) and picture.dtype == np.uint8
     left = picture[60:330, :620].astype(int)  # below the legend

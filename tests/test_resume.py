@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, pack_arguments
-from helpers import CPU, leaves, make_trainer, metrics, step, steps, tiny_config
+from helpers import CPU, ENVIRONMENT, leaves, make_trainer, metrics, step, steps, tiny_config
 from two_ranks import differences, rows_of
 
 from common.distributed import from_first_rank, init_distributed
@@ -33,12 +32,10 @@ def two_ranks(tiny_shards, tmp_path_factory) -> Path:
     """The folder in which tests/two_ranks.py worked, under torchrun."""
     pytest.importorskip("nvidia.dali")
     folder = tmp_path_factory.mktemp("ranks")
-    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2,
-             ROOT / "tests" / "two_ranks.py", tiny_shards, folder]  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, *map(str, words)], capture_output=True, text=True, timeout=300,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, check=False,
-    )  # fmt: skip
+    command = "-m torch.distributed.run --standalone --nproc-per-node 2"
+    command += f" {ROOT / 'tests' / 'two_ranks.py'} {tiny_shards} {folder}"
+    words = [sys.executable, *command.split()]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -95,8 +92,9 @@ def test_a_loss_that_is_not_finite_on_one_rank_skips_the_step_on_both(two_ranks)
     lines = (two_ranks / "poisoned" / "skipped_batches.jsonl").read_text().splitlines()
     found = [json.loads(line) for line in lines]
     assert [(x["step"], x["rank"], x["loss_is_finite"]) for x in found] == [
-        (1, 0, True), (1, 1, False)
-    ]  # fmt: skip
+        (1, 0, True),
+        (1, 1, False),
+    ]
 
 
 @pytest.mark.slow
@@ -150,9 +148,11 @@ def test_a_run_resumed_on_a_gpu_is_within_the_noise_of_uninterrupted_ones(
     """The noise of a GPU is measured here, by three uninterrupted runs."""
     dist = init_distributed("cuda", "auto")
     config = tiny_config(
-        tiny_shards, data={"loader": loader, "preset": "princeton"}, optim={"ema_decay": 0.9},
+        tiny_shards,
+        data={"loader": loader, "preset": "princeton"},
+        optim={"ema_decay": 0.9},
         train={"steps": 12, "steps_per_epoch": 12},
-    )  # fmt: skip
+    )
     runs = [steps(make_trainer(config, tmp_path / str(i), dist=dist), 12) for i in range(3)]
     first = make_trainer(config, tmp_path / "parts", dist=dist)
     begun = steps(first, 5)
@@ -191,10 +191,12 @@ def test_moments_of_another_memory_layout_are_taken_over_element_by_element(tiny
 
 @pytest.mark.parametrize(
     ("section", "values", "named"),
-    [("optim", {"name": "rmsprop"}, "optim.name was adam, is rmsprop"),
-     ("data", {"batch_size": 6}, "data.batch_size was 4, is 6"),
-     ("train", {"seed": 9}, "train.seed was 0, is 9")],
-)  # fmt: skip
+    [
+        ("optim", {"name": "rmsprop"}, "optim.name was adam, is rmsprop"),
+        ("data", {"batch_size": 6}, "data.batch_size was 4, is 6"),
+        ("train", {"seed": 9}, "train.seed was 0, is 9"),
+    ],
+)
 def test_settings_that_make_another_run_are_refused(section, values, named):
     saved = saved_checkpoint(tiny_config(Path("x")), 1, step=6)
     with pytest.raises(InputError, match=named):
@@ -207,8 +209,10 @@ def test_settings_that_may_change_are_remarked_on_and_take_effect(tiny_shards, t
     trainer.save(["last.pt"])
     other = tiny_config(tiny_shards, optim={"weight_decay": 0.5, "lr": 1e-4}, train={"steps": 9})
     again = make_trainer(other, tmp_path, tmp_path / "last.pt")
-    assert again.remarks == ["changed on resuming: optim.lr was 0.003, is 0.0001",
-                             "changed on resuming: optim.weight_decay was 0.0, is 0.5"]  # fmt: skip
+    assert again.remarks == [
+        "changed on resuming: optim.lr was 0.003, is 0.0001",
+        "changed on resuming: optim.weight_decay was 0.0, is 0.5",
+    ]
     assert again.train_step.optimizer.param_groups[0]["weight_decay"] == 0.5
 
 
@@ -258,10 +262,14 @@ def test_the_hash_of_people_is_of_who_and_in_which_order(tiny_shards):
 
 @pytest.mark.parametrize(
     ("batch", "parts", "before", "now", "expected"),
-    [(4, 1, 2, 1, (4, 2)),  # a rank is lost: two batches make up the step
-     (4, 1, 1, 2, (2, 1)),  # one is won: each takes half
-     (4, 2, 3, 2, (4, 3)), (6, 1, 2, 3, (4, 1)), (2, 4, 1, 4, (2, 1))],
-)  # fmt: skip
+    [
+        (4, 1, 2, 1, (4, 2)),  # a rank is lost: two batches make up the step
+        (4, 1, 1, 2, (2, 1)),  # one is won: each takes half
+        (4, 2, 3, 2, (4, 3)),
+        (6, 1, 2, 3, (4, 1)),
+        (2, 4, 1, 4, (2, 1)),
+    ],
+)
 def test_another_number_of_ranks_shares_the_same_global_batch(batch, parts, before, now, expected):
     config = tiny_config(Path("x"), data={"batch_size": batch}, optim={"accumulate": parts})
     saved = saved_checkpoint(config, before, step=6)
@@ -274,12 +282,12 @@ def test_another_number_of_ranks_shares_the_same_global_batch(batch, parts, befo
 
 
 def saved_checkpoint(config: Config, ranks: int, step: int, path: Path = LAST) -> Checkpoint:
+    people = global_batch_size(config, ranks)
     run = RunState(
-        ranks=ranks, people=12, loader="opencv", rng=[], loader_states=[],
-        people_a_step=global_batch_size(config, ranks),
-    )  # fmt: skip
-    return Checkpoint(path=path, config=config, skeleton=MPII, step=step, weights={}, averaged={},
-                      optimizer={}, run=run)  # fmt: skip
+        ranks=ranks, people=12, loader="opencv", rng=[], loader_states=[], people_a_step=people
+    )
+    empty = {"weights": {}, "averaged": {}, "optimizer": {}}
+    return Checkpoint(path=path, config=config, skeleton=MPII, step=step, run=run, **empty)
 
 
 def test_a_global_batch_may_be_shared_by_hand_but_not_changed():

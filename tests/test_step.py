@@ -28,9 +28,13 @@ COMPILER = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile nee
 
 def network(stacks: int, checkpoint_activations: bool = False, joints: int = 5) -> StackedHourglass:
     return StackedHourglass(
-        stacks=stacks, width=16, joints=joints, depth=2, stem=(8, 8, 8),
+        stacks=stacks,
+        width=16,
+        joints=joints,
+        depth=2,
+        stem=(8, 8, 8),
         checkpoint_activations=checkpoint_activations,
-    )  # fmt: skip
+    )
 
 
 def raw_batch(people: int, device: torch.device) -> RawBatch:

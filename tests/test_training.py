@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from helpers import CPU, SMALL, make_trainer, metrics, poison, step, steps, tiny_config
+from helpers import CPU, make_trainer, metrics, poison, step, steps, tiny_config, train_options
 
 import train
 from common import distributed
@@ -59,10 +59,17 @@ def test_the_newest_checkpoints_and_the_best_are_kept(tiny_shards, tmp_path, mon
     config = tiny_config(tiny_shards, train={"steps": 5, "steps_per_epoch": 1, "keep_last": 3})
     trainer = make_trainer(config, tmp_path)
     pooled = iter([0.1, 0.7, 0.2, 0.3, 0.2])
-    monkeypatch.setattr(trainer.validator, "run", lambda *_: {
-        "pckh": {"0.5": {"pooled": next(pooled)}, "0.1": {"pooled": 0.0}},
-        "auc": 0.0, "peak": 1.0, "people": 5, "joints_counted": 70,
-    })  # fmt: skip
+    monkeypatch.setattr(
+        trainer.validator,
+        "run",
+        lambda *_: {
+            "pckh": {"0.5": {"pooled": next(pooled)}, "0.1": {"pooled": 0.0}},
+            "auc": 0.0,
+            "peak": 1.0,
+            "people": 5,
+            "joints_counted": 70,
+        },
+    )
     monkeypatch.setattr(MetricsLogger, "log_pictures", lambda *_: None)
     monkeypatch.setattr(trainer.validator, "picture", lambda: None)
     trainer.train()
@@ -128,9 +135,12 @@ def test_a_step_that_is_not_finite_changes_nothing(
 
 @pytest.mark.parametrize(
     ("bad", "limit", "ends_at"),
-    [(range(1, 7), 6, 8),  # from the middle of one log interval to the middle of another
-     ([0, 1, 2, 4, 5, 6], 3, 4), ([0, 1, 2, 4, 5, 6], 4, None)],
-)  # fmt: skip
+    [
+        (range(1, 7), 6, 8),  # from the middle of one log interval to the middle of another
+        ([0, 1, 2, 4, 5, 6], 3, 4),
+        ([0, 1, 2, 4, 5, 6], 4, None),
+    ],
+)
 def test_skipped_steps_in_a_row_stop_the_run_at_the_limit(
     bad, limit, ends_at, tiny_shards, tmp_path, monkeypatch
 ):
@@ -315,8 +325,7 @@ def test_a_run_on_damaged_shards_is_refused_before_it_begins(split, tiny_shards,
 
 
 def test_train_then_resume_from_the_command_line(tiny_shards, tmp_path, capfd):
-    words = [*SMALL, "--data.shards", str(tiny_shards), "--train.out", str(tmp_path)]
-    words += ["--train.name", "r", "--train.steps_per_epoch", "4"]
+    words = train_options(tiny_shards, tmp_path, "r", "--train.steps_per_epoch 4")
     assert train.main(words) == 0
     text = capfd.readouterr()
     assert "batch: 4 = 4 per rank x 1 rank(s) x 1" in text.out
@@ -332,12 +341,12 @@ def test_train_then_resume_from_the_command_line(tiny_shards, tmp_path, capfd):
 
 
 def test_a_new_run_may_start_from_the_weights_of_another(tiny_shards, tmp_path):
-    words = [*SMALL, "--data.shards", str(tiny_shards), "--train.out", str(tmp_path)]
+    words = train_options(tiny_shards, tmp_path, "second")
     first = make_trainer(tiny_config(tiny_shards), tmp_path / "first")
     steps(first, 2)
     first.save(["last.pt"])
     source = tmp_path / "first" / "last.pt"
-    more = ["--train.name", "second", "--init_from", str(source), "--optim.lr", "1e-30"]
+    more = ["--init_from", str(source), "--optim.lr", "1e-30"]
     assert train.main([*words, *more]) == 0
     mine = load_checkpoint(tmp_path / "second" / "last.pt")
     theirs = load_checkpoint(source)
@@ -350,7 +359,7 @@ def test_a_new_run_may_start_from_the_weights_of_another(tiny_shards, tmp_path):
 
 def test_training_without_shards_leaves_no_folder(tmp_path):
     with pytest.raises(InputError) as caught:
-        train.main([*SMALL, "--data.shards", str(tmp_path / "none"), "--train.out", str(tmp_path)])
+        train.main(train_options(tmp_path / "none", tmp_path, "r"))
     assert "tools/make_shards.py" in caught.value.next_step
     assert not list(tmp_path.iterdir())
 
