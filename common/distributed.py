@@ -5,14 +5,16 @@ With one process every function works without torch.distributed.
 
 import hashlib
 import os
+import uuid
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from torch.distributed import PrefixStore, TCPStore
+from torch.distributed import DistStoreError, PrefixStore, TCPStore
 
 from common.errors import InputError
 from common.system import keep_freed_memory, usable_cores
@@ -51,10 +53,9 @@ def init_distributed(
     rank = int(os.environ["RANK"]) if world_size > 1 else 0
     if world_size > 1 and not torch.distributed.is_initialized():
         store = _torchrun_store()
-        # Without a prefix a restarted rank would find the addresses of ranks that have ended.
         torch.distributed.init_process_group(
             "nccl" if chosen.type == "cuda" else "gloo",
-            store=PrefixStore(f"start_{_restart_count()}", store) if store else None,
+            store=_store_of_this_start(store, rank, world_size) if store else None,
             rank=rank,
             world_size=world_size,
             device_id=chosen if chosen.type == "cuda" else None,
@@ -228,12 +229,32 @@ def restarted_by_torchrun(dist: DistributedContext) -> bool:
 def report_error_once(text: str) -> bool:
     """Whether this rank is the first to report this text; the ranks count in torchrun's store."""
     store = _torchrun_store()
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT")
     digest = hashlib.sha256(text.encode()).hexdigest()
-    return store is None or store.add(f"error/{_restart_count()}/{digest}", 1) == 1
+    return store is None or store.add(f"error/{start}/{digest}", 1) == 1
 
 
-def _restart_count() -> str:
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+def _store_of_this_start(store: TCPStore, rank: int, world_size: int) -> PrefixStore:
+    """A part of torchrun's store in which a rank finds no addresses of ranks that have ended.
+
+    Rank 0 names each start, and the others ask until a rank 0 that is alive answers. The restart
+    count cannot be the name, because two nodes may count differently.
+    """
+    own = uuid.uuid4().hex
+    if rank == 0:
+        store.set("start", own)
+        for other in range(1, world_size):
+            asking = store.get(f"{own}/asks/{other}").decode()
+            store.set(f"{own}/answer/{asking}", "")
+        return PrefixStore(own, store)
+    while True:
+        start = store.get("start").decode()
+        store.set(f"{start}/asks/{rank}", own)
+        try:
+            store.wait([f"{start}/answer/{own}"], timedelta(seconds=1))
+        except DistStoreError:
+            continue
+        return PrefixStore(start, store)
 
 
 def _torchrun_store() -> TCPStore | None:
