@@ -20,7 +20,7 @@ from configs.skeleton import MPII
 from model.checkpoint import Checkpoint, RunState, load_checkpoint
 from pipelines.shard_format import HEADER_LENGTH, people_sha256
 from pipelines.shards import ShardSet
-from tools.make_shards import main as pack
+from tools import make_shards
 from training.checkpoint_manager import RESUME_ME, lock_run_folder
 from training.resume import find_start, fit_to_ranks, global_batch_size, load_resumable
 
@@ -240,7 +240,7 @@ def test_lines_after_the_checkpoint_are_dropped_on_resuming(tiny_shards, tmp_pat
 def test_a_run_does_not_go_on_with_other_people(tiny_set, tiny_shards, tmp_path):
     make_trainer(tiny_config(tiny_shards), tmp_path / "run").save(["last.pt"])
     saved = load_checkpoint(tmp_path / "run" / "last.pt")
-    assert pack(pack_arguments(tiny_set, tmp_path / "crops", "--packing", "crop")) == 0
+    assert make_shards.main(pack_arguments(tiny_set, tmp_path / "crops", "--packing", "crop")) == 0
     make_trainer(tiny_config(tmp_path / "crops"), tmp_path / "run", saved)
     run = dataclasses.replace(saved.run, people_sha256="0" * 64)
     with pytest.raises(InputError, match=r"12 people, not the 12 of .*last\.pt") as caught:

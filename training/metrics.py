@@ -100,13 +100,12 @@ class MetricsLogger:
         metric: str,
     ):
         """folder: of the run. first_step: where this start begins. metric: PCKh or PCK."""
-        self.enabled = dist.is_first
+        self.enabled, self._world_size = dist.is_first, dist.world_size
         if not self.enabled:
             return
         self._folder, self._train, self._device = folder, config.train, dist.device
         self._first_step = self._step = first_step
-        self._world_size, self._metric = dist.world_size, metric
-        self._write_error_shown = False
+        self._metric, self._write_error_shown = metric, False
         keep_lines_until(folder / METRICS, first_step)
         validations = [x for x in read_metrics(folder / METRICS) if x["kind"] == "valid"]
         self._pckh = validations[-1]["pckh@0.5_pooled"] if validations else None
@@ -139,12 +138,11 @@ class MetricsLogger:
         """Pass the batches on and show how far they are. people: on all ranks together."""
         done = 0
         for batch in batches:
-            if self.enabled and (self._console.is_live or done):
+            if self.enabled and done:
                 part = f"validating: {done:,} of {people:,} people"
                 self._console.show([f"step {self._step:,}", part])
-            if self.enabled:
-                done = min(people, done + len(batch.records_NR) * self._world_size)
             yield batch
+            done = min(people, done + len(batch.records_NR) * self._world_size)
 
     def log_validation(self, step: int, values: dict[str, float]) -> None:
         """Log the numbers of a validation."""

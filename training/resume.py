@@ -82,18 +82,16 @@ def fit_to_ranks(
     if not checkpoint.run:  # of other code
         return config, []
     saved, before = checkpoint.config, checkpoint.run.ranks
-    if before == world_size:
-        remarks = compare_settings(checkpoint, config)
-        people = checkpoint.run.people_a_step or global_batch_size(saved, before)
-        return _share(config, people, world_size, checkpoint.path), remarks
-    _require_epoch_end(checkpoint, before, world_size)
     people = checkpoint.run.people_a_step or global_batch_size(saved, before)
-    if global_batch_size(config, world_size) == people:  # shared by the user's own settings
-        sizes = saved.data.batch_size, saved.optim.accumulate
-        remarks = compare_settings(checkpoint, _with_sizes(config, *sizes))
-    else:
-        remarks = compare_settings(checkpoint, config)
-        config = _share(config, people, world_size, checkpoint.path)
+    compared = config
+    if before != world_size:
+        _require_epoch_end(checkpoint, before, world_size)
+        if global_batch_size(config, world_size) == people:  # shared by the user's own settings
+            compared = _with_sizes(config, saved.data.batch_size, saved.optim.accumulate)
+    remarks = compare_settings(checkpoint, compared)
+    config = _share(config, people, world_size, checkpoint.path)
+    if before == world_size:
+        return config, remarks
     remarks.append(
         f"changed on resuming: the run had {before} rank(s) and has {world_size}; "
         f"a step takes {people} people as before, {config.data.batch_size} per rank "
