@@ -78,7 +78,7 @@ def move_joints(
     warp = princeton.input_from_crop(drawn, input_px)
     moved = moved @ warp[:2, :2].T + warp[:2, 2]
     if drawn.flip:
-        moved = moved[list(MPII.mirrored)]
+        moved = moved[list(MPII.flip_indices)]
         moved[:, 0] = input_px - moved[:, 0]
     moved[(joints_J2 == 0).all(axis=1)] = 0  # a mask that is not mirrored, as there
     return moved

@@ -15,7 +15,7 @@ from common.errors import InputError
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse without abbreviations whose errors are InputErrors; suggests the nearest option."""
+    """An ArgumentParser without abbreviations; errors are InputErrors with a suggestion."""
 
     def __init__(self, **arguments: Any):
         super().__init__(allow_abbrev=False, **arguments)
@@ -32,7 +32,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def check_options(words: Iterable[str], known: Iterable[str], help_command: str) -> None:
-    """Raise InputError at the first unknown option; it suggests the nearest one."""
+    """Raise InputError at the first unknown option, with the most similar known one."""
     known = [option for option in known if option.startswith("--")]
     for word in words:
         option = word.split("=", 1)[0]
@@ -45,7 +45,7 @@ def check_options(words: Iterable[str], known: Iterable[str], help_command: str)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A question with the nearest known name; empty where none is near."""
+    """A question that suggests the most similar known name; empty if none is similar."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.7)
     return f"did you mean {near[0]}?" if near else ""
 
@@ -64,23 +64,23 @@ def at_least(least: int) -> Callable[[str], int]:
 
 
 def add_device_options(group: argparse._ArgumentGroup) -> None:
-    """Add `--device` and `--precision`, as the programs that run a network take them."""
+    """Add `--device` and `--precision`, for programs that run a network."""
     devices, precisions = ("auto", "cuda", "cpu"), ("auto", "bf16", "fp16", "fp32")
-    text = "auto: a GPU where there is one (default: %(default)s)"
+    text = "auto: a GPU if there is one (default: %(default)s)"
     group.add_argument("--device", choices=devices, default="auto", help=text)
-    text = "arithmetic (default: %(default)s)"
+    text = "autocast type; fp32: no autocast (default: %(default)s)"
     group.add_argument("--precision", choices=precisions, default="fp32", help=text)
 
 
 SECONDS_BETWEEN_LINES = 15.0
-"""Between progress lines where stderr is no terminal; shorter work prints none."""
+"""Interval of progress lines if stderr is not a terminal; shorter work prints none."""
 
 T = TypeVar("T")
 
 
 @contextmanager
-def counting(what: str, total: int | None, unit: str) -> Iterator[Callable[[int], object]]:
-    """Yields a function that adds to what is done. total: None if unknown. unit: a plural."""
+def progress_bar(what: str, total: int | None, unit: str) -> Iterator[Callable[[int], object]]:
+    """Yields a function that adds to the count. total: None if unknown. unit: a plural."""
     if not sys.stderr.isatty():
         yield _line_printer(what, total, unit)
         return
@@ -91,7 +91,7 @@ def counting(what: str, total: int | None, unit: str) -> Iterator[Callable[[int]
 
 
 def _line_printer(what: str, total: int | None, unit: str) -> Callable[[int], object]:
-    """A function that counts, and prints a line every SECONDS_BETWEEN_LINES."""
+    """A function that adds to the count, and prints a line every SECONDS_BETWEEN_LINES."""
     done, began = 0, time.monotonic()
     printed = began
 
@@ -112,13 +112,13 @@ def _line_printer(what: str, total: int | None, unit: str) -> Callable[[int], ob
 def progress(
     items: Iterable[T], what: str, unit: str, total: int | None = None, shown: bool = True
 ) -> Iterator[T]:
-    """The items, with progress. total: by default len(items). shown: False prints nothing."""
+    """Yield the items and show progress. total: by default len(items). shown: False hides it."""
     if not shown:
         yield from items
         return
     if total is None and isinstance(items, Sized):
         total = len(items)
-    with counting(what, total, unit) as advance:
+    with progress_bar(what, total, unit) as advance:
         for item in items:
             yield item
             advance(1)

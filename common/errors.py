@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 EXIT_BAD_INPUT = 2
 EXIT_RESUME = 75
-"""A signal ended the run; its checkpoint is written: start it again (EX_TEMPFAIL, sysexits.h)."""
+"""A signal ended the run after its checkpoint was written; resume it (EX_TEMPFAIL, sysexits.h)."""
 EXIT_INTERRUPTED = 130
 _USER_CAN_FIX = (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
@@ -39,8 +39,8 @@ class InputError(Exception):
 def run_main(main: Callable[[], int | None], show: Callable[[str], bool] | None = None) -> None:
     """Run a program's main function and exit with its code.
 
-    InputError, a missing permission and a full disk: a message on stderr and exit code 2. Ctrl-C:
-    one sentence and 130. A closed pipe: silence. show: returns whether this rank prints a message.
+    Prints InputErrors, missing permissions and full disks on stderr and exits with 2. Exits with
+    130 after Ctrl-C, silently with 0 if a pipe is closed. show: whether this rank prints a message.
     """
     message = ""
     try:
@@ -60,9 +60,9 @@ def run_main(main: Callable[[], int | None], show: Callable[[str], bool] | None 
         code, message = EXIT_BAD_INPUT, str(InputError(where, found, expected, advice))
     except KeyboardInterrupt:
         code = EXIT_INTERRUPTED
-    # Printed after the failed calls have returned, so that their progress bars have ended a line.
+    # Printed after the failed calls have returned, when their progress bars have ended their line.
     if code == EXIT_INTERRUPTED:
-        print("\nInterrupted; files that were complete are kept.", file=sys.stderr)
+        print("\nInterrupted; complete files are kept.", file=sys.stderr)
     if message and (show is None or show(message)):
         print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(code)

@@ -1,4 +1,4 @@
-"""Files read with a bound on their size, JSON, YAML, and files written atomically."""
+"""Reads files up to a size limit, parses JSON and YAML, and writes files atomically."""
 
 import json
 import os
@@ -13,7 +13,7 @@ import yaml
 from common.errors import InputError
 
 LARGEST_JSON = 512 << 20
-"""Bytes. COCO's annotation of 118,000 pictures has 238 million."""
+"""Bytes. COCO's annotation file of 118,000 pictures has 238 million."""
 _LARGEST_YAML = 1 << 20
 
 
@@ -24,7 +24,7 @@ def read_bytes(path: Path, limit: int) -> bytes:
 
 
 def bounded(data: bytes, limit: int) -> bytes:
-    """The data unchanged. Raises ValueError if they have more bytes than the limit."""
+    """Return the data unchanged. Raises ValueError if it has more bytes than the limit."""
     if len(data) > limit:
         size = f"{limit >> 20} MiB" if limit >> 20 else f"{limit:,} bytes"
         raise ValueError(f"more than {size}")
@@ -32,7 +32,7 @@ def bounded(data: bytes, limit: int) -> bytes:
 
 
 def parse_json(data: bytes) -> Any:
-    """The value of a JSON text in UTF-8. Raises ValueError, for nesting without end too."""
+    """Parse JSON in UTF-8. Raises ValueError, also for lists nested too deeply."""
     try:
         return json.loads(data)
     except RecursionError as error:
@@ -40,7 +40,7 @@ def parse_json(data: bytes) -> Any:
 
 
 def read_json(path: Path, limit: int = LARGEST_JSON) -> Any:
-    """The value of a JSON file of at most so many bytes. Raises OSError or ValueError."""
+    """Parse a JSON file of at most `limit` bytes. Raises OSError or ValueError."""
     return parse_json(read_bytes(path, limit))
 
 
@@ -60,7 +60,7 @@ def json_numbers(
 
 
 def read_yaml(path: Path, keys: str) -> dict[str, Any]:
-    """The dict in a YAML file of at most 1 MiB. Raises InputError, which names the keys."""
+    """The dict in a YAML file of at most 1 MiB. keys: expected ones, for the InputError."""
     try:
         value = yaml.safe_load(read_bytes(path, _LARGEST_YAML).decode("utf-8"))
     except (FileNotFoundError, IsADirectoryError):
@@ -77,7 +77,7 @@ def read_yaml(path: Path, keys: str) -> dict[str, Any]:
 def write_atomic(path: Path, data: bytes | memoryview) -> None:
     """Write a temporary file beside `path`, sync and rename it. Makes missing folders.
 
-    An older file stays until the new one is complete. Raises OSError with the path in it.
+    An older file stays until the new one is complete. Raises OSError that names the path.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:

@@ -55,13 +55,13 @@ class DataConfig:
     input_px: int = _number(256, least=1, most=8192)
     """Side of the network's square input."""
     preset: PresetName = "hrnet"
-    """Augmentation, by the code it is named after (docs/conventions.md)."""
+    """Augmentation preset, named after the code that it follows (docs/conventions.md)."""
     cache_mb: int = _number(0, least=0)
-    """GPU memory (MB) in which DALI caches decoded pictures; 0 caches none."""
+    """GPU memory (MB) for DALI's cache of decoded pictures; 0: no cache."""
     mirror: bool = True
-    """Let the preset mirror pictures; false for people whose left and right differ in looks."""
+    """Allow mirroring; false for people whose left and right sides look different."""
     on_bad_sample: Literal["stop", "skip"] = "stop"
-    """A training picture that cannot be decoded: end the run, or use a neighbour instead."""
+    """If a training picture cannot be decoded: end the run, or use a neighbour instead."""
     max_bad_samples: int = _number(20, least=0)
     """With `skip`, more damaged pictures than this end the run."""
 
@@ -71,9 +71,9 @@ class HeatmapsConfig:
     """How joints become target heatmaps and back."""
 
     rule: RuleName = "exact"
-    """Discretisation, the same for rendering and decoding."""
+    """How targets are discretised and decoded (docs/conventions.md)."""
     sigma: float = _number(1.0, above=0)
-    """Heatmap px at 64 x 64; hrnet's own is 2."""
+    """Of the Gaussian, px of a 64 x 64 heatmap; HRNet uses 2."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,9 +87,9 @@ class ModelConfig:
     depth: int = _number(4, least=1, most=10)
     """How many times an hourglass halves the resolution."""
     stem: tuple[int, int, int] = _number((64, 128, 128), least=2, most=8192)
-    """Channels after the first convolution and the first two residuals."""
+    """Channels after the first convolution and the first two residual blocks."""
     checkpoint_activations: bool = False
-    """Recompute the activations inside the hourglasses: less memory, slower."""
+    """Activation checkpointing in the hourglasses: less memory, slower."""
     input_mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
     """RGB in 0..1, subtracted from the picture."""
 
@@ -99,7 +99,7 @@ class LossConfig:
     """Details of the loss."""
 
     unmarked: Literal["empty", "ignore"] = "empty"
-    """The target of an unmarked joint is an empty heatmap, or the joint is left out of the loss."""
+    """Joints without annotation: train them as empty heatmaps, or leave them out of the loss."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +109,7 @@ class OptimConfig:
     name: Literal["adam", "rmsprop"] = "adam"
     """Optimizer; fused where the device supports it."""
     lr: float = _number(1e-3, above=0)
-    """Highest learning rate."""
+    """Peak learning rate."""
     weight_decay: float = _number(0.0, least=0)
     """L2 penalty, as torch's Adam and RMSprop define it."""
     schedule: Literal["constant", "step", "cosine"] = "step"
@@ -119,15 +119,15 @@ class OptimConfig:
     gamma: float = _number(0.2, least=0)
     """Factor at each milestone."""
     final_fraction: float = _number(0.01, least=0)
-    """With `cosine`, the fraction of the rate that is left at the last step."""
+    """With `cosine`, the learning rate of the last step as a fraction of `lr`."""
     warmup_steps: int = _number(0, least=0)
-    """Steps of linear rise from 0."""
+    """Steps of linear warm-up from 0."""
     clip_norm: float = _number(0.0, least=0)
-    """Largest norm of the gradient; 0 does not clip."""
+    """Maximum gradient norm; 0: no clipping."""
     accumulate: int = _number(1, least=1)
-    """Batches per step of the optimizer."""
+    """Batches per optimizer step (gradient accumulation)."""
     ema_decay: float = _number(0.0, least=0, below=1)
-    """Decay per step of the averaged weights, which are then evaluated; 0 keeps none."""
+    """Decay per step of the weights' moving average (EMA), which is evaluated; 0: no EMA."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,29 +143,29 @@ class TrainConfig:
     steps_per_epoch: int = _number(1_000, least=1)
     """Steps between validations and checkpoints, the same on every rank."""
     keep_last: int = _number(2, least=1)
-    """Newest checkpoints that are kept, including last.pt; best.pt is kept as well."""
+    """Number of newest checkpoints to keep, including last.pt; best.pt is always kept."""
     max_minutes: float = _number(0.0, least=0)
     """Validate, write a checkpoint and stop after this time; 0 sets no limit."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Arithmetic; auto: bf16 if the device computes in it, else fp16 on a GPU and fp32 on a CPU."""
+    """Autocast type; auto: bf16 if the device has it, else fp16 on a GPU and fp32 on a CPU."""
     compile: bool = False
-    """Run the network through torch.compile."""
+    """Compile the network with torch.compile."""
     fuse_targets: bool = False
-    """Render the targets inside the compiled loss, so that heatmaps are never written."""
+    """Render target heatmaps inside a compiled loss, without storing them."""
     profile_steps: int = _number(0, least=0)
-    """Profile this many of the first steps into trace.json; 0 does not."""
+    """Profile this many of the first steps into trace.json; 0: no profile."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """auto: a GPU where there is one."""
+    """auto: a GPU if there is one."""
     threads: int = _number(0, least=0)
     """CPU threads of torch; 0: measured at the start and written into config.yaml."""
     seed: int = _number(0, least=0)
-    """Random seed of weights, order and augmentation."""
+    """Random seed of initial weights, data order and augmentation."""
     log_every: int = _number(20, least=1)
     """Steps between lines of metrics.jsonl."""
     tracker: TrackerName = "none"
     """Also send the log to Weights & Biases or to Trackio."""
     max_bad_steps: int = _number(20, least=1)
-    """The run stops after this many steps in a row with a loss or gradient that is not finite."""
+    """End the run after this many consecutive steps with a non-finite loss or gradient."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,11 +173,11 @@ class EvalConfig:
     """Validation during training."""
 
     batch_size: int = _number(32, least=1)
-    """People at a time."""
+    """People per batch."""
     flip: bool = True
     """Average with the prediction for the mirrored picture (flip test)."""
     people: int = _number(0, least=0)
-    """Validate on this many of the first people; 0 takes all."""
+    """Number of people to validate on, the first of the split; 0: all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,9 +207,9 @@ _FREE = (
     "train.log_every train.keep_last train.tracker train.profile_steps"
 )
 FIXED_ON_RESUME = frozenset(_FIXED.split())
-"""Settings that a resumed run may not change, or it would be another run."""
+"""Settings that a resumed run may not change."""
 FREE_ON_RESUME = frozenset(_FREE.split())
-"""Settings that change without a remark; other changes are printed."""
+"""Settings that a resumed run may change silently; other changes are printed."""
 
 
 def flat(raw: dict[str, Any]) -> dict[str, Any]:
@@ -222,7 +222,7 @@ def flat(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def as_dict(config: Config) -> dict[str, Any]:
-    """Nested plain values, tuples as lists, fit for YAML and for a checkpoint."""
+    """Nested dicts of plain values, tuples as lists, for YAML and checkpoints."""
     sections = dataclasses.asdict(config)
     return {
         section: {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
@@ -254,7 +254,7 @@ def parse_config(parser: ArgumentParser, arguments: list[str]) -> tuple[Config, 
 
 
 def config_from_dict(raw: dict[str, Any], where: str) -> Config:
-    """The Config of nested plain values, as `as_dict` returns them. Raises InputError."""
+    """The Config of the nested dicts that `as_dict` returns. Raises InputError."""
     check_keys(raw, where)
     parser = _sections_parser()
     values = _instantiate(parser, lambda: parser.parse_object(raw), where)
@@ -289,7 +289,7 @@ def load_yaml(path: str) -> dict[str, Any]:
 
 
 def check_keys(raw: dict[str, Any], where: str) -> None:
-    """Raise InputError at the first unknown section or setting; it suggests the nearest one."""
+    """Raise InputError at the first unknown section or setting, with the most similar known one."""
     known = flat({})
     for section, settings in raw.items():
         if section not in _SECTIONS:
@@ -309,7 +309,7 @@ def _unknown(where: str, name: object, known: list[str]) -> InputError:
 
 
 def check_values(config: Config) -> None:
-    """Raise InputError at the first value that no run can use."""
+    """Raise InputError at the first impossible value."""
     for section in dataclasses.fields(config):
         values = getattr(config, section.name)
         for setting in dataclasses.fields(values):
@@ -326,10 +326,12 @@ def check_values(config: Config) -> None:
     px, fits = config.data.input_px, config.data.input_px % unit == 0
     _require(fits, "data.input_px", px, f"a multiple of {unit}, which is 4 x 2^model.depth")
     both = config.train.compile and model.checkpoint_activations
-    expected = "one of them: torch.compile decides by itself what to compute twice"
+    expected = "one of them: torch.compile chooses itself what to recompute"
     _require(not both, "train.compile and model.checkpoint_activations", "both", expected)
     is_plain = Path(name).name == name and name not in ("", ".", "..")
-    _require(is_plain, "train.name", name, "a plain folder name; other folders go into train.out")
+    _require(
+        is_plain, "train.name", name, "a folder name without a path; the path goes into train.out"
+    )
 
 
 def _require(holds: bool, name: str, found: object, expected: str) -> None:

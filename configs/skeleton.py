@@ -28,7 +28,7 @@ class Length(NamedTuple):
     """The length in px that errors are divided by: a factor times a distance."""
 
     joints: tuple[int, ...]
-    """The distance is that of two joints; empty: the longer side of the person's box."""
+    """The two joints whose distance is used; empty: the longer side of the person's box."""
     factor: float
 
 
@@ -37,11 +37,11 @@ class Skeleton(NamedTuple):
 
     name: str
     names: tuple[str, ...]
-    """One name per joint, length J; all empty where they are not known."""
+    """One name per joint, length J; all empty if they are not known."""
     flip_pairs: Pairs
     """Left and right joints, which change places in a mirrored picture."""
     limbs: Pairs
-    """Pairs of joints joined by a line in a drawing."""
+    """Pairs of joints that drawings connect by a line."""
     groups: Groups
     """Columns of the PCKh table: a name and its joints. The pooled mean counts all joints."""
     length: Length | None = None
@@ -53,8 +53,8 @@ class Skeleton(NamedTuple):
         return len(self.names)
 
     @property
-    def mirrored(self) -> tuple[int, ...]:
-        """For each joint its partner in a mirrored picture or itself, length J."""
+    def flip_indices(self) -> tuple[int, ...]:
+        """For each joint the index of its left-right partner or its own, length J."""
         order = list(range(self.joint_count))
         for a, b in self.flip_pairs:
             order[a], order[b] = b, a
@@ -62,9 +62,9 @@ class Skeleton(NamedTuple):
 
     @property
     def sides(self) -> tuple[Side, ...]:
-        """For each joint the person's side, length J, by the names in its flip pair.
+        """The body side of each joint, length J, from the names in its flip pair.
 
-        Where the names do not tell, the first of the pair is the left one.
+        If the names do not tell, the first joint of the pair is the left one.
         """
         sides: list[Side] = ["middle"] * self.joint_count
         for a, b in self.flip_pairs:
@@ -74,7 +74,7 @@ class Skeleton(NamedTuple):
 
     @property
     def metric(self) -> str:
-        """PCKh where errors are divided by the annotated head length, else PCK."""
+        """PCKh if errors are divided by the annotated head length, else PCK."""
         return "PCK" if self.length else "PCKh"
 
     @property
@@ -83,27 +83,27 @@ class Skeleton(NamedTuple):
         return all(self.names)
 
     def same_joints(self, other: "Skeleton") -> bool:
-        """Whether a network for one fits people of the other; without names, the count decides."""
+        """Whether the joints are the same; without names only their number is compared."""
         if not (self.has_names and other.has_names):
             return self.joint_count == other.joint_count
-        return (self.names, self.mirrored) == (other.names, other.mirrored)
+        return (self.names, self.flip_indices) == (other.names, other.flip_indices)
 
-    def plain(self) -> dict[str, Any]:
-        """Only lists, strings and numbers, for manifests and checkpoints."""
+    def as_dict(self) -> dict[str, Any]:
+        """Lists, strings and numbers only, for manifests and checkpoints."""
         return json.loads(json.dumps(self._asdict()))
 
 
-def skeleton_from_plain(raw: dict[str, Any]) -> Skeleton:
-    """The Skeleton that `plain` was called on."""
+def skeleton_from_dict(raw: dict[str, Any]) -> Skeleton:
+    """The Skeleton of the dict that `as_dict` returned."""
     pairs, limbs = (tuple(map(tuple, raw[key])) for key in ("flip_pairs", "limbs"))
     groups = tuple((name, tuple(joints)) for name, joints in raw["groups"])
-    length = raw.get("length")  # absent in files of the first versions
+    length = raw.get("length")  # absent in files of early versions
     rule = Length(tuple(length[0]), length[1]) if length else None
     return Skeleton(raw["name"], tuple(raw["names"]), pairs, limbs, groups, rule)
 
 
 def unnamed(joints: int) -> Skeleton:
-    """Joints of which only the number is known."""
+    """A Skeleton without names, pairs and limbs, for files that do not name their joints."""
     return Skeleton("unnamed", ("",) * joints, (), (), ())
 
 
@@ -112,12 +112,12 @@ def require_same_joints(found: Skeleton, wanted: Skeleton, where: object, other:
     if not found.same_joints(wanted):
         theirs = f"{found.joint_count} joints ({found.name}): {', '.join(found.names[:4])}, ..."
         expected = f"the {wanted.joint_count} joints of {other} ({wanted.name})"
-        advice = "give data and a checkpoint of the same joints, or begin a run with --init_from"
+        advice = "use data and a checkpoint of the same joints, or start a run with --init_from"
         raise InputError(where, theirs, expected, advice)
 
 
 def length_in_words(skeleton: Skeleton) -> str | None:
-    """What errors are divided by, or None where the annotation file gives it."""
+    """What errors are divided by, in words; None if the annotation file gives it."""
     if skeleton.length is None:
         return None
     joints = [skeleton.names[joint] for joint in skeleton.length.joints]
@@ -139,7 +139,7 @@ def side_of(name: str) -> tuple[Side, str]:
 def default_groups(names: tuple[str, ...], flip_pairs: Pairs) -> Groups:
     """One group for each flip pair and for each other joint, in the order of the joints.
 
-    A pair is named without its side (l_knee, r_knee: knee) where no third joint has that name.
+    A pair is named without its side (l_knee, r_knee: knee) if no third joint has that name.
     """
     partner = dict(flip_pairs) | {b: a for a, b in flip_pairs}
     rests = [side_of(name)[1] for name in names]
@@ -200,7 +200,7 @@ def _name_list(raw: Any, where: str) -> list[str]:
     is_list = isinstance(raw, list) and len(raw) > 0
     # YAML reads an unquoted yes, no, on, off as true or false, and digits as a number.
     if not is_list or not all(isinstance(n, str) and n.strip() and n.isprintable() for n in raw):
-        raise ValueError(f"{where}: {raw!r} are no names (write them in quotes)"[:300])
+        raise ValueError(f"{where}: {raw!r} are not names (write them in quotes)"[:300])
     if twice := sorted({name for name in raw if raw.count(name) > 1}):
         raise ValueError(f"{where}: {', '.join(twice)} more than once")
     return raw
@@ -216,15 +216,15 @@ def _pairs(raw: Any, names: tuple[str, ...], where: str) -> Pairs:
     for i, entry in enumerate(raw if isinstance(raw, list) else [raw]):
         joints = _joints(entry, names, f"{where}[{i}]")
         if len(joints) != 2 or set(joints) in map(set, pairs):
-            raise ValueError(f"{where}[{i}]: {entry} is not two joints, or is there twice")
+            raise ValueError(f"{where}[{i}]: {entry} is not a pair of joints, or is repeated")
         pairs.append((joints[0], joints[1]))
     return tuple(pairs)
 
 
 def _check_sides(names: tuple[str, ...], pairs: Pairs) -> None:
-    """Raise ValueError for a joint in two pairs, and for sides by name that the pairs contradict.
+    """Raise ValueError for a joint in two pairs, and if names and pairs disagree on the sides.
 
-    Such a mistake would train left joints as right ones without any other sign.
+    Such a mistake would silently train left joints as right ones.
     """
     paired = [joint for pair in pairs for joint in pair]
     for joint in paired:
@@ -296,4 +296,4 @@ BOX_SCALE = 1.25
 BOX_SHIFT_Y_PX = 15.0
 PIXELS_PER_SCALE = 200.0
 MPII_HEAD_LENGTH = Length((HEAD_TOP, UPPER_NECK), 0.75)
-"""Used where the annotation file has no head box."""
+"""Used if the annotation file has no head box."""

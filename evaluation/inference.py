@@ -82,8 +82,8 @@ def last_heatmaps(model: nn.Module, images_N3HW: Tensor, codec: Codec, flip: boo
     heat = model(torch.cat([images_N3HW, images_N3HW.flip(3)]))[:, -1].float()
     people = images_N3HW.shape[0]  # chunk() would fix the batch size of an exported graph
     plain, flipped = heat[:people], heat[people:]
-    mirrored = torch.tensor(codec.skeleton.mirrored, device=heat.device)
-    mean = (plain + heatmaps.mirror_back(flipped, mirrored, codec.rule)) / 2
+    flip_indices = torch.tensor(codec.skeleton.flip_indices, device=heat.device)
+    mean = (plain + heatmaps.flip_back(flipped, flip_indices, codec.rule)) / 2
     return mean.clamp_max(1) if codec.rule == "princeton" else mean
 
 

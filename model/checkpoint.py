@@ -32,7 +32,7 @@ from configs.schema import (
     config_from_dict,
     flat,
 )
-from configs.skeleton import Skeleton, skeleton_from_plain
+from configs.skeleton import Skeleton, skeleton_from_dict
 from model.export import OnnxNetwork, read_export
 from model.foreign_checkpoints import PRINCETON_MODEL, princeton_contents, read_foreign
 from model.hourglass import StackedHourglass
@@ -121,7 +121,7 @@ def header(checkpoint: Checkpoint) -> dict[str, Any]:
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "config": as_dict(checkpoint.config),
-        "skeleton": checkpoint.skeleton.plain(),
+        "skeleton": checkpoint.skeleton.as_dict(),
         "step": checkpoint.step,
     }
 
@@ -242,7 +242,7 @@ def _from_ours(raw: Any, path: Path) -> Checkpoint:
     return Checkpoint(
         path=path,
         config=config,
-        skeleton=skeleton_from_plain(raw["skeleton"]),
+        skeleton=skeleton_from_dict(raw["skeleton"]),
         step=raw["step"],
         weights=raw["model"],
         averaged=raw.get("ema", {}),

@@ -1,7 +1,7 @@
-"""Annotation files -> People. Only this file decides on pixel base, box size and missing joints.
+"""Reads annotation files into People: the only place that handles pixel base and missing joints.
 
 Reads the h5 files of princeton-vl (train.h5, valid.h5), mpii_annotations.json(.gz), and COCO's JSON
-(coco.py). A bad file ends in one InputError.
+(coco.py). Raises InputError for a bad file.
 """
 
 import gzip
@@ -28,7 +28,7 @@ from configs.skeleton import (
 from pipelines.coco import Floats, parse_coco
 
 _LARGEST_COLUMN = 256 << 20
-"""Bytes; that of MPII's 25,000 people has 6 million."""
+"""Bytes; MPII's largest column, of 25,000 people, has 6 million."""
 _SUFFIXES = (".h5", ".json", ".json.gz")
 _FROM_PRINCETON = "an annotation file of princeton-vl/pytorch_stacked_hourglass (data/MPII/annot)"
 _REQUIRED, _OPTIONAL = ("center", "scale", "part", "visible"), ("normalize", "index", "person")
@@ -40,15 +40,15 @@ class People(NamedTuple):
     images: tuple[str, ...]
     """N file names, relative to the folder of pictures and inside it."""
     index: npt.NDArray[np.int64]  # type: ignore[assignment]
-    """(N,) number of the picture in the source; -1 where the file has none."""
+    """(N,) number of the picture in the source; -1 if the file has none."""
     person: npt.NDArray[np.int64]
-    """(N,) number of the person in the picture; -1 where the file has none."""
+    """(N,) number of the person in the picture; -1 if the file has none."""
     center: Floats
     """(N, 2) image px."""
     scale: Floats
     """(N,) box side / 200 px."""
     normalize: Floats
-    """(N,) px; 0 where it is unknown."""
+    """(N,) length that errors are divided by, px; 0 if unknown."""
     joints: Floats
     """(N, J, 2) image px."""
     marked: npt.NDArray[np.bool_]
@@ -74,8 +74,8 @@ def read_annotations(
     """People of one split ("train" or "valid") and their joints. Raises InputError.
 
     path: an h5 file, COCO's JSON, an mpii_annotations.json(.gz), which holds both splits, or a
-    folder of files named after their splits. skeleton: the file's joints, by default MPII's; if it
-    has a length, that is used instead of the file's.
+    folder of files named after their splits. skeleton: the file's joints, by default MPII's; its
+    length, if it has one, replaces the file's.
     """
     path, joints = split_file(path, split), skeleton or MPII
     if path.name.endswith((".json", ".json.gz")):
@@ -93,12 +93,12 @@ def read_annotations(
 
 
 def split_file(path: Path, split: str) -> Path:
-    """The path itself, or the file of the split in that folder. Raises InputError."""
+    """The path itself, or the file of the split if it is a folder. Raises InputError."""
     files = [path / f"{split}{suffix}" for suffix in _SUFFIXES] if path.is_dir() else [path]
     found = [file for file in files if file.is_file()]
     if len(found) > 1:
         names = " and ".join(file.name for file in found)
-        raise InputError(path, names, f"one file for {split}", "name the file, or move the other")
+        raise InputError(path, names, f"one file for {split}", "give one file")
     if not found:
         expected = f"{_FROM_PRINCETON}, mpii_annotations.json, or COCO's JSON"
         advice = "give the file or its folder with --annotations, or pack one split with --splits"
@@ -107,7 +107,7 @@ def split_file(path: Path, split: str) -> Path:
 
 
 def has_both_splits(path: Path) -> bool:
-    """Whether one file holds both splits, as MPII's JSON does: a list, where COCO's is a dict."""
+    """Whether a file holds both splits. MPII's JSON (a list) does, COCO's (a dict) does not."""
     opener, start = gzip.open if path.name.endswith(".gz") else open, b""
     with suppress(OSError, EOFError, zlib.error), opener(path, "rb") as file:
         start = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
@@ -240,9 +240,9 @@ def _from_coco(data: dict[str, Any], path: Path, skeleton: Skeleton | None) -> P
 
 
 def normalizing_length(people: People, skeleton: Skeleton, path: Path) -> Floats:
-    """(N,) the length that errors are divided by, px; 0 where a joint that it needs is unmarked.
+    """(N,) the length that errors are divided by, px; 0 if one of its two joints is unmarked.
 
-    By the skeleton's rule; for MPII's joints without one, by the head. Raises InputError otherwise.
+    From the skeleton's rule, or the head for MPII's joints without a rule. Else raises InputError.
     """
     rule = skeleton.length
     if rule is None and skeleton.same_joints(MPII):
@@ -268,7 +268,7 @@ def stays_inside(folder: Path, name: str) -> bool:
     """Whether a name stays in the folder when links are followed."""
     try:
         return safe_name(name) and (folder / name).resolve().is_relative_to(folder.resolve())
-    except (OSError, RuntimeError):  # links in a circle
+    except (OSError, RuntimeError):  # circular links
         return False
 
 

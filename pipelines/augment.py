@@ -1,7 +1,7 @@
-"""Named augmentation presets, drawing from them, and the colour part of a draw.
+"""Augmentation presets, random draws from them, and colour jitter.
 
-The rules are those of the code that each preset is named after. The OpenCV path (`draw`, numpy)
-and the DALI graph (`pipelines/dali_loader.py`) read the same table.
+Each preset follows the code that it is named after. The OpenCV path (`draw`, numpy) and the DALI
+graph (`pipelines/dali_loader.py`) read the same table.
 """
 
 import functools
@@ -87,13 +87,13 @@ PRESETS: dict[str, Preset] = {
 
 
 def preset_of(name: PresetName, mirror: bool) -> Preset:
-    """A row of the table; without mirroring if the data forbid it."""
+    """A preset by its name. mirror: False sets its flip probability to 0."""
     preset = PRESETS[name]
     return preset if mirror else preset._replace(flip_probability=0.0)
 
 
 def without_augmentation(preset: Preset) -> Preset:
-    """No augmentation, but the preset's crop rule: princeton's crop differs even without a draw."""
+    """No augmentation, but the preset's crop rule, because princeton's crop always differs."""
     return PRESETS["none"]._replace(princeton_crop=preset.princeton_crop)
 
 
@@ -115,7 +115,7 @@ class Draw(NamedTuple):
     saturation: float = 1.0  # factor on the HSV saturation
     brightness: float = 0.0  # added to every channel, of 0..1
     contrast: float = 1.0  # factor about the mean of the pixel's three channels
-    red: float = 1.0  # gain of the channel, as are the next two
+    red: float = 1.0  # gain of the channel, as `green` and `blue`
     green: float = 1.0
     blue: float = 1.0
 
@@ -160,20 +160,20 @@ def _value(distribution: Distribution, rng: np.random.Generator) -> float:
 
 
 def draws_array(draws: list[Draw]) -> npt.NDArray[np.float32]:
-    """(N, 10) float32, a row a draw, columns in the order of Draw's fields."""
+    """(N, 10) float32, one row per draw, columns in the order of Draw's fields."""
     return np.asarray(draws, dtype=np.float32).reshape(len(draws), len(Draw._fields))
 
 
 def jitter(images_N3HW: torch.Tensor, draws_ND: torch.Tensor) -> torch.Tensor:
     """Apply the colour part of the draws to RGB images in 0..1; returns the same shape and range.
 
-    Both routines compute the same formula, within 1e-5: OpenCV is 20 times as fast on one core,
-    torch needs no copy from the GPU.
+    OpenCV does it on a CPU (20 times as fast as torch on one core), torch on a GPU (no copy to the
+    host); they agree within 1e-5.
 
     Hue, saturation, brightness and contrast follow princeton-vl/pytorch_stacked_hourglass: hue and
     saturation in HSV, then an added brightness, then contrast about the mean of the pixel's own
     three channels, then a clip to 0..1. The channel gain follows princeton-vl/pose-hg-train: a
-    factor, then a clip. Images whose draw is neutral come back bit for bit.
+    factor, then a clip. Images with a neutral draw are unchanged bit for bit.
     """
     neutral = constant_on_device(Draw()[_FIRST_COLOR:], draws_ND.dtype, draws_ND.device)
     changed = (draws_ND[:, _FIRST_COLOR:] != neutral).any(dim=1)
@@ -184,7 +184,7 @@ def jitter(images_N3HW: torch.Tensor, draws_ND: torch.Tensor) -> torch.Tensor:
                 image_HW3 = image_3HW.permute(1, 2, 0).numpy()
                 image_HW3[:] = color_by_opencv(image_HW3, Draw(*draw))
         return result
-    # On a GPU, picking rows would make the host wait for their number.
+    # Boolean indexing on a GPU would synchronise with the host.
     return torch.where(
         changed[:, None, None, None], color_by_torch(images_N3HW, draws_ND), images_N3HW
     )
@@ -193,7 +193,7 @@ def jitter(images_N3HW: torch.Tensor, draws_ND: torch.Tensor) -> torch.Tensor:
 def color_by_opencv(image_HW3: npt.NDArray, draw: Draw) -> npt.NDArray:
     """The formula for one float32 RGB image in 0..1.
 
-    A contrast c about the pixel's own mean is linear: c x + (1 - c) mean + brightness.
+    Contrast c about the pixel's own mean is linear in x: c x + (1 - c) mean + brightness.
     """
     turned = image_HW3
     if draw.hue or draw.saturation != 1:
@@ -224,7 +224,7 @@ def color_by_torch(images_N3HW: torch.Tensor, draws_ND: torch.Tensor) -> torch.T
 def _shift_hsv(
     images_N3HW: torch.Tensor, hue_turns: torch.Tensor, saturation_factor: torch.Tensor
 ) -> torch.Tensor:
-    """Turn the hue and scale the saturation (clipped to 0..1); the HSV value stays.
+    """Shift the hue and scale the saturation (clipped to 0..1); the HSV value stays.
 
     With sector h in 0..6, value v and saturation s, the hexcone model gives channel n (5, 3, 1 for
     red, green, blue) as v - v s clip(min(k, 4 - k), 0, 1) where k = (n + h) mod 6.
@@ -245,13 +245,13 @@ def _shift_hsv(
     for offset in (5, 3, 1):
         k = torch.remainder(sector + offset, 6)
         channels.append(value - value * saturation * torch.minimum(k, 4 - k).clamp(0, 1))
-    return torch.stack(channels, dim=-1).permute(0, 3, 1, 2)  # channels-last, as it came
+    return torch.stack(channels, dim=-1).permute(0, 3, 1, 2)  # channels-last, as the input
 
 
 @functools.lru_cache(maxsize=64)
 def constant_on_device(
     values: tuple[float, ...], dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
-    """(len(values),) tensor, copied once: each copy would make the host wait. Never write to it."""
+    """(len(values),) tensor, cached because each copy would synchronise. Never write to it."""
     with torch.inference_mode(False):
         return torch.tensor(values, dtype=dtype, device=device)

@@ -1,8 +1,8 @@
 """People of the training split with damaged pictures, each replaced by a neighbour.
 
-The replacement is the next undamaged person of the same tar, so that the order and the draws of
-all others stay. It depends only on the set of damaged people: if one rank learns of a person later
-than another, no batch changes.
+The replacement is the next undamaged person of the same tar, so that the order and augmentation of
+all others stay the same. It depends only on the set of damaged people, so ranks may learn of them
+at different times.
 """
 
 import json
@@ -17,30 +17,30 @@ from pipelines.jpeg import BadSamplesError
 from pipelines.loader import Loader, RawBatch
 from pipelines.shards import ShardSet
 
-LIST = "bad_samples.jsonl"
-"""File in the folder of a run that left people out, a line for each."""
+FILE_NAME = "bad_samples.jsonl"
+"""In the run's folder; one line for each person that is left out."""
 _LARGEST_LIST = 16 << 20
 
 
 class BadSamples:
-    """The damaged people that one rank knows, by sample number with what is wrong."""
+    """The damaged people that one rank knows: sample number -> fault."""
 
     def __init__(self, shards: ShardSet, folder: Path, limit: int, rank: int = 0):
-        """Read what earlier starts of the run found. Raises InputError.
+        """Read the file of earlier starts of the run. Raises InputError.
 
-        folder: of the run. limit: of damaged people, data.max_bad_samples.
+        folder: of the run. limit: data.max_bad_samples.
         """
-        self.shards, self.path, self.limit, self.rank = shards, folder / LIST, limit, rank
+        self.shards, self.path, self.limit, self.rank = shards, folder / FILE_NAME, limit, rank
         self.faults = self._read()
         self._reported = self._written = set(self.faults)
         self._indices = tempfile.TemporaryDirectory(prefix="indices_")
 
     def patched_shards(self) -> ShardSet:
-        """The split with everybody's replacements. Raises InputError where a tar has none."""
+        """The split with damaged people replaced. Raises InputError if a whole tar is damaged."""
         return self.shards.with_replacements(set(self.faults), Path(self._indices.name))
 
     def add(self, error: BadSamplesError) -> None:
-        """Add what a loader found. Raises InputError beyond the limit, or if nothing is new."""
+        """Add a loader's faults. Raises InputError above the limit, or `error` if none is new."""
         if error.faults.keys() <= self.faults.keys():
             raise error
         self.faults |= error.faults
@@ -49,13 +49,13 @@ class BadSamples:
         self._check(len(self.faults))
 
     def report(self) -> bytes:
-        """What this rank knows, for `merge`."""
+        """This rank's faults, for `merge`."""
         return json.dumps(self.faults).encode()
 
     def merge(self, reports: list[bytes]) -> list[str]:
-        """Write the reports of all ranks to the file; returns a sentence for each new person.
+        """Combine the reports of all ranks, write the file; returns a message per new person.
 
-        Raises InputError beyond the limit; given the same reports, on every rank.
+        Raises InputError above the limit, on every rank.
         """
         known = {int(s): text for part in reports for s, text in json.loads(part).items()}
         known |= self.faults
@@ -80,7 +80,7 @@ class BadSamples:
             )
 
     def _write(self, faults: dict[int, str]) -> None:
-        """Write the file; on a full disk later, because without it the same people are found."""
+        """Write the file. On a full disk the next call tries again."""
         lines = [
             {
                 "sample": sample,
@@ -95,7 +95,7 @@ class BadSamples:
             self._written = set(faults)
 
     def _read(self) -> dict[int, str]:
-        """People in the file; those of other shards, packed before or later, do not count."""
+        """The faults in the file; entries that do not fit these shards are ignored."""
         if not self.path.is_file():
             return {}
         faults = {}
@@ -111,14 +111,14 @@ class BadSamples:
             raise InputError(
                 self.path,
                 f"damaged ({error})",
-                "a line of JSON for each person that is left out",
-                "remove the file: the people are found again",
+                "one JSON object per line for each person that is left out",
+                "remove the file; training will find the people again",
             ) from error
         return faults
 
 
 class SkippingLoader:
-    """A loader that continues where another fails, with a neighbour for each damaged person."""
+    """Wraps a loader; when it fails, rebuilds it at the same position with people replaced."""
 
     def __init__(
         self,
@@ -127,12 +127,12 @@ class SkippingLoader:
         batches: int,
         state: bytes,
     ):
-        """make: a loader of (a split, batches returned before, a loader's state)."""
+        """make: builds a loader from (split, number of batches returned before, saved state)."""
         self.make, self.bad_samples, self.batches = make, bad_samples, batches
         self.loader = make(bad_samples.patched_shards(), batches, state)
 
     def next(self) -> RawBatch:
-        """The next batch. Raises InputError beyond the limit of damaged people."""
+        """The next batch. Raises InputError above the limit of damaged people."""
         while True:
             try:
                 batch = self.loader.next()
@@ -145,5 +145,5 @@ class SkippingLoader:
                 return batch
 
     def state(self) -> bytes:
-        """The loader's own."""
+        """The wrapped loader's state."""
         return self.loader.state()

@@ -1,4 +1,4 @@
-"""Where people are in pictures: a box, MPII's centre and scale, or the whole picture.
+"""Positions of people in pictures: a box, MPII's centre and scale, or the whole picture.
 
 Boxes are (x, y, width, height) in px, as in COCO and OpenCV: (0, 0, W, H) is a whole picture of
 W x H px. docs/conventions.md says how a box becomes the network's input square.
@@ -16,20 +16,20 @@ from common.files import parse_json, read_bytes
 from configs.skeleton import BOX_SCALE, PIXELS_PER_SCALE
 
 MARGIN = BOX_SCALE
-"""Side of the square over the longer side of a box drawn tightly about a person: MPII's own."""
+"""Side of the square / longer side of a tight box around the person, as in MPII."""
 
 _LARGEST = 4
-"""Half the side of a square over the picture's longer side: larger ones have a wrong unit."""
+"""Maximum of half the square's side / the picture's longer side; above it the unit is wrong."""
 _LARGEST_FILE = 64 << 20
 _BOX, _CENTER = ("x", "y", "width", "height"), ("center_x", "center_y")
-_COLUMNS = "image, and x, y, width, height, or center_x, center_y, scale; image_id if wanted"
+_COLUMNS = "image, and x, y, width, height, or center_x, center_y, scale; optional image_id"
 
 
 class Square(NamedTuple):
     """The part of a picture that the network sees."""
 
     x: float
-    """Of the centre, image px."""
+    """Centre, image px, as is `y`."""
     y: float
     scale: float
     """Side / 200 px."""
@@ -43,13 +43,13 @@ class Person(NamedTuple):
     square: Square | None
     """None: the whole picture."""
     image_id: int | None = None
-    """Number of the picture in a COCO data set, if the user gave one."""
+    """COCO's number of the picture, if the user gave one."""
 
 
 def square_about(box: Sequence[float], margin: float = MARGIN) -> Square:
     """The square about the middle of a box x, y, width, height (px); side: margin x longer side."""
     x, y, width, height = box
-    # A box counts pixels: one of width 1 at x covers the pixel x alone, whose centre is x.
+    # A box of width 1 at x covers only pixel x, whose centre is x.
     middle = x + (width - 1) / 2, y + (height - 1) / 2
     return Square(*middle, margin * max(width, height) / PIXELS_PER_SCALE)
 
@@ -60,7 +60,7 @@ def whole_picture(width: int, height: int) -> Square:
 
 
 def check_square(square: Square, width: int, height: int, where: str) -> None:
-    """Raise InputError for a square that a picture of that size (px) does not overlap."""
+    """Raise InputError unless the square overlaps a picture of this size (px)."""
     half = PIXELS_PER_SCALE * square.scale / 2
     is_sane = math.isfinite(sum(square)) and 0 < half < _LARGEST * max(width, height)
     overlaps = -half < square.x < width - 1 + half and -half < square.y < height - 1 + half
@@ -68,13 +68,13 @@ def check_square(square: Square, width: int, height: int, where: str) -> None:
         raise InputError(
             where,
             f"a square of {2 * half:g} px about ({square.x:g}, {square.y:g})",
-            f"one that overlaps the picture of {width} x {height} px and is less than 8 times it",
-            "correct the box, or centre and scale (side / 200 px); px are of the upright picture",
+            f"a square that overlaps the picture, {width} x {height} px, of less than 8 x its side",
+            "correct the box, or centre and scale (side / 200 px), in px of the upright picture",
         )
 
 
 def read_people(path: Path, margin: float = MARGIN) -> list[Person]:
-    """The people that a CSV or JSON file names, in its order. Raises InputError.
+    """The people in a CSV or JSON file, in its order. Raises InputError.
 
     CSV: a header and one line per person. JSON: a list of objects with the same names, or with
     `box` (four numbers) or `center` (two) and `scale`. Without a box or centre: the whole picture.

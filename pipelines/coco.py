@@ -1,4 +1,4 @@
-"""COCO's JSON of keypoints -> rows, by the rules of docs/conventions.md."""
+"""Parses COCO keypoint annotations by the rules of docs/conventions.md."""
 
 import sys
 from collections import Counter
@@ -53,7 +53,7 @@ def parse_coco(
 def _dicts(raw: Any, where: str) -> list[dict[str, Any]]:
     if isinstance(raw, list) and all(isinstance(entry, dict) for entry in raw):
         return raw
-    raise InputError(where, "something else", "a list of dicts", _FIX)
+    raise InputError(where, "another type", "a list of dicts", _FIX)
 
 
 def _is_id(value: object) -> TypeGuard[int]:
@@ -74,7 +74,7 @@ def _image_names(raw: Any, path: Path) -> dict[int, str]:
 
 
 def _categories(raw: Any, path: Path, skeleton: Skeleton) -> list[Any] | None:
-    """Ids of the categories with the skeleton's joints; None where the file names no joints."""
+    """Ids of the categories with the skeleton's joints; None if the file names no joints."""
     named = [entry for entry in _dicts(raw, f"{path}: categories") if entry.get("keypoints")]
     names = list(skeleton.names)
     found = [entry.get("id") for entry in named if entry["keypoints"] == names]
@@ -84,7 +84,7 @@ def _categories(raw: Any, path: Path, skeleton: Skeleton) -> list[Any] | None:
         f"{path}: categories",
         f"the joints {named[0]['keypoints']!r}",
         f"those of the skeleton {skeleton.name}, in its order: {', '.join(names)}",
-        "give the skeleton's joints the names and the order that they have in this file",
+        "use the names and order of this file in the skeleton's YAML",
     )
 
 
@@ -114,5 +114,5 @@ def _row(
     if not np.isin(keypoints[:, 2], (0, 1, 2)).all():
         found = f"visibilities {sorted(set(keypoints[:, 2].tolist()))}"
         raise InputError(where, found, "0, 1 and 2", _FIX)
-    keypoints[keypoints[:, 2] == 0] = 0.0  # files have any x and y there
+    keypoints[keypoints[:, 2] == 0] = 0.0  # x and y are undefined there
     return [image, number], json_numbers(entry, "bbox", (4,), where), keypoints

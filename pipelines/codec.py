@@ -1,4 +1,4 @@
-"""How a person becomes a crop and target heatmaps, and how heatmaps become joints again."""
+"""Encodes a person as a crop and target heatmaps, and decodes heatmaps into joints."""
 
 from dataclasses import dataclass
 
@@ -18,8 +18,8 @@ from pipelines.shard_format import Records
 class Codec:
     """The crop, joint and heatmap rules of a network, the same in both directions.
 
-    Joints follow princeton's own rules where both its crop and its heatmap rule are used, and
-    otherwise the affine of the crop's pixels. Axes: N person, J joint, H row, W column.
+    Joints follow princeton's rules if both its crop and its heatmap rule are used, else the affine
+    of the crop's pixels. Axes: N person, J joint, H row, W column.
     """
 
     preset: Preset  # augmentation, and whether the crop is princeton's
@@ -42,13 +42,13 @@ class Codec:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Annotated joints in heatmap px (N, J, 2), and which of them have a target (N, J) bool.
 
-        Left and right joints change places in crops that are mirrored.
+        Left and right joints are swapped in mirrored crops.
         """
-        mirrored = constant_on_device(self.skeleton.mirrored, torch.int64, draws_ND.device)
+        flip_indices = constant_on_device(self.skeleton.flip_indices, torch.int64, draws_ND.device)
         if self._is_princeton:
-            return princeton.heat_joints(records, draws_ND, mirrored, self.input_px)
+            return princeton.heat_joints(records, draws_ND, flip_indices, self.input_px)
         flip_N = draws_ND[:, 2] > 0
-        return heatmaps.heat_joints(records, input_from_image_N23, flip_N, mirrored, self.rule)
+        return heatmaps.heat_joints(records, input_from_image_N23, flip_N, flip_indices, self.rule)
 
     def render(self, joints_NJ2: torch.Tensor, drawn_NJ: torch.Tensor) -> torch.Tensor:
         """(N, J, H, W) float32 target heatmaps. joints_NJ2: heatmap px."""
@@ -61,7 +61,7 @@ class Codec:
     def image_joints(
         self, joints_NJ2: torch.Tensor, records: Records, input_from_image_N23: torch.Tensor
     ) -> npt.NDArray[np.float64]:
-        """Decoded joints, heatmap px -> image px (N, J, 2). records: numpy."""
+        """Transform decoded joints, heatmap px -> image px (N, J, 2). records: of numpy arrays."""
         joints = joints_NJ2.double().cpu().numpy()
         if self._is_princeton:
             return princeton.image_joints(joints, records, self.input_px)

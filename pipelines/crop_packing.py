@@ -1,7 +1,7 @@
-"""Stored crops: the region of a picture that augmentation can read, made smaller.
+"""Stored crops: the region of a picture that augmentation can reach, scaled down.
 
-The region is a square around the person's box, clipped to the picture; outside, a crop is black
-either way. It is resized edge to edge: with x0 the region's first column and a = region width /
+The region is a square around the person's box, clipped to the picture, because crops are black
+outside it. It is resized edge to edge: with x0 the region's first column and a = region width /
 stored width, x_image + 0.5 = (x_stored + 0.5) a + x0.
 """
 
@@ -30,7 +30,7 @@ class Region(NamedTuple):
     """Exclusive, as is `bottom`."""
     bottom: int
     width: int
-    """Stored; at most right - left."""
+    """Stored width; at most right - left."""
     height: int
 
     @property
@@ -44,7 +44,7 @@ class Region(NamedTuple):
 def crop_extent(preset: Preset) -> float:
     """Side of the upright square that contains the preset's largest crop / side of the box.
 
-    A square rotated by t has an upright hull larger by |cos t| + |sin t|, at most at 45 degrees.
+    A square rotated by t needs an upright square |cos t| + |sin t| as large; 45 degrees is worst.
     """
     scale = 2.0**preset.scale.high if preset.scale_is_log2 else preset.scale.high
     angle = max(abs(preset.rotation_deg.low), abs(preset.rotation_deg.high))
@@ -53,7 +53,7 @@ def crop_extent(preset: Preset) -> float:
 
 
 def crop_rule(preset: str, person_px: int, quality: int) -> CropRule:
-    """The rule that packs for a preset's largest crops."""
+    """The CropRule for a preset's largest crops."""
     extent = crop_extent(PRESETS[preset])
     return CropRule(preset=preset, reach=extent, person_px=person_px, quality=quality)
 
@@ -63,7 +63,7 @@ def crop_region(
 ) -> Region:
     """The region of one person. center: (2,) image px. scale: box side / 200 px.
 
-    A person whose region is outside the picture gets its nearest row or column.
+    If the region is outside the picture, the picture's nearest row or column is used.
     """
     box_px = PIXELS_PER_SCALE * scale
     shrink = max(1.0, box_px / rule.person_px)

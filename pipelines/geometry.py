@@ -1,7 +1,7 @@
 """Pure affine maps between image, input and heatmap pixels. Conventions: docs/conventions.md.
 
 Matrices are (3, 3) float64, named target_from_source, for column vectors (x, y, 1) whose pixel
-centres are integers. Nothing here is random, reads a file or chooses a device.
+centres are integers. Without randomness, files or devices.
 """
 
 import numpy as np
@@ -26,7 +26,7 @@ def scaling(x: float, y: float) -> Matrix:
 
 
 def rotation(degrees: float) -> Matrix:
-    """(3, 3) matrix that turns points about the origin, clockwise on the screen."""
+    """(3, 3) matrix that rotates points about the origin, clockwise on the screen."""
     sine, cosine = np.sin(np.deg2rad(degrees)), np.cos(np.deg2rad(degrees))
     return np.array([[cosine, -sine, 0.0], [sine, cosine, 0.0], [0.0, 0.0, 1.0]])
 
@@ -47,8 +47,8 @@ def input_from_image(
     """(3, 3) affine, image px -> input px: the person's box fills the input edge to edge.
 
     center: (2,) middle of the box, image px. scale: side of the box / 200 px. scale_factor enlarges
-    the box, so the person gets smaller. The picture is turned by rotation_deg about the box's
-    centre and then mirrored if flip.
+    the box, so the person gets smaller. The picture is rotated by rotation_deg about the box's
+    centre, then mirrored if flip.
     """
     x, y = np.asarray(center, dtype=np.float64)
     zoom = input_px / (PIXELS_PER_SCALE * scale * scale_factor)

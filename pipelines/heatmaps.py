@@ -1,7 +1,7 @@
-"""Joints -> target heatmaps (render) and heatmaps -> joints (decode): an inverse pair a rule.
+"""Renders joints as target heatmaps and decodes heatmaps into joints, by one of three rules.
 
-One batched routine on the tensors' own device, no loop over joints. The three rules are set out in
-docs/conventions.md. Axes: N person, J joint, H row, W column; points are (x, y) in heatmap px.
+All functions are batched and run on the tensors' device. docs/conventions.md defines the rules.
+Axes: N person, J joint, H row, W column; points are (x, y) in heatmap px.
 """
 
 import numpy as np
@@ -26,21 +26,21 @@ def heat_joints(
     records: Records,
     input_from_image_N23: torch.Tensor,
     flip_N: torch.Tensor,
-    mirrored: torch.Tensor,
+    flip_indices: torch.Tensor,
     rule: RuleName,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Joints image px -> heatmap px (N, J, 2) through the pixels' affine, and their marks (N, J).
+    """Joints in heatmap px (N, J, 2), by the affine of the crop's pixels, and marked (N, J).
 
-    Where flip_N, left and right joints change places, and their marks with them. mirrored: (J,)
-    int64, the joint on the other side.
+    In flipped crops left and right joints are swapped, in `marked` too. flip_indices: (J,) int64,
+    the joint on the other side.
     """
     linear, shift = input_from_image_N23[..., :2], input_from_image_N23[..., 2]
     in_input = records.joints_NJ2.to(linear) @ linear.transpose(1, 2) + shift[:, None]
     to_heat = heat_from_input(rule)
     heat = in_input * float(to_heat[0, 0]) + float(to_heat[0, 2])  # the same in x and y
-    heat = torch.where(flip_N[:, None, None], heat[:, mirrored], heat)
+    heat = torch.where(flip_N[:, None, None], heat[:, flip_indices], heat)
     marked = records.marked_NJ
-    return heat, torch.where(flip_N[:, None], marked[:, mirrored], marked)
+    return heat, torch.where(flip_N[:, None], marked[:, flip_indices], marked)
 
 
 def image_joints(
@@ -48,7 +48,7 @@ def image_joints(
     input_from_image_N23: npt.NDArray[np.float64],
     rule: RuleName,
 ) -> npt.NDArray[np.float64]:
-    """Decoded joints, heatmap px -> image px (N, J, 2), by the inverse of the pixels' affine."""
+    """Transform decoded joints, heatmap px -> image px (N, J, 2), by the inverse affine."""
     input_from_image = np.tile(np.eye(3), (len(joints_NJ2), 1, 1))
     input_from_image[:, :2] = input_from_image_N23
     return transform(np.linalg.inv(heat_from_input(rule) @ input_from_image), joints_NJ2)
@@ -60,8 +60,8 @@ def render(
     """(N, J, heat_px, heat_px) float32 Gaussians of peak 1 about the joints; empty where not drawn.
 
     joints_NJ2: heatmap px. sigma: heatmap px at a heatmap of 64 px; `princeton` and `exact` scale
-    it with the heatmap, `hrnet` does not. A Gaussian is a product of a row and a column, so its
-    exponentials are computed once per row and column.
+    it with the heatmap, `hrnet` does not. The Gaussian is separable, so exponentials are computed
+    once per row and column.
     """
     grid = torch.arange(heat_px, device=joints_NJ2.device, dtype=torch.float32)
     if rule != "hrnet":
@@ -109,12 +109,12 @@ def decode(heat_NJHW: torch.Tensor, rule: RuleName) -> tuple[torch.Tensor, torch
     return joints * (score > 0)[..., None], score
 
 
-def mirror_back(heat_NJHW: torch.Tensor, mirrored: torch.Tensor, rule: RuleName) -> torch.Tensor:
-    """Heatmaps of a mirrored input, as heatmaps of the input itself. mirrored: (J,) int64.
+def flip_back(heat_NJHW: torch.Tensor, flip_indices: torch.Tensor, rule: RuleName) -> torch.Tensor:
+    """Mirror the heatmaps of a mirrored input back. flip_indices: (J,) int64.
 
-    `hrnet` then moves them right by one pixel, as its own test does.
+    `hrnet` then shifts them right by one pixel, as HRNet's test code does.
     """
-    back = heat_NJHW.flip(3).index_select(1, mirrored)
+    back = heat_NJHW.flip(3).index_select(1, flip_indices)
     if rule == "hrnet":
         back = torch.cat([back[..., :1], back[..., :-1]], dim=3)
     return back
@@ -124,7 +124,7 @@ def _peak(heat_NJHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Te
     """Value, x and y (int64) of the highest pixel of each map, the first of several equal ones."""
     maps = heat_NJHW.flatten(2)
     if maps.device.type == "cpu":
-        # numpy promises the first of equal values, and does it in one pass.
+        # numpy guarantees the first of equal values, in one pass.
         index = torch.from_numpy(maps.numpy().argmax(axis=2))
         score = maps.gather(2, index[..., None])[..., 0]
     else:
@@ -164,14 +164,14 @@ def _vertex(heat: torch.Tensor, x: torch.Tensor, y: torch.Tensor, axis: int) -> 
 
 
 def _decode_princeton(heat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """3 x 3 peaks, the first maximum, a quarter step to the higher side (a tie steps back), + 0.5.
+    """3 x 3 non-maximum suppression, first maximum, quarter step to the higher side, + 0.5.
 
-    A map with no positive value gives the first zero of the suppressed map, and no step. In all
-    others the highest pixel is a peak, so that nothing need be suppressed to find it.
+    A tie steps back. A map without a positive value gives the first zero after suppression, without
+    a step. In other maps the highest pixel survives suppression, so it is skipped there.
     """
     score, x, y = _peak(heat)
     empty = score <= 0
-    if heat.device.type != "cpu":  # picking maps would make the host wait for their number
+    if heat.device.type != "cpu":  # boolean indexing would synchronise with the host
         found = zip(_peak(_suppress(heat)), (score, x, y), strict=True)
         score, x, y = (torch.where(empty, a, b) for a, b in found)
     elif empty.any():

@@ -1,4 +1,4 @@
-"""Which JPEGs may be packed: complete ones that every decoder turns into the same picture.
+"""Checks JPEGs for packing: they must be complete, and every decoder must give the same picture.
 
 Besides missing and damaged files, these are refused:
 - grey (1 component) and CMYK (4 components): the bytes are packed unchanged, and OpenCV, nvJPEG
@@ -28,9 +28,9 @@ from PIL.JpegImagePlugin import JpegImageFile
 from common.errors import InputError
 
 MAX_PIXELS = 64_000_000
-"""More than any camera of the data sets has."""
+"""More than any picture of the data sets has."""
 _MAX_SCANS = 100
-"""A decoder goes over the whole picture for each; photographs have about 10."""
+"""Each scan makes the decoder process the whole picture; photographs have about 10."""
 _END, _SCAN = 0xD9, 0xDA
 _USUAL_FRAMES = {0xC0, 0xC1, 0xC2}  # baseline, extended, progressive
 _FRAMES = {0xC0 + kind for kind in range(16)} - {0xC4, 0xC8, 0xCC}
@@ -48,25 +48,25 @@ class Picture(NamedTuple):
     bytes: int
     mtime_ns: int
     width: int
-    """px; 0 for a bad picture, as the height."""
+    """px; 0 for a bad picture, as is `height`."""
     height: int
     fault: str
     """Empty for a good picture."""
 
 
 class PictureError(Exception):
-    """A picture that is not packed; its text is the reason, in a few words."""
+    """A picture that cannot be packed; its text is the reason."""
 
 
 class BadSamplesError(InputError):
     """Samples whose pictures cannot be used. The message names the first."""
 
     faults: dict[int, str]
-    """The fault of each, by the number of the sample."""
+    """Sample number -> fault."""
 
     @classmethod
     def of(cls, faults: dict[int, str], where: object, found: str) -> "BadSamplesError":
-        """where, found: of the first one."""
+        """where, found: of the first sample, for the message."""
         advice = (
             "restore the picture or its tar, or pack the split again with --skip-bad; training "
         )
@@ -121,7 +121,7 @@ def check_jpeg(data: bytes) -> tuple[int, int]:
 
 
 def _check_header(data: bytes) -> None:
-    """Raise PictureError for what is refused without decoding."""
+    """Raise PictureError for a JPEG that can be refused without decoding."""
     if data[:3] != b"\xff\xd8\xff":
         raise PictureError("not a JPEG" if data else "empty")
     if all(marker != _END for marker, _ in _markers(data)):
@@ -147,7 +147,7 @@ def _check_header(data: bytes) -> None:
 
 
 def _exif_orientation(data: bytes) -> int:
-    """1 (as stored) where there is none that can be read."""
+    """The EXIF orientation; 1 (as stored) if none can be read."""
     if b"Exif\0\0" not in data:
         return 1
     exif = Image.Exif()
@@ -159,7 +159,7 @@ def _exif_orientation(data: bytes) -> int:
 
 
 def require_sane_size(data: bytes, where: object, limit: int = MAX_PIXELS) -> bool:
-    """Raise InputError if a picture's header claims more pixels, or a JPEG has too many scans.
+    """Raise InputError if the header claims more than `limit` pixels, or a JPEG has too many scans.
 
     data: a file of any format that Pillow can identify; others pass (OpenCV itself refuses more
     than 2^30 pixels). A JPEG may be cut off after its header. Returns whether a header was found.
@@ -185,7 +185,7 @@ def _claims(data: bytes) -> tuple[int, int, int]:
         frame, scans = _frame_and_scans(data)
         return (frame.width, frame.height, scans) if frame else (0, 0, scans)
     Image.init()
-    # Image.open does the same, but refuses or warns of large pictures by a limit of its own.
+    # Image.open does the same, but applies its own limit to large pictures.
     for open_with, accepts in Image.OPEN.values():
         with suppress(OSError, SyntaxError, ValueError, IndexError, struct.error):
             if accepts is None or accepts(data[:16]):
@@ -226,7 +226,7 @@ def _markers(data: bytes) -> Iterator[tuple[int, int]]:
 
 @contextmanager
 def _stderr_captured() -> Iterator[IO[bytes]]:
-    """What stderr gets meanwhile, as a file: libjpeg gives its warnings nowhere else."""
+    """Capture stderr in a file, because libjpeg prints its warnings there only."""
     kept = os.dup(2)
     with tempfile.TemporaryFile() as file:
         os.dup2(file.fileno(), 2)

@@ -2,7 +2,7 @@
 
 Every picture is decoded before the first shard is written. A split is written in a folder beside
 the output and moved there when it is complete, so that an interrupted run can be continued and the
-output never contains half a split.
+output never contains an incomplete split.
 """
 
 import fcntl
@@ -28,7 +28,7 @@ import cv2
 import numpy as np
 import webdataset
 
-from common.cli import counting, progress
+from common.cli import progress, progress_bar
 from common.errors import InputError
 from common.files import write_atomic
 from common.system import keep_freed_memory
@@ -56,9 +56,9 @@ SPLITS = ("train", "valid")
 _BAD_SHOWN = 10
 _RUN_AGAIN = "run the same command again; it continues where it stopped"
 _TAR_BYTES, _FILE_BYTES = 10_240, 1024
-"""Of a tar without files, and at most of a file in it beside its content."""
+"""Size of an empty tar, and the most that tar adds to the content of each file."""
 _BYTES_PER_PIXEL = 0.6
-"""Of a very detailed stored crop; photographs have about 0.3."""
+"""Upper estimate for a stored crop; photographs have about 0.3."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,7 @@ class PackingOptions:
     splits: tuple[str, ...] = SPLITS
     people_per_shard: int = 512
     workers: int = 1
-    """Processes; with 0 and 1 this process does the work."""
+    """Worker processes; 0 and 1 use this process only."""
     seed: int = 0
     skip_bad: bool = False
     overwrite: bool = False
@@ -79,7 +79,7 @@ class PackingOptions:
     skeleton: Path | None = None
     """YAML file of the joints; None for MPII's."""
     crop: CropRule | None = None
-    """None if pictures are stored as they are."""
+    """None if pictures are stored unchanged."""
     command: str = ""
 
     @property
@@ -109,7 +109,7 @@ class Sample(NamedTuple):
     region: Region | None
     """Part of the picture to store; None stores the file's bytes."""
     width: int
-    """Of what is stored, px."""
+    """Of the stored picture, px, as is `height`."""
     height: int
 
 
@@ -155,18 +155,18 @@ def read_jobs(options: PackingOptions) -> list[SplitJob]:
 
 
 def fingerprint(options: PackingOptions, job: SplitJob, left_out: list[str]) -> str:
-    """SHA-256 of all that decides what a split contains; stored in the manifest as its plan."""
+    """SHA-256 of everything that determines a split's content; `plan` in the manifest."""
     facts: list[Any] = [FORMAT_VERSION, options.packing, options.people_per_shard, options.seed]
     facts += [job.split, job.source["sha256"], job.source["images"], left_out]
     if options.crop:
         facts.append(asdict(options.crop))
     if job.skeleton != MPII:  # absent in plans of the first version
-        facts.append(job.skeleton.plain())
+        facts.append(job.skeleton.as_dict())
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def already_packed(options: PackingOptions, job: SplitJob) -> bool:
-    """Whether the output contains this split. Raises InputError if it contains anything else."""
+    """Whether the output contains this split. Raises InputError if it has other content."""
     folder = options.output / job.split
     if not os.path.lexists(folder):
         return False
@@ -299,7 +299,7 @@ def pack_split(
         for number, start in enumerate(range(0, len(samples), size))
     ]
     shards = []
-    with counting(f"packing {job.split}", len(samples), "people") as advance:
+    with progress_bar(f"packing {job.split}", len(samples), "people") as advance:
         for shard in map_tasks(pack_shard, tasks):
             shards.append(shard)
             advance(shard.people)
@@ -320,7 +320,7 @@ def pack_split(
     )
     write_manifest(folder, manifest)
 
-    # The split that is replaced stays until the new one is complete.
+    # The old split stays until the new one is complete.
     target, old = options.output / job.split, options.partial / f"{job.split}.old"
     options.output.mkdir(parents=True, exist_ok=True)
     if target.exists():
@@ -334,7 +334,7 @@ def pack_split(
 def prepare_sample(
     crop: CropRule | None, job: SplitJob, row: int, key: str, picture: Picture
 ) -> Sample:
-    """All of one person but the bytes of the picture."""
+    """Everything of one person except the picture's bytes."""
     people, width, height = job.people, picture.width, picture.height
     region, affine = None, IDENTITY_AFFINE
     if crop:
@@ -362,7 +362,7 @@ def check_space(options: PackingOptions, folder: Path, samples: list[Sample]) ->
 
 
 def pack_shard(task: ShardTask) -> Shard:
-    """Write a tar and its index, unless an earlier run did. Same samples, same bytes."""
+    """Write a tar and its index, unless an earlier run did. Deterministic."""
     tar = task.folder / f"{task.number:05d}.tar"
     index, temporary = tar.with_suffix(".idx"), tar.with_suffix(".tar.tmp")
     if not tar.exists():
@@ -398,7 +398,7 @@ def load_jpeg(sample: Sample, crop: CropRule | None) -> bytes:
 
 
 def index_text(members: list[tarfile.TarInfo]) -> str:
-    """A wds2idx index: a line a sample, with `extension offset size name` of each component."""
+    """A wds2idx index: per sample a line of `extension offset size name` of each component."""
     samples: dict[str, list[str]] = {}
     for member in members:
         key, _, extension = member.name.partition(".")

@@ -1,7 +1,7 @@
-"""The crop, joint and decode rules of princeton-vl/pytorch_stacked_hourglass, defects included.
+"""The crop, joint and decode rules of princeton-vl/pytorch_stacked_hourglass, including its bugs.
 
-They are what its published weights were trained with. Nothing outside the preset `princeton` uses
-them. Frames: image px -> crop px (the 256-px crop before augmentation) -> input px -> heatmap px.
+Its published weights were trained with them. Only the preset and rule `princeton` use them.
+Frames: image px -> crop px (the 256-px crop before augmentation) -> input px -> heatmap px.
 """
 
 import cv2
@@ -16,8 +16,8 @@ from pipelines.shard_format import Records
 
 
 def crop_from_image(center: npt.ArrayLike, scale: float, crop_px: int) -> Matrix:
-    """(3, 3) affine, image px -> crop px, that moves its joints: the box's corner goes to 0."""
-    # The order of these operations is its own: what follows truncates, so the last bit matters.
+    """(3, 3) affine, image px -> crop px, of its joints: the box's corner goes to 0."""
+    # In princeton-vl's order of operations: the result is truncated later, so the last bit matters.
     box_px = PIXELS_PER_SCALE * scale
     x, y = crop_px * (-np.asarray(center, dtype=np.float64) / box_px + 0.5)
     zoom = crop_px / box_px
@@ -67,9 +67,9 @@ def augment(crop_HW3: npt.NDArray, draw: Draw) -> npt.NDArray:
 
 
 def input_from_image(center: npt.ArrayLike, scale: float, draw: Draw, input_px: int) -> Matrix:
-    """(3, 3) affine, image px -> input px, of the pixels: both resamplings and the flip as one map.
+    """(3, 3) affine, image px -> input px, of the pixels: both resamplings and the flip as one.
 
-    The OpenCV path does not use it to make pixels, the DALI path does.
+    DALI warps with it; the OpenCV path resamples twice instead.
     """
     upper_left, lower_right = box_corners(center, scale, input_px)
     width, height = np.maximum(lower_right - upper_left, 1)
@@ -83,13 +83,13 @@ def input_from_image(center: npt.ArrayLike, scale: float, draw: Draw, input_px: 
 
 
 def heat_joints(
-    records: Records, draws_ND: torch.Tensor, mirrored: torch.Tensor, input_px: int
+    records: Records, draws_ND: torch.Tensor, flip_indices: torch.Tensor, input_px: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Joints in heatmap px by its rules; returns ((N, J, 2), drawn (N, J) bool).
+    """Joints in heatmap px (N, J, 2) by its rules, and which have a target, (N, J) bool.
 
     Joints are truncated to whole crop pixels, those with x <= 0 are not moved into the crop, a flip
     is x -> width - x, and the mask of joints that are missing (0, 0) is not mirrored with them.
-    mirrored: (J,) int64, the joint on the other side.
+    flip_indices: (J,) int64, the joint on the other side.
     """
     heat_px = input_px // STRIDE
     box_N1 = (PIXELS_PER_SCALE * records.scale_N.double())[:, None]
@@ -105,7 +105,7 @@ def heat_joints(
     zoom = heat_px / (input_px * scale)[:, None, None]
     heat = ((in_crop - input_px / 2) * zoom) @ turn_N22.transpose(1, 2) + heat_px / 2
 
-    x_NJ, y_NJ = heat[:, mirrored].unbind(dim=-1)
+    x_NJ, y_NJ = heat[:, flip_indices].unbind(dim=-1)
     flipped = torch.stack([heat_px - x_NJ, y_NJ], dim=-1)
     heat = torch.where(flip[:, None, None] > 0, flipped, heat)
     missing = (joints == 0).all(dim=-1)

@@ -16,14 +16,14 @@ import numpy.typing as npt
 
 from common.errors import InputError
 from common.files import read_json, write_atomic
-from configs.skeleton import PIXELS_PER_SCALE, Skeleton, skeleton_from_plain
+from configs.skeleton import PIXELS_PER_SCALE, Skeleton, skeleton_from_dict
 from pipelines.annotations import People, safe_name
 
 COLUMNS: dict[str, Any] = {
     "row": 0,  # in the annotation file's split, from 0
     "center": slice(1, 3),  # x, y in image px
     "scale": 3,  # box side / 200 px
-    "normalize": 4,  # px, 0 where unknown
+    "normalize": 4,  # px, 0 if unknown
     "size": slice(5, 7),  # width and height of the stored picture, px
     "image_from_stored": slice(7, 13),  # affine of pixel centres, px, row by row
 }
@@ -36,7 +36,7 @@ _MAX_COORDINATE = 131_072.0
 COMPONENTS = ("f32", "jpg", "json")
 """Files of a sample in a tar, in this order."""
 LARGEST = {"f32": 1 << 20, "jpg": 256 << 20, "json": 4 << 20}
-"""Bytes of each."""
+"""Maximum bytes of each."""
 INDEX_VERSION = "v1.2"
 FORMAT = "stacked-hourglass-shards"
 FORMAT_VERSION = 1
@@ -44,11 +44,11 @@ MANIFEST = "manifest.json"
 PACK_AGAIN = "pack the data again with tools/make_shards.py into a new folder"
 _MAX_MANIFEST = 64 << 20
 _MIN_PERSON = 6 * 512
-"""Bytes in a tar: three files of a header and at least one block."""
+"""Minimum bytes in a tar: three files, each of a header and one block."""
 
 
 class Records(NamedTuple):
-    """Fields of a batch of records, of numpy or torch alike. Units: docs/conventions.md."""
+    """Fields of a batch of records, numpy arrays or torch tensors. Units: docs/conventions.md."""
 
     row_N: Any
     center_N2: Any
@@ -74,7 +74,7 @@ def record_of(
     height: int,
     image_from_stored: tuple[float, ...] = IDENTITY_AFFINE,
 ) -> npt.NDArray[np.float64]:
-    """(record_length,) record of one person in full precision.
+    """(record_length,) float64 record of one person.
 
     width, height: of the stored picture, px. image_from_stored: six numbers, row by row.
     """
@@ -146,7 +146,7 @@ def person_json(
 def record_faults(
     records_NR: npt.NDArray[np.float32], manifest: "Manifest"
 ) -> dict[str, npt.NDArray[np.bool_]]:
-    """(N,) masks of impossible records of a split, by a description of the fault."""
+    """Description of a fault -> (N,) mask of the records that have it."""
     largest = (manifest.max_width, manifest.max_height)
     with np.errstate(invalid="ignore", over="ignore"):
         values = unpack_records(records_NR.astype(np.float64))
@@ -194,9 +194,9 @@ class CropRule:
     reach: float
     """Side of the stored region / side of the person's box."""
     person_px: int
-    """Largest side of a person's box, stored px."""
+    """Maximum side of a person's box, stored px."""
     quality: int
-    """Of the JPEGs."""
+    """JPEG quality."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,9 +215,9 @@ class Manifest:
     source: dict[str, str]
     """Annotation file, its SHA-256, and the folder of pictures."""
     seed: int
-    """Of the shuffle of people."""
+    """Of the order of people."""
     crop: CropRule | None = None
-    """None where the pictures are the originals."""
+    """None if the pictures are the originals."""
     left_out: list[str] = field(default_factory=list)
     """People whose pictures could not be packed."""
     command: str = ""
@@ -233,7 +233,7 @@ def file_sha256(path: Path) -> str:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write manifest.json atomically."""
-    text = json.dumps({**asdict(manifest), "skeleton": manifest.skeleton.plain()}, indent=1)
+    text = json.dumps({**asdict(manifest), "skeleton": manifest.skeleton.as_dict()}, indent=1)
     write_atomic(folder / MANIFEST, (text + "\n").encode())
 
 
@@ -260,14 +260,14 @@ def _manifest(raw: Any) -> Manifest:
     if not raw["shards"] or type(raw["shards"]) is not list or type(raw["skeleton"]) is not dict:
         raise ValueError("no list of shards, or no skeleton")
     shards = tuple(_parse(Shard, shard) for shard in raw["shards"])
-    skeleton = skeleton_from_plain(raw["skeleton"])
+    skeleton = skeleton_from_dict(raw["skeleton"])
     crop = _parse(CropRule, raw["crop"]) if raw.get("crop") else None
     # The first versions had no crop.
     manifest = _parse(Manifest, {**raw, "shards": shards, "skeleton": skeleton, "crop": crop})
     if sum(shard.people for shard in shards) != manifest.people:
-        raise ValueError("the shards' people do not add up to people")
+        raise ValueError("the shards' people do not add up to the total")
     if skeleton.joint_count != manifest.joints:
-        raise ValueError("joints are not those of the skeleton")
+        raise ValueError("the number of joints is not the skeleton's")
     for shard in shards:
         if not 0 < shard.people * _MIN_PERSON <= shard.bytes:
             raise ValueError(f"{shard.tar}: {shard.people} people in {shard.bytes} bytes")
@@ -281,7 +281,7 @@ def _parse(cls: Any, raw: Any) -> Any:
     """A dataclass from a dict of all its fields. Raises ValueError."""
     kinds: dict[str, Any] = {each.name: get_origin(each.type) or each.type for each in fields(cls)}
     if not isinstance(raw, dict) or raw.keys() != kinds.keys():
-        raise ValueError(f"other fields of a {cls.__name__} than {', '.join(kinds)}")
+        raise ValueError(f"the fields of a {cls.__name__} are not {', '.join(kinds)}")
     for name, kind in kinds.items():
         if kind is not UnionType and not isinstance(raw[name], kind):
             raise ValueError(f"{name} is {raw[name]!r:.100}")

@@ -1,11 +1,11 @@
-"""Reads a split of shards at random.
+"""Random access to a split of shards.
 
 A split is a folder of NNNNN.tar, each with its wds2idx index NNNNN.idx, and one manifest.json. A
 sample is one person with three components, in this order:
 
     <key>.f32   little-endian float32 record (pipelines/shard_format.py), which DALI reads directly
     <key>.jpg   the picture
-    <key>.json  the same values for people to read, and the name of the picture
+    <key>.json  the same values in readable form, and the name of the picture
 """
 
 import copy
@@ -38,15 +38,15 @@ from pipelines.shard_format import (
 
 _MAX_INDEX = 256 << 20  # bytes
 _JPEG_HEADER_BYTES = 4096
-"""Contain the size, except in pictures with a thumbnail or a colour profile."""
+"""Enough to find the size, except in pictures with a thumbnail or a colour profile."""
 _INDEX_LINE = re.compile(
     r"f32 (\d{1,15}) (\d{1,15}) ([^ .]+)\.f32 jpg (\d{1,15}) (\d{1,15}) \3\.jpg "
     r"json (\d{1,15}) (\d{1,15}) \3\.json"
 )
 
 
-class Place(NamedTuple):
-    """Where a component of a sample is, in bytes of its tar."""
+class ByteRange(NamedTuple):
+    """Position of a component of a sample in its tar, bytes."""
 
     tar: Path
     offset: int
@@ -109,7 +109,7 @@ class ShardSet:
         return records
 
     def damaged_records(self) -> dict[int, str]:
-        """Samples whose record cannot be read, or has changed since `records`; and the fault."""
+        """Sample -> fault, for records that cannot be read or have changed since `records`."""
         self._files.clear()  # a tar may have been replaced
         faults = {}
         for sample in range(len(self)):
@@ -122,7 +122,7 @@ class ShardSet:
                     faults[sample] = "its record has changed since the start"
         return faults
 
-    def facts(self, sample: int) -> dict[str, Any]:
+    def metadata(self, sample: int) -> dict[str, Any]:
         """The JSON of one person. Raises InputError."""
         try:
             facts = parse_json(self.component(sample, "json"))
@@ -139,7 +139,7 @@ class ShardSet:
     def people(self) -> tuple[People, npt.NDArray[np.int64]]:
         """All people in the order of the annotation file, and the sample of each, (N,)."""
         fields = unpack_records(self.records())
-        facts = [self.facts(sample) for sample in range(len(self))]
+        facts = [self.metadata(sample) for sample in range(len(self))]
         people = People(
             images=tuple(fact["image"] for fact in facts),
             index=np.array([fact["index"] for fact in facts]),
@@ -171,15 +171,15 @@ class ShardSet:
         """The sample whose data are returned for this one: itself, or its replacement."""
         return int(self._origin_N[sample])
 
-    def place(self, sample: int, extension: str) -> Place:
-        """Where a component is. extension: one of COMPONENTS."""
+    def byte_range(self, sample: int, extension: str) -> ByteRange:
+        """The position of a component in its tar. extension: one of COMPONENTS."""
         offset, size = self._places_NC2[sample, COMPONENTS.index(extension)].tolist()
-        return Place(self.tars[self._shard_N[sample]], offset, size)
+        return ByteRange(self.tars[self._shard_N[sample]], offset, size)
 
     def component(self, sample: int, extension: str) -> bytes:
         """The bytes of one component. Raises InputError."""
-        place = self.place(sample, extension)
-        return self._read(sample, place.offset, place.size)
+        position = self.byte_range(sample, extension)
+        return self._read(sample, position.offset, position.size)
 
     def with_replacements(self, bad: set[int], folder: Path) -> "ShardSet":
         """The same split, but each of these samples is replaced by the next good one of its tar.
@@ -209,8 +209,8 @@ class ShardSet:
         return changed
 
     def _index_line(self, sample: int) -> str:
-        places = [(name, self.place(sample, name)) for name in COMPONENTS]
-        return " ".join(f"{n} {p.offset} {p.size} {self._keys[sample]}.{n}" for n, p in places)
+        ranges = [(name, self.byte_range(sample, name)) for name in COMPONENTS]
+        return " ".join(f"{n} {r.offset} {r.size} {self._keys[sample]}.{n}" for n, r in ranges)
 
     def _read(self, sample: int, offset: int, size: int) -> bytes:
         shard = int(self._shard_N[sample])
@@ -227,8 +227,8 @@ class ShardSet:
         return data
 
     def _checked_record(self, sample: int) -> npt.NDArray[np.float32]:
-        """The record; read together with the header of the picture, which is checked."""
-        record, picture = self.place(sample, "f32"), self.place(sample, "jpg")
+        """The record, after a check of the picture's header, which is read with it."""
+        record, picture = self.byte_range(sample, "f32"), self.byte_range(sample, "jpg")
         header = min(picture.size, _JPEG_HEADER_BYTES)
         data = self._read(sample, record.offset, picture.offset + header - record.offset)
         jpeg = data[-header:]

@@ -1,4 +1,4 @@
-"""Synthetic people in MPII's layout: articulated figures on cluttered backgrounds, joints exact.
+"""Synthetic people in MPII's layout: articulated figures on clutter, with exact joints.
 
 Axes: x right and y down in the picture, z away from the viewer. A body at rest faces the viewer, so
 its own left is +x. Right arms are red and right legs magenta, left arms blue and left legs cyan:
@@ -31,7 +31,7 @@ VERSION = 2
 """Increased whenever the same options draw other pictures."""
 SIZES_WH = ((640, 480), (640, 360), (480, 640), (480, 360), (854, 480), (1280, 720))
 TRUNK_LENGTH = 0.295
-"""From pelvis to thorax, in heights of a standing body."""
+"""Distance from pelvis to thorax / height of the standing body."""
 JOINTS, POINTS = 16, 22
 """Points of a body: MPII's joints, then hands, toes, the skull's middle and the face."""
 PELVIS, THORAX, NECK, HEAD_TOP, SKULL, FACE = 6, 7, 8, 9, 20, 21
@@ -39,7 +39,7 @@ PELVIS, THORAX, NECK, HEAD_TOP, SKULL, FACE = 6, 7, 8, 9, 20, 21
 LIMBS = np.array([[12, 11, 10, 16], [13, 14, 15, 17], [2, 1, 0, 18], [3, 4, 5, 19]])
 LIMB_HUES_DEG = (2.0, 225.0, 312.0, 182.0)
 LIMB_RADII: tuple = ((0.042, 0.04, 0.038, 0.02), (0.052, 0.046, 0.042, 0.024))
-"""Of arms and legs at the four points, in heights."""
+"""Radii of arms and legs at the four points / body height."""
 
 
 class Canvas(NamedTuple):
@@ -65,7 +65,7 @@ def colour_of(hue_deg: float, saturation: float, value: float) -> Colour:
 
 
 def rotation(z_deg: float, x_deg: float, y_deg: float = 0.0) -> Array:
-    """(3, 3): about y first, then x, then z. Positive about x tips what is up to the viewer."""
+    """(3, 3) rotation about y, then x, then z. A positive x tips the top towards the viewer."""
     (cz, cx, cy), (sz, sx, sy) = (f(np.radians([z_deg, x_deg, y_deg])) for f in (np.cos, np.sin))
     about_z = np.array([[cz, -sz, 0], [sz, cz, 0], [0, 0, 1]])
     about_x = np.array([[1, 0, 0], [0, cx, -sx], [0, sx, cx]])
@@ -73,9 +73,9 @@ def rotation(z_deg: float, x_deg: float, y_deg: float = 0.0) -> Array:
 
 
 def sample_body(rng: Generator) -> Array:
-    """(POINTS, 3) x, y, depth of a random body in heights; its pelvis is the origin.
+    """(POINTS, 3) x, y, depth of a random body / its height; the pelvis is the origin.
 
-    All angles are small in calm bodies, large in wild ones.
+    `wild` scales the angles of arms and legs.
     """
     wild, build = rng.uniform(0.15, 1), rng.uniform(0.9, 1.1, 4)
     yaw = rng.choice([0, 180, 90, -90], p=[0.5, 0.26, 0.12, 0.12]) + rng.normal(0, 28)
@@ -122,7 +122,7 @@ def draw_body(rng: Generator, canvas: Canvas, points_P3: Array, first: int) -> N
     marks: dict[int, Colour] = {
         THORAX: (40, 40, 40), PELVIS: (70, 225, 245), NECK: (230, 240, 230), HEAD_TOP: (60, 200, 90)
     }  # fmt: skip
-    # Hulls of discs: points, radii and a bias of the depth in heights (arms are before the chest).
+    # Hulls of discs: points, radii, bias of the depth / height (arms are in front of the chest).
     shapes: list[tuple[Any, tuple[float, ...], float, Colour]] = [
         ([NECK, SKULL, HEAD_TOP], (0.036, 0.07, 0.034), -0.02, hair),
         ([FACE], (0.045,), -0.03, skin),
@@ -149,7 +149,7 @@ def draw_body(rng: Generator, canvas: Canvas, points_P3: Array, first: int) -> N
 def draw_scene(
     rng: Generator, annotated: int, size_wh: tuple[int, int]
 ) -> tuple[Array, list[Person]]:
-    """A (H, W, 3) uint8 BGR picture and its annotated people; up to two more stand about."""
+    """A (H, W, 3) uint8 BGR picture and its annotated people; up to two more are not annotated."""
     colours = rng.uniform(30, 220, (3, 3, 1)) + rng.normal(0, 18, (3, 3, 3))
     background = cv2.resize(colours.clip(0, 255).astype(np.uint8), size_wh)
     canvas = Canvas(background, np.zeros(size_wh[::-1], np.uint8))
@@ -169,22 +169,22 @@ def draw_scene(
 
 
 def place_bodies(rng: Generator, annotated: int, size_wh: tuple[int, int]) -> list[Array]:
-    """Bodies in pixels, the annotated ones first: head and ten joints inside, none on another."""
+    """Bodies in px, annotated ones first; head and ten joints are visible, bodies apart."""
     bodies: list[Array] = []
     wanted = annotated + rng.choice(3, p=[0.8, 0.15, 0.05])
     height = size_wh[1] * rng.uniform(0.55, 1.05)
     while len(bodies) < wanted:
-        height *= 0.997  # so that a crowded picture has room in the end
+        height *= 0.997  # until all bodies fit
         body = sample_body(rng) * height * rng.uniform(0.6, 1)
         low, high = body[:, :2].min(0), body[:, :2].max(0)
-        # Some people reach out of the picture.
+        # Some people extend beyond the picture.
         slack = (high - low) * (rng.uniform(0.05, 0.3) if rng.random() < 0.25 else 0.0)
         body[:, :2] += rng.uniform(*np.sort([-low - slack, size_wh - high + slack], axis=0))
         joints_J2 = body[:JOINTS, :2]
         inside = np.all((joints_J2 >= 0) & (joints_J2 <= np.array(size_wh) - 1), axis=1)
         gaps = [np.hypot(*(body - other)[:, :2].mean(0)) for other in bodies]
         apart = min(gaps, default=np.inf) > 0.42 * height
-        # Errors are divided by the head's length in the picture: end on, no error is small enough.
+        # Errors are divided by the head's length in the picture, which must not be near 0.
         head_px = np.hypot(*(body[HEAD_TOP] - body[NECK])[:2])
         whole = inside[[NECK, HEAD_TOP]].all() and inside.sum() >= 10
         if apart and whole and head_px > 0.125 * height_of(body):
@@ -226,7 +226,7 @@ def draw_clutter(rng: Generator, canvas: Canvas, at_2: Array, largest: float) ->
 
 
 def add_light_and_noise(rng: Generator, image_HW3: Array) -> Array:
-    """Uneven light, a cast of colour and grain."""
+    """Add uneven light, a colour cast and noise."""
     height, width = image_HW3.shape[:2]
     light = rng.uniform(0.8, 1.3) * rng.uniform(0.88, 1.12, (2, 3, 1)) * rng.uniform(0.95, 1.05, 3)
     gain = cv2.resize(light.astype(np.float32), (width, height))
@@ -240,8 +240,8 @@ def add_light_and_noise(rng: Generator, image_HW3: Array) -> Array:
 def draw_data_set(output: Path, options: dict[str, int], workers: int) -> None:
     """Write images/*.jpg, annot/train.h5 and annot/valid.h5, and the options into synthetic.json.
 
-    options: "train" and "valid", the numbers of people, "seed" and "max_width", px. The number of
-    workers changes no byte. The folder has its name only when it is complete.
+    options: "train" and "valid", the numbers of people, "seed" and "max_width", px. The output does
+    not depend on the number of workers. The folder is renamed to `output` when it is complete.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
     start_pool = multiprocessing.get_context("spawn").Pool
@@ -283,5 +283,5 @@ def write_annotations(path: Path, people: list[Person]) -> None:
     """Write an h5 file with the keys and types of MPII's valid.h5."""
     with h5py.File(path, "w") as file:
         for key in people[0]:
-            # With times, the same people would give other bytes a second later.
+            # Time stamps would make the bytes differ from run to run.
             file.create_dataset(key, data=np.array([p[key] for p in people]), track_times=False)

@@ -92,7 +92,7 @@ def change_manifest(split: Path, change: Callable[[dict[str, Any]], Any]) -> Non
 
 def overwrite(split: Path, sample: int, component: str, data: bytes) -> None:
     """Write over the start of a packed person's component, in the tar itself."""
-    place = ShardSet(split).place(sample, component)
+    place = ShardSet(split).byte_range(sample, component)
     with place.tar.open("r+b", buffering=0) as file:
         file.seek(place.offset)
         file.write(data)
@@ -109,7 +109,7 @@ def update_sha256(split: Path) -> None:
 def damage_picture(split: Path, copy: Path, sample: int) -> Path:
     """Copy a split and overwrite one picture; the manifest's checksums are updated."""
     shutil.copytree(split, copy)
-    overwrite(copy, sample, "jpg", b"\x13" * ShardSet(copy).place(sample, "jpg").size)
+    overwrite(copy, sample, "jpg", b"\x13" * ShardSet(copy).byte_range(sample, "jpg").size)
     update_sha256(copy)
     return copy
 

@@ -35,7 +35,7 @@ from test_elastic import (  # noqa: E402
     started,
 )
 
-from pipelines.bad_samples import LIST  # noqa: E402
+from pipelines.bad_samples import FILE_NAME  # noqa: E402
 from training.metrics import read_metrics  # noqa: E402
 
 INSIDE = "SOAK_INSIDE"
@@ -154,7 +154,7 @@ class Soak:
         assert len(losses) > 0.5 * steps, "too few lines outlived the full disk"
         assert_same_weights(self.run / "last.pt", quiet / "last.pt")
         for run in (self.run, quiet):
-            found = [json.loads(line)["sample"] for line in (run / LIST).read_text().splitlines()]
+            found = [json.loads(x)["sample"] for x in (run / FILE_NAME).read_text().splitlines()]
             assert set(found) <= set(DAMAGED), "the others are whole"
         return len(losses)
 

@@ -25,7 +25,7 @@ from helpers import (
 from common.errors import InputError
 from model.checkpoint import load_checkpoint
 from pipelines import bad_samples
-from pipelines.bad_samples import LIST, BadSamples, SkippingLoader
+from pipelines.bad_samples import FILE_NAME, BadSamples, SkippingLoader
 from pipelines.jpeg import BadSamplesError
 from pipelines.loader import Loader, RawBatch, evaluation_batches, train_loader
 from pipelines.shards import ShardSet
@@ -42,7 +42,7 @@ def skip_without_dali(request) -> None:
 
 def damage(split: Path, sample: int, component: str = "jpg", fault: bytes = b"\x13") -> None:
     """Overwrite all of a picture or a record in its tar."""
-    size = ShardSet(split).place(sample, component).size
+    size = ShardSet(split).byte_range(sample, component).size
     overwrite(split, sample, component, fault * (size // len(fault)))
 
 
@@ -122,7 +122,7 @@ def test_a_full_disk_delays_the_list_of_the_damaged(tiny_shards, tmp_path, monke
         patch.setattr(bad_samples, "write_atomic", full)
         for _ in range(9):
             skipping.next()
-        assert len(known.merge([known.report()])) == 1 and not (tmp_path / LIST).exists()
+        assert len(known.merge([known.report()])) == 1 and not (tmp_path / FILE_NAME).exists()
     assert known.merge([known.report()]) == []
     assert set(BadSamples(ShardSet(folder), tmp_path, 5).faults) == {6}
 
@@ -199,7 +199,7 @@ def test_a_record_damaged_in_mid_run_changes_nothing_or_is_named(name, tiny_shar
 
 def test_a_picture_in_a_bad_sector_is_replaced(tiny_shards, tmp_path, monkeypatch):
     split, pread = ShardSet(tiny_shards / "train"), os.pread
-    place = split.place(6, "jpg")
+    place = split.byte_range(6, "jpg")
 
     def failing_pread(file: int, count: int, offset: int) -> bytes:
         if os.readlink(f"/proc/self/fd/{file}") == str(place.tar) and offset == place.offset:
@@ -222,7 +222,7 @@ def test_of_a_tar_truncated_in_mid_run_only_the_lost_people_are_replaced(
     data.records()
     loader = skip(data, tmp_path / "run", name, workers, limit=2)
     loader.next()
-    place = data.place(8, "jpg")
+    place = data.byte_range(8, "jpg")
     os.truncate(place.tar, place.offset + place.size // 2)
     read(loader, 18)
     assert set(loader.bad_samples.faults) == {8, 9}
@@ -246,7 +246,9 @@ def test_a_tar_that_vanishes_in_mid_run_is_named_and_stops_it_at_the_limit(
         assert caught.value.found.startswith("not readable (No such file or directory)")
     else:
         assert "people with damaged pictures" in caught.value.found
-        lines = [json.loads(line) for line in (tmp_path / "run" / LIST).read_text().splitlines()]
+        lines = [
+            json.loads(line) for line in (tmp_path / "run" / FILE_NAME).read_text().splitlines()
+        ]
         assert {line["sample"] for line in lines} <= set(range(5, 10)) and len(lines) > 2
 
 
@@ -263,7 +265,7 @@ def test_a_run_whose_picture_is_damaged_continues_and_reports_it(
     printed = " ".join(capsys.readouterr().err.split())
     person = f"{data / 'train' / '00001.tar'}: sample 6 (key 000000006)"
     assert printed.count(f"{person} is left out, a neighbour replaces it") == 1
-    lines = (tmp_path / "run" / LIST).read_text().splitlines()
+    lines = (tmp_path / "run" / FILE_NAME).read_text().splitlines()
     assert [json.loads(line)["sample"] for line in lines] == [6]
     assert load_checkpoint(tmp_path / "run" / "last.pt").step == 12
 
@@ -283,7 +285,7 @@ def test_beyond_the_limit_the_run_stops(name, tiny_shards, tmp_path):
     loader = skip(folder, tmp_path / "run", name, limit=2)
     with pytest.raises(InputError, match=r"3 people with damaged pictures"):
         read(loader)
-    lines = (tmp_path / "run" / LIST).read_text().splitlines()
+    lines = (tmp_path / "run" / FILE_NAME).read_text().splitlines()
     assert [json.loads(line)["key"] for line in lines] == ["000000001", "000000006", "000000011"]
     whole = ShardSet(tiny_shards / "train")
     with pytest.raises(InputError, match="remove this list") as caught:
@@ -324,13 +326,13 @@ def test_what_another_rank_found_is_reported_once_and_written(tiny_shards, tmp_p
     data = ShardSet(tiny_shards / "train")
     ranks = [BadSamples(data, tmp_path / "run", 2, rank) for rank in (0, 1)]
     ranks[1].add(BadSamplesError.of({6: "noise"}, data.where(6), "noise"))
-    assert not (tmp_path / "run" / LIST).exists(), "only the first rank writes"
+    assert not (tmp_path / "run" / FILE_NAME).exists(), "only the first rank writes"
     reports = [rank.report() for rank in ranks]
     sentences = [rank.merge(reports) for rank in ranks]
     assert sentences[0] == sentences[1] and len(sentences[0]) == 1
     assert sentences[0][0].startswith(data.where(6))
     assert [rank.merge(reports) for rank in ranks] == [[], []]
-    assert json.loads((tmp_path / "run" / LIST).read_text())["where"] == data.where(6)
+    assert json.loads((tmp_path / "run" / FILE_NAME).read_text())["where"] == data.where(6)
     for sample, rank in enumerate(ranks, 1):
         rank.add(BadSamplesError.of({sample: "noise"}, data.where(sample), "noise"))
     reports = [rank.report() for rank in ranks]
@@ -343,9 +345,9 @@ def test_the_list_of_other_shards_is_ignored_and_a_damaged_one_is_named(tiny_sha
     data = ShardSet(tiny_shards / "train")
     people = [(3, "000000003"), (4, "another"), (99, "000000099")]
     lines = [json.dumps({"sample": sample, "key": key, "fault": "x"}) for sample, key in people]
-    (tmp_path / LIST).write_text("\n".join(lines))
+    (tmp_path / FILE_NAME).write_text("\n".join(lines))
     assert set(BadSamples(data, tmp_path, 5).faults) == {3}
     for text in ("{\n", '{"sample": Infinity}\n', "[]\n"):
-        (tmp_path / LIST).write_text(text)
+        (tmp_path / FILE_NAME).write_text(text)
         with pytest.raises(InputError, match="remove the file"):
             BadSamples(data, tmp_path, 5)

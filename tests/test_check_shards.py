@@ -125,7 +125,7 @@ def test_damaged_files_are_named_and_exit_with_1(packed, expected, capsys):
     ],
 )
 def test_damaged_people_are_named_by_shard_and_key(packed, component, data, expected, capsys):
-    size = ShardSet(packed).place(6, component).size
+    size = ShardSet(packed).byte_range(6, component).size
     overwrite(packed, 6, component, data.ljust(size) if component == "json" else data)
     code, lines = check(packed, capsys, "--decode")
     assert code == 1

@@ -6,7 +6,7 @@ import pytest
 from conftest import Stream
 
 from common import cli
-from common.cli import counting, duration, info, progress
+from common.cli import duration, info, progress, progress_bar
 
 COLUMNS = 60
 
@@ -42,7 +42,7 @@ def test_a_file_gets_a_plain_line_every_fifteen_seconds(watch, clock):
 
 def test_without_a_total_the_line_counts_alone(watch, clock):
     stderr = watch(terminal=False)
-    with counting("predict", None, "frames") as advance:
+    with progress_bar("predict", None, "frames") as advance:
         clock[0] += 20
         advance(1300)
     assert stderr.getvalue() == "predict: 1,300 frames\n"

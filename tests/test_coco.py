@@ -216,7 +216,7 @@ def test_a_network_of_16_joints_begins_a_run_of_five(
     result = run.train()
     assert run.progress.step == 6 and result["joints_counted"] == 12
     assert result["joint_names"] == list(NAMES)
-    with pytest.raises(InputError, match="begin a run with --init_from"):
+    with pytest.raises(InputError, match="start a run with --init_from"):
         make_trainer(config, tmp_path / "resumed", state)
 
 
@@ -234,7 +234,7 @@ def test_evaluate_takes_the_joints_of_its_checkpoint_or_of_the_yaml(
     make_trainer(tiny_config(figures / "out"), tmp_path / "run").save(["named.pt"])
     named, nameless = (tmp_path / "run" / name for name in ("named.pt", "nameless.pt"))
     contents = torch.load(named, weights_only=True)
-    checkpoint.write_archive(nameless, {**contents, "skeleton": unnamed(5).plain()})
+    checkpoint.write_archive(nameless, {**contents, "skeleton": unnamed(5).as_dict()})
     capsys.readouterr()
 
     def evaluated(*words: object) -> str:

@@ -103,7 +103,7 @@ def test_an_unknown_option_is_an_error_that_suggests_the_nearest():
         ("model.stem", "[33, 2, 64]", "even numbers"),
         ("model.width", "7", "even numbers"),
         ("train.steps", "1.5", "int"),
-        ("train.name", "../x", "a plain folder name"),
+        ("train.name", "../x", "a folder name"),
     ],
 )
 def test_a_wrong_value_is_an_error_with_the_setting_and_what_fits(name, value, expected):

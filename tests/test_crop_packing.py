@@ -167,7 +167,7 @@ def test_records_of_crops_are_those_of_the_originals_but_for_the_picture(tiny_sh
         for sample in range(len(crops)):
             stored = decode(crops.jpeg(sample), "stored")
             assert b[sample, 5:7].tolist() == [stored.shape[1], stored.shape[0]]
-            assert original.facts(sample)["image"] == crops.facts(sample)["image"]
+            assert original.metadata(sample)["image"] == crops.metadata(sample)["image"]
         assert crops.manifest.max_width == b[:, 5].max() < a[:, 5].max()
         assert crops.manifest.max_height == b[:, 6].max()
 

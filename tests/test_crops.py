@@ -75,9 +75,9 @@ def test_princetons_joints_are_truncated_and_their_mask_is_not_mirrored(flip):
     center, scale, drawn = [230.0, 210.5], 1.7, Draw(1.1, -17.0, flip)
     records = records_of(joints[None], [center], [scale], np.ones((1, 16)))
     heat, shown = princeton.heat_joints(
-        records, torch.tensor([list(drawn)]), torch.tensor(MPII.mirrored), 256
+        records, torch.tensor([list(drawn)]), torch.tensor(MPII.flip_indices), 256
     )
-    expected = princeton_joints_by_hand(joints, center, scale, drawn, MPII.mirrored)
+    expected = princeton_joints_by_hand(joints, center, scale, drawn, MPII.flip_indices)
     np.testing.assert_allclose(heat[0], expected, atol=1e-3)
     assert not shown[0, 0] and not shown[0, 11]
     if flip:  # place 5 (left ankle) now holds the missing right one, and is drawn all the same
@@ -96,7 +96,7 @@ def test_a_flip_swaps_left_and_right_and_their_marks():
         torch.from_numpy(draws_array(draws)),
     )
     assert torch.nonzero(~shown).tolist() == [[0, 0], [1, 5]]
-    back = torch.stack([15 - heat[1, :, 0], heat[1, :, 1]], dim=-1)[list(MPII.mirrored)]
+    back = torch.stack([15 - heat[1, :, 0], heat[1, :, 1]], dim=-1)[list(MPII.flip_indices)]
     torch.testing.assert_close(back, heat[0], atol=1e-4, rtol=0)
 
 

@@ -274,7 +274,7 @@ def sandbox(tiny_set: Path, tiny_shards: Path, tmp_path: Path) -> Path:
     people_in = [1, 2, 3, 4, 5]
     release = tmp_path / "mpii_human_pose_v1_u12_1.mat"
     write_release(release, [0] * 5, people_in, [[count] for count in people_in])
-    plain = MPII.plain()
+    plain = MPII.as_dict()
     pairs = {key: [[MPII.names[j] for j in pair] for pair in plain[key]]
              for key in ("flip_pairs", "limbs")}  # fmt: skip
     text = yaml.safe_dump({"name": "mine", "joints": plain["names"], **pairs})

@@ -37,7 +37,7 @@ def test_a_forbidden_or_full_place_is_one_message(number, capsys):
 
 def test_ctrl_c_prints_a_sentence_and_exits_with_130(capsys):
     code, text = exit_with(KeyboardInterrupt(), capsys)
-    assert code == 130 and text.strip() == "Interrupted; files that were complete are kept."
+    assert code == 130 and text.strip() == "Interrupted; complete files are kept."
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError(), OSError(errno.EIO, "odd")])

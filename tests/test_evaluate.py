@@ -42,7 +42,7 @@ class Fixed(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         heat = self.heat
         if len(images) == 2 * len(heat):
-            heat = torch.cat([heat, heat.flip(3)[:, torch.tensor(MPII.mirrored)]])
+            heat = torch.cat([heat, heat.flip(3)[:, torch.tensor(MPII.flip_indices)]])
         return heat[:, None]
 
 

@@ -83,19 +83,19 @@ def test_rendering_equals_a_loop_over_joints():
 
 def test_exact_mirrors_pixel_by_pixel():
     joints = inner_joints(3)
-    mirrored = torch.tensor([1, 0, 2, 4, 3])
-    other = torch.stack([63 - joints[..., 0], joints[..., 1]], dim=-1)[:, mirrored]
+    flip_indices = torch.tensor([1, 0, 2, 4, 3])
+    other = torch.stack([63 - joints[..., 0], joints[..., 1]], dim=-1)[:, flip_indices]
     plain = heatmaps.render(joints, torch.ones(3, 5), 64, "exact", 1.0)
     flipped = heatmaps.render(other, torch.ones(3, 5), 64, "exact", 1.0)
-    torch.testing.assert_close(heatmaps.mirror_back(flipped, mirrored, "exact"), plain)
+    torch.testing.assert_close(heatmaps.flip_back(flipped, flip_indices, "exact"), plain)
 
 
 def test_hrnet_moves_the_mirrored_map_by_one_pixel():
     heat = torch.zeros(1, 1, 4, 8)
     heat[0, 0, 1, 2] = 1
     same = torch.tensor([0])
-    assert heatmaps.mirror_back(heat, same, "princeton")[0, 0, 1].argmax() == 5
-    assert heatmaps.mirror_back(heat, same, "hrnet")[0, 0, 1].argmax() == 6
+    assert heatmaps.flip_back(heat, same, "princeton")[0, 0, 1].argmax() == 5
+    assert heatmaps.flip_back(heat, same, "hrnet")[0, 0, 1].argmax() == 6
 
 
 def test_princetons_decode_takes_the_first_maximum_and_steps_back_on_a_tie():

@@ -68,7 +68,7 @@ def test_everybody_is_packed_once_with_the_file_and_joints_of_the_annotation(
     with h5py.File(tiny_set / "annot" / "train.h5") as file:
         for sample, row in enumerate(rows):
             name = file["imgname"][row].decode()
-            assert data.facts(sample)["image"] == name
+            assert data.metadata(sample)["image"] == name
             assert data.jpeg(sample) == (tiny_set / "images" / name).read_bytes()
             image = cv2.imdecode(np.frombuffer(data.jpeg(sample), np.uint8), cv2.IMREAD_COLOR)
             assert tuple(data.record(sample)[5:7]) == (image.shape[1], image.shape[0])

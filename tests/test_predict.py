@@ -267,7 +267,7 @@ def test_control_c_leaves_a_whole_video_and_json_of_what_was_finished(
     assert left.value.code == 130
     assert len(read_json(out)[0]) == 8
     assert len(frames_of(tmp_path / "o.avi")) == 8
-    assert "files that were complete are kept" in capsys.readouterr().err
+    assert "complete files are kept" in capsys.readouterr().err
 
 
 def test_a_bad_picture_is_named_and_left_out_on_request(run, tiny_set, tmp_path, capsys):

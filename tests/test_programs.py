@@ -76,5 +76,5 @@ def test_ctrl_c_ends_a_program_with_a_sentence_and_130(tiny_shards: Path, tmp_pa
              "--output", tmp_path / "x.png"]  # fmt: skip
     code, text = interrupted(words, "cropping")
     assert code == 130 and "Traceback" not in text
-    assert "Interrupted; files that were complete are kept." in text
+    assert "Interrupted; complete files are kept." in text
     assert not (tmp_path / "x.png").exists()

@@ -86,7 +86,7 @@ def test_webdataset_reads_what_shardset_reads(tiny_shards: Path) -> None:
         assert sample["__key__"] == f"{number:09d}"
         assert sample["jpg"] == ours.jpeg(number)
         assert sample["f32"] == ours.record(number).tobytes()
-        assert json.loads(sample["json"]) == ours.facts(number)
+        assert json.loads(sample["json"]) == ours.metadata(number)
 
 
 def test_random_access_equals_reading_in_order(tiny_shards: Path) -> None:
@@ -113,7 +113,7 @@ def test_people_come_back_in_the_annotations_order(tiny_set: Path, tiny_shards: 
     np.testing.assert_array_equal(people.person, wanted.person)
     np.testing.assert_allclose(people.center, wanted.center, rtol=1e-7)  # float32 in the record
     assert sorted(samples) == list(range(12))
-    assert [data.facts(sample)["row"] for sample in samples] == list(range(12))
+    assert [data.metadata(sample)["row"] for sample in samples] == list(range(12))
 
 
 def test_manifest_has_the_largest_sizes_and_the_joints(tiny_shards: Path) -> None:
@@ -131,7 +131,7 @@ def error_of(folder: Path) -> InputError:
     with pytest.raises(InputError) as caught:
         data = ShardSet(folder)
         for sample in range(len(data)):
-            data.record(sample), data.jpeg(sample), data.facts(sample)
+            data.record(sample), data.jpeg(sample), data.metadata(sample)
     assert "pack the data" in caught.value.next_step
     return caught.value
 
@@ -273,7 +273,7 @@ def test_record_out_of_range_is_named_by_shard_and_key(packed, field, value, fou
 
 @pytest.mark.parametrize("text", [b"[]", b"{}", b'{"image": 3}', b'{"image": "../a", "index": 0}'])
 def test_damaged_json_is_named(packed: Path, text: bytes) -> None:
-    size = ShardSet(packed).place(3, "json").size
+    size = ShardSet(packed).byte_range(3, "json").size
     overwrite(packed, 3, "json", text.ljust(size))
     with pytest.raises(InputError, match="damaged JSON") as caught:
         ShardSet(packed).people()

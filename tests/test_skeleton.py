@@ -13,7 +13,7 @@ from configs.skeleton import (
     length_in_words,
     load_skeleton,
     side_of,
-    skeleton_from_plain,
+    skeleton_from_dict,
     unnamed,
 )
 
@@ -36,12 +36,12 @@ def load(folder: Path, **changes: object) -> Skeleton:
 def test_names_become_indices(tmp_path: Path) -> None:
     dog = load(tmp_path)
     assert dog.flip_pairs == ((1, 2), (5, 4))
-    assert dog.mirrored == (0, 2, 1, 3, 5, 4)
+    assert dog.flip_indices == (0, 2, 1, 3, 5, 4)
     assert dog.limbs == ((0, 3), (1, 3))
     assert dog.length == Length((0, 3), 0.5)
     assert dog.sides == ("middle", "left", "right", "middle", "left", "right")
     assert length_in_words(dog) == "0.5 x the distance of nose and tail"
-    assert skeleton_from_plain(yaml.safe_load(yaml.safe_dump(dog.plain()))) == dog
+    assert skeleton_from_dict(yaml.safe_load(yaml.safe_dump(dog.as_dict()))) == dog
 
 
 def test_groups_are_the_pairs_and_the_other_joints_unless_given(tmp_path: Path) -> None:
@@ -96,9 +96,9 @@ def test_joints_are_compared_by_name_or_where_there_are_none_by_number(tmp_path:
         ({"flip_pair": []}, "did you mean flip_pairs?"),
         ({"flip_pairs": [["left_paw", "left_ear"]]}, "are both left"),
         ({"flip_pairs": [["left_paw", "right_paw"]]}, "no pair of left_ear and right_ear"),
-        ({"flip_pairs": [["left_paw", "right_paw"]] * 2}, "is there twice"),
+        ({"flip_pairs": [["left_paw", "right_paw"]] * 2}, "is repeated"),
         ({"flip_pairs": None}, "no flip_pairs"),
-        ({"limbs": [["nose", "tail", "left_paw"]]}, "is not two joints"),
+        ({"limbs": [["nose", "tail", "left_paw"]]}, "is not a pair"),
         ({"joints": ["nose", "nose"]}, "nose more than once"),
         ({"joints": []}, "names"),
         ({"joints": [True, "nose"]}, "in quotes"),

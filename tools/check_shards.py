@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from common.cli import Parser, at_least, counting
+from common.cli import Parser, at_least, progress_bar
 from common.errors import InputError, run_main
 from common.files import parse_json
 from common.system import usable_cores
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
                 continue
             check = partial(check_shard, folder, manifest, options.decode)
             reports = []
-            with counting(f"checking {folder.name}", manifest.people, "people") as advance:
+            with progress_bar(f"checking {folder.name}", manifest.people, "people") as advance:
                 for report in map_tasks(check, manifest.shards):
                     reports.append(report)
                     advance(report.people)

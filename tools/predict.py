@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from common.cli import Parser, add_device_options, at_least, counting, info
+from common.cli import Parser, add_device_options, at_least, info, progress_bar
 from common.errors import InputError, run_main
 from common.files import write_atomic
 from common.system import usable_cores
@@ -242,7 +242,7 @@ def predict_pictures(
     """Append everybody to the results, and draw on the pictures if wanted. Raises InputError."""
     bad: list[Path] = []
     total = sum(len(picture.people) for picture in pictures)
-    with counting("predict", total, "people") as advance:
+    with progress_bar("predict", total, "people") as advance:
         frames = read_ahead(options, estimator, pictures)
         for (picture, subjects), found in find_people(estimator, frames, estimator.batch_size):
             assert isinstance(picture, Picture)
@@ -349,7 +349,7 @@ def predict_video(
     count = max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))
     video = VideoFile(options.overlay, capture) if options.overlay else None
     try:
-        with counting("predict", count or None, "frames") as advance:
+        with progress_bar("predict", count or None, "frames") as advance:
             for (image, _), found in find_people(estimator, frames, batch_size):
                 assert isinstance(image, np.ndarray)
                 if video or is_live:
