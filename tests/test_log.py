@@ -6,7 +6,6 @@ import types
 import cv2
 import numpy as np
 import pytest
-import torch
 from conftest import Stream
 from helpers import CPU, make_trainer, metrics, tiny_config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -181,11 +180,6 @@ def test_a_power_law_is_a_straight_falling_line_in_the_curve_of_the_loss():
     slope = np.polyfit(blue[:, 1], blue[:, 0], 1)
     assert np.abs(np.polyval(slope, blue[:, 1]) - blue[:, 0]).max() < 3
     assert slope[0] > 0.3 and np.ptp(blue[:, 1]) > 350
-
-
-def test_gpu_memory_is_the_peak(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3_000_000)
-    assert log.memory_mb(torch.device("cuda", 0)) == 3.0
 
 
 def test_half_a_line_is_left_out(tmp_path):
