@@ -60,7 +60,7 @@ def make_parser() -> Parser:
         what.add_argument(name, type=Path, metavar="PATH", help=text)
     text = "folder of runs (default: %(default)s)"
     what.add_argument("--runs", type=Path, default=Path("runs"), metavar="PATH", help=text)
-    text = "truth for --predictions: the file's own where it has one (default), or --annotations"
+    text = "truth for --predictions: the file's own if it has one (default), or --annotations"
     what.add_argument("--ground-truth", choices=("file", "annotations"), default="file", help=text)
     text = "score perfect heatmaps of --annotations with each heatmap rule: upper bounds"
     what.add_argument("--oracle", action="store_true", help=text)
@@ -73,7 +73,7 @@ def make_parser() -> Parser:
         out.add_argument(name, type=Path, metavar="OUT", help=text)
     text = "MPII's annotation file mpii_human_pose_v1_u12_1.mat"
     out.add_argument("--release", type=Path, metavar="FILE", help=text)
-    text = "people in the picture, and in each gallery of the report (default: %(default)s)"
+    text = "people in --picture and in each gallery of --report (default: %(default)s)"
     out.add_argument("--people", type=at_least(1), default=24, help=text)
     return parser
 
@@ -81,9 +81,9 @@ def make_parser() -> Parser:
 def _add_how(how: argparse._ArgumentGroup) -> None:
     text = "average with the prediction for the mirrored picture; default: as in training"
     how.add_argument("--flip", action=argparse.BooleanOptionalAction, help=text)
-    text = "princeton-vl's crop with two roundings, or one affine; default: as in training"
+    text = "princeton-vl's rounded crop, or one affine; default: as in training"
     how.add_argument("--crop", choices=("princeton", "affine"), help=text)
-    text = "decodes and crops pictures (default: %(default)s, the reference)"
+    text = "library that decodes and crops pictures (default: %(default)s, the reference)"
     how.add_argument("--loader", choices=("opencv", "dali"), default="opencv", help=text)
     text = "evaluate with both loaders, and print the gap"
     how.add_argument("--compare-loaders", action="store_true", help=text)

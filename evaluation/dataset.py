@@ -24,7 +24,7 @@ class EvaluationDataset(NamedTuple):
     """(N,) each person's number in the source."""
     skeleton: Skeleton
     train: People | None
-    """The people of the training split beside it, if there is one, for the mean pose."""
+    """People of the training split beside it, for the mean pose; None without one."""
     name: str
 
 
@@ -54,7 +54,7 @@ def open_shards_dataset(folder: Path) -> EvaluationDataset:
 
 
 def _training_people(folder: Path, evaluated: ShardSet) -> People | None:
-    """The people of a training split, or None if it is not there, or damaged."""
+    """The people of a training split; None if it is missing or damaged."""
     if not (folder / MANIFEST).is_file():
         return None
     try:

@@ -33,7 +33,7 @@ Picture = str | Path | npt.NDArray[np.uint8]
 """A file, or an array as cv2.imread gives it: (H, W, 3) BGR or (H, W) grey, uint8."""
 
 _MAX_PIXELS = 256_000_000
-"""Of a picture that a user gives: more than cameras make, less than memory holds."""
+"""Limit for a user's picture: above the resolution of cameras, below the size of memory."""
 _MAX_BYTES = 1 << 30
 
 
@@ -45,12 +45,12 @@ class PoseEstimator:
     """In eval mode, on the device."""
     codec: Codec
     flip: bool
-    """Average with the mirrored picture."""
+    """Flip test: average with the prediction for the mirrored picture."""
     device: torch.device
     dtype: torch.dtype
-    """Of autocast, float32 for none."""
+    """Autocast type; float32: no autocast."""
     batch_size: int
-    """People at a time."""
+    """People per batch."""
 
     @property
     def skeleton(self) -> Skeleton:
@@ -69,8 +69,8 @@ class PoseEstimator:
     ) -> "PoseEstimator":
         """From a checkpoint of this project or of other code, a .safetensors or an .onnx.
 
-        flip, batch_size: None takes those of the training's evaluation, but no flip test where the
-        checkpoint does not say which joints are left and right. Raises InputError.
+        flip, batch_size: None uses the checkpoint's settings of `eval`, without the flip test if it
+        does not say which joints are left and right. Raises InputError.
         """
         loaded = source
         if not isinstance(loaded, Checkpoint):
@@ -78,7 +78,7 @@ class PoseEstimator:
         config, skeleton = loaded.config, loaded.skeleton
         if flip and not skeleton.has_names:
             found, expected = "a flip test of joints without names", "joints with names"
-            raise InputError(loaded.path, found, expected, "leave the flip test out")
+            raise InputError(loaded.path, found, expected, "switch the flip test off")
         chosen = choose_device(device)
         return cls(
             evaluation_network(loaded).to(chosen),
@@ -98,7 +98,7 @@ class PoseEstimator:
         scales: npt.ArrayLike | None = None,
         margin: float = MARGIN,
     ) -> Predictions:
-        """keypoints_NJ2 (px of the picture) and scores_NJ, a row a person. Raises InputError.
+        """keypoints_NJ2 (px of the picture) and scores_NJ, one row per person. Raises InputError.
 
         pictures: one, with any number of people in it, or a list with one person in each. Files are
         turned upright as their EXIF orientation says (`read_picture`).
@@ -141,7 +141,7 @@ class PoseEstimator:
         return crop, matrix, Draw(), record
 
     def predict(self, crops: list[Item]) -> Predictions:
-        """The joints of people that `crop` made, in batches, in their order."""
+        """The joints in crops that `crop` made, in the same order; runs in batches."""
         if not crops:
             joints = self.skeleton.joint_count
             return Predictions(np.empty((0, joints, 2)), np.empty((0, joints)))
@@ -157,7 +157,7 @@ def read_picture(picture: Picture, upright: bool = True) -> npt.NDArray[np.uint8
 
     upright: turn as the EXIF orientation says, as every viewer does; joints are then in px of the
     picture as it is shown. Grey becomes three equal channels, 16 bits become 8, and transparency is
-    dropped. Of an animation it is the first picture.
+    dropped. An animation gives its first frame.
     """
     if isinstance(picture, np.ndarray):
         return _checked_array(picture)
@@ -196,7 +196,7 @@ def _checked_array(image: npt.NDArray) -> npt.NDArray[np.uint8]:
 def _squares(boxes: Any, centers: Any, scales: Any, margin: float) -> list[Square] | None:
     """None: whole pictures."""
     if (centers is None) != (scales is None) or (boxes is not None and centers is not None):
-        found, expected = "both kinds, or half of one", "boxes alone, or centers with scales"
+        found, expected = "both kinds, or an incomplete one", "only boxes, or centers with scales"
         raise InputError("boxes, centers, scales", found, expected, "give one of the two")
     if boxes is not None:
         rows = np.reshape(np.asarray(boxes, dtype=np.float64), (-1, 4))

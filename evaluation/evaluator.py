@@ -66,9 +66,9 @@ def check_options(options: Namespace) -> None:
     outputs += [options.save_submission, options.picture, options.report and report_file(options)]
     for path in filter(None, outputs):
         if path.is_dir() or any(parent.is_file() for parent in path.parents):
-            raise InputError(path, "a folder, or in a file", "a file name", "name another file")
+            raise InputError(path, "a folder, or below a file", "a file name", "give another name")
     if options.oracle and (options.report or options.compare):
-        raise _wrong("--oracle with --report or --compare", "a network or predictions for these")
+        raise _wrong("--oracle with --report or --compare", "these with a network or predictions")
     if (options.oracle or options.predictions) and not options.annotations:
         raise _wrong("--oracle or --predictions alone", "--annotations FILE with it")
     if options.skeleton and not options.annotations:
@@ -85,7 +85,7 @@ def _wrong(found: str, expected: str) -> InputError:
 
 
 def report_file(options: Namespace) -> Path:
-    """The HTML file of --report, which names it or its folder."""
+    """The HTML file of --report: its value, or index.html in that folder."""
     return options.report if options.report.suffix == ".html" else options.report / "index.html"
 
 
@@ -202,7 +202,7 @@ def _open_dataset(options: Namespace, config: Config, trained: Skeleton) -> Eval
 def differences(
     trained_crop: str, crop: str, trained_loader: str | None, loaders: tuple[LoaderName, ...]
 ) -> list[str]:
-    """Sentences that say how the crops differ from those of training."""
+    """One sentence for each difference between these crops and those of training."""
     remarks = []
     if crop != trained_crop:
         remarks.append(f"trained on {trained_crop} crops, evaluated on {crop} ones (--crop)")
@@ -212,7 +212,7 @@ def differences(
             "--compare-loaders prints the gap"
         )
     if crop == "princeton" and "dali" in loaders:
-        remarks.append("dali resamples princeton's box once, where its code resamples it twice")
+        remarks.append("dali resamples princeton's box once, princeton-vl's code twice")
     return remarks
 
 
@@ -278,7 +278,7 @@ def _write_predictions(options: Namespace, dataset: EvaluationDataset, found: Pr
 
 
 def publish(evaluation: Evaluation, options: Namespace) -> None:
-    """Write the numbers and the report, then print: `| head` may end the program at the table."""
+    """Write the files, then print, because `| head` may end the program during the table."""
     title, facts, results, skeleton, data, reference = evaluation
     if options.json:
         _write(options.json, json.dumps({**facts, **results}, indent=1))

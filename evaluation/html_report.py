@@ -22,11 +22,11 @@ from pipelines.geometry import input_from_image, transform
 from pipelines.opencv_loader import Source
 
 _JOINT_PEOPLE = 64
-"""People shown in addition: the worst of each joint, at most _WORST_OF_A_JOINT of each."""
+"""Maximum of additional people: the worst of each joint, at most _WORST_OF_A_JOINT each."""
 _WORST_OF_A_JOINT = 4
 _PICTURE_BYTES = 3_500_000
 _QUALITIES = (80, 65, 50, 35, 20, 10)
-"""Of JPEG; the first that keeps the pictures, as base64, within _PICTURE_BYTES is used."""
+"""JPEG qualities; the first with which all pictures fit into _PICTURE_BYTES (base64) is used."""
 
 
 class ReportData(NamedTuple):
@@ -37,7 +37,7 @@ class ReportData(NamedTuple):
     """Image px."""
     skeleton: Skeleton
     source: Source | None
-    """Of the pictures; None shows skeletons alone."""
+    """Of the pictures; None: only skeletons are shown."""
     samples: npt.NDArray[np.int64]
     """(N,) each person's number in the source."""
 
@@ -118,7 +118,7 @@ def _person(data: ReportData, errors_NJ: pckh.Floats, row: int) -> dict[str, Any
         np.clip(np.round(transform(tile_from_image, points), 1), -9999, 9999).tolist()
         for points in (people.joints[row], data.keypoints_NJ2[row])
     )
-    return pckh.plain(
+    return pckh.json_values(
         {
             "picture": people.images[row],
             "person": int(people.person[row]),
@@ -137,7 +137,7 @@ def _person(data: ReportData, errors_NJ: pckh.Floats, row: int) -> dict[str, Any
 def encode_pictures(
     data: ReportData, rows: list[int], most_bytes: int = _PICTURE_BYTES
 ) -> list[str | None]:
-    """Each person's box as a JPEG in base64, in the best quality that fits; None without source."""
+    """Each person's box as a base64 JPEG of the best quality that fits; None without source."""
     if data.source is None:
         return [None] * len(rows)
     tiles = [

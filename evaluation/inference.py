@@ -24,10 +24,10 @@ from pipelines.loader import RawBatch, evaluation_batches, images_on_device
 from pipelines.opencv_loader import Source
 from pipelines.shard_format import record_of, unpack_records
 
-FEW = 128
-"""With no more people than this, the batch size is 8 and none is measured."""
+MEASURE_ABOVE = 128
+"""Up to this number of people the batch size is 8 without a measurement."""
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
-_BATCHES = 16
+_MIN_BATCHES = 16
 """Sizes that give fewer batches are not tried, because trying them would take too long."""
 _SECONDS_TO_CHOOSE = 4.0
 _MIN_GAIN = 1.05
@@ -44,7 +44,7 @@ class Predictions(NamedTuple):
 
 
 class StoppedError(Exception):
-    """should_stop ended a prediction, on all ranks before the same batch."""
+    """should_stop has ended a prediction, on all ranks before the same batch."""
 
 
 @torch.no_grad()
@@ -119,8 +119,8 @@ def predict_distributed(
             workers=workers,
         )
     if should_stop:
-        most = math.ceil(len(samples) / (dist.world_size * batch_size))
-        batches = _stoppable(batches, should_stop, most, dist)
+        max_batches = math.ceil(len(samples) / (dist.world_size * batch_size))
+        batches = _stoppable(batches, should_stop, max_batches, dist)
     found = predict(
         network, progress(batches), codec, flip=flip, device=dist.device, dtype=dist.dtype
     )
@@ -135,12 +135,12 @@ def predict_distributed(
 def _stoppable(
     batches: Iterable[RawBatch],
     should_stop: Callable[[], bool],
-    most: int,
+    max_batches: int,
     dist: DistributedContext,
 ) -> Iterator[RawBatch]:
-    """The batches. Before each, all ranks ask should_stop; `most` is the same on all ranks."""
+    """The batches. Before each, all ranks call should_stop; max_batches is the same on all."""
     iterator = iter(batches)
-    for _ in range(most):
+    for _ in range(max_batches):
         if any_rank(should_stop(), dist):
             raise StoppedError
         yield from itertools.islice(iterator, 1)
@@ -161,7 +161,7 @@ def choose_batch_size(
     people: number of people to predict. On a CPU a small network can be slower in large batches,
     whose tensors do not fit the cache.
     """
-    if people <= FEW:
+    if people <= MEASURE_ABOVE:
         return min(people, 8), {}
 
     def seconds(size: int) -> float:
@@ -173,7 +173,7 @@ def choose_batch_size(
         codec.decode(heat)[0].cpu()
         return time.perf_counter() - start
 
-    return fastest_size(seconds, people // _BATCHES)
+    return fastest_size(seconds, people // _MIN_BATCHES)
 
 
 def fastest_size(seconds: Callable[[int], float], largest: int) -> tuple[int, dict[int, float]]:
@@ -181,7 +181,7 @@ def fastest_size(seconds: Callable[[int], float], largest: int) -> tuple[int, di
 
     seconds: runs a batch of a size and returns its time. A first batch, not counted, warms up. The
     best of three batches counts, so a pause of the machine does no harm. No batch is started that
-    would end after _SECONDS_TO_CHOOSE; the search also ends where memory does.
+    would end after _SECONDS_TO_CHOOSE; the search also ends when memory runs out.
     """
     rates: dict[int, float] = {}
     spent = 0.0
@@ -200,7 +200,7 @@ def fastest_size(seconds: Callable[[int], float], largest: int) -> tuple[int, di
 def oracle_keypoints(
     people: People, skeleton: Skeleton, rule: RuleName, input_px: int
 ) -> npt.NDArray[np.float64]:
-    """(N, J, 2) image px: the annotation rendered as heatmaps and decoded again, the upper bound.
+    """(N, J, 2) image px, the upper bound: the annotation rendered as heatmaps and decoded.
 
     `princeton` uses its own crop and rounding, the other rules the affine crop. No picture is read.
     """

@@ -197,11 +197,11 @@ def summary(keypoints_NJ2: npt.NDArray, people: People, skeleton: Skeleton) -> d
         "by_size": by_size(errors, people),
         "person_error_percentiles": _quantiles(person_errors(errors), _PERCENTILES),
     }
-    return plain(values)
+    return json_values(values)
 
 
 def truth_sha256(people: People) -> str:
-    """SHA-256 of the ground truth: pictures, marked joints and lengths; the order does not count.
+    """SHA-256 of the ground truth: pictures, marked joints and lengths, in any order.
 
     Joints and lengths as float32, as shards store them. Boxes and visibility are left out, because
     no error depends on them.
@@ -216,17 +216,17 @@ def truth_sha256(people: People) -> str:
     return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
 
 
-def plain(value: Any) -> Any:
+def json_values(value: Any) -> Any:
     """Nested values for JSON: None instead of NaN, lists instead of tuples."""
     if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
+        return {key: json_values(item) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
-        return [plain(item) for item in value]
+        return [json_values(item) for item in value]
     return None if value != value else value
 
 
 def mean_pose(train: People, valid: People) -> Floats:
-    """(N, J, 2) image px: the mean pose of `train`, as a prediction for everybody in `valid`.
+    """(N, J, 2) image px: the mean pose of `train` as the prediction for each person of `valid`.
 
     The mean is over marked joints, relative to each person's box.
     """

@@ -1,7 +1,6 @@
-"""Prediction files, read and written: our JSON, COCO keypoint results, .mat, and MPII's submission.
+"""Reads and writes prediction files: our JSON, COCO keypoint results, .mat, MPII's submission.
 
-Keypoints are in px of the original pictures. The picture names and numbers in a file must be those
-of the annotation.
+Keypoints are in px of the original pictures. Picture names and numbers are the annotation's.
 """
 
 import io
@@ -75,7 +74,7 @@ def _read_json(path: Path, people: People) -> FilePredictions:
     rows = _rows(entries, people) if any(has_shape(entries, each) for each in shapes) else []
     if not rows:
         need = "index and image, or image_id, and annotation_id where people share a picture"
-        raise _mismatch(path, people, f"no list with keypoints of each person that has {need}")
+        raise _mismatch(path, people, f"no list of keypoints, with {need}, for each person")
     try:
         values = np.array([entry["keypoints"] for entry in entries], dtype=np.float64)
         keypoints = values.reshape(*people.joints.shape[:2], 3)
@@ -85,10 +84,10 @@ def _read_json(path: Path, people: People) -> FilePredictions:
 
 
 def _rows(entries: Entries, people: People) -> list[int]:
-    """The row of the person of each entry; [] unless each person has one.
+    """For each entry the row of its person; [] unless every person has exactly one entry.
 
-    The first fields count whose values are those of the people: of our files; of COCO results as
-    `as_coco` writes them; image_id of pictures with one person each; image_id as the row itself.
+    Uses the first fields that identify all people: those of our files, of COCO results as `as_coco`
+    writes them, image_id of pictures with one person each, or image_id as the row.
     """
     pictures, persons = people.index.tolist(), people.person.tolist()
     candidates: list[tuple[tuple[str, ...], Iterable[tuple[Any, ...]]]] = [
@@ -156,7 +155,7 @@ def as_coco(people: People, keypoints_NJ2: Floats, scores_NJ: Floats) -> Entries
     """COCO keypoint results in the annotation's order; score is the mean over joints.
 
     image_id is the picture's number in the annotation file (in COCO's files its id), annotation_id
-    the person's. Where the annotation has no such numbers, image_id is the row.
+    the person's. If the annotation has no such numbers, image_id is the row.
     """
     ids = list(zip(people.index.tolist(), people.person.tolist(), strict=True))
     has_ids = min(map(min, ids)) >= 0 and len(set(ids)) == people.count
@@ -173,7 +172,7 @@ def as_coco(people: People, keypoints_NJ2: Floats, scores_NJ: Floats) -> Entries
 
 
 def open_mat(path: Path, names: list[str], expected: str) -> dict[str, Any]:
-    """These variables of a .mat file. Raises InputError. expected: of the file, for its message."""
+    """The named variables of a .mat file. Raises InputError; expected: for its message."""
     scipy_io = _import_scipy_io(path)
     try:
         if path.stat().st_size > LARGEST_JSON:
@@ -206,9 +205,9 @@ def _import_scipy_io(path: Path) -> Any:
 
 
 def is_array(value: Any, kinds: str) -> TypeGuard[npt.NDArray[Any]]:
-    """Whether a variable of a .mat file is an array of these NumPy kinds: biuf, O cell, V struct.
+    """Whether a variable of a .mat file is an array of these NumPy kinds; False if it is sparse.
 
-    Sparse matrices are not arrays.
+    kinds: biuf for numbers, O for cells, V for structs.
     """
     return isinstance(value, np.ndarray) and value.dtype.kind in kinds
 
@@ -229,13 +228,13 @@ def read_release(path: Path, people: People) -> MpiiRelease:
     """Read MPII's annotation file, and check that `people` are those of its test set.
 
     people: `index` and `person` are their numbers in the file, from 0, as in princeton-vl's
-    test.h5. Raises InputError if somebody is missing, there twice, or not in the test set.
+    test.h5. Raises InputError if somebody is missing, repeated, or not in the test set.
     """
     release, counts = _read_release(path), Counter(_person_keys(people))
     faults = {
         "missing": release.single_people - counts.keys(),
         "not in the test set": counts.keys() - release.all_people,
-        "there twice": {key for key, count in counts.items() if count > 1},
+        "repeated": {key for key, count in counts.items() if count > 1},
     }
     found = [
         f"{len(keys):,} {fault} (first: picture {min(keys)[0]}, person {min(keys)[1]})"
@@ -245,7 +244,7 @@ def read_release(path: Path, people: People) -> MpiiRelease:
     if found:
         raise InputError(
             path,
-            f"predictions of {people.count:,} people, of whom " + "; ".join(found),
+            f"predictions of {people.count:,} people: " + "; ".join(found),
             f"each of the {len(release.single_people):,} single people of the test set once",
             "predict the people of a test.h5 whose index and person count from 0 in this file",
         )
@@ -276,7 +275,7 @@ def _read_release(path: Path) -> MpiiRelease:
         numbers = [(i, number) for i in pictures for number in array(single[i], "biuf")]
         single_people = {(i, int(number) - 1) for i, number in numbers}
         sizes = {i: array(annolist[i]["annorect"], "Vbiuf").size for i in pictures}
-    except (LookupError, ValueError, OverflowError) as error:  # of infinity as an integer
+    except (LookupError, ValueError, OverflowError) as error:  # int(inf)
         advice = "give mpii_human_pose_v1_u12_1.mat from MPII's web site"
         raise InputError(path, f"no annotation of MPII ({error})", expected, advice) from error
     all_people = {(i, person) for i in pictures for person in range(sizes[i])}

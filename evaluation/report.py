@@ -14,7 +14,7 @@ Summary = dict[str, Any]
 
 
 def results_table(results: dict[str, Summary], skeleton: Skeleton) -> str:
-    """PCKh in per cent, a line for each result and threshold. results: by name."""
+    """PCKh in per cent, one line per result and threshold. results: by name."""
     groups = [name for name, _ in skeleton.groups]
     grouped = len({joint for _, joints in skeleton.groups for joint in joints})
     columns = [*groups, f"pooled {skeleton.joint_count} (<)", f"mean {grouped} (<)"]
@@ -53,7 +53,7 @@ def counts_text(result: Summary) -> str:
 
 
 def details_table(result: Summary) -> str:
-    """PCKh in per cent and counts, a line for each joint and each group of joints."""
+    """PCKh in per cent and counts, one line per joint and per group of joints."""
     details = result["details"]
     width = max(len(name) for part in details.values() for name in part) + 2
     columns = ("@0.5", "@0.1", "AUC", "visible", "occluded")
@@ -70,7 +70,7 @@ def details_table(result: Summary) -> str:
 
 
 def gap_text(first: tuple[str, Summary], second: tuple[str, Summary]) -> str:
-    """The difference of two named results in percentage points, a line for each threshold."""
+    """The difference of two named results in percentage points, one line per threshold."""
     lines = [f"gap, {second[0]} minus {first[0]}, percentage points:"]
     for threshold, before in first[1]["pckh"].items():
         parts = []
@@ -140,8 +140,8 @@ def data_mismatch(own: Summary, reference: Summary) -> str | None:
         return f"The other run was scored on other data: {there} there, {here} here."
     if "truth_sha256" not in reference:
         return (
-            "It is not known whether the other run was scored on the same data: its file has no "
-            "checksum of them. Evaluate it again with --json."
+            "The other run may have been scored on other data: its file has no checksum of the "
+            "data. Evaluate it again with --json."
         )
     if reference["truth_sha256"] != own["truth_sha256"]:
         return (

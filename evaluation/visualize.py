@@ -34,7 +34,7 @@ def draw_people(
         tile_from_image = input_from_image(people.center[row], people.scale[row], TILE_PX)
         truth = transform(tile_from_image, people.joints[row])
         found = transform(tile_from_image, keypoints_NJ2[row])
-        draw_skeleton(tile, truth, people.marked[row], skeleton, 2, plain=True)
+        draw_skeleton(tile, truth, people.marked[row], skeleton, 2, is_truth=True)
         draw_skeleton(tile, found, all_joints, skeleton, 2)
         tiles.append(np.pad(tile, ((1, 1), (1, 1), (0, 0)), constant_values=255))
     tiles += [np.full_like(tiles[0], 255)] * (-len(tiles) % columns)
@@ -59,21 +59,21 @@ def draw_skeleton(
     drawn_J: npt.NDArray,
     skeleton: Skeleton,
     line_px: int,
-    plain: bool = False,
+    is_truth: bool = False,
 ) -> None:
-    """Draw one person onto a BGR picture. joints: px of it. drawn: bool, the joints to draw.
+    """Draw one person onto a BGR picture. joints: px. drawn: bool, the joints to draw.
 
-    plain: white limbs of twice the width, without joints.
+    is_truth: an annotation: white limbs of twice the width, without joints.
     """
     shift, far = 4, 2**15 - 1  # fractional bits of OpenCV's coordinates; beyond far they overflow
     points = np.round(np.clip(joints_J2, -far, far) * 2**shift).astype(int).tolist()
     for a, b in skeleton.limbs:
         if drawn_J[a] and drawn_J[b]:
-            color = TRUTH_BGR if plain else color_of(skeleton.sides[a], skeleton.sides[b])
-            width = 2 * line_px if plain else line_px
+            color = TRUTH_BGR if is_truth else color_of(skeleton.sides[a], skeleton.sides[b])
+            width = 2 * line_px if is_truth else line_px
             cv2.line(image_HW3, points[a], points[b], color, width, cv2.LINE_AA, shift)
     radius = round(1.5 * line_px * 2**shift)
-    for j in () if plain else np.flatnonzero(drawn_J):
+    for j in () if is_truth else np.flatnonzero(drawn_J):
         color = color_of(skeleton.sides[j])
         cv2.circle(image_HW3, points[j], radius, color, -1, cv2.LINE_AA, shift)
 

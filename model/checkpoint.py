@@ -1,7 +1,7 @@
 """Checkpoints: tensors and plain values with a checksum, written atomically, never unpickled.
 
-A file is what torch.save writes, a zip archive. Its comment holds the SHA-256 of every byte before
-it, so that the checksum travels with the file, torch.load reads it and `unzip -z` shows it.
+A file is the zip archive that torch.save writes. The zip comment holds the SHA-256 of all bytes
+before it: it stays with the file, torch.load ignores it, and `unzip -z` shows it.
 """
 
 import errno
@@ -15,7 +15,7 @@ import zlib
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from pickle import UnpicklingError  # an exception alone
+from pickle import UnpicklingError  # only the exception
 from typing import Any
 
 import torch
@@ -52,14 +52,14 @@ _USE_ANOTHER = "use another checkpoint of the run: last.pt, one of step_*.pt, be
 
 @dataclass(frozen=True, kw_only=True)
 class RunState:
-    """What a training run of ours continues from, besides weights and optimizer.
+    """The state of a training run besides weights and optimizer.
 
-    Tensors are uint8, one a rank: torch's random state, and the loader's state (empty with OpenCV).
+    Tensors are uint8, one per rank: torch's random state, the loader's state (empty with OpenCV).
     """
 
     ranks: int
     people: int
-    """Of the training split."""
+    """Number of people in the training split."""
     loader: str
     """"opencv" or "dali"."""
     rng: list[Tensor]
@@ -68,17 +68,17 @@ class RunState:
     loader_device: str | None = None
     """"cpu" or "cuda"."""
     loader_began: int = 0
-    """The step at which the loader's order of people began anew."""
+    """The step at which the loader's order of people was last restarted; 0: never."""
     people_sha256: str | None = None
     people_a_step: int | None = None
     """The global batch size."""
     best: float = -1.0
     """The best pooled PCKh of a validation, -1 before the first."""
     seconds: float = 0.0
-    """Spent in training."""
+    """Time spent in training."""
     validation_due: bool = False
     scaler: dict[str, Any] = field(default_factory=dict)
-    """Of torch.amp.GradScaler; empty without fp16."""
+    """State of torch.amp.GradScaler; empty without fp16."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,11 +90,11 @@ class Checkpoint:
     skeleton: Skeleton
     step: int
     weights: dict[str, Tensor]
-    """Of the network ("model" in the file); {} of an ONNX file."""
+    """The network's ("model" in the file); {} for an ONNX file."""
     averaged: dict[str, Tensor]
     """Exponential moving averages of the weights ("ema" in the file); {} if there are none."""
     optimizer: dict[str, Any] | None
-    """State of torch's optimizer; None if the file holds weights alone."""
+    """State of torch's optimizer; None if the file holds only weights."""
     run: RunState | None
     """None for checkpoints of other code and for exported networks."""
     is_onnx: bool = False
@@ -104,7 +104,7 @@ class Checkpoint:
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint atomically; an older file stays until the new one is on disk. OSError."""
+    """Write a checkpoint; the old file stays until the new one is on disk. Raises OSError."""
     contents = {
         **header(checkpoint),
         "model": checkpoint.weights,
@@ -116,7 +116,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
 
 
 def header(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What a checkpoint's file and an exported network both hold: plain values."""
+    """The plain values that both checkpoint files and exported networks hold."""
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -141,7 +141,7 @@ def write_archive(path: Path, contents: dict[str, Any]) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Put a folder's names on the disk, so that a renamed file survives a crash of the machine."""
+    """Sync a folder to disk, so that a rename in it survives a crash of the machine."""
     if os.name == "posix":  # elsewhere a folder cannot be opened
         descriptor = os.open(folder, os.O_RDONLY)
         with suppress(OSError):  # not every file system can sync a folder
@@ -162,7 +162,7 @@ def load_checkpoint(path: Path, onnx: bool = False) -> Checkpoint:
         found = "a folder" if path.is_dir() else "no such file"
         raise InputError(path, found, f"a checkpoint ({BEST}, {LAST})", "give its path")
     if path.suffix == ".onnx" and not onnx:
-        found, advice = "an ONNX file, which has no weights", "give the checkpoint that it is from"
+        found, advice = "an ONNX file, which has no weights", "give the checkpoint it was made from"
         raise InputError(path, found, "a checkpoint or .safetensors", advice)
     if path.suffix in (".safetensors", ".onnx"):
         return _from_ours(read_export(path), path)
@@ -176,8 +176,8 @@ def _read_archive(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
-        found = "objects that only running code of the file could make, or damage"
-        advice = "let its author save the weights alone: torch.save(model.state_dict(), PATH)"
+        found = "objects that need code from the file to run, or damage"
+        advice = "ask its author to save only the weights: torch.save(model.state_dict(), PATH)"
         raise InputError(path, found, "tensors and plain values", advice) from error
     except _DAMAGE_ERRORS as error:
         found = f"not readable as a checkpoint ({_describe(error)})"
@@ -185,7 +185,7 @@ def _read_archive(path: Path) -> Any:
 
 
 def find_damage(path: Path) -> str:
-    """What is wrong with a zip archive's bytes; empty if nothing is, and for other files.
+    """The fault in a zip archive's bytes; empty without a fault, and for other kinds of files.
 
     Records may not claim more bytes than the file has, because torch.load allocates what they
     claim; torch.save stores them uncompressed. Without a checksum (files of other code) the CRC-32
@@ -214,7 +214,7 @@ def find_damage(path: Path) -> str:
 
 
 def _describe(error: Exception) -> str:
-    """Raises the error of a file that cannot be read; EINVAL is an offset before its start."""
+    """The error as text. Raises it if the file cannot be read; EINVAL means a negative offset."""
     if isinstance(error, OSError) and error.errno != errno.EINVAL:
         raise error
     return f"{type(error).__name__}: {str(error)[:120]}"
@@ -257,7 +257,7 @@ def _from_foreign(raw: Any, path: Path) -> Checkpoint | None:
     found = read_foreign(raw, path)
     if found is None:
         return None
-    with torch.device("meta"):  # shapes alone, whatever size the file claims
+    with torch.device("meta"):  # only shapes, whatever size the file claims
         network = build_network(found.config, found.skeleton.joint_count)
     require_fit(network, found.weights, path)
     return Checkpoint(path=path, averaged={}, run=None, **found._asdict())
@@ -266,11 +266,11 @@ def _from_foreign(raw: Any, path: Path) -> Checkpoint | None:
 def to_princeton(checkpoint: Checkpoint) -> dict[str, Any]:
     """What princeton-vl's train.py would have saved. Raises InputError.
 
-    The averaged weights are taken if there are some, then without the others' optimizer state.
+    With averaged weights these are used, and the optimizer's state is left out.
     """
     found = {name: getattr(checkpoint.config.model, name) for name in PRINCETON_MODEL}
     if found != PRINCETON_MODEL:
-        expected = f"{PRINCETON_MODEL}: its code has no others"
+        expected = f"{PRINCETON_MODEL}, which its code fixes"
         raise InputError(checkpoint.path, str(found), expected, "keep this checkpoint's format")
     optimizer = None if checkpoint.averaged else checkpoint.optimizer
     return princeton_contents(trained_network(checkpoint), checkpoint.step, optimizer)
@@ -292,7 +292,7 @@ def evaluation_network(checkpoint: Checkpoint) -> nn.Module:
 
 
 def trained_network(checkpoint: Checkpoint) -> StackedHourglass:
-    """The network in eval mode, with the averaged weights if there are some."""
+    """The network in eval mode, with the averaged weights if there are any."""
     weights = checkpoint.averaged or checkpoint.weights
     joints = checkpoint.skeleton.joint_count
     with torch.device("meta"):  # takes no memory, whatever the config says
@@ -325,10 +325,10 @@ def require_fit(network: nn.Module, weights: dict[str, Tensor], path: Path) -> N
 
 
 def init_weights(network: nn.Module, skeleton: Skeleton, checkpoint: Checkpoint) -> list[str]:
-    """Start from a checkpoint's weights; other joints are allowed. Returns what starts fresh.
+    """Load a checkpoint's weights, also of other joints. Returns the tensors that start fresh.
 
-    skeleton: the network's joints. Where the checkpoint has other joints, the layers that depend on
-    them (heads, merge_heatmaps) start fresh. All other shapes must agree, else InputError.
+    skeleton: the network's joints. If the checkpoint has other joints, the layers that depend on
+    them (heads, merge_heatmaps) keep their initial weights. Raises InputError for other shapes.
     """
     weights = dict(checkpoint.averaged or checkpoint.weights)
     fresh: dict[str, Tensor] = {}
@@ -346,7 +346,7 @@ def init_weights(network: nn.Module, skeleton: Skeleton, checkpoint: Checkpoint)
 
 
 def require_same_size(checkpoint: Checkpoint, config: Config) -> None:
-    """Raise InputError, naming the options, unless the config has the checkpoint's network."""
+    """Raise InputError, with options to add, unless config and checkpoint have the same network."""
     changes = _changes(checkpoint, config)
     other = {name: before for name, (before, _) in changes.items() if name.startswith("model.")}
     if other:
@@ -357,9 +357,9 @@ def require_same_size(checkpoint: Checkpoint, config: Config) -> None:
 
 
 def compare_settings(checkpoint: Checkpoint, config: Config) -> list[str]:
-    """The settings that a resumed run changes, a sentence each.
+    """One sentence for each setting that a resumed run changes.
 
-    Raises InputError for changes that would make it another run.
+    Raises InputError for settings that may not change.
     """
     changes = _changes(checkpoint, config)
     lines = {name: f"{name} was {before}, is {now}" for name, (before, now) in changes.items()}
@@ -372,7 +372,7 @@ def compare_settings(checkpoint: Checkpoint, config: Config) -> list[str]:
 
 
 def foreign_remarks(checkpoint: Checkpoint, config: Config) -> list[str]:
-    """How a run differs from the code that wrote its foreign checkpoint, a sentence each."""
+    """One sentence for each setting that differs from the code that wrote the checkpoint."""
     names = ("data.preset", "heatmaps.rule", "heatmaps.sigma")
     return [
         f"its code trained with {name} {before}; this run goes on with {now}"

@@ -1,7 +1,7 @@
 """Trained networks in other formats: .onnx, run by ONNX Runtime, and .safetensors.
 
 Their metadata holds the header of a checkpoint (config, skeleton, step) as JSON under one key, so
-that such a file is read as a checkpoint is. Both packages are optional.
+that they are read like checkpoints. Both packages are optional.
 """
 
 import importlib
@@ -18,11 +18,11 @@ from common.files import parse_json, write_atomic
 INPUT, OUTPUT = "images", "heatmaps"
 """Names in the graph: (N, 3, S, S) float32 RGB in 0..1, and (N, J, S/4, S/4) of the last stack."""
 KEY = "stacked_hourglass"
-"""Of the metadata."""
+"""Key in the metadata."""
 
 
 class OnnxNetwork(nn.Module):
-    """Called as `StackedHourglass` is; it gives the last stack's heatmaps alone."""
+    """Called like `StackedHourglass`; returns only the last stack's heatmaps."""
 
     def __init__(self, path: Path):
         """Open the file, on a GPU if this ONNX Runtime supports one. Raises InputError."""
@@ -44,7 +44,7 @@ class OnnxNetwork(nn.Module):
 def read_export(path: Path) -> dict[str, Any]:
     """A .safetensors or .onnx as the contents of a checkpoint file. Raises InputError.
 
-    An .onnx gives no weights.
+    An .onnx has no weights.
     """
     weights: dict[str, Tensor] = {}
     try:
@@ -102,7 +102,7 @@ def _imported(module: str, path: Path) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.split(".")[0]
-        found, expected = f"{package} is not installed", f"it, for {path.suffix} files"
+        found, expected = f"{package} is not installed", f"{package}, for {path.suffix} files"
         raise InputError(path, found, expected, f"pip install {package}") from error
 
 

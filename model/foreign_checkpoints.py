@@ -1,12 +1,12 @@
 """Checkpoints of other code: princeton-vl/pytorch_stacked_hourglass and bearpaw/pytorch-pose.
 
-Princeton's hold `state_dict`, `optimizer` (Adam) and `epoch`; they are read, continued and written.
+Princeton's hold `state_dict`, `optimizer` (Adam) and `epoch`; they are read, resumed and written.
 Every residual of its network owns a 1x1 `skip_layer`, used only where the number of channels
 changes. The others are dead: without gradient and without optimizer state. They are dropped in
 reading and written as zeros.
 
 Bearpaw's and anibali's networks have a wider stem (64, 128, 256) and subtract MPII's mean colour
-from the input. Only their form with one residual a place (`num_blocks=1`) is read.
+from the input. Only `num_blocks=1`, one residual block in each place, is supported.
 """
 
 import re
@@ -29,10 +29,10 @@ _STEPS_PER_EPOCH = 1_000
 PRINCETON_MODEL = {"stem": (64, 128, 128), "depth": 4, "input_mean": (0.0, 0.0, 0.0)}
 """Fixed in princeton's code."""
 _PREFIX = "model.module."
-"""What princeton's train.py puts before every key."""
+"""Prefix of every key in princeton's checkpoints."""
 
 Renames = tuple[tuple[str, str], ...]
-"""Regular expressions of our names, and what replaces them; applied one after another."""
+"""Pairs of a regular expression on our names and its replacement, applied in order."""
 
 _TO_PRINCETON: Renames = (
     (r"^stem\.conv\.0", "pre.0.conv"),
@@ -72,13 +72,13 @@ class _Layout(NamedTuple):
     """How another code base names the parts of this network."""
 
     prefixes: tuple[str, ...]
-    """One of them stands before every name."""
+    """Possible prefixes of all names."""
     layers: tuple[str, str, str, str]
     """Stem convolution, last convolutions of the stem's first two residuals, first head."""
     heads: str
-    """Pattern of the heads' weights, one a stack."""
+    """Pattern of the heads' weights, one per stack."""
     levels: str
-    """Pattern of a weight that each level of the first hourglass has once."""
+    """Pattern of a weight that occurs once in each level of the first hourglass."""
     input_mean: tuple[float, float, float]
 
 
@@ -103,14 +103,14 @@ class ForeignCheckpoint(NamedTuple):
 
     config: Config
     skeleton: Skeleton
-    """The files do not name the joints; 16 are taken to be MPII's, which both codes train on."""
+    """The files do not name the joints; 16 joints are assumed to be MPII's."""
     weights: dict[str, Tensor]
     step: int = 0
     optimizer: dict[str, Any] | None = None
 
 
 def read_foreign(raw: Any, path: Path) -> ForeignCheckpoint | None:
-    """Recognise a file's contents; None if they are of no known code. Raises InputError."""
+    """Convert the contents of a file; None if no known code wrote it. Raises InputError."""
     for layout in (_PRINCETON, _BEARPAW):
         if theirs := _tensors_of(raw, layout):
             break
@@ -173,7 +173,7 @@ def _their_name(ours: str, renames: Renames) -> str:
 
 
 def _to_bearpaw(depth: int) -> Renames:
-    """Its levels count from the innermost one; our names are nested."""
+    """Bearpaw counts levels from the innermost one; our names are nested."""
     levels = []
     for outer in reversed(range(depth)):
         for n, part in enumerate(("across", "down", "up", "inner")):
@@ -190,7 +190,7 @@ def princeton_contents(
 ) -> dict[str, Any]:
     """What princeton's train.py would have saved. optimizer: of ours; only Adam's is kept.
 
-    network: of the stem, depth and input mean of PRINCETON_MODEL.
+    network: must have the stem, depth and input mean of PRINCETON_MODEL.
     """
     weights = _weights_to_princeton(network.state_dict(), network)
     contents: dict[str, Any] = {
@@ -229,7 +229,7 @@ def _weights_to_princeton(ours: dict[str, Tensor], network: StackedHourglass) ->
 
 
 def _parameter_numbers(network: StackedHourglass) -> list[int]:
-    """For each of our parameters its number in princeton's optimizer, which counts dead ones."""
+    """The index of each of our parameters in princeton's optimizer, which counts dead ones."""
     ours = {name: tensor.detach() for name, tensor in network.named_parameters()}
     order = {name: n for n, name in enumerate(_weights_to_princeton(ours, network))}
     return [order[_their_name(name, _TO_PRINCETON)] for name in ours]
@@ -244,7 +244,7 @@ def _our_adam_state(
     for moments, parameter in zip(state.values(), network.parameters(), strict=True):
         if all_moments and getattr(moments.get("exp_avg"), "shape", None) != parameter.shape:
             found, expected = "an optimizer of other weights", "Adam's state of the same weights"
-            raise InputError(path, found, expected, "take its state_dict alone")
+            raise InputError(path, found, expected, "use only its state_dict")
     own = {"params": list(range(len(numbers))), "fused": True}
     group = {**theirs["param_groups"][0], **own}
     return {"state": state if all_moments else {}, "param_groups": [group]}

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 class Residual(nn.Module):
     """Pre-activation bottleneck (1x1, 3x3, 1x1) with skip: (N, inputs, H, W) -> (N, outputs, H, W).
 
-    Half the outputs inside; a 1x1 skip if the numbers of channels differ.
+    The 3x3 convolution has outputs / 2 channels. The skip is 1x1 if inputs != outputs.
     """
 
     def __init__(self, inputs: int, outputs: int):
@@ -90,8 +90,8 @@ class StackedHourglass(nn.Module):
         """width: channels of the hourglasses. joints: heatmaps. stem: channels of `make_stem`.
 
         input_mean: RGB in 0..1, subtracted from the picture. checkpoint_activations: in training,
-        keep only each stack's input and recompute its activations for the gradient; the numbers
-        are the same.
+        keep only each stack's input and recompute its activations for the gradient, with the same
+        results.
         """
         super().__init__()
         mean = torch.tensor(input_mean).reshape(1, 3, 1, 1) if any(input_mean) else None
@@ -109,7 +109,7 @@ class StackedHourglass(nn.Module):
         self.merge_heatmaps = nn.ModuleList(nn.Conv2d(joints, width, 1) for _ in range(stacks - 1))
 
     def forward(self, images_N3HW: Tensor) -> Tensor:
-        """RGB in 0..1 -> heatmaps of every stack, (N, S, J, H/4, W/4); the last is the best."""
+        """RGB in 0..1 -> heatmaps of every stack, (N, S, J, H/4, W/4); the last is the result."""
         if self.input_mean is not None:
             images_N3HW = images_N3HW - self.input_mean
         x = self.stem(images_N3HW)
@@ -137,7 +137,7 @@ class StackedHourglass(nn.Module):
 
 @contextmanager
 def _keep_statistics(*modules: nn.Module) -> Iterator[None]:
-    """Batch norms normalise by the batch as usual, but leave their running statistics alone."""
+    """Batch norms use the batch's statistics as usual, but do not update the running ones."""
     norms = [m for each in modules for m in each.modules() if isinstance(m, nn.BatchNorm2d)]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:

@@ -14,7 +14,7 @@ Unmarked = Literal["empty", "ignore"]
 def stack_losses(
     heat_NSJHW: Tensor, target_NJHW: Tensor, drawn_NJ: Tensor, unmarked: Unmarked
 ) -> Tensor:
-    """(S,) mean over people, joints and pixels of (prediction - target)^2, a value a stack.
+    """(S,) mean over people, joints and pixels of (prediction - target)^2, one per stack.
 
     The loss to minimise is their mean: intermediate supervision, every stack weighs the same
     (princeton-vl/pytorch_stacked_hourglass). unmarked: a joint without a target counts as an empty
@@ -36,23 +36,23 @@ def stack_losses_of_joints(
     sigma: float,
     unmarked: Unmarked,
 ) -> Tensor:
-    """`stack_losses` of targets that are rendered here.
+    """`stack_losses` with targets that are rendered inside.
 
     joints_NJ2: heatmap px. sigma: as heatmaps.render takes it. Under torch.compile the pixels of a
-    target are computed where they are subtracted, and neither pass writes them to memory.
+    target are fused into the subtraction, and neither pass writes them to memory.
     """
     target_NJHW = heatmaps.render(joints_NJ2, drawn_NJ, heat_NSJHW.shape[-1], rule, sigma)
     return stack_losses(heat_NSJHW, target_NJHW, drawn_NJ, unmarked)
 
 
 def peak_height(heat_NJHW: Tensor, drawn_NJ: Tensor) -> Tensor:
-    """Mean height of the highest pixel over the joints that have a target; near 0 in a collapse."""
+    """Mean of the highest pixel over joints with a target; near 0 if all is predicted as zero."""
     peaks_NJ = heat_NJHW.float().amax(dim=(2, 3))
     weight_NJ = drawn_NJ.to(peaks_NJ)
     return (peaks_NJ * weight_NJ).sum() / weight_NJ.sum().clamp_min(1)
 
 
 def pck(joints_NJ2: Tensor, target_NJ2: Tensor, drawn_NJ: Tensor, radius_px: float) -> Tensor:
-    """Share of the joints that have a target which lie within radius_px of it (heatmap px)."""
+    """Share of joints with a target that lie within radius_px of it (heatmap px)."""
     near_NJ = torch.linalg.vector_norm(joints_NJ2 - target_NJ2, dim=-1) < radius_px
     return (near_NJ & drawn_NJ).sum() / drawn_NJ.sum().clamp_min(1)

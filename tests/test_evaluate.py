@@ -153,7 +153,7 @@ def test_the_fastest_batch_size_is_found_in_four_seconds_or_one_batch(
 
 
 def test_for_a_few_people_no_batch_size_is_measured():
-    for people, size in ((5, 5), (16, 8), (inference.FEW, 8)):
+    for people, size in ((5, 5), (16, 8), (inference.MEASURE_ABOVE, 8)):
         assert inference.choose_batch_size(None, make_codec(), people, **PLAIN) == (size, {})
 
 

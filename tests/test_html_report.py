@@ -313,7 +313,7 @@ def test_a_reference_on_unknown_data_has_a_warning(known, report, tiny_set, tmp_
     evaluate.main(list(map(str, [*words, "--report", tmp_path / "p.html"])))
     browser.show(tmp_path / "p.html", *WIDE)
     assert f"{folder / 'other_found.json'}, on {valid} ({other})" in texts(browser, "#facts dd")
-    assert ("not known" in texts(browser, "#warning")[0]) == (not known)
+    assert ("may have been" in texts(browser, "#warning")[0]) == (not known)
     assert browser.ask("document.getElementById('warning').offsetHeight > 0") == (not known)
     assert browser.ask("document.images.length") == 0
     assert browser.ask("document.querySelectorAll('.tile .found line').length") == 5 * 15

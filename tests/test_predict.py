@@ -148,7 +148,7 @@ def test_grey_deep_and_transparent_pictures_become_three_channels_of_8_bits(tmp_
         ({"pictures": "."}, "a folder"),
         ({"pictures": np.zeros((9, 9), np.uint8), "boxes": [[1, 1, 0, 3]]}, "above 0"),
         ({"pictures": [np.zeros((9, 9), np.uint8)] * 2, "boxes": [[1, 2, 3, 4]]}, "1 for 2"),
-        ({"pictures": np.zeros((9, 9), np.uint8), "centers": [[1, 2]]}, "half of one"),
+        ({"pictures": np.zeros((9, 9), np.uint8), "centers": [[1, 2]]}, "incomplete one"),
         ({"pictures": np.zeros((9, 9), np.uint8), "boxes": [[90, 2, 3, 4]]}, "overlaps"),
     ],
 )
