@@ -62,7 +62,7 @@ def rebuild(folder: Path, change: Callable[[tarfile.TarInfo, bytes], bytes | Non
 @pytest.mark.parametrize("decode", [[], ["--decode"]])
 def test_whole_shards_exit_with_0(tiny_shards, capsys, decode):
     code, lines = check(tiny_shards, capsys, *decode)
-    assert code == 0 and "17 people of train and valid, all is well" in lines[-1]
+    assert code == 0 and "17 people of train and valid, no damage found" in lines[-1]
 
 
 def test_shards_of_crops_exit_with_0(tiny_set, tmp_path, capsys):
@@ -154,8 +154,8 @@ def test_links_and_names_that_leave_the_folder_are_found_in_a_tar(packed, capsys
     rebuild(packed, change)
     code, lines = check(packed, capsys)
     assert code == 1
-    assert any("key 000000007: '000000007.json' is no plain file" in line for line in lines)
-    assert any("no plain file of a plain name" in line and "/000000008" in line for line in lines)
+    assert any("key 000000007: '000000007.json' is not a regular file" in line for line in lines)
+    assert any("regular file with a plain name" in line and "/000000008" in line for line in lines)
 
 
 def test_long_names_without_end_are_no_tar(packed, capsys):

@@ -1,8 +1,7 @@
 """Verifies packed shards, byte by byte: python tools/check_shards.py data/shards/mpii --decode
 
-Everything that the manifest says is compared with the files: SHA-256 of tars and indices, the
-indices with the tars' own headers, counts, ranges of the records, and the JSON of each person with
-the record. Exit codes: 0 all is well, 1 something is damaged, 2 the command line.
+Checks SHA-256 of tars and indices, indices against the tars' headers, counts, ranges of the
+records, and each person's JSON against the record. Exit codes: 0 intact, 1 damaged, 2 bad options.
 """
 
 import sys
@@ -89,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     pictures = "pictures decoded" if options.decode else "pictures not decoded (--decode)"
     if not faults:
         splits = " and ".join(folder.name for folder in folders)
-        print(f"{options.shards}: {people:,} people of {splits}, all is well; {pictures}")
+        print(f"{options.shards}: {people:,} people of {splits}, no damage found; {pictures}")
         return 0
 
     print(f"{options.shards}: DAMAGED, {len(faults):,} fault(s); {people:,} people; {pictures}")
@@ -101,7 +100,7 @@ def make_parser() -> Parser:
     """The command line."""
     parser = Parser(
         prog="check_shards.py",
-        description="Verifies packed shards; exit code 0: whole, 1: damaged, 2: command line.",
+        description="Verifies packed shards; exit code 0: intact, 1: damaged, 2: bad options.",
         epilog="example: python tools/check_shards.py data/shards/mpii --decode",
     )
     add = parser.add_argument
@@ -125,7 +124,7 @@ def split_folders(folder: Path) -> list[Path]:
 
 
 def check_shard(folder: Path, manifest: Manifest, decode: bool, shard: Shard) -> Report:
-    """Everything about one tar and its index."""
+    """Check one tar and its index."""
     tar, index, length = folder / shard.tar, folder / shard.index, record_length(manifest.joints)
     faults = file_faults(tar, shard.sha256) + file_faults(index, shard.index_sha256)
     try:
@@ -157,7 +156,7 @@ def check_shard(folder: Path, manifest: Manifest, decode: bool, shard: Shard) ->
 
 
 def file_faults(path: Path, digest: str) -> list[str]:
-    """Whether a file is the one that the manifest describes."""
+    """Compare a file with its SHA-256 in the manifest."""
     if not path.is_file():
         return [f"{path}: missing"]
     is_same = file_sha256(path) == digest
@@ -172,13 +171,13 @@ def read_sample(
     for member in members:
         extension = member.name.partition(".")[2]
         if not member.isreg() or not safe_name(member.name) or "/" in member.name:
-            return {}, [f"{member.name!r:.100} is no plain file of a plain name"]
+            return {}, [f"{member.name!r:.100} is not a regular file with a plain name"]
         if member.size > LARGEST.get(extension, 0):
             return {}, [f"{member.size:,} bytes of {extension!r:.20}"]
         file.seek(member.offset_data)
         parts[extension] = file.read(member.size)
     if set(parts) != set(COMPONENTS):
-        return {}, [f"components {', '.join(sorted(parts))} alone"]
+        return {}, [f"only the components {', '.join(sorted(parts))}"]
     if len(parts["f32"]) != 4 * length:
         return {}, [f"a record of {len(parts['f32'])} bytes, not {4 * length}"]
     return parts, []

@@ -74,7 +74,7 @@ def make_parser() -> Parser:
     what.add_argument("--shards", metavar="DIR", help="a split made by tools/make_shards.py")
     how = parser.add_argument_group("how much")
     how.add_argument("--checkpoint", metavar="PATH", help="also compare PCKh; with --shards")
-    most = "most pictures, without --checkpoint (default: %(default)s)"
+    most = "maximum number of pictures, without --checkpoint (default: %(default)s)"
     how.add_argument("--most", type=at_least(1), default=500, help=most)
     return parser
 
@@ -100,7 +100,7 @@ def read_jpegs(options: argparse.Namespace, shards: ShardSet | None) -> list[byt
 
 
 def find_decoders() -> tuple[dict[str, Decoder], dict[str, str]]:
-    """The decoders at hand, OpenCV first, and why others are missing."""
+    """The installed decoders, OpenCV first, and why others are missing."""
     decoders: dict[str, Decoder] = {
         "opencv": lambda jpegs: [decode(jpeg, "picture")[..., ::-1] for jpeg in jpegs],
         "pillow": lambda jpegs: [
@@ -126,7 +126,7 @@ def decode_all(name: str, decoder: Decoder, jpegs: list[bytes]) -> list[Picture]
 
 
 def compare(first: list[Picture], second: list[Picture]) -> Difference:
-    """Differences over all pictures, which must be of the same sizes."""
+    """Differences over all pictures, which must have the same sizes."""
     pixels = differing = total = squares = largest = 0
     for a, b in zip(first, second, strict=True):
         difference = np.abs(a.astype(np.int64) - b)
@@ -141,7 +141,7 @@ def compare(first: list[Picture], second: list[Picture]) -> Difference:
 def print_pckh(
     path: Path, shards: ShardSet, jpegs: list[bytes], pictures: dict[str, list[Picture]]
 ) -> None:
-    """PCKh of the same people through each decoder."""
+    """Print PCKh of the same people with each decoder."""
     checkpoint = load_checkpoint(path)
     config, network = checkpoint.config, evaluation_network(checkpoint)
     skeleton = shards.manifest.skeleton

@@ -78,17 +78,17 @@ def make_parser() -> Parser:
         epilog="example:\n  python tools/export_onnx.py runs/2hg/best.pt --onnx 2hg.onnx --flip",
     )
     add = parser.add_argument
-    add("checkpoint", type=Path, help="of train.py, or of other code")
+    add("checkpoint", type=Path, help="a checkpoint of train.py or of other code")
     add("--onnx", type=Path, metavar="OUT.onnx", help="the graph, for batches of any size")
     add("--safetensors", type=Path, metavar="OUT.safetensors", help="the evaluated weights")
     add("--flip", action="store_true", help="put the flip test into the ONNX graph")
-    check_help = "compare ONNX with torch on these; default: people of the validation shards"
+    check_help = "pictures for the comparison with torch; default: from the validation shards"
     add("--check", type=Path, nargs="+", metavar="PICTURE", help=check_help)
     return parser
 
 
 def check_options(options: argparse.Namespace) -> None:
-    """Refuse what cannot be written before any work is done. Raises InputError."""
+    """Raise InputError for outputs that cannot be written, before any work is done."""
     if not (options.onnx or options.safetensors):
         raise InputError("command line", "nothing to write", "--onnx or --safetensors", "give one")
     for path, ending, packages in (
@@ -137,7 +137,7 @@ def images_to_check(
     if not (shards / MANIFEST).is_file():
         size = estimator.codec.input_px
         noise = torch.rand(MAX_PEOPLE, 3, size, size, generator=torch.Generator().manual_seed(0))
-        return noise, f"noise, because there is no {shards}; --check PICTURE takes pictures"
+        return noise, f"noise, because there is no {shards}; --check PICTURE uses pictures"
     split = ShardSet(shards)
     samples = split.people()[1][:MAX_PEOPLE]
     how = {"loader": "opencv", "device": CPU, "batch_size": MAX_PEOPLE, "workers": 0}

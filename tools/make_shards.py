@@ -1,4 +1,4 @@
-"""Packs pictures and annotations into tar shards, one person a sample (pipelines/packing.py).
+"""Packs pictures and annotations into tar shards, one person per sample (pipelines/packing.py).
 
 The pictures are stored unchanged, or as crops that are smaller and faster to decode
 (pipelines/crop_packing.py). An interrupted run can be continued.
@@ -32,7 +32,7 @@ DATA = Path("data/mpii")
 HOW_TO_GET_DATA = """download it into data/mpii:
     data/mpii/images  mpii_human_pose_v1.tar.gz (12.9 GB) from human-pose.mpi-inf.mpg.de
     data/mpii/annot   data/MPII/annot of github.com/princeton-vl/pytorch_stacked_hourglass
-  or try it with drawn people first:
+  or try it with synthetic people first:
     python tools/make_synthetic.py --output data/synthetic
     python tools/make_shards.py --annotations data/synthetic/annot \\
       --images data/synthetic/images --output data/shards/synthetic"""
@@ -67,9 +67,9 @@ def make_parser() -> Parser:
     add("--skeleton", type=Path, metavar="YAML",
         help="the joints, for COCO's layout and for all joints but MPII's (docs/custom-data.md)")
     add("--images", type=Path, default=DATA / "images", help="folder of the JPEGs")
-    add("--output", type=Path, default=Path("data/shards/mpii"), help="folder for a folder a split")
+    add("--output", type=Path, default=Path("data/shards/mpii"), help="folder of the splits")
     add("--splits", nargs="+", choices=SPLITS, default=list(SPLITS),
-        help="what to pack; one h5 or COCO file is the split named here, or in its file name")
+        help="splits to pack; for a single h5 or COCO file, the split that it holds")
     add = parser.add_argument_group("how").add_argument
     add("--people-per-shard", type=at_least(1), default=512, help="people in a tar")
     add("--workers", type=at_least(0), default=usable_cores(), help="processes")
@@ -77,12 +77,12 @@ def make_parser() -> Parser:
     add("--skip-bad", action="store_true", help="leave out people whose pictures are bad")
     add("--overwrite", action="store_true", help="replace another packing once the new is complete")
     add("--packing", choices=["original", "crop"], default="original",
-        help="original: the JPEG files unchanged; crop: the part that augmentation can read, made "
-        "smaller (docs/conventions.md)")
+        help="original: the JPEG files unchanged; crop: the region that augmentation can reach, "
+        "scaled down (docs/conventions.md)")
     add("--reach", choices=CROP_PRESETS, default="hrnet",
-        help="crop: the data.preset with the largest crops that these shards will be used with")
+        help="crop: the data.preset of training; with several, the one with the largest crops")
     add("--person-px", type=at_least(16), default=288,
-        help="crop: largest side of a person's box, px; data.input_px x 1.125 is enough")
+        help="crop: maximum side of a person's box, px; data.input_px x 1.125 is enough")
     # fmt: on
     return parser
 
@@ -107,7 +107,7 @@ def parse_options(argv: list[str] | None) -> PackingOptions:
 
 
 def chosen_splits(annotations: Path, asked: list[str]) -> tuple[str, ...]:
-    """The splits to pack; one file of a single split is the split of its name."""
+    """The splits to pack; a file with a single split may name it in its file name."""
     splits = tuple(split for split in SPLITS if split in asked)
     if not annotations.is_file() or has_both_splits(annotations) or len(splits) == 1:
         return splits
@@ -158,12 +158,12 @@ def summary(folder: Path) -> str:
 
 
 def joint_lines(people: People, skeleton: Skeleton) -> list[str]:
-    """A line a joint: the share of people that have it marked, and of those, visible."""
+    """One line per joint: the share of people with it marked, and of those, visible."""
     names = [*skeleton.names, "all joints"]
     width = max(map(len, names))
     marked = people.marked.sum(axis=0)
     visible = (people.visible & people.marked).sum(axis=0)
-    lines = [f"  {'joint':<{width}}    marked   visible of those"]
+    lines = [f"  {'joint':<{width}}    marked  visible of marked"]
     rows = zip(
         names,
         [*marked / people.count, people.marked.mean()],

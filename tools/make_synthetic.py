@@ -15,7 +15,7 @@ from pipelines.synthetic import SIZES_WH, VERSION, draw_data_set
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Draw both splits, unless they are there."""
+    """Draw both splits, unless they exist."""
     args = make_parser().parse_args(argv)
     options = {name: getattr(args, name) for name in ("seed", "train", "valid", "max_width")}
     options["version"] = VERSION
@@ -48,13 +48,13 @@ def make_parser() -> Parser:
     add("--valid", type=at_least(1), default=300,
         help="annotated people in annot/valid.h5 (default: %(default)s)")
     add("--seed", type=at_least(0), default=0,
-        help="another number draws other pictures (default: %(default)s)")
+        help="random seed (default: %(default)s)")
     add("--max-width", type=at_least(min(SIZES_WH)[0]), default=1280,
-        help="no wider pictures, px; 640 is faster (default: %(default)s)")
+        help="maximum width of a picture, px; 640 is faster (default: %(default)s)")
     add = parser.add_argument_group("where and how").add_argument
     add("--output", type=Path, required=True, help="folder to write, for example data/synthetic")
     add("--workers", type=at_least(1), default=os.cpu_count() or 1,
-        help="processes; they change no byte (default: %(default)s)")
+        help="processes; the output is the same with any number (default: %(default)s)")
     # fmt: on
     return parser
 

@@ -30,15 +30,15 @@ from pipelines.boxes import MARGIN, Person, Square, read_people, square_about, w
 from pipelines.opencv_loader import Item
 
 PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
-"""Endings of the pictures in a folder; a file that is given by itself may have another."""
+"""Extensions of the pictures in a folder; a file given by its name may have another."""
 VIDEOS = {".avi", ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv"}
 CODECS = {".avi": "MJPG", ".mp4": "mp4v"}
-"""Of the videos that are written."""
+"""Codec of a written video, by its extension."""
 MAX_FRAMES = 8
 """Frames of a video in memory at a time; one in 4K takes 25 MB."""
 DEFAULT_FRAMES_PER_SECOND = 25.0
 LINE_SHARE = 1 / 128
-"""Width of a drawn limb over the side of the person's square."""
+"""Width of a drawn limb / side of the person's square."""
 
 Image = npt.NDArray[np.uint8]
 Options = argparse.Namespace
@@ -178,7 +178,7 @@ def list_pictures(options: Options) -> list[Picture]:
         for index, person in enumerate(read_people(options.people, options.margin)):
             path = folder / person.image
             if not stays_inside(folder, person.image) or not path.is_file():
-                problem = f"no such picture, of person {index}"
+                problem = f"no such picture (person {index})"
                 raise InputError(path, problem, f"one in {folder}", "correct the file")
             pictures.setdefault(path, Picture(path, [])).people.append((index, person))
         return list(pictures.values())
@@ -227,7 +227,7 @@ def add_overlays(options: Options, pictures: list[Picture]) -> list[Picture]:
         paths = [out / name for name in names]
     paths = [p if p.suffix.lower() in PICTURES else p.with_suffix(".png") for p in paths]
     if len(set(paths)) < len(paths):
-        raise InputError(out, "pictures of the same name", "different ones", "take them in turn")
+        raise InputError(out, "pictures of the same name", "different ones", "use separate runs")
     if {path.resolve() for path in paths} & {picture.path.resolve() for picture in pictures}:
         raise InputError(out, "the input itself", "another path", "rename the overlay")
     return [p._replace(overlay=path) for p, path in zip(pictures, paths, strict=True)]
@@ -239,7 +239,7 @@ def add_overlays(options: Options, pictures: list[Picture]) -> list[Picture]:
 def predict_pictures(
     options: Options, estimator: PoseEstimator, pictures: list[Picture], results: list[Result]
 ) -> None:
-    """Append everybody to the results, and draw on the pictures if wanted. Raises InputError."""
+    """Append the people of all pictures to the results, and write overlays. Raises InputError."""
     bad: list[Path] = []
     total = sum(len(picture.people) for picture in pictures)
     with progress_bar("predict", total, "people") as advance:
@@ -277,7 +277,7 @@ def read_ahead(
 
 
 def read_frame(options: Options, estimator: PoseEstimator, picture: Picture) -> Frame:
-    """The cropped people of a picture; nobody if it is bad and --skip-bad was given."""
+    """The cropped people of a picture; none if it is bad and --skip-bad was given."""
     try:
         image = read_picture(picture.path, not options.ignore_exif)
     except InputError as error:
@@ -293,7 +293,7 @@ def read_frame(options: Options, estimator: PoseEstimator, picture: Picture) -> 
 def crop_person(
     estimator: PoseEstimator, image_HW3: Image, person: Person, facts: Result
 ) -> Subject:
-    """Raises InputError for a square outside the picture. facts: to stand in the result."""
+    """Raises InputError for a square outside the picture. facts: more keys of the result."""
     height, width = image_HW3.shape[:2]
     square = person.square or whole_picture(width, height)
     facts = {"image": person.image, **facts, "width": width, "height": height}
@@ -320,7 +320,7 @@ def find_people(
 def predict_group(
     estimator: PoseEstimator, group: list[Frame]
 ) -> Iterator[tuple[Frame, list[Result]]]:
-    """keypoints of a result: x, y in px and the height of the heatmap's peak, for each joint."""
+    """Each frame with its results; `keypoints`: x, y in px and heatmap peak of each joint."""
     subjects = [subject for frame in group for subject in frame.subjects]
     keypoints_NJ2, scores_NJ = estimator.predict([crop for _, crop in subjects])
     rows = iter(np.concatenate([keypoints_NJ2, scores_NJ[..., None]], axis=2).tolist())
@@ -334,7 +334,7 @@ def predict_group(
 def predict_video(
     options: Options, estimator: PoseEstimator, source: Path | int, results: list[Result]
 ) -> None:
-    """The same for every frame of a video or webcam; nobody is tracked between frames."""
+    """Predict every frame of a video or webcam, without tracking."""
     is_live = isinstance(source, int)
     name = f"webcam {source}" if is_live else str(source)
     capture = cv2.VideoCapture(source if is_live else name)
@@ -368,19 +368,19 @@ def predict_video(
 
 def read_video(capture: cv2.VideoCapture, name: str) -> Iterator[Image]:
     """The frames (H, W, 3) BGR, turned upright. Raises InputError if there is none."""
-    is_whole, image = capture.read()
-    if not is_whole:
+    has_frame, image = capture.read()
+    if not has_frame:
         raise InputError(name, "no frame can be read", "a video", "try another")
-    while is_whole:
+    while has_frame:
         yield np.asarray(image, dtype=np.uint8)
-        is_whole, image = capture.read()
+        has_frame, image = capture.read()
 
 
 class VideoFile:
-    """A video that gets its name when it is closed."""
+    """A video file with a temporary name until it is closed."""
 
     def __init__(self, path: Path, capture: cv2.VideoCapture):
-        """capture: has the same size and speed. Raises InputError if nothing can be written."""
+        """capture: gives size and frame rate. Raises InputError if nothing can be written."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path, self.temporary = path, path.with_name(f"{path.stem}.tmp{path.suffix}")
         codec = cv2.VideoWriter.fourcc(*CODECS[path.suffix.lower()])
@@ -417,7 +417,7 @@ def draw(image_HW3: Image, people: list[Result], skeleton: Skeleton, min_score: 
 
 
 def write_results(options: Options, skeleton: Skeleton, results: list[Result]) -> None:
-    """Write the JSON files that were asked for, or print the JSON if no output was."""
+    """Write the requested JSON files, or print the JSON if no output was requested."""
     if not results:
         return
     results = sorted(results, key=lambda person: person["index"])

@@ -107,10 +107,10 @@ def make_parser() -> Parser:
     add("--people", type=at_least(1), default=12, help="number of people (default: %(default)s)")
     add("--seed", type=at_least(0), default=0, help="of order and draws (default: %(default)s)")
     add = parser.add_argument_group("how it is made").add_argument
-    add("--config", metavar="FILE", help="use the settings of this run (default: the schema's)")
+    add("--config", metavar="FILE", help="YAML file of settings (default: the schema's)")
     add("--preset", choices=tuple(PRESETS), help="augmentation (default: the config's)")
     add("--no-mirror", action="store_true", help="never mirror, as data.mirror: false does")
-    both = "both: the same draws through each, and the difference (default: %(default)s)"
+    both = "both: the same augmentation by each, and the difference (default: %(default)s)"
     add("--loader", choices=("opencv", "dali", "both"), default="opencv", help=both)
     add("--rule", choices=("exact", "princeton", "hrnet"), help="of heatmaps (default: config's)")
     add("--sigma", type=float, help="heatmap px at 64 x 64 (default: the config's)")
@@ -125,7 +125,7 @@ def make_parser() -> Parser:
 def make_batches(
     shards: ShardSet, spec: LoaderSpec, codec: Codec, compare: bool
 ) -> list[LoadedBatch]:
-    """A batch of the loader. compare: before it, OpenCV's of the same people and draws."""
+    """A batch of the loader. compare: first OpenCV's batch of the same people and draws."""
     raw = RawBatch(*(part.cpu() for part in train_loader(shards, spec).next()))
     raws = [("opencv", repeat_draws(shards, raw, codec.preset))] if compare else []
     return [
