@@ -160,7 +160,7 @@ class Soak:
         Lower quartiles: workers of a validation come and go within seconds.
         """
         settled = self.samples[len(self.samples) // 5 :]
-        quarter = len(settled) // 4
+        quarter = max(2, len(settled) // 4)
         parts = settled[:quarter], settled[-quarter:]
         return {x: [quantiles([u[x] for u in part])[0] for part in parts] for x in WATCHED}
 
