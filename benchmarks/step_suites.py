@@ -35,7 +35,7 @@ def heatmaps_group(options: Options, batch_size: int) -> list[Case]:
     heat_px, device = options.input_px // STRIDE, options.device
     joints = np.random.default_rng(0).uniform(-5, heat_px + 5, (batch_size, MPII.joint_count, 2))
     on_device = torch.from_numpy(joints).float().to(device)
-    drawn = torch.ones(joints.shape[:2], dtype=torch.bool, device=device)
+    has_target = torch.ones(joints.shape[:2], dtype=torch.bool, device=device)
     repeats = 20 if device.type == "cpu" else 500
 
     def loop() -> int:
@@ -45,7 +45,7 @@ def heatmaps_group(options: Options, batch_size: int) -> list[Case]:
 
     def batched(rule: RuleName) -> int:
         for _ in range(repeats):
-            heatmaps.render(on_device, drawn, heat_px, rule, 1.0)
+            heatmaps.render(on_device, has_target, heat_px, rule, 1.0)
         return repeats * batch_size
 
     return [
@@ -82,7 +82,7 @@ def training_step(variant: Variant, stacks: int, options: Options) -> Callable[.
     fused = None if variant.is_princeton else True
     optimizer = torch.optim.Adam(network.parameters(), 1e-3, fused=fused)
 
-    def step(images_N3HW: Tensor, heat_NJHW: Tensor, drawn_NJ: Tensor) -> None:
+    def step(images_N3HW: Tensor, heat_NJHW: Tensor, has_target_NJ: Tensor) -> None:
         # As each train.py sets it: cuDNN times its algorithms for princeton-vl.
         torch.backends.cudnn.benchmark = variant.is_princeton
         if variant.is_princeton:
@@ -91,7 +91,7 @@ def training_step(variant: Variant, stacks: int, options: Options) -> Callable[.
         is_mixed = variant.dtype != torch.float32
         with torch.autocast(options.device.type, variant.dtype, enabled=is_mixed):
             heat_NSJHW = network(images_N3HW)
-        stack_losses(heat_NSJHW, heat_NJHW, drawn_NJ, "empty").mean().backward()
+        stack_losses(heat_NSJHW, heat_NJHW, has_target_NJ, "empty").mean().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -107,7 +107,7 @@ def build_network(
 
 
 def random_batch(people: int, options: Options) -> tuple[Tensor, Tensor, Tensor]:
-    """Images, target heatmaps and drawn joints of noise."""
+    """Images, target heatmaps of noise, and a target for each joint."""
     side, heat_px, device = options.input_px, options.input_px // STRIDE, options.device
     images = torch.rand(people, side, side, 3, device=device).permute(0, 3, 1, 2)
     heat = torch.rand(people, MPII.joint_count, heat_px, heat_px, device=device)
@@ -156,7 +156,7 @@ def training_group(options: Options, batch_size: int) -> list[Case]:
 
         def one_step() -> None:
             batch = next_batch()
-            step(batch.images_N3HW, batch.heat_NJHW, batch.drawn_NJ)
+            step(batch.images_N3HW, batch.heat_NJHW, batch.has_target_NJ)
 
         return one_step
 

@@ -12,7 +12,7 @@ Unmarked = Literal["empty", "ignore"]
 
 
 def stack_losses(
-    heat_NSJHW: Tensor, target_NJHW: Tensor, drawn_NJ: Tensor, unmarked: Unmarked
+    heat_NSJHW: Tensor, target_NJHW: Tensor, has_target_NJ: Tensor, unmarked: Unmarked
 ) -> Tensor:
     """(S,) mean over people, joints and pixels of (prediction - target)^2, one per stack.
 
@@ -24,14 +24,14 @@ def stack_losses(
     error_NSJ = (heat_NSJHW.float() - target_NJHW[:, None].float()).square().mean(dim=(3, 4))
     if unmarked == "empty":
         return error_NSJ.mean(dim=(0, 2))
-    weight_N1J = drawn_NJ[:, None].float()
+    weight_N1J = has_target_NJ[:, None].float()
     return (error_NSJ * weight_N1J).sum(dim=(0, 2)) / weight_N1J.sum().clamp_min(1)
 
 
 def stack_losses_of_joints(
     heat_NSJHW: Tensor,
     joints_NJ2: Tensor,
-    drawn_NJ: Tensor,
+    has_target_NJ: Tensor,
     rule: RuleName,
     sigma: float,
     unmarked: Unmarked,
@@ -41,18 +41,18 @@ def stack_losses_of_joints(
     joints_NJ2: heatmap px. sigma: as heatmaps.render takes it. Under torch.compile the pixels of a
     target are fused into the subtraction, and neither pass writes them to memory.
     """
-    target_NJHW = heatmaps.render(joints_NJ2, drawn_NJ, heat_NSJHW.shape[-1], rule, sigma)
-    return stack_losses(heat_NSJHW, target_NJHW, drawn_NJ, unmarked)
+    target_NJHW = heatmaps.render(joints_NJ2, has_target_NJ, heat_NSJHW.shape[-1], rule, sigma)
+    return stack_losses(heat_NSJHW, target_NJHW, has_target_NJ, unmarked)
 
 
-def peak_height(heat_NJHW: Tensor, drawn_NJ: Tensor) -> Tensor:
+def peak_height(heat_NJHW: Tensor, has_target_NJ: Tensor) -> Tensor:
     """Mean of the highest pixel over joints with a target; near 0 if all is predicted as zero."""
     peaks_NJ = heat_NJHW.float().amax(dim=(2, 3))
-    weight_NJ = drawn_NJ.to(peaks_NJ)
+    weight_NJ = has_target_NJ.to(peaks_NJ)
     return (peaks_NJ * weight_NJ).sum() / weight_NJ.sum().clamp_min(1)
 
 
-def pck(joints_NJ2: Tensor, target_NJ2: Tensor, drawn_NJ: Tensor, radius_px: float) -> Tensor:
+def pck(joints_NJ2: Tensor, target_NJ2: Tensor, has_target_NJ: Tensor, radius_px: float) -> Tensor:
     """Share of joints with a target that lie within radius_px of it (heatmap px)."""
     near_NJ = torch.linalg.vector_norm(joints_NJ2 - target_NJ2, dim=-1) < radius_px
-    return (near_NJ & drawn_NJ).sum() / drawn_NJ.sum().clamp_min(1)
+    return (near_NJ & has_target_NJ).sum() / has_target_NJ.sum().clamp_min(1)

@@ -50,9 +50,9 @@ class Codec:
         flip_N = draws_ND[:, 2] > 0
         return heatmaps.heat_joints(records, input_from_image_N23, flip_N, flip_indices, self.rule)
 
-    def render(self, joints_NJ2: torch.Tensor, drawn_NJ: torch.Tensor) -> torch.Tensor:
+    def render(self, joints_NJ2: torch.Tensor, has_target_NJ: torch.Tensor) -> torch.Tensor:
         """(N, J, H, W) float32 target heatmaps. joints_NJ2: heatmap px."""
-        return heatmaps.render(joints_NJ2, drawn_NJ, self.heat_px, self.rule, self.sigma)
+        return heatmaps.render(joints_NJ2, has_target_NJ, self.heat_px, self.rule, self.sigma)
 
     def decode(self, heat_NJHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Joints (N, J, 2) float32 heatmap px, and scores (N, J): the heights of the peaks."""

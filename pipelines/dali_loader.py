@@ -2,7 +2,7 @@
 
 One graph serves both devices: read, decode, draw, build the affine, warp. It draws from the same
 table of presets as the OpenCV path and returns its draws, so that the other path can repeat them.
-DALI counts from pixel corners, hence the two half-pixel shifts around the affine.
+DALI's origin is a pixel's corner, hence the two half-pixel shifts around the affine.
 
 Do not add, remove or reorder operators: their order sets their seeds, and a saved state fits only
 the operators that it names.
@@ -30,7 +30,7 @@ from pipelines.shard_format import COLUMNS
 from pipelines.shards import ShardSet
 
 Node = Any
-"""A DALI data node; one scalar or tensor a sample."""
+"""A DALI data node; one scalar or tensor per sample."""
 
 
 class DaliLoader:
@@ -61,7 +61,7 @@ class DaliLoader:
         self.pipeline = self._build(shards.indices, state)
 
     def _build(self, indices: list[Path], state: bytes) -> Pipeline:
-        """The pipeline over the shards' tars by these indices, at `state`."""
+        """Build the pipeline on the shards' tars with these index files, at `state`."""
         more = {"checkpoint": state} if state else {}
         graph = pipeline_def(_graph)(**self._arguments, indices=indices, **more)
         try:
@@ -80,10 +80,10 @@ class DaliLoader:
         return RawBatch(*_run(self.pipeline, self.shards, self._find_faults))
 
     def _find_faults(self) -> dict[int, str]:
-        """What is wrong with the people who made a batch fail; DALI's message names nobody.
+        """Find the damaged people of a batch that failed; DALI's message does not name them.
 
-        If their records are undamaged, the same pipeline with a good picture for everybody shows
-        who is in the batch, or in one that was made ahead.
+        If all records are undamaged, the same pipeline is run with a good picture for each person:
+        its records name the people of this batch and of the prefetched ones.
         """
         split = self.shards
         faults = split.damaged_records() or _faults_of_tars_without_good_pictures(split)
@@ -97,19 +97,19 @@ class DaliLoader:
         return {split.origin(sample): fault for sample, fault in faults.items()}
 
     def state(self) -> bytes:
-        """Where the sequence stands, after the batches returned so far."""
+        """The position after the batches returned so far."""
         return self.pipeline.checkpoint()
 
 
 class DaliEvaluationLoader:
     """People of any source in a given order, without augmentation.
 
-    Iterating gives RawBatches on the device, the last one maybe shorter; records stay on the CPU
-    as the source gives them.
+    Iterating gives RawBatches on the device; the last may be shorter. Records stay on the CPU, in
+    the source's precision.
     """
 
     def __init__(self, source: Source, samples: npt.NDArray[np.int64], spec: LoaderSpec):
-        """samples: (N,) numbers in the source. The spec's preset has no randomness."""
+        """samples: (N,) numbers in the source. spec.preset must not be random."""
         self.source, self.spec = source, spec
         self.samples: list[int] = samples.tolist()
         starts = range(0, len(samples), spec.batch_size)
@@ -121,14 +121,14 @@ class DaliEvaluationLoader:
         pipeline = pipeline_def(_evaluation_graph)(**arguments, feed=self._feed(), spec=spec)
         pipeline.build()
         for number, samples in enumerate(self._batches):
-            end = number + pipeline.prefetch_queue_depth + 1  # of the batches made ahead
+            end = number + pipeline.prefetch_queue_depth + 1  # including prefetched batches
             suspects = self.samples[number * spec.batch_size : end * spec.batch_size]
             find_faults = functools.partial(_faults, self.source, suspects)
             images, matrices, draws, _ = _run(pipeline, self.source, find_faults)
             yield RawBatch(images, matrices, draws, torch.from_numpy(self._records(samples)))
 
     def _feed(self) -> Iterator[tuple[list[npt.NDArray], list[npt.NDArray]]]:
-        """JPEGs and records of one batch after another, read while DALI works on the last."""
+        """Yield JPEGs and records of each batch, read while DALI processes the one before."""
         for samples in self._batches:
             jpegs = [self.source.jpeg(sample) for sample in samples]
             for jpeg, sample in zip(jpegs, samples, strict=True):
@@ -176,13 +176,13 @@ def _run(
     stream = [] if device is None or device < 0 else [torch.cuda.current_stream(device)]
     try:
         outputs = pipeline.run(*stream)
-    except (RuntimeError, ValueError) as error:  # a picture; numbers of a record
+    except (RuntimeError, ValueError) as error:  # damaged picture; damaged record
         faults = find_faults()
         if not faults:
             raise
         first = min(faults)
         more = f", and {len(faults) - 1} more people" if len(faults) > 1 else ""
-        # No variable holds it: in a reference cycle it would keep the pipeline's memory.
+        # Not stored in a variable: a reference cycle would keep the pipeline's memory.
         raise BadSamplesError.of(faults, source.where(first), faults[first] + more) from error
     return [torch.from_dlpack(output.as_tensor()) for output in outputs]
 
@@ -196,7 +196,7 @@ def _faults_of_tars_without_good_pictures(split: ShardSet) -> dict[int, str]:
 
 
 def _indices_of_good_pictures(split: ShardSet, folder: Path) -> list[Path]:
-    """Indices that give everybody the first good picture of its tar."""
+    """Write index files in which each person has the first good picture of its tar."""
     paths = []
     for number, source in enumerate(split.indices):
         samples = split.samples_of(number)
@@ -211,7 +211,7 @@ def _indices_of_good_pictures(split: ShardSet, folder: Path) -> list[Path]:
 
 
 def _faults(source: Source, samples: list[int]) -> dict[int, str]:
-    """What is wrong with the pictures of these samples, where something is."""
+    """Sample -> fault, for the damaged pictures of these samples."""
     found = {sample: _fault(source, sample) for sample in samples}
     return {sample: fault for sample, fault in found.items() if fault}
 
@@ -249,7 +249,7 @@ def _graph(
         ext=["jpg", "f32"],
         dtypes=[types.UINT8, types.FLOAT],
         missing_component_behavior="error",
-        # If it were mapped, a truncated tar or a bad sector would end the process by SIGBUS.
+        # With mmap, a truncated tar or a bad sector would end the process by SIGBUS.
         dont_use_mmap=True,
         random_shuffle=spec.shuffle_buffer > 0,
         **shuffle,
@@ -289,7 +289,7 @@ def _crops(
     if spec.preset.princeton_crop:
         upper_left, lower_right = _princeton_corners(record, input_px)
         input_from_image = _princeton_affine(upper_left, lower_right, drawn, input_px)
-        # Saved states name the two operators of `- 0.0`, which change no value.
+        # The two `- 0.0` change no value, but saved states contain their operators.
         image = _cut(_decode(jpeg, gpu, **decoder), upper_left - 0.0, lower_right - 0.0)
         image_from_stored = fn.transforms.translation(offset=_float(upper_left))
     else:
@@ -338,7 +338,7 @@ def _princeton_corners(record: Node, input_px: int) -> tuple[Node, Node]:
 
 
 def _cut(image: Node, upper_left: Node, lower_right: Node) -> Node:
-    """Only the box, black outside the picture: princeton's crop ends there before it is warped."""
+    """Cut out the box, black outside the picture, as princeton's code does before it warps."""
     start, end = (fn.cast(corner, dtype=types.INT32) for corner in (upper_left, lower_right))
     return fn.slice(
         image, start=start, end=end, axis_names="WH", out_of_bounds_policy="pad", fill_values=0
@@ -346,7 +346,7 @@ def _cut(image: Node, upper_left: Node, lower_right: Node) -> Node:
 
 
 def _princeton_affine(upper_left: Node, lower_right: Node, drawn: Draw, input_px: int) -> Node:
-    """princeton.input_from_image as a graph: its two maps and its flip made one."""
+    """princeton.input_from_image as a graph: its two affines and its flip combined."""
     size = lower_right - upper_left
     affine = fn.transforms.translation(offset=_float(0.5 - upper_left))
     affine = fn.transforms.scale(affine, scale=_float(input_px / size))
@@ -354,7 +354,7 @@ def _princeton_affine(upper_left: Node, lower_right: Node, drawn: Draw, input_px
     zoom = 1.0 / drawn.scale
     affine = fn.transforms.scale(affine, scale=fn.stack(zoom, zoom))
     affine = fn.transforms.rotation(affine, angle=drawn.rotation_deg)
-    # It turns about input_px / 2 and mirrors about (input_px - 1) / 2.
+    # Princeton rotates about input_px / 2 and mirrors about (input_px - 1) / 2.
     affine = fn.transforms.translation(affine, offset=[0.5, 0.5])
     affine = fn.transforms.scale(affine, scale=_mirror_scale(drawn))
     middle = (input_px - 1) / 2
@@ -375,7 +375,7 @@ def _float(node: Node) -> Node:
 
 
 def _draw(preset: Preset) -> Draw:
-    """augment.draw as a graph: a Draw of nodes, one float a sample."""
+    """augment.draw as a graph: a Draw of nodes, one float per sample."""
     scale = _value(preset.scale)
     flip = _coin(preset.flip_probability)
     drawn = Draw(

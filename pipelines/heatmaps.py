@@ -7,6 +7,7 @@ Axes: N person, J joint, H row, W column; points are (x, y) in heatmap px.
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from configs.schema import RuleName
 from pipelines.geometry import STRIDE, Matrix, scaling, transform, translation
@@ -24,11 +25,11 @@ def heat_from_input(rule: RuleName) -> Matrix:
 
 def heat_joints(
     records: Records,
-    input_from_image_N23: torch.Tensor,
-    flip_N: torch.Tensor,
-    flip_indices: torch.Tensor,
+    input_from_image_N23: Tensor,
+    flip_N: Tensor,
+    flip_indices: Tensor,
     rule: RuleName,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Joints in heatmap px (N, J, 2), by the affine of the crop's pixels, and marked (N, J).
 
     In flipped crops left and right joints are swapped, in `marked` too. flip_indices: (J,) int64,
@@ -55,9 +56,9 @@ def image_joints(
 
 
 def render(
-    joints_NJ2: torch.Tensor, drawn_NJ: torch.Tensor, heat_px: int, rule: RuleName, sigma: float
-) -> torch.Tensor:
-    """(N, J, heat_px, heat_px) float32 Gaussians of peak 1 about the joints; empty where not drawn.
+    joints_NJ2: Tensor, has_target_NJ: Tensor, heat_px: int, rule: RuleName, sigma: float
+) -> Tensor:
+    """(N, J, heat_px, heat_px) float32 Gaussians of peak 1 about the joints; 0 without a target.
 
     joints_NJ2: heatmap px. sigma: heatmap px at a heatmap of 64 px; `princeton` and `exact` scale
     it with the heatmap, `hrnet` does not. The Gaussian is separable, so exponentials are computed
@@ -66,7 +67,7 @@ def render(
     grid = torch.arange(heat_px, device=joints_NJ2.device, dtype=torch.float32)
     if rule != "hrnet":
         sigma = sigma * heat_px / 64
-    center, drawn, radius = _discretize(joints_NJ2.float(), drawn_NJ, heat_px, rule, sigma)
+    center, drawn, radius = _discretize(joints_NJ2.float(), has_target_NJ, heat_px, rule, sigma)
     offset_NJ2S = grid - center[..., None]
     profile = torch.exp(-offset_NJ2S.square() / (2 * sigma**2))
     if radius is not None:
@@ -76,11 +77,11 @@ def render(
 
 
 def _discretize(
-    joints_NJ2: torch.Tensor, drawn_NJ: torch.Tensor, heat_px: int, rule: RuleName, sigma: float
-) -> tuple[torch.Tensor, torch.Tensor, float | None]:
-    """The centres, whether each is drawn, and the radius of the window in px, if there is one."""
+    joints_NJ2: Tensor, has_target_NJ: Tensor, heat_px: int, rule: RuleName, sigma: float
+) -> tuple[Tensor, Tensor, float | None]:
+    """Centres, whether each joint is in the heatmap, and the radius of the window (px) or None."""
     finite = torch.isfinite(joints_NJ2).all(dim=-1)
-    drawn = drawn_NJ.bool() & finite
+    drawn = has_target_NJ.bool() & finite
     joints = torch.where(finite[..., None], joints_NJ2, torch.zeros_like(joints_NJ2))
     if rule == "exact":
         return joints, drawn, None
@@ -93,7 +94,7 @@ def _discretize(
     return center, drawn & near, radius
 
 
-def decode(heat_NJHW: torch.Tensor, rule: RuleName) -> tuple[torch.Tensor, torch.Tensor]:
+def decode(heat_NJHW: Tensor, rule: RuleName) -> tuple[Tensor, Tensor]:
     """Joints in heatmap px (N, J, 2) float32 and their scores (N, J), the height of the peak."""
     heat = heat_NJHW.detach().float().contiguous()
     if rule == "princeton":
@@ -109,7 +110,7 @@ def decode(heat_NJHW: torch.Tensor, rule: RuleName) -> tuple[torch.Tensor, torch
     return joints * (score > 0)[..., None], score
 
 
-def flip_back(heat_NJHW: torch.Tensor, flip_indices: torch.Tensor, rule: RuleName) -> torch.Tensor:
+def flip_back(heat_NJHW: Tensor, flip_indices: Tensor, rule: RuleName) -> Tensor:
     """Mirror the heatmaps of a mirrored input back. flip_indices: (J,) int64.
 
     `hrnet` then shifts them right by one pixel, as HRNet's test code does.
@@ -120,7 +121,7 @@ def flip_back(heat_NJHW: torch.Tensor, flip_indices: torch.Tensor, rule: RuleNam
     return back
 
 
-def _peak(heat_NJHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _peak(heat_NJHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Value, x and y (int64) of the highest pixel of each map, the first of several equal ones."""
     maps = heat_NJHW.flatten(2)
     if maps.device.type == "cpu":
@@ -135,9 +136,7 @@ def _peak(heat_NJHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Te
     return score, index % width, index // width
 
 
-def _neighbour(
-    heat_NJHW: torch.Tensor, x: torch.Tensor, y: torch.Tensor, axis: int, step: int
-) -> torch.Tensor:
+def _neighbour(heat_NJHW: Tensor, x: Tensor, y: Tensor, axis: int, step: int) -> Tensor:
     """(N, J) values one pixel away along W (axis 3) or H (axis 2), clamped at the border."""
     height, width = heat_NJHW.shape[2:]
     column = (x + step * (axis == 3)).clamp(0, width - 1)
@@ -145,7 +144,7 @@ def _neighbour(
     return heat_NJHW.flatten(2).gather(2, (row * width + column)[..., None])[..., 0]
 
 
-def _vertex(heat: torch.Tensor, x: torch.Tensor, y: torch.Tensor, axis: int) -> torch.Tensor:
+def _vertex(heat: Tensor, x: Tensor, y: Tensor, axis: int) -> Tensor:
     """Sub-pixel coordinate along one axis: vertex of the parabola through three logarithms.
 
     The logarithm of a Gaussian is a parabola, so this is exact for one (Zhang et al., DARK, CVPR
@@ -163,7 +162,7 @@ def _vertex(heat: torch.Tensor, x: torch.Tensor, y: torch.Tensor, axis: int) -> 
     return position + step * inside
 
 
-def _decode_princeton(heat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _decode_princeton(heat: Tensor) -> tuple[Tensor, Tensor]:
     """3 x 3 non-maximum suppression, first maximum, quarter step to the higher side, + 0.5.
 
     A tie steps back. A map without a positive value gives the first zero after suppression, without
@@ -182,6 +181,6 @@ def _decode_princeton(heat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return joints + steps * (score > 0)[..., None], score
 
 
-def _suppress(heat_NJHW: torch.Tensor) -> torch.Tensor:
+def _suppress(heat_NJHW: Tensor) -> Tensor:
     """The maps with zeros where a pixel is not the maximum of its 3 x 3 neighbourhood."""
     return heat_NJHW * (torch.nn.functional.max_pool2d(heat_NJHW, 3, 1, 1) == heat_NJHW)

@@ -1,6 +1,6 @@
-"""The loaders behind one interface: LoaderSpec -> Loader -> RawBatch -> Batch on the device.
+"""The interface of both loaders: LoaderSpec -> Loader -> RawBatch -> Batch on the device.
 
-DALI is imported only where it is the chosen loader.
+DALI is imported only if it is used.
 """
 
 import importlib.util
@@ -37,7 +37,7 @@ class Batch(NamedTuple):
     images_N3HW: torch.Tensor  # float32 RGB in 0..1, channels-last in memory
     heat_NJHW: torch.Tensor  # float32 targets; (N, J, 0, 0) where the loss renders them
     joints_NJ2: torch.Tensor  # float32, heatmap px
-    drawn_NJ: torch.Tensor  # bool, joints that have a target
+    has_target_NJ: torch.Tensor  # bool, joints that have a target
     rows_N: torch.Tensor  # int64 rows of the annotation
 
 
@@ -47,15 +47,15 @@ class Loader(Protocol):
     def next(self) -> RawBatch: ...
 
     def state(self) -> bytes:
-        """What `train_loader` needs to continue; empty where the step is enough."""
+        """What `train_loader` needs to continue; empty if the step is enough."""
 
 
 def train_loader(
     shards: ShardSet, spec: LoaderSpec, first_step: int = 0, state: bytes = b""
 ) -> Loader:
-    """The loader of augmented crops, at batch first_step (OpenCV) or at a saved state (DALI).
+    """The loader of augmented crops, from batch first_step (OpenCV) or a saved state (DALI) on.
 
-    Raises InputError if the preset needs more than the shards hold, or for an impossible cache.
+    Raises InputError if the preset needs more than the shards hold, or data.cache_mb cannot work.
     """
     require_preset_fits(shards.manifest, spec.preset, shards.folder)
     loader = choose_loader(spec.loader, spec.device)
@@ -132,7 +132,7 @@ def dali_is_installed() -> bool:
 def make_batch(raw: RawBatch, codec: Codec, device: torch.device, *, render: bool = True) -> Batch:
     """Move a RawBatch to the device, jitter its colours, transform joints, render the heatmaps.
 
-    On a GPU the host waits for nothing here. render: False leaves the heatmaps to the loss.
+    Does not wait for a GPU. render: False leaves the heatmaps to the loss.
     """
     draws = raw.draws_ND.to(device, non_blocking=True)
     records = unpack_records(raw.records_NR.to(device, non_blocking=True))
@@ -140,9 +140,11 @@ def make_batch(raw: RawBatch, codec: Codec, device: torch.device, *, render: boo
     if codec.preset.color != "none":
         images = jitter(images, draws)
     matrices = raw.input_from_image_N23.to(device, non_blocking=True)
-    joints, drawn = codec.heat_joints(records, matrices, draws)
-    heat = codec.render(joints, drawn) if render else joints.new_empty((*drawn.shape, 0, 0))
-    return Batch(images, heat, joints, drawn, records.row_N.long())
+    joints, has_target = codec.heat_joints(records, matrices, draws)
+    heat = (
+        codec.render(joints, has_target) if render else joints.new_empty((*has_target.shape, 0, 0))
+    )
+    return Batch(images, heat, joints, has_target, records.row_N.long())
 
 
 def images_on_device(raw: RawBatch, device: torch.device) -> torch.Tensor:

@@ -1,7 +1,7 @@
-"""Pictures -> person crops by OpenCV, in worker processes: the reference path, and a CPU's.
+"""Crops people with OpenCV in worker processes: the reference, and the loader on a CPU.
 
-Also what both loaders share: Source, LoaderSpec and RawBatch. All randomness is in a Draw, so a
-crop is a pure function.
+Also defines Source, LoaderSpec and RawBatch, which both loaders use. All randomness is in a Draw,
+so cropping is a pure function.
 """
 
 import gc
@@ -32,7 +32,7 @@ from pipelines.shard_format import Records, record_of, unpack_records
 from pipelines.shards import ShardSet
 
 PREFETCH = 4
-"""Batches that each worker process makes ahead."""
+"""Batches that each worker process prefetches."""
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """Signals that ask a program to stop. Worker processes leave them to the main process."""
 
@@ -58,11 +58,11 @@ class LoaderSpec:
     input_px: int
     batch_size: int  # people per rank and step
     workers: int  # worker processes of OpenCV, CPU threads of DALI
-    shuffle_buffer: int = 1024  # people among whom DALI draws the next; 0 keeps the shards' order
+    shuffle_buffer: int = 1024  # people in DALI's shuffle buffer; 0 keeps the shards' order
     seed: int = 0
     rank: int = 0
     world_size: int = 1
-    cache_mb: int = 0  # GPU memory for DALI's decoded pictures; each rank then keeps its people
+    cache_mb: int = 0  # GPU memory of DALI's cache; each rank then keeps its people
 
 
 Key = tuple[int, int]
@@ -136,7 +136,7 @@ def decode(jpeg: bytes, where: str) -> npt.NDArray[np.uint8]:
     if image is None:
         raise InputError(
             where,
-            f"{len(jpeg)} bytes that are no picture",
+            f"{len(jpeg)} bytes that are not a picture",
             "a JPEG",
             "replace the picture; if it is in a tar, pack again with tools/make_shards.py",
         )
@@ -148,8 +148,8 @@ def crop_person(
 ) -> tuple[npt.NDArray, npt.NDArray[np.float32]]:
     """Crop one person: (input_px, input_px, 3) RGB in 0..255 and the (2, 3) affine applied.
 
-    image_HW3: BGR. record: fields of one person, with a leading axis of 1. The crop is uint8, by
-    one warp; by princeton's rules it is float32, by two.
+    image_HW3: BGR. record: fields of one person, with a leading axis of 1. The crop is uint8 after
+    one warp, or float32 after the two of princeton's rules.
     """
     center = record.center_N2[0].astype(np.float64)
     scale = float(record.scale_N[0])
@@ -191,7 +191,7 @@ def crop_sample(
 
 
 class CropDataset(Dataset):
-    """Crops by keys. The draw depends on the seed and the key only."""
+    """Maps keys to crops. The draw depends only on the seed and the key."""
 
     def __init__(
         self, source: Source, preset: Preset, input_px: int, seed: int, decoder: Decoder = decode
@@ -221,7 +221,7 @@ def collate(items: list[Item]) -> RawBatch:
 
 
 def repeat_draws(shards: ShardSet, raw: RawBatch, preset: Preset) -> RawBatch:
-    """OpenCV's crops of the people and draws of another loader's batch, which is on the CPU."""
+    """OpenCV's crops for the people and draws of another loader's batch (on the CPU)."""
     samples = {row: i for i, row in enumerate(unpack_records(shards.records()).row_N.tolist())}
     people = zip(unpack_records(raw.records_NR).row_N.tolist(), raw.draws_ND.tolist(), strict=True)
     size = raw.images_NHW3.shape[1]
@@ -233,11 +233,11 @@ def repeat_draws(shards: ShardSet, raw: RawBatch, preset: Preset) -> RawBatch:
 def endless_batches(
     people: int, batch_size: int, seed: int, rank: int, world_size: int, first_step: int = 0
 ) -> Iterator[list[Key]]:
-    """Batches of keys for one rank, without end, from any step on. batch_size: people per rank.
+    """Endless batches of keys for one rank, starting at any step. batch_size: people per rank.
 
-    All ranks walk one endless sequence of shuffled passes over the people; step t of rank r takes
-    positions (t x world_size + r) x batch_size and on. So the sequence depends only on the seed
-    and the global batch size, and the step is all that is needed to continue it.
+    All ranks share one endless sequence of shuffled epochs; step t of rank r takes batch_size keys
+    from position (t x world_size + r) x batch_size on. The sequence depends only on the seed and
+    the global batch size, so the step is enough to resume it.
     """
     epoch, order = -1, np.empty(0, dtype=np.int64)
     for step in itertools.count(first_step):
@@ -273,7 +273,7 @@ def load_crops(
         pin_memory=pin,
         worker_init_fn=_start_worker,
         prefetch_factor=PREFETCH if workers else None,
-        # Its own, or each start of a run would draw from the generator that it restores.
+        # Its own: by default it would draw from the generator that a resumed run restores.
         generator=torch.Generator(),
     )
     with _stop_signals_blocked():
@@ -288,7 +288,7 @@ def load_crops(
         yield result
     else:
         return
-    # Workers end now, and no reference cycle of error, traceback and this frame is left: the
+    # End the workers now and leave no reference cycle of error, traceback and this frame, or the
     # garbage collector would wait five seconds for each worker.
     del results, loader
     try:
@@ -298,7 +298,7 @@ def load_crops(
 
 
 class OpenCVLoader:
-    """Endless augmented batches, from any step on."""
+    """Endless augmented batches, starting at any step."""
 
     def __init__(self, shards: ShardSet, spec: LoaderSpec, first_step: int = 0):
         """first_step: number of batches to skip."""
@@ -324,7 +324,7 @@ class OpenCVLoader:
 
 
 class _BatchDataset(Dataset):
-    """Batches by lists of keys; errors are values, because a DataLoader would make them text."""
+    """Maps lists of keys to batches. Returns errors: a DataLoader would convert raised ones."""
 
     def __init__(self, crops: CropDataset):
         self.crops = crops
@@ -337,7 +337,7 @@ class _BatchDataset(Dataset):
         if get_worker_info() is None:
             return batch
         try:
-            # Else the queue's thread does it, whose failure is a batch that never arrives.
+            # Otherwise the queue's thread does it, and after its failure the batch never arrives.
             for tensor in batch:
                 tensor.share_memory_()
         except RuntimeError as error:
@@ -353,7 +353,7 @@ class _BatchDataset(Dataset):
 
 @contextmanager
 def _stop_signals_blocked() -> Iterator[None]:
-    """Processes started meanwhile inherit the mask, so that no stop signal ever reaches them."""
+    """Block stop signals; processes started meanwhile inherit this and never receive them."""
     blocked = STOP_SIGNALS if _CAN_IDENTIFY_SENDERS else (signal.SIGINT, signal.SIGUSR1)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
     try:

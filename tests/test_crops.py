@@ -163,7 +163,7 @@ def test_a_batch_has_the_promised_shapes_and_ranges(preset, tiny_shards):
     assert batch.images_N3HW.min() >= 0 and batch.images_N3HW.max() <= 1
     assert batch.images_N3HW.std() > 0.1
     peaks = batch.heat_NJHW.amax(dim=(2, 3))
-    assert (peaks[~batch.drawn_NJ] == 0).all() and (peaks > 0.5).any()
+    assert (peaks[~batch.has_target_NJ] == 0).all() and (peaks > 0.5).any()
     assert sorted(batch.rows_N.tolist()) == list(range(12))
 
 

@@ -54,7 +54,7 @@ def test_target_heatmaps_decode_to_the_annotated_pixels(preset, flip, tiny_shard
     options = {"loader": "opencv", "device": CPU, "batch_size": 12, "workers": 0}
     (raw,) = evaluation_batches(split, np.arange(12), codec, **options)
     batch = make_batch(raw, codec, CPU)
-    inside = ((batch.joints_NJ2 > 1) & (batch.joints_NJ2 < 62)).all(dim=-1) & batch.drawn_NJ
+    inside = ((batch.joints_NJ2 > 1) & (batch.joints_NJ2 < 62)).all(dim=-1) & batch.has_target_NJ
     found = inference.predict(
         Fixed(batch.heat_NJHW).eval(), [raw], codec, **{**PLAIN, "flip": flip}
     )

@@ -77,7 +77,7 @@ def test_a_step_reads_nothing_from_the_device_and_brings_nothing_to_it(preset, r
     def step() -> None:
         batch = make_batch(raw, codec, META)
         heat = tiny(batch.images_N3HW)
-        losses = stack_losses(heat, batch.heat_NJHW, batch.drawn_NJ, "ignore")
+        losses = stack_losses(heat, batch.heat_NJHW, batch.has_target_NJ, "ignore")
         losses.mean().backward()
         totals.add(losses, heat[:, -1], batch, codec)
         norm = torch.nn.utils.get_total_norm([p.grad for p in tiny.parameters()])

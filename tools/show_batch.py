@@ -193,7 +193,7 @@ def draw_crop(batch: Batch, codec: Codec, person: int) -> Picture:
     tile_from_input = geometry.translation(-0.5, -0.5) @ geometry.scaling(zoom, zoom) @ to_middle
     tile_from_heat = tile_from_input @ np.linalg.inv(heatmaps.heat_from_input(codec.rule))
     joints = geometry.transform(tile_from_heat, batch.joints_NJ2[person].double().numpy())
-    draw_skeleton(tile, joints, batch.drawn_NJ[person].numpy(), codec.skeleton, 2)
+    draw_skeleton(tile, joints, batch.has_target_NJ[person].numpy(), codec.skeleton, 2)
     return tile
 
 

@@ -68,8 +68,8 @@ class Totals:
         values = [
             losses_S.detach().mean(),
             losses_S.detach()[-1],
-            peak_height(heat, batch.drawn_NJ),
-            pck(joints, batch.joints_NJ2, batch.drawn_NJ, radius),
+            peak_height(heat, batch.has_target_NJ),
+            pck(joints, batch.joints_NJ2, batch.has_target_NJ, radius),
         ]
         numbers = torch.stack(values)
         good = torch.isfinite(numbers).all()

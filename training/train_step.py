@@ -99,9 +99,9 @@ class TrainStep:
         if self._fused_losses:
             rule, sigma = self.codec.rule, self.codec.sigma
             return self._fused_losses(
-                heat_NSJHW, batch.joints_NJ2, batch.drawn_NJ, rule, sigma, unmarked
+                heat_NSJHW, batch.joints_NJ2, batch.has_target_NJ, rule, sigma, unmarked
             )
-        return stack_losses(heat_NSJHW, batch.heat_NJHW, batch.drawn_NJ, unmarked)
+        return stack_losses(heat_NSJHW, batch.heat_NJHW, batch.has_target_NJ, unmarked)
 
     def _apply_gradients(self, losses_are_finite: Tensor) -> Tensor:
         """Clip and update. Returns whether the step was skipped for a gradient that isn't finite.
