@@ -278,10 +278,10 @@ def load_crops(
     )
     with _stop_signals_blocked():
         # A worker must not destroy garbage that it inherits: a DALI pipeline would wait for
-        # threads that a forked process lacks.
-        gc.freeze()
+        # threads that a forked process lacks. _start_worker freezes what is there.
+        gc.disable()
         results = iter(loader)
-        gc.unfreeze()
+        gc.enable()
     for result in results:
         if isinstance(result, InputError):
             break
@@ -364,6 +364,8 @@ def _stop_signals_blocked() -> Iterator[None]:
 
 def _start_worker(worker: int) -> None:
     """Use one core, keep freed memory, and end when the main process asks for it."""
+    gc.freeze()  # inherited garbage is never destroyed here (load_crops)
+    gc.enable()
     cv2.setNumThreads(0)
     keep_freed_memory()
     if _CAN_IDENTIFY_SENDERS:
