@@ -20,7 +20,7 @@ from model.checkpoint import load_checkpoint
 from pipelines.loader import choose_loader
 from training.checkpoint_manager import numbered
 from training.metrics import MetricsLogger
-from training.optimizer import AveragedModel, learning_rate
+from training.train_step import AveragedModel, learning_rate
 
 
 def test_twenty_steps_give_the_stored_losses(tiny_shards, tmp_path):
