@@ -61,7 +61,7 @@ class RunState:
     people: int
     """Number of people in the training split."""
     loader: str
-    """"opencv" or "dali"."""
+    """As chosen, never "auto"."""
     rng: list[Tensor]
     loader_states: list[Tensor]
     # The defaults are for files of older versions.
@@ -268,20 +268,22 @@ def to_princeton(checkpoint: Checkpoint) -> dict[str, Any]:
 
     With averaged weights these are used, and the optimizer's state is left out.
     """
-    found = {name: getattr(checkpoint.config.model, name) for name in PRINCETON_MODEL}
-    if found != PRINCETON_MODEL:
-        expected = f"{PRINCETON_MODEL}, which its code fixes"
-        raise InputError(checkpoint.path, str(found), expected, "keep this checkpoint's format")
+    network = trained_network(checkpoint)
+    own = {name: getattr(checkpoint.config.model, name) for name in PRINCETON_MODEL}
+    if not isinstance(network, StackedHourglass) or own != PRINCETON_MODEL:
+        found = f"{type(network).__name__} with {own}"
+        expected = f"StackedHourglass with {PRINCETON_MODEL}, which its code fixes"
+        raise InputError(checkpoint.path, found, expected, "keep this checkpoint's format")
     optimizer = None if checkpoint.averaged else checkpoint.optimizer
-    return princeton_contents(trained_network(checkpoint), checkpoint.step, optimizer)
+    return princeton_contents(network, checkpoint.step, optimizer)
 
 
 # Networks
 
 
-def build_network(config: Config, joints: int) -> StackedHourglass:
+def build_network(config: Config, joints: int) -> nn.Module:
     """The network of a config, with fresh weights."""
-    return StackedHourglass(joints=joints, **vars(config.model))
+    return StackedHourglass.of(config.model, joints)
 
 
 def evaluation_network(checkpoint: Checkpoint) -> nn.Module:
@@ -291,7 +293,7 @@ def evaluation_network(checkpoint: Checkpoint) -> nn.Module:
     return trained_network(checkpoint)
 
 
-def trained_network(checkpoint: Checkpoint) -> StackedHourglass:
+def trained_network(checkpoint: Checkpoint) -> nn.Module:
     """The network in eval mode, with the averaged weights if there are any."""
     weights = checkpoint.averaged or checkpoint.weights
     joints = checkpoint.skeleton.joint_count

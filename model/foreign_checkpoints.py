@@ -126,7 +126,7 @@ def read_foreign(raw: Any, path: Path) -> ForeignCheckpoint | None:
     )
     skeleton = MPII if head[0] == MPII.joint_count else unnamed(head[0])
     with torch.device("meta"):  # names and shapes alone
-        network = StackedHourglass(joints=head[0], **vars(model))
+        network = StackedHourglass.of(model, head[0])
     renames = _TO_PRINCETON if layout is _PRINCETON else _to_bearpaw(model.depth)
     names = {_their_name(name, renames): name for name in network.state_dict()}
     weights = {

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from configs.schema import ModelConfig
+
 
 class Residual(nn.Module):
     """Pre-activation bottleneck (1x1, 3x3, 1x1) with skip: (N, inputs, H, W) -> (N, outputs, H, W).
@@ -107,6 +109,19 @@ class StackedHourglass(nn.Module):
         self.heads = nn.ModuleList(nn.Conv2d(width, joints, 1) for _ in range(stacks))
         self.merge_features = nn.ModuleList(nn.Conv2d(width, width, 1) for _ in range(stacks - 1))
         self.merge_heatmaps = nn.ModuleList(nn.Conv2d(joints, width, 1) for _ in range(stacks - 1))
+
+    @classmethod
+    def of(cls, model: ModelConfig, joints: int) -> "StackedHourglass":
+        """The network of these settings, with fresh weights."""
+        return cls(
+            model.stacks,
+            model.width,
+            joints,
+            model.depth,
+            model.stem,
+            model.input_mean,
+            model.checkpoint_activations,
+        )
 
     def forward(self, images_N3HW: Tensor) -> Tensor:
         """RGB in 0..1 -> heatmaps of every stack, (N, S, J, H/4, W/4); the last is the result."""

@@ -109,7 +109,7 @@ def evaluation_batches(
     return load_crops(dataset, batches, workers, pin=device.type == "cuda")
 
 
-def choose_loader(name: LoaderName, device: torch.device) -> Literal["dali", "opencv"]:
+def choose_loader(name: LoaderName, device: torch.device) -> LoaderName:
     """`auto` is DALI on a GPU and OpenCV on a CPU, where it is several times faster."""
     available = dali_is_installed()
     if name == "dali" and not available:

@@ -9,27 +9,31 @@ import shutil
 import struct
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from conftest import ROOT
 
 from common.distributed import DistributedContext
-from configs.schema import Config, config_from_dict
+from configs.schema import Config, LoaderName, config_from_dict
 from configs.skeleton import MPII
 from model.checkpoint import load_checkpoint
 from pipelines.annotations import People
 from pipelines.augment import PRESETS, Preset
 from pipelines.codec import Codec
 from pipelines.geometry import transform
-from pipelines.loader import Batch, LoaderSpec, RawBatch
+from pipelines.loader import Batch, LoaderSpec, RawBatch, train_loader
 from pipelines.opencv_loader import repeat_draws
 from pipelines.shard_format import MANIFEST, file_sha256, unpack_records
 from pipelines.shards import ShardSet
 from training import train_step
 from training.metrics import Totals
 from training.trainer import Trainer
+
+AFFINE_PRESETS = [name for name, preset in PRESETS.items() if not preset.princeton_crop]
+OTHER_LOADERS = [name for name in get_args(LoaderName) if name not in ("auto", "opencv")]
+"""Those that are compared with OpenCV's."""
 
 
 def people_at(joints: np.ndarray, normalize: float = 10.0) -> People:
@@ -64,13 +68,11 @@ def sample_of_row(split: ShardSet, row: float) -> int:
 
 
 def assert_loaders_agree(split: ShardSet, spec: LoaderSpec, steps: int) -> RawBatch:
-    """DALI's crops are OpenCV's with the same draws; returns the last batch.
+    """A loader's crops are OpenCV's with the same draws; returns the last batch.
 
     Grey levels differ by 0.5 on average and 6 at the 99.9th percentile, joints by 0.01 px.
     """
-    from pipelines.dali_loader import DaliLoader
-
-    loader, grey, pixels = DaliLoader(split, spec), [], []
+    loader, grey, pixels = train_loader(split, spec), [], []
     for _ in range(steps):
         raw = RawBatch(*(tensor.cpu() for tensor in loader.next()))
         twin = repeat_draws(split, raw, spec.preset)

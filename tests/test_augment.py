@@ -1,13 +1,20 @@
 """The presets draw what the code they are named after draws, and colour follows OpenCV's HSV."""
 
+import re
+from typing import get_args
+
 import cv2
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
+from configs.schema import PresetName
 from pipelines.augment import (
     PRESETS,
+    Distribution,
     Draw,
+    Preset,
     color_by_torch,
     draw,
     draw_rng,
@@ -24,6 +31,42 @@ def many(name: str, count: int = 4000) -> Draw:
 
 
 NEUTRAL = draws_array([Draw()])[0, 3:]
+NUMBER = r"(-?[\d.]+)"
+COLORS = {"-": "none", "channel gain U(0.6, 1.4)": "channel_gain"}
+COLORS["hue, saturation, brightness, contrast, of flipped people only"] = "hsv_if_flipped"
+
+
+def documented_distribution(text: str) -> Distribution:
+    """U(low, high), clip(mean + deviation N, low, high), or one number."""
+    if found := re.match(rf"U\({NUMBER}, {NUMBER}\)", text):
+        return Distribution("uniform", *map(float, found.groups()))
+    if found := re.match(rf"clip\((?:{NUMBER} \+ )?{NUMBER} N, {NUMBER}, {NUMBER}\)", text):
+        mean, std, low, high = (float(number or 0) for number in found.groups())
+        return Distribution("normal", low, high, mean, std)
+    return Distribution("uniform", float(text), float(text))
+
+
+def documented_preset(scale: str, rotation: str, flip: str, color: str) -> Preset:
+    """A row of the table in docs/conventions.md."""
+    share = re.search(r"in (\d+) %", rotation)
+    return Preset(
+        scale=documented_distribution(scale.removeprefix("2^")),
+        scale_is_log2=scale.startswith("2^"),
+        rotation_deg=documented_distribution(rotation),
+        rotation_probability=int(share[1]) / 100 if share else float(rotation != "0"),
+        flip_probability=float(flip),
+        color=COLORS[color],
+    )
+
+
+def test_every_preset_is_that_of_its_row_in_the_conventions():
+    page = (ROOT / "docs" / "conventions.md").read_text()
+    table = page.split("| preset | scale factor |")[1].split("\n\n")[0]
+    rows = re.findall(r"^\| `(\w+)` \| (.+) \|$", table, re.MULTILINE)
+    documented = {name: documented_preset(*cells.split(" | ")) for name, cells in rows}
+    here = {name: preset._replace(princeton_crop=False) for name, preset in PRESETS.items()}
+    assert here == documented
+    assert set(get_args(PresetName)) == here.keys()
 
 
 def test_princeton_draws_uniform_scale_and_rotation_and_colours_only_the_flipped():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import pack_arguments, write_h5, write_jpeg
-from helpers import assert_loaders_agree, make_codec, make_spec
+from helpers import AFFINE_PRESETS, assert_loaders_agree, make_codec, make_spec
 
 import train
 from common.errors import InputError
@@ -69,14 +69,13 @@ def strongest(name: str) -> list[Draw]:
 
 
 def test_extent_is_the_hull_of_the_box_at_the_largest_draw():
-    extents = {name: crop_extent(preset) for name, preset in PRESETS.items()}
     # sqrt 2 at 45 degrees; cos 30 + sin 30 = (sqrt 3 + 1) / 2; cos 15 + sin 15 = sqrt 6 / 2.
     expected = {"newell": 2.0, "hrnet": 1.25 * 2**0.5, "mild": 1.15 * 6**0.5 / 2, "none": 1.0}
     expected["princeton"] = 1.25 * (3**0.5 + 1) / 2
-    assert extents == pytest.approx(expected)
+    assert {name: crop_extent(PRESETS[name]) for name in expected} == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("name", ["newell", "hrnet", "mild", "none"])
+@pytest.mark.parametrize("name", AFFINE_PRESETS)
 def test_no_draw_of_a_preset_reads_beyond_its_extent(name):
     """Corners of the input, carried back to the picture, of a thousand draws."""
     rng, corners = np.random.default_rng(0), np.array([[-0.5, -0.5], [255.5, -0.5]])

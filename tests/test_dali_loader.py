@@ -4,7 +4,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from helpers import assert_loaders_agree, damage_picture, make_spec, sample_of_row
+from helpers import AFFINE_PRESETS, assert_loaders_agree, damage_picture, make_spec, sample_of_row
 
 from common.errors import InputError
 from pipelines import geometry, princeton
@@ -38,16 +38,10 @@ def split(tiny_shards) -> ShardSet:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", ["newell", "hrnet", "mild", "none"])
+@pytest.mark.parametrize("name", AFFINE_PRESETS)
 def test_dali_agrees_with_opencv_on_real_pictures(name, device, real_shards):
     spec = make_spec(name, input_px=256, batch_size=5, device=torch.device(device))
     assert_loaders_agree(real_shards, spec, steps=1 if name in ("mild", "none") else 3)
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_dali_agrees_with_opencv_on_small_pictures(device, split):
-    """Most people lie half outside their pictures."""
-    assert_loaders_agree(split, make_spec("hrnet", device=torch.device(device)), steps=6)
 
 
 def test_a_rotated_flipped_half_outside_case_agrees(split):

@@ -6,7 +6,14 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from helpers import damage_picture, make_codec
+from helpers import (
+    AFFINE_PRESETS,
+    OTHER_LOADERS,
+    assert_loaders_agree,
+    damage_picture,
+    make_codec,
+    make_spec,
+)
 
 from common.errors import InputError
 from configs.skeleton import MPII
@@ -177,6 +184,16 @@ def test_a_batch_is_the_same_on_the_gpu(tiny_shards):
         torch.testing.assert_close(a, b.cpu(), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("loader", OTHER_LOADERS)
+def test_every_loader_makes_opencvs_crops_of_small_pictures(loader, device, tiny_shards):
+    """Most people lie half outside their pictures."""
+    if loader == "dali":
+        pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed")
+    spec = make_spec("hrnet", loader, device=torch.device(device))
+    assert_loaders_agree(ShardSet(tiny_shards / "train"), spec, steps=6)
+
+
 def test_auto_takes_opencv_on_a_cpu():
     assert choose_loader("auto", CPU) == "opencv"
     assert choose_loader("dali", CPU) == "dali"
@@ -185,7 +202,7 @@ def test_auto_takes_opencv_on_a_cpu():
 def test_every_preset_but_princetons_resamples_once(tiny_shards, monkeypatch):
     calls, real = [], cv2.warpAffine
     monkeypatch.setattr(cv2, "warpAffine", lambda *a, **k: calls.append(1) or real(*a, **k))
-    for name in ("newell", "hrnet", "mild", "none"):
+    for name in AFFINE_PRESETS:
         calls.clear()
         CropDataset(ShardSet(tiny_shards / "train"), PRESETS[name], 64, 0)[(0, 0)]
         assert len(calls) == 1, name

@@ -194,7 +194,7 @@ class Trainer:
 
     @property
     def loader_name(self) -> str:
-        """opencv or dali."""
+        """As chosen, never "auto"."""
         return choose_loader(self.config.data.loader, self.dist.device)
 
     def _make_loader(self, loader_state: bytes) -> Loader:
