@@ -86,11 +86,6 @@ def test_json_and_h5_agree_on_the_same_real_people(matched: tuple[People, People
     np.testing.assert_array_equal(a.visible, b.visible)
 
 
-def test_the_real_json_has_as_many_training_people_as_papers_say(shared: Path) -> None:
-    path = shared / "data/mpii_annot/mpii_annotations.json.gz"
-    assert read_annotations(path, "train")[0].count == 22246
-
-
 def test_the_head_length_is_close_to_that_of_the_head_box(matched: tuple[People, People]) -> None:
     a, b = matched
     known = b.normalize > 0

@@ -24,7 +24,6 @@ from helpers import (
 
 from common.errors import InputError
 from model.checkpoint import load_checkpoint
-from pipelines import bad_samples
 from pipelines.bad_samples import FILE_NAME, BadSamples, SkippingLoader
 from pipelines.jpeg import BadSamplesError
 from pipelines.loader import Loader, RawBatch, evaluation_batches, train_loader
@@ -109,22 +108,6 @@ def test_a_neighbour_replaces_the_damaged_and_all_others_are_equal_to_the_bit(
     pairs = [(next_batch(whole), next_batch(skipping)) for _ in range(9)]
     assert count_replaced(split, replacement, pairs) >= 2 * len(replacement)
     assert skipping.bad_samples.faults.keys() == replacement.keys()
-
-
-def test_a_full_disk_delays_the_list_of_the_damaged(tiny_shards, tmp_path, monkeypatch):
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    folder = damaged(tiny_shards / "train", tmp_path / "bad", 6)
-    skipping = skip(folder, tmp_path, "opencv")
-    known = skipping.bad_samples
-    with monkeypatch.context() as patch:
-        patch.setattr(bad_samples, "write_atomic", full)
-        for _ in range(9):
-            skipping.next()
-        assert len(known.merge([known.report()])) == 1 and not (tmp_path / FILE_NAME).exists()
-    assert known.merge([known.report()]) == []
-    assert set(BadSamples(ShardSet(folder), tmp_path, 5).faults) == {6}
 
 
 def test_workers_of_a_loader_that_failed_end_at_once(tiny_shards, tmp_path):

@@ -15,7 +15,6 @@ from evaluation import html_report, pckh, visualize
 from evaluation.predictions import as_entries
 from evaluation.report import ReferenceRun
 from pipelines.annotations import People, read_annotations
-from pipelines.shards import ShardSet
 
 WIDE = (1280, 900)
 WIDE_LETTERS = "* { font-family: monospace !important; letter-spacing: 0.06em !important }"
@@ -359,10 +358,3 @@ def test_galleries_hold_the_worst_the_median_and_the_best():
     assert chosen["median"] == [4, 0]
     assert chosen["0"] == [3, 0, 4, 1] and chosen["1"] == [4, 0, 1, 5]
     assert html_report.choose_people(np.ones((9, 133)), 2)["132"] == []  # no room for so many
-
-
-def test_pictures_have_a_lower_quality_where_the_page_would_be_too_large(tiny_shards):
-    people, samples = (split := ShardSet(tiny_shards / "valid")).people()
-    data = html_report.ReportData(people, people.joints, MPII, split, samples)
-    full = sum(map(len, html_report.encode_pictures(data, [0, 1, 2])))
-    assert sum(map(len, html_report.encode_pictures(data, [0, 1, 2], full - 1))) < full

@@ -1,7 +1,6 @@
 """Packing: what gets into shards, what is refused, and what an interruption leaves behind."""
 
 import hashlib
-import json
 import os
 import shutil
 import signal
@@ -97,13 +96,6 @@ def test_manifest_says_how_it_was_made(tiny_set: Path, tiny_shards: Path) -> Non
     assert manifest.source["annotations"] == str(annotations)
     assert manifest.source["sha256"] == hashlib.sha256(annotations.read_bytes()).hexdigest()
     assert manifest.command.endswith("--people-per-shard 5 --workers 1")
-
-
-def test_the_plan_in_the_manifest_is_that_of_the_first_version(tiny_shards: Path) -> None:
-    """Else shards of an older version would not be recognised as packed."""
-    source = read_manifest(tiny_shards / "valid").source
-    facts = [1, "original", 5, 0, "valid", source["sha256"], source["images"], []]
-    assert source["plan"] == hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def test_a_single_h5_file_is_the_split_of_its_name(tiny_set: Path, tmp_path: Path) -> None:
@@ -267,14 +259,6 @@ def test_picture_that_changes_while_packing_is_an_error(own_set, tmp_path, monke
     assert error.where.endswith("000000003.jpg") and "changed" in error.found
 
 
-def test_other_files_beside_the_output_are_left_alone(tiny_set: Path, tmp_path: Path) -> None:
-    own = tmp_path / "out.partial" / "train" / "thesis.txt"
-    own.parent.mkdir(parents=True)
-    own.write_text("mine")
-    assert main(pack_arguments(tiny_set, tmp_path / "out", "--overwrite")) == 0
-    assert own.read_text() == "mine"
-
-
 def children(pid: int) -> list[int]:
     with suppress(OSError):
         return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
@@ -418,12 +402,6 @@ def test_estimate_of_the_disk_is_above_the_need_but_not_far(
     most = used + 12 * (6000 if more else 2048) + 3 * 20_480
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=most))
     assert main(arguments) == 0
-
-
-def test_output_that_cannot_be_written_is_an_error_at_once(tiny_set, tmp_path) -> None:
-    (tmp_path / "file").write_text("not a folder")
-    assert error_of(pack_arguments(tiny_set, tmp_path / "file")).where == str(tmp_path / "file")
-    assert names(tmp_path) == ["file"]
 
 
 def test_packing_continues_after_a_full_disk(tiny_set, tmp_path, monkeypatch) -> None:

@@ -204,11 +204,6 @@ def test_unsure_joints_are_not_drawn(estimator):
     assert image.any()
 
 
-def test_without_an_output_the_json_is_all_that_is_printed(run, tiny_set, capsys):
-    run(next((tiny_set / "images").glob("*.jpg")))
-    assert len(json.loads(capsys.readouterr().out)) == 1
-
-
 @pytest.fixture(scope="module")
 def movie(tmp_path_factory) -> Path:
     """An AVI of 11 frames, 96 x 64 px, 12 a second."""

@@ -357,13 +357,6 @@ def test_a_new_run_may_start_from_the_weights_of_another(tiny_shards, tmp_path):
         train.main([*words, "--init_from", str(source), "--resume", str(source)])
 
 
-def test_training_without_shards_leaves_no_folder(tmp_path):
-    with pytest.raises(InputError) as caught:
-        train.main(train_options(tmp_path / "none", tmp_path, "r"))
-    assert "tools/make_shards.py" in caught.value.next_step
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_a_compiled_network_trains_like_a_plain_one(tiny_shards, tmp_path):
