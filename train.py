@@ -27,7 +27,7 @@ from training.resume import AUTO, find_start, global_batch_size, load_resumable
 from training.trainer import Trainer
 
 PROFILED_STEPS = 5
-"""Of --profile."""
+"""Number of steps that --profile profiles."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -82,12 +82,12 @@ def make_parser() -> ArgumentParser:
         nargs="?",
         const="",
         metavar="CHECKPOINT | auto",
-        help="continue the run in its folder, from its newest whole checkpoint or from this one; "
-        "auto: begin the run if it has no checkpoint, so that one command starts and continues it",
+        help="continue the run in its folder, from its newest undamaged checkpoint or this one; "
+        "auto: start the run if it has no checkpoint, so that one command starts and continues it",
     )
     parser.add_argument(
         "--init_from",
-        help="begin a new run with the weights of this checkpoint, nothing else of it",
+        help="start a new run with only the weights of this checkpoint",
     )
     parser.add_argument(
         "--profile",
@@ -100,7 +100,7 @@ def make_parser() -> ArgumentParser:
 
 
 def print_settings(trainer: Trainer) -> None:
-    """Print what is about to be trained, the global batch size above all."""
+    """Print the main settings of the run, such as the global batch size."""
     config, dist, shards = trainer.config, trainer.dist, trainer.shards
     data, model, optim, train = config.data, config.model, config.optim, config.train
     parameters = sum(p.numel() for p in trainer.network.parameters())
@@ -130,20 +130,20 @@ def describe_pictures(crop: CropRule | None, input_px: int) -> str:
 
 
 def print_results(trainer: Trainer, first_step: int) -> None:
-    """Print what was made, and the command that comes next. first_step: of this start."""
+    """Print the results and the next command. first_step: of this start."""
     folder, progress, saved = trainer.folder, trainer.progress, trainer.checkpoints
     metric, steps = trainer.codec.skeleton.metric, trainer.config.train.steps
     if progress.step == first_step and not trainer.interrupted:
-        print(f"The run was done: step {progress.step:,} is its last. More: --train.steps")
-    print(f"{folder}, after {progress.step:,} of {steps:,} steps, has")
+        print(f"The run was complete: step {progress.step:,} is its last. More: --train.steps")
+    print(f"{folder}, after {progress.step:,} of {steps:,} steps, contains")
     print(f"  {', '.join(sorted(path.name for path in folder.iterdir()))}")
-    print(f"  {LAST} is of step {saved.saved_step:,}")
+    print(f"  {LAST} is from step {saved.saved_step:,}")
     if progress.best >= 0:
         print(f"  {BEST} has {metric}@0.5 {100 * progress.best:.2f} %, the best of all validations")
     if saved.failure:
         print(f"LOST: steps {saved.saved_step + 1:,} to {progress.step:,}: {saved.failure}")
     if trainer.interrupted:
-        print(f"Stopped by a signal; {folder / RESUME_ME} is there until the run goes on")
+        print(f"Stopped by a signal; {folder / RESUME_ME} exists until the run is resumed")
         print(f"Next: python train.py --config {folder / 'config.yaml'} --resume")
     elif progress.best >= 0:
         print(f"Next: python evaluate.py --checkpoint {folder / BEST}")

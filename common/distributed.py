@@ -1,6 +1,6 @@
-"""Ranks, device, precision and seed of a process, and what the ranks exchange.
+"""Ranks, device, precision and seed of a process, and communication between ranks.
 
-With one process every function works without torch.distributed.
+With one process all functions work without torch.distributed.
 """
 
 import hashlib
@@ -20,18 +20,18 @@ from common.errors import InputError
 from common.system import keep_freed_memory, usable_cores
 
 WARM_UP_STEPS, ROUNDS, STEPS_PER_ROUND = 4, 2, 4
-"""In each round each number of threads takes so many steps, of which the first is not counted."""
+"""In each round each thread count runs STEPS_PER_ROUND steps; the first is not counted."""
 
 
 class DistributedContext(NamedTuple):
     """One process of a run."""
 
     rank: int
-    """Global rank; decides the share of the data."""
+    """Global rank; selects its share of the data."""
     world_size: int
     device: torch.device
     dtype: torch.dtype
-    """Of autocast; float32 switches it off."""
+    """Autocast type; float32: no autocast."""
 
     @property
     def is_first(self) -> bool:
@@ -86,10 +86,9 @@ def choose_device(device: str, local_rank: int = 0) -> torch.device:
 
 
 def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The autocast dtype. `auto`: bf16 where the device has it, else fp16 on a GPU.
+    """The autocast dtype. `auto`: bf16 if the device has it, else fp16 on a GPU, float32 on a CPU.
 
-    On a CPU bf16 instructions double the speed. Without them bf16 would be emulated, so `auto` is
-    float32 there.
+    On a CPU bf16 instructions double the speed; without them bf16 would be emulated.
     """
     if precision != "auto":
         return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
@@ -121,14 +120,14 @@ class ThreadTuner:
     """Finds the faster of two thread counts: all cores, or those that loader workers leave free.
 
     Threads of one step wait for each other, so a core shared with a busy worker slows all of them;
-    but a worker that is hardly busy needs no core. This is measured with the real loader.
+    but a worker that is mostly idle needs none. This is measured with the real loader.
     """
 
     def __init__(self, dist: DistributedContext, threads: int, workers: int):
-        """Set the threads to start with. threads: 0 to measure, if there is a choice."""
+        """Set the initial thread count. threads: 0 measures, if there is a choice."""
         self._dist = dist
         self._schedule: list[tuple[int, bool]] = []
-        """Of the next steps: thread count, and whether the step is counted."""
+        """For each of the next steps: thread count, and whether the step is counted."""
         if dist.device.type == "cpu" and threads:
             torch.set_num_threads(threads)
             return
@@ -143,9 +142,9 @@ class ThreadTuner:
             self._schedule += [(count, step > 0) for step in range(STEPS_PER_ROUND)]
 
     def add_step(self, seconds: float) -> dict[int, float]:
-        """Record a step; after the last one the median seconds per thread count, else {}.
+        """Record a step. Returns the median seconds per thread count after the last one, else {}.
 
-        Every rank must call it, and gets the same answer.
+        Every rank must call it and gets the same result.
         """
         if not self._schedule:
             return {}
@@ -161,7 +160,7 @@ class ThreadTuner:
 
 
 def seed_everything(seed: int, rank: int) -> None:
-    """Seed torch's generators of this rank. The data order and its draws have their own seeds."""
+    """Seed torch on this rank. The data order and augmentation have their own generators."""
     torch.manual_seed(int(np.random.SeedSequence([seed, rank]).generate_state(1)[0]))
 
 
@@ -179,7 +178,7 @@ def sum_over_ranks(tensor: torch.Tensor, dist: DistributedContext) -> torch.Tens
 
 
 def any_rank(flag: bool, dist: DistributedContext) -> bool:
-    """Whether the flag is set on any rank; every rank gets the same answer."""
+    """Whether the flag is set on any rank; the same result on every rank."""
     if dist.world_size == 1:
         return flag
     count = torch.tensor(float(flag), device=dist.device)
@@ -195,7 +194,7 @@ def gather_bytes(data: bytes, dist: DistributedContext) -> list[bytes]:
 
 
 def from_first_rank(function: Callable[[], Any], dist: DistributedContext) -> Any:
-    """What the function returns on rank 0, on every rank. Its InputError is raised on all."""
+    """Call the function on rank 0; every rank gets its result, or raises its InputError."""
     answer: list[Any] = [None, None]
     if dist.is_first:
         try:
@@ -215,7 +214,7 @@ def launched_by_torchrun() -> bool:
 
 
 def mark_run_started() -> None:
-    """Let the ranks that torchrun starts after a failure know that this run had begun."""
+    """Record for the ranks that torchrun starts after a failure that this run has started."""
     if store := _torchrun_store():
         store.set("run_started", "")
 

@@ -24,7 +24,7 @@ from training.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
 PATIENCE_S = 180
-AGAIN = "torchrun started the ranks again"
+AGAIN = "torchrun restarted the ranks"
 
 
 @contextlib.contextmanager
@@ -220,7 +220,7 @@ def test_a_run_of_one_rank_goes_on_with_two_at_an_epochs_end(tiny_shards, tmp_pa
     run_to_end(log, *TWO_RANKS, *words(tiny_shards, tmp_path, "run", 6, more), "--resume")
     text = " ".join(log.read_text().split())
     assert "the run had 1 rank(s) and has 2; a step takes 8 people as before, 4 per rank" in text
-    assert "people follow each other as before" in text
+    assert "the order of people stays the same" in text
     losses = [
         [line["loss"] for line in metrics(tmp_path / name, "train")] for name in ("run", "quiet")
     ]
@@ -348,7 +348,9 @@ def test_on_a_disk_that_fills_up_the_run_goes_on_and_its_last_checkpoint_is_whol
         )
     text = (tmp_path / "log").read_text()
     assert done.returncode == 0, text[-4000:]
-    assert re.search(r"No space left on device(: '\S+')?; training goes on", " ".join(text.split()))
+    assert re.search(
+        r"No space left on device(: '\S+')?; training continues", " ".join(text.split())
+    )
     assert 0 < load_checkpoint(tmp_path / "while_full.pt").step < 60
     assert load_checkpoint(tmp_path / "last.pt").step == 60
     steps = [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")]

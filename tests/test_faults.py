@@ -227,7 +227,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole_and_the_run_alive(
     assert seen == {2: 2, 4: 2, 6: 6} and not list(tmp_path.glob("*.tmp"))
     text = " ".join(capsys.readouterr().err.split())
     assert "WARNING: no checkpoint of step 4 could be written" in text
-    assert "No space left on device: " in text and "step_00000004.pt'; training goes on" in text
+    assert "No space left on device: " in text and "step_00000004.pt'; training continues" in text
 
 
 @FULL_DISK

@@ -111,7 +111,7 @@ def test_one_rank_goes_on_with_the_people_and_losses_of_two_by_opencv(
     )
     trainer = make_trainer(config, tmp_path, two_ranks / "opencv2" / "last.pt")
     assert "; a step takes 8 people as before, 4 per rank x 1 rank(s) x 2" in trainer.remarks[0]
-    assert trainer.remarks[1] == "people follow each other as before"
+    assert trainer.remarks[1] == "the order of people stays the same"
     first, second = (rank["opencv goes on"] for rank in reports(two_ranks))
     after = [step(trainer) for _ in range(2)]
     assert [rows_of(totals) for totals in after] == [
@@ -315,7 +315,9 @@ def test_another_number_of_ranks_in_mid_epoch_is_sent_to_the_epochs_end(tmp_path
 def test_a_start_finds_the_runs_checkpoint_and_protects_it(tiny_shards, tmp_path):
     folder = tmp_path / "run"
     assert find_start(folder, None, False) == ("", [])
-    assert find_start(folder, "auto", False)[1] == ["there is no checkpoint yet, so it begins anew"]
+    assert find_start(folder, "auto", False)[1] == [
+        "no checkpoint yet, so the run starts at step 0"
+    ]
     with pytest.raises(InputError, match=r"last\.pt"):
         find_start(folder, "", False)
     trainer = make_trainer(tiny_config(tiny_shards), folder)

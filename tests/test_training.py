@@ -18,7 +18,7 @@ from common.errors import InputError
 from configs.schema import Config
 from model.checkpoint import load_checkpoint
 from pipelines.loader import choose_loader
-from training.checkpoint_manager import numbered
+from training.checkpoint_manager import step_checkpoints
 from training.metrics import MetricsLogger
 from training.train_step import AveragedModel, learning_rate
 
@@ -73,7 +73,8 @@ def test_the_newest_checkpoints_and_the_best_are_kept(tiny_shards, tmp_path, mon
     monkeypatch.setattr(MetricsLogger, "log_pictures", lambda *_: None)
     monkeypatch.setattr(trainer.validator, "picture", lambda: None)
     trainer.train()
-    assert [path.name for path in numbered(tmp_path)] == [f"step_{n:08d}.pt" for n in (5, 4, 3)]
+    names = [path.name for path in step_checkpoints(tmp_path)]
+    assert names == [f"step_{n:08d}.pt" for n in (5, 4, 3)]
     assert load_checkpoint(tmp_path / "best.pt").step == 2
     assert load_checkpoint(tmp_path / "last.pt").step == 5
     assert not list(tmp_path.glob("*.tmp"))
@@ -335,7 +336,7 @@ def test_train_then_resume_from_the_command_line(tiny_shards, tmp_path, capfd):
     with pytest.raises(InputError, match="a run of this name"):
         train.main(words)
     assert train.main([*words, "--resume"]) == 0
-    assert "The run was done: step 4 is its last" in capfd.readouterr().out
+    assert "The run was complete: step 4 is its last" in capfd.readouterr().out
     assert train.main([*words, "--train.steps", "6", "--resume"]) == 0
     assert [m["step"] for m in metrics(tmp_path / "r", "train")] == list(range(1, 7))
 

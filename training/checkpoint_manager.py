@@ -1,7 +1,7 @@
-"""Which checkpoints of a run are kept, which is the newest whole one, and the run's small files.
+"""Writes and removes a run's checkpoints, finds the newest undamaged one, locks the run's folder.
 
 Each checkpoint is written once, as step_NNNNNNNN.pt; last.pt and best.pt are hard links to such a
-file (copies on file systems without links). Each name always stands for a whole file.
+file (copies on file systems without links). Each name always refers to a complete file.
 """
 
 import fcntl
@@ -17,17 +17,17 @@ from model.checkpoint import BEST, LAST, Checkpoint, load_checkpoint, save_check
 RESUME_ME = "resume_me"
 """Exists in the folder of a run that a signal ended, until the run is started again."""
 LOCK = "lock"
-"""Locked by the process that trains the run, and names it."""
+"""Locked by the process that trains the run; contains its id."""
 
 
 class CheckpointManager:
     """Writes the checkpoints of a run; a failure to write does not end the run."""
 
     def __init__(self, folder: Path, keep: int):
-        """folder: of the run. keep: so many of the newest checkpoints."""
+        """folder: of the run. keep: number of newest checkpoints to keep."""
         self.folder, self.keep = folder, keep
         self.saved_step = 0
-        """Of last.pt."""
+        """Step of last.pt."""
         self.failure = ""
         """Why the last checkpoint could not be written."""
 
@@ -35,7 +35,7 @@ class CheckpointManager:
         """Write a checkpoint under each name, and remove all but the newest.
 
         Checkpoints of later steps are removed too: the run was resumed from an earlier one. If the
-        write fails, `failure` says why, and each name stands for its old file or the new one.
+        write fails, `failure` says why, and each name refers to its old file or the new one.
         """
         newest = self.folder / f"step_{checkpoint.step:08d}.pt"
         try:
@@ -43,8 +43,8 @@ class CheckpointManager:
             for name in names:
                 _link(newest, self.folder / name)
             sync_folder(self.folder)
-            later = [path for path in numbered(self.folder) if path.name > newest.name]
-            for path in later + numbered(self.folder)[len(later) + self.keep :]:
+            later = [path for path in step_checkpoints(self.folder) if path.name > newest.name]
+            for path in later + step_checkpoints(self.folder)[len(later) + self.keep :]:
                 path.unlink(missing_ok=True)
         except OSError as error:
             self.failure = f"no checkpoint of step {checkpoint.step} could be written: {error}"
@@ -65,24 +65,24 @@ def _link(source: Path, target: Path) -> None:
     temporary.replace(target)
 
 
-def numbered(folder: Path) -> list[Path]:
+def step_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints that are named by their step, newest first."""
     return sorted(folder.glob("step_" + 8 * "[0-9]" + ".pt"), reverse=True)
 
 
 def has_checkpoint(folder: Path) -> bool:
     """Whether the folder has checkpoints, damaged or not."""
-    return bool(numbered(folder)) or any((folder / name).exists() for name in (LAST, BEST))
+    return bool(step_checkpoints(folder)) or any((folder / name).exists() for name in (LAST, BEST))
 
 
-def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint of a run, and a sentence about each unusable one before it.
+def newest_undamaged(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest undamaged checkpoint of a run, and a message for each newer, unusable one.
 
-    None if the run has no checkpoint yet. Raises InputError if it has some but none is whole.
+    None if the run has no checkpoint yet. Raises InputError if all checkpoints are unusable.
     """
     remarks: list[str] = []
     seen = set[int]()
-    for path in [folder / LAST, *numbered(folder), folder / BEST]:
+    for path in [folder / LAST, *step_checkpoints(folder), folder / BEST]:
         if not path.is_file() or path.stat().st_ino in seen:
             continue
         seen.add(path.stat().st_ino)
@@ -98,7 +98,7 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
         raise InputError(
             folder,
             f"{len(remarks)} checkpoint(s), none of them usable: {remarks[0].split(';')[0]}",
-            "a whole checkpoint that this user may read",
+            "an undamaged checkpoint that this user may read",
             "change its permissions, restore a copy, or begin a new run",
         )
     return None, []

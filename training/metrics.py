@@ -37,7 +37,7 @@ TRAINING_PCK_RADIUS = 0.05
 """Radius of the training PCK as a share of the heatmap's side: about half a head in an MPII box."""
 
 SECONDS_BETWEEN_UPDATES = 0.2
-"""Of the live line on a terminal."""
+"""Minimum time between updates of the live line on a terminal."""
 
 
 class Totals:
@@ -50,11 +50,11 @@ class Totals:
         self.sums = torch.zeros(len(self.NAMES), device=device)
         self.good_batches = torch.zeros((), device=device)
         self.rows: list[Tensor] = []
-        """Of each batch, of the annotation."""
+        """Annotation rows of each batch."""
         self.finite: list[Tensor] = []
-        """Whether the loss of each batch was."""
+        """Whether the loss of each batch was finite."""
         self.skipped: list[Tensor] = []
-        """Whether each step was."""
+        """Whether each step was skipped."""
         self.waited = 0.0
         """Seconds spent waiting for the loader."""
         self.started = time.perf_counter()
@@ -79,7 +79,7 @@ class Totals:
         self.finite.append(torch.isfinite(values[0]))
 
     def skipped_batches(self) -> list[tuple[int, list[int], bool]]:
-        """Of each batch of a skipped step: the step (from 0), its rows, is its own loss finite?"""
+        """For each batch of a skipped step: step (from 0), rows, whether its loss is finite."""
         accumulate = len(self.rows) // max(1, len(self.skipped))
         return [
             (batch // accumulate, rows.tolist(), bool(finite))
@@ -135,7 +135,7 @@ class MetricsLogger:
             self._console.show(self._parts())
 
     def validation_progress(self, batches: Iterable[RawBatch], people: int) -> Iterator[RawBatch]:
-        """Pass the batches on and show how far they are. people: on all ranks together."""
+        """Yield the batches and show progress. people: on all ranks together."""
         done = 0
         for batch in batches:
             if self.enabled and done:
@@ -208,8 +208,7 @@ class MetricsLogger:
         ]
 
     def _time_left(self) -> tuple[float, str]:
-        """Seconds to the end, and to which end: the last step at the average rate so far, or the
-        time limit if that comes first."""
+        """Seconds left and a label: to the last step at the average rate, or to the time limit."""
         spent = time.perf_counter() - self._started
         done = max(self._step - self._first_step, 1)
         left = spent / done * (self._train.steps - self._step)
@@ -237,7 +236,7 @@ class MetricsLogger:
 
     @contextmanager
     def _disk_may_fail(self) -> Iterator[None]:
-        """Report once that the log cannot be written, on a full disk; the run goes on.
+        """Report once that the log cannot be written, and continue the run.
 
         TensorBoard's writer does not recover from a failure, so it is dropped then.
         """
@@ -246,7 +245,7 @@ class MetricsLogger:
         except OSError as error:
             self._board = None
             if not self._write_error_shown:
-                self._console.info(f"the log cannot be written: {error}; training goes on")
+                self._console.info(f"the log cannot be written: {error}; training continues")
             self._write_error_shown = True
 
 
@@ -291,7 +290,7 @@ class Console:
 
 
 def open_tracker(config: Config, folder: Path) -> Any:
-    """The module wandb or trackio, with this run begun or continued; None without a tracker.
+    """The module wandb or trackio, after starting or resuming the run in it; None without tracker.
 
     Both have the same functions.
     """
@@ -301,7 +300,7 @@ def open_tracker(config: Config, folder: Path) -> Any:
     require_tracker(name)
     tracker = importlib.import_module(name)
     more = {}
-    if name == "wandb":  # knows a run by its id, trackio by its name
+    if name == "wandb":  # identifies a run by its id, trackio by its name
         path = folder / "tracker_id"
         if not path.exists():
             path.write_text(uuid.uuid4().hex)
@@ -339,10 +338,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def memory_mb(device: torch.device) -> float:
-    """The GPU memory that torch has held at most, or the resident memory now; in 10^6 bytes."""
+    """torch's peak GPU memory, or the current resident memory; in 10^6 bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
-    statm = Path("/proc/self/statm")  # of Linux
+    statm = Path("/proc/self/statm")  # only on Linux
     pages = int(statm.read_text().split()[1]) if statm.exists() else 0
     return pages * resource.getpagesize() / 1e6
 

@@ -1,7 +1,7 @@
 """Steps whose loss or gradients are not finite.
 
 The step itself was skipped on the device (training/train_step.py). Here, at each log step, skipped
-steps are reported, their people are written down, and batch-norm statistics are restored.
+steps are reported, their people are logged, and batch-norm statistics are restored.
 """
 
 import json
@@ -33,12 +33,12 @@ class NonFiniteMonitor:
             buffer for each in networks for buffer in each.buffers() if buffer.is_floating_point()
         ]
         self._good = [tensor.clone() for tensor in self._statistics]
-        """As they were when the last steps were all finite."""
+        """Copies from the last log step without a skipped step."""
 
     def check(
         self, step: int, totals: Totals, log: MetricsLogger, dist: DistributedContext
     ) -> None:
-        """Act on skipped steps among those in `totals`, of which `step` is the last.
+        """Handle the skipped steps in `totals`, whose last step is `step`.
 
         Ranks skip the same steps, and every one must call it. Raises InputError at the limit.
         """

@@ -1,4 +1,4 @@
-"""Where a few steps of a run spend their time: a trace for a browser, and a table of operators."""
+"""Profiles a few steps of a run: a trace for a browser, and a table of operators."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 TRACE = "trace.json"
 """In the run's folder, in Chrome's format: open it in ui.perfetto.dev or chrome://tracing."""
 WARM_UP_STEPS = 5
-"""Before the profiled ones: they choose algorithms and compile."""
+"""Steps before the profiled ones; they choose algorithms and compile."""
 TABLE_ROWS = 15
 
 
@@ -18,9 +18,9 @@ TABLE_ROWS = 15
 def profiled_steps(
     folder: Path, steps: int, device: torch.device, info: Callable[[str], None]
 ) -> Iterator[Callable[[], None]]:
-    """Profile so many steps after the warm-up; gives a function to call after each step.
+    """Profile `steps` steps after the warm-up; yields a function to call after each step.
 
-    steps: 0 does nothing. folder: of the run. info: prints the table.
+    steps: 0 disables it. folder: of the run. info: prints the table.
     """
     if not steps:
         yield lambda: None
@@ -37,7 +37,7 @@ def profiled_steps(
             temporary.rename(folder / TRACE)
             info(f"wrote {folder / TRACE}")
         except OSError as error:
-            info(f"{folder / TRACE} cannot be written: {error}; training goes on")
+            info(f"{folder / TRACE} cannot be written: {error}; training continues")
 
     with profile(
         activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda"),

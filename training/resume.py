@@ -1,4 +1,4 @@
-"""Where a run starts, and what it takes over from a checkpoint on another number of ranks."""
+"""Finds the checkpoint to start from, and adapts a resumed run to the number of ranks."""
 
 import dataclasses
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from common.errors import InputError
 from configs.schema import Config
 from model.checkpoint import Checkpoint, compare_settings, load_checkpoint
-from training.checkpoint_manager import LAST, has_checkpoint, newest_whole, numbered
+from training.checkpoint_manager import LAST, has_checkpoint, newest_undamaged, step_checkpoints
 
 AUTO = "auto"
 
@@ -14,8 +14,8 @@ AUTO = "auto"
 def find_start(folder: Path, resume: str | None, restarted: bool) -> tuple[str, list[str]]:
     """The checkpoint to continue from, empty for a new run; and remarks for the log.
 
-    folder: of the run. resume: None for a new run, empty for the newest whole checkpoint, "auto"
-    for that if there is one, or a path. restarted: by torchrun; then resume is taken as "auto".
+    folder: of the run. resume: None for a new run, empty for the newest undamaged checkpoint,
+    "auto" for that if there is one, or a path. restarted: by torchrun; then resume acts as "auto".
     Raises InputError.
     """
     given = resume if resume not in (None, "", AUTO) else ""
@@ -39,7 +39,7 @@ def find_start(folder: Path, resume: str | None, restarted: bool) -> tuple[str, 
                 f"choose another --train.name, or {advice}",
             )
         return "", []
-    source, remarks = newest_whole(folder)
+    source, remarks = newest_undamaged(folder)
     if resume == "" and source is None and not restarted:
         raise InputError(
             folder / LAST,
@@ -48,8 +48,8 @@ def find_start(folder: Path, resume: str | None, restarted: bool) -> tuple[str, 
             "begin it without --resume, or name the folder: --train.out FOLDER --train.name NAME",
         )
     start = str(source or given)
-    why = "torchrun started the ranks again: " if restarted else ""
-    how = f"continuing from {start}" if start else "there is no checkpoint yet, so it begins anew"
+    why = "torchrun restarted the ranks: " if restarted else ""
+    how = f"continuing from {start}" if start else "no checkpoint yet, so the run starts at step 0"
     return start, [*remarks, why + how]
 
 
@@ -105,7 +105,7 @@ def _require_epoch_end(checkpoint: Checkpoint, before: int, world_size: int) -> 
     epoch, folder = checkpoint.config.train.steps_per_epoch, checkpoint.path.parent
     if checkpoint.step % epoch == 0:
         return
-    steps = {path: int(path.stem.removeprefix("step_")) for path in numbered(folder)}
+    steps = {path: int(path.stem.removeprefix("step_")) for path in step_checkpoints(folder)}
     at_end = [path for path, step in steps.items() if step % epoch == 0]
     raise InputError(
         checkpoint.path,
@@ -117,7 +117,7 @@ def _require_epoch_end(checkpoint: Checkpoint, before: int, world_size: int) -> 
 
 
 def _share(config: Config, people: int, world_size: int, path: Path) -> Config:
-    """The largest batches, of at most data.batch_size, that make up the global batch."""
+    """The config with the largest batches, up to data.batch_size, that give the global batch."""
     if global_batch_size(config, world_size) == people:
         return config
     per_rank, rest = divmod(people, world_size)

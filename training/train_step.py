@@ -21,11 +21,11 @@ from pipelines.loader import Batch, Loader, make_batch
 from training.metrics import Totals
 
 MOMENTS = {"adam": ("exp_avg", "exp_avg_sq"), "rmsprop": ("square_avg",)}
-"""What each optimizer keeps for a parameter, in the parameter's shape."""
+"""State of each optimizer for a parameter, in the parameter's shape."""
 
 
 def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
-    """The learning rate of a step (counted from 0) in a run of so many steps."""
+    """The learning rate of a step (counted from 0) in a run of `steps` steps."""
     warmup = min(1.0, (step + 1) / optim.warmup_steps) if optim.warmup_steps else 1.0
     if optim.schedule == "step":
         return optim.lr * warmup * optim.gamma ** sum(step >= m for m in optim.milestones)
@@ -50,7 +50,7 @@ def make_optimizer(network: nn.Module, optim: OptimConfig) -> torch.optim.Optimi
 def load_optimizer_state(
     optimizer: torch.optim.Optimizer, saved: dict[str, Any], name: str, path: Path
 ) -> None:
-    """Restore the moments; all other settings stay the config's. Raises InputError.
+    """Restore the moments; all other settings come from the config. Raises InputError.
 
     saved: an optimizer's state_dict, from the checkpoint `path`. name: optim.name.
     """
@@ -86,7 +86,7 @@ class AveragedModel(swa_utils.AveragedModel):
     def update(self, step: int) -> None:
         """Average in the weights after a step, counted from 0; counters are copied.
 
-        torch's update_parameters reads its own counter, for which it waits for the GPU.
+        torch's update_parameters reads a counter from the GPU, which synchronises.
         """
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(*self._averaged, weight)
@@ -94,7 +94,7 @@ class AveragedModel(swa_utils.AveragedModel):
 
 
 class TrainStep:
-    """The network, and everything that changes with it in a step."""
+    """The network, its optimizer and averaged weights, and one training step of them."""
 
     def __init__(self, network: nn.Module, codec: Codec, config: Config, dist: DistributedContext):
         """network: on the device, with the same weights on every rank."""
@@ -104,7 +104,7 @@ class TrainStep:
         self.scaler = torch.amp.GradScaler(dist.device.type, enabled=dist.dtype == torch.float16)
         self.averaged = AveragedModel(network, optim.ema_decay) if optim.ema_decay else None
         self.forward = network
-        """The network over all ranks, compiled if the config asks for it."""
+        """The network, with DDP and torch.compile as the config asks."""
         if dist.world_size > 1:
             ids = [dist.device.index] if dist.device.type == "cuda" else None
             self.forward = DistributedDataParallel(network, ids, gradient_as_bucket_view=True)
@@ -133,7 +133,7 @@ class TrainStep:
 
     @property
     def averaged_weights(self) -> dict[str, Tensor]:
-        """By the names of the network's; empty if the config asks for none."""
+        """By the network's names; empty if the config asks for none."""
         return self.averaged.module.state_dict() if self.averaged else {}
 
     def run(self, loader: Loader, step: int, totals: Totals) -> None:
@@ -155,7 +155,7 @@ class TrainStep:
             self.averaged.update(step)
 
     def _backward(self, batch: Batch, totals: Totals, last: bool) -> None:
-        """Forward and backward pass of a batch. last: of the step, when ranks sum gradients."""
+        """Forward and backward. last: the last batch of the step, where ranks reduce gradients."""
         dist = self.dist
         if isinstance(self.forward, DistributedDataParallel):
             self.forward.require_backward_grad_sync = last
@@ -175,10 +175,10 @@ class TrainStep:
         return stack_losses(heat_NSJHW, batch.heat_NJHW, batch.has_target_NJ, unmarked)
 
     def _apply_gradients(self, losses_are_finite: Tensor) -> Tensor:
-        """Clip and update. Returns whether the step was skipped for a gradient that isn't finite.
+        """Clip and update. Returns whether the step was skipped because of non-finite gradients.
 
-        Ranks agree, because gradients are reduced. With fp16 a skipped step after finite losses is
-        the scaler's way to find its scale, and counts as bad only if the scale has no room left.
+        Ranks agree, because gradients are reduced. With fp16 the scaler skips steps to find its
+        scale; these count as bad only if a loss was not finite or the scale is below 1.
         """
         self.scaler.unscale_(self.optimizer)
         parameters = list(self.network.parameters())
@@ -194,7 +194,7 @@ class TrainStep:
             assert scale is not None
             return bad & (lost | (scale < 1))
         if isinstance(self.optimizer, torch.optim.Adam):
-            # The fused kernel leaves weights and moments alone if this is 1, without a host sync.
+            # If this is 1, the fused kernel keeps weights and moments, without a host sync.
             self.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
             self.optimizer.step()
         elif not bad:

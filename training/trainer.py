@@ -1,7 +1,7 @@
-"""The training run: it composes the parts, each of which keeps its own state.
+"""The training run, composed of parts that keep their own state.
 
-A step is `optim.accumulate` batches. Numbers that decide something are computed on the device and
-read once every `train.log_every` steps, so that the host does not wait for the GPU in between.
+A step is `optim.accumulate` batches. Results are computed on the device and read once every
+`train.log_every` steps, so that the host does not wait for the GPU in between.
 """
 
 import math
@@ -62,9 +62,9 @@ from training.train_step import TrainStep
 from training.validation import Validator
 
 COLLAPSED_PEAK = 0.05
-"""Mean peak of the heatmaps below which a network is taken to predict only zeros."""
+"""Mean peak of the heatmaps below which a warning says that the network predicts only zeros."""
 COLLAPSE_FROM_STEP = 1_000
-"""Before it every network's peaks are low."""
+"""No warning before this step, because all peaks are low at first."""
 
 
 @dataclass
@@ -75,11 +75,11 @@ class Progress:
     best: float = -1.0
     """Pooled PCK@0.5 of this folder's best.pt; -1 before the first validation."""
     seconds: float = 0.0
-    """Spent in training."""
+    """Time spent in training."""
     validation_due: bool = False
     """A checkpoint was written between the end of an epoch and the end of its validation."""
     loader_began: int = 0
-    """The step at which the loader's order of people began anew."""
+    """The step at which the loader's order of people was last restarted; 0: never."""
 
 
 class Trainer:
@@ -97,7 +97,7 @@ class Trainer:
         folder: of the run. checkpoint: to continue from.
         """
         self.saved_config = config
-        """As config.yaml and checkpoints have it: before it is fitted to the number of ranks."""
+        """For config.yaml and checkpoints: before it is adapted to the number of ranks."""
         self.config, self.dist, self.folder = config, dist, folder
         self.remarks: list[str] = []
         if checkpoint:
@@ -133,14 +133,14 @@ class Trainer:
         return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def init_from(self, checkpoint: Checkpoint) -> list[str]:
-        """Take over a checkpoint's weights alone; returns the tensors that start fresh."""
+        """Load only a checkpoint's weights; returns the tensors that start fresh."""
         require_same_size(checkpoint, self.config)
         fresh = init_weights(self.network, self.codec.skeleton, checkpoint)
         self.train_step.load_averaged(self.network.state_dict())
         return fresh
 
     def _restore(self, checkpoint: Checkpoint) -> bytes:
-        """Continue from a checkpoint. Returns the state of this rank's loader. InputError."""
+        """Restore a checkpoint; returns the state of this rank's loader. Raises InputError."""
         path, run, steps = checkpoint.path, checkpoint.run, self.config.train.steps
         require_same_joints(checkpoint.skeleton, self.codec.skeleton, path, self.shards.folder)
         require_same_size(checkpoint, self.config)
@@ -148,14 +148,14 @@ class Trainer:
             raise InputError(
                 self.shards.folder,
                 f"{len(self.shards):,} people, not the {run.people:,} of {path}",
-                "the people that the run was begun with, in their order",
+                "the people that the run was started with, in the same order",
                 f"give their shards (--data.shards), or begin a new run with --init_from {path}",
             )
         if checkpoint.step > steps:
             raise InputError(
                 f"train.steps {steps}",
-                f"{checkpoint.step} steps that {path} has done already",
-                "the number of steps in all, those included",
+                f"{checkpoint.step} steps done in {path}",
+                "the total number of steps, including these",
                 f"--train.steps {checkpoint.step + steps} for as many more",
             )
         self.train_step.load_state(checkpoint)
@@ -176,7 +176,7 @@ class Trainer:
         return self._loader_state(run)
 
     def _loader_state(self, run: RunState) -> bytes:
-        """The state of this rank's loader; empty if its order of people begins anew."""
+        """The state of this rank's loader; empty if its order of people restarts."""
         loader, device = self.loader_name, self.dist.device.type
         same_ranks = run.ranks == self.dist.world_size
         if loader != run.loader:
@@ -187,7 +187,7 @@ class Trainer:
         elif loader == "dali":
             remark = "DALI begins a new pass over the people, with new draws"
         else:
-            remark = "people follow each other as before"
+            remark = "the order of people stays the same"
         self.remarks.append(remark)
         self.progress.loader_began = self.progress.step if loader == "dali" else 0
         return b""
@@ -313,12 +313,12 @@ class Trainer:
         )
 
     def _should_stop(self) -> bool:
-        """Whether a signal came, or torchrun has died, which then cannot end this rank."""
+        """Whether a signal arrived, or torchrun has died and cannot end this rank any more."""
         is_orphan = launched_by_torchrun() and os.getppid() != self._parent
         return bool(self.received_signals) or is_orphan
 
     def report(self, totals: Totals) -> None:
-        """Read the sums, log them, and act on what is not finite or damaged."""
+        """Read and log the sums, and handle non-finite steps and damaged pictures."""
         dist, step = self.dist, self.progress.step
         *sums, good = sum_over_ranks(
             torch.cat([totals.sums, totals.good_batches[None]]), dist
@@ -340,7 +340,7 @@ class Trainer:
                 self.log.info(f"step {step}: {line}")
 
     def _report_early_end(self) -> None:
-        """Print why the run ended early; after a signal also write the marker for job scripts."""
+        """Print why the run ended early; after a signal also write resume_me for job scripts."""
         step, train = self.progress.step, self.config.train
         if step == train.steps and not self.interrupted:
             return
@@ -409,17 +409,17 @@ class Trainer:
         return network.eval()
 
     def save(self, names: list[str]) -> None:
-        """Write a checkpoint under each name, on the first rank; every rank gives its state."""
+        """Write a checkpoint under each name on the first rank, with the state of all ranks."""
         rng = gather_bytes(torch.get_rng_state().numpy().tobytes(), self.dist)
         loaders = gather_bytes(self.loader.state(), self.dist)
         if self.dist.is_first:
             self.checkpoints.save(self._checkpoint(rng, loaders), names)
             if self.checkpoints.failure:
-                self.log.info(f"WARNING: {self.checkpoints.failure}; training goes on")
+                self.log.info(f"WARNING: {self.checkpoints.failure}; training continues")
         barrier(self.dist)  # the file is there when any rank returns
 
     def _checkpoint(self, rng: list[bytes], loaders: list[bytes]) -> Checkpoint:
-        """Everything that continues the run. rng, loaders: the states of each rank."""
+        """Everything needed to resume the run. rng, loaders: the states of each rank."""
         counters = asdict(self.progress)
         step = counters.pop("step")
         run = RunState(

@@ -36,7 +36,7 @@ class Validator:
         progress: Callable[[Iterable[RawBatch]], Iterable[RawBatch]] = iter,
         should_stop: Callable[[], bool] | None = None,
     ) -> dict[str, Any]:
-        """The summary of evaluation/pckh.py, and `peak`, the mean height of the heatmaps' peaks.
+        """Returns pckh.summary, and `peak`, the mean height of the heatmaps' peaks.
 
         Arguments and StoppedError as for predict_distributed.
         """
@@ -57,7 +57,7 @@ class Validator:
         return {**result, "peak": float(found.scores_NJ.mean())}
 
     def picture(self) -> npt.NDArray[np.uint8]:
-        """(H, W, 3) RGB: a few people as predicted last, the same people each time."""
+        """(H, W, 3) RGB: the last predictions for a few people, always the same people."""
         rows = np.unique(np.linspace(0, len(self.samples) - 1, PICTURE_PEOPLE).astype(int))
         sheet = visualize.draw_people(
             self.shards,
