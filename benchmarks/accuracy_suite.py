@@ -1,8 +1,8 @@
-"""Suite of whole trainings: how long this project's way and princeton-vl's need for the same PCK.
+"""Training benchmark: the time until this project and princeton-vl reach the same PCK.
 
-Both train the same network on the same people with the same batch, rate and distributions of draws.
-princeton-vl's way: its loader, step, targets and decoding, re-created. Ours: data.loader auto, one
-resampling, automatic precision, exact targets and decoding, averaged weights.
+Both train the same network on the same people with the same batch size, learning rate and
+augmentation ranges. princeton-vl's way: its loader, step, targets and decoding, re-created. Ours:
+data.loader auto, one resampling, automatic precision, exact targets and decoding, EMA.
 """
 
 import json

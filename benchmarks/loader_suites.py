@@ -1,4 +1,4 @@
-"""Suites of the data path: loaders, size of the data set, pixels of DALI, and packings."""
+"""Benchmarks of the data path: loaders, size of the data set, DALI's pixels, and packings."""
 
 import dataclasses
 import gc
@@ -36,13 +36,13 @@ from pipelines.shard_format import unpack_records
 from pipelines.shards import ShardSet
 
 PICTURES, SIZE_WH = 32, (1280, 720)
-"""Drawn; more people share them."""
+"""Synthetic pictures; with more people than pictures, people share them."""
 SCALE_PERCENTILES = ((5, 25, 50, 75, 95), (1.43, 2.38, 3.45, 5.06, 8.58))
-"""Of the scales in MPII's h5 files."""
+"""Percentiles, and the scales of MPII's h5 files at them."""
 SIZES = (1_000, 5_000, 25_204)
-"""People of the scaling suite; the last is MPII, training and validation."""
+"""Numbers of people of the scaling suite; the last is MPII's, training and validation."""
 LEAST_GPU_PEOPLE = 4096
-"""Of a turn of the loaders."""
+"""Minimum number of people in a timed run of a loader on a GPU."""
 PERSON_PX = (192, 256, 288, 384)
 HRNET, PRINCETON = PRESETS["hrnet"], PRESETS["princeton"]
 ONE_WARP = PRINCETON._replace(princeton_crop=False)
@@ -51,21 +51,21 @@ TIMED = {"princeton preset": PRINCETON, "its draws, one warp": ONE_WARP, "hrnet"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """What is measured, and how large."""
+    """Settings of the benchmarks."""
 
     device: torch.device
     folder: Path
-    """Of the shards: made people in "original" and "crop", real ones in "real"."""
+    """Folder of shards: synthetic people in "original" and "crop", real people in "real"."""
     data: Path | None = None
     people: int = 320
-    """Made people, and people a turn."""
+    """Number of synthetic people, and of people in a timed run."""
     workers: int = 2
     input_px: int = 256
     width: int = 256
     people_to_train: int = 40_000
 
     def shards(self, packing: str) -> ShardSet:
-        """The made people."""
+        """The synthetic people."""
         return ShardSet(self.folder / packing / "train")
 
     def loader_spec(self, loader: LoaderName, preset: Preset, batch_size: int) -> LoaderSpec:
@@ -97,7 +97,7 @@ def make_data(folder: Path, people: int, size_wh: tuple[int, int] = SIZE_WH) -> 
 
 
 def pack_people(source: Path, output: Path, person_px: int | None = None) -> Path:
-    """Pack annot/*.h5 and images/ of a folder, as crops if there is a size of a stored person."""
+    """Pack annot/*.h5 and images/ of a folder, as crops if person_px is given."""
     annotations, images = source / "annot", source / "images"
     splits = tuple(sorted(path.stem for path in annotations.glob("*.h5")))
     options = PackingOptions(annotations=annotations, images=images, output=output, splits=splits)
@@ -109,13 +109,13 @@ def pack_people(source: Path, output: Path, person_px: int | None = None) -> Pat
 
 
 def act_as_training(options: Options) -> None:
-    """Memory and threads of this process as while training: a core for each worker."""
+    """Set malloc and threads as in training: one core is left for each worker."""
     keep_freed_memory()
     torch.set_num_threads(max(1, usable_cores() - options.workers))
 
 
 def loader_group(options: Options, batch_size: int) -> list[Case]:
-    """Augmented batches with heatmaps on the device; the first case is princeton-vl's loader."""
+    """Augmented batches with heatmaps, on the device; the first case is princeton-vl's loader."""
     act_as_training(options)
     start: Callable[[], Callable[[], object]] = partial(start_princeton, options, batch_size)
     starts = {"princeton-vl's steps, re-created": start}
@@ -133,7 +133,7 @@ def loader_group(options: Options, batch_size: int) -> list[Case]:
 
 
 def start_princeton(options: Options, batch_size: int) -> Callable[[], list[torch.Tensor]]:
-    """Everything in the workers, then images and heatmaps to the device."""
+    """princeton-vl's loader: workers do everything; images and heatmaps are moved to the device."""
     shards = options.shards("original")
     batches = princeton_batches(shards, options.input_px, batch_size, options.workers)
     return lambda: [tensor.to(options.device, non_blocking=True) for tensor in next(batches)]
@@ -151,9 +151,9 @@ def start_loader(
 def stream_case(
     name: str, start: Callable[[], Callable[[], object]], steps: int, batch_size: int, workers: int
 ) -> Case:
-    """Steps of something that works ahead. start: starts it, and returns what makes one step.
+    """Times steps of a prefetching loader. start: starts it, and returns what makes one step.
 
-    It is started before each turn and stopped after it; what it made ahead is used up before.
+    It is started before each timed run, without timing the prefetched batches, and then stopped.
     """
     running: list[Callable[[], object]] = []
 
@@ -169,7 +169,7 @@ def stream_case(
 
     def finish() -> None:
         running.clear()
-        gc.collect()  # or its processes would end later, in the turn of another case
+        gc.collect()  # otherwise its processes would end during another case
 
     return Case(name, run, prepare, finish)
 
@@ -197,7 +197,7 @@ def scaling_group(options: Options, people: int) -> dict[str, Any]:
 
 
 def pixels_group(options: Options) -> dict[str, Any]:
-    """Grey levels between DALI's crops and OpenCV's of the same draws, by packing and decoder."""
+    """Differences in grey levels of DALI's and OpenCV's crops, by packing and decoder."""
     from pipelines.dali_loader import DaliLoader
 
     facts: dict[str, Any] = {}
@@ -227,7 +227,7 @@ def input_image(shards: ShardSet, sample: int, drawn: Draw, input_px: int) -> np
 
 
 def packing_group(options: Options) -> dict[str, Any]:
-    """By size of a stored person: bytes, speed, and PSNR of the inputs to those from originals."""
+    """By size of a stored person: bytes, speed, and PSNR of inputs against those from originals."""
     source, split = options.folder / "made", "train"
     if options.data:
         source, split = options.data, "valid"

@@ -1,6 +1,6 @@
-"""What princeton-vl/pytorch_stacked_hourglass does with a person, re-created to compare with.
+"""The loader and training step of princeton-vl/pytorch_stacked_hourglass, re-created as baseline.
 
-Written from a description of its steps, not from its text. Loading: decode; cut with whole corners
+Written from a description of its steps, not from its code. Loading: decode; cut with whole corners
 into a float64 canvas and resize; warp a second time; mirror and jitter the colours in numpy; move
 joints and paste a 9 x 9 Gaussian for each in Python loops; collate by torch. Training: float32
 (TF32 on a GPU), Adam, the loss read in each step.
@@ -24,7 +24,7 @@ from pipelines.shard_format import unpack_records
 from pipelines.shards import ShardSet
 
 PREFETCH = 2
-"""torch's own."""
+"""torch's default."""
 _Y, _X = np.mgrid[-4:5, -4:5]
 STAMP = np.exp(-(_X**2 + _Y**2) / 2)
 """(9, 9) Gaussian of sigma 1."""
@@ -56,7 +56,7 @@ class PrincetonPeople(Dataset):
 
 
 def jitter(image_HW3: np.ndarray, drawn: Draw) -> np.ndarray:
-    """Hue, saturation, brightness and contrast of an RGB image in 0..1, step by step."""
+    """Jitter hue, saturation, brightness and contrast of an RGB image in 0..1, one by one."""
     hsv = cv2.cvtColor(image_HW3, cv2.COLOR_RGB2HSV)
     hsv[:, :, 0] = np.mod(hsv[:, :, 0] + 360 * drawn.hue, 360)
     hsv[:, :, 1] = np.clip(hsv[:, :, 1] * drawn.saturation, 0, 1)
@@ -68,7 +68,7 @@ def jitter(image_HW3: np.ndarray, drawn: Draw) -> np.ndarray:
 def move_joints(
     joints_J2: np.ndarray, center: np.ndarray, scale: float, drawn: Draw, input_px: int
 ) -> np.ndarray:
-    """(J, 2) input px: into the crop joint by joint and truncated, then through the second warp."""
+    """(J, 2) input px: moved into the crop joint by joint, truncated, then warped."""
     zoom = input_px / (PIXELS_PER_SCALE * scale)
     moved = np.zeros((len(joints_J2), 2))
     for place, (x, y) in enumerate(joints_J2):
@@ -80,7 +80,7 @@ def move_joints(
     if drawn.flip:
         moved = moved[list(MPII.flip_indices)]
         moved[:, 0] = input_px - moved[:, 0]
-    moved[(joints_J2 == 0).all(axis=1)] = 0  # a mask that is not mirrored, as there
+    moved[(joints_J2 == 0).all(axis=1)] = 0  # the mask is not mirrored, as in its code
     return moved
 
 
@@ -101,9 +101,9 @@ def render_by_loop(joints_J2: np.ndarray, heat_px: int = 64) -> np.ndarray:
 def princeton_batches(
     shards: ShardSet, input_px: int, batch_size: int, workers: int
 ) -> Iterator[list[torch.Tensor]]:
-    """Endless batches by torch's DataLoader, as that code sets it up.
+    """Endless batches by torch's DataLoader, set up as in its code.
 
-    Its workers are not forked from this process: they would treat memory as it does.
+    Workers are not forked from this process: they would inherit its malloc settings.
     """
     sampler = endless_batches(len(shards), batch_size, 0, 0, 1)
     return iter(
@@ -125,7 +125,7 @@ def _one_thread(worker: int) -> None:
 def princeton_step(
     network: nn.Module, optimizer: Optimizer, images_NHW3: torch.Tensor, heat_NJHW: torch.Tensor
 ) -> float:
-    """Its training step: a loss a stack, their mean, and the loss read for its log."""
+    """Its training step: the mean of one loss per stack; the loss is read in each step."""
     heat_NSJHW = network(images_NHW3.permute(0, 3, 1, 2))
     losses = [(heat - heat_NJHW).square().mean() for heat in heat_NSJHW.unbind(dim=1)]
     loss = torch.stack(losses).mean()

@@ -1,4 +1,4 @@
-"""Suites of what computes: heatmaps, the training step, whole steps with loaders, evaluation."""
+"""Benchmarks of computation: heatmaps, training steps without and with loaders, evaluation."""
 
 import dataclasses
 import functools
@@ -26,7 +26,7 @@ from pipelines.geometry import STRIDE
 from pipelines.loader import dali_is_installed
 
 LEAST_GPU_STEPS = 150
-"""Of a turn with a loader: fewer would measure the queue that the loader has filled before."""
+"""Minimum number of steps with a loader: fewer would only consume its prefetched batches."""
 
 
 def heatmaps_group(options: Options, batch_size: int) -> list[Case]:
@@ -56,7 +56,7 @@ def heatmaps_group(options: Options, batch_size: int) -> list[Case]:
 
 
 class Variant(NamedTuple):
-    """One way to do the same training step; images are channels-last in each, as princeton-vl's."""
+    """An implementation of the training step. Images are channels-last, as princeton-vl's."""
 
     name: str
     dtype: torch.dtype
@@ -65,7 +65,7 @@ class Variant(NamedTuple):
 
 
 def variants_of(device: torch.device) -> list[Variant]:
-    """The first is what the others are divided by. Compiled on a GPU only: it takes minutes."""
+    """Ratios refer to the first. torch.compile is used on a GPU only: it takes minutes."""
     dtype = choose_dtype("auto", device)
     theirs = Variant("princeton-vl's: float32 (TF32), Adam", torch.float32, is_princeton=True)
     ours = Variant(f"ours: {str(dtype).removeprefix('torch.')}, fused Adam", dtype)
@@ -115,7 +115,7 @@ def random_batch(people: int, options: Options) -> tuple[Tensor, Tensor, Tensor]
 
 
 def step_group(options: Options, stacks: int, batch_size: int) -> list[Case]:
-    """Variants of the step on a batch that is ready."""
+    """Variants of the step on a fixed batch."""
     act_as_training(options)
     tflop = flop_of_a_person(stacks, options) / 1e12
     repeats = 10 if options.device.type == "cuda" else 1
@@ -172,7 +172,7 @@ def training_group(options: Options, batch_size: int) -> list[Case]:
 
 
 def evaluation_group(options: Options) -> list[Case]:
-    """Evaluation of the made people with the flip test, one by one and in batches."""
+    """Evaluation of the synthetic people with the flip test, one by one and in batches."""
     device, shards = options.device, options.shards("crop")
     if device.type == "cpu":
         options = dataclasses.replace(options, width=min(options.width, 32))

@@ -1,8 +1,8 @@
-"""Times this project beside princeton-vl's loader, step and evaluation, which are re-created here.
+"""Compares the speed of this project with princeton-vl's loader and step, re-created here.
 
 Prints a table for each group of cases, and writes everything as JSON after each. On a GPU each
-group runs in a child process with a time limit. The people are made here: 1280 x 720 pictures with
-people as large as in MPII.
+group runs in a child process with a time limit. The people are synthetic, as large as in MPII, in
+pictures of 1280 x 720 px.
 """
 
 import sys
@@ -35,7 +35,7 @@ from pipelines.loader import dali_is_installed
 
 SUITES = ("pixels", "loader", "step", "training", "heatmaps", "evaluation", "scaling", "packing")
 LIMIT_S = {"step": 240.0, "accuracy": 600.0}
-"""Of a group in a child process; 180 for the others."""
+"""Time limit of a group in a child process; 180 s for other suites."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -80,26 +80,26 @@ def make_parser() -> Parser:
     # fmt: off
     add = parser.add_argument_group("what to time").add_argument
     add("--suites", nargs="+", choices=(*SUITES, "accuracy"), default=SUITES,
-        help="accuracy wants --data (default: all but accuracy)")
+        help="accuracy needs --data (default: all but accuracy)")
     add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: %(default)s")
     add("--batch-sizes", type=at_least(1), nargs="+", default=[64, 16],
-        help="people a batch; on a CPU steps take 2 (default: 64 16)")
+        help="people per batch; training steps on a CPU use 2 (default: 64 16)")
     add("--input-px", type=at_least(64), default=256, help="of the input (default: %(default)s)")
     add("--width", type=at_least(2), default=256, help="of the networks (default: %(default)s)")
     add("--people", type=at_least(1), default=320,
-        help="made people, and people a turn of a loader (default: %(default)s)")
+        help="synthetic people, and people in a timed run of a loader (default: %(default)s)")
     add("--workers", type=at_least(0), default=max(2, usable_cores() - 2),
         help="worker processes, or DALI's threads (default: %(default)s)")
     add("--data", type=Path, metavar="FOLDER",
         help="real people, annot/ and images/, for packing and accuracy")
     add("--people-to-train", type=at_least(1), default=40_000,
-        help="that each network of accuracy sees (default: %(default)s)")
+        help="accuracy: people that each network is trained on (default: %(default)s)")
     add = parser.add_argument_group("how long, and what to write").add_argument
-    add("--rounds", type=at_least(1), default=5, help="turns of each case (default: %(default)s)")
+    add("--rounds", type=at_least(1), default=5, help="timed runs per case (default: %(default)s)")
     add("--budget", type=float, metavar="MINUTES", default=60.0,
-        help="groups that do not begin in this time are left out (default: %(default)s)")
+        help="groups that have not started in this time are skipped (default: %(default)s)")
     add("--json", type=Path, metavar="OUT", help="write the results after each group")
-    add("--compare", type=Path, metavar="OLD", help="show what changed since this JSON")
+    add("--compare", type=Path, metavar="OLD", help="compare the ratios with this JSON")
     add("--chart", type=Path, metavar="OUT", help="write bars to this .png, .svg or .pdf")
     # fmt: on
     return parser
@@ -147,7 +147,7 @@ def run_group(
         return
     print(f"timing {name} ...", file=sys.stderr, flush=True)
     failed: dict[str, str] = {}
-    # Memory of the scaling suite is that of a new process.
+    # The scaling suite measures the memory of a new process.
     if device.type == "cuda" or suite_of(name) == "scaling":
         limit_s = min(left, LIMIT_S.get(suite_of(name), 180.0))
         found, failed = run_isolated(group, args.rounds, device, limit_s)
@@ -184,7 +184,7 @@ def read_report(path: Path) -> dict[str, Any]:
 
 
 def compare(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """Lines that say of each case whether its ratio to the first of its group has changed.
+    """One line per case: whether its ratio to the first of its group has changed.
 
     Rates of two runs are not compared, because the machine may have been busier. A ratio has
     changed when the ranges over the rounds do not overlap.
@@ -214,13 +214,13 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> str:
 
 
 def groups_of(report: dict[str, Any]) -> dict[str, Rows]:
-    """The groups of a report that were timed in turns."""
+    """The groups of a report with timed cases."""
     lists = {name: found for name, found in report.items() if isinstance(found, list) and found}
     return {name: rows for name, rows in lists.items() if "ratio" in rows[0]}
 
 
 def draw_chart(report: dict[str, Any], path: Path) -> None:
-    """A panel a group, a bar a case, the range over the rounds as a line."""
+    """One panel per group, one bar per case, with the range over the rounds as a line."""
     groups, world = groups_of(report), report["world"]
     machine = world["processor"] if world["device"] == "cpu" else world["device"]
     heights = [len(rows) + 1.5 for rows in groups.values()]

@@ -31,11 +31,11 @@ class Case(NamedTuple):
     run: Callable[[], int]
     """Does some work and returns the number of people."""
     prepare: Callable[[], object] = lambda: None
-    """Runs before each turn, untimed: starts what works ahead, and uses up its first results."""
+    """Runs before each timed run: starts a loader, and consumes its prefetched batches."""
     finish: Callable[[], object] = lambda: None
-    """Runs after each turn, untimed: stops it, or it would slow down the other cases."""
+    """Runs after each timed run: stops the loader, which would slow down the other cases."""
     tflop: float = 0.0
-    """10^12 floating-point operations of a person; 0 where they are not counted."""
+    """10^12 floating-point operations per person; 0 if they are not counted."""
 
 
 class Turn(NamedTuple):
@@ -46,9 +46,9 @@ class Turn(NamedTuple):
     round: int
     per_s: float
     cpu_ms: float
-    """CPU time of this process and its children for one person; 0 where it is unknown."""
+    """CPU time of this process and its children per person; 0 if unknown."""
     peak_mb: float
-    """10^6 bytes of GPU memory that this turn added at most, in round 0 with the network's."""
+    """Peak GPU memory added by this run, 10^6 bytes; in round 0 including the network."""
     tflop: float
 
 
@@ -58,9 +58,9 @@ Group = Callable[[], list[Case] | dict[str, Any]]
 
 
 def take_turns(cases: list[Case], rounds: int, device: torch.device) -> Iterator[str | Turn]:
-    """Run each case once a round, one after the other, so that a slow moment affects them all.
+    """Run all cases once per round, so that a slow phase of the machine affects all of them.
 
-    Yields the name of a case before its turn, and the turn after it.
+    Yields the name of a case before it runs, and its Turn afterwards.
     """
     on_gpu = device.type == "cuda"
     for number in range(rounds + 1):
@@ -88,7 +88,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def summarize(turns: list[Turn]) -> Rows:
-    """A row a case: people/s over the rounds, and ratios to the first case of the same round."""
+    """One row per case: people/s over the rounds, and ratios to the first case of each round."""
     rows, names = [], list(dict.fromkeys(turn.case for turn in turns if turn.round))
     base = {turn.round: turn.per_s for turn in turns if turn.case == names[0]} if names else {}
     for name in names:
@@ -176,7 +176,7 @@ def _child(
 
 
 def table(title: str, rows: Rows) -> str:
-    """Lines: a case a line, its rate and its ratio to the first."""
+    """One line per case: its rate, and its ratio to the first."""
     width = max(len(row["name"]) for row in rows)
     lines = [f"{title}, people/s: median (range), ratio to the first line (range), CPU time of one"]
     for row in rows:
