@@ -255,6 +255,6 @@ def packing_group(options: Options) -> dict[str, Any]:
 
 
 def psnr(inputs: dict[int, np.ndarray], references: dict[int, np.ndarray]) -> float | None:
-    """Peak signal to noise ratio over all pixels, dB; None where they are equal."""
+    """Peak signal to noise ratio over all pixels, dB; None if they are equal."""
     errors = [np.square(inputs[row].astype(float) - references[row]).mean() for row in inputs]
     return 10 * math.log10(255**2 / float(np.mean(errors))) if any(errors) else None

@@ -74,7 +74,7 @@ def make_parser() -> Parser:
     """The command line."""
     parser = Parser(
         prog="throughput.py",
-        description="Times loaders, training steps and evaluation beside princeton-vl's.",
+        description="Compares the speed of loaders and training steps with princeton-vl's.",
         epilog="example: python benchmarks/throughput.py --suites loader step --json new.json",
     )
     # fmt: off

@@ -21,7 +21,7 @@ from common.system import usable_cores
 
 ROOT = Path(__file__).resolve().parents[1]
 H200_BF16_TFLOPS = 790
-"""Of a bf16 matrix product of 8192 x 8192 on an NVIDIA H200, as others measured it with torch."""
+"""Published measurement with torch: bf16 matrix product of 8192 x 8192 on an NVIDIA H200."""
 
 
 class Case(NamedTuple):
@@ -209,7 +209,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def cpu_seconds() -> float:
-    """CPU time that this process and its children have used; 0 where it is unknown."""
+    """CPU time that this process and its children have used; 0 if it is unknown."""
     fields = [text.rsplit(")", 1)[1].split() for text in _of_processes("stat")]
     return sum(int(f[11]) + int(f[12]) for f in fields) / os.sysconf("SC_CLK_TCK")
 

@@ -75,7 +75,7 @@ def read_yaml(path: Path, keys: str) -> dict[str, Any]:
 
 
 def write_atomic(path: Path, data: bytes | memoryview) -> None:
-    """Write a temporary file beside `path`, sync and rename it. Makes missing folders.
+    """Write a temporary file beside `path`, sync and rename it. Creates missing folders.
 
     An older file stays until the new one is complete. Raises OSError that names the path.
     """

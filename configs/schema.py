@@ -73,7 +73,7 @@ class HeatmapsConfig:
     rule: RuleName = "exact"
     """How targets are discretised and decoded (docs/conventions.md)."""
     sigma: float = _number(1.0, above=0)
-    """Of the Gaussian, px of a 64 x 64 heatmap; HRNet uses 2."""
+    """Standard deviation of the Gaussian, px of a 64 x 64 heatmap; HRNet uses 2."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +107,7 @@ class OptimConfig:
     """Optimizer and learning rate."""
 
     name: Literal["adam", "rmsprop"] = "adam"
-    """Optimizer; fused where the device supports it."""
+    """Optimizer; Adam is fused."""
     lr: float = _number(1e-3, above=0)
     """Peak learning rate."""
     weight_decay: float = _number(0.0, least=0)
@@ -279,7 +279,7 @@ def _sections_parser() -> ArgumentParser:
 
 
 def save_yaml(config: Config, path: Path) -> None:
-    """Write every field, so that the file alone repeats the run."""
+    """Write every field, so that the file is enough to repeat the run."""
     write_atomic(path, yaml.safe_dump(as_dict(config), sort_keys=False).encode())
 
 
@@ -294,13 +294,13 @@ def check_keys(raw: dict[str, Any], where: str) -> None:
     for section, settings in raw.items():
         if section not in _SECTIONS:
             raise _unknown(where, section, _SECTIONS)
-        beside = [name for name in known if name.startswith(f"{section}.")]
+        in_section = [name for name in known if name.startswith(f"{section}.")]
         if not isinstance(settings, dict):
-            expected = f"a section with {', '.join(beside)}"
+            expected = f"a section with {', '.join(in_section)}"
             raise InputError(f"{where}: {section}", repr(settings)[:100], expected, "indent them")
         for name in settings:
             if f"{section}.{name}" not in known:
-                raise _unknown(where, f"{section}.{name}", beside)
+                raise _unknown(where, f"{section}.{name}", in_section)
 
 
 def _unknown(where: str, name: object, known: list[str]) -> InputError:

@@ -70,7 +70,7 @@ def check_options(options: Namespace) -> None:
     if options.oracle and (options.report or options.compare):
         raise _wrong("--oracle with --report or --compare", "these with a network or predictions")
     if (options.oracle or options.predictions) and not options.annotations:
-        raise _wrong("--oracle or --predictions alone", "--annotations FILE with it")
+        raise _wrong("--oracle or --predictions", "--annotations FILE with it")
     if options.skeleton and not options.annotations:
         raise _wrong("--skeleton without --annotations", "both; shards contain their joints")
     if bool(options.save_submission) != bool(options.release):
@@ -194,7 +194,7 @@ def _open_dataset(options: Namespace, config: Config, trained: Skeleton) -> Eval
         return open_shards_dataset(options.shards or Path(config.data.shards))
     if not annotations or not images or options.shards:
         given = [f"--{n}" for n in ("annotations", "images", "shards") if getattr(options, n)]
-        raise _wrong(" and ".join(given), "--annotations with --images, or --shards alone")
+        raise _wrong(" and ".join(given), "--annotations with --images, or only --shards")
     skeleton = load_skeleton(options.skeleton) if options.skeleton else trained
     return open_pictures_dataset(annotations, images, skeleton if skeleton.has_names else None)
 

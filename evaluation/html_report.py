@@ -37,7 +37,7 @@ class ReportData(NamedTuple):
     """Image px."""
     skeleton: Skeleton
     source: Source | None
-    """Of the pictures; None: only skeletons are shown."""
+    """Source of the pictures; None: only skeletons are shown."""
     samples: npt.NDArray[np.int64]
     """(N,) each person's number in the source."""
 

@@ -219,16 +219,16 @@ class MpiiRelease(NamedTuple):
     """(P,) structs of all pictures."""
     test_pictures: list[int]
     single_people: set[tuple[int, int]]
-    """(picture, person) of everybody who is evaluated."""
+    """(picture, person) of all people who are evaluated."""
     all_people: set[tuple[int, int]]
-    """(picture, person) of everybody in the pictures of the test set."""
+    """(picture, person) of all people in the pictures of the test set."""
 
 
 def read_release(path: Path, people: People) -> MpiiRelease:
     """Read MPII's annotation file, and check that `people` are those of its test set.
 
     people: `index` and `person` are their numbers in the file, from 0, as in princeton-vl's
-    test.h5. Raises InputError if somebody is missing, repeated, or not in the test set.
+    test.h5. Raises InputError if a person is missing, repeated, or not in the test set.
     """
     release, counts = _read_release(path), Counter(_person_keys(people))
     faults = {

@@ -48,7 +48,7 @@ def person_tile(source: Source, sample: int, people: People, row: int) -> npt.ND
     record = unpack_records(source.record(sample)[None])
     tile_from_stored = tile_from_image @ image_from_stored(record)
     shrink = 1 / np.sqrt(np.linalg.det(tile_from_stored[:2, :2]))
-    if shrink > 2:  # bilinear sampling alone would alias
+    if shrink > 2:  # otherwise bilinear sampling would alias
         image = cv2.GaussianBlur(image, (0, 0), shrink / 3)
     return np.asarray(cv2.warpAffine(image, tile_from_stored[:2], (TILE_PX, TILE_PX)), np.uint8)
 
@@ -80,7 +80,7 @@ def draw_skeleton(
 
 def color_of(*sides: Side) -> tuple[int, int, int]:
     """BGR of a joint, or of a limb from the sides of its two ends."""
-    beside = set(sides) - {"middle"}
-    if len(beside) != 1:
+    left_right = set(sides) - {"middle"}
+    if len(left_right) != 1:
         return MIDDLE_BGR
-    return RIGHT_BGR if "right" in beside else LEFT_BGR
+    return RIGHT_BGR if "right" in left_right else LEFT_BGR

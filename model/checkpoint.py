@@ -377,7 +377,7 @@ def foreign_remarks(checkpoint: Checkpoint, config: Config) -> list[str]:
     """One sentence for each setting that differs from the code that wrote the checkpoint."""
     names = ("data.preset", "heatmaps.rule", "heatmaps.sigma")
     return [
-        f"its code trained with {name} {before}; this run goes on with {now}"
+        f"its code trained with {name} {before}; this run continues with {now}"
         for name, (before, now) in _changes(checkpoint, config).items()
         if name in names
     ]

@@ -1,9 +1,9 @@
 """Checkpoints of other code: princeton-vl/pytorch_stacked_hourglass and bearpaw/pytorch-pose.
 
 Princeton's hold `state_dict`, `optimizer` (Adam) and `epoch`; they are read, resumed and written.
-Every residual of its network owns a 1x1 `skip_layer`, used only where the number of channels
-changes. The others are dead: without gradient and without optimizer state. They are dropped in
-reading and written as zeros.
+Every residual block of its network has a 1x1 `skip_layer`, which is used only if the number of
+channels changes. The others are dead: they have no gradient and no optimizer state. They are
+dropped on reading and written as zeros.
 
 Bearpaw's and anibali's networks have a wider stem (64, 128, 256) and subtract MPII's mean colour
 from the input. Only `num_blocks=1`, one residual block in each place, is supported.
@@ -25,7 +25,7 @@ INPUT_MEAN = (0.4404, 0.4440, 0.4327)
 """RGB in 0..1, the constant of anibali/pytorch-stacked-hourglass."""
 
 _STEPS_PER_EPOCH = 1_000
-"""Of princeton's recipe; its checkpoints count epochs."""
+"""In princeton's recipe; its checkpoints count epochs."""
 PRINCETON_MODEL = {"stem": (64, 128, 128), "depth": 4, "input_mean": (0.0, 0.0, 0.0)}
 """Fixed in princeton's code."""
 _PREFIX = "model.module."
@@ -125,7 +125,7 @@ def read_foreign(raw: Any, path: Path) -> ForeignCheckpoint | None:
         input_mean=layout.input_mean,
     )
     skeleton = MPII if head[0] == MPII.joint_count else unnamed(head[0])
-    with torch.device("meta"):  # names and shapes alone
+    with torch.device("meta"):  # only names and shapes
         network = StackedHourglass.of(model, head[0])
     renames = _TO_PRINCETON if layout is _PRINCETON else _to_bearpaw(model.depth)
     names = {_their_name(name, renames): name for name in network.state_dict()}

@@ -35,7 +35,7 @@ class Batch(NamedTuple):
     """One training batch on the device. Axes: docs/conventions.md."""
 
     images_N3HW: torch.Tensor  # float32 RGB in 0..1, channels-last in memory
-    heat_NJHW: torch.Tensor  # float32 targets; (N, J, 0, 0) where the loss renders them
+    heat_NJHW: torch.Tensor  # float32 targets; (N, J, 0, 0) if the loss renders them
     joints_NJ2: torch.Tensor  # float32, heatmap px
     has_target_NJ: torch.Tensor  # bool, joints that have a target
     rows_N: torch.Tensor  # int64 rows of the annotation

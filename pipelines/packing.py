@@ -392,7 +392,7 @@ def load_jpeg(sample: Sample, crop: CropRule | None) -> bytes:
     path = Path(sample.picture.path)
     jpeg, stat = path.read_bytes(), path.stat()
     if (len(jpeg), stat.st_mtime_ns) != (sample.picture.bytes, sample.picture.mtime_ns):
-        found, expected = "changed since it was checked", "pictures that do not change meanwhile"
+        found, expected = "changed since it was checked", "pictures that stay unchanged"
         raise InputError(path, found, expected, _RUN_AGAIN)
     return crop_jpeg(jpeg, sample.region, crop.quality) if crop and sample.region else jpeg
 

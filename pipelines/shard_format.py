@@ -215,7 +215,7 @@ class Manifest:
     source: dict[str, str]
     """Annotation file, its SHA-256, and the folder of pictures."""
     seed: int
-    """Of the order of people."""
+    """Random seed of the order of people."""
     crop: CropRule | None = None
     """None if the pictures are the originals."""
     left_out: list[str] = field(default_factory=list)

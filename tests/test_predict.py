@@ -294,7 +294,7 @@ def test_bad_input_ends_in_one_clear_error(run, tiny_set, movie, tmp_path, monke
         ([], "no input"),
         ([tmp_path / "empty"], "no picture in this folder"),
         ([picture, movie], "something else"),
-        ([picture, "--center", 1, 2], "--center or --scale alone"),
+        ([picture, "--center", 1, 2], "--center and --scale not together"),
         ([picture, "--box", 9999, 2, 10, 10], "overlaps the picture"),
         ([picture, "--people", people], "without the one folder"),
         ([tmp_path, "--people", people], "secret.jpg"),

@@ -254,7 +254,7 @@ def test_a_run_continues_from_its_checkpoint_with_optimizer_and_epoch(
     first = next(iter(trainer.train_step.optimizer.state.values()))
     assert first["step"].item() == 12
     assert np.isfinite(steps(trainer, 1)).all() and first["step"].item() == 13
-    remark = "data.preset princeton; this run goes on with hrnet"
+    remark = "data.preset princeton; this run continues with hrnet"
     assert any(remark in each for each in trainer.remarks)
 
 

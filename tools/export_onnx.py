@@ -175,7 +175,7 @@ def write_onnx(path: Path, network: LastStack, loaded: Checkpoint) -> None:
 
 @torch.no_grad()
 def largest_difference(graph: OnnxNetwork, network: LastStack, images_N3HW: Tensor) -> float:
-    """Largest difference of a heatmap's pixel, for all images at once and for the first alone."""
+    """Largest difference of a heatmap's pixel, for the whole batch and for its first image."""
     pairs = [(graph(x)[:, 0], network(x)) for x in (images_N3HW, images_N3HW[:1])]
     return max((mine - theirs).abs().max().item() for mine, theirs in pairs)
 

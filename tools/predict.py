@@ -149,7 +149,7 @@ def video_source(options: Options) -> Path | int | None:
         "no input": not options.input and not sources,
         "a video or webcam, and something else": len(sources) > 1
         or (sources and len(options.input) > len(videos)),
-        "--center or --scale alone": (options.center is None) != (options.scale is None),
+        "--center and --scale not together": (options.center is None) != (options.scale is None),
         "a --box or --margin without a size": is_flat,
         "--people with a video or webcam": options.people and sources,
         "--people without the one folder of its pictures": options.people
@@ -407,7 +407,7 @@ def show(image_HW3: Image) -> bool:
 
 
 def draw(image_HW3: Image, people: list[Result], skeleton: Skeleton, min_score: float) -> None:
-    """Draw everybody's skeleton onto the picture."""
+    """Draw the skeletons of all people onto the picture."""
     for person in people:
         keypoints_J3 = np.array(person["keypoints"])
         side = PIXELS_PER_SCALE * person["scale"]

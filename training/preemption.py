@@ -10,7 +10,7 @@ from common.distributed import launched_by_torchrun
 from pipelines.opencv_loader import STOP_SIGNALS
 
 FORWARDING_S = 10.0
-"""torchrun forwards signals that its ranks also receive, so repeats within this time are ignored"""
+"""torchrun forwards signals that its ranks also receive, so repeats in this time are ignored."""
 
 
 @contextmanager

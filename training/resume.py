@@ -25,7 +25,7 @@ def find_start(folder: Path, resume: str | None, restarted: bool) -> tuple[str, 
                 folder,
                 f"a run of this name, and --resume {given} of another run",
                 "a new folder, or a checkpoint of this run",
-                "continue this run with --resume alone, or choose another --train.name",
+                "continue this run with --resume without a path, or choose another --train.name",
             )
         return given, []
     if resume is None and not restarted:
@@ -59,7 +59,7 @@ def load_resumable(path: Path) -> Checkpoint:
     if checkpoint.optimizer is None:
         raise InputError(
             path,
-            "weights alone",
+            "only weights",
             "a checkpoint of a run, with the state of its optimizer",
             "begin a new run with --init_from",
         )

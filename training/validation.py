@@ -28,7 +28,7 @@ class Validator:
         chosen = np.arange(people.count)[: config.eval.people or None]
         self.people, self.samples = people.select(chosen), samples[chosen]
         self.keypoints_NJ2 = np.zeros((0, codec.skeleton.joint_count, 2))
-        """Of the last validation, image px."""
+        """Predictions of the last validation, image px."""
 
     def run(
         self,
