@@ -39,7 +39,7 @@ class Skeleton(NamedTuple):
     names: tuple[str, ...]
     """One name per joint, length J; all empty if they are not known."""
     flip_pairs: Pairs
-    """Left and right joints, which change places in a mirrored picture."""
+    """Left and right joints, which are swapped when a picture is mirrored."""
     limbs: Pairs
     """Pairs of joints that drawings connect by a line."""
     groups: Groups

@@ -113,7 +113,7 @@ class Draw(NamedTuple):
     flip: float = 0.0  # 1 if mirrored, else 0
     hue: float = 0.0  # shift of the HSV hue, in turns of 360 degrees
     saturation: float = 1.0  # factor on the HSV saturation
-    brightness: float = 0.0  # added to every channel, of 0..1
+    brightness: float = 0.0  # added to every channel (range 0..1)
     contrast: float = 1.0  # factor about the mean of the pixel's three channels
     red: float = 1.0  # gain of the channel, as `green` and `blue`
     green: float = 1.0

@@ -44,7 +44,7 @@ class Region(NamedTuple):
 def crop_extent(preset: Preset) -> float:
     """Side of the upright square that contains the preset's largest crop / side of the box.
 
-    A square rotated by t needs an upright square |cos t| + |sin t| as large; 45 degrees is worst.
+    A square rotated by t fits an upright square of |cos t| + |sin t| its side, at most at 45 deg.
     """
     scale = 2.0**preset.scale.high if preset.scale_is_log2 else preset.scale.high
     angle = max(abs(preset.rotation_deg.low), abs(preset.rotation_deg.high))

@@ -166,7 +166,7 @@ def _decode_princeton(heat: Tensor) -> tuple[Tensor, Tensor]:
     """3 x 3 non-maximum suppression, first maximum, quarter step to the higher side, + 0.5.
 
     A tie steps back. A map without a positive value gives the first zero after suppression, without
-    a step. In other maps the highest pixel survives suppression, so it is skipped there.
+    a step. In other maps the highest pixel survives suppression, which is therefore skipped.
     """
     score, x, y = _peak(heat)
     empty = score <= 0

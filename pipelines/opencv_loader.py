@@ -324,7 +324,7 @@ class OpenCVLoader:
 
 
 class _BatchDataset(Dataset):
-    """Maps lists of keys to batches. Returns errors: a DataLoader would convert raised ones."""
+    """Maps lists of keys to batches. Returns errors: a DataLoader turns raised ones into text."""
 
     def __init__(self, crops: CropDataset):
         self.crops = crops

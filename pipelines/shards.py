@@ -69,7 +69,7 @@ class ShardSet:
         indices = [_read_index(self.folder, x, record_bytes) for x in self.manifest.shards]
         self._shard_N = np.repeat(np.arange(len(indices)), [len(keys) for keys, _ in indices])
         self._keys = [key for keys, _ in indices for key in keys]
-        self._places_NC2 = np.concatenate([places for _, places in indices])
+        self._ranges_NC2 = np.concatenate([ranges for _, ranges in indices])
         key, count = Counter(self._keys).most_common(1)[0]
         if count > 1:
             raise InputError(self.folder, f"the key {key} twice", "each key once", PACK_AGAIN)
@@ -173,7 +173,7 @@ class ShardSet:
 
     def byte_range(self, sample: int, extension: str) -> ByteRange:
         """The position of a component in its tar. extension: one of COMPONENTS."""
-        offset, size = self._places_NC2[sample, COMPONENTS.index(extension)].tolist()
+        offset, size = self._ranges_NC2[sample, COMPONENTS.index(extension)].tolist()
         return ByteRange(self.tars[self._shard_N[sample]], offset, size)
 
     def component(self, sample: int, extension: str) -> bytes:
@@ -204,7 +204,7 @@ class ShardSet:
             write_atomic(changed.indices[shard], text.encode())
         changed._origin_N = origin_N
         changed._keys = [self._keys[sample] for sample in origin_N]
-        changed._places_NC2 = self._places_NC2[origin_N]
+        changed._ranges_NC2 = self._ranges_NC2[origin_N]
         changed._records = None if self._records is None else self._records[origin_N]
         return changed
 
@@ -254,8 +254,8 @@ def _read_index(
         if header != f"{INDEX_VERSION} {shard.people}" or len(samples) != shard.people:
             raise ValueError(f"it begins {header[:100]!r} and has {len(samples)} complete samples")
         numbers = [sample.group(1, 2, 4, 5, 6, 7) for sample in samples]
-        places = np.array(numbers, dtype=np.int64).reshape(-1, len(COMPONENTS), 2)
-        offset, size = places[..., 0], places[..., 1]
+        ranges = np.array(numbers, dtype=np.int64).reshape(-1, len(COMPONENTS), 2)
+        offset, size = ranges[..., 0], ranges[..., 1]
         is_outside = (size > list(LARGEST.values())) | (offset + size > tar_bytes)
         is_overlapping = np.diff(offset) <= size[:, :-1]
         if is_outside.any() or is_overlapping.any() or (size[:, 0] != record_bytes).any():
@@ -264,4 +264,4 @@ def _read_index(
         expected = f"{shard.tar} and its wds2idx index of {shard.people} people"
         found = f"not the index of its tar ({error})"
         raise InputError(path, found, expected, PACK_AGAIN) from error
-    return [sample[3] for sample in samples], places
+    return [sample[3] for sample in samples], ranges

@@ -75,7 +75,7 @@ def rotation(z_deg: float, x_deg: float, y_deg: float = 0.0) -> Array:
 def sample_body(rng: Generator) -> Array:
     """(POINTS, 3) x, y, depth of a random body / its height; the pelvis is the origin.
 
-    `wild` scales the angles of arms and legs.
+    `wild` scales most of the angles.
     """
     wild, build = rng.uniform(0.15, 1), rng.uniform(0.9, 1.1, 4)
     yaw = rng.choice([0, 180, 90, -90], p=[0.5, 0.26, 0.12, 0.12]) + rng.normal(0, 28)
@@ -109,7 +109,7 @@ def pose_limb(start_3: Array, upper: Array, bend_deg: float, bones_33: Array) ->
 
 
 def height_of(points_P3: Array) -> float:
-    """Height of a body if it stood, px."""
+    """Height of the body if it stood upright, px."""
     return float(np.linalg.norm(points_P3[THORAX] - points_P3[PELVIS])) / TRUNK_LENGTH
 
 
@@ -169,7 +169,7 @@ def draw_scene(
 
 
 def place_bodies(rng: Generator, annotated: int, size_wh: tuple[int, int]) -> list[Array]:
-    """Bodies in px, annotated ones first; head and ten joints are visible, bodies apart."""
+    """Bodies in px, annotated ones first; head and ten joints are in the picture, bodies apart."""
     bodies: list[Array] = []
     wanted = annotated + rng.choice(3, p=[0.8, 0.15, 0.05])
     height = size_wh[1] * rng.uniform(0.55, 1.05)
