@@ -281,8 +281,10 @@ def write_photographs(folder: Path, picture: Path) -> None:
     """A photograph, a folder of them with its people, and a film."""
     (folder / "data" / "synthetic" / "images").mkdir(parents=True)
     (folder / "photos").mkdir()
-    for name in ("photo.jpg", "data/synthetic/images/100000024.jpg", "photos/a.jpg"):
+    for name in ("photo.jpg", "photos/a.jpg"):
         shutil.copy(picture, folder / name)
+    large = cv2.resize(cv2.imread(str(picture)), (640, 640))  # the README's box is inside
+    cv2.imwrite(str(folder / "data/synthetic/images/100000024.jpg"), large)
     (folder / "people.csv").write_text("image,x,y,width,height\na.jpg,20,20,60,60\n")
     film = cv2.VideoWriter(
         str(folder / "film.mp4"), cv2.VideoWriter.fourcc(*"mp4v"), 10.0, (64, 48)
