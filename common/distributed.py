@@ -21,6 +21,8 @@ from common.system import keep_freed_memory, usable_cores
 
 WARM_UP_STEPS, ROUNDS, STEPS_PER_ROUND = 4, 2, 4
 """In each round each thread count runs STEPS_PER_ROUND steps; the first is not counted."""
+MAX_SLOWDOWN = 3
+"""A step that is so many times slower than with the other thread count ends the measurement."""
 
 
 class DistributedContext(NamedTuple):
@@ -149,8 +151,12 @@ class ThreadTuner:
         if not self._schedule:
             return {}
         count, is_counted = self._schedule.pop(0)
-        if is_counted:
+        others = [s for other, times in self._seconds.items() if other != count for s in times]
+        is_far_slower = bool(others) and seconds > MAX_SLOWDOWN * median(others)
+        if is_counted or is_far_slower:
             self._seconds[count].append(seconds)
+        if is_far_slower and self._dist.world_size == 1:
+            self._schedule = []  # beside busy processes each further step could take seconds
         if self._schedule:
             torch.set_num_threads(self._schedule[0][0])
             return {}

@@ -425,9 +425,3 @@ def test_without_data_it_says_where_to_get_some(tmp_path, monkeypatch) -> None:
     for words in ("mpii_human_pose_v1.tar.gz", "princeton-vl", "tools/make_synthetic.py"):
         assert words in advice
     assert not names(tmp_path)
-
-
-@pytest.mark.parametrize("option", ["--annotations", "--images"])
-def test_missing_folder_is_named_with_its_option(tiny_set, tmp_path, option) -> None:
-    error = error_of(pack_arguments(tiny_set, tmp_path / "out", option, tmp_path / "nothing"))
-    assert error.where == str(tmp_path / "nothing") and option in error.next_step

@@ -315,6 +315,18 @@ def test_the_faster_number_of_threads_is_measured_used_and_stored(
     assert resumed.config.train.threads == resumed.saved_config.train.threads == 4
 
 
+def test_one_far_slower_step_ends_the_measurement_of_threads(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(distributed, "cores_per_rank", lambda: 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    dist = distributed.DistributedContext(0, 1, torch.device("cpu"), torch.float32)
+    tuner = distributed.ThreadTuner(dist, threads=0, workers=1)
+    assert not any(tuner.add_step(0.1) for _ in range(8)), "warm-up and one thread"
+    assert tuner.add_step(8.0) == {1: 0.1, 2: 8.0}
+    assert tuner.add_step(0.1) == {}
+
+
 @pytest.mark.parametrize("split", ["train", "valid"])
 def test_a_run_on_damaged_shards_is_refused_before_it_begins(split, tiny_shards, tmp_path):
     data = Path(shutil.copytree(tiny_shards, tmp_path / "data"))
