@@ -8,8 +8,7 @@ pictures of 1280 x 720 px.
 import sys
 from pathlib import Path
 
-# `python benchmarks/throughput.py` puts benchmarks/ on the path, and not the repository.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of configs/
 
 import argparse
 import itertools

@@ -4,6 +4,7 @@ With one process all functions work without torch.distributed.
 """
 
 import hashlib
+import math
 import os
 import uuid
 from collections.abc import Callable
@@ -121,7 +122,7 @@ def cores_per_rank() -> int:
 class ThreadTuner:
     """Finds the faster of two thread counts: all cores, or those that loader workers leave free.
 
-    Threads of one step wait for each other, so a core shared with a busy worker slows all of them;
+    Threads of one step wait for each other, so a core shared with a busy process slows all of them;
     but a worker that is mostly idle needs none. This is measured with the real loader.
     """
 
@@ -130,26 +131,30 @@ class ThreadTuner:
         self._dist = dist
         self._schedule: list[tuple[int, bool]] = []
         """For each of the next steps: thread count, and whether the step is counted."""
+        self._measured: dict[int, float] = {}
+        """Seconds per step by thread count, as long as the larger count is in use."""
+        self._recent: list[float] = []
         if dist.device.type == "cpu" and threads:
             torch.set_num_threads(threads)
             return
         set_cpu_threads(dist.device, workers)
-        counts = [torch.get_num_threads(), cores_per_rank()]
+        counts = [max(1, cores_per_rank() - max(1, workers)), cores_per_rank()]
         fixed = dist.device.type != "cpu" or "OMP_NUM_THREADS" in os.environ
         if fixed or counts[0] == counts[1]:
             return
+        torch.set_num_threads(counts[0])
         self._seconds: dict[int, list[float]] = {count: [] for count in counts}
         self._schedule = [(counts[0], False)] * WARM_UP_STEPS
         for count in ROUNDS * counts:
             self._schedule += [(count, step > 0) for step in range(STEPS_PER_ROUND)]
 
     def add_step(self, seconds: float) -> dict[int, float]:
-        """Record a step. Returns the median seconds per thread count after the last one, else {}.
+        """Record a step. Returns the seconds per thread count if it is time to choose one, else {}.
 
-        Every rank must call it and gets the same result.
+        That is after the measurement, and if steps become far slower; all ranks get the same.
         """
         if not self._schedule:
-            return {}
+            return self._check_slowdown(seconds)
         count, is_counted = self._schedule.pop(0)
         others = [s for other, times in self._seconds.items() if other != count for s in times]
         is_far_slower = bool(others) and seconds > MAX_SLOWDOWN * median(others)
@@ -162,7 +167,20 @@ class ThreadTuner:
             return {}
         medians = torch.tensor([median(s) for s in self._seconds.values()], dtype=torch.float64)
         means = sum_over_ranks(medians, self._dist) / self._dist.world_size
-        return dict(zip(self._seconds, means.tolist(), strict=True))
+        result = dict(zip(self._seconds, means.tolist(), strict=True))
+        if self._dist.world_size == 1 and result[max(result)] < result[min(result)]:
+            self._measured = result
+        return result
+
+    def _check_slowdown(self, seconds: float) -> dict[int, float]:
+        """As add_step, with the last steps' seconds for the larger thread count."""
+        self._recent = [*self._recent[1 - STEPS_PER_ROUND :], seconds]
+        limit = MAX_SLOWDOWN * min(self._measured.values(), default=math.inf)
+        if len(self._recent) < STEPS_PER_ROUND or min(self._recent) < limit:
+            return {}
+        result = {**self._measured, max(self._measured): median(self._recent)}
+        self._measured = {}
+        return result
 
 
 def seed_everything(seed: int, rank: int) -> None:

@@ -8,10 +8,11 @@ import dataclasses
 import functools
 import itertools
 import operator
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
@@ -265,9 +266,18 @@ def _instantiate(parser: ArgumentParser, parse: Callable[[], Namespace], where: 
     try:
         return parser.instantiate(parse())
     except ArgumentError as error:  # its text names the setting
-        found = " ".join(str(error).split())[:400].replace("typing.Literal", "value of ")
-        expected = "values of the types in configs/schema.py"
-        raise InputError(where, found, expected, "correct it") from error
+        text = " ".join(str(error).split())
+        match = re.match(r'Parser key "(\w+)\.(\w+)":.* Got value: (.*)', text)
+        if not match:
+            raise InputError(where, text[:400], "known settings", "correct it") from error
+        section, name, value = match.groups()
+        kind = get_type_hints(get_type_hints(Config)[section])[name]
+        choices = get_args(kind) if get_origin(kind) is Literal else ()
+        expected = re.sub("<class '|'>", "", str(kind))
+        if choices:
+            expected = f"one of {', '.join(choices)}"
+        advice = did_you_mean(value, choices) or "correct it"
+        raise InputError(f"{where}: {section}.{name}", value[:100], expected, advice) from error
 
 
 @functools.cache

@@ -1,10 +1,4 @@
-"""A trained network as a Python call: pictures in, joints out.
-
-from evaluation.estimator import PoseEstimator
-
-estimator = PoseEstimator.from_checkpoint("runs/2hg/best.pt")
-keypoints_NJ2, scores_NJ = estimator("photo.jpg", boxes=[[410, 95, 180, 420]])
-"""
+"""A trained network as a Python call: pictures in, joints out (docs/predict.md)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -14,7 +14,6 @@ import pytest
 from conftest import noise_picture, pack_arguments, write_jpeg
 from helpers import change_manifest, update_sha256
 
-from common.errors import InputError
 from pipelines.packing import index_text
 from pipelines.shard_format import file_sha256
 from pipelines.shards import ShardSet
@@ -190,13 +189,6 @@ def test_a_person_in_two_shards_is_found(packed, capsys):
     overwrite(packed, 11, "f32", row)
     expected = f"{packed}: row {np.frombuffer(row, '<f4')[0]} more than once"
     assert expected in check(packed, capsys)[1]
-
-
-def test_a_folder_without_shards_is_an_input_error(tmp_path):
-    with pytest.raises(InputError, match="no such folder"):
-        main([str(tmp_path / "nothing")])
-    with pytest.raises(InputError, match=r"no manifest\.json"):
-        main([str(tmp_path)])
 
 
 @pytest.mark.slow

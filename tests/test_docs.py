@@ -284,7 +284,7 @@ def write_photographs(folder: Path, picture: Path) -> None:
     for name in ("photo.jpg", "photos/a.jpg"):
         shutil.copy(picture, folder / name)
     large = cv2.resize(cv2.imread(str(picture)), (640, 640))  # the README's box is inside
-    cv2.imwrite(str(folder / "data/synthetic/images/100000024.jpg"), large)
+    cv2.imwrite(str(folder / "data/synthetic/images/100000076.jpg"), large)
     (folder / "people.csv").write_text("image,x,y,width,height\na.jpg,20,20,60,60\n")
     film = cv2.VideoWriter(
         str(folder / "film.mp4"), cv2.VideoWriter.fourcc(*"mp4v"), 10.0, (64, 48)

@@ -307,7 +307,7 @@ def test_the_faster_number_of_threads_is_measured_used_and_stored(
     monkeypatch.setattr(trainer, "_finish_epoch", dict)
     trainer.train()
     assert set(threads[1:]) == {3, 4} and threads[-1] == 4 and threads.count(3) > 8
-    assert "1 people/s with 3, 1 people/s with 4" in capsys.readouterr().err
+    assert "4000 ms a step with 3, 3000 ms a step with 4" in capsys.readouterr().err
     saved = load_checkpoint(tmp_path / "last.pt")
     assert saved.config.train.threads == 4
     assert "threads: 4" in (tmp_path / "config.yaml").read_text()
@@ -315,16 +315,28 @@ def test_the_faster_number_of_threads_is_measured_used_and_stored(
     assert resumed.config.train.threads == resumed.saved_config.train.threads == 4
 
 
-def test_one_far_slower_step_ends_the_measurement_of_threads(monkeypatch):
+@pytest.fixture
+def tuner(monkeypatch):
+    """Of a run on two cores."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(distributed, "cores_per_rank", lambda: 2)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     dist = distributed.DistributedContext(0, 1, torch.device("cpu"), torch.float32)
-    tuner = distributed.ThreadTuner(dist, threads=0, workers=1)
+    return distributed.ThreadTuner(dist, threads=0, workers=0)
+
+
+def test_one_far_slower_step_ends_the_measurement_of_threads(tuner):
     assert not any(tuner.add_step(0.1) for _ in range(8)), "warm-up and one thread"
     assert tuner.add_step(8.0) == {1: 0.1, 2: 8.0}
     assert tuner.add_step(0.1) == {}
+
+
+def test_a_run_returns_to_fewer_threads_if_steps_become_far_slower(tuner):
+    steps = [0.2] * 8 + [0.1] * 4 + [0.2] * 4 + [0.1] * 3
+    assert not any(map(tuner.add_step, steps))
+    assert tuner.add_step(0.1) == {1: 0.2, 2: 0.1}
+    assert not any(map(tuner.add_step, [2.0, 0.1, 2.0, 2.0, 2.0]))
+    assert tuner.add_step(2.0) == {1: 0.2, 2: 2.0}
 
 
 @pytest.mark.parametrize("split", ["train", "valid"])

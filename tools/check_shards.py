@@ -7,8 +7,7 @@ records, and each person's JSON against the record. Exit codes: 0 intact, 1 dama
 import sys
 from pathlib import Path
 
-# `python tools/check_shards.py` puts tools/ on the path, and not the folder that holds configs/.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of configs/
 
 import itertools
 import math

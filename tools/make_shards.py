@@ -7,8 +7,7 @@ The pictures are stored unchanged, or as crops that are smaller and faster to de
 import sys
 from pathlib import Path
 
-# `python tools/make_shards.py` puts tools/ on the path, and not the folder that holds configs/.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of configs/
 
 import argparse
 import shlex
@@ -129,6 +128,7 @@ def print_summary(options: PackingOptions, manifests: list[Manifest], seconds: f
     if "train" in options.splits:
         preset = f" --data.preset {options.crop.preset}" if options.crop else ""
         print(f"next: python train.py --config configs/2hg.yaml --data.shards {folder}{preset}")
+        print("      (the recipe for MPII on a GPU; configs/ has smaller ones)")
     else:
         print(f"next: python evaluate.py --checkpoint PATH --shards {folder}")
 

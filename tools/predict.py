@@ -3,8 +3,7 @@
 import sys
 from pathlib import Path
 
-# `python tools/predict.py` puts tools/ on the path, and not the folder of the packages.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of configs/
 
 import argparse
 import json

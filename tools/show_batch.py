@@ -7,8 +7,7 @@ compared person by person.
 import sys
 from pathlib import Path
 
-# `python tools/show_batch.py` puts tools/ on the path, and not the folder of the packages.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of configs/
 
 from typing import NamedTuple
 

@@ -99,7 +99,7 @@ def newest_undamaged(folder: Path) -> tuple[Path | None, list[str]]:
             folder,
             f"{len(remarks)} checkpoint(s), none of them usable: {remarks[0].split(';')[0]}",
             "an undamaged checkpoint that this user may read",
-            "change its permissions, restore a copy, or begin a new run",
+            "restore a copy or its permissions, or begin a new run",
         )
     return None, []
 

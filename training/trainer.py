@@ -298,8 +298,7 @@ class Trainer:
         self.log.advance()
         seconds = self.thread_tuner.add_step(time.perf_counter() - started)
         if seconds:
-            people = global_batch_size(self.config, self.dist.world_size)
-            rates = [f"{people / s:.0f} people/s with {n}" for n, s in seconds.items()]
+            rates = [f"{1000 * s:.0f} ms a step with {n}" for n, s in seconds.items()]
             self.log.info(f"CPU threads: {', '.join(rates)}; the faster is kept (train.threads)")
             self._set_threads(min(seconds, key=lambda count: seconds[count]))
             torch.set_num_threads(self.config.train.threads)
