@@ -20,6 +20,7 @@ from common.distributed import (
 from common.errors import EXIT_RESUME, InputError, run_main
 from configs.schema import add_config_options, parse_config
 from model.checkpoint import load_checkpoint
+from pipelines.annotations import scored_text
 from pipelines.shard_format import CropRule
 from training.checkpoint_manager import BEST, LAST, RESUME_ME, lock_run_folder
 from training.metrics import require_tracker
@@ -104,11 +105,12 @@ def print_settings(trainer: Trainer) -> None:
     config, dist, shards = trainer.config, trainer.dist, trainer.shards
     data, model, optim, train = config.data, config.model, config.optim, config.train
     parameters = sum(p.numel() for p in trainer.network.parameters())
-    batch, people = global_batch_size(config, dist.world_size), len(trainer.validator.shards)
+    batch, valid = global_batch_size(config, dist.world_size), trainer.validator.people
     facts: dict[str, Any] = {
         "run": trainer.folder,
         "network": f"{model.stacks} stack(s) of width {model.width}, {parameters:,} parameters",
-        "people": f"{len(shards):,} to train on, {people:,} to validate on",
+        "people": f"{len(shards):,} to train on, validation scores "
+        f"{scored_text(valid.scored.sum(), valid.count)}",
         "pictures": describe_pictures(shards.manifest.crop, data.input_px),
         "batch": f"{batch} = {data.batch_size} per rank x {dist.world_size} rank(s) "
         f"x {optim.accumulate}",

@@ -17,7 +17,7 @@ from common.cli import progress
 from configs.skeleton import PIXELS_PER_SCALE, Side, Skeleton
 from evaluation import pckh, visualize
 from evaluation.report import ReferenceRun, Summary, data_mismatch
-from pipelines.annotations import People
+from pipelines.annotations import People, scored_text
 from pipelines.geometry import input_from_image, transform
 from pipelines.opencv_loader import Source
 
@@ -58,6 +58,7 @@ def html_report(
     content = {
         "facts": facts,
         "results": results,
+        "scored": scored_text(first["people_scored"], first["people"]),
         "other": reference._asdict() if reference else None,
         "warning": data_mismatch(first, reference.result) if reference else None,
         "skeleton": {

@@ -45,11 +45,10 @@ function drawResult() {
   $("metric").textContent = `${metric}@0.5, pooled over ${joints} joints`;
   $("headline").textContent = percent(half.pooled);
   $("definition").textContent =
-    `of ${count(own.joints_counted)} annotated joints of ${count(own.people)} people were found: ` +
+    `of ${count(own.joints_counted)} annotated joints of ${data.scored} were found: ` +
     `the prediction is less than half ${own.length ? "the length" : "the head’s length"} from ` +
     `the annotation.` + (own.length ? ` The length is ${own.length}.` : "") +
-    (own.people_without_length
-      ? ` ${count(own.people_without_length)} people have no known length and do not count.` : "");
+    (own.people_scored < own.people ? " The others have no known length or no annotated joint." : "");
   stat("at 0.1", own.pckh["0.1"].pooled, "a fifth of that distance");
   stat("AUC", own.auc, "mean over 0 to 0.5");
   stat("visible", own.visible.pooled, `${count(own.visible.joints_counted)} joints, at 0.5`);

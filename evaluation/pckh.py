@@ -181,7 +181,7 @@ def summary(keypoints_NJ2: npt.NDArray, people: People, skeleton: Skeleton) -> d
         "metric": skeleton.metric,
         "length": length_in_words(skeleton),
         "truth_sha256": truth_sha256(people),
-        "people_without_length": int((people.normalize <= 0).sum()),
+        "people_scored": int(people.scored.sum()),
         "joints_counted": int(counts.sum()),
         "joint_names": list(skeleton.names),
         "joint_counts": counts.tolist(),

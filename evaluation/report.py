@@ -8,6 +8,7 @@ from common.files import read_json
 from configs.skeleton import Skeleton
 from evaluation import pckh
 from evaluation.predictions import has_shape
+from pipelines.annotations import scored_text
 
 Summary = dict[str, Any]
 """A `pckh.summary`."""
@@ -41,12 +42,12 @@ def counts_text(result: Summary) -> str:
         for part in (result["visible"], result["occluded"])
     )
     text = (
-        f"{result['people']} people, {result['joints_counted']} marked joints. "
+        f"{scored_text(result['people_scored'], result['people'])}, "
+        f"{result['joints_counted']:,} marked joints. "
         f"Visible ones {visible}, occluded ones {occluded}, pooled @0.5."
     )
-    if result["people_without_length"]:
-        unknown = result["people_without_length"]
-        text += f"\n{unknown} people have no known length to divide by and do not count."
+    if result["people_scored"] < result["people"]:
+        text += "\nThe others have no known length to divide by, or no marked joint."
     if result["length"]:
         text += f"\nErrors are divided by {result['length']}."
     return text

@@ -61,11 +61,21 @@ class People(NamedTuple):
         """Number of people, N."""
         return len(self.images)
 
+    @property
+    def scored(self) -> npt.NDArray[np.bool_]:
+        """(N,) who counts in PCK: people with a length to divide by and a marked joint."""
+        return (self.normalize > 0) & self.marked.any(axis=1)
+
     def select(self, rows: npt.ArrayLike) -> "People":
         """The people of these rows, in this order."""
         rows = np.asarray(rows)
         images = tuple(self.images[row] for row in rows)
         return People(images, *(column[rows] for column in self[1:]))
+
+
+def scored_text(scored: int, people: int) -> str:
+    """How many people a score is of: "1,000 people", or "797 of 1,000 people"."""
+    return f"{people:,} people" if scored == people else f"{scored:,} of {people:,} people"
 
 
 def read_annotations(

@@ -39,7 +39,7 @@ def parse_coco(
             kept.append(_row(entry, names, skeleton.joint_count, where))
     if left_out:
         what = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
-        print(f"{path}: left out {what}", file=sys.stderr)
+        print(f"{path}: annotations not used: {what}", file=sys.stderr)
     ids = np.array([row[0] for row in kept], dtype=np.int64).reshape(-1, 2)
     each, uses = np.unique(ids[:, 1], return_counts=True)
     if (uses > 1).any():

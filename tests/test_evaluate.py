@@ -9,13 +9,25 @@ import sys
 from pathlib import Path
 
 import cv2
+import h5py
 import numpy as np
 import pytest
 import torch
-from helpers import damage_picture, leaves, make_codec, make_trainer, people_at, steps, tiny_config
+from conftest import pack_arguments
+from helpers import (
+    damage_picture,
+    leaves,
+    make_codec,
+    make_trainer,
+    people_at,
+    steps,
+    tiny_config,
+    train_options,
+)
 from torch import nn
 
 import evaluate
+import train
 from common.errors import InputError, run_main
 from configs.skeleton import MPII, Skeleton
 from evaluation import evaluator, inference, pckh
@@ -24,6 +36,7 @@ from pipelines.loader import evaluation_batches, make_batch
 from pipelines.opencv_loader import LooseImages
 from pipelines.shard_format import unpack_records
 from pipelines.shards import ShardSet
+from tools import make_shards
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -273,6 +286,28 @@ def test_differences_from_training_are_printed(trained, capsys):
     assert evaluator.differences("affine", "affine", "dali", ("opencv", "dali")) == []
     (remark,) = evaluator.differences("affine", "affine", "dali", ("opencv",))
     assert "--compare-loaders" in remark
+
+
+def test_how_many_people_are_scored_is_said_at_packing_training_and_evaluation(
+    tiny_set, tmp_path, capsys
+):
+    """Of five people one has no length, and another has one but no marked joint."""
+    folder = Path(shutil.copytree(tiny_set, tmp_path / "set"))
+    with h5py.File(folder / "annot" / "valid.h5", "r+") as file:
+        file["normalize"][1] = 0
+        file["part"][3] = 0
+    make_shards.main(pack_arguments(folder, tmp_path / "shards"))
+    words = train_options(tmp_path / "shards", tmp_path, "run", "--train.steps 1")
+    train.main(words)
+    printed = capsys.readouterr()
+    assert "scored     3 of 5 people" in printed.out and "scored     12 people" in printed.out
+    assert "validation scores 3 of 5 people" in printed.out
+    assert "joints of 3 of 5 people (best" in printed.err
+    run("--checkpoint", tmp_path / "run", "--json", tmp_path / "n.json", "--report",
+        tmp_path / "report.html")  # fmt: skip
+    assert "3 of 5 people, 42 marked joints" in capsys.readouterr().out
+    assert json.loads((tmp_path / "n.json").read_text())["network"]["people_scored"] == 3
+    assert '"scored":"3 of 5 people"' in (tmp_path / "report.html").read_text()
 
 
 def documented(heading: str) -> set[str]:

@@ -26,7 +26,7 @@ def test_unmarked_joints_and_people_without_a_length_never_count():
     errors = pckh.normalized_errors(np.zeros((2, 16, 2)), people)
     assert np.isfinite(errors).sum() == 15
     result = pckh.summary(np.zeros((2, 16, 2)), people, MPII)
-    assert result["joints_counted"] == 15 and result["people_without_length"] == 1
+    assert result["joints_counted"] == 15 and result["people_scored"] == 1
 
 
 def test_the_three_means_differ_as_defined():

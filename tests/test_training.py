@@ -67,6 +67,7 @@ def test_the_newest_checkpoints_and_the_best_are_kept(tiny_shards, tmp_path, mon
             "auc": 0.0,
             "peak": 1.0,
             "people": 5,
+            "people_scored": 5,
             "joints_counted": 70,
         },
     )

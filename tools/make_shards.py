@@ -20,7 +20,7 @@ from common.cli import Parser, at_least
 from common.errors import InputError, run_main
 from common.system import usable_cores
 from configs.skeleton import PIXELS_PER_SCALE, Skeleton
-from pipelines.annotations import People, has_both_splits
+from pipelines.annotations import People, has_both_splits, scored_text
 from pipelines.augment import PRESETS
 from pipelines.crop_packing import crop_rule
 from pipelines.packing import SPLITS, PackingOptions, pack
@@ -144,6 +144,8 @@ def summary(folder: Path) -> str:
     sides = np.quantile(PIXELS_PER_SCALE * people.scale, [0, 0.1, 0.5, 0.9, 1])
     lines = [
         f"{folder}: {people.count:,} people in {len(shards.tars)} shards, {size / 1e6:,.1f} MB",
+        f"  scored     {scored_text(people.scored.sum(), people.count)}"
+        " (with a length to divide errors by, and a marked joint)",
         f"  pictures   {len(set(people.images)):,}",
         f"  stored     {sizes[0]} px the smallest, {sizes[1]} the median, {sizes[2]} the largest",
         f"  box sides  {' '.join(f'{side:,.0f}' for side in sides)} px "
@@ -151,7 +153,9 @@ def summary(folder: Path) -> str:
     ]
     left_out = shards.manifest.left_out  # lines of `row N: picture: fault`
     reasons = Counter(line.split(": ", 2)[-1] for line in left_out).most_common()
-    lines.append(f"  left out   {len(left_out):,} people (left_out in the manifest)")
+    lines.append(
+        f"  left out   {len(left_out):,} people for their pictures (left_out in the manifest)"
+    )
     lines += [f"             {count:,} x {reason}" for reason, count in reasons[:5]]
     lines += ["", *joint_lines(people, shards.manifest.skeleton)]
     return "\n".join(lines)

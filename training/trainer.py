@@ -40,6 +40,7 @@ from model.checkpoint import (
     init_weights,
     require_same_size,
 )
+from pipelines.annotations import scored_text
 from pipelines.augment import preset_of, without_augmentation
 from pipelines.bad_samples import BadSamples, SkippingLoader
 from pipelines.codec import codec_of
@@ -383,7 +384,8 @@ class Trainer:
         self.log.log_validation(step, numbers)
         self.log.info(
             f"step {step}: {self.codec.skeleton.metric}@0.5 {100 * pooled:.2f} % pooled over "
-            f"{result['joints_counted']} joints of {result['people']} people"
+            f"{result['joints_counted']} joints of "
+            f"{scored_text(result['people_scored'], result['people'])}"
             f"{' (best so far)' if is_best else ''}"
         )
         if not result["peak"] >= COLLAPSED_PEAK and step >= COLLAPSE_FROM_STEP:
