@@ -27,6 +27,8 @@ from training.metrics import require_tracker
 from training.resume import AUTO, find_start, global_batch_size, load_resumable
 from training.trainer import Trainer
 
+LOCK_WAIT_S = 60
+"""How long a resumed run waits for the process that trains it to end, seconds."""
 PROFILED_STEPS = 5
 """Number of steps that --profile profiles."""
 
@@ -46,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
             (folder / RESUME_ME).unlink(missing_ok=True)
         restarted = restarted_by_torchrun(dist)
         start, remarks = from_first_rank(
-            lambda: find_start(folder, options["resume"], restarted), dist
+            lambda: lock_and_find_start(folder, options["resume"], restarted), dist
         )
         if dist.is_first:
             print(f"reading {config.data.shards} ...", file=sys.stderr, flush=True)
@@ -68,6 +70,13 @@ def main(arguments: list[str] | None = None) -> int:
         return EXIT_RESUME if trainer.interrupted and not launched_by_torchrun() else 0
     finally:
         shutdown_distributed()
+
+
+def lock_and_find_start(folder: Path, resume: str | None, restarted: bool) -> tuple[str, list[str]]:
+    """As find_start; an existing run is locked first, because its last process may still save."""
+    if folder.exists() and (resume is not None or restarted):
+        lock_run_folder(folder, wait_s=LOCK_WAIT_S)
+    return find_start(folder, resume, restarted)
 
 
 def make_parser() -> ArgumentParser:

@@ -324,6 +324,26 @@ def test_a_killed_run_and_one_ended_by_sigterm_continue_with_the_same_bytes(tiny
     assert differing <= {"seconds/", "config/train/out/", "config/data/workers/"}
 
 
+@pytest.mark.slow
+def test_a_start_that_overlaps_the_end_of_another_continues_from_its_last_step(
+    tiny_shards, tmp_path
+):
+    first = start(tiny_shards, tmp_path, "")
+    wait_for_step(tmp_path / "r", 3, first)
+    second = start(tiny_shards, tmp_path, "--resume")
+    while "waiting for the process that trains" not in (line := second.stderr.readline()):
+        assert line, "the second start did not wait"
+    os.kill(first.pid, signal.SIGTERM)
+    assert first.wait(60) == 75
+    step = load_checkpoint(tmp_path / "r" / "last.pt").step
+    lines = (tmp_path / "r" / "metrics.jsonl").read_text()
+    wait_for_step(tmp_path / "r", step + 1, second)
+    os.kill(second.pid, signal.SIGTERM)
+    assert second.wait(60) == 75
+    # Lines after the step that a start continues from are removed.
+    assert (tmp_path / "r" / "metrics.jsonl").read_text().startswith(lines) and step > 3
+
+
 @pytest.mark.parametrize("forwarded", [False, True])
 def test_a_second_sigterm_ends_at_once_unless_torchrun_forwarded_it(forwarded):
     def work(pipe) -> None:

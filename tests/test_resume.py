@@ -302,16 +302,6 @@ def test_a_global_batch_may_be_shared_by_hand_but_not_changed():
         fit_to_ranks(old, saved, 3)
 
 
-def test_another_number_of_ranks_in_mid_epoch_is_sent_to_the_epochs_end(tmp_path):
-    config = tiny_config(Path("x"), train={"steps_per_epoch": 6})
-    for name in ("step_00000006.pt", "step_00000012.pt", "step_00000013.pt", "step_of_mine.pt"):
-        (tmp_path / name).touch()
-    saved = saved_checkpoint(config, 2, step=13, path=tmp_path / "last.pt")
-    with pytest.raises(InputError, match=r"2 rank\(s\), now 1, in mid-epoch \(step 13, 6 an") as e:
-        fit_to_ranks(config, saved, 1)
-    assert e.value.next_step.endswith(f"--resume {tmp_path / 'step_00000012.pt'}")
-
-
 def test_a_start_finds_the_runs_checkpoint_and_protects_it(tiny_shards, tmp_path):
     folder = tmp_path / "run"
     assert find_start(folder, None, False) == ("", [])

@@ -8,6 +8,8 @@ import fcntl
 import os
 import shutil
 import socket
+import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -104,25 +106,38 @@ def newest_undamaged(folder: Path) -> tuple[Path | None, list[str]]:
     return None, []
 
 
-def lock_run_folder(folder: Path) -> None:
+def lock_run_folder(folder: Path, wait_s: float = 0) -> None:
     """Make a run's folder, lock it, and remove the unfinished files of a killed process.
 
-    The lock lasts until this process ends; its workers do not inherit it. File systems without
+    wait_s: how long to wait for a process that is ending, seconds. The lock lasts until this
+    process ends; its workers do not inherit it, and it may be taken again. File systems without
     locks are not locked. Raises InputError if another process trains this run.
     """
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT)  # stays open
+    end = time.monotonic() + wait_s
     with suppress(OSError):  # without locks; or on a full disk, without the holder's name
-        try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            raise InputError(
-                folder,
-                f"another process that trains this run ({os.read(descriptor, 200).decode()})",
-                "one at a time",
-                "wait for its end, stop it, or choose another --train.name",
-            ) from error
+        if wait_s and not _try_lock(descriptor):
+            print(f"waiting for the process that trains {folder} ...", file=sys.stderr, flush=True)
+        while not _try_lock(descriptor):
+            if time.monotonic() >= end:
+                holder = os.pread(descriptor, 200, 0).decode()
+                raise InputError(
+                    folder,
+                    f"another process that trains this run ({holder})",
+                    "one at a time",
+                    "wait for its end, stop it, or choose another --train.name",
+                )
+            time.sleep(0.1)
         os.truncate(descriptor, 0)
         os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
     for unfinished in folder.glob("*.pt.tmp"):
         unfinished.unlink(missing_ok=True)
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    return True

@@ -6,7 +6,7 @@ from pathlib import Path
 from common.errors import InputError
 from configs.schema import Config
 from model.checkpoint import Checkpoint, compare_settings, load_checkpoint
-from training.checkpoint_manager import LAST, has_checkpoint, newest_undamaged, step_checkpoints
+from training.checkpoint_manager import LAST, has_checkpoint, newest_undamaged
 
 AUTO = "auto"
 
@@ -84,10 +84,9 @@ def fit_to_ranks(
     saved, before = checkpoint.config, checkpoint.run.ranks
     people = checkpoint.run.people_a_step or global_batch_size(saved, before)
     compared = config
-    if before != world_size:
-        _require_epoch_end(checkpoint, before, world_size)
-        if global_batch_size(config, world_size) == people:  # shared by the user's own settings
-            compared = _with_sizes(config, saved.data.batch_size, saved.optim.accumulate)
+    if before != world_size and global_batch_size(config, world_size) == people:
+        # Shared by the user's own settings.
+        compared = _with_sizes(config, saved.data.batch_size, saved.optim.accumulate)
     remarks = compare_settings(checkpoint, compared)
     config = _share(config, people, world_size, checkpoint.path)
     if before == world_size:
@@ -98,22 +97,6 @@ def fit_to_ranks(
         f"x {world_size} rank(s) x {config.optim.accumulate}"
     )
     return config, remarks
-
-
-def _require_epoch_end(checkpoint: Checkpoint, before: int, world_size: int) -> None:
-    """Raise InputError in mid-epoch, where each rank has its own position in the data."""
-    epoch, folder = checkpoint.config.train.steps_per_epoch, checkpoint.path.parent
-    if checkpoint.step % epoch == 0:
-        return
-    steps = {path: int(path.stem.removeprefix("step_")) for path in step_checkpoints(folder)}
-    at_end = [path for path, step in steps.items() if step % epoch == 0]
-    raise InputError(
-        checkpoint.path,
-        f"a run of {before} rank(s), now {world_size}, in mid-epoch "
-        f"(step {checkpoint.step}, {epoch} an epoch)",
-        "the same number of ranks; another number only at the end of an epoch",
-        f"start {before}" + (f", or go back to its end: --resume {at_end[0]}" if at_end else ""),
-    )
 
 
 def _share(config: Config, people: int, world_size: int, path: Path) -> Config:
