@@ -9,6 +9,7 @@ Besides missing and damaged files, these are refused:
 Some damage leaves a valid JPEG and is not detected.
 """
 
+import hashlib
 import io
 import os
 import re
@@ -50,6 +51,8 @@ class Picture(NamedTuple):
     width: int
     """px; 0 for a bad picture, as is `height`."""
     height: int
+    sha256: str
+    """Of the content; empty for a bad picture."""
     fault: str
     """Empty for a good picture."""
 
@@ -88,21 +91,23 @@ class _Frame(NamedTuple):
 
 def check_picture(folder: Path, name: str) -> Picture:
     """Read and check one picture, which must lie in the folder."""
-    path, fault = folder / name, ""
+    path, sha256, fault = folder / name, "", ""
     size = mtime = width = height = 0
     try:
         stat = path.stat()
         size, mtime = stat.st_size, stat.st_mtime_ns
         if not path.resolve().is_relative_to(folder.resolve()):
             raise PictureError("a link that leads out of the folder of pictures")
-        width, height = check_jpeg(path.read_bytes())
+        data = path.read_bytes()
+        width, height = check_jpeg(data)
+        sha256 = hashlib.sha256(data).hexdigest()
     except PictureError as error:
         fault = str(error)
     except FileNotFoundError:
         fault = "missing"
     except OSError as error:
         fault = f"not readable ({error.strerror})"
-    return Picture(str(path), size, mtime, width, height, fault)
+    return Picture(str(path), size, mtime, width, height, sha256, fault)
 
 
 def check_jpeg(data: bytes) -> tuple[int, int]:

@@ -15,7 +15,7 @@ import signal
 import sys
 import tarfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
+import numpy.typing as npt
 import webdataset
 
 from common.cli import progress, progress_bar
@@ -72,6 +73,8 @@ class PackingOptions:
     people_per_shard: int = 512
     workers: int = 1
     """Worker processes; 0 and 1 use this process only."""
+    valid_fraction: float | None = None
+    """Share of the pictures that becomes `valid`; None if the annotations are in splits."""
     seed: int = 0
     skip_bad: bool = False
     overwrite: bool = False
@@ -147,11 +150,27 @@ def read_jobs(options: PackingOptions) -> list[SplitJob]:
     given = load_skeleton(options.skeleton) if options.skeleton else None
     for split in options.splits:
         people, skeleton = read_annotations(options.annotations, split, given)
+        if options.valid_fraction:
+            rows = rows_of_split(people.images, split, options.valid_fraction, options.seed)
+            people = people.select(rows)
         path = split_file(options.annotations, split)
         digest = file_sha256(path)
         source = {"annotations": str(path), "sha256": digest, "images": str(options.images)}
         jobs.append(SplitJob(split, people, skeleton, source))
     return jobs
+
+
+def rows_of_split(
+    images: Sequence[str], split: str, valid_fraction: float, seed: int
+) -> npt.NDArray[np.int64]:
+    """The people of a split when a share of the pictures, drawn by the seed, becomes `valid`.
+
+    images: the picture of each person. All people of a picture are in the same split.
+    """
+    names, picture_N = np.unique(images, return_inverse=True)
+    order = np.random.default_rng([seed, len(SPLITS)]).permutation(len(names))
+    is_valid = np.isin(picture_N, order[: max(1, round(valid_fraction * len(names)))])
+    return np.flatnonzero(is_valid == (split == "valid"))
 
 
 def fingerprint(options: PackingOptions, job: SplitJob, left_out: list[str]) -> str:
@@ -160,6 +179,8 @@ def fingerprint(options: PackingOptions, job: SplitJob, left_out: list[str]) -> 
     facts += [job.split, job.source["sha256"], job.source["images"], left_out]
     if options.crop:
         facts.append(asdict(options.crop))
+    if options.valid_fraction:
+        facts.append(options.valid_fraction)
     if job.skeleton != MPII:  # absent in plans of the first version
         facts.append(job.skeleton.as_dict())
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
@@ -251,11 +272,26 @@ def check_pictures(
     results = map_tasks(partial(check_picture, options.images), names)
     checked = dict(zip(names, progress(results, "checking", "pictures", len(names)), strict=True))
     _report_bad_pictures(options, checked)
+    _warn_of_shared_pictures(jobs, checked)
     for job in jobs:
         if all(checked[name].fault for name in job.people.images):
             found, advice = f"only bad pictures in {job.split}", "replace them"
             raise InputError(options.images, found, "at least one good one", advice)
     return checked
+
+
+def _warn_of_shared_pictures(jobs: list[SplitJob], checked: dict[str, Picture]) -> None:
+    """Print how many pictures of one split are also in the other, by their content."""
+    names = [{checked[n].sha256: n for n in sorted(job.people.images)[::-1]} for job in jobs]
+    shared = set.intersection(*map(set, names)) - {""} if len(names) > 1 else set()
+    if shared:
+        first = min(names[-1][each] for each in shared)
+        print(
+            f"warning: {len(shared):,} picture(s) are in train and in valid (the first: {first}). "
+            "A network is scored too high on pictures that it was trained on; correct the "
+            "annotations, or split one file by picture: --valid-fraction",
+            file=sys.stderr,
+        )
 
 
 def _report_bad_pictures(options: PackingOptions, checked: dict[str, Picture]) -> None:

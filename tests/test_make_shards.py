@@ -109,6 +109,32 @@ def test_a_single_h5_file_is_the_split_of_its_name(tiny_set: Path, tmp_path: Pat
     assert read_manifest(tmp_path / "out" / "train").people == 12
 
 
+def test_one_file_is_split_by_picture_and_the_seed(own_set: Path, tmp_path: Path, capsys) -> None:
+    """The nine pictures of twelve people: a quarter, two, become valid."""
+    words = ["--annotations", own_set / "annot" / "train.h5", "--valid-fraction", 0.25]
+    for name, seed in (("a", 0), ("b", 1)):
+        main(pack_arguments(own_set, tmp_path / name, *words, "--seed", seed))
+    splits = {
+        name: [set(ShardSet(tmp_path / name / s).people()[0].images) for s in ("train", "valid")]
+        for name in ("a", "b")
+    }
+    for train, valid in splits.values():
+        assert (len(train), len(valid), len(train | valid)) == (7, 2, 9)
+    assert splits["a"] != splits["b"]
+    people = [read_manifest(tmp_path / "a" / split).people for split in ("train", "valid")]
+    assert sum(people) == 12 and "are in train and in valid" not in capsys.readouterr().err
+    with pytest.raises(InputError, match="its own splits"):
+        main(pack_arguments(own_set, tmp_path / "c", "--valid-fraction", 0.5))
+
+
+def test_a_picture_of_both_splits_is_noticed_under_another_name(own_set, tmp_path, capsys):
+    images = own_set / "images"
+    shutil.copy(images / "000000002.jpg", images / "000000103.jpg")
+    main(pack_arguments(own_set, tmp_path / "out"))
+    error = capsys.readouterr().err
+    assert "warning: 1 picture(s) are in train and in valid (the first: 000000103.jpg)" in error
+
+
 # The summary
 
 

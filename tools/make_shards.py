@@ -70,6 +70,8 @@ def make_parser() -> Parser:
     add("--splits", nargs="+", choices=SPLITS, default=list(SPLITS),
         help="splits to pack; for a single h5 or COCO file, the split that it holds")
     add = parser.add_argument_group("how").add_argument
+    add("--valid-fraction", type=fraction, metavar="F",
+        help="of one annotation file without splits, the share of pictures for valid, such as 0.1")
     add("--people-per-shard", type=at_least(1), default=512, help="people in a tar")
     add("--workers", type=at_least(0), default=usable_cores(), help="processes")
     add("--seed", type=at_least(0), default=0, help="of the order of people")
@@ -92,7 +94,12 @@ def parse_options(argv: list[str] | None) -> PackingOptions:
     preset, person_px = given.pop("reach"), given.pop("person_px")
     is_crop = given["packing"] == "crop"
     given["crop"] = crop_rule(preset, person_px, JPEG_QUALITY) if is_crop else None
-    given["splits"] = chosen_splits(given["annotations"], given["splits"])
+    if not given["valid_fraction"]:
+        given["splits"] = chosen_splits(given["annotations"], given["splits"])
+    elif given["annotations"].is_dir() or has_both_splits(given["annotations"]):
+        expected = "with --valid-fraction, one file without splits"
+        raise InputError(given["annotations"], "its own splits", expected, "give that file")
+    given["splits"] = tuple(sorted(given["splits"]))
     for name in ("annotations", "images"):
         path = given[name]
         if not path.exists():
@@ -103,6 +110,14 @@ def parse_options(argv: list[str] | None) -> PackingOptions:
         given[name] = given[name].resolve()
     words = sys.argv[1:] if argv is None else argv
     return PackingOptions(**given, command=shlex.join(["python", "tools/make_shards.py", *words]))
+
+
+def fraction(text: str) -> float:
+    """An argparse type: a number above 0 and below 1."""
+    value = float(text)
+    if not 0 < value < 1:
+        raise ValueError
+    return value
 
 
 def chosen_splits(annotations: Path, asked: list[str]) -> tuple[str, ...]:
