@@ -110,6 +110,25 @@ def test_one_picture_may_hold_any_number_of_people(estimator):
     assert estimator([]).scores_NJ.shape == (0, 16)
 
 
+def test_each_box_on_the_command_line_is_a_person_of_every_picture(
+    run, estimator, tiny_set, tmp_path
+):
+    pictures = sorted((tiny_set / "images").glob("*.jpg"))[:2]
+    boxes = [[20, 10, 50, 60], [40, 20, 45, 30]]
+    words = [word for box in boxes for word in ("--box", *box)]
+    run(*pictures, *words, "--save-predictions", tmp_path / "p.json")
+    entries, found = read_json(tmp_path / "p.json")
+    assert [e["image"] for e in entries] == [str(p) for p in pictures for _ in boxes]
+    assert [e["index"] for e in entries] == [0, 1, 2, 3]
+    for picture, rows in zip(pictures, (found[:2], found[2:]), strict=True):
+        expected = estimator(picture, boxes)
+        np.testing.assert_allclose(rows[..., :2], expected.keypoints_NJ2, atol=1e-3)
+    words = ["--center", 30, 30, "--scale", 0.2, "--center", 60, 50, "--scale", 0.3]
+    run(pictures[0], *words, "--save-predictions", tmp_path / "c.json")
+    squares = [(e["center"], e["scale"]) for e in read_json(tmp_path / "c.json")[0]]
+    assert squares == [([30, 30], 0.2), ([60, 50], 0.3)]
+
+
 def test_a_photograph_is_turned_upright_and_its_joints_with_it(run, estimator, tmp_path):
     """Orientation 6: the stored picture is to be turned clockwise (EXIF 2.3, 4.6.4 A)."""
     stored = tmp_path / "stored.jpg"

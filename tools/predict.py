@@ -6,6 +6,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of configs/
 
 import argparse
+import itertools
 import json
 import os
 from collections import deque
@@ -126,12 +127,17 @@ def _add_position_options(parser: Parser) -> None:
         "in px of the upright picture, in every picture or frame; default: the whole picture",
     )
     add = group.add_mutually_exclusive_group().add_argument
-    add("--box", type=float, nargs=4, metavar=("X", "Y", "W", "H"), help="box around the person")
-    add("--center", type=float, nargs=2, metavar=("X", "Y"), help="as in MPII's h5 files")
+    # fmt: off
+    add("--box", type=float, nargs=4, action="append", default=[], metavar=("X", "Y", "W", "H"),
+        help="box around a person; once for each person")
+    add("--center", type=float, nargs=2, action="append", default=[], metavar=("X", "Y"),
+        help="as in MPII's h5 files, with --scale; once for each person")
+    # fmt: on
     people_help = ".csv or .json of people in the pictures of one folder (docs/predict.md)"
     add("--people", type=Path, metavar="FILE", help=people_help)
     add = group.add_argument
-    add("--scale", type=float, help="side of the square / 200 px, with --center")
+    scale_help = "side of the square / 200 px, one for each --center"
+    add("--scale", type=float, action="append", default=[], help=scale_help)
     margin_help = "side of the network's square / longer side of the box (default: %(default)s)"
     add("--margin", type=float, default=MARGIN, help=margin_help)
 
@@ -143,12 +149,12 @@ def video_source(options: Options) -> Path | int | None:
     """The video or camera number; None for pictures. Raises InputError for a mixture of them."""
     videos = [path for path in options.input if path.suffix.lower() in VIDEOS]
     sources = [*videos, *([] if options.webcam is None else [options.webcam])]
-    is_flat = not options.margin > 0 or (options.box and not min(options.box[2:]) > 0)
+    is_flat = not min([options.margin, *(side for box in options.box for side in box[2:])]) > 0
     mistakes = {
         "no input": not options.input and not sources,
         "a video or webcam, and something else": len(sources) > 1
         or (sources and len(options.input) > len(videos)),
-        "--center and --scale not together": (options.center is None) != (options.scale is None),
+        "--center and --scale not together": len(options.center) != len(options.scale),
         "a --box or --margin without a size": is_flat,
         "--people with a video or webcam": options.people and sources,
         "--people without the one folder of its pictures": options.people
@@ -188,16 +194,19 @@ def list_pictures(options: Options) -> list[Picture]:
             kinds = ", ".join(sorted(PICTURES))
             raise InputError(path, "no picture in this folder", kinds, "give another folder")
         found += [(p, p.name) for p in inside] or [(path, str(path))]
-    square = given_square(options)
-    return [Picture(path, [(n, Person(name, square))]) for n, (path, name) in enumerate(found)]
+    numbers, squares = itertools.count(), given_squares(options)
+    return [
+        Picture(path, [(next(numbers), Person(name, square)) for square in squares])
+        for path, name in found
+    ]
 
 
-def given_square(options: Options) -> Square | None:
-    """The person's position on the command line; None is the whole picture."""
-    if options.center:
-        x, y = options.center
-        return Square(x, y, options.scale)
-    return square_about(options.box, options.margin) if options.box else None
+def given_squares(options: Options) -> list[Square | None]:
+    """The people's positions on the command line; None is the whole picture."""
+    squares: list[Square | None] = [square_about(box, options.margin) for box in options.box]
+    for (x, y), scale in zip(options.center, options.scale, strict=True):
+        squares.append(Square(x, y, scale))
+    return squares or [None]
 
 
 def check_outputs(options: Options) -> None:
@@ -339,9 +348,15 @@ def predict_video(
     capture = cv2.VideoCapture(source if is_live else name)
     if not capture.isOpened():
         raise InputError(name, "cannot be opened", "a video or camera for OpenCV", "check it")
-    person = Person(name, given_square(options))
+    people, numbers = [Person(name, square) for square in given_squares(options)], itertools.count()
     frames = (
-        Frame(image, [crop_person(estimator, image, person, {"index": n, "frame": n})])
+        Frame(
+            image,
+            [
+                crop_person(estimator, image, person, {"index": next(numbers), "frame": n})
+                for person in people
+            ],
+        )
         for n, image in enumerate(read_video(capture, name))
     )
     batch_size = 1 if is_live else min(estimator.batch_size, MAX_FRAMES)
