@@ -55,7 +55,7 @@ def init_distributed(
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ["RANK"]) if world_size > 1 else 0
     if world_size > 1 and not torch.distributed.is_initialized():
-        store = _torchrun_store()
+        store = torchrun_store()
         torch.distributed.init_process_group(
             "nccl" if chosen.type == "cuda" else "gloo",
             store=_store_of_this_start(store, rank, world_size) if store else None,
@@ -239,19 +239,19 @@ def launched_by_torchrun() -> bool:
 
 def mark_run_started() -> None:
     """Record for the ranks that torchrun starts after a failure that this run has started."""
-    if store := _torchrun_store():
+    if store := torchrun_store():
         store.set("run_started", "")
 
 
 def restarted_by_torchrun(dist: DistributedContext) -> bool:
     """Whether torchrun started the ranks again after `mark_run_started`."""
-    store = _torchrun_store()
+    store = torchrun_store()
     return any_rank(store is not None and store.check(["run_started"]), dist)
 
 
 def report_error_once(text: str) -> bool:
     """Whether this rank is the first to report this text; the ranks count in torchrun's store."""
-    store = _torchrun_store()
+    store = torchrun_store()
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT")
     digest = hashlib.sha256(text.encode()).hexdigest()
     return store is None or store.add(f"error/{start}/{digest}", 1) == 1
@@ -280,7 +280,7 @@ def _store_of_this_start(store: TCPStore, rank: int, world_size: int) -> PrefixS
         return PrefixStore(start, store)
 
 
-def _torchrun_store() -> TCPStore | None:
+def torchrun_store() -> TCPStore | None:
     """The key-value store that torchrun serves; None without torchrun. Raises DistError.
 
     torchrun (2.13) keeps its store, with all keys, when it restarts the ranks.

@@ -147,6 +147,8 @@ class TrainConfig:
     """Number of newest checkpoints to keep, including last.pt; best.pt is always kept."""
     max_minutes: float = _number(0.0, least=0)
     """Validate, write a checkpoint and stop after this time; 0 sets no limit."""
+    hang_minutes: float = _number(10.0, least=0)
+    """End a rank that makes no progress for so long, with the place where it is; 0: never."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Autocast type; auto: bf16 if the device has it, else fp16 on a GPU and fp32 on a CPU."""
     compile: bool = False
@@ -204,8 +206,8 @@ _FIXED = (
 )
 _FREE = (
     "data.shards data.workers data.loader model.checkpoint_activations train.name train.out "
-    "train.steps train.steps_per_epoch train.max_minutes train.device train.threads "
-    "train.log_every train.keep_last train.tracker train.profile_steps"
+    "train.steps train.steps_per_epoch train.max_minutes train.hang_minutes train.device "
+    "train.threads train.log_every train.keep_last train.tracker train.profile_steps"
 )
 FIXED_ON_RESUME = frozenset(_FIXED.split())
 """Settings that a resumed run may not change."""

@@ -212,6 +212,25 @@ def listens(port: int) -> bool:
         return caller.connect_ex(("127.0.0.1", port)) == 0
 
 
+def test_a_stopped_rank_is_named_and_the_run_goes_on_from_its_last_checkpoint(
+    tiny_shards, tmp_path
+):
+    log, run = tmp_path / "log", tmp_path / "run"
+    more = "--train.steps_per_epoch 5 --train.hang_minutes 0.1"
+    with started(log, *TWO_RANKS, *words(tiny_shards, tmp_path, "run", 100_000, more)) as process:
+        wait_until(lambda: last_step(run) >= 7, process, log)
+        os.kill(children(process.pid)[1], signal.SIGSTOP)
+        wait_until(lambda: AGAIN in log.read_text(), process, log)
+        stood = saved_step(run)
+        wait_until(lambda: last_step(run) >= stood + 7, process, log)
+        os.kill(children(process.pid)[0], signal.SIGUSR1)
+        assert process.wait(PATIENCE_S) == 0
+    text = log.read_text()
+    assert "rank 0: no progress for 6 s (train.hang_minutes) since step" in text
+    assert "all_reduce" in text, "the place of the rank that waits"
+    assert re.search(r"rank 1: (step|the checkpoint of step) \d+, and its process does not", text)
+
+
 def test_a_run_goes_on_in_mid_epoch_with_two_four_and_one_ranks(tiny_shards, tmp_path):
     """Batches of one size, accumulated or on several ranks, put the same people through batch norm
     together, so losses differ by rounding alone."""

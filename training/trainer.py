@@ -61,6 +61,7 @@ from training.profiler import profiled_steps
 from training.resume import fit_to_ranks, global_batch_size
 from training.train_step import TrainStep
 from training.validation import Validator
+from training.watchdog import Watchdog
 
 COLLAPSED_PEAK = 0.05
 """Mean peak of the heatmaps below which a warning says that the network predicts only zeros."""
@@ -125,6 +126,7 @@ class Trainer:
         self.interrupted = False
         """A signal ended the run."""
         self.received_signals: list[int] = []
+        self.watchdog = Watchdog(dist, 60 * config.train.hang_minutes)
         self._parent = os.getppid()
 
     # Starting
@@ -239,6 +241,7 @@ class Trainer:
         train, dist = self.config.train, self.dist
         with (
             stop_signals() as self.received_signals,
+            self.watchdog.watching(),
             closing(self.open_log()) as self.log,
             profiled_steps(
                 self.folder, train.profile_steps * dist.is_first, dist.device, self.log.info
@@ -292,6 +295,7 @@ class Trainer:
 
     def _step(self, totals: Totals) -> None:
         """Do one step and count it."""
+        self.watchdog.progress(f"step {self.progress.step + 1}")
         started = time.perf_counter()
         self.network.train()
         self.train_step.run(self.loader, self.progress.step, totals)
@@ -316,6 +320,10 @@ class Trainer:
         """Whether a signal arrived, or torchrun has died and cannot end this rank any more."""
         is_orphan = launched_by_torchrun() and os.getppid() != self._parent
         return bool(self.received_signals) or is_orphan
+
+    def _should_stop_validation(self) -> bool:
+        self.watchdog.progress(f"the validation after step {self.progress.step}")
+        return self._should_stop()
 
     def report(self, totals: Totals) -> None:
         """Read and log the sums, and handle non-finite steps and damaged pictures."""
@@ -367,7 +375,7 @@ class Trainer:
             result = self.validator.run(
                 self.evaluation_network(),
                 lambda batches: self.log.validation_progress(batches, people),
-                self._should_stop,
+                self._should_stop_validation,
             )
         except StoppedError:
             self.interrupted = True
@@ -411,6 +419,7 @@ class Trainer:
 
     def save(self, names: list[str]) -> None:
         """Write a checkpoint under each name on the first rank, with the state of all ranks."""
+        self.watchdog.progress(f"the checkpoint of step {self.progress.step}")
         rng = gather_bytes(torch.get_rng_state().numpy().tobytes(), self.dist)
         loaders = gather_bytes(self.loader.state(), self.dist)
         if self.dist.is_first:
