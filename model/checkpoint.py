@@ -34,11 +34,19 @@ from configs.schema import (
 )
 from configs.skeleton import Skeleton, skeleton_from_dict
 from model.export import OnnxNetwork, read_export
-from model.foreign_checkpoints import PRINCETON_MODEL, princeton_contents, read_foreign
+from model.foreign_checkpoints import (
+    PRINCETON_MODEL,
+    fold_biases,
+    princeton_contents,
+    read_foreign,
+    without_bias_moments,
+)
 from model.hourglass import StackedHourglass
 
 FORMAT = "stacked-hourglass-checkpoint"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_WITH_BIASES = 1
+"""Until this version networks had biases before batch norms."""
 LAST, BEST = "last.pt", "best.pt"
 
 _CHECKSUM_TAG = b"sha256:"
@@ -232,21 +240,25 @@ def _sha256(path: Path, size: int) -> bytes:
 
 def _from_ours(raw: Any, path: Path) -> Checkpoint:
     """The Checkpoint of a file that this project wrote. Raises InputError."""
-    known = (FORMAT, FORMAT_VERSION)
+    known = [(FORMAT, version) for version in (_WITH_BIASES, FORMAT_VERSION)]
     found = (raw.get("format"), raw.get("format_version")) if isinstance(raw, dict) else type(raw)
-    if found != known:
-        raise InputError(path, f"format {found}", f"format {known}", "give another checkpoint")
+    if found not in known:
+        raise InputError(path, f"format {found}", f"format {known[-1]}", "give another checkpoint")
     config = config_from_dict(raw["config"], f"{path}: config")
     check_values(config)
     run = {f.name: raw[f.name] for f in fields(RunState) if f.name in raw}
+    weights, averaged, optimizer = raw["model"], raw.get("ema", {}), raw.get("optimizer")
+    if raw["format_version"] == _WITH_BIASES:
+        optimizer = optimizer and without_bias_moments(optimizer, weights)
+        weights, averaged = fold_biases(weights), fold_biases(averaged)
     return Checkpoint(
         path=path,
         config=config,
         skeleton=skeleton_from_dict(raw["skeleton"]),
         step=raw["step"],
-        weights=raw["model"],
-        averaged=raw.get("ema", {}),
-        optimizer=raw.get("optimizer"),
+        weights=weights,
+        averaged=averaged,
+        optimizer=optimizer,
         run=RunState(**run) if run else None,
         is_onnx=path.suffix == ".onnx",
     )

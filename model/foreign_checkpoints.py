@@ -3,7 +3,9 @@
 Princeton's hold `state_dict`, `optimizer` (Adam) and `epoch`; they are read, resumed and written.
 Every residual block of its network has a 1x1 `skip_layer`, which is used only if the number of
 channels changes. The others are dead: they have no gradient and no optimizer state. They are
-dropped on reading and written as zeros.
+dropped on reading and written as zeros. So are the biases of convolutions before a batch norm,
+which our networks do not have: a bias is subtracted from the norm's running mean, which gives the
+same output.
 
 Bearpaw's and anibali's networks have a wider stem (64, 128, 256) and subtract MPII's mean colour
 from the input. Only `num_blocks=1`, one residual block in each place, is supported.
@@ -14,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from common.errors import InputError
 from configs.schema import Config, DataConfig, HeatmapsConfig, ModelConfig
@@ -30,6 +32,8 @@ PRINCETON_MODEL = {"stem": (64, 128, 128), "depth": 4, "input_mean": (0.0, 0.0, 
 """Fixed in princeton's code."""
 _PREFIX = "model.module."
 """Prefix of every key in princeton's checkpoints."""
+
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 Renames = tuple[tuple[str, str], ...]
 """Pairs of a regular expression on our names and its replacement, applied in order."""
@@ -66,6 +70,12 @@ _TO_BEARPAW: Renames = (
     (r"\.norm([123])\b", r".bn\1"),
     (r"\.skip\b", ".downsample.0"),
 )
+_BIAS_TO_MEAN: Renames = (
+    (r"^(stem\.conv|features\.\d+\.1)\.0\.bias$", r"\1.1.running_mean"),
+    (r"\.conv1\.bias$", ".norm2.running_mean"),
+    (r"\.conv2\.bias$", ".norm3.running_mean"),
+)
+"""From the bias of a convolution before a batch norm to the norm's running mean."""
 
 
 class _Layout(NamedTuple):
@@ -128,12 +138,14 @@ def read_foreign(raw: Any, path: Path) -> ForeignCheckpoint | None:
     with torch.device("meta"):  # only names and shapes
         network = StackedHourglass.of(model, head[0])
     renames = _TO_PRINCETON if layout is _PRINCETON else _to_bearpaw(model.depth)
-    names = {_their_name(name, renames): name for name in network.state_dict()}
+    ours = [*network.state_dict(), *_absent_biases(network)]
+    names = {_renamed(name, renames): name for name in ours}
     weights = {
         names.get(name, name): tensor
         for name, tensor in theirs.items()
         if name in names or ".skip_layer." not in name  # dead layers of princeton
     }
+    weights = fold_biases(weights)
     if layout is _BEARPAW:
         return ForeignCheckpoint(Config(model=model), skeleton, weights)
     data, rule = DataConfig(preset="princeton"), HeatmapsConfig(rule="princeton")
@@ -166,10 +178,38 @@ def _count(tensors: dict[str, Tensor], pattern: str) -> int:
     return sum(re.fullmatch(pattern, name) is not None for name in tensors)
 
 
-def _their_name(ours: str, renames: Renames) -> str:
+def _renamed(ours: str, renames: Renames) -> str:
     for pattern, replacement in renames:
         ours = re.sub(pattern, replacement, ours)
     return ours
+
+
+def _absent_biases(network: StackedHourglass) -> list[str]:
+    """Names of the biases that other code has and we do not."""
+    return [
+        f"{name}.bias"
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Conv2d) and module.bias is None
+    ]
+
+
+def fold_biases(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our tensors without biases before batch norms; running means give the same output."""
+    folded = dict(weights)
+    for bias in weights:
+        mean = _renamed(bias, _BIAS_TO_MEAN)
+        if mean != bias and mean in weights and weights[mean].shape == weights[bias].shape:
+            folded[mean] = weights[mean] - folded.pop(bias)
+    return folded
+
+
+def without_bias_moments(optimizer: dict[str, Any], weights: dict[str, Tensor]) -> dict[str, Any]:
+    """An optimizer's state without the biases that `fold_biases` drops from `weights`."""
+    parameters = [name for name in weights if not name.endswith(_STATISTICS)]
+    kept = [n for n, name in enumerate(parameters) if name == _renamed(name, _BIAS_TO_MEAN)]
+    moments, (group,) = optimizer["state"], optimizer["param_groups"]
+    state = {new: moments[old] for new, old in enumerate(kept) if old in moments}
+    return {"state": state, "param_groups": [{**group, "params": list(range(len(kept)))}]}
 
 
 def _to_bearpaw(depth: int) -> Renames:
@@ -210,19 +250,23 @@ def princeton_contents(
 
 
 def _weights_to_princeton(ours: dict[str, Tensor], network: StackedHourglass) -> dict[str, Tensor]:
-    """Our tensors under princeton's names, in its order, its dead layers as zeros."""
+    """Our tensors under princeton's names, in its order; zeros for layers that we do not have."""
+    absent_biases = _absent_biases(network)
     dead = {
         name
         for name, module in network.named_modules()
-        if isinstance(module, Residual) and isinstance(module.skip, torch.nn.Identity)
+        if isinstance(module, Residual) and isinstance(module.skip, nn.Identity)
     }
     theirs: dict[str, Tensor] = {}
     for name, tensor in ours.items():
-        theirs[_their_name(name, _TO_PRINCETON)] = tensor
+        theirs[_renamed(name, _TO_PRINCETON)] = tensor
+        bias = f"{name.rpartition('.')[0]}.bias"
+        if bias in absent_biases:
+            theirs[_renamed(bias, _TO_PRINCETON)] = torch.zeros(len(tensor))
         residual, _, last = name.rpartition(".conv3.")
         if residual in dead and last == "bias":
             channels = len(tensor)
-            layer = _their_name(f"{residual}.skip", _TO_PRINCETON)
+            layer = _renamed(f"{residual}.skip", _TO_PRINCETON)
             theirs[f"{layer}.weight"] = torch.zeros(channels, channels, 1, 1)
             theirs[f"{layer}.bias"] = torch.zeros(channels)
     return theirs
@@ -232,7 +276,7 @@ def _parameter_numbers(network: StackedHourglass) -> list[int]:
     """The index of each of our parameters in princeton's optimizer, which counts dead ones."""
     ours = {name: tensor.detach() for name, tensor in network.named_parameters()}
     order = {name: n for n, name in enumerate(_weights_to_princeton(ours, network))}
-    return [order[_their_name(name, _TO_PRINCETON)] for name in ours]
+    return [order[_renamed(name, _TO_PRINCETON)] for name in ours]
 
 
 def _our_adam_state(

@@ -16,20 +16,34 @@ from torch.utils.checkpoint import checkpoint
 from configs.schema import ModelConfig
 
 
+class BatchNorm(nn.BatchNorm2d):
+    """nn.BatchNorm2d that leaves counting its batches to the network, which counts for all."""
+
+    num_batches_tracked: Tensor
+    momentum: float
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, variance, momentum = self.running_mean, self.running_var, self.momentum
+        return functional.batch_norm(
+            x, mean, variance, self.weight, self.bias, self.training, momentum, self.eps
+        )
+
+
 class Residual(nn.Module):
     """Pre-activation bottleneck (1x1, 3x3, 1x1) with skip: (N, inputs, H, W) -> (N, outputs, H, W).
 
-    The 3x3 convolution has outputs / 2 channels. The skip is 1x1 if inputs != outputs.
+    The 3x3 convolution has outputs / 2 channels. The skip is 1x1 if inputs != outputs. Convolutions
+    before a batch norm have no bias, which it would subtract again.
     """
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
         inside = outputs // 2
-        self.norm1 = nn.BatchNorm2d(inputs)
-        self.conv1 = nn.Conv2d(inputs, inside, 1)
-        self.norm2 = nn.BatchNorm2d(inside)
-        self.conv2 = nn.Conv2d(inside, inside, 3, padding=1)
-        self.norm3 = nn.BatchNorm2d(inside)
+        self.norm1 = BatchNorm(inputs)
+        self.conv1 = nn.Conv2d(inputs, inside, 1, bias=False)
+        self.norm2 = BatchNorm(inside)
+        self.conv2 = nn.Conv2d(inside, inside, 3, padding=1, bias=False)
+        self.norm3 = BatchNorm(inside)
         self.conv3 = nn.Conv2d(inside, outputs, 1)
         self.skip = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1)
 
@@ -57,8 +71,8 @@ class Hourglass(nn.Module):
 
 def conv_norm_relu(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Sequential:
     """Convolution, batch norm, ReLU; a stride of 1 keeps the size."""
-    conv = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2)
-    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
+    conv = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
+    return nn.Sequential(conv, BatchNorm(outputs), nn.ReLU(inplace=True))
 
 
 def make_stem(width: int, channels: tuple[int, int, int]) -> nn.Sequential:
@@ -109,6 +123,7 @@ class StackedHourglass(nn.Module):
         self.heads = nn.ModuleList(nn.Conv2d(width, joints, 1) for _ in range(stacks))
         self.merge_features = nn.ModuleList(nn.Conv2d(width, width, 1) for _ in range(stacks - 1))
         self.merge_heatmaps = nn.ModuleList(nn.Conv2d(joints, width, 1) for _ in range(stacks - 1))
+        self._norms = [module for module in self.modules() if isinstance(module, BatchNorm)]
 
     @classmethod
     def of(cls, model: ModelConfig, joints: int) -> "StackedHourglass":
@@ -125,6 +140,8 @@ class StackedHourglass(nn.Module):
 
     def forward(self, images_N3HW: Tensor) -> Tensor:
         """RGB in 0..1 -> heatmaps of every stack, (N, S, J, H/4, W/4); the last is the result."""
+        if self.training:  # all counters in one kernel
+            torch._foreach_add_([norm.num_batches_tracked for norm in self._norms], 1)
         if self.input_mean is not None:
             images_N3HW = images_N3HW - self.input_mean
         x = self.stem(images_N3HW)
@@ -153,12 +170,12 @@ class StackedHourglass(nn.Module):
 @contextmanager
 def _keep_statistics(*modules: nn.Module) -> Iterator[None]:
     """Batch norms use the batch's statistics as usual, but do not update the running ones."""
-    norms = [m for each in modules for m in each.modules() if isinstance(m, nn.BatchNorm2d)]
-    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    norms = [m for each in modules for m in each.modules() if isinstance(m, BatchNorm)]
+    before = [norm.momentum for norm in norms]
     for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
+        norm.momentum = 0.0
     try:
         yield
     finally:
-        for norm, (momentum, count) in zip(norms, before, strict=True):
-            norm.momentum, norm.num_batches_tracked = momentum, count
+        for norm, momentum in zip(norms, before, strict=True):
+            norm.momentum = momentum

@@ -19,6 +19,7 @@ from common.distributed import DistributedContext
 from configs.schema import Config, LoaderName, config_from_dict
 from configs.skeleton import MPII
 from model.checkpoint import load_checkpoint
+from model.hourglass import StackedHourglass
 from pipelines.annotations import People
 from pipelines.augment import PRESETS, Preset
 from pipelines.codec import Codec
@@ -174,6 +175,14 @@ def make_trainer(
     if isinstance(checkpoint, Path):
         checkpoint = load_checkpoint(checkpoint)
     return Trainer(config, dist, folder, checkpoint)
+
+
+def give_biases(network: StackedHourglass) -> StackedHourglass:
+    """Biases of noise before each batch norm, as in princeton's code and our first checkpoints."""
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d) and module.bias is None:
+            module.bias = torch.nn.Parameter(0.1 * torch.randn(module.out_channels))
+    return network
 
 
 def step(trainer: Trainer) -> Totals:

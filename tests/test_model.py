@@ -10,7 +10,7 @@ from model.hourglass import StackedHourglass
 from model.loss import pck, peak_height, stack_losses
 
 
-@pytest.mark.parametrize(("stacks", "parameters"), [(2, 6_570_400), (8, 25_434_112)])
+@pytest.mark.parametrize(("stacks", "parameters"), [(2, 6_562_144), (8, 25_402_816)])
 def test_live_parameters_at_width_256(stacks, parameters):
     network = StackedHourglass(stacks, 256, 16)
     assert sum(p.numel() for p in network.parameters()) == parameters
