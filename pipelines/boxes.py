@@ -11,9 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from common.cli import info
 from common.errors import InputError
 from common.files import parse_json, read_bytes
 from configs.skeleton import BOX_SCALE, PIXELS_PER_SCALE
+from pipelines.coco import ImageIndex
 
 MARGIN = BOX_SCALE
 """Side of the square / longer side of a tight box around the person, as in MPII."""
@@ -22,7 +24,10 @@ _LARGEST = 4
 """Maximum of half the square's side / the picture's longer side; above it the unit is wrong."""
 _LARGEST_FILE = 64 << 20
 _BOX, _CENTER = ("x", "y", "width", "height"), ("center_x", "center_y")
-_COLUMNS = "image, and x, y, width, height, or center_x, center_y, scale; optional image_id"
+_COLUMNS = (
+    "image (or frame, of a video), and x, y, width, height, or center_x, center_y, scale; "
+    "optional image_id, score"
+)
 
 
 class Square(NamedTuple):
@@ -44,6 +49,10 @@ class Person(NamedTuple):
     """None: the whole picture."""
     image_id: int | None = None
     """COCO's number of the picture, if the user gave one."""
+    score: float | None = None
+    """The detector's confidence in the box, if the user gave one."""
+    frame: int = 0
+    """Of a video, from 0."""
 
 
 def square_about(box: Sequence[float], margin: float = MARGIN) -> Square:
@@ -73,21 +82,44 @@ def check_square(square: Square, width: int, height: int, where: str) -> None:
         )
 
 
-def read_people(path: Path, margin: float = MARGIN) -> list[Person]:
+def read_people(
+    path: Path, margin: float = MARGIN, *, coco: ImageIndex | None = None, in_film: bool = False
+) -> list[Person]:
     """The people in a CSV or JSON file, in its order. Raises InputError.
 
     CSV: a header and one line per person. JSON: a list of objects with the same names, or with
-    `box` (four numbers) or `center` (two) and `scale`. Without a box or centre: the whole picture.
-    margin: applied to boxes, not to centre and scale.
+    `box` (four numbers) or `center` (two) and `scale`; or COCO detections, whose file names are in
+    `coco`. Without a box or centre: the whole picture. margin: applied to boxes, not to centre and
+    scale. in_film: people have a frame instead of an image.
     """
-    people = []
+    people, others = [], 0
     for number, row in enumerate(_read_rows(path)):
         try:
-            people.append(_person(row, margin))
+            if isinstance(row, dict) and "bbox" in row and "image" not in row:
+                if coco and coco.categories and row.get("category_id") not in coco.categories:
+                    others += 1
+                    continue
+                row = _from_detection(row, coco)
+            people.append(_person(row, margin, in_film))
         except ValueError as error:
             where, advice = f"{path}: person {number}", "correct it (people count from 0)"
             raise InputError(where, str(error), _COLUMNS, advice) from error
+    if others:
+        info(f"{path}: {others:,} detections of other categories not used")
+    if not people:
+        raise InputError(path, "no people", "detections of people", "give another file")
     return people
+
+
+def _from_detection(row: dict[str, Any], coco: ImageIndex | None) -> dict[str, Any]:
+    """A detection in COCO's result format with the names of a people file. Raises ValueError."""
+    if coco is None:
+        raise ValueError("a COCO detection, whose picture is named in COCO's --annotations FILE")
+    image_id = row.get("image_id")
+    if not isinstance(image_id, int) or image_id not in coco.names:
+        raise ValueError(f"image_id {image_id!r:.50} is not in the annotation file")
+    kept: dict[str, Any] = {name: row[name] for name in ("image_id", "score") if name in row}
+    return {**kept, "image": coco.names[image_id], "box": row["bbox"]}
 
 
 def _read_rows(path: Path) -> list[Any]:
@@ -105,7 +137,7 @@ def _read_rows(path: Path) -> list[Any]:
     return rows
 
 
-def _person(row: Any, margin: float) -> Person:
+def _person(row: Any, margin: float, in_film: bool) -> Person:
     """Raises ValueError."""
     if not isinstance(row, dict):
         raise ValueError("not an object with names")
@@ -116,29 +148,43 @@ def _person(row: Any, margin: float) -> Person:
             if not isinstance(values, list) or len(values) != len(parts):
                 raise ValueError(f"{name} is not a list of {len(parts)} numbers")
             given |= zip(parts, values, strict=True)
-    image, image_id = given.pop("image", None), given.pop("image_id", None)
+    image = given.pop("image", "" if in_film else None)
     if not isinstance(image, str):
         raise ValueError("no image")
-    square, numbers = None, {name: _number(name, value) for name, value in given.items()}
+    if in_film != ("frame" in given):
+        raise ValueError("a frame, but no video" if "frame" in given else "no frame")
+    numbers = {name: _number(name, value) for name, value in given.items()}
+    image_id, frame = (_whole(name, numbers.pop(name, None)) for name in ("image_id", "frame"))
+    score = numbers.pop("score", None)
+    return Person(image, _square(numbers, margin), image_id, score, frame or 0)
+
+
+def _square(numbers: dict[str, float], margin: float) -> Square | None:
+    """The square of a row's other numbers; None for the whole picture. Raises ValueError."""
+    if not numbers:
+        return None
     if numbers.keys() == {*_BOX}:
         box = [numbers[name] for name in _BOX]
         if not min(box[2:]) > 0:
             raise ValueError(f"a box of {box[2]:g} x {box[3]:g} px")
-        square = square_about(box, margin)
-    elif numbers.keys() == {*_CENTER, "scale"}:
-        square = Square(numbers["center_x"], numbers["center_y"], numbers["scale"])
-    elif numbers:
-        raise ValueError(f"neither a box nor centre and scale: {', '.join(map(str, numbers))}")
-    if image_id is None:
-        return Person(image, square)
-    number = _number("image_id", image_id)
-    if not number.is_integer():
-        raise ValueError(f"image_id {image_id} is not a whole number")
-    return Person(image, square, int(number))
+        return square_about(box, margin)
+    if numbers.keys() == {*_CENTER, "scale"}:
+        return Square(numbers["center_x"], numbers["center_y"], numbers["scale"])
+    raise ValueError(f"neither a box nor centre and scale: {', '.join(map(str, numbers))}")
+
+
+def _whole(name: str, number: float | None) -> int | None:
+    """Raises ValueError for a number below 0 or with a fraction."""
+    if number is not None and not (number >= 0 and number.is_integer()):
+        raise ValueError(f"{name} {number:g} is not a whole number of 0 or more")
+    return None if number is None else int(number)
 
 
 def _number(name: str, value: Any) -> float:
     """The number in a cell of a CSV file or in a JSON value. Raises ValueError."""
-    if type(value) not in (str, int, float) or len(str(value)) > 300:
-        raise ValueError(f"{name} is not a number")
-    return float(value)
+    try:
+        if type(value) in (str, int, float) and len(str(value)) <= 300:
+            return float(value)
+    except ValueError:
+        pass
+    raise ValueError(f"{name} is not a number: {value!r:.50}")

@@ -3,13 +3,13 @@
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 import numpy.typing as npt
 
 from common.errors import InputError
-from common.files import json_numbers
+from common.files import json_numbers, read_json
 from configs.skeleton import Skeleton
 
 Floats = npt.NDArray[np.float64]
@@ -48,6 +48,29 @@ def parse_coco(
     boxes = np.array([row[1] for row in kept]).reshape(-1, 4)
     keypoints = np.array([row[2] for row in kept]).reshape(-1, skeleton.joint_count, 3)
     return tuple(names[image] for image, _ in ids.tolist()), ids, boxes, keypoints
+
+
+class ImageIndex(NamedTuple):
+    """What COCO results leave to their annotation file."""
+
+    names: dict[int, str]
+    """File name of each image id."""
+    categories: list[Any] | None
+    """Ids of the categories with joints; None if the file names no joints."""
+
+
+def read_image_index(path: Path) -> ImageIndex:
+    """The images and categories of COCO's annotation or image_info file. Raises InputError."""
+    expected = "COCO's JSON with images"
+    try:
+        data = read_json(path)
+    except (FileNotFoundError, ValueError) as error:
+        raise InputError(path, f"not readable ({error})", expected, "give another file") from error
+    if not isinstance(data, dict) or "images" not in data:
+        raise InputError(path, f"a {type(data).__name__} without images", expected, _FIX)
+    categories = _dicts(data.get("categories", []), f"{path}: categories")
+    with_joints = [entry.get("id") for entry in categories if entry.get("keypoints")]
+    return ImageIndex(_image_names(data["images"], path), with_joints or None)
 
 
 def _dicts(raw: Any, where: str) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ import pytest
 
 from common.errors import InputError
 from pipelines.boxes import Person, Square, check_square, read_people, square_about, whole_picture
+from pipelines.coco import read_image_index
 from pipelines.geometry import input_from_image, transform
 
 
@@ -47,6 +48,47 @@ def test_csv_and_json_mean_the_same(tmp_path: Path):
     assert read_people(table) == read_people(listed) == PEOPLE
 
 
+def test_coco_detections_take_their_pictures_from_the_annotation_file(tmp_path: Path, capsys):
+    people, annotations = tmp_path / "detections.json", tmp_path / "coco.json"
+    annotations.write_text(
+        json.dumps(
+            {
+                "images": [{"id": 7, "file_name": "a.jpg"}, {"id": 9, "file_name": "sub/b.jpg"}],
+                "categories": [{"id": 1, "keypoints": ["nose"]}, {"id": 18, "name": "dog"}],
+            }
+        )
+    )
+    rows = [
+        {"image_id": 9, "category_id": 1, "bbox": [10, 20, 100, 200], "score": 0.75},
+        {"image_id": 9, "category_id": 18, "bbox": [1, 2, 3, 4], "score": 0.9},
+        {"image_id": 7, "category_id": 1, "bbox": [10, 20, 100, 200]},
+    ]
+    people.write_text(json.dumps(rows))
+    square = Square(59.5, 119.5, 1.25)
+    expected = [Person("sub/b.jpg", square, 9, 0.75), Person("a.jpg", square, 7)]
+    assert read_people(people, coco=read_image_index(annotations)) == expected
+    assert "1 detections of other categories not used" in capsys.readouterr().err
+    with pytest.raises(InputError, match="--annotations FILE"):
+        read_people(people)
+    people.write_text(json.dumps([{**rows[0], "image_id": 8}]))
+    with pytest.raises(InputError, match="image_id 8 is not in"):
+        read_people(people, coco=read_image_index(annotations))
+
+
+def test_people_of_a_film_have_frames_and_people_of_pictures_have_none(tmp_path: Path):
+    table = tmp_path / "people.csv"
+    table.write_text("frame,x,y,width,height,score\n3,10,20,100,200,0.5\n0,,,,,\n")
+    expected = [Person("", Square(59.5, 119.5, 1.25), None, 0.5, 3), Person("", None)]
+    assert read_people(table, in_film=True) == expected
+    for text, found in (("image\na.jpg\n", "no frame"), ("frame\n-1\n", "0 or more")):
+        table.write_text(text)
+        with pytest.raises(InputError, match=found):
+            read_people(table, in_film=True)
+    table.write_text("image,frame\na.jpg,1\n")
+    with pytest.raises(InputError, match="a frame, but no video"):
+        read_people(table)
+
+
 @pytest.mark.parametrize(
     ("text", "found"),
     [
@@ -59,7 +101,7 @@ def test_csv_and_json_mean_the_same(tmp_path: Path):
             "neither a box nor centre",
         ),
         ('[{"image": "a.jpg", "bbox": [1, 2, 3, 4]}]', "bbox is not a number"),
-        ('[{"image": "a.jpg", "box": [1, 2, "x", 4]}]', "person 0"),
+        ('[{"image": "a.jpg", "box": [1, 2, "x", 4]}]', "width is not a number: 'x'"),
         ('[{"image": "a", "image_id": Infinity}]', "not a whole number"),
         ("[3]", "person 0"),
         ("[]", "no people"),

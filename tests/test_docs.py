@@ -286,6 +286,11 @@ def write_photographs(folder: Path, picture: Path) -> None:
     large = cv2.resize(cv2.imread(str(picture)), (640, 640))  # the README's box is inside
     cv2.imwrite(str(folder / "data/synthetic/images/100000076.jpg"), large)
     (folder / "people.csv").write_text("image,x,y,width,height\na.jpg,20,20,60,60\n")
+    (folder / "film.csv").write_text("frame,x,y,width,height\n1,5,5,30,40\n1,20,5,30,40\n")
+    names = {"images": [{"id": 1, "file_name": "a.jpg"}]}
+    (folder / "coco.json").write_text(json.dumps(names))
+    detection = {"image_id": 1, "category_id": 1, "bbox": [20, 20, 60, 60], "score": 0.9}
+    (folder / "detections.json").write_text(json.dumps([detection]))
     film = cv2.VideoWriter(
         str(folder / "film.mp4"), cv2.VideoWriter.fourcc(*"mp4v"), 10.0, (64, 48)
     )

@@ -17,6 +17,7 @@ from common.errors import InputError, run_main
 from evaluation import visualize
 from evaluation.estimator import PoseEstimator, read_picture
 from evaluation.inference import Predictions
+from evaluation.video import read_frames
 from pipelines.annotations import read_annotations
 from tools import predict
 
@@ -235,7 +236,7 @@ def movie(tmp_path_factory) -> Path:
 
 
 def frames_of(path: Path) -> list[np.ndarray]:
-    return list(predict.read_video(cv2.VideoCapture(str(path)), path.name))
+    return list(read_frames(cv2.VideoCapture(str(path)), path.name))
 
 
 def test_every_frame_of_a_video_is_predicted_and_drawn(run, estimator, movie, tmp_path):
@@ -252,6 +253,50 @@ def test_every_frame_of_a_video_is_predicted_and_drawn(run, estimator, movie, tm
     changed = [np.abs(a.astype(int) - b).max() for a, b in zip(frames, drawn, strict=True)]
     assert min(changed) > 60
     assert not list(tmp_path.glob("*.tmp*"))
+
+
+def test_a_film_has_other_people_in_each_frame(run, estimator, movie, tmp_path):
+    """Two in frame 3, one in frame 9; one more after the last frame is an error of its own."""
+    boxes = [[10, 5, 40, 50], [40, 0, 50, 60], [0, 0, 60, 30]]
+    rows = [[3, *boxes[0]], [9, *boxes[1]], [3, *boxes[2]]]
+    people = write_csv(tmp_path / "people.csv", "frame,x,y,width,height", rows)
+    out = ("--batch-size", 4, "--save-predictions", tmp_path / "p.json")
+    run(movie, "--people", people, "--overlay", tmp_path / "o.avi", *out)
+    entries, found = read_json(tmp_path / "p.json")
+    assert [(e["index"], e["frame"]) for e in entries] == [(0, 3), (1, 9), (2, 3)]
+    frames = frames_of(movie)
+    expected = estimator([frames[3], frames[9], frames[3]], boxes)
+    np.testing.assert_allclose(found[..., 2], expected.scores_NJ, atol=1e-5)
+    assert len(frames_of(tmp_path / "o.avi")) == 11
+    write_csv(people, "frame,x,y,width,height", [*rows, [11, *boxes[0]]])
+    with pytest.raises(InputError, match=r"(?s)after the last frame.*frames 0 to 10"):
+        run(movie, "--people", people, *out)
+    assert len(read_json(tmp_path / "p.json")[0]) == 3
+
+
+def test_the_people_of_coco_detections_are_rescored_by_their_boxes(run, tiny_set, tmp_path):
+    """As mmpose does: the box's score times the mean of the joints' scores above 0.2."""
+    name = sorted((tiny_set / "images").glob("*.jpg"))[0].name
+    (tmp_path / "coco.json").write_text(json.dumps({"images": [{"id": 42, "file_name": name}]}))
+    detection = {"image_id": 42, "category_id": 1, "bbox": [20, 10, 50, 60], "score": 0.5}
+    (tmp_path / "det.json").write_text(json.dumps([detection]))
+    run(tiny_set / "images", "--people", tmp_path / "det.json", "--annotations",
+        tmp_path / "coco.json", "--save-coco", tmp_path / "c.json")  # fmt: skip
+    (result,) = json.loads((tmp_path / "c.json").read_text())
+    assert result["image_id"] == 42
+    keypoints = [[1.0, 2.0, score] for score in (0.9, 0.1, 0.3)]
+    person = {"index": 0, "keypoints": keypoints, "box_score": 0.5}
+    assert predict.as_coco(person)["score"] == pytest.approx(0.5 * 0.6)
+
+
+def test_mmposes_own_sample_of_detections_is_predicted(run, shared, tmp_path):
+    folder = shared / "data" / "coco_format" / "coco"
+    run(folder, "--people", folder / "test_coco_det_AP_H_56.json", "--annotations",
+        folder / "test_coco.json", "--save-coco", tmp_path / "c.json")  # fmt: skip
+    results = json.loads((tmp_path / "c.json").read_text())
+    detections = json.loads((folder / "test_coco_det_AP_H_56.json").read_text())
+    assert len(results) == 118
+    assert [r["image_id"] for r in results] == [d["image_id"] for d in detections]
 
 
 def interrupt_after(monkeypatch, batches: int) -> None:

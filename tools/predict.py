@@ -9,7 +9,7 @@ import argparse
 import itertools
 import json
 import os
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -24,19 +24,20 @@ from common.files import write_atomic
 from common.system import usable_cores
 from configs.skeleton import PIXELS_PER_SCALE, Skeleton
 from evaluation.estimator import PoseEstimator, read_picture
+from evaluation.video import CODECS, VideoFile, open_video, read_frames
 from evaluation.visualize import draw_skeleton
 from pipelines.annotations import stays_inside
 from pipelines.boxes import MARGIN, Person, Square, read_people, square_about, whole_picture
+from pipelines.coco import read_image_index
 from pipelines.opencv_loader import Item
 
 PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 """Extensions of the pictures in a folder; a file given by its name may have another."""
 VIDEOS = {".avi", ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv"}
-CODECS = {".avi": "MJPG", ".mp4": "mp4v"}
-"""Codec of a written video, by its extension."""
 MAX_FRAMES = 8
 """Frames of a video in memory at a time; one in 4K takes 25 MB."""
-DEFAULT_FRAMES_PER_SECOND = 25.0
+SURE = 0.2
+"""Joints with a lower score do not count in the score of a person with a box's score."""
 LINE_SHARE = 1 / 128
 """Width of a drawn limb / side of the person's square."""
 
@@ -69,7 +70,8 @@ def main(argv: list[str] | None = None) -> None:
     """Predict, draw, and write the results, also those of an interrupted run."""
     options = make_parser().parse_args(argv)
     video = video_source(options)
-    pictures = [] if video is not None else add_overlays(options, list_pictures(options))
+    people = list_people(options, in_film=video is not None) if options.people else []
+    pictures = add_overlays(options, list_pictures(options, people)) if video is None else []
     check_outputs(options)
     estimator = PoseEstimator.from_checkpoint(
         options.checkpoint,
@@ -83,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
         if video is None:
             predict_pictures(options, estimator, pictures, results)
         else:
-            predict_video(options, estimator, video, results)
+            predict_video(options, estimator, video, people, results)
     finally:
         write_results(options, estimator.skeleton, results)
 
@@ -133,9 +135,11 @@ def _add_position_options(parser: Parser) -> None:
     add("--center", type=float, nargs=2, action="append", default=[], metavar=("X", "Y"),
         help="as in MPII's h5 files, with --scale; once for each person")
     # fmt: on
-    people_help = ".csv or .json of people in the pictures of one folder (docs/predict.md)"
+    people_help = ".csv or .json of people in the pictures of one folder, or in a video's frames"
     add("--people", type=Path, metavar="FILE", help=people_help)
     add = group.add_argument
+    names_help = "COCO's annotation file with the pictures' names, if --people are COCO results"
+    add("--annotations", type=Path, metavar="FILE", help=names_help)
     scale_help = "side of the square / 200 px, one for each --center"
     add("--scale", type=float, action="append", default=[], help=scale_help)
     margin_help = "side of the network's square / longer side of the box (default: %(default)s)"
@@ -156,9 +160,11 @@ def video_source(options: Options) -> Path | int | None:
         or (sources and len(options.input) > len(videos)),
         "--center and --scale not together": len(options.center) != len(options.scale),
         "a --box or --margin without a size": is_flat,
-        "--people with a video or webcam": options.people and sources,
+        "--people with a webcam": options.people and options.webcam is not None,
         "--people without the one folder of its pictures": options.people
+        and not sources
         and not (len(options.input) == 1 and options.input[0].is_dir()),
+        "--annotations without --people": options.annotations and not options.people,
     }
     for found, is_made in mistakes.items():
         if is_made:
@@ -173,14 +179,20 @@ def video_source(options: Options) -> Path | int | None:
     return sources[0] if sources else None
 
 
-def list_pictures(options: Options) -> list[Picture]:
+def list_people(options: Options, in_film: bool) -> list[Person]:
+    """The people of --people. Raises InputError."""
+    coco = read_image_index(options.annotations) if options.annotations else None
+    return read_people(options.people, options.margin, coco=coco, in_film=in_film)
+
+
+def list_pictures(options: Options, people: list[Person]) -> list[Picture]:
     """The pictures with their people, in the order given. Raises InputError.
 
     People of the same picture are grouped, so that it is read once.
     """
     if options.people:
         folder, pictures = options.input[0], dict[Path, Picture]()
-        for index, person in enumerate(read_people(options.people, options.margin)):
+        for index, person in enumerate(people):
             path = folder / person.image
             if not stays_inside(folder, person.image) or not path.is_file():
                 problem = f"no such picture (person {index})"
@@ -307,6 +319,8 @@ def crop_person(
     facts = {"image": person.image, **facts, "width": width, "height": height}
     if person.image_id is not None:
         facts["image_id"] = person.image_id
+    if person.score is not None:
+        facts["box_score"] = person.score
     facts |= {"center": [square.x, square.y], "scale": square.scale}
     where = f"{person.image}: person {facts['index']}"
     return facts, estimator.crop(image_HW3, square, where)
@@ -340,28 +354,21 @@ def predict_group(
 
 
 def predict_video(
-    options: Options, estimator: PoseEstimator, source: Path | int, results: list[Result]
+    options: Options,
+    estimator: PoseEstimator,
+    source: Path | int,
+    people: list[Person],
+    results: list[Result],
 ) -> None:
-    """Predict every frame of a video or webcam, without tracking."""
+    """Predict every frame of a video or webcam, without tracking. people: of --people."""
     is_live = isinstance(source, int)
     name = f"webcam {source}" if is_live else str(source)
-    capture = cv2.VideoCapture(source if is_live else name)
-    if not capture.isOpened():
-        raise InputError(name, "cannot be opened", "a video or camera for OpenCV", "check it")
-    people, numbers = [Person(name, square) for square in given_squares(options)], itertools.count()
-    frames = (
-        Frame(
-            image,
-            [
-                crop_person(estimator, image, person, {"index": next(numbers), "frame": n})
-                for person in people
-            ],
-        )
-        for n, image in enumerate(read_video(capture, name))
-    )
+    capture = open_video(source)
+    frames = film_frames(options, estimator, read_frames(capture, name), name, people)
     batch_size = 1 if is_live else min(estimator.batch_size, MAX_FRAMES)
     count = max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))
     video = VideoFile(options.overlay, capture) if options.overlay else None
+    read = 0
     try:
         with progress_bar("predict", count or None, "frames") as advance:
             for (image, _), found in find_people(estimator, frames, batch_size):
@@ -375,40 +382,34 @@ def predict_video(
                 if not is_live or options.save_predictions or options.save_coco:
                     results += found
                 advance(1)
+                read += 1
     finally:
         if video:
             video.close()
+    late = [person.frame for person in people if person.frame >= read]
+    if late:
+        found_late = f"{len(late)} people after the last frame, such as frame {max(late)}"
+        advice = "correct the file; the other people are written"
+        raise InputError(options.people, found_late, f"frames 0 to {read - 1}", advice)
 
 
-def read_video(capture: cv2.VideoCapture, name: str) -> Iterator[Image]:
-    """The frames (H, W, 3) BGR, turned upright. Raises InputError if there is none."""
-    has_frame, image = capture.read()
-    if not has_frame:
-        raise InputError(name, "no frame can be read", "a video", "try another")
-    while has_frame:
-        yield np.asarray(image, dtype=np.uint8)
-        has_frame, image = capture.read()
-
-
-class VideoFile:
-    """A video file with a temporary name until it is closed."""
-
-    def __init__(self, path: Path, capture: cv2.VideoCapture):
-        """capture: gives size and frame rate. Raises InputError if nothing can be written."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.path, self.temporary = path, path.with_name(f"{path.stem}.tmp{path.suffix}")
-        codec = cv2.VideoWriter.fourcc(*CODECS[path.suffix.lower()])
-        rate = capture.get(cv2.CAP_PROP_FPS) or DEFAULT_FRAMES_PER_SECOND
-        width = int(capture.get(cv2.CAP_PROP_FRAME_WIDTH))
-        height = int(capture.get(cv2.CAP_PROP_FRAME_HEIGHT))
-        self.writer = cv2.VideoWriter(str(self.temporary), codec, rate, (width, height))
-        if not self.writer.isOpened():
-            raise InputError(path, "OpenCV cannot write it", "a path for a video", "try an .avi")
-
-    def close(self) -> None:
-        """Finish the file."""
-        self.writer.release()
-        self.temporary.rename(self.path)
+def film_frames(
+    options: Options,
+    estimator: PoseEstimator,
+    images: Iterable[Image],
+    name: str,
+    people: list[Person],
+) -> Iterator[Frame]:
+    """The frames with their people: those of --people, or else the same squares in each frame."""
+    listed = defaultdict[int, list[tuple[int, Person]]](list)
+    for index, person in enumerate(people):
+        listed[person.frame].append((index, person._replace(image=name)))
+    always = [Person(name, square) for square in given_squares(options)]
+    for n, image in enumerate(images):
+        everywhere = [(n * len(always) + i, person) for i, person in enumerate(always)]
+        present = listed[n] if people else everywhere
+        subjects = [crop_person(estimator, image, p, {"index": i, "frame": n}) for i, p in present]
+        yield Frame(image, subjects)
 
 
 def show(image_HW3: Image) -> bool:
@@ -448,13 +449,22 @@ def write_results(options: Options, skeleton: Skeleton, results: list[Result]) -
 
 
 def as_coco(person: Result) -> Result:
-    """A COCO keypoint result; score is the mean over joints."""
+    """A COCO keypoint result; score is the mean over joints.
+
+    With the box's score, it is that times the mean over joints above 0.2, as in HRNet's
+    lib/dataset/coco.py and mmpose's CocoMetric.
+    """
     keypoints = person["keypoints"]
+    scores = [score for _, _, score in keypoints]
+    total = sum(scores) / len(scores)
+    if "box_score" in person:
+        sure = [score for score in scores if score > SURE]
+        total = person["box_score"] * sum(sure) / max(1, len(sure))
     return {
         "image_id": person.get("image_id", person["index"]),
         "category_id": 1,
         "keypoints": [value for joint in keypoints for value in joint],
-        "score": sum(score for _, _, score in keypoints) / len(keypoints),
+        "score": total,
     }
 
 

@@ -1,0 +1,54 @@
+"""Reads and writes videos, frame by frame."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from common.errors import InputError
+
+CODECS = {".avi": "MJPG", ".mp4": "mp4v"}
+"""Codec of a written video, by its extension."""
+DEFAULT_FRAMES_PER_SECOND = 25.0
+
+
+def open_video(source: Path | int) -> cv2.VideoCapture:
+    """A video file or the camera of that number. Raises InputError."""
+    capture = cv2.VideoCapture(source if isinstance(source, int) else str(source))
+    if not capture.isOpened():
+        name = source if isinstance(source, Path) else f"webcam {source}"
+        raise InputError(name, "cannot be opened", "a video or camera for OpenCV", "check it")
+    return capture
+
+
+def read_frames(capture: cv2.VideoCapture, name: str) -> Iterator[npt.NDArray[np.uint8]]:
+    """The frames (H, W, 3) BGR, turned upright. Raises InputError if there is none."""
+    has_frame, image = capture.read()
+    if not has_frame:
+        raise InputError(name, "no frame can be read", "a video", "try another")
+    while has_frame:
+        yield np.asarray(image, dtype=np.uint8)
+        has_frame, image = capture.read()
+
+
+class VideoFile:
+    """A video file with a temporary name until it is closed."""
+
+    def __init__(self, path: Path, capture: cv2.VideoCapture):
+        """capture: gives size and frame rate. Raises InputError if nothing can be written."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path, self.temporary = path, path.with_name(f"{path.stem}.tmp{path.suffix}")
+        codec = cv2.VideoWriter.fourcc(*CODECS[path.suffix.lower()])
+        rate = capture.get(cv2.CAP_PROP_FPS) or DEFAULT_FRAMES_PER_SECOND
+        width = int(capture.get(cv2.CAP_PROP_FRAME_WIDTH))
+        height = int(capture.get(cv2.CAP_PROP_FRAME_HEIGHT))
+        self.writer = cv2.VideoWriter(str(self.temporary), codec, rate, (width, height))
+        if not self.writer.isOpened():
+            raise InputError(path, "OpenCV cannot write it", "a path for a video", "try an .avi")
+
+    def close(self) -> None:
+        """Finish the file."""
+        self.writer.release()
+        self.temporary.rename(self.path)
