@@ -110,8 +110,12 @@ def set_cpu_threads(device: torch.device, workers: int) -> None:
     speed of all: 38 people/s with two threads beside a busy process on two cores, 96 with one.
     """
     if device.type == "cpu":
-        free = cores_per_rank() - workers
-        torch.set_num_threads(max(1, min(torch.get_num_threads(), free)))
+        torch.set_num_threads(free_threads(workers))
+
+
+def free_threads(workers: int) -> int:
+    """One for each core that no worker process needs; at most torch's present count, at least 1."""
+    return max(1, min(torch.get_num_threads(), cores_per_rank() - workers))
 
 
 def cores_per_rank() -> int:

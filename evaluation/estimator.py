@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from common.distributed import choose_device, choose_dtype
+from common.distributed import choose_device, choose_dtype, free_threads
 from common.errors import InputError
 from configs.skeleton import Skeleton
 from evaluation.inference import Predictions, predict
@@ -45,6 +45,8 @@ class PoseEstimator:
     """Autocast type; float32: no autocast."""
     batch_size: int
     """People per batch."""
+    threads: int
+    """Of torch during a prediction on a CPU; the caller's count is restored."""
 
     @property
     def skeleton(self) -> Skeleton:
@@ -60,11 +62,14 @@ class PoseEstimator:
         batch_size: int | None = None,
         device: Literal["auto", "cuda", "cpu"] = "auto",
         precision: Literal["auto", "bf16", "fp16", "fp32"] = "fp32",
+        threads: int | None = None,
     ) -> "PoseEstimator":
         """From a checkpoint of this project or of other code, a .safetensors or an .onnx.
 
         flip, batch_size: None uses the checkpoint's settings of `eval`, without the flip test if it
-        does not say which joints are left and right. Raises InputError.
+        does not say which joints are left and right. threads: None leaves as many cores free as
+        training had workers, as evaluate.py does: a core shared with a busy process slows all of
+        them (`set_cpu_threads`). Raises InputError.
         """
         loaded = source
         if not isinstance(loaded, Checkpoint):
@@ -81,6 +86,7 @@ class PoseEstimator:
             device=chosen,
             dtype=choose_dtype(precision, chosen),
             batch_size=batch_size or config.eval.batch_size,
+            threads=threads or free_threads(config.data.workers),
         )
 
     def __call__(
@@ -141,9 +147,15 @@ class PoseEstimator:
             return Predictions(np.empty((0, joints, 2)), np.empty((0, joints)))
         size = self.batch_size
         batches = [collate(crops[i : i + size]) for i in range(0, len(crops), size)]
-        return predict(
-            self.network, batches, self.codec, flip=self.flip, device=self.device, dtype=self.dtype
-        )
+        how: Any = {"flip": self.flip, "device": self.device, "dtype": self.dtype}
+        if self.device.type != "cpu":
+            return predict(self.network, batches, self.codec, **how)
+        callers = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+        try:
+            return predict(self.network, batches, self.codec, **how)
+        finally:
+            torch.set_num_threads(callers)
 
 
 def read_picture(picture: Picture, upright: bool = True) -> npt.NDArray[np.uint8]:

@@ -9,10 +9,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 from conftest import noise_picture, write_jpeg
 from helpers import exif, make_trainer, steps, tiny_config, with_segment
 
 import evaluate
+from common import distributed
 from common.errors import InputError, run_main
 from evaluation import visualize
 from evaluation.estimator import PoseEstimator, read_picture
@@ -99,6 +101,24 @@ def test_the_python_call_the_json_and_the_coco_results_agree(run, estimator, tin
     assert [one["image_id"] for one in coco] == list(range(5))
     np.testing.assert_array_equal([one["keypoints"] for one in coco], mine.reshape(5, 48))
     np.testing.assert_allclose([one["score"] for one in coco], scores.mean(axis=1))
+
+
+def test_a_call_leaves_the_cores_of_the_trainings_workers_to_other_processes(
+    tiny_shards, tmp_path, monkeypatch
+):
+    """Of four cores, with three workers in training, one; the caller's own count comes back."""
+    monkeypatch.setattr(distributed, "usable_cores", lambda: 4)
+    trainer = make_trainer(tiny_config(tiny_shards, data={"workers": 3}), tmp_path)
+    trainer.save(["best.pt"])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    used = []
+    monkeypatch.setattr(torch, "set_num_threads", used.append)
+    image = noise_picture(np.random.default_rng(3), 40, 40)
+    PoseEstimator.from_checkpoint(tmp_path / "best.pt", device="cpu")(image)
+    assert used == [1, 4]
+    used.clear()
+    PoseEstimator.from_checkpoint(tmp_path / "best.pt", device="cpu", threads=3)(image)
+    assert used == [3, 4]
 
 
 def test_one_picture_may_hold_any_number_of_people(estimator):
