@@ -7,7 +7,8 @@ import numpy.typing as npt
 from configs.skeleton import Side, Skeleton
 from pipelines.annotations import People
 from pipelines.geometry import input_from_image, transform
-from pipelines.opencv_loader import Source, decode, image_from_stored
+from pipelines.i420 import Planes, to_bgr
+from pipelines.opencv_loader import Source, image_from_stored, stored_picture
 from pipelines.shard_format import unpack_records
 
 RIGHT_BGR, LEFT_BGR, MIDDLE_BGR = (70, 70, 255), (255, 160, 40), (80, 220, 80)
@@ -43,7 +44,8 @@ def draw_people(
 
 def person_tile(source: Source, sample: int, people: People, row: int) -> npt.NDArray[np.uint8]:
     """A person's box as a picture, (TILE_PX, TILE_PX, 3) BGR."""
-    image: npt.NDArray = decode(source.jpeg(sample), source.where(sample))
+    stored = stored_picture(source, sample)
+    image: npt.NDArray = to_bgr(stored) if isinstance(stored, Planes) else stored
     tile_from_image = input_from_image(people.center[row], people.scale[row], TILE_PX)
     record = unpack_records(source.record(sample)[None])
     tile_from_stored = tile_from_image @ image_from_stored(record)

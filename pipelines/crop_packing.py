@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from common.errors import InputError
 from configs.skeleton import PIXELS_PER_SCALE
+from pipelines import i420
 from pipelines.augment import PRESETS, Preset
 from pipelines.shard_format import CropRule, Manifest
 
@@ -91,14 +92,16 @@ def resize_region(image_HW3: npt.NDArray, region: Region) -> npt.NDArray:
     return cv2.resize(cut, (region.width, region.height), interpolation=cv2.INTER_AREA)
 
 
-def crop_jpeg(jpeg: bytes, region: Region, quality: int) -> bytes:
-    """The region of a picture as a JPEG; the same bytes if it is the whole picture.
+def stored_crop(jpeg: bytes, region: Region, packing: str, quality: int) -> bytes:
+    """The region of a picture as a JPEG (the same bytes if it is the whole picture), or raw.
 
     jpeg: must have passed check_jpeg. Chroma is subsampled, as in photographs.
     """
     flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
     image = cv2.imdecode(np.frombuffer(jpeg, np.uint8), flags)
     assert image is not None, "check_jpeg has decoded it"
+    if packing == "raw":
+        return i420.from_bgr(resize_region(image, region))
     if image.shape[:2] == (region.height, region.width):
         return jpeg
     options = [cv2.IMWRITE_JPEG_QUALITY, quality]
@@ -116,5 +119,5 @@ def require_preset_fits(manifest: Manifest, preset: Preset, where: object) -> No
             f"crops of {rule.reach:.3f} x the person's box, for the preset {rule.preset}",
             "original pictures, for princeton's crop" if preset.princeton_crop else needed,
             "choose another data.preset, or pack with tools/make_shards.py into another folder: "
-            "--packing original, or --packing crop --reach PRESET",
+            "--packing original, or --packing crop or raw with --reach PRESET",
         )

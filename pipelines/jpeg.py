@@ -74,7 +74,7 @@ class BadSamplesError(InputError):
             "restore the picture or its tar, or pack the split again with --skip-bad; training "
         )
         advice += "can leave the person out: --data.on_bad_sample skip"
-        error = cls(where, found, "a complete JPEG", advice)
+        error = cls(where, found, "a complete picture", advice)
         error.faults = faults
         return error
 

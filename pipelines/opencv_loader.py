@@ -27,6 +27,7 @@ from configs.schema import LoaderName
 from pipelines import geometry, princeton
 from pipelines.annotations import People, stays_inside
 from pipelines.augment import Draw, Preset, draw, draw_rng, draws_array
+from pipelines.i420 import Planes, warp_to_rgb
 from pipelines.jpeg import BadSamplesError, require_sane_size
 from pipelines.shard_format import Records, record_of, unpack_records
 from pipelines.shards import ShardSet
@@ -144,17 +145,22 @@ def decode(jpeg: bytes, where: str) -> npt.NDArray[np.uint8]:
 
 
 def crop_person(
-    image_HW3: npt.NDArray[np.uint8], record: Records, drawn: Draw, preset: Preset, input_px: int
+    image: npt.NDArray[np.uint8] | Planes,
+    record: Records,
+    drawn: Draw,
+    preset: Preset,
+    input_px: int,
 ) -> tuple[npt.NDArray, npt.NDArray[np.float32]]:
     """Crop one person: (input_px, input_px, 3) RGB in 0..255 and the (2, 3) affine applied.
 
-    image_HW3: BGR. record: fields of one person, with a leading axis of 1. The crop is uint8 after
-    one warp, or float32 after the two of princeton's rules.
+    image: (H, W, 3) BGR, or a raw picture. record: fields of one person, with a leading axis of 1.
+    The crop is uint8 after one warp, or float32 after the two of princeton's rules.
     """
     center = record.center_N2[0].astype(np.float64)
     scale = float(record.scale_N[0])
     if preset.princeton_crop:
-        crop = princeton.crop(image_HW3, center, scale, input_px)
+        assert not isinstance(image, Planes), "require_preset_fits refuses it"
+        crop = princeton.crop(image, center, scale, input_px)
         # As in its test code, there is no second resampling without augmentation.
         if drawn != Draw():
             crop = princeton.augment(crop, drawn)
@@ -163,8 +169,10 @@ def crop_person(
     matrix = geometry.input_from_image(
         center, scale, input_px, drawn.scale, drawn.rotation_deg, bool(drawn.flip)
     )
-    warp = (matrix @ image_from_stored(record))[:2]
-    crop = cv2.warpAffine(image_HW3, warp, (input_px, input_px), flags=cv2.INTER_LINEAR)
+    warp = matrix @ image_from_stored(record)
+    if isinstance(image, Planes):
+        return warp_to_rgb(image, warp, input_px), matrix[:2].astype(np.float32)
+    crop = cv2.warpAffine(image, warp[:2], (input_px, input_px), flags=cv2.INTER_LINEAR)
     return cv2.cvtColor(crop, cv2.COLOR_BGR2RGB), matrix[:2].astype(np.float32)
 
 
@@ -173,6 +181,15 @@ def image_from_stored(record: Records) -> geometry.Matrix:
     matrix = np.eye(3)
     matrix[:2] = record.image_from_stored_N23[0]
     return matrix
+
+
+def stored_picture(
+    source: Source, sample: int, decoder: Decoder = decode
+) -> npt.NDArray[np.uint8] | Planes:
+    """(H, W, 3) BGR picture of one person, or its planes in raw shards. Raises InputError."""
+    if isinstance(source, ShardSet) and source.is_raw:
+        return source.planes(sample)
+    return decoder(source.jpeg(sample), source.where(sample))
 
 
 def crop_sample(
@@ -185,7 +202,7 @@ def crop_sample(
 ) -> Item:
     """Read, decode and crop one person. Raises InputError."""
     record = source.record(sample)
-    image = decoder(source.jpeg(sample), source.where(sample))
+    image = stored_picture(source, sample, decoder)
     crop, matrix = crop_person(image, unpack_records(record[None]), drawn, preset, input_px)
     return crop, matrix, drawn, record
 

@@ -35,10 +35,10 @@ from common.files import write_atomic
 from common.system import keep_freed_memory
 from configs.skeleton import MPII, Skeleton, load_skeleton
 from pipelines.annotations import People, read_annotations, split_file
-from pipelines.crop_packing import Region, crop_jpeg, crop_region
+from pipelines.crop_packing import Region, crop_region, stored_crop
+from pipelines.i420 import byte_count
 from pipelines.jpeg import Picture, check_picture
 from pipelines.shard_format import (
-    COMPONENTS,
     FORMAT_VERSION,
     IDENTITY_AFFINE,
     INDEX_VERSION,
@@ -46,6 +46,7 @@ from pipelines.shard_format import (
     CropRule,
     Manifest,
     Shard,
+    components,
     file_sha256,
     person_json,
     read_manifest,
@@ -59,7 +60,7 @@ _RUN_AGAIN = "run the same command again; it continues where it stopped"
 _TAR_BYTES, _FILE_BYTES = 10_240, 1024
 """Size of an empty tar, and the most that tar adds to the content of each file."""
 _BYTES_PER_PIXEL = 0.6
-"""Upper estimate for a stored crop; photographs have about 0.3."""
+"""Upper estimate for a crop's JPEG; photographs have about 0.3."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +122,7 @@ class ShardTask(NamedTuple):
 
     folder: Path
     number: int
+    packing: str
     crop: CropRule | None
     samples: tuple[Sample, ...]
 
@@ -331,7 +333,9 @@ def pack_split(
     check_space(options, folder, samples)
     size = options.people_per_shard
     tasks = [
-        ShardTask(folder, number, options.crop, tuple(samples[start : start + size]))
+        ShardTask(
+            folder, number, options.packing, options.crop, tuple(samples[start : start + size])
+        )
         for number, start in enumerate(range(0, len(samples), size))
     ]
     shards = []
@@ -387,7 +391,9 @@ def check_space(options: PackingOptions, folder: Path, samples: list[Sample]) ->
     need += (len(samples) // options.people_per_shard + 1) * _TAR_BYTES
     for sample in samples:
         picture = sample.picture.bytes
-        if sample.region:
+        if options.packing == "raw":
+            picture = byte_count(sample.width, sample.height)
+        elif sample.region:
             picture = int(_BYTES_PER_PIXEL * sample.width * sample.height) + _FILE_BYTES
         need += len(sample.record) + len(sample.text) + picture + 3 * _FILE_BYTES
     free = shutil.disk_usage(folder).free
@@ -405,8 +411,8 @@ def pack_shard(task: ShardTask) -> Shard:
         with temporary.open("wb") as stream:
             with webdataset.TarWriter(stream, encoder=False, mtime=0) as writer:
                 for sample in task.samples:
-                    parts = (sample.record, load_jpeg(sample, task.crop), sample.text)
-                    files = dict(zip(COMPONENTS, parts, strict=True))
+                    parts = (sample.record, load_picture(sample, task), sample.text)
+                    files = dict(zip(components(task.packing), parts, strict=True))
                     writer.write({"__key__": sample.key, **files})
             stream.flush()
             os.fsync(stream.fileno())
@@ -423,14 +429,16 @@ def pack_shard(task: ShardTask) -> Shard:
     )
 
 
-def load_jpeg(sample: Sample, crop: CropRule | None) -> bytes:
-    """The JPEG to store. Raises InputError if the file has changed since it was checked."""
+def load_picture(sample: Sample, task: ShardTask) -> bytes:
+    """The picture to store. Raises InputError if the file has changed since it was checked."""
     path = Path(sample.picture.path)
     jpeg, stat = path.read_bytes(), path.stat()
     if (len(jpeg), stat.st_mtime_ns) != (sample.picture.bytes, sample.picture.mtime_ns):
         found, expected = "changed since it was checked", "pictures that stay unchanged"
         raise InputError(path, found, expected, _RUN_AGAIN)
-    return crop_jpeg(jpeg, sample.region, crop.quality) if crop and sample.region else jpeg
+    if task.crop and sample.region:
+        return stored_crop(jpeg, sample.region, task.packing, task.crop.quality)
+    return jpeg
 
 
 def index_text(members: list[tarfile.TarInfo]) -> str:

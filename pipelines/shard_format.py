@@ -18,6 +18,7 @@ from common.errors import InputError
 from common.files import read_json, write_atomic
 from configs.skeleton import PIXELS_PER_SCALE, Skeleton, skeleton_from_dict
 from pipelines.annotations import People, safe_name
+from pipelines.i420 import byte_count
 
 COLUMNS: dict[str, Any] = {
     "row": 0,  # in the annotation file's split, from 0
@@ -33,9 +34,9 @@ IDENTITY_AFFINE: tuple[float, ...] = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 _MAX_COORDINATE = 131_072.0
 """px; larger than any picture."""
 
-COMPONENTS = ("f32", "jpg", "json")
-"""Files of a sample in a tar, in this order."""
-LARGEST = {"f32": 1 << 20, "jpg": 256 << 20, "json": 4 << 20}
+PICTURE_EXTENSIONS = {"original": "jpg", "crop": "jpg", "raw": "i420"}
+"""`packing` of the manifest -> extension of the stored picture (raw: pipelines/i420.py)."""
+LARGEST = {"f32": 1 << 20, "jpg": 256 << 20, "i420": 256 << 20, "json": 4 << 20}
 """Maximum bytes of each."""
 INDEX_VERSION = "v1.2"
 FORMAT = "stacked-hourglass-shards"
@@ -45,6 +46,11 @@ PACK_AGAIN = "pack the data again with tools/make_shards.py into a new folder"
 _MAX_MANIFEST = 64 << 20
 _MIN_PERSON = 6 * 512
 """Minimum bytes in a tar: three files, each of a header and one block."""
+
+
+def components(packing: str) -> tuple[str, str, str]:
+    """Extensions of the files of a sample in a tar, in their order."""
+    return ("f32", PICTURE_EXTENSIONS[packing], "json")
 
 
 class Records(NamedTuple):
@@ -102,7 +108,7 @@ def unpack_records(records_NR: Any) -> Records:
 
 
 def people_sha256(records_NR: npt.NDArray[np.float32]) -> str:
-    """Hexadecimal SHA-256 of the people and their order; equal for both packings of one split."""
+    """Hexadecimal SHA-256 of the people and their order; equal for all packings of one split."""
     picture_fields = np.r_[COLUMNS["size"], COLUMNS["image_from_stored"]]
     people = np.delete(records_NR, picture_fields, axis=1)
     return hashlib.sha256(np.ascontiguousarray(people, dtype="<f4").tobytes()).hexdigest()
@@ -144,9 +150,12 @@ def person_json(
 
 
 def record_faults(
-    records_NR: npt.NDArray[np.float32], manifest: "Manifest"
+    records_NR: npt.NDArray[np.float32], manifest: "Manifest", picture_bytes_N: npt.ArrayLike
 ) -> dict[str, npt.NDArray[np.bool_]]:
-    """Description of a fault -> (N,) mask of the records that have it."""
+    """Description of a fault -> (N,) mask of the records that have it.
+
+    picture_bytes_N: sizes of the stored pictures.
+    """
     largest = (manifest.max_width, manifest.max_height)
     with np.errstate(invalid="ignore", over="ignore"):
         values = unpack_records(records_NR.astype(np.float64))
@@ -169,6 +178,9 @@ def record_faults(
             "marks other than 0 and 1": np.isin(marks, (0, 1)).all(axis=(1, 2)),
             "a repeated or impossible row": is_new_row,
         }
+        if manifest.packing == "raw":
+            is_picture_size = byte_count(*values.size_N2.T) == picture_bytes_N
+            valid["a size that is not the raw picture's"] = is_picture_size
     return {fault: ~is_valid for fault, is_valid in valid.items()}
 
 
@@ -196,7 +208,7 @@ class CropRule:
     person_px: int
     """Maximum side of a person's box, stored px."""
     quality: int
-    """JPEG quality."""
+    """JPEG quality; 0 for raw pictures."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,6 +217,7 @@ class Manifest:
 
     split: str
     packing: str
+    """A key of PICTURE_EXTENSIONS."""
     people: int
     joints: int
     skeleton: Skeleton
@@ -260,6 +273,8 @@ def _manifest(raw: Any) -> Manifest:
     if not raw["shards"] or type(raw["shards"]) is not list or type(raw["skeleton"]) is not dict:
         raise ValueError("no list of shards, or no skeleton")
     shards = tuple(_parse(Shard, shard) for shard in raw["shards"])
+    if raw["packing"] not in tuple(PICTURE_EXTENSIONS):
+        raise ValueError(f"packing {raw['packing']!r:.50}")
     skeleton = skeleton_from_dict(raw["skeleton"])
     crop = _parse(CropRule, raw["crop"]) if raw.get("crop") else None
     # The first versions had no crop.

@@ -4,7 +4,7 @@ A split is a folder of NNNNN.tar, each with its wds2idx index NNNNN.idx, and one
 sample is one person with three components, in this order:
 
     <key>.f32   little-endian float32 record (pipelines/shard_format.py), which DALI reads directly
-    <key>.jpg   the picture
+    <key>.jpg   the picture; <key>.i420 in raw shards (pipelines/i420.py)
     <key>.json  the same values in readable form, and the name of the picture
 """
 
@@ -23,13 +23,15 @@ import numpy.typing as npt
 from common.errors import InputError
 from common.files import parse_json, read_bytes, write_atomic
 from pipelines.annotations import People, safe_name
+from pipelines.i420 import Planes, planes_of
 from pipelines.jpeg import require_sane_size
 from pipelines.shard_format import (
-    COMPONENTS,
+    COLUMNS,
     INDEX_VERSION,
     LARGEST,
     PACK_AGAIN,
     Shard,
+    components,
     read_manifest,
     record_faults,
     record_length,
@@ -39,10 +41,7 @@ from pipelines.shard_format import (
 _MAX_INDEX = 256 << 20  # bytes
 _JPEG_HEADER_BYTES = 4096
 """Enough to find the size, except in pictures with a thumbnail or a colour profile."""
-_INDEX_LINE = re.compile(
-    r"f32 (\d{1,15}) (\d{1,15}) ([^ .]+)\.f32 jpg (\d{1,15}) (\d{1,15}) \3\.jpg "
-    r"json (\d{1,15}) (\d{1,15}) \3\.json"
-)
+_RANGE = r"(\d{1,15}) (\d{1,15})"
 
 
 class ByteRange(NamedTuple):
@@ -65,8 +64,13 @@ class ShardSet:
         self.manifest = read_manifest(self.folder)
         self.tars = [self.folder / shard.tar for shard in self.manifest.shards]
         self.indices = [self.folder / shard.index for shard in self.manifest.shards]
+        self.components = components(self.manifest.packing)
+        self.is_raw = self.manifest.packing == "raw"
         record_bytes = 4 * record_length(self.manifest.joints)
-        indices = [_read_index(self.folder, x, record_bytes) for x in self.manifest.shards]
+        indices = [
+            _read_index(self.folder, shard, record_bytes, self.components)
+            for shard in self.manifest.shards
+        ]
         self._shard_N = np.repeat(np.arange(len(indices)), [len(keys) for keys, _ in indices])
         self._keys = [key for keys, _ in indices for key in keys]
         self._ranges_NC2 = np.concatenate([ranges for _, ranges in indices])
@@ -87,6 +91,11 @@ class ShardSet:
         """The picture of one person, as stored."""
         return self.component(sample, "jpg")
 
+    def planes(self, sample: int) -> Planes:
+        """The picture of one person in raw shards. Raises InputError."""
+        width, height = self.record(sample)[COLUMNS["size"]].astype(int).tolist()
+        return planes_of(self.component(sample, "i420"), width, height)
+
     def record(self, sample: int) -> npt.NDArray[np.float32]:
         """(record_length,) the record of one person; from memory once `records` has read it."""
         if self._records is not None:
@@ -96,10 +105,12 @@ class ShardSet:
     def records(self) -> npt.NDArray[np.float32]:
         """(N, record_length) all records, in the order of the samples; checked, read-only.
 
-        Raises InputError for impossible values, and for pictures that claim to be huge.
+        Raises InputError for impossible values, for JPEGs that claim to be huge, and for raw
+        pictures of another size.
         """
         records = np.stack([self._checked_record(sample) for sample in range(len(self))])
-        for fault, is_bad in record_faults(records, self.manifest).items():
+        faults = record_faults(records, self.manifest, picture_bytes_N=self._ranges_NC2[:, 1, 1])
+        for fault, is_bad in faults.items():
             if is_bad.any():
                 found = f"{is_bad.sum()} record(s) with {fault}"
                 expected = "numbers in the ranges of docs/conventions.md, each person once"
@@ -172,8 +183,8 @@ class ShardSet:
         return int(self._origin_N[sample])
 
     def byte_range(self, sample: int, extension: str) -> ByteRange:
-        """The position of a component in its tar. extension: one of COMPONENTS."""
-        offset, size = self._ranges_NC2[sample, COMPONENTS.index(extension)].tolist()
+        """The position of a component in its tar. extension: one of `components`."""
+        offset, size = self._ranges_NC2[sample, self.components.index(extension)].tolist()
         return ByteRange(self.tars[self._shard_N[sample]], offset, size)
 
     def component(self, sample: int, extension: str) -> bytes:
@@ -209,7 +220,7 @@ class ShardSet:
         return changed
 
     def _index_line(self, sample: int) -> str:
-        ranges = [(name, self.byte_range(sample, name)) for name in COMPONENTS]
+        ranges = [(name, self.byte_range(sample, name)) for name in self.components]
         return " ".join(f"{n} {r.offset} {r.size} {self._keys[sample]}.{n}" for n, r in ranges)
 
     def _read(self, sample: int, offset: int, size: int) -> bytes:
@@ -227,7 +238,9 @@ class ShardSet:
         return data
 
     def _checked_record(self, sample: int) -> npt.NDArray[np.float32]:
-        """The record, after a check of the picture's header, which is read with it."""
+        """The record, after a check of the JPEG's header, which is read with it."""
+        if self.is_raw:
+            return self.record(sample)
         record, picture = self.byte_range(sample, "f32"), self.byte_range(sample, "jpg")
         header = min(picture.size, _JPEG_HEADER_BYTES)
         data = self._read(sample, record.offset, picture.offset + header - record.offset)
@@ -238,10 +251,17 @@ class ShardSet:
 
 
 def _read_index(
-    folder: Path, shard: Shard, record_bytes: int
+    folder: Path, shard: Shard, record_bytes: int, names: tuple[str, str, str]
 ) -> tuple[list[str], npt.NDArray[np.int64]]:
-    """Keys, and (people, component, 2) offsets and sizes in bytes. Raises InputError."""
-    path = folder / shard.index
+    """Keys, and (people, component, 2) offsets and sizes in bytes. Raises InputError.
+
+    names: of the components.
+    """
+    path, (record, picture, text) = folder / shard.index, names
+    pattern = re.compile(
+        rf"{record} {_RANGE} ([^ .]+)\.{record} {picture} {_RANGE} \3\.{picture} "
+        rf"{text} {_RANGE} \3\.{text}"
+    )
     try:
         tar_bytes = (folder / shard.tar).stat().st_size
         if tar_bytes != shard.bytes:
@@ -250,13 +270,13 @@ def _read_index(
         if hashlib.sha256(data).hexdigest() != shard.index_sha256:
             raise ValueError("its SHA-256 is not the one in the manifest")
         header, *lines = data.decode("ascii").splitlines()
-        samples = [match for line in lines if (match := _INDEX_LINE.fullmatch(line))]
+        samples = [match for line in lines if (match := pattern.fullmatch(line))]
         if header != f"{INDEX_VERSION} {shard.people}" or len(samples) != shard.people:
             raise ValueError(f"it begins {header[:100]!r} and has {len(samples)} complete samples")
         numbers = [sample.group(1, 2, 4, 5, 6, 7) for sample in samples]
-        ranges = np.array(numbers, dtype=np.int64).reshape(-1, len(COMPONENTS), 2)
+        ranges = np.array(numbers, dtype=np.int64).reshape(-1, len(names), 2)
         offset, size = ranges[..., 0], ranges[..., 1]
-        is_outside = (size > list(LARGEST.values())) | (offset + size > tar_bytes)
+        is_outside = (size > [LARGEST[name] for name in names]) | (offset + size > tar_bytes)
         is_overlapping = np.diff(offset) <= size[:, :-1]
         if is_outside.any() or is_overlapping.any() or (size[:, 0] != record_bytes).any():
             raise ValueError("impossible sizes or offsets")

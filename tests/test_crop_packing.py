@@ -14,7 +14,7 @@ import train
 from common.errors import InputError
 from pipelines import geometry
 from pipelines.augment import PRESETS, Distribution, Draw, Preset, draw
-from pipelines.crop_packing import Region, crop_extent, crop_jpeg, crop_region, resize_region
+from pipelines.crop_packing import Region, crop_extent, crop_region, resize_region, stored_crop
 from pipelines.loader import evaluation_batches, train_loader
 from pipelines.opencv_loader import crop_person, decode
 from pipelines.shard_format import CropRule, Records, read_manifest, unpack_records
@@ -151,7 +151,7 @@ def test_a_whole_picture_keeps_its_bytes():
     jpeg = cv2.imencode(".jpg", smooth_picture()[:50, :60])[1].tobytes()
     part = crop_region((30, 25), 0.4, 60, 50, RULE)
     assert part == Region(0, 0, 60, 50, 60, 50)
-    assert crop_jpeg(jpeg, part, 95) == jpeg
+    assert stored_crop(jpeg, part, "crop", 95) == jpeg
 
 
 # Packed by tools/make_shards.py

@@ -223,7 +223,7 @@ def test_folder_without_any_of_the_pictures_is_named_once(tiny_set, tmp_path, ca
 
 def interrupt(arguments: list[str], sample: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pack until the picture of that sample is read, and stop there as Ctrl-C does."""
-    original = packing.load_jpeg
+    original = packing.load_picture
 
     def load(each: packing.Sample, crop: Any) -> bytes:
         if int(each.key) == sample:
@@ -231,7 +231,7 @@ def interrupt(arguments: list[str], sample: int, monkeypatch: pytest.MonkeyPatch
         return original(each, crop)
 
     with monkeypatch.context() as patch:
-        patch.setattr(packing, "load_jpeg", load)
+        patch.setattr(packing, "load_picture", load)
         with pytest.raises(KeyboardInterrupt):
             main(arguments)
 
@@ -436,7 +436,7 @@ def test_packing_continues_after_a_full_disk(tiny_set, tmp_path, monkeypatch) ->
 
     arguments = pack_arguments(tiny_set, tmp_path / "out")
     with monkeypatch.context() as patch:
-        patch.setattr(packing, "load_jpeg", fail)
+        patch.setattr(packing, "load_picture", fail)
         with pytest.raises(OSError, match="No space left"):
             main(arguments)
     assert main(arguments) == 0

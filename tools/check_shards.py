@@ -28,12 +28,13 @@ from pipelines.jpeg import PictureError, check_jpeg
 from pipelines.packing import index_text, worker_pool
 from pipelines.shard_format import (
     COLUMNS,
-    COMPONENTS,
     IDENTITY_AFFINE,
     LARGEST,
     MANIFEST,
+    PICTURE_EXTENSIONS,
     Manifest,
     Shard,
+    components,
     file_sha256,
     read_manifest,
     record_faults,
@@ -104,7 +105,7 @@ def make_parser() -> Parser:
     )
     add = parser.add_argument
     add("shards", type=Path, help="a split of shards, or the folder of its splits")
-    add("--decode", action="store_true", help="also decode every picture, as packing does")
+    add("--decode", action="store_true", help="also decode every JPEG, as packing does")
     add("--workers", type=at_least(0), default=usable_cores(), help="processes (default: all)")
     add("--show", type=at_least(0), default=20, help="faults to list (default: %(default)s)")
     return parser
@@ -124,7 +125,7 @@ def split_folders(folder: Path) -> list[Path]:
 
 def check_shard(folder: Path, manifest: Manifest, decode: bool, shard: Shard) -> Report:
     """Check one tar and its index."""
-    tar, index, length = folder / shard.tar, folder / shard.index, record_length(manifest.joints)
+    tar, index = folder / shard.tar, folder / shard.index
     faults = file_faults(tar, shard.sha256) + file_faults(index, shard.index_sha256)
     try:
         with tarfile.open(tar, "r:") as archive:
@@ -135,13 +136,14 @@ def check_shard(folder: Path, manifest: Manifest, decode: bool, shard: Shard) ->
         return Report(shard.people, [], [], faults)
     if index.is_file() and index.read_bytes() != index_text(members).encode():
         faults.append(f"{index}: not the index of its tar")
-    keys, records = [], []
+    keys, records, picture_bytes = [], [], []
     with tar.open("rb") as file:
         for key, group in itertools.groupby(members, lambda member: member.name.split(".")[0]):
-            parts, found = read_sample(file, list(group), length)
+            parts, found = read_sample(file, list(group), manifest)
             if not found:
                 keys.append(key)
                 records.append(np.frombuffer(parts["f32"], dtype="<f4"))
+                picture_bytes.append(len(parts[PICTURE_EXTENSIONS[manifest.packing]]))
                 found = sample_faults(parts, records[-1], manifest.skeleton.names, decode)
             faults += [f"{tar}: key {key}: {fault}" for fault in found]
     if len(keys) != shard.people:
@@ -149,7 +151,7 @@ def check_shard(folder: Path, manifest: Manifest, decode: bool, shard: Shard) ->
     if not records:
         return Report(shard.people, [], [], faults)
     records_NR = np.stack(records)
-    for fault, is_bad in record_faults(records_NR, manifest).items():
+    for fault, is_bad in record_faults(records_NR, manifest, picture_bytes).items():
         faults += [f"{tar}: key {keys[i]}: a record with {fault}" for i in np.flatnonzero(is_bad)]
     return Report(shard.people, keys, unpack_records(records_NR).row_N.tolist(), faults)
 
@@ -163,10 +165,10 @@ def file_faults(path: Path, digest: str) -> list[str]:
 
 
 def read_sample(
-    file: BinaryIO, members: list[tarfile.TarInfo], length: int
+    file: BinaryIO, members: list[tarfile.TarInfo], manifest: Manifest
 ) -> tuple[dict[str, bytes], list[str]]:
-    """The components of a sample, and why it cannot be read. length: of the record."""
-    parts = {}
+    """The components of a sample, and why it cannot be read."""
+    parts, record_bytes = {}, 4 * record_length(manifest.joints)
     for member in members:
         extension = member.name.partition(".")[2]
         if not member.isreg() or not safe_name(member.name) or "/" in member.name:
@@ -175,10 +177,10 @@ def read_sample(
             return {}, [f"{member.size:,} bytes of {extension!r:.20}"]
         file.seek(member.offset_data)
         parts[extension] = file.read(member.size)
-    if set(parts) != set(COMPONENTS):
+    if set(parts) != set(components(manifest.packing)):
         return {}, [f"only the components {', '.join(sorted(parts))}"]
-    if len(parts["f32"]) != 4 * length:
-        return {}, [f"a record of {len(parts['f32'])} bytes, not {4 * length}"]
+    if len(parts["f32"]) != record_bytes:
+        return {}, [f"a record of {len(parts['f32'])} bytes, not {record_bytes}"]
     return parts, []
 
 
@@ -194,7 +196,7 @@ def sample_faults(
     else:
         if not json_matches(facts, record_R, joint_names):
             faults.append("JSON and record differ")
-    if decode:
+    if decode and "jpg" in parts:
         try:
             size = check_jpeg(parts["jpg"])
             if list(size) != record_R[COLUMNS["size"]].tolist():

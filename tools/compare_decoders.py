@@ -87,6 +87,8 @@ def read_jpegs(options: argparse.Namespace, shards: ShardSet | None) -> list[byt
             "--images or --shards",
             "give one of the two",
         )
+    if shards is not None and shards.is_raw:
+        raise InputError(shards.folder, "raw pictures", "JPEGs", "give shards of another packing")
     if shards is not None:
         jpegs = [shards.jpeg(sample) for sample in range(len(shards))]
     else:

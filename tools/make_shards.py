@@ -1,7 +1,8 @@
 """Packs pictures and annotations into tar shards, one person per sample (pipelines/packing.py).
 
-The pictures are stored unchanged, or as crops that are smaller and faster to decode
-(pipelines/crop_packing.py). An interrupted run can be continued.
+The pictures are stored unchanged, as crops that are smaller and faster to decode
+(pipelines/crop_packing.py), or as crops that need no decoding (pipelines/i420.py). An interrupted
+run can be continued.
 """
 
 import sys
@@ -24,7 +25,7 @@ from pipelines.annotations import People, has_both_splits, scored_text
 from pipelines.augment import PRESETS
 from pipelines.crop_packing import crop_rule
 from pipelines.packing import SPLITS, PackingOptions, pack
-from pipelines.shard_format import Manifest, unpack_records
+from pipelines.shard_format import PICTURE_EXTENSIONS, Manifest, unpack_records
 from pipelines.shards import ShardSet
 
 DATA = Path("data/mpii")
@@ -77,13 +78,13 @@ def make_parser() -> Parser:
     add("--seed", type=at_least(0), default=0, help="of the order of people")
     add("--skip-bad", action="store_true", help="leave out people whose pictures are bad")
     add("--overwrite", action="store_true", help="replace another packing once the new is complete")
-    add("--packing", choices=["original", "crop"], default="original",
+    add("--packing", choices=list(PICTURE_EXTENSIONS), default="original",
         help="original: the JPEG files unchanged; crop: the region that augmentation can reach, "
-        "scaled down (docs/conventions.md)")
+        "scaled down; raw: the same without compression (docs/conventions.md)")
     add("--reach", choices=CROP_PRESETS, default="hrnet",
-        help="crop: the data.preset of training; with several, the one with the largest crops")
+        help="crop, raw: the data.preset of training; with several, the one with the largest crops")
     add("--person-px", type=at_least(16), default=288,
-        help="crop: maximum side of a person's box, px; data.input_px x 1.125 is enough")
+        help="crop, raw: maximum side of a person's box, px; data.input_px x 1.125 is enough")
     # fmt: on
     return parser
 
@@ -92,8 +93,9 @@ def parse_options(argv: list[str] | None) -> PackingOptions:
     """The command line, with absolute paths. Raises InputError."""
     given = vars(make_parser().parse_args(argv))
     preset, person_px = given.pop("reach"), given.pop("person_px")
-    is_crop = given["packing"] == "crop"
-    given["crop"] = crop_rule(preset, person_px, JPEG_QUALITY) if is_crop else None
+    quality = JPEG_QUALITY if given["packing"] == "crop" else 0
+    is_crop = given["packing"] != "original"
+    given["crop"] = crop_rule(preset, person_px, quality) if is_crop else None
     if not given["valid_fraction"]:
         given["splits"] = chosen_splits(given["annotations"], given["splits"])
     elif given["annotations"].is_dir() or has_both_splits(given["annotations"]):

@@ -1,0 +1,86 @@
+"""Raw pictures: the planes of a JPEG with 4:2:0 chroma, without compression (FourCC I420).
+
+A picture of W x H px is W H bytes of Y, then ceil(W / 2) ceil(H / 2) bytes of Cb, then as many of
+Cr, each plane row by row. Colours are those of JFIF 1.02: ITU-R BT.601 with all 256 levels. A
+chroma pixel is the mean of 2 x 2 pixels of the picture, so that its centre c is at 2 c + 0.5; the
+last row or column of an odd size is taken twice.
+"""
+
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from pipelines.geometry import Matrix, scaling, translation
+
+_CHROMA_FROM_PICTURE: Matrix = scaling(0.5, 0.5) @ translation(-0.5, -0.5)
+_PICTURE_FROM_CHROMA: Matrix = translation(0.5, 0.5) @ scaling(2.0, 2.0)
+_NEUTRAL = 128
+"""Cb and Cr of grey."""
+
+
+class Planes(NamedTuple):
+    """A raw picture. uint8."""
+
+    y_HW: npt.NDArray[np.uint8]
+    cb_hw: npt.NDArray[np.uint8]
+    """(ceil(H / 2), ceil(W / 2)), as is `cr_hw`."""
+    cr_hw: npt.NDArray[np.uint8]
+
+
+def byte_count(width: Any, height: Any) -> Any:
+    """Bytes of a raw picture. width, height: px; integers, or arrays of them."""
+    return width * height + 2 * ((width + 1) // 2) * ((height + 1) // 2)
+
+
+def planes_of(data: bytes, width: int, height: int) -> Planes:
+    """Views of the planes. data: byte_count(width, height) bytes."""
+    y, cb, cr = np.split(
+        np.frombuffer(data, np.uint8), [width * height, (len(data) + width * height) // 2]
+    )
+    chroma_shape = ((height + 1) // 2, (width + 1) // 2)
+    return Planes(y.reshape(height, width), cb.reshape(chroma_shape), cr.reshape(chroma_shape))
+
+
+def from_bgr(image_HW3: npt.NDArray[np.uint8]) -> bytes:
+    """The bytes of a BGR picture as a raw one."""
+    height, width = image_HW3.shape[:2]
+    y_HW, cr_HW, cb_HW = cv2.split(cv2.cvtColor(image_HW3, cv2.COLOR_BGR2YCrCb))
+    planes = [y_HW]
+    for chroma_HW in (cb_HW, cr_HW):
+        even = cv2.copyMakeBorder(chroma_HW, 0, height % 2, 0, width % 2, cv2.BORDER_REPLICATE)
+        size = (even.shape[1] // 2, even.shape[0] // 2)
+        planes.append(cv2.resize(even, size, interpolation=cv2.INTER_AREA))
+    return b"".join(plane.tobytes() for plane in planes)
+
+
+def to_bgr(planes: Planes) -> npt.NDArray[np.uint8]:
+    """(H, W, 3) BGR of the whole picture; chroma is interpolated bilinearly."""
+    height, width = planes.y_HW.shape
+    cr_HW, cb_HW = (
+        cv2.resize(plane_hw, None, fx=2, fy=2)[:height, :width]
+        for plane_hw in (planes.cr_hw, planes.cb_hw)
+    )
+    image_HW3 = cv2.cvtColor(cv2.merge([planes.y_HW, cr_HW, cb_HW]), cv2.COLOR_YCrCb2BGR)
+    return np.asarray(image_HW3, np.uint8)
+
+
+def warp_to_rgb(planes: Planes, input_from_stored: Matrix, input_px: int) -> npt.NDArray[np.uint8]:
+    """(input_px, input_px, 3) RGB crop, black outside the picture.
+
+    input_from_stored: (3, 3) affine of pixel centres. input_px: even. Cb and Cr are warped at half
+    the input's size, then enlarged bilinearly: 0.32 ms of a core for 256 px, against 0.54 if they
+    are warped at its full size and 1.06 for a JPEG of the same picture.
+    """
+    chroma_from_stored = _CHROMA_FROM_PICTURE @ input_from_stored @ _PICTURE_FROM_CHROMA
+    size, half = (input_px, input_px), (input_px // 2, input_px // 2)
+    y_HW = cv2.warpAffine(planes.y_HW, input_from_stored[:2], size)
+    cr_HW, cb_HW = (
+        cv2.resize(
+            cv2.warpAffine(plane_hw, chroma_from_stored[:2], half, borderValue=_NEUTRAL), size
+        )
+        for plane_hw in (planes.cr_hw, planes.cb_hw)
+    )
+    crop_HW3 = cv2.cvtColor(cv2.merge([y_HW, cr_HW, cb_HW]), cv2.COLOR_YCrCb2RGB)
+    return np.asarray(crop_HW3, np.uint8)
