@@ -125,7 +125,7 @@ def print_settings(trainer: Trainer) -> None:
         f"x {optim.accumulate}",
         "steps": f"{train.steps:,}, {train.steps_per_epoch:,} an epoch, "
         f"from {trainer.progress.step:,}",
-        "loader": trainer.loader_name,
+        "loader": f"{trainer.loader_name}, {trainer.workers} worker(s)",
         "device": f"{dist.device}, {str(dist.dtype).removeprefix('torch.')}",
     }
     for name, fact in facts.items():

@@ -49,8 +49,8 @@ class DataConfig:
     """auto: dali on a GPU, opencv on a CPU."""
     batch_size: int = _number(16, least=1, most=65_536)
     """People per rank and step."""
-    workers: int = _number(4, least=0)
-    """Worker processes of the OpenCV loader or threads of DALI, per rank."""
+    workers: int | Literal["auto"] = _number("auto", least=0)
+    """Workers of the OpenCV loader or threads of DALI, per rank; auto: from the usable cores."""
     shuffle_buffer: int = _number(1024, least=0)
     """Size of DALI's shuffle buffer, in people per rank."""
     input_px: int = _number(256, least=1, most=8192)
@@ -143,6 +143,8 @@ class TrainConfig:
     """Total optimizer steps."""
     steps_per_epoch: int = _number(1_000, least=1)
     """Steps between validations and checkpoints, the same on every rank."""
+    save_minutes: float = _number(10.0, least=0)
+    """Also write a checkpoint after this time without one; 0: only at the end of each epoch."""
     keep_last: int = _number(2, least=1)
     """Number of newest checkpoints to keep, including last.pt; best.pt is always kept."""
     max_minutes: float = _number(0.0, least=0)
@@ -207,7 +209,8 @@ _FIXED = (
 _FREE = (
     "data.shards data.workers data.loader model.checkpoint_activations train.name train.out "
     "train.steps train.steps_per_epoch train.max_minutes train.hang_minutes train.device "
-    "train.threads train.log_every train.keep_last train.tracker train.profile_steps"
+    "train.threads train.log_every train.keep_last train.save_minutes train.tracker "
+    "train.profile_steps"
 )
 FIXED_ON_RESUME = frozenset(_FIXED.split())
 """Settings that a resumed run may not change."""
@@ -330,7 +333,7 @@ def check_values(config: Config) -> None:
             numbers = value if isinstance(value, tuple) else (value,)
             for limit, bound in setting.metadata.items():
                 compare, words = _LIMITS[limit]
-                holds = all(compare(number, bound) for number in numbers)
+                holds = value == "auto" or all(compare(number, bound) for number in numbers)
                 _require(holds, name, value, words.format(bound))
     model, name, unit = config.model, config.train.name, 4 * 2**config.model.depth
     for channels in (model.width, *model.stem):

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from common.cli import info, progress
-from common.distributed import DistributedContext, set_cpu_threads
+from common.distributed import DistributedContext, loader_workers, set_cpu_threads
 from common.errors import InputError
 from common.files import write_atomic
 from configs.schema import Config, RuleName
@@ -223,7 +223,8 @@ def run_job(
 
     batch_size: None measures the fastest. workers: None takes those of training.
     """
-    workers = job.trained.config.data.workers if workers is None else workers
+    wanted = job.trained.config.data.workers if workers is None else workers
+    workers = loader_workers(wanted, dist.device)
     set_cpu_threads(dist.device, workers)
     network = evaluation_network(job.trained).to(dist.device)
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from common.distributed import DistributedContext, any_rank, sum_over_ranks
-from configs.schema import RuleName
+from configs.schema import LoaderName, RuleName
 from configs.skeleton import Skeleton
 from pipelines import heatmaps
 from pipelines.annotations import People
@@ -64,13 +64,15 @@ def predict(
     assert not model.training, "batch norm would use the batch's own statistics"
     joint_count = codec.skeleton.joint_count
     keypoints, scores = [np.empty((0, joint_count, 2))], [np.empty((0, joint_count))]
+    found = []
     for raw in batches:
         images = images_on_device(raw, device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             heat = last_heatmaps(model, images, codec, flip)
-        joints, score = codec.decode(heat)
-        records = unpack_records(raw.records_NR.numpy())
-        keypoints.append(codec.image_joints(joints, records, raw.input_from_image_N23))
+        found.append((*codec.decode(heat), raw.records_NR, raw.input_from_image_N23))
+    # Only now, because the host waits for the GPU here.
+    for joints, score, records, matrices in found:
+        keypoints.append(codec.image_joints(joints, unpack_records(records.numpy()), matrices))
         scores.append(score.double().cpu().numpy())
     return Predictions(np.concatenate(keypoints), np.concatenate(scores))
 
@@ -94,7 +96,7 @@ def predict_distributed(
     codec: Codec,
     dist: DistributedContext,
     *,
-    loader: Literal["opencv", "dali"] = "opencv",
+    loader: LoaderName = "opencv",
     batch_size: int,
     workers: int,
     flip: bool,

@@ -5,7 +5,7 @@ DALI is imported only if it is used.
 
 import importlib.util
 from collections.abc import Iterable
-from typing import Literal, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -78,7 +78,7 @@ def evaluation_batches(
     samples: npt.NDArray[np.int64],
     codec: Codec,
     *,
-    loader: Literal["opencv", "dali"],
+    loader: LoaderName,
     device: torch.device,
     batch_size: int,
     workers: int,

@@ -26,7 +26,7 @@ import torch
 
 # Measured times and memory, the folder of runs, sentences for people, and newer settings.
 IGNORED = {"time", "people_per_s", "wait_share", "memory_mb", "left_s", "seconds", "out", "remarks"}
-IGNORED |= {"threads"}
+IGNORED |= {"threads", "validation_share", "save_share", "save_minutes"}
 # What is compared, by the first word of a case's name.
 FILES = {
     "synthetic": ["people/**/*"],

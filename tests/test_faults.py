@@ -14,7 +14,16 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from helpers import ENVIRONMENT, leaves, make_trainer, metrics, steps, tiny_config, train_options
+from helpers import (
+    ENVIRONMENT,
+    leaves,
+    make_trainer,
+    metrics,
+    step,
+    steps,
+    tiny_config,
+    train_options,
+)
 
 import train
 from common.errors import InputError
@@ -189,7 +198,9 @@ def test_a_checkpoint_is_whole_and_on_the_disk_before_it_has_its_name(saved, tmp
 
     monkeypatch.setattr(os, "fsync", recorded_fsync)
     monkeypatch.setattr(Path, "replace", recorded_replace)
-    CheckpointManager(tmp_path, keep=2).save(load_checkpoint(saved), ["last.pt", "best.pt"])
+    checkpoints = CheckpointManager(tmp_path, keep=2)
+    checkpoints.save(load_checkpoint(saved), ["last.pt", "best.pt"])
+    checkpoints.wait()
     written = [("sync", "step_00000000.pt.tmp"), ("rename", "step_00000000.pt")]
     synced = ("sync", tmp_path.name)
     assert done == [*written, synced, ("rename", "last.pt"), ("rename", "best.pt"), synced]
@@ -200,7 +211,9 @@ def test_on_a_disk_without_links_names_are_copies(saved, tmp_path, monkeypatch):
         raise OSError(errno.EOPNOTSUPP, "not supported")
 
     monkeypatch.setattr(os, "link", refuse)
-    CheckpointManager(tmp_path, keep=2).save(load_checkpoint(saved), ["last.pt", "best.pt"])
+    checkpoints = CheckpointManager(tmp_path, keep=2)
+    checkpoints.save(load_checkpoint(saved), ["last.pt", "best.pt"])
+    checkpoints.wait()
     assert find_damage(tmp_path / "best.pt") == ""
     assert not os.path.samefile(tmp_path / "last.pt", tmp_path / "best.pt")
 
@@ -214,20 +227,36 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole_and_the_run_alive(
 ):
     trainer = make_trainer(tiny_config(tiny_shards, train={"steps_per_epoch": 2}), tmp_path)
     monkeypatch.setattr(MetricsLogger, "log_pictures", lambda *_: None)
-    real, seen = trainer.save, {}
+    real, seen = trainer.start_saving, {}
 
-    def save(names: list[str]) -> None:
+    def start_saving(names: list[str]) -> None:
         if trainer.progress.step == 4:
             (tmp_path / "step_00000004.pt.tmp").symlink_to("/dev/full")
         real(names)
+        trainer.checkpoints.wait()
         seen[trainer.progress.step] = load_checkpoint(tmp_path / "last.pt").step
 
-    monkeypatch.setattr(trainer, "save", save)
+    monkeypatch.setattr(trainer, "start_saving", start_saving)
     trainer.train()
     assert seen == {2: 2, 4: 2, 6: 6} and not list(tmp_path.glob("*.tmp"))
     text = " ".join(capsys.readouterr().err.split())
     assert "WARNING: no checkpoint of step 4 could be written" in text
     assert "No space left on device: " in text and "step_00000004.pt'; training continues" in text
+
+
+@FULL_DISK
+def test_a_write_that_failed_is_reported_at_the_next_line_of_the_log(tiny_shards, tmp_path, capsys):
+    trainer = make_trainer(tiny_config(tiny_shards), tmp_path)
+    trainer.log = trainer.open_log()
+    (tmp_path / "step_00000001.pt.tmp").symlink_to("/dev/full")
+    totals = step(trainer)
+    trainer.start_saving(["last.pt"])
+    trainer.checkpoints._thread.shutdown()  # the write has ended, and nobody waited for it
+    assert "WARNING" not in capsys.readouterr().err
+    for _ in range(2):
+        trainer.report(totals)
+    trainer.log.close()
+    assert capsys.readouterr().err.count("WARNING: no checkpoint of step 1 could be") == 1
 
 
 @FULL_DISK
@@ -410,9 +439,9 @@ def test_a_signal_in_a_validation_leaves_it_for_later(tiny_shards, tmp_path, mon
     last = load_checkpoint(tmp_path / "last.pt")
     assert last.step == 2 and last.run.validation_due and last.run.best == -1
     assert make_trainer(config, tmp_path, last).train()["people"] == 5
-    assert (tmp_path / "best.pt").exists() and not load_checkpoint(
-        tmp_path / "best.pt"
-    ).run.validation_due
+    assert os.path.samefile(tmp_path / "best.pt", tmp_path / "last.pt")
+    assert make_trainer(config, tmp_path, tmp_path / "last.pt").train() == {}, "it is done once"
+    assert [line["step"] for line in metrics(tmp_path, "valid")] == [2]
 
 
 def test_a_validation_that_fails_loses_no_step_of_its_epoch(tiny_shards, tmp_path, monkeypatch):

@@ -88,6 +88,17 @@ def test_the_time_to_the_end_is_that_of_the_steps_so_far(tiny_shards, tmp_path, 
     logger.close()
 
 
+def test_shares_of_the_time_by_hand(monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(log.time, "perf_counter", lambda: clock[0])
+    times = log.TimeShares()
+    for name, seconds in (("validation_share", 3.0), ("save_share", 0.5), ("save_share", 0.5)):
+        clock[0] += 2.0
+        with times.measure(name):
+            clock[0] += seconds
+    assert times.shares() == {"validation_share": 0.3, "save_share": 0.1}
+
+
 def test_console_metrics_tensorboard_and_tracker_get_the_same_numbers_and_pictures(
     tiny_shards, tmp_path, monkeypatch, capsys
 ):

@@ -22,6 +22,7 @@ from pipelines.shard_format import HEADER_LENGTH, people_sha256
 from pipelines.shards import ShardSet
 from tools import make_shards
 from training.checkpoint_manager import RESUME_ME, lock_run_folder
+from training.metrics import MetricsLogger
 from training.resume import find_start, fit_to_ranks, global_batch_size, load_resumable
 
 LAST = Path("last.pt")
@@ -83,6 +84,29 @@ def test_a_run_resumed_in_mid_epoch_logs_and_writes_what_an_uninterrupted_one_do
     assert differing == ["seconds/"] and len(whole) > 100
     lines, expected = metrics(tmp_path / "parts", "train"), metrics(tmp_path / "whole", "train")
     assert [x["loss"] for x in lines] == [x["loss"] for x in expected[3:]]
+
+
+def test_a_run_resumed_after_a_validation_ends_as_an_uninterrupted_one(
+    tiny_shards, tmp_path, monkeypatch
+):
+    """It repeats neither the validation nor a random number."""
+    monkeypatch.setattr(MetricsLogger, "log_pictures", lambda *_: None)
+    config = tiny_config(tiny_shards, train={"steps_per_epoch": 3})
+    make_trainer(config, tmp_path / "whole").train()
+    shorter = tiny_config(tiny_shards, train={"steps": 3, "steps_per_epoch": 3})
+    make_trainer(shorter, tmp_path / "parts").train()
+    make_trainer(config, tmp_path / "parts", tmp_path / "parts" / "last.pt").train()
+    whole, parts = (
+        leaves(torch.load(tmp_path / name / "last.pt", weights_only=True))
+        for name in ("whole", "parts")
+    )
+    assert [name for name in whole if whole[name] != parts.get(name)] == ["seconds/"]
+    validations, expected = (
+        [(x["step"], x["peak"]) for x in metrics(tmp_path / name, "valid")]
+        for name in ("parts", "whole")
+    )
+    assert validations == expected and [step for step, _ in expected] == [3, 6]
+    assert whole["best/"] > -1
 
 
 @pytest.mark.slow

@@ -3,13 +3,24 @@
 import dataclasses
 import json
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from helpers import CPU, make_trainer, metrics, poison, step, steps, tiny_config, train_options
+from helpers import (
+    CPU,
+    leaves,
+    make_trainer,
+    metrics,
+    poison,
+    step,
+    steps,
+    tiny_config,
+    train_options,
+)
 
 import train
 from common import distributed
@@ -18,6 +29,7 @@ from common.errors import InputError
 from configs.schema import Config
 from model.checkpoint import load_checkpoint
 from pipelines.loader import choose_loader
+from training import checkpoint_manager
 from training.checkpoint_manager import step_checkpoints
 from training.metrics import MetricsLogger
 from training.train_step import AveragedModel, learning_rate
@@ -53,6 +65,72 @@ def test_a_run_writes_its_checkpoints_and_every_number(tiny_shards, tmp_path):
     assert validated[-1]["pckh@0.5_pooled"] == result["pckh"]["0.5"]["pooled"]
     last = load_checkpoint(tmp_path / "last.pt")
     assert last.step == 6 and last.config == config
+
+
+def test_an_epoch_writes_one_checkpoint_and_it_is_there_while_it_is_validated(
+    tiny_shards, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(MetricsLogger, "log_pictures", lambda *_: None)
+    written, stood, save = [], [], checkpoint_manager.save_checkpoint
+    trainer = make_trainer(tiny_config(tiny_shards, train={"steps_per_epoch": 2}), tmp_path)
+    run = trainer.validator.run
+
+    def validate(*arguments):
+        trainer.checkpoints.wait()
+        stood.append(load_checkpoint(tmp_path / "last.pt").step)
+        return run(*arguments)
+
+    monkeypatch.setattr(trainer.validator, "run", validate)
+    monkeypatch.setattr(
+        checkpoint_manager, "save_checkpoint", lambda *a: [written.append(a[1].step), save(*a)]
+    )
+    trainer.train()
+    assert written == stood == [2, 4, 6]
+
+
+def test_a_checkpoint_holds_the_state_of_its_step_while_the_next_ones_train(
+    tiny_shards, tmp_path, monkeypatch
+):
+    trainer = make_trainer(tiny_config(tiny_shards, optim={"ema_decay": 0.9}), tmp_path)
+    steps(trainer, 1)
+    may_write, save = threading.Event(), checkpoint_manager.save_checkpoint
+    monkeypatch.setattr(
+        checkpoint_manager, "save_checkpoint", lambda *a: [may_write.wait(60), save(*a)]
+    )
+    own = trainer._checkpoint([b""], [b""])
+    expected = leaves([own.weights, own.averaged, own.optimizer])
+    trainer.start_saving(["last.pt"])
+    steps(trainer, 2)
+    assert not (tmp_path / "last.pt").exists()
+    may_write.set()
+    trainer.checkpoints.wait()
+    found = load_checkpoint(tmp_path / "last.pt")
+    assert leaves([found.weights, found.averaged, found.optimizer]) == expected
+    assert not torch.equal(found.weights["heads.0.bias"], trainer.network.heads[0].bias)
+
+
+def test_a_checkpoint_is_written_after_save_minutes_without_one(tiny_shards, tmp_path, monkeypatch):
+    """A step takes four minutes: at 12 min, 24 min, the end of the epoch at 28, 40 min, the end."""
+    clock, saved = [0.0], []
+    monkeypatch.setattr(MetricsLogger, "log_pictures", lambda *_: None)
+    options = {"steps": 11, "steps_per_epoch": 7, "log_every": 5, "save_minutes": 10}
+    trainer = make_trainer(tiny_config(tiny_shards, train=options), tmp_path)
+    run, save = trainer.train_step.run, trainer.start_saving
+
+    def slow(*arguments):
+        run(*arguments)
+        clock[0] += 240.0
+
+    def recorded(names):
+        saved.append(trainer.progress.step)
+        save(names)
+
+    monkeypatch.setattr(trainer.train_step, "run", slow)
+    monkeypatch.setattr(trainer, "start_saving", recorded)
+    monkeypatch.setattr("training.trainer.time.perf_counter", lambda: clock[0])
+    trainer.train()
+    assert saved == [3, 6, 7, 10, 11]
+    assert [x["step"] for x in metrics(tmp_path, "train")] == [3, 5, 6, 7, 10, 11]
 
 
 def test_the_newest_checkpoints_and_the_best_are_kept(tiny_shards, tmp_path, monkeypatch):
@@ -263,6 +341,36 @@ def test_learning_rates_by_hand():
     cosine = dataclasses.replace(optim, schedule="cosine", final_fraction=0.0)
     assert learning_rate(cosine, 4 + 48, 100) == pytest.approx(0.5)
     assert learning_rate(cosine, 100, 100) == pytest.approx(0.0, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("workers", "device", "cores", "expected"),
+    [
+        ("auto", "cuda", 32, 6),
+        ("auto", "cuda", 8, 1),
+        ("auto", "cpu", 64, 4),
+        ("auto", "cpu", 2, 1),
+        (0, "cuda", 32, 0),
+        (9, "cpu", 2, 9),
+    ],
+)
+def test_workers_are_a_ranks_share_of_the_cores_by_hand(
+    workers, device, cores, expected, monkeypatch
+):
+    """Four ranks: 8 cores each of 32, less two on a GPU; a quarter of 16 on a CPU."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr(distributed, "usable_cores", lambda: cores)
+    assert distributed.loader_workers(workers, torch.device(device)) == expected
+
+
+def test_automatic_workers_are_stored_as_a_number(tiny_shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "usable_cores", lambda: 8)
+    config = tiny_config(tiny_shards, data={"workers": "auto", "shuffle_buffer": 0})
+    trainer = make_trainer(config, tmp_path)
+    trainer.open_log().close()
+    trainer.save(["last.pt"])
+    assert "workers: 2\n" in (tmp_path / "config.yaml").read_text()
+    assert load_checkpoint(tmp_path / "last.pt").config.data.workers == 2
 
 
 def test_a_collapse_to_zero_is_reported(tiny_shards, tmp_path, capsys, monkeypatch):

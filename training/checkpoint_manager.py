@@ -1,7 +1,7 @@
 """Writes and removes a run's checkpoints, finds the newest undamaged one, locks the run's folder.
 
-Each checkpoint is written once, as step_NNNNNNNN.pt; last.pt and best.pt are hard links to such a
-file (copies on file systems without links). Each name always refers to a complete file.
+A thread writes each checkpoint once, as step_NNNNNNNN.pt; last.pt and best.pt are hard links to
+such a file (copies on file systems without links). Each name always refers to a complete file.
 """
 
 import fcntl
@@ -10,8 +10,13 @@ import shutil
 import socket
 import sys
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from common.errors import InputError
 from model.checkpoint import BEST, LAST, Checkpoint, load_checkpoint, save_checkpoint, sync_folder
@@ -23,7 +28,7 @@ LOCK = "lock"
 
 
 class CheckpointManager:
-    """Writes the checkpoints of a run; a failure to write does not end the run."""
+    """Writes the checkpoints of a run, one at a time; a failure to write does not end the run."""
 
     def __init__(self, folder: Path, keep: int):
         """folder: of the run. keep: number of newest checkpoints to keep."""
@@ -31,15 +36,50 @@ class CheckpointManager:
         self.saved_step = 0
         """Step of last.pt."""
         self.failure = ""
-        """Why the last checkpoint could not be written."""
+        """Why the last checkpoint could not be written; set when its write has ended."""
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
 
     def save(self, checkpoint: Checkpoint, names: list[str]) -> None:
-        """Write a checkpoint under each name, and remove all but the newest.
+        """Copy a checkpoint, and start to write the copy under each name.
 
-        Checkpoints of later steps are removed too: the run was resumed from an earlier one. If the
-        write fails, `failure` says why, and each name refers to its old file or the new one.
+        Waits for the write before. All but the newest checkpoints are removed, and those of later
+        steps too: the run was resumed from an earlier one. If the write fails, `failure` says why,
+        and each name refers to its old file or the new one.
         """
+        self.wait()
+        copy = replace(
+            checkpoint,
+            weights=_copy(checkpoint.weights),
+            averaged=_copy(checkpoint.averaged),
+            optimizer=_copy(checkpoint.optimizer),
+        )
+        uses_gpu = torch.cuda.is_initialized()
+        copied = torch.cuda.current_stream().record_event() if uses_gpu else None
+        self._writing = self._thread.submit(self._write, copy, copied, names)
+
+    def wait(self) -> None:
+        """Wait until nothing is being written."""
+        if self._writing:
+            self._writing.result()
+            self._writing = None
+
+    def add_name(self, name: str) -> None:
+        """Give the last checkpoint another name; if that fails, `failure` says why."""
+        self.wait()
+        try:
+            _link(self.folder / LAST, self.folder / name)
+            sync_folder(self.folder)
+        except OSError as error:
+            self.failure = f"{name} of step {self.saved_step} could not be written: {error}"
+
+    def _write(
+        self, checkpoint: Checkpoint, copied: torch.cuda.Event | None, names: list[str]
+    ) -> None:
+        """Write the checkpoint. copied: when the GPU has filled its tensors."""
         newest = self.folder / f"step_{checkpoint.step:08d}.pt"
+        if copied:
+            copied.synchronize()
         try:
             save_checkpoint(newest, checkpoint)
             for name in names:
@@ -52,6 +92,20 @@ class CheckpointManager:
             self.failure = f"no checkpoint of step {checkpoint.step} could be written: {error}"
         else:
             self.failure, self.saved_step = "", checkpoint.step
+
+
+def _copy(value: Any) -> Any:
+    """Copies of all tensors in nested dicts and lists, in CPU memory.
+
+    The host does not wait for a GPU; from there torch copies into page-locked memory.
+    """
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", non_blocking=True, copy=True)
+    if isinstance(value, dict):
+        return {key: _copy(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_copy(item) for item in value]
+    return value
 
 
 def _link(source: Path, target: Path) -> None:

@@ -88,6 +88,28 @@ class Totals:
         ]
 
 
+class TimeShares:
+    """Shares of the time since its creation that some parts of a run took."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+        self._seconds = {"validation_share": 0.0, "save_share": 0.0}
+
+    @contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        """Add the time in this context to a part."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[name] += time.perf_counter() - began
+
+    def shares(self) -> dict[str, float]:
+        """The share of each part, by its name in metrics.jsonl."""
+        total = time.perf_counter() - self.started
+        return {name: seconds / total for name, seconds in self._seconds.items()}
+
+
 class MetricsLogger:
     """Writes the log on rank 0; on other ranks it does nothing."""
 
@@ -149,6 +171,7 @@ class MetricsLogger:
         if self.enabled:
             self._pckh = values["pckh@0.5_pooled"]
             self._write("valid", step, values)
+            self._values |= {"validation_share": values["validation_share"]}
             if self._console.is_live:
                 self._console.show(self._parts(), at_once=True)
 
@@ -194,7 +217,7 @@ class MetricsLogger:
         pckh = "-" if self._pckh is None else f"{100 * self._pckh:.1f} %"
         seconds, end = self._time_left()
         parts = [f"step {self._step:,}/{train.steps:,}", f"{duration(seconds)} {end}"]
-        if not values:
+        if "loss" not in values:
             return parts
         memory = "GPU peak" if self._device.type == "cuda" else "RSS"
         return [
@@ -204,6 +227,8 @@ class MetricsLogger:
             f"waiting {100 * values['wait_share']:.0f} %",
             f"{values['people_per_s']:,.0f} people/s",
             f"epoch {epoch}/{epochs}",
+            f"validating {100 * values['validation_share']:.0f} %",
+            f"saving {100 * values['save_share']:.1f} %",
             f"{memory} {values['memory_mb']:,.0f} MB",
         ]
 
@@ -326,6 +351,13 @@ def keep_lines_until(path: Path, step: int) -> None:
     if path.exists():
         kept = [entry for entry in read_metrics(path) if entry["step"] <= step]
         write_atomic(path, "".join(json.dumps(entry) + "\n" for entry in kept).encode())
+
+
+def logged_pck(folder: Path, step: int) -> float | None:
+    """The pooled PCK@0.5 of a run's validation at a step; None if there was none."""
+    lines = read_metrics(folder / METRICS)
+    found = [x["pckh@0.5_pooled"] for x in lines if (x["kind"], x["step"]) == ("valid", step)]
+    return found[-1] if found else None
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

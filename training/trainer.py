@@ -4,10 +4,12 @@ A step is `optim.accumulate` batches. Results are computed on the device and rea
 `train.log_every` steps, so that the host does not wait for the GPU in between.
 """
 
+import copy
 import math
 import os
 import signal
 import time
+from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,8 +24,11 @@ from common.distributed import (
     ThreadTuner,
     any_rank,
     barrier,
+    from_first_rank,
     gather_bytes,
     launched_by_torchrun,
+    loader_workers,
+    max_over_ranks,
     seed_everything,
     sum_over_ranks,
 )
@@ -54,7 +59,7 @@ from training.checkpoint_manager import (
     RESUME_ME,
     CheckpointManager,
 )
-from training.metrics import MetricsLogger, Totals, keep_lines_until
+from training.metrics import MetricsLogger, TimeShares, Totals, keep_lines_until, logged_pck
 from training.nonfinite import SKIPPED, NonFiniteMonitor
 from training.preemption import stop_signals
 from training.profiler import profiled_steps
@@ -67,6 +72,8 @@ COLLAPSED_PEAK = 0.05
 """Mean peak of the heatmaps below which a warning says that the network predicts only zeros."""
 COLLAPSE_FROM_STEP = 1_000
 """No warning before this step, because all peaks are low at first."""
+NO_DEMAND, SAVE_DEMAND, STOP_DEMAND = 0, 1, 2
+"""What a rank asks for after a step; the largest number of all ranks is done."""
 
 
 @dataclass
@@ -79,7 +86,7 @@ class Progress:
     seconds: float = 0.0
     """Time spent in training."""
     validation_due: bool = False
-    """A checkpoint was written between the end of an epoch and the end of its validation."""
+    """The validation at the end of an epoch is not finished."""
     loader_began: int = 0
     """The step at which the loader's order of people was last restarted; 0: never."""
 
@@ -98,6 +105,8 @@ class Trainer:
 
         folder: of the run. checkpoint: to continue from.
         """
+        self.workers = loader_workers(config.data.workers, dist.device)
+        config = replace(config, data=replace(config.data, workers=self.workers))
         self.saved_config = config
         """For config.yaml and checkpoints: before it is adapted to the number of ranks."""
         self.config, self.dist, self.folder = config, dist, folder
@@ -107,7 +116,7 @@ class Trainer:
             if not config.train.threads:
                 self._set_threads(checkpoint.config.train.threads)
         config = self.config
-        self.thread_tuner = ThreadTuner(dist, config.train.threads, config.data.workers)
+        self.thread_tuner = ThreadTuner(dist, config.train.threads, self.workers)
         self.shards, valid = open_shards(config)
         self.people_sha256 = people_sha256(self.shards.records())  # raises if they are damaged
         self.codec = codec_of(config.data, config.heatmaps, self.shards.manifest.skeleton)
@@ -118,6 +127,9 @@ class Trainer:
         self.train_step = TrainStep(self.network, self.codec, config, dist)
         self.progress = Progress()
         self.checkpoints = CheckpointManager(folder, config.train.keep_last)
+        self._saved_at = time.perf_counter()
+        self._warned_of = ""
+        """The last failure of a checkpoint that was shown."""
         loader_state = self._restore(checkpoint) if checkpoint else b""
         self.bad_samples: BadSamples | None = None
         self.loader = self._make_loader(loader_state)
@@ -125,6 +137,7 @@ class Trainer:
         self.monitor = NonFiniteMonitor(self.train_step, self.shards, folder, limit)
         self.interrupted = False
         """A signal ended the run."""
+        self.time = TimeShares()
         self.received_signals: list[int] = []
         self.watchdog = Watchdog(dist, 60 * config.train.hang_minutes)
         self._parent = os.getppid()
@@ -174,9 +187,18 @@ class Trainer:
             seconds=run.seconds,
             validation_due=run.validation_due,
         )
+        if is_own and run.validation_due:
+            self._read_validation()
         if run.ranks == self.dist.world_size:
             torch.set_rng_state(run.rng[self.dist.rank])
         return self._loader_state(run)
+
+    def _read_validation(self) -> None:
+        """Take the result of the validation that is due from the log, if it was finished."""
+        pck = from_first_rank(lambda: logged_pck(self.folder, self.progress.step), self.dist)
+        if pck is not None:
+            self.progress.validation_due = False
+            self.progress.best = max(self.progress.best, pck)
 
     def _loader_state(self, run: RunState) -> bytes:
         """The state of this rank's loader; empty if its order of people restarts."""
@@ -210,7 +232,7 @@ class Trainer:
             preset=self.codec.preset,
             input_px=data.input_px,
             batch_size=data.batch_size,
-            workers=data.workers,
+            workers=self.workers,
             shuffle_buffer=data.shuffle_buffer,
             seed=seed,
             rank=self.dist.rank,
@@ -247,37 +269,51 @@ class Trainer:
                 self.folder, train.profile_steps * dist.is_first, dist.device, self.log.info
             ) as end_profiled_step,
         ):
-            result, totals, timed_out = {}, Totals(dist.device), False
-            started, seconds_before = time.perf_counter(), self.progress.seconds
-            if self.progress.validation_due:
-                result = self._finish_epoch()
-            while self.progress.step < train.steps and not (self.interrupted or timed_out):
-                self._step(totals)
-                end_profiled_step()
-                seconds = time.perf_counter() - started
-                self.progress.seconds = seconds_before + seconds
-                step = self.progress.step
-                at_epoch = step % train.steps_per_epoch == 0 or step == train.steps
-                at_log = at_epoch or step % train.log_every == 0
-                # GPU ranks synchronise only here; a collective at each step would stall the queue.
-                if at_log or dist.world_size == 1 or dist.device.type == "cpu":
-                    self.interrupted = any_rank(self._should_stop(), dist)
-                if not (at_log or self.interrupted):
-                    continue
-                self.report(totals)
-                totals = Totals(dist.device)
-                limit = 60 * train.max_minutes
-                timed_out = any_rank(bool(limit) and seconds >= limit, dist)
-                self.progress.validation_due = at_epoch or timed_out
-                if self.interrupted or self.progress.validation_due:
-                    self.save([LAST])
-                if self.progress.validation_due and not self.interrupted:
-                    result = self._finish_epoch()
+            try:
+                result = self._train_steps(end_profiled_step)
+            finally:
+                self._wait_for_checkpoint()
             self._report_early_end()
+        barrier(dist)  # the checkpoint is there when any rank returns
         if self.checkpoints.failure and not self.interrupted:
             raise InputError(
                 self.folder, self.checkpoints.failure, "room for a checkpoint", "--resume then"
             )
+        return result
+
+    def _train_steps(self, end_profiled_step: Callable[[], None]) -> dict[str, Any]:
+        """The steps of `train`, with logs, checkpoints and validations."""
+        train, dist = self.config.train, self.dist
+        result, timed_out, seconds_before = {}, False, self.progress.seconds
+        self.time = TimeShares()
+        self._saved_at = time.perf_counter()
+        if self.progress.validation_due:
+            self.start_saving([LAST])  # this folder may lack the checkpoint
+            result = self._finish_epoch()
+        totals = Totals(dist.device)
+        while self.progress.step < train.steps and not (self.interrupted or timed_out):
+            self._step(totals)
+            end_profiled_step()
+            seconds = time.perf_counter() - self.time.started
+            self.progress.seconds = seconds_before + seconds
+            step, demand = self.progress.step, NO_DEMAND
+            at_epoch = step % train.steps_per_epoch == 0 or step == train.steps
+            at_log = at_epoch or step % train.log_every == 0
+            # GPU ranks synchronise only here; a collective at each step would stall the queue.
+            if at_log or dist.world_size == 1 or dist.device.type == "cpu":
+                demand = max_over_ranks(self._demand(), dist)
+                self.interrupted = demand == STOP_DEMAND
+            if not (at_log or demand):
+                continue
+            self.report(totals)
+            limit = 60 * train.max_minutes
+            timed_out = any_rank(bool(limit) and seconds >= limit, dist)
+            self.progress.validation_due = at_epoch or timed_out
+            if demand or self.progress.validation_due:
+                self.start_saving([LAST])
+            if self.progress.validation_due and not self.interrupted:
+                result = self._finish_epoch()
+            totals = Totals(dist.device)
         return result
 
     def open_log(self) -> MetricsLogger:
@@ -316,6 +352,13 @@ class Trainer:
             for c in (self.config, self.saved_config)
         )
 
+    def _demand(self) -> int:
+        """What this rank asks for: nothing, a checkpoint after train.save_minutes, or a stop."""
+        if self._should_stop():
+            return STOP_DEMAND
+        minutes = (time.perf_counter() - self._saved_at) / 60
+        return SAVE_DEMAND if 0 < self.config.train.save_minutes <= minutes else NO_DEMAND
+
     def _should_stop(self) -> bool:
         """Whether a signal arrived, or torchrun has died and cannot end this rank any more."""
         is_orphan = launched_by_torchrun() and os.getppid() != self._parent
@@ -340,9 +383,11 @@ class Trainer:
             "wait_share": totals.waited / seconds,
             "bad_steps": float(torch.stack(totals.skipped).sum()),
             "epoch": step / self.config.train.steps_per_epoch,
+            **self.time.shares(),
         }
         self.log.log_training(step, values)
         self.monitor.check(step, totals, self.log, dist)
+        self._warn_of_failed_checkpoint()
         if self.bad_samples:
             for line in self.bad_samples.merge(gather_bytes(self.bad_samples.report(), dist)):
                 self.log.info(f"step {step}: {line}")
@@ -366,17 +411,19 @@ class Trainer:
     # Validation and checkpoints
 
     def _finish_epoch(self) -> dict[str, Any]:
-        """Validate, report the result, and write the checkpoints.
+        """Validate while the epoch's checkpoint is written, and report the result.
 
-        If a signal comes, the checkpoint from before the validation stays as it is.
+        The checkpoint says that the validation is due, the log that it is done; if a signal or a
+        fault ends it, a resumed run begins with it.
         """
         people = len(self.validator.samples)
         try:
-            result = self.validator.run(
-                self.evaluation_network(),
-                lambda batches: self.log.validation_progress(batches, people),
-                self._should_stop_validation,
-            )
+            with self.time.measure("validation_share"):
+                result = self.validator.run(
+                    self.evaluation_network(),
+                    lambda batches: self.log.validation_progress(batches, people),
+                    self._should_stop_validation,
+                )
         except StoppedError:
             self.interrupted = True
             return {}
@@ -388,7 +435,10 @@ class Trainer:
             "pckh@0.1_pooled": result["pckh"]["0.1"]["pooled"] or 0.0,
             "auc": result["auc"] or 0.0,
             "peak": result["peak"],
+            "validation_share": self.time.shares()["validation_share"],
         }
+        self.progress.validation_due = False
+        self._complete_checkpoint(is_best)
         self.log.log_validation(step, numbers)
         self.log.info(
             f"step {step}: {self.codec.skeleton.metric}@0.5 {100 * pooled:.2f} % pooled over "
@@ -399,18 +449,27 @@ class Trainer:
         if not result["peak"] >= COLLAPSED_PEAK and step >= COLLAPSE_FROM_STEP:
             advice = "if this stays, lower optim.lr or raise heatmaps.sigma"
             self.log.info(f"step {step}: the network predicts almost only zeros; {advice}")
-        self.progress.validation_due = False
-        self.save([LAST, BEST] if is_best else [LAST])
         if self.dist.is_first:
-            self.log.log_pictures(step, self.validator.picture())
+            with self.time.measure("validation_share"):
+                self.log.log_pictures(step, self.validator.picture())
         return result
+
+    def _complete_checkpoint(self, is_best: bool) -> None:
+        """Wait for the epoch's checkpoint, write it again if that failed, and name the best one."""
+        with self.time.measure("save_share"):
+            self._wait_for_checkpoint()
+        if any_rank(bool(self.checkpoints.failure), self.dist):  # there may be room again
+            self.save([LAST, BEST] if is_best else [LAST])
+        elif is_best and self.dist.is_first:
+            self.checkpoints.add_name(BEST)
+        self._saved_at = time.perf_counter()
 
     def evaluation_network(self) -> nn.Module:
         """A copy of the network in eval mode, with the averaged weights if there are some.
 
         It is the same on every rank: batch-norm statistics are those of the first one.
         """
-        network = self._new_network()
+        network = copy.deepcopy(self.network)  # a new one would draw from the saved generator
         network.load_state_dict(self.train_step.averaged_weights or self.network.state_dict())
         if self.dist.world_size > 1:
             for tensor in network.state_dict().values():
@@ -418,15 +477,34 @@ class Trainer:
         return network.eval()
 
     def save(self, names: list[str]) -> None:
-        """Write a checkpoint under each name on the first rank, with the state of all ranks."""
+        """`start_saving`; the file is there when any rank returns."""
+        self.start_saving(names)
+        self._wait_for_checkpoint()
+        barrier(self.dist)
+
+    def start_saving(self, names: list[str]) -> None:
+        """Write a checkpoint under each name on the first rank, with the state of all ranks.
+
+        Returns when the state is copied; a thread writes the copy.
+        """
+        with self.time.measure("save_share"):
+            self._wait_for_checkpoint()
+            rng = gather_bytes(torch.get_rng_state().numpy().tobytes(), self.dist)
+            loaders = gather_bytes(self.loader.state(), self.dist)
+            if self.dist.is_first:
+                self.checkpoints.save(self._checkpoint(rng, loaders), names)
+        self._saved_at = time.perf_counter()
+
+    def _wait_for_checkpoint(self) -> None:
         self.watchdog.progress(f"the checkpoint of step {self.progress.step}")
-        rng = gather_bytes(torch.get_rng_state().numpy().tobytes(), self.dist)
-        loaders = gather_bytes(self.loader.state(), self.dist)
-        if self.dist.is_first:
-            self.checkpoints.save(self._checkpoint(rng, loaders), names)
-            if self.checkpoints.failure:
-                self.log.info(f"WARNING: {self.checkpoints.failure}; training continues")
-        barrier(self.dist)  # the file is there when any rank returns
+        self.checkpoints.wait()
+        self._warn_of_failed_checkpoint()
+
+    def _warn_of_failed_checkpoint(self) -> None:
+        failure = self.checkpoints.failure
+        if failure not in ("", self._warned_of):
+            self.log.info(f"WARNING: {failure}; training continues")
+            self._warned_of = failure
 
     def _checkpoint(self, rng: list[bytes], loaders: list[bytes]) -> Checkpoint:
         """Everything needed to resume the run. rng, loaders: the states of each rank."""

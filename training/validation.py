@@ -1,4 +1,4 @@
-"""PCK of the validation split during training."""
+"""PCK of the validation split during training, through the run's own loader."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
-from common.distributed import DistributedContext
+from common.distributed import DistributedContext, loader_workers
 from configs.schema import Config
 from evaluation import pckh, visualize
 from evaluation.inference import predict_distributed
@@ -46,8 +46,9 @@ class Validator:
             self.samples,
             self.codec,
             self.dist,
+            loader=self.config.data.loader,
             batch_size=self.config.eval.batch_size,
-            workers=self.config.data.workers,
+            workers=loader_workers(self.config.data.workers, self.dist.device),
             flip=self.config.eval.flip,
             progress=progress,
             should_stop=should_stop,
