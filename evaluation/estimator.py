@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image, ImageOps
 from torch import nn
 
 from common.distributed import choose_device, choose_dtype, free_threads
@@ -23,8 +24,10 @@ from pipelines.jpeg import require_sane_size
 from pipelines.opencv_loader import Item, collate, crop_person
 from pipelines.shard_format import COLUMNS, IDENTITY_AFFINE, record_length, unpack_records
 
-Picture = str | Path | npt.NDArray[np.uint8]
-"""A file, or an array as cv2.imread gives it: (H, W, 3) BGR or (H, W) grey, uint8."""
+Picture = str | Path | bytes | Image.Image | npt.NDArray[np.uint8]
+"""A file, its content, a Pillow image, or an array as cv2.imread gives it: (H, W, 3) BGR or (H, W)
+grey, uint8."""
+_PICTURES = (str, Path, bytes, Image.Image, np.ndarray)
 
 _MAX_PIXELS = 256_000_000
 """Limit for a user's picture: above the resolution of cameras, below the size of memory."""
@@ -92,7 +95,7 @@ class PoseEstimator:
     def __call__(
         self,
         pictures: Picture | Sequence[Picture],
-        boxes: npt.ArrayLike | None = None,
+        boxes: npt.ArrayLike | Sequence[npt.ArrayLike] | None = None,
         *,
         centers: npt.ArrayLike | None = None,
         scales: npt.ArrayLike | None = None,
@@ -100,25 +103,27 @@ class PoseEstimator:
     ) -> Predictions:
         """keypoints_NJ2 (px of the picture) and scores_NJ, one row per person. Raises InputError.
 
-        pictures: one, with any number of people in it, or a list with one person in each. Files are
-        turned upright as their EXIF orientation says (`read_picture`).
+        pictures: one, or a list. Files and Pillow images are turned upright as their EXIF
+        orientation says (`read_picture`).
         boxes: (N, 4) x, y, width, height, px; the network sees a square of `margin` x the longer
-        side. Or centers (N, 2) px and scales (N,), as in MPII's h5 files. Or neither: the whole of
-        each picture.
+        side. Or centers (N, 2) px and scales (N,), as in MPII's h5 files. With one picture they are
+        the people in it; with a list, one a picture, or a list with the boxes of each picture. Or
+        neither: the whole of each picture.
         """
-        squares = _squares(boxes, centers, scales, margin)
-        if isinstance(pictures, (str, Path, np.ndarray)):
-            pictures = [read_picture(pictures)] * (1 if squares is None else len(squares))
-        elif squares is not None and len(squares) != len(pictures):
-            found, expected = f"{len(squares)} for {len(pictures)} pictures", "one for each picture"
-            advice = "repeat a picture for each person in it"
-            raise InputError("boxes, or centers and scales", found, expected, advice)
-        wanted: Sequence[Square | None] = squares or [None] * len(pictures)
-        predictions = [self.predict([])]
-        for start in range(0, len(pictures), self.batch_size):
-            rows = range(start, min(start + self.batch_size, len(pictures)))
-            crops = [self.crop(read_picture(pictures[i]), wanted[i], f"picture {i}") for i in rows]
-            predictions.append(self.predict(crops))
+        is_one = isinstance(pictures, _PICTURES)
+        if not is_one and not isinstance(pictures, Sequence):
+            raise _no_picture(pictures)
+        listed: Any = [pictures] if is_one else pictures
+        wanted = _squares(boxes, centers, scales, margin, None if is_one else len(listed))
+        predictions, crops = [self.predict([])], list[Item]()
+        for number, (picture, squares) in enumerate(zip(listed, wanted, strict=True)):
+            image = read_picture(picture)
+            for person, square in enumerate(squares):
+                crops.append(self.crop(image, square, f"picture {number}, person {person}"))
+                if len(crops) == self.batch_size:
+                    predictions.append(self.predict(crops))
+                    crops = []
+        predictions.append(self.predict(crops))
         return Predictions(*map(np.concatenate, zip(*predictions, strict=True)))
 
     def crop(self, image_HW3: npt.NDArray[np.uint8], square: Square | None, where: str) -> Item:
@@ -159,7 +164,7 @@ class PoseEstimator:
 
 
 def read_picture(picture: Picture, upright: bool = True) -> npt.NDArray[np.uint8]:
-    """(H, W, 3) BGR of a file that OpenCV reads, or of an array. Raises InputError.
+    """(H, W, 3) BGR of a file that OpenCV reads, of a Pillow image or an array. Raises InputError.
 
     upright: turn as the EXIF orientation says, as every viewer does; joints are then in px of the
     picture as it is shown. Grey becomes three equal channels, 16 bits become 8, and transparency is
@@ -167,14 +172,12 @@ def read_picture(picture: Picture, upright: bool = True) -> npt.NDArray[np.uint8
     """
     if isinstance(picture, np.ndarray):
         return _checked_array(picture)
-    path = Path(picture)
-    if not path.is_file():
-        found = "a folder" if path.is_dir() else "no such file"
-        raise InputError(path, found, "a picture", "give its path")
-    size = path.stat().st_size
-    if size > _MAX_BYTES:
-        raise InputError(path, f"{size:,} bytes", f"{_MAX_BYTES:,} at most", "make it smaller")
-    content = path.read_bytes()
+    if isinstance(picture, Image.Image):
+        return _from_pillow(picture, upright)
+    if not isinstance(picture, _PICTURES):
+        raise _no_picture(picture)
+    content = picture if isinstance(picture, bytes) else _file_content(Path(picture))
+    path = "picture" if isinstance(picture, bytes) else picture
     require_sane_size(content, path, _MAX_PIXELS)
     flags = cv2.IMREAD_COLOR | (0 if upright else cv2.IMREAD_IGNORE_ORIENTATION)
     try:
@@ -182,9 +185,32 @@ def read_picture(picture: Picture, upright: bool = True) -> npt.NDArray[np.uint8
     except cv2.error:  # more pixels than OpenCV reads, in a format whose header Pillow cannot read
         image = None
     if image is None:
-        found = f"{size} bytes that are no picture"
+        found = f"{len(content):,} bytes that are no whole picture"
         raise InputError(path, found, "a file that OpenCV reads", "replace it")
     return np.asarray(image, dtype=np.uint8)
+
+
+def _file_content(path: Path) -> bytes:
+    if not path.is_file():
+        found = "a folder" if path.is_dir() else "no such file"
+        raise InputError(path, found, "a picture", "give its path")
+    size = path.stat().st_size
+    if size > _MAX_BYTES:
+        raise InputError(path, f"{size:,} bytes", f"{_MAX_BYTES:,} at most", "make it smaller")
+    return path.read_bytes()
+
+
+def _no_picture(value: object) -> InputError:
+    expected = "a path, a file's bytes, a Pillow image, an array of cv2.imread, or a list of them"
+    return InputError("picture", f"a {type(value).__name__}", expected, "give one of these")
+
+
+def _from_pillow(image: Image.Image, upright: bool) -> npt.NDArray[np.uint8]:
+    if image.mode[0] in "IF":
+        found, expected = f"a Pillow image of mode {image.mode}", "8 bits a channel, such as RGB"
+        raise InputError("picture", found, expected, "convert it, or give the file")
+    turned = ImageOps.exif_transpose(image) if upright else image
+    return np.ascontiguousarray(np.asarray(turned.convert("RGB"))[..., ::-1])
 
 
 def _checked_array(image: npt.NDArray) -> npt.NDArray[np.uint8]:
@@ -199,18 +225,59 @@ def _checked_array(image: npt.NDArray) -> npt.NDArray[np.uint8]:
     raise InputError("picture", found, expected, "convert it")
 
 
-def _squares(boxes: Any, centers: Any, scales: Any, margin: float) -> list[Square] | None:
-    """None: whole pictures."""
+def _squares(
+    boxes: Any, centers: Any, scales: Any, margin: float, pictures: int | None
+) -> Sequence[Sequence[Square | None]]:
+    """The people of each picture; None: the whole of it. pictures: None for a single one."""
     if (centers is None) != (scales is None) or (boxes is not None and centers is not None):
         found, expected = "both kinds, or an incomplete one", "only boxes, or centers with scales"
         raise InputError("boxes, centers, scales", found, expected, "give one of the two")
-    if boxes is not None:
-        rows = np.reshape(np.asarray(boxes, dtype=np.float64), (-1, 4))
-        if not (rows[:, 2:] > 0).all():
-            found = f"a width or height of {rows[:, 2:].min():g}"
-            raise InputError("boxes", found, "x, y, width, height; sizes above 0", "correct it")
-        return [square_about(row, margin) for row in rows.tolist()]
-    if centers is not None:
-        rows = np.column_stack([np.reshape(centers, (-1, 2)), np.reshape(scales, -1)])
-        return [Square(*row) for row in rows.astype(float).tolist()]
-    return None
+    if boxes is None and centers is None:
+        return [[None]] * (1 if pictures is None else pictures)
+    if pictures is not None and _is_nested(boxes):
+        people = [_about(own, margin) for own in boxes]
+    else:
+        squares = _about(boxes, margin) if centers is None else _from_centers(centers, scales)
+        people = [squares] if pictures is None else [[square] for square in squares]
+    if len(people) != (1 if pictures is None else pictures):
+        raise InputError(
+            "boxes, or centers and scales",
+            f"{len(people)} for {pictures} pictures",
+            "one for each picture, or a list with the boxes of each",
+            "give as many as pictures",
+        )
+    return people
+
+
+def _is_nested(boxes: Any) -> bool:
+    """Whether it is a list of the boxes of each picture, rather than of one box a picture."""
+    lists = (Sequence, np.ndarray)
+    return isinstance(boxes, lists) and all(
+        isinstance(own, lists) and (len(own) == 0 or isinstance(own[0], lists)) for own in boxes
+    )
+
+
+def _about(boxes: Any, margin: float) -> list[Square]:
+    rows = _numbers("boxes", boxes, "x, y, width, height, px", 4)
+    if not (rows[:, 2:] > 0).all():
+        found = f"a width or height of {rows[:, 2:].min():g}"
+        raise InputError("boxes", found, "x, y, width, height; sizes above 0", "correct it")
+    return [square_about(row, margin) for row in rows.tolist()]
+
+
+def _from_centers(centers: Any, scales: Any) -> list[Square]:
+    middles = _numbers("centers", centers, "x, y, px", 2)
+    sizes = _numbers("scales", scales, "a scale for each centre", 1)
+    if len(middles) != len(sizes):
+        found = f"{len(middles)} centers and {len(sizes)} scales"
+        raise InputError("centers, scales", found, "as many of both", "correct them")
+    return [Square(*row) for row in np.column_stack([middles, sizes]).tolist()]
+
+
+def _numbers(name: str, value: Any, expected: str, columns: int) -> npt.NDArray[np.float64]:
+    """(N, columns). Raises InputError."""
+    try:
+        return np.reshape(np.asarray(value, dtype=np.float64), (-1, columns))
+    except (TypeError, ValueError) as error:
+        found = f"{value!r:.80}"
+        raise InputError(name, found, f"numbers: {expected}", "correct it") from error

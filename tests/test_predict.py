@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import noise_picture, write_jpeg
 from helpers import exif, make_trainer, steps, tiny_config, with_segment
+from PIL import Image
 
 import evaluate
 from common import distributed
@@ -179,6 +180,33 @@ def test_grey_deep_and_transparent_pictures_become_three_channels_of_8_bits(tmp_
     np.testing.assert_array_equal(read_picture(grey), triple)
 
 
+def test_each_picture_of_a_list_may_have_its_own_number_of_people(estimator):
+    images = [noise_picture(np.random.default_rng(n), 200, 150) for n in range(3)]
+    boxes = [[[0, 0, 80, 100], [100, 20, 70, 90]], [], np.array([[30.0, 30, 90, 90]])]
+    found = estimator(images, boxes)
+    apart = [estimator(images[0], boxes[0]), estimator(images[2], boxes[2])]
+    expected = np.concatenate([each.keypoints_NJ2 for each in apart])
+    assert found.keypoints_NJ2.shape == (3, 16, 2)
+    np.testing.assert_allclose(found.keypoints_NJ2, expected, atol=1e-3)
+    assert estimator(images[:2], [[], []]).scores_NJ.shape == (0, 16)
+
+
+def test_a_files_bytes_and_a_pillow_image_are_the_same_picture_as_the_file(estimator, tmp_path):
+    """A PNG with an EXIF orientation of 6: upright, it is turned clockwise."""
+    color = noise_picture(np.random.default_rng(4), 60, 40)
+    path, tags = tmp_path / "a.png", Image.Exif()
+    tags[0x0112] = 6
+    Image.fromarray(color[..., ::-1]).save(path, exif=tags)
+    upright = color.transpose(1, 0, 2)[:, ::-1]
+    for picture in (path, str(path), path.read_bytes(), Image.open(path)):
+        np.testing.assert_array_equal(read_picture(picture), upright)
+        np.testing.assert_array_equal(read_picture(picture, upright=False), color)
+    expected = estimator(path).keypoints_NJ2
+    np.testing.assert_array_equal(estimator(Image.open(path)).keypoints_NJ2, expected)
+    transparent = Image.fromarray(np.dstack([color[..., ::-1], np.zeros((40, 60), np.uint8)]))
+    np.testing.assert_array_equal(read_picture(transparent), color)
+
+
 @pytest.mark.parametrize(
     ("arguments", "found"),
     [
@@ -190,6 +218,15 @@ def test_grey_deep_and_transparent_pictures_become_three_channels_of_8_bits(tmp_
         ({"pictures": [np.zeros((9, 9), np.uint8)] * 2, "boxes": [[1, 2, 3, 4]]}, "1 for 2"),
         ({"pictures": np.zeros((9, 9), np.uint8), "centers": [[1, 2]]}, "incomplete one"),
         ({"pictures": np.zeros((9, 9), np.uint8), "boxes": [[90, 2, 3, 4]]}, "overlaps"),
+        ({"pictures": None}, "a NoneType"),
+        ({"pictures": ["a.jpg", 7]}, "no such file"),
+        ({"pictures": [7]}, "a int"),
+        ({"pictures": b"noise"}, "5 bytes that are no whole picture"),
+        ({"pictures": Image.new("I;16", (9, 9))}, "mode I;16"),
+        ({"pictures": np.zeros((9, 9), np.uint8), "boxes": [["x", 2, 3, 4]]}, "numbers: x, y"),
+        ({"pictures": np.zeros((9, 9), np.uint8), "boxes": [[1, 2, 3]]}, "numbers: x, y"),
+        ({"pictures": [np.zeros((9, 9), np.uint8)] * 2, "boxes": [[[1, 2, 3, 4]]]}, "1 for 2"),
+        ({"pictures": np.zeros((9, 9), np.uint8), "centers": [[1, 2]], "scales": [1, 2]}, "2 scal"),
     ],
 )
 def test_calls_that_cannot_be_meant_are_refused(arguments, found, estimator):
