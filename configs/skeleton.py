@@ -10,6 +10,8 @@ import re
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import yaml
+
 from common.cli import did_you_mean
 from common.errors import InputError
 from common.files import read_yaml
@@ -18,7 +20,8 @@ Pairs = tuple[tuple[int, int], ...]
 Groups = tuple[tuple[str, tuple[int, ...]], ...]
 Side = Literal["left", "right", "middle"]
 
-_KEYS = ("name", "joints", "flip_pairs", "limbs", "groups", "normalize")
+_KEYS = ("name", "joints", "flip_pairs", "limbs", "groups", "normalize", "mirror")
+_OPTIONAL_KEYS = ("groups", "normalize", "mirror")
 # The side is a separate word, or written in full before a capital: l_knee, knee-right, leftKnee.
 _SIDE_FIRST = re.compile(r"(?:(?i:(left|right|l|r)[ _.-]+)|(left|right|Left|Right)(?=[A-Z]))(.+)")
 _SIDE_LAST = re.compile(r"(.+?)[ _.-]+(left|right|l|r)", re.IGNORECASE)
@@ -46,6 +49,8 @@ class Skeleton(NamedTuple):
     """Columns of the PCKh table: a name and its joints. The pooled mean counts all joints."""
     length: Length | None = None
     """None: the annotation file gives each person's length, as MPII's do."""
+    mirror: bool = True
+    """Whether pictures may be mirrored. False if the left-right pairs are not known."""
 
     @property
     def joint_count(self) -> int:
@@ -90,7 +95,10 @@ class Skeleton(NamedTuple):
 
     def as_dict(self) -> dict[str, Any]:
         """Lists, strings and numbers only, for manifests and checkpoints."""
-        return json.loads(json.dumps(self._asdict()))
+        raw = self._asdict()
+        if self.mirror:  # absent in files of early versions
+            del raw["mirror"]
+        return json.loads(json.dumps(raw))
 
 
 def skeleton_from_dict(raw: dict[str, Any]) -> Skeleton:
@@ -99,7 +107,8 @@ def skeleton_from_dict(raw: dict[str, Any]) -> Skeleton:
     groups = tuple((name, tuple(joints)) for name, joints in raw["groups"])
     length = raw.get("length")  # absent in files of early versions
     rule = Length(tuple(length[0]), length[1]) if length else None
-    return Skeleton(raw["name"], tuple(raw["names"]), pairs, limbs, groups, rule)
+    mirror = raw.get("mirror", True)
+    return Skeleton(raw["name"], tuple(raw["names"]), pairs, limbs, groups, rule, mirror)
 
 
 def unnamed(joints: int) -> Skeleton:
@@ -164,16 +173,38 @@ def load_skeleton(path: Path) -> Skeleton:
         raise InputError(path, str(error), expected, advice) from error
 
 
+def skeleton_yaml(skeleton: Skeleton) -> str:
+    """The text of a YAML file that `load_skeleton` reads; for skeletons measured by the box."""
+    names = skeleton.names
+    pairs, limbs = (
+        [[names[a], names[b]] for a, b in pairs] for pairs in (skeleton.flip_pairs, skeleton.limbs)
+    )
+    assert skeleton.length and not skeleton.length.joints
+    raw = {
+        "name": skeleton.name,
+        "joints": list(names),
+        "flip_pairs": pairs,
+        "mirror": skeleton.mirror,
+        "limbs": limbs,
+        "normalize": {"box": skeleton.length.factor},
+    }
+    return yaml.safe_dump(raw, sort_keys=False, default_flow_style=None, allow_unicode=True)
+
+
 def _from_yaml(raw: dict[str, Any]) -> Skeleton:
     """Raises ValueError."""
     for key in raw:
         _index(key, _KEYS, "the file")
-    missing = [key for key in _KEYS if key not in raw and key not in ("groups", "normalize")]
+    missing = [key for key in _KEYS if key not in raw and key not in _OPTIONAL_KEYS]
     if missing:
         raise ValueError(f"no {', '.join(missing)}")
     names = tuple(_name_list(raw["joints"], "joints"))
     pairs = _pairs(raw["flip_pairs"], names, "flip_pairs")
-    _check_sides(names, pairs)
+    mirror = raw.get("mirror", True)
+    if type(mirror) is not bool:
+        raise ValueError(f"mirror: {mirror!r} is not true or false")
+    if mirror:
+        _check_sides(names, pairs)
     groups = default_groups(names, pairs)
     if raw.get("groups") is not None:
         groups = _groups(raw["groups"], names)
@@ -184,6 +215,7 @@ def _from_yaml(raw: dict[str, Any]) -> Skeleton:
         limbs=_pairs(raw["limbs"], names, "limbs"),
         groups=groups,
         length=_length(raw.get("normalize"), names),
+        mirror=mirror,
     )
 
 

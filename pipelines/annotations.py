@@ -1,15 +1,17 @@
 """Reads annotation files into People: the only place that handles pixel base and missing joints.
 
-Reads the h5 files of princeton-vl (train.h5, valid.h5), mpii_annotations.json(.gz), and COCO's JSON
-(coco.py). Raises InputError for a bad file.
+Reads the h5 files of princeton-vl (train.h5, valid.h5), mpii_annotations.json(.gz), COCO's JSON
+(coco.py), and labels of DeepLabCut, Lightning Pose and YOLO-pose (label_files.py).
+Raises InputError for a bad file.
 """
 
 import gzip
 import re
+import sys
 import zlib
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import h5py
 import numpy as np
@@ -25,7 +27,19 @@ from configs.skeleton import (
     PIXELS_PER_SCALE,
     Skeleton,
 )
+from pipelines.boxes import read_people, square_about, whole_picture
 from pipelines.coco import Floats, parse_coco
+from pipelines.label_files import (
+    Labels,
+    label_files,
+    label_format,
+    picture_size,
+    pictures_folder,
+    read_labels,
+)
+
+Boxes = Literal["auto", "keypoints", "picture"] | Path
+"""How labels get boxes; a path is that of a file as `boxes.read_people` reads."""
 
 _LARGEST_COLUMN = 256 << 20
 """Bytes; MPII's largest column, of 25,000 people, has 6 million."""
@@ -79,16 +93,29 @@ def scored_text(scored: int, people: int) -> str:
 
 
 def read_annotations(
-    path: Path, split: str, skeleton: Skeleton | None = None
+    path: Path,
+    split: str,
+    skeleton: Skeleton | None = None,
+    images: Path | None = None,
+    boxes: Boxes = "auto",
 ) -> tuple[People, Skeleton]:
     """People of one split ("train" or "valid") and their joints. Raises InputError.
 
-    path: an h5 file, COCO's JSON, an mpii_annotations.json(.gz), which holds both splits, or a
-    folder of files named after their splits. skeleton: the file's joints, by default MPII's; its
-    length, if it has one, replaces the file's.
+    path: an h5 file, COCO's JSON, an mpii_annotations.json(.gz), which holds both splits, a folder
+    of such files named after their splits, or labels of label_files.py. skeleton: the file's
+    joints, by default MPII's or those that the labels name; its length, if it has one, replaces the
+    file's. images, boxes: for labels of label_files.py, as in `_from_labels`.
     """
-    path, joints = split_file(path, split), skeleton or MPII
-    if path.name.endswith((".json", ".json.gz")):
+    joints = skeleton or MPII
+    if label_format(path):
+        labels = read_labels(path, split)
+        joints = skeleton or labels.skeleton
+        if joints.names != labels.skeleton.names:
+            found = f"the joints {', '.join(joints.names)}"
+            expected = f"those of {path}: {', '.join(labels.skeleton.names)}"
+            raise InputError("--skeleton", found, expected, "use its names, in its order")
+        people = _from_labels(labels, images or pictures_folder(path), boxes)
+    elif (path := split_file(path, split)).name.endswith((".json", ".json.gz")):
         data = _load_json(path)
         if isinstance(data, dict):
             people = _from_coco(data, path, skeleton)
@@ -116,8 +143,19 @@ def split_file(path: Path, split: str) -> Path:
     return found[0]
 
 
+def annotation_files(path: Path, split: str) -> list[Path]:
+    """The files with the annotations of a split. Raises InputError."""
+    return label_files(path) if label_format(path) else [split_file(path, split)]
+
+
 def has_both_splits(path: Path) -> bool:
-    """Whether a file holds both splits. MPII's JSON (a list) does, COCO's (a dict) does not."""
+    """Whether a file or folder holds both splits.
+
+    Folders, MPII's JSON (a list) and YOLO-pose do; h5 files, COCO's JSON (a dict), DeepLabCut's
+    projects and tables do not.
+    """
+    if label_format(path) or path.is_dir():
+        return label_format(path) in (None, "yolo")
     opener, start = gzip.open if path.name.endswith(".gz") else open, b""
     with suppress(OSError, EOFError, zlib.error), opener(path, "rb") as file:
         start = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
@@ -247,6 +285,51 @@ def _from_coco(data: dict[str, Any], path: Path, skeleton: Skeleton | None) -> P
         marked=keypoints_NJ3[..., 2] > 0,
         visible=keypoints_NJ3[..., 2] > 1,
     )
+
+
+def _from_labels(labels: Labels, images: Path, boxes: Boxes) -> People:
+    """People whose boxes are the file's, about their marked joints, or the whole picture.
+
+    boxes: "auto" takes the file's, or the whole picture if it has none. People without a marked
+    joint or a box with an area are left out, and counted on stderr.
+    """
+    squares_N3 = np.array(_squares(labels, images, boxes), dtype=np.float64).reshape(-1, 3)
+    v_NJ = labels.keypoints_NJ3[..., 2]
+    is_kept = (v_NJ > 0).any(axis=1) & (squares_N3[:, 2] > 0)
+    if not is_kept.all():
+        count = (~is_kept).sum()
+        print(f"left out {count:,} without a marked joint or a box", file=sys.stderr)
+    unknown = np.full(len(labels.images), -1)
+    people = People(
+        images=labels.images,
+        index=unknown,
+        person=unknown,
+        center=squares_N3[:, :2],
+        scale=squares_N3[:, 2],
+        normalize=np.nan * squares_N3[:, 2],
+        joints=labels.keypoints_NJ3[..., :2],
+        marked=v_NJ > 0,
+        visible=v_NJ > 1,
+    )
+    return people.select(np.flatnonzero(is_kept))
+
+
+def _squares(labels: Labels, images: Path, boxes: Boxes) -> list[tuple[float, ...]]:
+    """x, y and scale of each person; a scale of 0 or less without a box."""
+    if isinstance(boxes, Path):
+        given = {person.image: person.square for person in read_people(boxes)}
+        return [given.get(image) or (0, 0, 0) for image in labels.images]
+    if boxes == "picture" or (boxes == "auto" and np.isnan(labels.box_N4).all()):
+        whole = {name: whole_picture(*picture_size(images / name)) for name in set(labels.images)}
+        return [whole[name] for name in labels.images]
+    # A box's corner counts from the corner of the picture; square_about counts pixels.
+    box_N4 = labels.box_N4
+    if boxes == "keypoints":
+        xy_NJ2, is_marked = labels.keypoints_NJ3[..., :2], labels.keypoints_NJ3[..., 2:] > 0
+        low = xy_NJ2.min(axis=1, where=is_marked, initial=np.inf)
+        high = xy_NJ2.max(axis=1, where=is_marked, initial=-np.inf)
+        box_N4 = np.concatenate([low + 0.5, high - low], axis=1)
+    return [square_about(box) for box in box_N4.tolist()]
 
 
 def normalizing_length(people: People, skeleton: Skeleton, path: Path) -> Floats:

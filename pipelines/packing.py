@@ -21,7 +21,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import cv2
@@ -34,10 +34,11 @@ from common.errors import InputError
 from common.files import write_atomic
 from common.system import keep_freed_memory
 from configs.skeleton import MPII, Skeleton, load_skeleton
-from pipelines.annotations import People, read_annotations, split_file
+from pipelines.annotations import Boxes, People, annotation_files, read_annotations
 from pipelines.crop_packing import Region, crop_region, stored_crop
 from pipelines.i420 import byte_count
 from pipelines.jpeg import Picture, check_picture
+from pipelines.label_files import label_format
 from pipelines.shard_format import (
     FORMAT_VERSION,
     IDENTITY_AFFINE,
@@ -74,6 +75,8 @@ class PackingOptions:
     people_per_shard: int = 512
     workers: int = 1
     """Worker processes; 0 and 1 use this process only."""
+    boxes: Boxes = "auto"
+    """Of labels without a box for each person."""
     valid_fraction: float | None = None
     """Share of the pictures that becomes `valid`; None if the annotations are in splits."""
     seed: int = 0
@@ -151,27 +154,45 @@ def read_jobs(options: PackingOptions) -> list[SplitJob]:
     jobs = []
     given = load_skeleton(options.skeleton) if options.skeleton else None
     for split in options.splits:
-        people, skeleton = read_annotations(options.annotations, split, given)
+        people, skeleton = read_annotations(
+            options.annotations, split, given, options.images, options.boxes
+        )
         if options.valid_fraction:
-            rows = rows_of_split(people.images, split, options.valid_fraction, options.seed)
-            people = people.select(rows)
-        path = split_file(options.annotations, split)
-        digest = file_sha256(path)
-        source = {"annotations": str(path), "sha256": digest, "images": str(options.images)}
+            groups = picture_groups(people.images, options.annotations)
+            people = people.select(
+                rows_of_split(groups, split, options.valid_fraction, options.seed)
+            )
+        files = annotation_files(options.annotations, split)
+        digest = file_sha256(files[0])
+        if len(files) > 1:
+            digest = hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest()
+        source = {"annotations": str(files[0]), "sha256": digest, "images": str(options.images)}
         jobs.append(SplitJob(split, people, skeleton, source))
     return jobs
 
 
-def rows_of_split(
-    images: Sequence[str], split: str, valid_fraction: float, seed: int
-) -> npt.NDArray[np.int64]:
-    """The people of a split when a share of the pictures, drawn by the seed, becomes `valid`.
+def picture_groups(images: Sequence[str], annotations: Path) -> Sequence[str]:
+    """The group of each picture, which a split must not divide: its video, or itself.
 
-    images: the picture of each person. All people of a picture are in the same split.
+    Pictures of a video lie in one folder in DeepLabCut's and Lightning Pose's labels. With a single
+    video each picture is a group.
     """
-    names, picture_N = np.unique(images, return_inverse=True)
+    if label_format(annotations) not in ("table", "deeplabcut"):
+        return images
+    videos = [PurePosixPath(image).parent.as_posix() for image in images]
+    return videos if len(set(videos)) > 1 else images
+
+
+def rows_of_split(
+    groups: Sequence[str], split: str, valid_fraction: float, seed: int
+) -> npt.NDArray[np.int64]:
+    """The people of a split when a share of the groups, drawn by the seed, becomes `valid`.
+
+    groups: the group of each person's picture. All people of a group are in the same split.
+    """
+    names, group_N = np.unique(groups, return_inverse=True)
     order = np.random.default_rng([seed, len(SPLITS)]).permutation(len(names))
-    is_valid = np.isin(picture_N, order[: max(1, round(valid_fraction * len(names)))])
+    is_valid = np.isin(group_N, order[: max(1, round(valid_fraction * len(names)))])
     return np.flatnonzero(is_valid == (split == "valid"))
 
 
@@ -183,6 +204,8 @@ def fingerprint(options: PackingOptions, job: SplitJob, left_out: list[str]) -> 
         facts.append(asdict(options.crop))
     if options.valid_fraction:
         facts.append(options.valid_fraction)
+    if options.boxes != "auto":
+        facts.append(str(options.boxes))
     if job.skeleton != MPII:  # absent in plans of the first version
         facts.append(job.skeleton.as_dict())
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

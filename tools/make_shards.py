@@ -19,11 +19,13 @@ import numpy as np
 
 from common.cli import Parser, at_least
 from common.errors import InputError, run_main
+from common.files import write_atomic
 from common.system import usable_cores
-from configs.skeleton import PIXELS_PER_SCALE, Skeleton
-from pipelines.annotations import People, has_both_splits, scored_text
+from configs.skeleton import PIXELS_PER_SCALE, Skeleton, skeleton_yaml
+from pipelines.annotations import Boxes, People, has_both_splits, scored_text
 from pipelines.augment import PRESETS
 from pipelines.crop_packing import crop_rule
+from pipelines.label_files import label_format, pictures_folder
 from pipelines.packing import SPLITS, PackingOptions, pack
 from pipelines.shard_format import PICTURE_EXTENSIONS, Manifest, unpack_records
 from pipelines.shards import ShardSet
@@ -46,6 +48,8 @@ def main(argv: list[str] | None = None) -> int:
     start = time.monotonic()
     options = parse_options(argv)
     manifests = pack(options)
+    if manifests and label_format(options.annotations) and not options.skeleton:
+        write_skeleton(options.output / "skeleton.yaml", manifests[0].skeleton)
     if manifests:
         print_summary(options, manifests, time.monotonic() - start)
     return 0
@@ -63,10 +67,15 @@ def make_parser() -> Parser:
     add = parser.add_argument_group("what to pack").add_argument
     add("--annotations", type=Path, default=DATA / "annot",
         help="folder of train.h5 and valid.h5, or of train.json and valid.json in COCO's layout, "
-        "or one such file, or mpii_annotations.json(.gz)")
+        "or one such file, or mpii_annotations.json(.gz); a DeepLabCut project, Lightning Pose's "
+        "CSV, or the data.yaml of YOLO-pose")
     add("--skeleton", type=Path, metavar="YAML",
-        help="the joints, for COCO's layout and for all joints but MPII's (docs/custom-data.md)")
-    add("--images", type=Path, default=DATA / "images", help="folder of the JPEGs")
+        help="the joints, for COCO's layout and for all h5 files but MPII's (docs/custom-data.md)")
+    add("--images", type=Path, metavar="FOLDER",
+        help=f"folder of the pictures (default: {DATA / 'images'}, or where labels say)")
+    add("--boxes", type=boxes, default="auto", metavar="{auto,keypoints,picture,FILE}",
+        help="of labels of DeepLabCut, Lightning Pose and YOLO: the file's own, or else the whole "
+        "picture; about the keypoints; the whole picture; or a CSV of image, x, y, width, height")
     add("--output", type=Path, default=Path("data/shards/mpii"), help="folder of the splits")
     add("--splits", nargs="+", choices=SPLITS, default=list(SPLITS),
         help="splits to pack; for a single h5 or COCO file, the split that it holds")
@@ -96,11 +105,16 @@ def parse_options(argv: list[str] | None) -> PackingOptions:
     quality = JPEG_QUALITY if given["packing"] == "crop" else 0
     is_crop = given["packing"] != "original"
     given["crop"] = crop_rule(preset, person_px, quality) if is_crop else None
+    annotations = given["annotations"]
+    if given["images"] is None:
+        given["images"] = (
+            pictures_folder(annotations) if label_format(annotations) else DATA / "images"
+        )
     if not given["valid_fraction"]:
-        given["splits"] = chosen_splits(given["annotations"], given["splits"])
-    elif given["annotations"].is_dir() or has_both_splits(given["annotations"]):
+        given["splits"] = chosen_splits(annotations, given["splits"])
+    elif has_both_splits(annotations):
         expected = "with --valid-fraction, one file without splits"
-        raise InputError(given["annotations"], "its own splits", expected, "give that file")
+        raise InputError(annotations, "its own splits", expected, "give that file")
     given["splits"] = tuple(sorted(given["splits"]))
     for name in ("annotations", "images"):
         path = given[name]
@@ -122,17 +136,33 @@ def fraction(text: str) -> float:
     return value
 
 
+def boxes(text: str) -> Boxes:
+    """An argparse type: a word, or the path of a file."""
+    words: dict[str, Boxes] = {word: word for word in ("auto", "keypoints", "picture")}
+    return words.get(text, Path(text))
+
+
 def chosen_splits(annotations: Path, asked: list[str]) -> tuple[str, ...]:
     """The splits to pack; a file with a single split may name it in its file name."""
     splits = tuple(split for split in SPLITS if split in asked)
-    if not annotations.is_file() or has_both_splits(annotations) or len(splits) == 1:
+    if not annotations.exists() or has_both_splits(annotations) or len(splits) == 1:
         return splits
     stem = annotations.name.split(".")[0]
     if stem not in SPLITS:
         expected = f"one split, or a file named after it: {' or '.join(SPLITS)}"
-        advice = "choose the split with --splits train or --splits valid"
+        advice = "choose it with --splits train or --splits valid, or share with --valid-fraction"
         raise InputError(annotations, "one file for two splits", expected, advice)
     return (stem,)
+
+
+def write_skeleton(path: Path, skeleton: Skeleton) -> None:
+    """Write the joints that the labels name, to look at and change."""
+    write_atomic(path, skeleton_yaml(skeleton).encode())
+    print(f"{path} describes the joints; after a change, pack again with --skeleton {path}")
+    if not skeleton.mirror:
+        print("  The labels do not say which joints are left-right pairs, so training does not")
+        print("  mirror pictures. To mirror them, fill in flip_pairs there and set mirror: true")
+    print()
 
 
 def print_summary(options: PackingOptions, manifests: list[Manifest], seconds: float) -> None:

@@ -59,13 +59,14 @@ def main(argv: list[str] | None = None) -> None:
         config = config_from_dict(load_yaml(options.config), options.config)
     folder = Path(options.shards or config.data.shards)
     shards = ShardSet(folder if (folder / MANIFEST).is_file() else folder / options.split)
-    mirror = config.data.mirror and not options.no_mirror
+    skeleton = shards.manifest.skeleton
+    mirror = config.data.mirror and skeleton.mirror and not options.no_mirror
     codec = Codec(
         preset=preset_of(options.preset or config.data.preset, mirror),
         rule=options.rule or config.heatmaps.rule,
         sigma=options.sigma or config.heatmaps.sigma,
         input_px=options.input_px or config.data.input_px,
-        skeleton=shards.manifest.skeleton,
+        skeleton=skeleton,
     )
     if codec.input_px % 64:
         found = str(codec.input_px)

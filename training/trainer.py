@@ -107,17 +107,21 @@ class Trainer:
         """
         self.workers = loader_workers(config.data.workers, dist.device)
         config = replace(config, data=replace(config.data, workers=self.workers))
+        self.shards, valid = open_shards(config)
+        self.remarks: list[str] = []
+        if not self.shards.manifest.skeleton.mirror and (config.data.mirror or config.eval.flip):
+            config = without_mirroring(config)
+            self.remarks.append("pictures are not mirrored: the left-right pairs are not known")
         self.saved_config = config
         """For config.yaml and checkpoints: before it is adapted to the number of ranks."""
         self.config, self.dist, self.folder = config, dist, folder
-        self.remarks: list[str] = []
         if checkpoint:
-            self.config, self.remarks = fit_to_ranks(config, checkpoint, dist.world_size)
+            self.config, remarks = fit_to_ranks(config, checkpoint, dist.world_size)
+            self.remarks += remarks
             if not config.train.threads:
                 self._set_threads(checkpoint.config.train.threads)
         config = self.config
         self.thread_tuner = ThreadTuner(dist, config.train.threads, self.workers)
-        self.shards, valid = open_shards(config)
         self.people_sha256 = people_sha256(self.shards.records())  # raises if they are damaged
         self.codec = codec_of(config.data, config.heatmaps, self.shards.manifest.skeleton)
         self.validator = Validator(valid, self.codec, config, dist)
@@ -532,6 +536,15 @@ class Trainer:
             optimizer=self.train_step.optimizer.state_dict(),
             run=run,
         )
+
+
+def without_mirroring(config: Config) -> Config:
+    """The config without mirrored pictures in training and without the flip test."""
+    return replace(
+        config,
+        data=replace(config.data, mirror=False),
+        eval=replace(config.eval, flip=False),
+    )
 
 
 def open_shards(config: Config) -> tuple[ShardSet, ShardSet]:

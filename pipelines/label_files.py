@@ -1,0 +1,265 @@
+"""Reads label files of DeepLabCut, Lightning Pose and YOLO-pose into Labels.
+
+A table is a CSV file with one row per picture, below the rows `scorer`, `individuals` (if there are
+several), `bodyparts` and `coords`. DeepLabCut writes CollectedData_<scorer>.csv for each video, and
+Lightning Pose one such file for all. YOLO-pose has one text file per picture.
+"""
+
+import csv
+import io
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from PIL import ExifTags, Image
+
+from common.errors import InputError
+from common.files import read_bytes, read_yaml
+from configs.skeleton import Length, Pairs, Skeleton, default_groups
+from pipelines.coco import Floats
+
+_LARGEST = 256 << 20
+"""Bytes of a table; one of 100,000 pictures and 20 joints has 60 million."""
+_HEADER = ("scorer", "individuals", "bodyparts", "coords")
+_TABLE = "a table with the rows scorer, bodyparts, coords and one row for each picture"
+_YOLO_KEYS = "kpt_shape [joints, 2 or 3], train and val"
+Format = Literal["table", "deeplabcut", "yolo"]
+BOX_LENGTH = Length((), 0.4)
+"""Errors are divided by 0.4 x the box, so PCK@0.5 is the share within a fifth of the box."""
+_FIX = "correct it, or export the labels again"
+
+
+class Labels(NamedTuple):
+    """N labelled people or animals with J joints."""
+
+    images: tuple[str, ...]
+    """N file names, relative to the folder of pictures."""
+    box_N4: Floats
+    """x, y, width, height, image px from the corner of the picture; NaN where the file has none."""
+    keypoints_NJ3: Floats
+    """x, y (image px) and v: 0 not marked, 1 hidden, 2 visible."""
+    skeleton: Skeleton
+
+
+def label_format(path: Path) -> Format | None:
+    """The format of these labels by their names; None for annotations of MPII or COCO."""
+    if path.suffix == ".csv":
+        return "table"
+    if path.name == "config.yaml" or (path / "config.yaml").is_file():
+        return "deeplabcut"
+    if path.suffix in (".yaml", ".yml") or (path / "data.yaml").is_file():
+        return "yolo"
+    return None
+
+
+def read_labels(path: Path, split: str) -> Labels:
+    """The labels of a table, or of a folder or its YAML file. Raises InputError.
+
+    split: "train" or "valid", for YOLO-pose; the other formats have no splits.
+    """
+    if label_format(path) == "table":
+        return read_table(path)
+    if label_format(path) == "deeplabcut":
+        return read_deeplabcut(path if path.is_dir() else path.parent)
+    return read_yolo(path / "data.yaml" if path.is_dir() else path, split)
+
+
+def label_files(path: Path) -> list[Path]:
+    """The files that contain the labels, all splits of YOLO-pose included."""
+    if label_format(path) == "table":
+        return [path]
+    folder = path if path.is_dir() else path.parent
+    if label_format(path) == "deeplabcut":
+        return [folder / "config.yaml", *_tables(folder)]
+    data_yaml = path / "data.yaml" if path.is_dir() else path
+    return [data_yaml, *sorted(pictures_folder(path).rglob("labels/**/*.txt"))]
+
+
+def pictures_folder(path: Path) -> Path:
+    """The folder to which the labels' pictures are relative."""
+    if label_format(path) != "yolo":
+        return path if path.is_dir() else path.parent
+    data_yaml = path / "data.yaml" if path.is_dir() else path
+    return _yolo_root(data_yaml, read_yaml(data_yaml, _YOLO_KEYS))
+
+
+def read_table(path: Path) -> Labels:
+    """The labels of one table. Raises InputError."""
+    try:
+        text = read_bytes(path, _LARGEST).decode("utf-8-sig")
+        rows = list(csv.reader(io.StringIO(text, newline="")))
+        images, joints, keypoints_NJ3 = _parse_table(rows)
+    except (FileNotFoundError, ValueError, csv.Error) as error:
+        raise InputError(path, f"not readable ({error})", _TABLE, _FIX) from error
+    no_box = np.full((len(images), 4), np.nan)
+    return Labels(images, no_box, keypoints_NJ3, skeleton_of_names(path.stem, joints, limbs=()))
+
+
+def _parse_table(rows: list[list[str]]) -> tuple[tuple[str, ...], tuple[str, ...], Floats]:
+    """File names, joints, and (N, J, 3) keypoints of all individuals. Raises ValueError."""
+    header = {row[0]: row for row in rows[:4] if row and row[0] in _HEADER}
+    coords, bodyparts = header.get("coords", []), header.get("bodyparts", [])
+    individuals = header.get("individuals", [""] * len(coords))
+    if "x" not in coords or not len(coords) == len(bodyparts) == len(individuals):
+        raise ValueError(f"its first rows begin with {', '.join(header)}")
+    # The path of a picture is in one cell, or in three: labeled-data, video, picture.
+    start = coords.index("x")
+    joints = tuple(dict.fromkeys(bodyparts[start:]))
+    columns: dict[str, dict[str, int]] = {}
+    for column in range(start, len(coords), 2):
+        if coords[column : column + 2] != ["x", "y"]:
+            raise ValueError(f"columns {column} and {column + 1} are not x and y")
+        columns.setdefault(individuals[column], {})[bodyparts[column]] = column
+    images, keypoints = [], []
+    for row in rows[len(header) :]:
+        for place in columns.values():
+            xy = [_cells(row, place[joint]) if joint in place else None for joint in joints]
+            if any(xy):
+                images.append("/".join(filter(None, row[:start])).replace("\\", "/"))
+                keypoints.append([(*each, 2.0) if each else (0.0, 0.0, 0.0) for each in xy])
+    return tuple(images), joints, np.array(keypoints).reshape(-1, len(joints), 3)
+
+
+def _cells(row: list[str], column: int) -> tuple[float, float] | None:
+    """x and y of a joint; None if it is not labelled. Raises ValueError."""
+    x, y = (float(cell or "nan") for cell in row[column : column + 2])
+    return None if math.isnan(x) or math.isnan(y) else (x, y)
+
+
+def read_deeplabcut(project: Path) -> Labels:
+    """All labels of a DeepLabCut project, a folder with config.yaml. Raises InputError."""
+    config = read_yaml(project / "config.yaml", "a DeepLabCut project")
+    tables = _tables(project)
+    if not tables:
+        expected = "a table for each video, which DeepLabCut writes when labels are saved"
+        where = project / "labeled-data" / "VIDEO" / "CollectedData_SCORER.csv"
+        raise InputError(where, "no such file", expected, "save the labels in DeepLabCut again")
+    parts = [read_table(table) for table in tables]
+    joints = parts[0].skeleton.names
+    for table, part in zip(tables, parts, strict=True):
+        if part.skeleton.names != joints:
+            found = f"the body parts {', '.join(part.skeleton.names)}"
+            raise InputError(table, found, f"those of {tables[0]}: {', '.join(joints)}", _FIX)
+    limbs = [pair for pair in config.get("skeleton") or [] if len({*pair} & {*joints}) == 2]
+    return Labels(
+        images=tuple(image for part in parts for image in part.images),
+        box_N4=np.concatenate([part.box_N4 for part in parts]),
+        keypoints_NJ3=np.concatenate([part.keypoints_NJ3 for part in parts]),
+        skeleton=skeleton_of_names(
+            str(config.get("Task", project.name)),
+            joints,
+            tuple((joints.index(a), joints.index(b)) for a, b in limbs),
+        ),
+    )
+
+
+def _tables(project: Path) -> list[Path]:
+    return sorted(project.glob("labeled-data/*/CollectedData_*.csv"))
+
+
+def read_yolo(data_yaml: Path, split: str) -> Labels:
+    """The labels of one split ("train" or "valid") of a YOLO-pose data set. Raises InputError.
+
+    data_yaml: the data set's description, with kpt_shape. Names are relative to its `path`.
+    """
+    config = read_yaml(data_yaml, _YOLO_KEYS)
+    root, shape = _yolo_root(data_yaml, config), config.get("kpt_shape")
+    pictures = config.get("train" if split == "train" else "val")
+    if not isinstance(shape, list) or len(shape) != 2 or shape[1] not in (2, 3) or not pictures:
+        raise InputError(data_yaml, f"kpt_shape {shape!r}, {split}: {pictures!r}", _YOLO_KEYS, _FIX)
+    images, boxes, keypoints = [], [], []
+    for picture in _yolo_pictures(root, pictures):
+        rows = _yolo_rows(_yolo_label_file(picture), *shape)
+        width, height = picture_size(picture) if rows else (0, 0)
+        for box_4, keypoints_J3 in rows:
+            images.append(picture.relative_to(root).as_posix())
+            size = np.array([width, height])
+            middle, sides = box_4[:2] * size, box_4[2:] * size
+            boxes.append([*(middle - sides / 2), *sides])
+            keypoints.append(keypoints_J3 * [width, height, 1])
+    return Labels(
+        tuple(images),
+        np.array(boxes).reshape(-1, 4),
+        np.array(keypoints).reshape(-1, shape[0], 3),
+        _yolo_skeleton(data_yaml, config, shape[0]),
+    )
+
+
+def _yolo_root(data_yaml: Path, config: dict[str, Any]) -> Path:
+    return (data_yaml.parent / str(config.get("path") or ".")).resolve()
+
+
+def _yolo_pictures(root: Path, given: Any) -> Iterable[Path]:
+    """The pictures of folders, or of text files with one path per line."""
+    for name in given if isinstance(given, list) else [given]:
+        place = root / str(name)
+        if place.is_dir():
+            yield from sorted(path for path in place.rglob("*") if path.suffix not in ("", ".txt"))
+        elif place.is_file():
+            yield from (root / line for line in place.read_text().split("\n") if line.strip())
+        else:
+            raise InputError(place, "no such file or folder", "pictures", "correct `path`")
+
+
+def _yolo_label_file(picture: Path) -> Path:
+    """.../images/a.jpg has the labels .../labels/a.txt; the last folder `images` is replaced."""
+    before, found, after = picture.as_posix().rpartition("/images/")
+    name = f"{before}/labels/{after}" if found else picture.as_posix()
+    return Path(name).with_suffix(".txt")
+
+
+def _yolo_rows(path: Path, joints: int, dimensions: int) -> list[tuple[Floats, Floats]]:
+    """Box (4,) and keypoints (J, 3) of each row, as shares of the picture; no file is no row."""
+    if not path.is_file():
+        return []
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        try:
+            values = np.array(line.split(), dtype=np.float64)[1:]  # without the class
+        except ValueError:
+            values = np.zeros(0)
+        if values.size != 4 + joints * dimensions or not np.isfinite(values).all():
+            expected = f"class, x, y, width, height, and {joints} x {dimensions} numbers"
+            raise InputError(f"{path}: line {number}", line[:80], expected, _FIX)
+        given = values[4:].reshape(joints, dimensions)
+        low, high = given[:, :2].min(axis=1), given[:, :2].max(axis=1)
+        is_marked = (low >= 0) & (high > 0)
+        v = given[:, 2] * is_marked if dimensions == 3 else 2.0 * is_marked
+        rows.append((values[:4], np.column_stack([given[:, :2] * (v > 0)[:, None], v])))
+    return rows
+
+
+def _yolo_skeleton(path: Path, config: dict[str, Any], joints: int) -> Skeleton:
+    named = config.get("kpt_names") or {}
+    names = next(iter(named.values()), None) if isinstance(named, dict) else named
+    names = tuple(map(str, names or [f"joint{number}" for number in range(joints)]))
+    order = config.get("flip_idx")
+    if len(names) != joints or (order and sorted(order) != list(range(joints))):
+        found = f"{len(names)} kpt_names, flip_idx {order}"
+        raise InputError(path, found, f"a name and a partner for each of {joints} joints", _FIX)
+    pairs = None
+    if order:
+        pairs = tuple((a, b) for a, b in enumerate(order) if a < b)
+    return skeleton_of_names(path.stem, names, (), pairs)
+
+
+def skeleton_of_names(
+    name: str, joints: tuple[str, ...], limbs: Pairs, flip_pairs: Pairs | None = None
+) -> Skeleton:
+    """A skeleton whose errors are divided by the box. flip_pairs: None if they are not known."""
+    pairs = flip_pairs or ()
+    groups = default_groups(joints, pairs)
+    return Skeleton(name, joints, pairs, limbs, groups, BOX_LENGTH, mirror=flip_pairs is not None)
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+    """Width and height of the upright picture in px, from its header. Raises InputError."""
+    try:
+        with Image.open(path) as picture:
+            is_turned = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            width, height = picture.size
+            return (height, width) if is_turned else (width, height)
+    except (OSError, Image.DecompressionBombError) as error:
+        raise InputError(path, f"not readable ({error})", "a picture", "restore it") from error

@@ -1,0 +1,173 @@
+"""Labels of DeepLabCut, Lightning Pose and YOLO-pose."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from conftest import noise_picture, write_jpeg
+from helpers import make_trainer, tiny_config
+
+from common.errors import InputError
+from configs.skeleton import load_skeleton, skeleton_yaml
+from pipelines.annotations import read_annotations
+from pipelines.label_files import read_deeplabcut, read_labels, read_table
+from pipelines.packing import picture_groups, rows_of_split
+from pipelines.shards import ShardSet
+from tools import make_shards
+
+ONE_ANIMAL = """\
+scorer,Ann,Ann,Ann,Ann
+bodyparts,snout,snout,tail,tail
+coords,x,y,x,y
+labeled-data/v1/a.jpg,10.5,20,30,40
+labeled-data/v1/b.jpg,1,2,,
+labeled-data/v2/c.jpg,,,,
+"""
+TWO_ANIMALS = """\
+scorer,,,Ann,Ann,Ann,Ann,Ann,Ann
+individuals,,,left,left,left,left,right,right
+bodyparts,,,snout,snout,tail,tail,snout,snout
+coords,,,x,y,x,y,x,y
+labeled-data,v1,a.jpg,1,2,3,4,5,6
+"""
+
+
+def table(folder: Path, text: str, name: str = "CollectedData.csv") -> Path:
+    (folder / name).write_text(text)
+    return folder / name
+
+
+def test_a_table_has_a_row_for_each_picture_and_empty_cells_are_not_marked(tmp_path):
+    labels = read_table(table(tmp_path, ONE_ANIMAL))
+    assert labels.images == ("labeled-data/v1/a.jpg", "labeled-data/v1/b.jpg")
+    assert labels.skeleton.names == ("snout", "tail")
+    expected = [[(10.5, 20, 2), (30, 40, 2)], [(1, 2, 2), (0, 0, 0)]]
+    np.testing.assert_array_equal(labels.keypoints_NJ3, expected)
+
+
+def test_each_individual_of_a_table_is_one_animal(tmp_path):
+    labels = read_table(table(tmp_path, TWO_ANIMALS))
+    assert labels.images == ("labeled-data/v1/a.jpg",) * 2
+    expected = [[(1, 2, 2), (3, 4, 2)], [(5, 6, 2), (0, 0, 0)]]
+    np.testing.assert_array_equal(labels.keypoints_NJ3, expected)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "a,b\n1,2\n", ONE_ANIMAL.replace("30,40", "30"), ONE_ANIMAL.replace("20", "x")]
+)
+def test_a_table_of_another_layout_is_refused(tmp_path, text):
+    with pytest.raises(InputError, match=r"CollectedData\.csv"):
+        read_table(table(tmp_path, text))
+
+
+def test_deeplabcuts_own_example_is_read(shared):
+    labels = read_deeplabcut(shared / "data" / "dlc_openfield")
+    assert labels.skeleton.names == ("snout", "leftear", "rightear", "tailbase")
+    assert len(labels.images) == 116 and not labels.skeleton.mirror
+    np.testing.assert_allclose(labels.keypoints_NJ3[0, 3], [87.11, 152.698, 2])
+
+
+@pytest.fixture
+def yolo(tmp_path: Path) -> Path:
+    """A YOLO-pose data set of two joints; its pictures have 200 x 100 px."""
+    rng = np.random.default_rng(0)
+    rows = {"train/a": "0 0.5 0.5 0.4 0.8 0.25 0.5 2 0.75 0.5 1\n", "val/b": ""}
+    rows["val/c"] = "0 0.5 0.5 1 1 0.1 0.2 0 0.3 0.4 2\n" * 2
+    for name, text in rows.items():
+        for kind in ("images", "labels"):
+            (tmp_path / kind / name).parent.mkdir(parents=True, exist_ok=True)
+        write_jpeg(tmp_path / "images" / f"{name}.jpg", noise_picture(rng, 200, 100))
+        (tmp_path / "labels" / f"{name}.txt").write_text(text)
+    facts = {"train": "images/train", "val": "images/val", "kpt_shape": [2, 3], "flip_idx": [1, 0]}
+    (tmp_path / "data.yaml").write_text(yaml.safe_dump(facts))
+    return tmp_path
+
+
+def test_yolos_shares_of_the_picture_become_pixels(yolo):
+    labels = read_labels(yolo, "train")
+    assert labels.images == ("images/train/a.jpg",)
+    np.testing.assert_allclose(labels.box_N4, [[60, 10, 80, 80]])
+    np.testing.assert_allclose(labels.keypoints_NJ3, [[(50, 50, 2), (150, 50, 1)]])
+    assert labels.skeleton.flip_pairs == ((0, 1),) and labels.skeleton.mirror
+    people, _ = read_annotations(yolo / "data.yaml", "valid")
+    assert people.images == ("images/val/c.jpg",) * 2
+    assert people.marked.tolist() == [[False, True]] * 2
+    # A box of the whole picture: its middle is (W - 1) / 2, its square 1.25 x the longer side.
+    np.testing.assert_allclose(people.center[0], [99.5, 49.5])
+    np.testing.assert_allclose(people.scale[0], 1.25 * 200 / 200)
+
+
+def test_a_yolo_row_of_another_length_is_named(yolo):
+    (yolo / "labels" / "train" / "a.txt").write_text("0 0.5 0.5 1 1\n")
+    with pytest.raises(InputError, match=r"a\.txt: line 1"):
+        read_labels(yolo, "train")
+
+
+def test_boxes_are_the_picture_the_keypoints_or_a_file(tmp_path):
+    for name in ("v1/a.jpg", "v1/b.jpg"):
+        path = tmp_path / "labeled-data" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_jpeg(path, noise_picture(np.random.default_rng(0), 64, 48))
+    path = table(tmp_path, ONE_ANIMAL)
+    whole, _ = read_annotations(path, "train")
+    np.testing.assert_allclose(whole.center, [(31.5, 23.5)] * 2)
+    np.testing.assert_allclose(whole.scale, 64 / 200)
+    tight, _ = read_annotations(path, "train", boxes="keypoints")
+    assert tight.images == ("labeled-data/v1/a.jpg",), "one joint makes no box"
+    np.testing.assert_allclose(tight.center, [(20.25, 30)])
+    np.testing.assert_allclose(tight.scale, 1.25 * 20 / 200)
+    boxes = table(
+        tmp_path, "image,x,y,width,height\nlabeled-data/v1/b.jpg,0,0,11,21\n", "boxes.csv"
+    )
+    given, _ = read_annotations(path, "train", boxes=boxes)
+    assert given.images == ("labeled-data/v1/b.jpg",)
+    np.testing.assert_allclose(given.center, [(5, 10)])
+
+
+def test_a_video_is_never_divided_among_the_splits():
+    videos = [f"labeled-data/v{n // 10}/{n}.png" for n in range(100)]
+    groups = picture_groups(videos, Path("CollectedData.csv"))
+    train, valid = (set(rows_of_split(groups, split, 0.2, 1)) for split in ("train", "valid"))
+    assert train | valid == set(range(100)) and not train & valid
+    assert {n // 10 for n in valid} == {n // 10 for n in valid} - {n // 10 for n in train}
+    assert len(valid) == 20
+    assert picture_groups(videos, Path("coco.json")) == videos
+
+
+def test_labels_without_pairs_are_packed_with_a_skeleton_file_and_trained_without_mirroring(
+    tmp_path, capsys
+):
+    rng = np.random.default_rng(0)
+    rows = "".join(f"labeled-data/v{n}/a.jpg,{20 + n},20,40,{30 + n}\n" for n in range(4))
+    for n in range(4):
+        (tmp_path / f"labeled-data/v{n}").mkdir(parents=True)
+        write_jpeg(tmp_path / f"labeled-data/v{n}/a.jpg", noise_picture(rng, 64, 64))
+    path = table(tmp_path, "".join(ONE_ANIMAL.splitlines(keepends=True)[:3]) + rows)
+    shards = tmp_path / "shards"
+    words = ["--annotations", str(path), "--valid-fraction", "0.5", "--output", str(shards)]
+    make_shards.main([*words, "--workers", "0"])
+    assert "does not\n  mirror pictures" in capsys.readouterr().out
+    assert [len(ShardSet(shards / split)) for split in ("train", "valid")] == [2, 2]
+    skeleton = ShardSet(shards / "train").manifest.skeleton
+    assert load_skeleton(shards / "skeleton.yaml") == skeleton
+    assert load_skeleton(shards / "skeleton.yaml").names == ("snout", "tail")
+    trainer = make_trainer(tiny_config(shards, data={"preset": "newell"}), tmp_path / "run")
+    assert trainer.codec.preset.flip_probability == 0 and not trainer.saved_config.eval.flip
+    assert trainer.remarks == ["pictures are not mirrored: the left-right pairs are not known"]
+    # With pairs written into the file, pictures may be mirrored.
+    raw = yaml.safe_load((shards / "skeleton.yaml").read_text())
+    raw |= {"mirror": True, "flip_pairs": [["snout", "tail"]]}
+    (tmp_path / "paired.yaml").write_text(yaml.safe_dump(raw))
+    assert read_annotations(path, "train", load_skeleton(tmp_path / "paired.yaml"))[1].mirror
+
+
+def test_the_written_skeleton_has_what_a_project_says(tmp_path):
+    (tmp_path / "labeled-data" / "v1").mkdir(parents=True)
+    table(tmp_path / "labeled-data" / "v1", ONE_ANIMAL, "CollectedData_Ann.csv")
+    facts = {"Task": "mice", "scorer": "Ann", "skeleton": [["snout", "tail"], ["snout", "ear"]]}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(facts))
+    labels = read_labels(tmp_path / "config.yaml", "train")
+    assert labels.skeleton.limbs == ((0, 1),) and labels.skeleton.name == "mice"
+    (tmp_path / "skeleton.yaml").write_text(skeleton_yaml(labels.skeleton))
+    assert load_skeleton(tmp_path / "skeleton.yaml") == labels.skeleton
