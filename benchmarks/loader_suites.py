@@ -70,8 +70,14 @@ class Options:
 
     def loader_spec(self, loader: LoaderName, preset: Preset, batch_size: int) -> LoaderSpec:
         """How a loader makes its batches."""
-        sizes = {"input_px": self.input_px, "batch_size": batch_size, "workers": self.workers}
-        return LoaderSpec(loader=loader, device=self.device, preset=preset, **sizes)
+        return LoaderSpec(
+            loader=loader,
+            device=self.device,
+            preset=preset,
+            input_px=self.input_px,
+            batch_size=batch_size,
+            workers=self.workers,
+        )
 
 
 def make_data(folder: Path, people: int, size_wh: tuple[int, int] = SIZE_WH) -> None:

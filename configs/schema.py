@@ -22,6 +22,7 @@ from common.errors import InputError
 from common.files import read_yaml, write_atomic
 
 LoaderName = Literal["auto", "dali", "opencv"]
+WorkerKind = Literal["threads", "processes"]
 PresetName = Literal["princeton", "newell", "hrnet", "mild", "none"]
 RuleName = Literal["exact", "princeton", "hrnet"]
 TrackerName = Literal["none", "wandb", "trackio"]
@@ -51,6 +52,8 @@ class DataConfig:
     """People per rank and step."""
     workers: int | Literal["auto"] = _number("auto", least=0)
     """Workers of the OpenCV loader or threads of DALI, per rank; auto: from the usable cores."""
+    worker_kind: WorkerKind = "threads"
+    """What the OpenCV loader's workers are."""
     shuffle_buffer: int = _number(1024, least=0)
     """Size of DALI's shuffle buffer, in people per rank."""
     input_px: int = _number(256, least=1, most=8192)
@@ -207,9 +210,9 @@ _FIXED = (
     "optim.accumulate train.seed"
 )
 _FREE = (
-    "data.shards data.workers data.loader model.checkpoint_activations train.name train.out "
-    "train.steps train.steps_per_epoch train.max_minutes train.hang_minutes train.device "
-    "train.threads train.log_every train.keep_last train.save_minutes train.tracker "
+    "data.shards data.workers data.worker_kind data.loader model.checkpoint_activations "
+    "train.name train.out train.steps train.steps_per_epoch train.max_minutes train.hang_minutes "
+    "train.device train.threads train.log_every train.keep_last train.save_minutes train.tracker "
     "train.profile_steps"
 )
 FIXED_ON_RESUME = frozenset(_FIXED.split())

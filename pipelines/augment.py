@@ -175,40 +175,45 @@ def jitter(images_N3HW: torch.Tensor, draws_ND: torch.Tensor) -> torch.Tensor:
     three channels, then a clip to 0..1. The channel gain follows princeton-vl/pose-hg-train: a
     factor, then a clip. Images with a neutral draw are unchanged bit for bit.
     """
-    neutral = constant_on_device(Draw()[_FIRST_COLOR:], draws_ND.dtype, draws_ND.device)
-    changed = (draws_ND[:, _FIRST_COLOR:] != neutral).any(dim=1)
     if images_N3HW.device.type == "cpu":
         result = images_N3HW.clone(memory_format=torch.channels_last)
-        for image_3HW, draw, applies in zip(result, draws_ND.tolist(), changed, strict=True):
-            if applies:
-                image_HW3 = image_3HW.permute(1, 2, 0).numpy()
-                image_HW3[:] = color_by_opencv(image_HW3, Draw(*draw))
+        for image_3HW, draw in zip(result, draws_ND.tolist(), strict=True):
+            color_by_opencv(image_3HW.permute(1, 2, 0).numpy(), Draw(*draw))
         return result
+    neutral = constant_on_device(Draw()[_FIRST_COLOR:], draws_ND.dtype, draws_ND.device)
+    changed = (draws_ND[:, _FIRST_COLOR:] != neutral).any(dim=1)
     # Boolean indexing on a GPU would synchronise with the host.
     return torch.where(
         changed[:, None, None, None], color_by_torch(images_N3HW, draws_ND), images_N3HW
     )
 
 
-def color_by_opencv(image_HW3: npt.NDArray, draw: Draw) -> npt.NDArray:
-    """The formula for one float32 RGB image in 0..1.
+def color_by_opencv(image_HW3: npt.NDArray[np.float32], draw: Draw) -> None:
+    """Apply the formula to one RGB image in 0..1, in place.
 
     Contrast c about the pixel's own mean is linear in x: c x + (1 - c) mean + brightness.
     """
-    turned = image_HW3
+    if draw[_FIRST_COLOR:] == Draw()[_FIRST_COLOR:]:
+        return
+    turned = np.empty_like(image_HW3)  # two buffers in turns stay in the processor's cache
     if draw.hue or draw.saturation != 1:
         # OpenCV takes a hue above 360, but not below 0.
         affine = [[1, 0, 0, draw.hue % 1 * 360], [0, draw.saturation, 0, 0], [0, 0, 1, 0]]
-        hsv = cv2.cvtColor(image_HW3, cv2.COLOR_RGB2HSV)  # hue in 0..360
-        hsv = cv2.transform(hsv, np.array(affine, dtype=np.float32))
-        np.minimum(hsv[..., 1], 1, out=hsv[..., 1])
-        turned = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
+        cv2.cvtColor(image_HW3, cv2.COLOR_RGB2HSV, dst=turned)  # hue in 0..360
+        cv2.transform(turned, np.array(affine, dtype=np.float32), dst=image_HW3)
+        np.minimum(image_HW3[..., 1], 1, out=image_HW3[..., 1])
+        cv2.cvtColor(image_HW3, cv2.COLOR_HSV2RGB, dst=turned)
+    else:
+        np.copyto(turned, image_HW3)
     contrast = np.full((3, 4), (1 - draw.contrast) / 3, dtype=np.float32)
     contrast[:, :3] += draw.contrast * np.eye(3, dtype=np.float32)
     contrast[:, 3] = draw.brightness
-    colored = np.clip(cv2.transform(turned, contrast), 0, 1)
+    cv2.transform(turned, contrast, dst=image_HW3)
+    np.clip(image_HW3, 0, 1, out=image_HW3)
     gain = np.array([draw.red, draw.green, draw.blue], dtype=np.float32)
-    return colored if (gain == 1).all() else np.clip(colored * gain, 0, 1)
+    if (gain != 1).any():
+        image_HW3 *= gain
+        np.clip(image_HW3, 0, 1, out=image_HW3)
 
 
 def color_by_torch(images_N3HW: torch.Tensor, draws_ND: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,7 @@ from pipelines.crop_packing import require_preset_fits
 from pipelines.opencv_loader import (
     CropDataset,
     Decoder,
+    JitteredBatch,
     LoaderSpec,
     OpenCVLoader,
     RawBatch,
@@ -86,7 +87,7 @@ def evaluation_batches(
 ) -> Iterable[RawBatch]:
     """Crops of these samples in this order, without augmentation; the last batch may be shorter.
 
-    workers: worker processes of OpenCV, CPU threads of DALI. decoder: of the OpenCV path. Raises
+    workers: threads of OpenCV, CPU threads of DALI. decoder: of the OpenCV path. Raises
     InputError if the codec's crop needs more than the shards hold.
     """
     preset = without_augmentation(codec.preset)
@@ -137,7 +138,7 @@ def make_batch(raw: RawBatch, codec: Codec, device: torch.device, *, render: boo
     draws = raw.draws_ND.to(device, non_blocking=True)
     records = unpack_records(raw.records_NR.to(device, non_blocking=True))
     images = images_on_device(raw, device)
-    if codec.preset.color != "none":
+    if codec.preset.color != "none" and not isinstance(raw, JitteredBatch):
         images = jitter(images, draws)
     matrices = raw.input_from_image_N23.to(device, non_blocking=True)
     joints, has_target = codec.heat_joints(records, matrices, draws)
@@ -149,4 +150,5 @@ def make_batch(raw: RawBatch, codec: Codec, device: torch.device, *, render: boo
 
 def images_on_device(raw: RawBatch, device: torch.device) -> torch.Tensor:
     """(N, 3, H, W) crops as the network takes them: float32 RGB in 0..1, channels-last."""
-    return raw.images_NHW3.to(device, non_blocking=True).permute(0, 3, 1, 2) / 255
+    images_N3HW = raw.images_NHW3.to(device, non_blocking=True).permute(0, 3, 1, 2)
+    return images_N3HW if isinstance(raw, JitteredBatch) else images_N3HW / 255

@@ -226,9 +226,10 @@ class ShardSet:
     def _read(self, sample: int, offset: int, size: int) -> bytes:
         shard = int(self._shard_N[sample])
         try:
-            if shard not in self._files:
-                self._files[shard] = self.tars[shard].open("rb", buffering=0)
-            data = os.pread(self._files[shard].fileno(), size, offset)
+            file = self._files.get(shard)
+            if file is None:  # if several threads open it, all use the same
+                file = self._files.setdefault(shard, self.tars[shard].open("rb", buffering=0))
+            data = os.pread(file.fileno(), size, offset)
         except OSError as error:
             found = f"not readable ({error.strerror})"
             raise InputError(self.where(sample), found, "a readable tar", PACK_AGAIN) from error

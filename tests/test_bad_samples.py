@@ -30,7 +30,8 @@ from pipelines.loader import Loader, RawBatch, evaluation_batches, train_loader
 from pipelines.shards import ShardSet
 
 LOADERS = ["opencv", "dali"]
-WITH_WORKERS = [("opencv", 1), ("dali", 1)]
+WITH_WORKERS = [("opencv", 1), ("processes", 1), ("dali", 1)]
+"""`processes`: OpenCV's workers are processes, not threads."""
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +62,8 @@ def damage_later(split: Path, sample: int, component: str = "jpg") -> None:
 
 def make(name: str, workers: int = 0):
     """What SkippingLoader takes: a function that makes a loader."""
-    spec = make_spec("newell", name, workers=workers, shuffle_buffer=6, seed=5)
+    loader, kind = ("opencv", name) if name == "processes" else (name, "threads")
+    spec = make_spec("newell", loader, workers=workers, worker_kind=kind, shuffle_buffer=6, seed=5)
     return lambda shards, first_step, state: train_loader(shards, spec, first_step, state)
 
 
@@ -116,7 +118,7 @@ def test_workers_of_a_loader_that_failed_end_at_once(tiny_shards, tmp_path):
     before = set(multiprocessing.active_children())
     gc.disable()
     try:
-        skipping = skip(folder, tmp_path / "run", workers=1)
+        skipping = skip(folder, tmp_path / "run", "processes", workers=1)
         for _ in range(9):
             skipping.next()
             assert len(set(multiprocessing.active_children()) - before) == 1
@@ -253,7 +255,7 @@ def test_a_run_whose_picture_is_damaged_continues_and_reports_it(
     assert load_checkpoint(tmp_path / "run" / "last.pt").step == 12
 
 
-@pytest.mark.parametrize(("name", "workers"), WITH_WORKERS)
+@pytest.mark.parametrize(("name", "workers"), [("opencv", 1), ("dali", 1)])
 def test_evaluation_names_the_picture_and_never_skips(name, workers, tiny_shards, tmp_path):
     data = ShardSet(damaged(tiny_shards / "valid", tmp_path / "bad", 3))
     spec = {"loader": name, "device": torch.device("cpu"), "batch_size": 2, "workers": workers}

@@ -1,6 +1,7 @@
 """The OpenCV path, princeton's rules, and what both loaders share: joints, order, batches."""
 
 import itertools
+from typing import get_args
 
 import cv2
 import numpy as np
@@ -16,16 +17,19 @@ from helpers import (
 )
 
 from common.errors import InputError
+from configs.schema import WorkerKind
 from configs.skeleton import MPII
 from pipelines import geometry, princeton
 from pipelines.annotations import read_annotations
-from pipelines.augment import PRESETS, Draw, draws_array
-from pipelines.loader import choose_loader, make_batch
+from pipelines.augment import PRESETS, Draw, draw, draws_array
+from pipelines.loader import choose_loader, make_batch, train_loader
 from pipelines.opencv_loader import (
     CropDataset,
+    JitteredBatch,
     LooseImages,
+    RawBatch,
     batches_in_order,
-    collate,
+    crop_person,
     endless_batches,
     load_crops,
 )
@@ -110,9 +114,9 @@ def test_a_flip_swaps_left_and_right_and_their_marks():
 def test_opencv_names_the_tar_and_sample_of_a_picture_that_does_not_decode(tiny_shards, tmp_path):
     folder = damage_picture(tiny_shards / "valid", tmp_path / "bad", sample=2)
     dataset = CropDataset(ShardSet(folder), PRESETS["none"], 64, 0)
-    dataset[(1, 0)]
+    dataset.batch([(1, 0)])
     with pytest.raises(InputError, match=r"00000\.tar: sample 2"):
-        dataset[(2, 0)]
+        dataset.batch([(2, 0)])
 
 
 def first_batches(count: int, *arguments: int) -> list[list[tuple[int, int]]]:
@@ -132,14 +136,42 @@ def test_the_opencv_loader_continues_from_a_step():
     assert first_batches(9, 10, 4, 1, 1, 2)[4:] == first_batches(5, 10, 4, 1, 1, 2, 4)
 
 
-def test_worker_processes_change_nothing(tiny_shards):
+@pytest.mark.parametrize("kind", get_args(WorkerKind))
+def test_workers_change_nothing(kind, tiny_shards):
     dataset = CropDataset(ShardSet(tiny_shards / "train"), PRESETS["princeton"], 64, seed=2)
     batches = batches_in_order(np.arange(12), 5)
     alone = list(load_crops(dataset, batches, workers=0, pin=False))
-    helped = list(load_crops(dataset, batches, workers=2, pin=False))
+    helped = list(load_crops(dataset, batches, workers=2, pin=False, kind=kind))
     assert [len(raw.images_NHW3) for raw in helped] == [5, 5, 2]
     for a, b in zip(alone, helped, strict=True):
         assert all(map(torch.equal, a, b))
+
+
+@pytest.mark.parametrize("preset", ["princeton", "newell", "hrnet"])
+def test_colours_jittered_by_workers_are_those_of_the_training_thread(preset, tiny_shards):
+    split, codec = ShardSet(tiny_shards / "train"), make_codec(preset)
+    loaders = [
+        train_loader(split, make_spec(preset, "opencv", workers=1, jitter_in_workers=early))
+        for early in (False, True)
+    ]
+    for _ in range(6):
+        raws = [loader.next() for loader in loaders]
+        assert [type(raw) for raw in raws] == [RawBatch, JitteredBatch]
+        one, other = (make_batch(raw, codec, CPU) for raw in raws)
+        assert one.images_N3HW.stride() == other.images_N3HW.stride()
+        assert all(map(torch.equal, one, other))
+
+
+def test_a_warp_of_four_channels_is_that_of_three(tiny_shards):
+    rng = np.random.default_rng(0)
+    record = unpack_records(ShardSet(tiny_shards / "train").record(0)[None])
+    center, scale = record.center_N2[0].astype(np.float64), float(record.scale_N[0])
+    for _ in range(20):
+        image = rng.integers(0, 256, (*rng.integers(50, 400, 2), 3), dtype=np.uint8)
+        drawn = draw(PRESETS["newell"], rng)
+        crop, _ = crop_person(image, record, drawn, PRESETS["newell"], 128)
+        matrix = geometry.input_from_image(center, scale, 128, *drawn[:3])[:2]
+        np.testing.assert_array_equal(crop, cv2.warpAffine(image, matrix, (128, 128))[..., ::-1])
 
 
 def test_loose_pictures_give_the_crops_of_the_shards(tiny_set, tiny_shards):
@@ -151,8 +183,8 @@ def test_loose_pictures_give_the_crops_of_the_shards(tiny_set, tiny_shards):
     assert len(samples) == 5
     for row, sample in enumerate(samples):
         # Centres are float32 in the record, float64 in the file: interpolation differs by a hair.
-        difference = loose[(row, 0)][0].astype(int) - packed[(int(sample), 0)][0]
-        assert np.abs(difference).max() <= 1
+        one, other = (d.batch([(int(n), 0)]) for d, n in ((loose, row), (packed, sample)))
+        assert (one.images_NHW3.int() - other.images_NHW3).abs().max() <= 1
 
 
 def test_missing_pictures_are_counted(tiny_set, tmp_path):
@@ -164,7 +196,7 @@ def test_missing_pictures_are_counted(tiny_set, tmp_path):
 @pytest.mark.parametrize("preset", ["princeton", "hrnet"])
 def test_a_batch_has_the_promised_shapes_and_ranges(preset, tiny_shards):
     dataset = CropDataset(ShardSet(tiny_shards / "train"), PRESETS[preset], 64, seed=0)
-    raw = collate([dataset[(i, 3)] for i in range(12)])
+    raw = dataset.batch([(i, 3) for i in range(12)])
     batch = make_batch(raw, make_codec(preset), CPU)
     assert batch.images_N3HW.shape == (12, 3, 64, 64) and batch.heat_NJHW.shape == (12, 16, 16, 16)
     assert batch.images_N3HW.min() >= 0 and batch.images_N3HW.max() <= 1
@@ -177,7 +209,7 @@ def test_a_batch_has_the_promised_shapes_and_ranges(preset, tiny_shards):
 @pytest.mark.gpu
 def test_a_batch_is_the_same_on_the_gpu(tiny_shards):
     dataset = CropDataset(ShardSet(tiny_shards / "train"), PRESETS["princeton"], 64, seed=0)
-    raw = collate([dataset[(i, 3)] for i in range(12)])
+    raw = dataset.batch([(i, 3) for i in range(12)])
     codec = make_codec("princeton", "princeton")
     here, there = (make_batch(raw, codec, device) for device in (CPU, torch.device("cuda")))
     for a, b in zip(here, there, strict=True):
@@ -204,5 +236,5 @@ def test_every_preset_but_princetons_resamples_once(tiny_shards, monkeypatch):
     monkeypatch.setattr(cv2, "warpAffine", lambda *a, **k: calls.append(1) or real(*a, **k))
     for name in AFFINE_PRESETS:
         calls.clear()
-        CropDataset(ShardSet(tiny_shards / "train"), PRESETS[name], 64, 0)[(0, 0)]
+        CropDataset(ShardSet(tiny_shards / "train"), PRESETS[name], 64, 0).batch([(0, 0)])
         assert len(calls) == 1, name

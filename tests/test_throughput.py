@@ -23,7 +23,7 @@ from pipelines.augment import PRESETS
 from pipelines.codec import Codec
 from pipelines.heatmaps import render
 from pipelines.loader import make_batch
-from pipelines.opencv_loader import CropDataset, collate
+from pipelines.opencv_loader import CropDataset
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -134,7 +134,7 @@ def test_princetons_loader_makes_what_the_preset_princeton_makes(options):
     originals, preset = options.shards("original"), PRESETS["princeton"]
     ours, theirs = CropDataset(originals, preset, 256, seed=0), PrincetonPeople(originals, 256)
     keys = [(sample, epoch) for sample in range(PEOPLE) for epoch in range(2)]
-    raw = collate([ours[key] for key in keys])
+    raw = ours.batch(keys)
     assert 2 <= raw.draws_ND[:, 2].sum() <= 10  # some are mirrored and coloured, some are not
     codec = Codec(preset=preset, rule="princeton", sigma=1.0, input_px=256, skeleton=MPII)
     batch = make_batch(raw, codec, CPU)

@@ -1,11 +1,16 @@
-"""Worker processes of the OpenCV loader: signals, shared memory, and what they inherit."""
+"""Workers of the OpenCV loader: threads, and signals, memory and garbage of processes."""
 
 import gc
+import itertools
 import multiprocessing
 import os
 import shlex
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,14 +18,46 @@ from conftest import ROOT, may_mount
 from helpers import make_spec
 
 from pipelines.loader import train_loader
-from pipelines.opencv_loader import STOP_SIGNALS
 from pipelines.shards import ShardSet
+from pipelines.workers import STOP_SIGNALS, THREADS_AHEAD, in_threads
+
+
+def test_threads_that_open_a_tar_at_once_share_one_file(tiny_shards, monkeypatch):
+    split, opened, real_open = ShardSet(tiny_shards / "train"), [], Path.open
+    expected = ShardSet(tiny_shards / "train").jpeg(0)
+
+    def slow_open(path: Path, *args, **kwargs):
+        opened.append(path)
+        time.sleep(0.05)
+        return real_open(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", slow_open)
+    with ThreadPoolExecutor(4) as pool:
+        pictures = list(pool.map(split.jpeg, [0] * 16))
+    assert len(opened) == 4 and pictures == [expected] * 16
+
+
+def test_an_error_in_a_thread_comes_in_place_of_its_batch_and_the_rest_is_not_made():
+    made = []
+
+    def make(number: int) -> tuple[int]:
+        if number == 3:
+            raise ZeroDivisionError
+        made.append(number)
+        return (number,)
+
+    results = in_threads(make, itertools.count(), 2, pin=False)
+    assert [next(results) for _ in range(3)] == [(0,), (1,), (2,)]
+    with pytest.raises(ZeroDivisionError):
+        next(results)
+    assert len(made) <= 3 + 2 * THREADS_AHEAD
+    assert not [t for t in threading.enumerate() if t.name.startswith("ThreadPoolExecutor")]
 
 
 def test_workers_ignore_stop_signals_but_for_a_sigterm_of_their_parent(tiny_shards):
     split = ShardSet(tiny_shards / "train")
     alone = train_loader(split, make_spec("hrnet", "opencv", workers=0))
-    helped = train_loader(split, make_spec("hrnet", "opencv", workers=2))
+    helped = train_loader(split, make_spec("hrnet", "opencv", workers=2, worker_kind="processes"))
     before = set(multiprocessing.active_children())
     assert all(map(torch.equal, alone.next(), helped.next()))
     workers = set(multiprocessing.active_children()) - before
@@ -45,7 +82,7 @@ from common.errors import run_main
 from helpers import make_spec
 from pipelines.loader import train_loader
 from pipelines.shards import ShardSet
-spec = make_spec("hrnet", "opencv", workers=2, batch_size=32, input_px=256)
+spec = make_spec("hrnet", "opencv", workers=2, worker_kind="processes", batch_size=32, input_px=256)
 run_main(train_loader(ShardSet(Path("{tiny_shards}/train")), spec).next)
 """
     mount = "mount -t tmpfs -o size=2m x /dev/shm && exec"
@@ -75,7 +112,8 @@ def test_a_worker_never_destroys_what_it_inherits(tiny_shards, tmp_path):
             if os.getpid() != main_process:
                 log.touch()
 
-    loader = train_loader(ShardSet(tiny_shards / "train"), make_spec("hrnet", "opencv", workers=1))
+    spec = make_spec("hrnet", "opencv", workers=1, worker_kind="processes")
+    loader = train_loader(ShardSet(tiny_shards / "train"), spec)
     thresholds = gc.get_threshold()
     os.register_at_fork(after_in_child=lambda: gc.set_threshold(1) if armed else None)
     gc.set_threshold(1_000_000)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from common.distributed import launched_by_torchrun
-from pipelines.opencv_loader import STOP_SIGNALS
+from pipelines.workers import STOP_SIGNALS
 
 FORWARDING_S = 10.0
 """torchrun forwards signals that its ranks also receive, so repeats in this time are ignored."""

@@ -237,6 +237,9 @@ class Trainer:
             input_px=data.input_px,
             batch_size=data.batch_size,
             workers=self.workers,
+            worker_kind=data.worker_kind,
+            # A process would have to copy four times as many bytes.
+            jitter_in_workers=data.worker_kind == "threads" and self.dist.device.type == "cpu",
             shuffle_buffer=data.shuffle_buffer,
             seed=seed,
             rank=self.dist.rank,
