@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import nn
 
-from common.distributed import choose_device, choose_dtype, free_threads
+from common.distributed import choose_device, choose_dtype, free_threads, loader_workers
 from common.errors import InputError
 from configs.skeleton import Skeleton
 from evaluation.inference import Predictions, predict
@@ -89,7 +89,7 @@ class PoseEstimator:
             device=chosen,
             dtype=choose_dtype(precision, chosen),
             batch_size=batch_size or config.eval.batch_size,
-            threads=threads or free_threads(config.data.workers),
+            threads=threads or free_threads(loader_workers(config.data.workers, chosen)),
         )
 
     def __call__(
