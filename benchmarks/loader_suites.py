@@ -9,6 +9,7 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import cv2
 import numpy as np
@@ -26,6 +27,7 @@ from pipelines.crop_packing import crop_rule
 from pipelines.loader import (
     Batch,
     LoaderSpec,
+    RawBatch,
     dali_is_installed,
     make_batch,
     train_loader,
@@ -41,6 +43,8 @@ SCALE_PERCENTILES = ((5, 25, 50, 75, 95), (1.43, 2.38, 3.45, 5.06, 8.58))
 """Percentiles, and the scales of MPII's h5 files at them."""
 SIZES = (1_000, 5_000, 25_204)
 """Numbers of people of the scaling suite; the last is MPII's, training and validation."""
+OPERATORS_PEOPLE = 4096
+"""Number of people in a timed run of DALI's loader without pictures."""
 LEAST_GPU_PEOPLE = 4096
 """Minimum number of people in a timed run of a loader on a GPU."""
 PERSON_PX = (192, 256, 288, 384)
@@ -178,6 +182,46 @@ def stream_case(
         gc.collect()  # otherwise its processes would end during another case
 
     return Case(name, run, prepare, finish)
+
+
+def operators_group(options: Options, batch_size: int) -> list[Case]:
+    """DALI's reader, draws and affines on the CPU: pictures are neither decoded nor warped."""
+    act_as_training(options)
+    source = options.folder / f"operators-{batch_size}"
+    make_data(source, options.people, (320, 180))
+    shards = ShardSet(pack_people(source, source / "original") / "train")
+    options = dataclasses.replace(options, device=torch.device("cpu"))
+    cases = []
+    for name, preset in {"hrnet": HRNET, "princeton": PRINCETON}.items():
+        start = partial(start_without_pictures, shards, preset, options, batch_size)
+        steps = max(1, OPERATORS_PEOPLE // batch_size)
+        cases.append(stream_case(name, start, steps, batch_size, options.workers))
+    return cases
+
+
+def start_without_pictures(
+    shards: ShardSet, preset: Preset, options: Options, batch_size: int
+) -> Callable[[], RawBatch]:
+    """DALI's loader, which computes boxes and affines and returns them in place of crops."""
+    from pipelines import dali_loader
+
+    fn, boxes = dali_loader.fn, list[Any]()
+    pixel = dali_loader.types.Constant(np.zeros((1, 1, 3), dtype=np.uint8))
+
+    def cut(image: Any, *, start: Any, shape: Any, **_: Any) -> Any:
+        boxes.extend([start, shape])
+        return image
+
+    def warp(image: Any, *, matrix: Any, **_: Any) -> Any:
+        floats = [fn.cast(box, dtype=dali_loader.types.FLOAT) for box in boxes]
+        return fn.cat(fn.reshape(matrix, shape=[6]), *floats) if boxes else matrix
+
+    with (
+        mock.patch.object(fn.decoders, "image", lambda jpeg, **_: pixel),
+        mock.patch.multiple(fn, slice=cut, warp_affine=warp),
+    ):
+        spec = options.loader_spec("dali", preset, batch_size)
+        return dali_loader.DaliLoader(shards, spec).next
 
 
 def scaling_group(options: Options, people: int) -> dict[str, Any]:

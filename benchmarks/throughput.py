@@ -32,7 +32,10 @@ from common.files import read_json, write_atomic
 from common.system import usable_cores
 from pipelines.loader import dali_is_installed
 
-SUITES = ("pixels", "loader", "step", "training", "heatmaps", "evaluation", "scaling", "packing")
+SUITES = (
+    *("pixels", "operators", "loader", "step", "training", "heatmaps", "evaluation", "scaling"),
+    "packing",
+)
 LIMIT_S = {"step": 240.0, "accuracy": 600.0}
 """Time limit of a group in a child process; 180 s for other suites."""
 
@@ -111,6 +114,8 @@ def groups_to_run(args: argparse.Namespace, options: Options) -> dict[str, Group
     groups: dict[str, Group] = {}
     if dali_is_installed():
         groups["pixels"] = partial(loader_suites.pixels_group, options)
+        for n in batches:
+            groups[f"operators, batch {n}"] = partial(loader_suites.operators_group, options, n)
     for n in batches:
         groups[f"loader, batch {n}"] = partial(loader_suites.loader_group, options, n)
     for stacks, n in itertools.product((2, 8) if on_gpu else (2,), steps):

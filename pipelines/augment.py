@@ -130,33 +130,36 @@ def draw_rng(seed: int, epoch: int, person: int) -> np.random.Generator:
 
 def draw(preset: Preset, rng: np.random.Generator) -> Draw:
     """Draw one augmentation from a preset."""
-    scale = _value(preset.scale, rng)
-    turns = rng.random() < preset.rotation_probability
-    angle = _value(preset.rotation_deg, rng)
-    flip = rng.random() < preset.flip_probability
-    geometric = Draw(
-        scale=2.0**scale if preset.scale_is_log2 else scale,
-        rotation_deg=angle if turns else 0.0,
-        flip=float(flip),
-    )
-    if preset.color == "hsv_if_flipped" and flip:
-        return geometric._replace(
-            hue=_value(HUE_TURNS, rng),
-            saturation=_value(SATURATION, rng),
-            brightness=_value(BRIGHTNESS, rng),
-            contrast=_value(CONTRAST, rng),
-        )
+    return Draw(*draw_batch(preset, rng, 1)[0].tolist())
+
+
+def draw_batch(preset: Preset, rng: np.random.Generator, people: int) -> npt.NDArray[np.float64]:
+    """(people, 10) independent draws from a preset, columns in the order of Draw's fields."""
+    draws_ND = np.empty((people, len(Draw._fields)))
+    draws_ND[:] = Draw()
+    scale = _values(preset.scale, rng, people)
+    draws_ND[:, 0] = np.float_power(2.0, scale) if preset.scale_is_log2 else scale
+    turns = rng.random(people) < preset.rotation_probability
+    draws_ND[turns, 1] = _values(preset.rotation_deg, rng, people)[turns]
+    flip = rng.random(people) < preset.flip_probability
+    draws_ND[:, 2] = flip
+    if preset.color == "hsv_if_flipped":
+        ranges = (HUE_TURNS, SATURATION, BRIGHTNESS, CONTRAST)
+        colors = [_values(distribution, rng, people) for distribution in ranges]
+        draws_ND[flip, 3:7] = np.stack(colors, axis=1)[flip]
     if preset.color == "channel_gain":
-        red, green, blue = (_value(CHANNEL_GAIN, rng) for _ in range(3))
-        return geometric._replace(red=red, green=green, blue=blue)
-    return geometric
+        draws_ND[:, 7:] = rng.uniform(CHANNEL_GAIN.low, CHANNEL_GAIN.high, (people, 3))
+    return draws_ND
 
 
-def _value(distribution: Distribution, rng: np.random.Generator) -> float:
+def _values(
+    distribution: Distribution, rng: np.random.Generator, people: int
+) -> npt.NDArray[np.float64]:
+    """(people,) independent values."""
     if distribution.kind == "uniform":
-        return float(rng.uniform(distribution.low, distribution.high))
-    value = rng.normal(distribution.mean, distribution.std)
-    return float(np.clip(value, distribution.low, distribution.high))
+        return rng.uniform(distribution.low, distribution.high, people)
+    values = rng.normal(distribution.mean, distribution.std, people)
+    return values.clip(distribution.low, distribution.high)
 
 
 def draws_array(draws: list[Draw]) -> npt.NDArray[np.float32]:

@@ -1,14 +1,18 @@
 """Shards -> person crops by NVIDIA DALI, on a GPU or a CPU. The only file that imports DALI.
 
-One graph serves both devices: read, decode, draw, build the affine, warp. It draws from the same
-table of presets as the OpenCV path and returns its draws, so that the other path can repeat them.
-DALI's origin is a pixel's corner, hence the two half-pixel shifts around the affine.
+One graph serves both devices: read, decode, build the affine, warp. Draws come from the same code
+as those of the OpenCV path and are returned, so that the other path can repeat them. They are made
+in numpy for a whole batch, and the graph has as few operators as possible, because DALI needs about
+20 us for each small operator and batch. DALI's origin is a pixel's corner, hence the two half-pixel
+shifts around the affine.
 
-Do not add, remove or reorder operators: their order sets their seeds, and a saved state fits only
-the operators that it names.
+A saved state fits only the operators that it names: after a change of the graph, older checkpoints
+cannot be resumed with DALI.
 """
 
 import functools
+import itertools
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,8 +26,8 @@ from nvidia.dali.pipeline import Pipeline
 
 from common.errors import InputError
 from configs.skeleton import PIXELS_PER_SCALE
-from pipelines import augment
-from pipelines.augment import Distribution, Draw, Preset
+from pipelines import geometry
+from pipelines.augment import Draw, draw_batch
 from pipelines.jpeg import BadSamplesError, PictureError, check_jpeg, require_sane_size
 from pipelines.opencv_loader import LoaderSpec, RawBatch, Source
 from pipelines.shard_format import COLUMNS
@@ -33,17 +37,35 @@ Node = Any
 """A DALI data node; one scalar or tensor per sample."""
 
 
+_NO_MEMORY = re.compile(
+    "Can't allocate|allocation failed|bad_alloc|ALLOCATOR_FAILURE|MemoryAllocation|out of memory"
+)
+"""In the messages of DALI, C++, nvJPEG and CUDA."""
+
+
+class OutOfMemoryError(InputError):
+    """The memory of the device, or of the host, does not suffice for the pipeline."""
+
+
 class DaliLoader:
     """Endless batches of one rank's share of a split, on the device.
 
-    `DaliLoader(shards, spec, loader.state())` continues the same sequence.
+    `DaliLoader(shards, spec, batches, loader.state())` continues the sequence after that many.
     """
 
     def __init__(
-        self, shards: ShardSet, spec: LoaderSpec, state: bytes = b"", hw_decoder_load: float = 0.65
+        self,
+        shards: ShardSet,
+        spec: LoaderSpec,
+        first_step: int = 0,
+        state: bytes = b"",
+        hw_decoder_load: float = 0.65,
     ):
-        """hw_decoder_load: share of the pictures for the GPU's JPEG engine (DALI's default)."""
-        self.shards = shards
+        """first_step: number of the first batch, from which its draws follow.
+
+        hw_decoder_load: share of the pictures for the GPU's JPEG engine (DALI's default).
+        """
+        self.shards, self.step = shards, first_step
         decoder: dict[str, Any] = {}
         if spec.device.type == "cuda":
             decoder["hw_decoder_load"] = hw_decoder_load
@@ -63,10 +85,19 @@ class DaliLoader:
     def _build(self, indices: list[Path], state: bytes) -> Pipeline:
         """Build the pipeline on the shards' tars with these index files, at `state`."""
         more = {"checkpoint": state} if state else {}
-        graph = pipeline_def(_graph)(**self._arguments, indices=indices, **more)
+        steps = itertools.count(self.step)
+        graph = pipeline_def(_graph)(**self._arguments, indices=indices, steps=steps, **more)
         try:
             graph.build()
         except RuntimeError as error:
+            _raise_if_out_of_memory(graph, error)
+            if "might come from another pipeline" in str(error):
+                raise InputError(
+                    "the state of DALI in the checkpoint",
+                    "saved by other operators than those of this version and packing",
+                    "the version and packing that the checkpoint was written with",
+                    "go back to them, or resume with --data.loader opencv",
+                ) from error
             raise InputError(
                 self.shards.folder,
                 f"DALI cannot build the pipeline: {_reason(error)}",
@@ -77,7 +108,9 @@ class DaliLoader:
 
     def next(self) -> RawBatch:
         """The next batch. Raises BadSamplesError, after which only `state` can be used."""
-        return RawBatch(*_run(self.pipeline, self.shards, self._find_faults))
+        batch = RawBatch(*_run(self.pipeline, self.shards, self._find_faults))
+        self.step += 1
+        return batch
 
     def _find_faults(self) -> dict[int, str]:
         """Find the damaged people of a batch that failed; DALI's message does not name them.
@@ -89,12 +122,28 @@ class DaliLoader:
         faults = split.damaged_records() or _faults_of_tars_without_good_pictures(split)
         if not faults:
             sample_of_row = {float(split.record(i)[0]): i for i in range(len(split))}
-            with tempfile.TemporaryDirectory() as folder:
-                probe = self._build(_indices_of_good_pictures(split, Path(folder)), self.state())
-                for _ in range(probe.prefetch_queue_depth + 1):
-                    *_, records = _run(probe, split, dict)
-                    faults |= _faults(split, [sample_of_row[row] for row in records[:, 0].tolist()])
+            try:
+                rows = self._rows_of_next_batches()
+            except OutOfMemoryError as error:
+                raise InputError(
+                    split.folder,
+                    "data that DALI cannot process, and no memory left to find out which",
+                    "pictures that can be decoded",
+                    "run tools/check_shards.py --decode on these shards",
+                ) from error
+            faults = _faults(split, [sample_of_row[row] for row in rows])
         return {split.origin(sample): fault for sample, fault in faults.items()}
+
+    def _rows_of_next_batches(self) -> list[float]:
+        """Rows of the people of this batch and of the prefetched ones."""
+        rows = []
+        with tempfile.TemporaryDirectory() as folder:
+            indices = _indices_of_good_pictures(self.shards, Path(folder))
+            probe = self._build(indices, self.state())
+            for _ in range(probe.prefetch_queue_depth + 1):
+                *_, records = _run(probe, self.shards, dict)
+                rows += records[:, 0].tolist()
+        return rows
 
     def state(self) -> bytes:
         """The position after the batches returned so far."""
@@ -119,7 +168,6 @@ class DaliEvaluationLoader:
         spec = self.spec
         arguments = _common_arguments(spec.device, spec.batch_size, spec.workers)
         pipeline = pipeline_def(_evaluation_graph)(**arguments, feed=self._feed(), spec=spec)
-        pipeline.build()
         for number, samples in enumerate(self._batches):
             end = number + pipeline.prefetch_queue_depth + 1  # including prefetched batches
             suspects = self.samples[number * spec.batch_size : end * spec.batch_size]
@@ -127,14 +175,15 @@ class DaliEvaluationLoader:
             images, matrices, draws, _ = _run(pipeline, self.source, find_faults)
             yield RawBatch(images, matrices, draws, torch.from_numpy(self._records(samples)))
 
-    def _feed(self) -> Iterator[tuple[list[npt.NDArray], list[npt.NDArray]]]:
-        """Yield JPEGs and records of each batch, read while DALI processes the one before."""
+    def _feed(self) -> Iterator[tuple[list[npt.NDArray], npt.NDArray, npt.NDArray, npt.NDArray]]:
+        """Yield JPEGs, records, draws and affines of each batch, while DALI works on another."""
         for samples in self._batches:
             jpegs = [self.source.jpeg(sample) for sample in samples]
             for jpeg, sample in zip(jpegs, samples, strict=True):
                 require_sane_size(jpeg, self.source.where(sample))
             records = self._records(samples).astype(np.float32)
-            yield [np.frombuffer(jpeg, dtype=np.uint8) for jpeg in jpegs], list(records)
+            draws, affines = _with_affines(np.tile(Draw(), (len(samples), 1)), self.spec)
+            yield [np.frombuffer(jpeg, dtype=np.uint8) for jpeg in jpegs], records, draws, affines
 
     def _records(self, samples: list[int]) -> npt.NDArray[np.floating]:
         return np.stack([self.source.record(sample) for sample in samples])
@@ -169,7 +218,8 @@ def _run(
 ) -> list[torch.Tensor]:
     """The next outputs as torch tensors, without a copy.
 
-    Raises BadSamplesError if find_faults names people whose data made the pipeline fail.
+    Raises OutOfMemoryError, and BadSamplesError if find_faults names people whose data made the
+    pipeline fail.
     """
     device = pipeline.device_id
     # The outputs are handed over on this stream, so that the host does not wait for the GPU.
@@ -177,6 +227,7 @@ def _run(
     try:
         outputs = pipeline.run(*stream)
     except (RuntimeError, ValueError) as error:  # damaged picture; damaged record
+        _raise_if_out_of_memory(pipeline, error)
         faults = find_faults()
         if not faults:
             raise
@@ -185,6 +236,23 @@ def _run(
         # Not stored in a variable: a reference cycle would keep the pipeline's memory.
         raise BadSamplesError.of(faults, source.where(first), faults[first] + more) from error
     return [torch.from_dlpack(output.as_tensor()) for output in outputs]
+
+
+def _raise_if_out_of_memory(pipeline: Pipeline, error: Exception) -> None:
+    if not _NO_MEMORY.search(str(error)):
+        return
+    where, free = "DALI on the CPU", ""
+    if pipeline.device_id is not None:
+        free_bytes, all_bytes = torch.cuda.mem_get_info(pipeline.device_id)
+        where = f"DALI on cuda:{pipeline.device_id}"
+        free = f"; {free_bytes / 1e6:,.0f} MB of {all_bytes / 1e6:,.0f} MB are free"
+    raise OutOfMemoryError(
+        where,
+        f"not enough memory ({_reason(error)}{free})",
+        f"room for {pipeline.prefetch_queue_depth + 1} batches of {pipeline.max_batch_size} people",
+        "reduce data.batch_size (optim.accumulate keeps the people of a step), data.cache_mb or "
+        "eval.batch_size, pack crops, or end other programs that use this memory",
+    ) from error
 
 
 def _faults_of_tars_without_good_pictures(split: ShardSet) -> dict[int, str]:
@@ -234,7 +302,12 @@ def _reason(error: Exception) -> str:
 
 
 def _graph(
-    *, shards: ShardSet, indices: list[Path], spec: LoaderSpec, decoder: dict[str, Any]
+    *,
+    shards: ShardSet,
+    indices: list[Path],
+    steps: Iterator[int],
+    spec: LoaderSpec,
+    decoder: dict[str, Any],
 ) -> tuple[Node, Node, Node, Node]:
     """Images NHW3, affines N23, draws ND and records NR, all on the device."""
     shuffle: dict[str, Any] = {}
@@ -257,16 +330,26 @@ def _graph(
         shard_id=spec.rank,
         num_shards=spec.world_size,
     )
-    return _crops(jpeg, record, spec, **decoder)
+    draws, augmentation = fn.external_source(
+        # DALI's own number of the batch is wrong after an error.
+        source=lambda _: _draw(spec, next(steps)),
+        num_outputs=2,
+        dtype=types.FLOAT,
+        ndim=[1, 2],
+    )
+    return _crops((jpeg, record, draws, augmentation), spec, **decoder)
 
 
 def _evaluation_graph(
-    *, feed: Iterator[tuple[list, list]], spec: LoaderSpec
+    *, feed: Iterator[tuple[list, ...]], spec: LoaderSpec
 ) -> tuple[Node, Node, Node, Node]:
-    jpeg, record = fn.external_source(
-        source=feed, num_outputs=2, batch=True, dtype=[types.UINT8, types.FLOAT], ndim=[1, 1]
+    inputs = fn.external_source(
+        source=feed,
+        num_outputs=4,
+        dtype=[types.UINT8, types.FLOAT, types.FLOAT, types.FLOAT],
+        ndim=[1, 1, 1, 2],
     )
-    return _crops(jpeg, record, spec)
+    return _crops(inputs, spec)
 
 
 def _decode(jpeg: Node, gpu: bool, **more: Any) -> Node:
@@ -282,136 +365,89 @@ def _decode(jpeg: Node, gpu: bool, **more: Any) -> Node:
 
 
 def _crops(
-    jpeg: Node, record: Node, spec: LoaderSpec, **decoder: Any
+    inputs: tuple[Node, Node, Node, Node], spec: LoaderSpec, **decoder: Any
 ) -> tuple[Node, Node, Node, Node]:
-    """Images NHW3, affines N23, draws ND and records NR, all on the device."""
-    drawn, input_px, gpu = _draw(spec.preset), spec.input_px, spec.device.type == "cuda"
+    """Images NHW3, affines N23, draws ND and records NR, all on the device.
+
+    inputs: JPEG, record, draw and its affine (see `_with_affines`) of each person.
+    """
+    jpeg, record, draws, augmentation = inputs
+    gpu = spec.device.type == "cuda"
+    image = _decode(jpeg, gpu, **decoder)
     if spec.preset.princeton_crop:
-        upper_left, lower_right = _princeton_corners(record, input_px)
-        input_from_image = _princeton_affine(upper_left, lower_right, drawn, input_px)
-        # The two `- 0.0` change no value, but saved states contain their operators.
-        image = _cut(_decode(jpeg, gpu, **decoder), upper_left - 0.0, lower_right - 0.0)
-        image_from_stored = fn.transforms.translation(offset=_float(upper_left))
+        upper_left, size = _princeton_box(record)
+        image = _cut(image, upper_left, size)
+        zoom = fn.transforms.scale(scale=spec.input_px / size)
+        from_image = [fn.transforms.translation(offset=0.5 - upper_left), zoom]
+        from_picture = [zoom]
     else:
-        input_from_image = _affine(record, drawn, input_px)
-        image = _decode(jpeg, gpu, **decoder)
+        box = fn.transforms.translation(offset=-record[COLUMNS["center"]])
+        from_image = [fn.transforms.scale(box, scale=1.0 / record[COLUMNS["scale"]])]
         image_from_stored = fn.reshape(record[COLUMNS["image_from_stored"]], shape=[2, 3])
+        from_picture = [_shift(-0.5), image_from_stored, *from_image]
+    input_from_image = fn.transforms.combine(*from_image, augmentation)
     crops = fn.warp_affine(
         image,
-        matrix=_from_corners(fn.transforms.combine(image_from_stored, input_from_image)),
+        matrix=fn.transforms.combine(*from_picture, augmentation, _shift(0.5)),
         inverse_map=False,
-        size=(input_px, input_px),
+        size=(spec.input_px, spec.input_px),
         interp_type=types.INTERP_LINEAR,
         fill_value=0,
         dtype=types.UINT8,
     )
-    draws = fn.stack(*(fn.cast(value, dtype=types.FLOAT) for value in drawn))
     small = (input_from_image, draws, record)
     return (crops, *(node.gpu() if gpu else node for node in small))
 
 
-def _from_corners(affine: Node) -> Node:
-    """T(+0.5) M T(-0.5): the affine as DALI counts pixels."""
-    to_centers = fn.transforms.translation(offset=[-0.5, -0.5])
-    return fn.transforms.translation(fn.transforms.combine(to_centers, affine), offset=[0.5, 0.5])
+def _shift(pixels: float) -> Node:
+    return types.Constant(geometry.translation(pixels, pixels)[:2].astype(np.float32))
 
 
-def _affine(record: Node, drawn: Draw, input_px: int) -> Node:
-    """geometry.input_from_image as a graph."""
-    zoom = input_px / (PIXELS_PER_SCALE * record[COLUMNS["scale"]] * drawn.scale)
-    middle = (input_px - 1) / 2
-    affine = fn.transforms.translation(offset=-record[COLUMNS["center"]])
-    affine = fn.transforms.scale(affine, scale=fn.stack(zoom, zoom))
-    affine = fn.transforms.rotation(affine, angle=drawn.rotation_deg)
-    affine = fn.transforms.scale(affine, scale=_mirror_scale(drawn))
-    return fn.transforms.translation(affine, offset=[middle, middle])
+def _princeton_box(record: Node) -> tuple[Node, Node]:
+    """The upper left corner and the size of princeton.box_corners, (2,) px, computed in float64."""
+    half = types.Constant(np.array([[-0.5], [0.5]]) * PIXELS_PER_SCALE)
+    corners = record[COLUMNS["center"]] + half * record[COLUMNS["scale"]]
+    # Toward zero; a cast to an integer would round.
+    whole = math.ceil(math.min(corners, 0.0)) + math.floor(math.max(corners, 0.0))
+    corners = fn.cast(whole, dtype=types.INT32)
+    upper_left = corners[0]
+    return upper_left, math.max(corners[1] - upper_left, 1)
 
 
-def _princeton_corners(record: Node, input_px: int) -> tuple[Node, Node]:
-    """princeton.box_corners as a graph: (x, y) of both corners, whole numbers in float64."""
-    center = fn.cast(record[COLUMNS["center"]], dtype=types.FLOAT64)
-    box_px = PIXELS_PER_SCALE * fn.cast(record[COLUMNS["scale"]], dtype=types.FLOAT64)
-    shift = input_px * (-center / box_px + 0.5)
-    upper_left = _truncate(-shift * (box_px / input_px))
-    lower_right = _truncate((input_px - shift) * (box_px / input_px))
-    return upper_left, math.max(lower_right, upper_left + 1.0)
-
-
-def _cut(image: Node, upper_left: Node, lower_right: Node) -> Node:
+def _cut(image: Node, upper_left: Node, size: Node) -> Node:
     """Cut out the box, black outside the picture, as princeton's code does before it warps."""
-    start, end = (fn.cast(corner, dtype=types.INT32) for corner in (upper_left, lower_right))
     return fn.slice(
-        image, start=start, end=end, axis_names="WH", out_of_bounds_policy="pad", fill_values=0
+        image,
+        start=upper_left,
+        shape=size,
+        axis_names="WH",
+        out_of_bounds_policy="pad",
+        fill_values=0,
     )
 
 
-def _princeton_affine(upper_left: Node, lower_right: Node, drawn: Draw, input_px: int) -> Node:
-    """princeton.input_from_image as a graph: its two affines and its flip combined."""
-    size = lower_right - upper_left
-    affine = fn.transforms.translation(offset=_float(0.5 - upper_left))
-    affine = fn.transforms.scale(affine, scale=_float(input_px / size))
-    affine = fn.transforms.translation(affine, offset=[-0.5 - input_px / 2, -0.5 - input_px / 2])
-    zoom = 1.0 / drawn.scale
-    affine = fn.transforms.scale(affine, scale=fn.stack(zoom, zoom))
-    affine = fn.transforms.rotation(affine, angle=drawn.rotation_deg)
-    # Princeton rotates about input_px / 2 and mirrors about (input_px - 1) / 2.
-    affine = fn.transforms.translation(affine, offset=[0.5, 0.5])
-    affine = fn.transforms.scale(affine, scale=_mirror_scale(drawn))
-    middle = (input_px - 1) / 2
-    return fn.transforms.translation(affine, offset=[middle, middle])
+def _draw(spec: LoaderSpec, step: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """The draws of a rank's batch, (N, 10), and their affines, (N, 2, 3)."""
+    rng = np.random.default_rng([spec.seed, spec.rank, step])
+    return _with_affines(draw_batch(spec.preset, rng, spec.batch_size), spec)
 
 
-def _mirror_scale(drawn: Draw) -> Node:
-    return fn.stack(1.0 - 2.0 * drawn.flip, types.Constant(1.0, dtype=types.FLOAT))
+def _with_affines(
+    draws_ND: npt.NDArray[np.float64], spec: LoaderSpec
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """The draws, and the affine of each, (N, 2, 3).
 
-
-def _truncate(value: Node) -> Node:
-    """Toward zero; a cast to an integer would round."""
-    return math.floor(math.abs(value)) * (1.0 - 2.0 * fn.cast(value < 0, dtype=types.FLOAT64))
-
-
-def _float(node: Node) -> Node:
-    return fn.cast(node, dtype=types.FLOAT)
-
-
-def _draw(preset: Preset) -> Draw:
-    """augment.draw as a graph: a Draw of nodes, one float per sample."""
-    scale = _value(preset.scale)
-    flip = _coin(preset.flip_probability)
-    drawn = Draw(
-        scale=math.pow(2.0, scale) if preset.scale_is_log2 else scale,
-        rotation_deg=_value(preset.rotation_deg) * _coin(preset.rotation_probability),
-        flip=flip,
-        **{name: _constant(getattr(Draw(), name)) for name in Draw._fields[3:]},
-    )
-    if preset.color == "hsv_if_flipped":
-        return drawn._replace(
-            hue=flip * _value(augment.HUE_TURNS),
-            saturation=1.0 + flip * (_value(augment.SATURATION) - 1.0),
-            brightness=flip * _value(augment.BRIGHTNESS),
-            contrast=1.0 + flip * (_value(augment.CONTRAST) - 1.0),
-        )
-    if preset.color == "channel_gain":
-        red, green, blue = (_value(augment.CHANNEL_GAIN) for _ in range(3))
-        return drawn._replace(red=red, green=green, blue=blue)
-    return drawn
-
-
-def _constant(value: float) -> Node:
-    return fn.constant(fdata=value, shape=[], dtype=types.FLOAT)
-
-
-def _coin(probability: float) -> Node:
-    if probability in (0.0, 1.0):
-        return _constant(probability)
-    return _float(fn.random.coin_flip(probability=probability))
-
-
-def _value(distribution: Distribution) -> Node:
-    low, high = distribution.low, distribution.high
-    if low == high:
-        return _constant(low)
-    if distribution.kind == "uniform":
-        return fn.random.uniform(range=[low, high])
-    value = fn.random.normal(mean=distribution.mean, stddev=distribution.std)
-    return math.clamp(value, low, high)
+    They map from image px about the box's centre / scale or, with princeton's crop, from crop px
+    counted from the crop's corner.
+    """
+    scale, degrees, flip = draws_ND[:, :3].T
+    zoom, start, end = spec.input_px / (PIXELS_PER_SCALE * scale), 0.0, (spec.input_px - 1) / 2
+    if spec.preset.princeton_crop:
+        # Princeton rotates about input_px / 2 and mirrors about (input_px - 1) / 2.
+        zoom, start, end = 1 / scale, spec.input_px / 2 + 0.5, spec.input_px / 2
+    cosine, sine = zoom * np.cos(np.deg2rad(degrees)), zoom * np.sin(np.deg2rad(degrees))
+    linear = np.stack([cosine, -sine, sine, cosine], axis=1).reshape(-1, 2, 2)
+    affine = np.concatenate([linear, end - start * linear.sum(axis=2, keepdims=True)], axis=2)
+    mirrored = flip > 0
+    affine[mirrored, 0] = [0, 0, spec.input_px - 1] - affine[mirrored, 0]
+    return draws_ND.astype(np.float32), affine.astype(np.float32)

@@ -48,13 +48,13 @@ class Loader(Protocol):
     def next(self) -> RawBatch: ...
 
     def state(self) -> bytes:
-        """What `train_loader` needs to continue; empty if the step is enough."""
+        """What `train_loader` needs to continue besides the step; empty if that is enough."""
 
 
 def train_loader(
     shards: ShardSet, spec: LoaderSpec, first_step: int = 0, state: bytes = b""
 ) -> Loader:
-    """The loader of augmented crops, from batch first_step (OpenCV) or a saved state (DALI) on.
+    """The loader of augmented crops, from batch first_step and, for DALI, its saved state on.
 
     Raises InputError if the preset needs more than the shards hold, or data.cache_mb cannot work.
     """
@@ -71,7 +71,7 @@ def train_loader(
         return OpenCVLoader(shards, spec, first_step)
     from pipelines.dali_loader import DaliLoader
 
-    return DaliLoader(shards, spec, state)
+    return DaliLoader(shards, spec, first_step, state)
 
 
 def evaluation_batches(

@@ -126,7 +126,7 @@ def test_dali_continues_its_sequence_from_a_state(split):
     first = DaliLoader(split, spec)
     for _ in range(3):
         first.next()
-    second = DaliLoader(split, spec, first.state())
+    second = DaliLoader(split, spec, 3, first.state())
     for _ in range(4):
         assert all(map(torch.equal, first.next(), second.next()))
 
