@@ -152,6 +152,8 @@ class TrainConfig:
     """Number of newest checkpoints to keep, including last.pt; best.pt is always kept."""
     max_minutes: float = _number(0.0, least=0)
     """Validate, write a checkpoint and stop after this time; 0 sets no limit."""
+    verify_every: int = _number(0, least=0)
+    """Compute the gradients of each such step twice and stop if they differ; 0: never."""
     hang_minutes: float = _number(10.0, least=0)
     """End a rank that makes no progress for so long, with the place where it is; 0: never."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
@@ -212,8 +214,8 @@ _FIXED = (
 _FREE = (
     "data.shards data.workers data.worker_kind data.loader model.checkpoint_activations "
     "train.name train.out train.steps train.steps_per_epoch train.max_minutes train.hang_minutes "
-    "train.device train.threads train.log_every train.keep_last train.save_minutes train.tracker "
-    "train.profile_steps"
+    "train.verify_every train.device train.threads train.log_every train.keep_last "
+    "train.save_minutes train.tracker train.profile_steps"
 )
 FIXED_ON_RESUME = frozenset(_FIXED.split())
 """Settings that a resumed run may not change."""

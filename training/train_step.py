@@ -18,6 +18,7 @@ from model.checkpoint import Checkpoint, load_weights, require_fit
 from model.loss import stack_losses, stack_losses_of_joints
 from pipelines.codec import Codec
 from pipelines.loader import Batch, Loader, make_batch
+from training.gradient_check import check_gradients
 from training.metrics import Totals
 
 MOMENTS = {"adam": ("exp_avg", "exp_avg_sq"), "rmsprop": ("square_avg",)}
@@ -141,29 +142,53 @@ class TrainStep:
         optim = self.config.optim
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(optim, step, self.config.train.steps)
+        every = self.config.train.verify_every
+        is_checked = every > 0 and step % every == 0
+        batches: list[Batch] = []
         for part in range(optim.accumulate):
             before = time.perf_counter()
             raw = loader.next()
             totals.waited += time.perf_counter() - before
             render = not self.config.train.fuse_targets
             batch = make_batch(raw, self.codec, self.dist.device, render=render)
-            self._backward(batch, totals, last=part == optim.accumulate - 1)
+            if is_checked:
+                batches.append(batch)
+            reduce = part == optim.accumulate - 1 and not is_checked
+            losses_S, heat_NSJHW = self._backward(batch, reduce)
+            totals.add(losses_S, heat_NSJHW[:, -1], batch, self.codec)
+        if is_checked:
+            self._check_gradients(batches, step)
         losses_are_finite = torch.stack(totals.finite[-optim.accumulate :]).all()
         totals.skipped.append(self._apply_gradients(losses_are_finite))
         self.optimizer.zero_grad(set_to_none=True)
         if self.averaged:
             self.averaged.update(step)
 
-    def _backward(self, batch: Batch, totals: Totals, last: bool) -> None:
-        """Forward and backward. last: the last batch of the step, where ranks reduce gradients."""
+    def _check_gradients(self, batches: list[Batch], step: int) -> None:
+        """Check this rank's own gradients, then reduce them as DDP does. Raises InputError."""
+
+        def backward() -> None:
+            for batch in batches:
+                self._backward(batch, reduce=False)
+
+        check_gradients(self.network, backward, step, self.dist)
+        for parameter in self.network.parameters():
+            if parameter.grad is not None:
+                sum_over_ranks(parameter.grad, self.dist).div_(self.dist.world_size)
+
+    def _backward(self, batch: Batch, reduce: bool) -> tuple[Tensor, Tensor]:
+        """Losses (S,) and heatmaps (N, S, J, H, W), after backward.
+
+        reduce: ranks average the gradients, as in the last batch of a step.
+        """
         dist = self.dist
         if isinstance(self.forward, DistributedDataParallel):
-            self.forward.require_backward_grad_sync = last
+            self.forward.require_backward_grad_sync = reduce
         with torch.autocast(dist.device.type, dist.dtype, enabled=dist.dtype != torch.float32):
             heat_NSJHW = self.forward(batch.images_N3HW)
         losses_S = self._losses(heat_NSJHW, batch)
         self.scaler.scale(losses_S.mean() / self.config.optim.accumulate).backward()
-        totals.add(losses_S, heat_NSJHW[:, -1], batch, self.codec)
+        return losses_S.detach(), heat_NSJHW.detach()
 
     def _losses(self, heat_NSJHW: Tensor, batch: Batch) -> Tensor:
         unmarked = self.config.loss.unmarked
