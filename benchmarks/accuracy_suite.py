@@ -1,19 +1,23 @@
-"""Training benchmark: the time until this project and princeton-vl reach the same PCK.
+"""Training benchmarks: the time to the same PCK as princeton-vl, and the PCK of each packing.
 
-Both train the same network on the same people with the same batch size, learning rate and
-augmentation ranges. princeton-vl's way: its loader, step, targets and decoding, re-created. Ours:
-data.loader auto, one resampling, automatic precision, exact targets and decoding, EMA.
+Time: this project and princeton-vl train the same network on the same people with the same batch
+size, learning rate and augmentation ranges. princeton-vl's way: its loader, step, targets and
+decoding, re-created. Ours: data.loader auto, one resampling, automatic precision, exact targets and
+decoding, EMA.
 """
 
+import itertools
 import json
+import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from jsonargparse import ArgumentParser
 
-from benchmarks.loader_suites import Options
+from benchmarks.loader_suites import Options, pack_people
 from benchmarks.princeton_baseline import princeton_batches, princeton_step
 from benchmarks.step_suites import build_network
 from benchmarks.timing import synchronize
@@ -25,11 +29,16 @@ from evaluation.inference import predict_distributed
 from model.hourglass import StackedHourglass
 from pipelines.augment import PRESETS
 from pipelines.codec import Codec
+from pipelines.shard_format import PICTURE_EXTENSIONS
 from pipelines.shards import ShardSet
 from training.trainer import Trainer
 
 WAYS = ("princeton-vl's way", "ours")
 LR, STACKS, VALIDATIONS = 1e-3, 2, 8
+SEEDS, SMALL_BATCH = 3, 8
+SMALL_NETWORK = """--data.preset mild --heatmaps.sigma 4 --model.stacks 1 --model.width 64
+    --model.depth 3 --model.stem [32,64,64] --optim.lr 3e-3 --optim.warmup_steps 50"""
+"""The network and rate of configs/lspet_small.yaml, for the packings."""
 
 
 def accuracy_group(options: Options, way: str, batch_size: int) -> dict[str, Any]:
@@ -41,18 +50,27 @@ def accuracy_group(options: Options, way: str, batch_size: int) -> dict[str, Any
 
 def train_ours(options: Options, batch_size: int) -> list[tuple[float, float]]:
     """A run of training/trainer.py."""
-    began, steps = time.perf_counter(), max(VALIDATIONS, options.people_to_train // batch_size)
-    words = f"""--data.shards {options.folder}/real --data.batch_size {batch_size}
-        --data.workers {options.workers} --data.input_px {options.input_px} --data.preset princeton
-        --model.stacks {STACKS} --model.width {options.width}
-        --optim.lr {LR} --optim.schedule constant --optim.ema_decay 0.998 --train.steps {steps}
-        --train.steps_per_epoch {steps // VALIDATIONS} --train.keep_last 1"""
-    parser = ArgumentParser()
+    steps = max(VALIDATIONS, options.people_to_train // batch_size)
+    return training_curve(
+        options,
+        f"""--data.shards {options.folder}/real --data.batch_size {batch_size}
+        --data.preset princeton --model.stacks {STACKS} --model.width {options.width}
+        --optim.lr {LR} --optim.schedule constant --train.steps {steps}
+        --train.steps_per_epoch {steps // VALIDATIONS}""",
+        options.folder / "run",
+    )
+
+
+def training_curve(options: Options, words: str, folder: Path) -> list[tuple[float, float]]:
+    """Seconds of training and PCK at each validation of a run. words: settings of train.py."""
+    began, parser = time.perf_counter(), ArgumentParser()
     add_config_options(parser)
+    words += f""" --data.workers {options.workers} --data.input_px {options.input_px}
+        --optim.ema_decay 0.998 --train.keep_last 1"""
     config, _ = parse_config(parser, words.split())
     dist = DistributedContext(0, 1, options.device, choose_dtype("auto", options.device))
-    folder = options.folder / "run"
     trainer = Trainer(config, dist, folder)
+    batch_size = config.data.batch_size
     seconds, last_step, curve = time.perf_counter() - began, 0, list[tuple[float, float]]()
     trainer.train()
     for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
@@ -62,6 +80,25 @@ def train_ours(options: Options, batch_size: int) -> list[tuple[float, float]]:
         elif line["kind"] == "valid":
             curve.append((seconds, 100 * line["pckh@0.5_pooled"]))
     return curve
+
+
+def packings_group(options: Options) -> dict[str, list[float]]:
+    """Pooled PCK@0.5 in % of small networks, by packing of the same people, one for each seed."""
+    assert options.data, "required by throughput.py"
+    person_px = round(1.125 * options.input_px)
+    pck: dict[str, list[float]] = {packing: [] for packing in PICTURE_EXTENSIONS}
+    steps = max(1, options.people_to_train // SMALL_BATCH)
+    for seed, packing in itertools.product(range(SEEDS), pck):
+        shards = options.folder / f"real-{packing}"
+        if not shards.exists():
+            stored_px = None if packing == "original" else person_px
+            pack_people(options.data, shards, stored_px, packing)
+        words = f"""--data.shards {shards} --data.batch_size {SMALL_BATCH} {SMALL_NETWORK}
+            --train.steps {steps} --train.steps_per_epoch {steps} --train.seed {seed}"""
+        curve = training_curve(options, words, options.folder / f"run-{packing}-{seed}")
+        pck[packing].append(curve[-1][1])
+        print(f"  seed {seed}, {packing}: {pck[packing][-1]:.2f} %", file=sys.stderr, flush=True)
+    return pck
 
 
 def train_princeton(options: Options, batch_size: int) -> list[tuple[float, float]]:

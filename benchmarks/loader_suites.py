@@ -32,7 +32,7 @@ from pipelines.loader import (
     make_batch,
     train_loader,
 )
-from pipelines.opencv_loader import crop_person, decode
+from pipelines.opencv_loader import crop_person, stored_picture
 from pipelines.packing import PackingOptions, pack
 from pipelines.shard_format import unpack_records
 from pipelines.shards import ShardSet
@@ -106,14 +106,16 @@ def make_data(folder: Path, people: int, size_wh: tuple[int, int] = SIZE_WH) -> 
     synthetic.write_annotations(folder / "annot" / "train.h5", rows)
 
 
-def pack_people(source: Path, output: Path, person_px: int | None = None) -> Path:
-    """Pack annot/*.h5 and images/ of a folder, as crops if person_px is given."""
+def pack_people(
+    source: Path, output: Path, person_px: int | None = None, packing: str = "crop"
+) -> Path:
+    """Pack annot/*.h5 and images/ of a folder, as `packing` if person_px is given."""
     annotations, images = source / "annot", source / "images"
     splits = tuple(sorted(path.stem for path in annotations.glob("*.h5")))
     options = PackingOptions(annotations=annotations, images=images, output=output, splits=splits)
     if person_px:
         crop = crop_rule("hrnet", person_px, 95)
-        options = dataclasses.replace(options, packing="crop", crop=crop)
+        options = dataclasses.replace(options, packing=packing, crop=crop)
     pack(options)
     return output
 
@@ -271,24 +273,27 @@ def pixels_group(options: Options) -> dict[str, Any]:
 
 def input_image(shards: ShardSet, sample: int, drawn: Draw, input_px: int) -> np.ndarray:
     """(input_px, input_px, 3) uint8: an input as the OpenCV path makes it."""
-    image = decode(shards.jpeg(sample), shards.where(sample))
+    image = stored_picture(shards, sample)
     record = unpack_records(shards.record(sample)[None])
     return crop_person(image, record, drawn, HRNET, input_px)[0]
 
 
 def packing_group(options: Options) -> dict[str, Any]:
-    """By size of a stored person: bytes, speed, and PSNR of inputs against those from originals."""
+    """By packing and size of a person: bytes, speed, PSNR of inputs to those from originals."""
     source, split = options.folder / "made", "train"
     if options.data:
         source, split = options.data, "valid"
     facts, originals = {}, dict[int, np.ndarray]()
-    for person_px in (None, *PERSON_PX):
-        name = f"crop, {person_px} px" if person_px else "original"
+    for packing, person_px in [("original", None), *product(("crop", "raw"), PERSON_PX)]:
+        name = f"{packing}, {person_px} px" if person_px else packing
         began = time.process_time()
-        output = pack_people(source, options.folder / f"packing-{name}", person_px)
+        output = pack_people(source, options.folder / f"packing-{name}", person_px, packing)
         packing_s, began = time.process_time() - began, time.process_time()
         shards = ShardSet(output / split)
         count = min(len(shards), options.people)
+        picture_bytes = sum(
+            shards.byte_range(sample, shards.components[1]).size for sample in range(count)
+        )
         inputs = {}
         for sample in range(count):
             row = int(shards.record(sample)[0])
@@ -296,7 +301,7 @@ def packing_group(options: Options) -> dict[str, Any]:
             inputs[row] = input_image(shards, sample, drawn, options.input_px)
         originals = originals or inputs
         facts[name] = {
-            "kilobytes": sum(len(shards.jpeg(sample)) for sample in range(count)) / count / 1e3,
+            "kilobytes": picture_bytes / count / 1e3,
             "packed_per_s": len(shards) / packing_s,
             "decode_and_warp_ms": 1e3 * (time.process_time() - began) / count,
             "psnr_db": psnr(inputs, originals),

@@ -231,7 +231,8 @@ def test_a_quick_run_writes_json_and_a_chart_and_what_the_budget_left_out(tmp_pa
 @pytest.mark.slow
 def test_every_suite_runs_on_a_cpu(tiny_set, tmp_path, monkeypatch):
     monkeypatch.setattr(loader_suites, "SIZES", (10,))
-    suites = " ".join((*throughput.SUITES, "accuracy"))
+    monkeypatch.setattr(accuracy_suite, "SEEDS", 1)
+    suites = " ".join((*throughput.SUITES, *throughput.NEED_DATA))
     words = f"{TINY} --suites {suites} --data {tiny_set} --people-to-train 16"
     assert throughput.main([*words.split(), "--json", str(tmp_path / "r.json")]) == 0
     report = json.loads((tmp_path / "r.json").read_text())
@@ -243,7 +244,13 @@ def test_every_suite_runs_on_a_cpu(tiny_set, tmp_path, monkeypatch):
     for gaps in report["pixels"].values():
         assert gaps["mean"] < 0.5 and gaps["p99.9"] <= 6
     sizes = [facts["kilobytes"] for facts in report["packing"].values()]
-    assert len(sizes) == 5
+    assert len(sizes) == 9
+    packings = report["training-by-packing"]
+    assert {name: len(pck) for name, pck in packings.items()} == {
+        "original": 1,
+        "crop": 1,
+        "raw": 1,
+    }
     curves = [found for name, found in report.items() if name.startswith("accuracy, ")]
     assert [len(curve["pck"]) for curve in curves] == [8, 8]
     assert len(report["time_to_same_pck"]) == 3
