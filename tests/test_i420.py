@@ -1,17 +1,27 @@
 """Raw pictures: their bytes, their colours, their crops, and shards of them."""
 
 import io
+import os
+import shutil
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 from conftest import noise_picture, pack_arguments
+from helpers import make_spec, overwrite, update_sha256
 from PIL import Image
 
+from common.errors import InputError
+from evaluation.visualize import person_tile
 from pipelines import geometry, i420
 from pipelines.augment import PRESETS, draw, draw_rng
+from pipelines.jpeg import BadSamplesError
+from pipelines.loader import train_loader
 from pipelines.opencv_loader import crop_sample, decode
+from pipelines.shard_format import COLUMNS
 from pipelines.shards import ShardSet
+from tools import check_shards, compare_decoders
 from tools.make_shards import main
 
 
@@ -120,3 +130,61 @@ def test_crops_of_raw_shards_are_those_of_jpeg_shards(raw_shards, crop_shards, s
         one, other = (crop_sample(s, sample, drawn, PRESETS["hrnet"], 64) for s in (raw, jpegs))
         assert np.abs(one[0].astype(int) - other[0]).mean() < 4
         np.testing.assert_array_equal(one[1], other[1])
+
+
+def test_a_tile_of_a_raw_picture_is_the_jpegs(raw_shards, crop_shards):
+    tiles = []
+    for folder in (raw_shards, crop_shards):
+        split = ShardSet(folder / "valid")
+        people, samples = split.people()
+        tiles.append(person_tile(split, int(samples[1]), people, 1).astype(int))
+    assert tiles[0].std() > 20 and np.abs(tiles[0] - tiles[1]).mean() < 4
+
+
+def test_whole_raw_shards_are_intact(raw_shards, capsys):
+    assert check_shards.main([str(raw_shards), "--workers", "0", "--decode"]) == 0
+    assert "17 people of train and valid, no damage found" in capsys.readouterr().out
+
+
+# What they are refused for
+
+
+@pytest.fixture
+def damaged(raw_shards, tmp_path):
+    """A copy of the training split for a test to damage: 12 people in 3 shards."""
+    return Path(shutil.copytree(raw_shards / "train", tmp_path / "train"))
+
+
+def test_a_record_of_another_size_than_its_picture_is_damaged(damaged, capsys):
+    record = ShardSet(damaged).record(6).copy()
+    record[COLUMNS["size"]] -= (0, 1)
+    overwrite(damaged, 6, "f32", record.tobytes())
+    update_sha256(damaged)
+    with pytest.raises(InputError, match=r"1 record.* not the raw picture's") as caught:
+        ShardSet(damaged).records()
+    assert "key 000000006" in caught.value.where
+    assert check_shards.main([str(damaged), "--workers", "0"]) == 1
+    assert "key 000000006: a record with a size that is not the raw" in capsys.readouterr().out
+
+
+def test_training_names_the_people_of_a_tar_that_is_cut_off(damaged):
+    split = ShardSet(damaged)
+    split.records()
+    place = split.byte_range(4, "i420")
+    os.truncate(place.tar, place.offset + place.size - 1)
+    spec = make_spec("hrnet", "opencv", batch_size=12, workers=0)
+    with pytest.raises(BadSamplesError, match="the tar was cut off") as caught:
+        train_loader(split, spec).next()
+    assert list(caught.value.faults) == [4]
+
+
+def test_princetons_crop_and_larger_crops_are_refused(raw_shards):
+    for preset, needed in (("princeton", "original pictures"), ("newell", "crops of 2.000 x")):
+        with pytest.raises(InputError) as caught:
+            train_loader(ShardSet(raw_shards / "train"), make_spec(preset, "opencv"))
+        assert needed in caught.value.expected and "--packing crop or raw" in caught.value.next_step
+
+
+def test_decoders_are_not_compared_on_raw_pictures(raw_shards):
+    with pytest.raises(InputError, match="raw pictures"):
+        compare_decoders.main(["--shards", str(raw_shards / "valid")])

@@ -414,18 +414,19 @@ def test_full_disk_is_an_error_before_any_shard_is_written(tiny_set, tmp_path, m
     assert not (tmp_path / "out").exists() and not list(tmp_path.rglob("*.tar"))
 
 
-@pytest.mark.parametrize("more", [[], ["--packing", "crop", "--person-px", 48]])
+@pytest.mark.parametrize("more", [[], ["crop"], ["raw"]])
 def test_estimate_of_the_disk_is_above_the_need_but_not_far(
     tiny_set, tmp_path, monkeypatch, more
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
-    arguments = pack_arguments(tiny_set, tmp_path / "out", "--splits", "train", *more)
-    main(pack_arguments(tiny_set, tmp_path / "whole", "--splits", "train", *more))
+    packing = ["--packing", *more, "--person-px", 48] if more else []
+    arguments = pack_arguments(tiny_set, tmp_path / "out", "--splits", "train", *packing)
+    main(pack_arguments(tiny_set, tmp_path / "whole", "--splits", "train", *packing))
     used = sum(len(data) for data in files(tmp_path / "whole").values())
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=used))
     assert "MB for the shards" in error_of(arguments).expected
     # At most a crop's quality a person and a tar's end a shard above it.
-    most = used + 12 * (6000 if more else 2048) + 3 * 20_480
+    most = used + 12 * (6000 if more == ["crop"] else 2048) + 3 * 20_480
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=most))
     assert main(arguments) == 0
 
