@@ -164,6 +164,11 @@ class ThreadTuner:
         for count in ROUNDS * counts:
             self._schedule += [(count, step > 0) for step in range(STEPS_PER_ROUND)]
 
+    @property
+    def is_measuring(self) -> bool:
+        """Whether steps run with changing thread counts."""
+        return bool(self._schedule)
+
     def add_step(self, seconds: float) -> dict[int, float]:
         """Record a step. Returns the seconds per thread count if it is time to choose one, else {}.
 

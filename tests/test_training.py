@@ -2,8 +2,11 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import threading
+import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +34,7 @@ from model.checkpoint import load_checkpoint
 from pipelines.loader import choose_loader
 from training import checkpoint_manager
 from training.checkpoint_manager import step_checkpoints
-from training.metrics import MetricsLogger
+from training.metrics import MetricsLogger, TimeShares
 from training.train_step import AveragedModel, learning_rate
 
 
@@ -157,6 +160,22 @@ def test_the_newest_checkpoints_and_the_best_are_kept(tiny_shards, tmp_path, mon
     assert load_checkpoint(tmp_path / "best.pt").step == 2
     assert load_checkpoint(tmp_path / "last.pt").step == 5
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_time_limit_that_ends_before_the_last_step_is_announced_once(
+    tiny_shards, tmp_path, monkeypatch
+):
+    """After 100 steps in one of two minutes, at half a second each, 120 more are possible."""
+    config = tiny_config(tiny_shards, train={"steps": 500, "max_minutes": 2.0})
+    trainer, lines = make_trainer(config, tmp_path), []
+    trainer.log, trainer.time = types.SimpleNamespace(info=lines.append), TimeShares()
+    trainer.progress.step = 100
+    for spent, seconds_per_step in ((5, 9.0), (60, 0.5), (60, 9.0)):  # the first is too early
+        trainer.time.started = time.perf_counter() - spent
+        trainer._report_reachable_steps(seconds_per_step)
+    (line,) = lines
+    reached = int(re.search(r"allows about (\d+) of 500 steps", line)[1])
+    assert 215 <= reached <= 220 and f"--train.steps {reached} plans" in line
 
 
 def test_validation_uses_the_averaged_weights_in_eval_mode(tiny_shards, tmp_path):

@@ -70,6 +70,8 @@ from training.watchdog import Watchdog
 
 COLLAPSED_PEAK = 0.05
 """Mean peak of the heatmaps below which a warning says that the network predicts only zeros."""
+SPEED_IS_KNOWN_AFTER_S = 20.0
+"""Compilation, caches and the measurement of threads make the first steps slower."""
 COLLAPSE_FROM_STEP = 1_000
 """No warning before this step, because all peaks are low at first."""
 NO_DEMAND, SAVE_DEMAND, STOP_DEMAND = 0, 1, 2
@@ -139,6 +141,7 @@ class Trainer:
         self.loader = self._make_loader(loader_state)
         limit = config.train.max_bad_steps
         self.monitor = NonFiniteMonitor(self.train_step, self.shards, folder, limit)
+        self._reports_reachable = config.train.max_minutes > 0
         self.interrupted = False
         """A signal ended the run."""
         self.time = TimeShares()
@@ -393,11 +396,27 @@ class Trainer:
             **self.time.shares(),
         }
         self.log.log_training(step, values)
+        self._report_reachable_steps(seconds / max(1, len(totals.skipped)))
         self.monitor.check(step, totals, self.log, dist)
         self._warn_of_failed_checkpoint()
         if self.bad_samples:
             for line in self.bad_samples.merge(gather_bytes(self.bad_samples.report(), dist)):
                 self.log.info(f"step {step}: {line}")
+
+    def _report_reachable_steps(self, seconds_per_step: float) -> None:
+        """Print once how many steps the present speed allows within train.max_minutes."""
+        train, spent = self.config.train, time.perf_counter() - self.time.started
+        if not self._reports_reachable or spent < SPEED_IS_KNOWN_AFTER_S:
+            return
+        self._reports_reachable = self.thread_tuner.is_measuring
+        reached = self.progress.step + int((60 * train.max_minutes - spent) / seconds_per_step)
+        if self._reports_reachable or reached >= train.steps:
+            return
+        self.log.info(
+            f"WARNING: at this speed train.max_minutes {train.max_minutes:g} allows about "
+            f"{reached:,} of {train.steps:,} steps, and the learning rate is planned for all of "
+            f"them; --train.steps {reached} plans it for these"
+        )
 
     def _report_early_end(self) -> None:
         """Print why the run ended early; after a signal also write resume_me for job scripts."""
