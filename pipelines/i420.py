@@ -36,11 +36,9 @@ def byte_count(width: Any, height: Any) -> Any:
 
 def planes_of(data: bytes, width: int, height: int) -> Planes:
     """Views of the planes. data: byte_count(width, height) bytes."""
-    y, cb, cr = np.split(
-        np.frombuffer(data, np.uint8), [width * height, (len(data) + width * height) // 2]
-    )
-    chroma_shape = ((height + 1) // 2, (width + 1) // 2)
-    return Planes(y.reshape(height, width), cb.reshape(chroma_shape), cr.reshape(chroma_shape))
+    y_HW = np.frombuffer(data, np.uint8, width * height).reshape(height, width)
+    chroma = np.frombuffer(data, np.uint8, offset=width * height)
+    return Planes(y_HW, *chroma.reshape(2, (height + 1) // 2, (width + 1) // 2))
 
 
 def from_bgr(image_HW3: npt.NDArray[np.uint8]) -> bytes:
