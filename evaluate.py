@@ -13,7 +13,7 @@ from evaluation import evaluator
 
 INPUTS = {
     "--checkpoint": "ours, princeton-vl's, or the folder of a run; default: the newest best.pt",
-    "--shards": "a split, or the folder of splits; default: as in training",
+    "--shards": "a split, or the folder of splits, or its URL; default: as in training",
     "--annotations": "MPII's .h5 or .json(.gz), or COCO's, with pictures in a folder",
     "--skeleton": "YAML of its joints; default: the checkpoint's, or MPII's",
     "--images": "the folder of its pictures; with --predictions only used by --report",
@@ -57,7 +57,8 @@ def make_parser() -> Parser:
     )
     what = parser.add_argument_group("what to evaluate")
     for name, text in INPUTS.items():
-        what.add_argument(name, type=Path, metavar="PATH", help=text)
+        kind = str if name == "--shards" else Path  # it may be a URL
+        what.add_argument(name, type=kind, metavar="PATH", help=text)
     text = "folder of runs (default: %(default)s)"
     what.add_argument("--runs", type=Path, default=Path("runs"), metavar="PATH", help=text)
     text = "truth for --predictions: the file's own if it has one (default), or --annotations"

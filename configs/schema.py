@@ -45,7 +45,14 @@ class DataConfig:
     """Where the people come from and how they are loaded."""
 
     shards: str = "data/shards/mpii"
-    """Folder with the splits train and valid, made by tools/make_shards.py."""
+    """Folder with the splits train and valid, made by tools/make_shards.py, or s3://, gs://,
+    https:// (docs/remote-shards.md)."""
+    cache_dir: str = ""
+    """Folder of tars fetched from object storage; empty: in $XDG_CACHE_HOME, or ~/.cache."""
+    cache_gb: float = _number(50.0, above=0)
+    """Size of that folder, GB of 1e9 bytes; least recently used tars are removed."""
+    shard_window: int = _number(0, least=0)
+    """Shards whose people the OpenCV loader mixes; 0: all. Needed if they exceed the cache."""
     loader: LoaderName = "auto"
     """auto: dali on a GPU, opencv on a CPU."""
     batch_size: int = _number(16, least=1, most=65_536)
@@ -207,15 +214,15 @@ _SECTIONS = [section.name for section in dataclasses.fields(Config)]
 
 
 _FIXED = (
-    "data.batch_size data.input_px data.preset data.mirror heatmaps.rule heatmaps.sigma "
-    "loss.unmarked model.stacks model.width model.depth model.stem model.input_mean optim.name "
-    "optim.accumulate train.seed"
+    "data.batch_size data.shard_window data.input_px data.preset data.mirror heatmaps.rule "
+    "heatmaps.sigma loss.unmarked model.stacks model.width model.depth model.stem "
+    "model.input_mean optim.name optim.accumulate train.seed"
 )
 _FREE = (
-    "data.shards data.workers data.worker_kind data.loader model.checkpoint_activations "
-    "train.name train.out train.steps train.steps_per_epoch train.max_minutes train.hang_minutes "
-    "train.verify_every train.device train.threads train.log_every train.keep_last "
-    "train.save_minutes train.tracker train.profile_steps"
+    "data.shards data.cache_dir data.cache_gb data.workers data.worker_kind data.loader "
+    "model.checkpoint_activations train.name train.out train.steps train.steps_per_epoch "
+    "train.max_minutes train.hang_minutes train.verify_every train.device train.threads "
+    "train.log_every train.keep_last train.save_minutes train.tracker train.profile_steps"
 )
 FIXED_ON_RESUME = frozenset(_FIXED.split())
 """Settings that a resumed run may not change."""

@@ -30,6 +30,7 @@ from model.checkpoint import BEST, Checkpoint, evaluation_network, load_checkpoi
 from pipelines.annotations import People, read_annotations
 from pipelines.codec import Codec, codec_of
 from pipelines.opencv_loader import LooseImages
+from pipelines.shard_cache import local_folder
 
 LoaderName = Literal["opencv", "dali"]
 
@@ -191,7 +192,9 @@ def make_job(options: Namespace) -> EvaluationJob:
 def _open_dataset(options: Namespace, config: Config, trained: Skeleton) -> EvaluationDataset:
     annotations, images = options.annotations, options.images
     if not annotations and not images:
-        return open_shards_dataset(options.shards or Path(config.data.shards))
+        data = config.data
+        location = options.shards or data.shards
+        return open_shards_dataset(local_folder(location, data.cache_dir, data.cache_gb))
     if not annotations or not images or options.shards:
         given = [f"--{n}" for n in ("annotations", "images", "shards") if getattr(options, n)]
         raise _wrong(" and ".join(given), "--annotations with --images, or only --shards")

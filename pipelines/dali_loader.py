@@ -14,6 +14,7 @@ import functools
 import itertools
 import re
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,17 @@ from configs.skeleton import PIXELS_PER_SCALE
 from pipelines import geometry
 from pipelines.augment import Draw, draw_batch
 from pipelines.jpeg import BadSamplesError, PictureError, check_jpeg, require_sane_size
-from pipelines.opencv_loader import LoaderSpec, RawBatch, Source
-from pipelines.shard_format import COLUMNS
-from pipelines.shards import ShardSet
+from pipelines.object_storage import StorageError
+from pipelines.opencv_loader import LoaderSpec, RawBatch, Source, batches_in_order
+from pipelines.shard_cache import Key
+from pipelines.shard_format import COLUMNS, unpack_records
+from pipelines.shards import ShardSet, read_ahead
+
+CPU = torch.device("cpu")
+_REMOTE = b"people of object storage"
+"""How the states of loaders begin whose shards are not in a folder."""
+_PREFETCHED = 4
+"""Batches that DALI may have begun and not returned."""
 
 Node = Any
 """A DALI data node; one scalar or tensor per sample."""
@@ -73,14 +82,30 @@ class DaliLoader:
             decoder["preallocate_height_hint"] = shards.manifest.max_height
         if spec.cache_mb:
             decoder |= {"cache_size": spec.cache_mb, "cache_type": "threshold"}
+        self._pictures: _RemotePictures | None = None
+        tars, indices, find_picture = shards.tars, shards.indices, None
+        if bool(state) and bool(shards.cache) != state.startswith(_REMOTE):
+            raise InputError(
+                shards.folder,
+                "a checkpoint of DALI that read the shards from another kind of place",
+                "object storage if it was that, a folder if it was a folder",
+                "give the same --data.shards as before, or --data.loader opencv",
+            )
+        if shards.cache:
+            reader_state, state = _split_state(state)
+            self._pictures = _RemotePictures(shards, spec, reader_state)
+            tars, indices = self._pictures.files, self._pictures.indices
+            find_picture = self._pictures.picture
         self._arguments = _common_arguments(spec.device, spec.batch_size, spec.workers) | {
             "seed": spec.seed + spec.rank,
             "enable_checkpointing": True,
-            "shards": shards,
+            "tars": tars,
+            "people": len(shards),
             "spec": spec,
             "decoder": decoder,
+            "find_picture": find_picture,
         }
-        self.pipeline = self._build(shards.indices, state)
+        self.pipeline = self._build(indices, state)
 
     def _build(self, indices: list[Path], state: bytes) -> Pipeline:
         """Build the pipeline on the shards' tars with these index files, at `state`."""
@@ -108,6 +133,8 @@ class DaliLoader:
 
     def next(self) -> RawBatch:
         """The next batch. Raises BadSamplesError, after which only `state` can be used."""
+        if self._pictures:
+            self._pictures.advance()
         batch = RawBatch(*_run(self.pipeline, self.shards, self._find_faults))
         self.step += 1
         return batch
@@ -119,6 +146,8 @@ class DaliLoader:
         its records name the people of this batch and of the prefetched ones.
         """
         split = self.shards
+        if self._pictures:
+            return self._pictures.find_faults()
         faults = split.damaged_records() or _faults_of_tars_without_good_pictures(split)
         if not faults:
             sample_of_row = {float(split.record(i)[0]): i for i in range(len(split))}
@@ -147,7 +176,88 @@ class DaliLoader:
 
     def state(self) -> bytes:
         """The position after the batches returned so far."""
-        return self.pipeline.checkpoint()
+        state = self.pipeline.checkpoint()
+        return self._pictures.state() + state if self._pictures else state
+
+
+class _RemotePictures:
+    """Gives DALI the pictures of a split in object storage.
+
+    DALI's reader opens all files when it is built, and they must be there. So it reads stand-ins
+    that hold the records only, in the same order with the same draws as from tars, and a Python
+    function in the graph returns the picture of each row. A pipeline of this reader alone runs
+    ahead and says which tars to fetch.
+    """
+
+    def __init__(self, shards: ShardSet, spec: LoaderSpec, state: bytes):
+        """state: of an earlier reader, or empty."""
+        self._shards = shards
+        self._folder = tempfile.TemporaryDirectory(prefix="records_")
+        self.files, self.indices = shards.write_stand_ins(Path(self._folder.name))
+        rows = unpack_records(shards.records()).row_N.tolist()
+        self._sample_of_row = {row: sample for sample, row in enumerate(rows)}
+        self._failure: InputError | None = None
+        self._recent: deque[int] = deque(maxlen=8 * spec.batch_size)
+        """The last samples, of all prefetched batches too."""
+        self._reader = pipeline_def(_read)(
+            **_common_arguments(CPU, spec.batch_size, threads=1),
+            seed=spec.seed + spec.rank,
+            enable_checkpointing=True,
+            tars=self.files,
+            indices=self.indices,
+            people=len(shards),
+            spec=spec,
+            **({"checkpoint": state} if state else {}),
+        )
+        self._reader.build()
+        self._states = deque([state or self._reader.checkpoint()])
+        """Of the reader, after the batches returned so far and after each planned one."""
+        self._ahead = iter(read_ahead(shards, self._batches(), behind=_PREFETCHED))
+
+    def _batches(self) -> Iterator[list[Key]]:
+        while True:
+            rows, _ = self._reader.run()
+            self._states.append(self._reader.checkpoint())
+            yield [(self._sample_of_row[_row(np.array(row))], 0) for row in rows]
+
+    def advance(self) -> None:
+        """Release the tars of old batches, and fetch those of coming ones."""
+        next(self._ahead)
+        self._states.popleft()
+
+    def state(self) -> bytes:
+        """The reader's position after the batches returned so far."""
+        return _REMOTE + len(self._states[0]).to_bytes(4, "little") + self._states[0]
+
+    def picture(self, row_4: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """The bytes of a person's JPEG. row_4: the row of the annotation, a float32."""
+        sample = self._sample_of_row[_row(row_4)]
+        self._recent.append(sample)
+        try:
+            jpeg = self._shards.jpeg(sample)
+            require_sane_size(jpeg, self._shards.where(sample))
+        except InputError as error:  # DALI makes another error of it
+            self._failure = error
+            raise
+        return np.frombuffer(jpeg, dtype=np.uint8)
+
+    def find_faults(self) -> dict[int, str]:
+        """The damaged people among the last ones. Raises the StorageError that ended a batch."""
+        if isinstance(self._failure, StorageError):
+            raise self._failure
+        faults = _faults(self._shards, list(self._recent))
+        return {self._shards.origin(sample): fault for sample, fault in faults.items()}
+
+
+def _row(row_4: npt.NDArray[np.uint8]) -> float:
+    return float(row_4.view("<f4")[0])
+
+
+def _split_state(state: bytes) -> tuple[bytes, bytes]:
+    """A saved state as those of _RemotePictures and of the pipeline; empty if it is empty."""
+    start = len(_REMOTE) + 4
+    end = start + int.from_bytes(state[len(_REMOTE) : start], "little")
+    return state[start:end], state[end:]
 
 
 class DaliEvaluationLoader:
@@ -177,7 +287,9 @@ class DaliEvaluationLoader:
 
     def _feed(self) -> Iterator[tuple[list[npt.NDArray], npt.NDArray, npt.NDArray, npt.NDArray]]:
         """Yield JPEGs, records, draws and affines of each batch, while DALI works on another."""
-        for samples in self._batches:
+        keys = batches_in_order(np.array(self.samples), self.spec.batch_size)
+        for batch in read_ahead(self.source, keys):
+            samples = [sample for sample, _ in batch]
             jpegs = [self.source.jpeg(sample) for sample in samples]
             for jpeg, sample in zip(jpegs, samples, strict=True):
                 require_sane_size(jpeg, self.source.where(sample))
@@ -303,13 +415,32 @@ def _reason(error: Exception) -> str:
 
 def _graph(
     *,
-    shards: ShardSet,
+    tars: list[Path],
     indices: list[Path],
+    people: int,
     steps: Iterator[int],
     spec: LoaderSpec,
     decoder: dict[str, Any],
+    find_picture: Callable[[npt.NDArray], npt.NDArray] | None,
 ) -> tuple[Node, Node, Node, Node]:
     """Images NHW3, affines N23, draws ND and records NR, all on the device."""
+    jpeg, record = _read(tars=tars, indices=indices, people=people, spec=spec)
+    draws, augmentation = fn.external_source(
+        # DALI's own number of the batch is wrong after an error.
+        source=lambda _: _draw(spec, next(steps)),
+        num_outputs=2,
+        dtype=types.FLOAT,
+        ndim=[1, 2],
+    )
+    if find_picture:
+        jpeg = fn.python_function(jpeg, function=find_picture)
+    return _crops((jpeg, record, draws, augmentation), spec, **decoder)
+
+
+def _read(
+    *, tars: list[Path], indices: list[Path], people: int, spec: LoaderSpec
+) -> tuple[Node, Node]:
+    """JPEGs and records of people. tars, indices: their files; people: their number."""
     shuffle: dict[str, Any] = {}
     if spec.cache_mb and spec.world_size > 1:  # each rank keeps the people that it has cached
         shuffle = {"stick_to_shard": True}
@@ -317,7 +448,7 @@ def _graph(
         shuffle = {"shuffle_after_epoch": True, "shuffle_after_epoch_seed": spec.seed}
     jpeg, record = fn.readers.webdataset(
         name="people",
-        paths=[str(path) for path in shards.tars],
+        paths=[str(path) for path in tars],
         index_paths=[str(path) for path in indices],
         ext=["jpg", "f32"],
         dtypes=[types.UINT8, types.FLOAT],
@@ -326,18 +457,11 @@ def _graph(
         dont_use_mmap=True,
         random_shuffle=spec.shuffle_buffer > 0,
         **shuffle,
-        initial_fill=max(1, min(spec.shuffle_buffer, len(shards))),
+        initial_fill=max(1, min(spec.shuffle_buffer, people)),
         shard_id=spec.rank,
         num_shards=spec.world_size,
     )
-    draws, augmentation = fn.external_source(
-        # DALI's own number of the batch is wrong after an error.
-        source=lambda _: _draw(spec, next(steps)),
-        num_outputs=2,
-        dtype=types.FLOAT,
-        ndim=[1, 2],
-    )
-    return _crops((jpeg, record, draws, augmentation), spec, **decoder)
+    return jpeg, record
 
 
 def _evaluation_graph(

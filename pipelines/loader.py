@@ -28,6 +28,7 @@ from pipelines.opencv_loader import (
     decode,
     load_crops,
 )
+from pipelines.shard_cache import ShardCache
 from pipelines.shard_format import unpack_records
 from pipelines.shards import ShardSet
 
@@ -67,11 +68,25 @@ def train_loader(
             "0: only DALI on a GPU has a cache",
             "set data.cache_mb to 0",
         )
+    if shards.cache:
+        require_cache(shards.cache, spec, loader)
     if loader == "opencv":
         return OpenCVLoader(shards, spec, first_step)
     from pipelines.dali_loader import DaliLoader
 
     return DaliLoader(shards, spec, first_step, state)
+
+
+def require_cache(cache: ShardCache, spec: LoaderSpec, loader: LoaderName) -> None:
+    """Raise InputError unless the cache can hold the tars that the loader reads at a time."""
+    if loader == "dali":
+        people = min(shard.people for shard in cache.shards)
+        shards = spec.shuffle_buffer // people + 2
+        cache.require_capacity(shards, f"the tars in a shuffle buffer of {spec.shuffle_buffer}")
+    elif spec.shard_window:
+        cache.require_capacity(spec.shard_window + 1, f"a data.shard_window of {spec.shard_window}")
+    else:
+        cache.require_capacity(len(cache.shards), "people of all tars mixed (data.shard_window 0)")
 
 
 def evaluation_batches(
@@ -93,6 +108,9 @@ def evaluation_batches(
     preset = without_augmentation(codec.preset)
     if isinstance(source, ShardSet):
         require_preset_fits(source.manifest, preset, source.folder)
+        if source.cache:
+            why = "evaluation reads all tars, in the order of the annotation"
+            source.cache.require_capacity(len(source.cache.shards), why)
     if choose_loader(loader, device) == "dali":
         from pipelines.dali_loader import DaliEvaluationLoader
 

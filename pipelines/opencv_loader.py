@@ -4,6 +4,7 @@ Also defines Source, LoaderSpec and RawBatch, which both loaders use. All random
 so cropping is a pure function.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -23,9 +24,11 @@ from pipelines.annotations import People, stays_inside
 from pipelines.augment import Draw, Preset, color_by_opencv, draw, draw_rng, draws_array
 from pipelines.i420 import Planes, warp_to_rgb
 from pipelines.jpeg import BadSamplesError, require_sane_size
+from pipelines.object_storage import StorageError
+from pipelines.shard_cache import Key, ReadAhead
 from pipelines.shard_format import Records, record_of, unpack_records
-from pipelines.shards import ShardSet
-from pipelines.workers import in_processes, in_threads
+from pipelines.shards import ShardSet, read_ahead
+from pipelines.workers import THREADS_AHEAD, in_processes, in_threads
 
 _FOUR_CHANNELS_UP_TO = 400_000
 """Pixels of a picture up to which a fourth channel, which makes warps faster, is worth its copy."""
@@ -60,11 +63,9 @@ class LoaderSpec:
     seed: int = 0
     rank: int = 0
     world_size: int = 1
+    shard_window: int = 0  # shards whose people OpenCV mixes; 0: all
     cache_mb: int = 0  # GPU memory of DALI's cache; each rank then keeps its people
 
-
-Key = tuple[int, int]
-"""Sample and epoch."""
 
 Decoder = Callable[[bytes, str], npt.NDArray[np.uint8]]
 """(JPEG, its name in messages) -> (H, W, 3) BGR."""
@@ -242,6 +243,8 @@ class CropDataset:
     def _crop(self, sample: int, drawn: Draw) -> Item:
         try:
             return crop_sample(self.source, sample, drawn, self.preset, self.input_px, self.decoder)
+        except StorageError:
+            raise
         except InputError as error:
             where = self.source.where(sample)
             raise BadSamplesError.of({sample: error.found}, where, error.found) from error
@@ -285,13 +288,20 @@ def repeat_draws(shards: ShardSet, raw: RawBatch, preset: Preset) -> RawBatch:
 
 
 def endless_batches(
-    people: int, batch_size: int, seed: int, rank: int, world_size: int, first_step: int = 0
+    people: int,
+    batch_size: int,
+    seed: int,
+    rank: int,
+    world_size: int,
+    first_step: int = 0,
+    mix: Callable[[np.random.Generator], npt.NDArray[np.int64]] | None = None,
 ) -> Iterator[list[Key]]:
     """Endless batches of keys for one rank, starting at any step. batch_size: people per rank.
 
     All ranks share one endless sequence of shuffled epochs; step t of rank r takes batch_size keys
     from position (t x world_size + r) x batch_size on. The sequence depends only on the seed and
-    the global batch size, so the step is enough to resume it.
+    the global batch size, so the step is enough to resume it. mix: the order of an epoch; by
+    default all people are shuffled together.
     """
     epoch, order = -1, np.empty(0, dtype=np.int64)
     for step in itertools.count(first_step):
@@ -300,9 +310,23 @@ def endless_batches(
         for position in range(start, start + batch_size):
             if position // people != epoch:
                 epoch = position // people
-                order = np.random.default_rng([seed, epoch]).permutation(people)
+                rng = np.random.default_rng([seed, epoch])
+                order = mix(rng) if mix else rng.permutation(people)
             batch.append((int(order[position % people]), epoch))
         yield batch
+
+
+def mix_shards(
+    shard_N: npt.NDArray[np.int64], window: int, rng: np.random.Generator
+) -> npt.NDArray[np.int64]:
+    """(N,) samples in random order, of which at most window + 1 shards are read at a time.
+
+    The shards are shuffled. The s-th deals each of its people to one of the steps s to
+    s + window - 1 at random, and the people of a step are shuffled. shard_N: of each sample.
+    """
+    place_of_shard = rng.permutation(shard_N.max() + 1)
+    step_N = place_of_shard[shard_N] + rng.integers(window, size=len(shard_N))
+    return np.lexsort((rng.random(len(shard_N)), step_N))
 
 
 def batches_in_order(samples: npt.NDArray[np.int64], batch_size: int) -> list[list[Key]]:
@@ -324,9 +348,12 @@ def load_crops(
     GPU.
     """
     workers = min(workers, usable_cores())
+    batches = read_ahead(dataset.source, batches, behind=THREADS_AHEAD * workers)
     if not workers:
         return map(dataset.batch, batches)
-    run = in_threads if kind == "threads" else in_processes
+    # The clients of object storage do not work in forked processes.
+    in_this_process = kind == "threads" or isinstance(batches, ReadAhead)
+    run = in_threads if in_this_process else in_processes
     return run(dataset.batch, batches, workers, pin)
 
 
@@ -339,8 +366,15 @@ class OpenCVLoader:
         dataset = CropDataset(
             shards, spec.preset, spec.input_px, spec.seed, jitter=spec.jitter_in_workers
         )
+        mix = functools.partial(mix_shards, shards.shard_of_sample, spec.shard_window)
         batches = endless_batches(
-            len(shards), spec.batch_size, spec.seed, spec.rank, spec.world_size, first_step
+            len(shards),
+            spec.batch_size,
+            spec.seed,
+            spec.rank,
+            spec.world_size,
+            first_step,
+            mix if spec.shard_window else None,
         )
         pin = spec.device.type == "cuda"
         self._crops = load_crops(dataset, batches, spec.workers, pin, spec.worker_kind)

@@ -34,6 +34,7 @@ from common.errors import InputError
 from common.files import write_atomic
 from common.system import keep_freed_memory
 from configs.skeleton import MPII, Skeleton, load_skeleton
+from pipelines import object_storage
 from pipelines.annotations import Boxes, People, annotation_files, read_annotations
 from pipelines.crop_packing import Region, crop_region, stored_crop
 from pipelines.i420 import byte_count
@@ -44,6 +45,8 @@ from pipelines.shard_format import (
     IDENTITY_AFFINE,
     INDEX_VERSION,
     MANIFEST,
+    PEOPLE,
+    SPLITS,
     CropRule,
     Manifest,
     Shard,
@@ -53,9 +56,9 @@ from pipelines.shard_format import (
     read_manifest,
     record_of,
     write_manifest,
+    write_people_file,
 )
 
-SPLITS = ("train", "valid")
 _BAD_SHOWN = 10
 _RUN_AGAIN = "run the same command again; it continues where it stopped"
 _TAR_BYTES, _FILE_BYTES = 10_240, 1024
@@ -71,6 +74,8 @@ class PackingOptions:
     annotations: Path
     images: Path
     output: Path
+    url: str = ""
+    """Where the splits are stored in object storage; `output` is then temporary."""
     splits: tuple[str, ...] = SPLITS
     people_per_shard: int = 512
     workers: int = 1
@@ -88,6 +93,11 @@ class PackingOptions:
     crop: CropRule | None = None
     """None if pictures are stored unchanged."""
     command: str = ""
+
+    @property
+    def location(self) -> str:
+        """Folder or URL of the splits, for messages."""
+        return self.url or str(self.output)
 
     @property
     def partial(self) -> Path:
@@ -132,6 +142,8 @@ class ShardTask(NamedTuple):
 
 def pack(options: PackingOptions) -> list[Manifest]:
     """Pack the splits that are not packed yet; returns their manifests. Raises InputError."""
+    if options.url:
+        fetch_manifests(options)
     jobs = [job for job in read_jobs(options) if not already_packed(options, job)]
     if not jobs:
         return []
@@ -211,6 +223,23 @@ def fingerprint(options: PackingOptions, job: SplitJob, left_out: list[str]) -> 
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
+def fetch_manifests(options: PackingOptions) -> None:
+    """Make the temporary output show which splits the object storage has. Raises StorageError."""
+    shutil.rmtree(options.output, ignore_errors=True)
+    for split in options.splits:
+        with suppress(object_storage.MissingObjectError):
+            manifest = object_storage.read(f"{options.url}/{split}/{MANIFEST}")
+            write_atomic(options.output / split / MANIFEST, manifest)
+
+
+def upload_each(url: str, folder: Path, shards: Iterator[Shard]) -> Iterator[Shard]:
+    """Store the files of each shard as soon as it is packed. Raises StorageError."""
+    for shard in shards:
+        for name in (shard.tar, shard.index):
+            object_storage.store(folder / name, f"{url}/{name}")
+        yield shard
+
+
 def already_packed(options: PackingOptions, job: SplitJob) -> bool:
     """Whether the output contains this split. Raises InputError if it has other content."""
     folder = options.output / job.split
@@ -227,7 +256,7 @@ def already_packed(options: PackingOptions, job: SplitJob) -> bool:
         advice = "choose another --output, or replace it with --overwrite"
         raise InputError(folder, f"another packing: {manifest.command}", expected, advice)
     left_out = f", {len(manifest.left_out)} left out" if manifest.left_out else ""
-    print(f"{folder}: already packed, {manifest.people:,} people{left_out}")
+    print(f"{options.location}/{job.split}: already packed, {manifest.people:,} people{left_out}")
     return True
 
 
@@ -361,9 +390,15 @@ def pack_split(
         )
         for number, start in enumerate(range(0, len(samples), size))
     ]
+    target, url = options.output / job.split, f"{options.url}/{job.split}"
+    packed = map_tasks(pack_shard, tasks)
+    if options.url:
+        packed = upload_each(url, folder, packed)
+        if target.exists():  # its manifest would not fit the new tars
+            object_storage.remove(f"{url}/{MANIFEST}")
     shards = []
     with progress_bar(f"packing {job.split}", len(samples), "people") as advance:
-        for shard in map_tasks(pack_shard, tasks):
+        for shard in packed:
             shards.append(shard)
             advance(shard.people)
     manifest = Manifest(
@@ -380,11 +415,19 @@ def pack_split(
         crop=options.crop,
         left_out=left_out,
         command=options.command,
+        people_file_sha256=write_people_file(
+            folder,
+            np.stack([np.frombuffer(sample.record, "<f4") for sample in samples]),
+            job.people.select(order),
+        ),
     )
     write_manifest(folder, manifest)
+    if options.url:
+        for name in (PEOPLE, MANIFEST):  # a split without a manifest is incomplete
+            object_storage.store(folder / name, f"{url}/{name}")
 
     # The old split stays until the new one is complete.
-    target, old = options.output / job.split, options.partial / f"{job.split}.old"
+    old = options.partial / f"{job.split}.old"
     options.output.mkdir(parents=True, exist_ok=True)
     if target.exists():
         target.rename(old)

@@ -4,6 +4,7 @@ A record is a row of little-endian float32 numbers, which DALI reads without par
 COLUMNS, then (x, y, marked, visible) for each of the J joints.
 """
 
+import base64
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field, fields
@@ -42,6 +43,9 @@ INDEX_VERSION = "v1.2"
 FORMAT = "stacked-hourglass-shards"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+PEOPLE = "people.json"
+"""Records and pictures' names of a split, so that object storage need not be read for them."""
+SPLITS = ("train", "valid")
 PACK_AGAIN = "pack the data again with tools/make_shards.py into a new folder"
 _MAX_MANIFEST = 64 << 20
 _MIN_PERSON = 6 * 512
@@ -234,6 +238,8 @@ class Manifest:
     left_out: list[str] = field(default_factory=list)
     """People whose pictures could not be packed."""
     command: str = ""
+    people_file_sha256: str | None = None
+    """Of people.json; None in splits of before 2026-11-26."""
     format: str = FORMAT
     format_version: int = FORMAT_VERSION
 
@@ -242,6 +248,44 @@ def file_sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_people_file(folder: Path, records_NR: npt.NDArray[np.float32], people: People) -> str:
+    """Write people.json; returns its SHA-256. Both arguments in the order of the samples."""
+    facts = {
+        "records": base64.b64encode(records_NR.astype("<f4").tobytes()).decode(),
+        "image": people.images,
+        "index": people.index.tolist(),
+        "person": people.person.tolist(),
+    }
+    write_atomic(folder / PEOPLE, json.dumps(facts).encode())
+    return file_sha256(folder / PEOPLE)
+
+
+def read_people_file(
+    folder: Path, manifest: "Manifest"
+) -> tuple[npt.NDArray[np.float32], list[dict[str, Any]]]:
+    """(N, record_length) records, and image, index and person of each. Raises InputError."""
+    path = folder / PEOPLE
+    try:
+        facts = read_json(path)
+        values = np.frombuffer(base64.b64decode(facts.pop("records")), dtype="<f4")
+        records_NR = values.reshape(manifest.people, record_length(manifest.joints))
+        rows = [dict(zip(facts, row, strict=True)) for row in zip(*facts.values(), strict=True)]
+        if len(rows) != manifest.people or not all(map(is_person, rows)):
+            raise ValueError("other people than the manifest says")
+    except (OSError, ValueError, KeyError) as error:
+        found = f"damaged ({error})"
+        raise InputError(path, found, f"{manifest.people:,} people", PACK_AGAIN) from error
+    return records_NR, rows
+
+
+def is_person(facts: Any) -> bool:
+    """Whether a JSON value has a safe name of a picture and the numbers of picture and person."""
+    if not isinstance(facts, dict):
+        return False
+    values = [facts.get(name) for name in ("image", "index", "person")]
+    return list(map(type, values)) == [str, int, int] and safe_name(facts["image"])
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -277,7 +321,8 @@ def _manifest(raw: Any) -> Manifest:
         raise ValueError(f"packing {raw['packing']!r:.50}")
     skeleton = skeleton_from_dict(raw["skeleton"])
     crop = _parse(CropRule, raw["crop"]) if raw.get("crop") else None
-    # The first versions had no crop.
+    # The first versions had no crop and no people.json.
+    raw = {"people_file_sha256": None, **raw}
     manifest = _parse(Manifest, {**raw, "shards": shards, "skeleton": skeleton, "crop": crop})
     if sum(shard.people for shard in shards) != manifest.people:
         raise ValueError("the shards' people do not add up to the total")

@@ -14,6 +14,7 @@ import io
 import os
 import re
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,9 +23,10 @@ import numpy.typing as npt
 
 from common.errors import InputError
 from common.files import parse_json, read_bytes, write_atomic
-from pipelines.annotations import People, safe_name
+from pipelines.annotations import People
 from pipelines.i420 import Planes, planes_of
 from pipelines.jpeg import require_sane_size
+from pipelines.shard_cache import ORIGIN, Key, ReadAhead, ShardCache
 from pipelines.shard_format import (
     COLUMNS,
     INDEX_VERSION,
@@ -32,13 +34,16 @@ from pipelines.shard_format import (
     PACK_AGAIN,
     Shard,
     components,
+    is_person,
     read_manifest,
+    read_people_file,
     record_faults,
     record_length,
     unpack_records,
 )
 
 _MAX_INDEX = 256 << 20  # bytes
+TAR_BLOCK = 512
 _JPEG_HEADER_BYTES = 4096
 """Enough to find the size, except in pictures with a thumbnail or a colour profile."""
 _RANGE = r"(\d{1,15}) (\d{1,15})"
@@ -66,9 +71,13 @@ class ShardSet:
         self.indices = [self.folder / shard.index for shard in self.manifest.shards]
         self.components = components(self.manifest.packing)
         self.is_raw = self.manifest.packing == "raw"
+        is_cached = (self.folder / ORIGIN).is_file()
+        self.cache = ShardCache(self.folder, self.manifest.shards) if is_cached else None
+        """Of a split in object storage; None for a folder."""
         record_bytes = 4 * record_length(self.manifest.joints)
+        tars = None if self.cache else self.folder
         indices = [
-            _read_index(self.folder, shard, record_bytes, self.components)
+            _read_index(self.folder, shard, record_bytes, self.components, tars)
             for shard in self.manifest.shards
         ]
         self._shard_N = np.repeat(np.arange(len(indices)), [len(keys) for keys, _ in indices])
@@ -79,6 +88,7 @@ class ShardSet:
             raise InputError(self.folder, f"the key {key} twice", "each key once", PACK_AGAIN)
         self._origin_N = np.arange(len(self))
         self._records: npt.NDArray[np.float32] | None = None
+        self._facts: list[dict[str, Any]] | None = None
         self._files: dict[int, io.FileIO] = {}
 
     def __len__(self) -> int:
@@ -108,7 +118,10 @@ class ShardSet:
         Raises InputError for impossible values, for JPEGs that claim to be huge, and for raw
         pictures of another size.
         """
-        records = np.stack([self._checked_record(sample) for sample in range(len(self))])
+        if self.cache and self.manifest.people_file_sha256:
+            records, self._facts = read_people_file(self.folder, self.manifest)
+        else:
+            records = np.stack([self._checked_record(sample) for sample in range(len(self))])
         faults = record_faults(records, self.manifest, picture_bytes_N=self._ranges_NC2[:, 1, 1])
         for fault, is_bad in faults.items():
             if is_bad.any():
@@ -133,15 +146,34 @@ class ShardSet:
                     faults[sample] = "its record has changed since the start"
         return faults
 
+    def write_stand_ins(self, folder: Path) -> tuple[list[Path], list[Path]]:
+        """Write a file and its wds2idx index for each tar, with the records but no pictures.
+
+        In place of the picture an index has the record's first number, the row. Raises InputError.
+        """
+        records, files, indices = self.records(), [], []
+        size = records.itemsize * records.shape[1]
+        block = -(-size // TAR_BLOCK) * TAR_BLOCK
+        for number, tar in enumerate(self.tars):
+            samples = self.samples_of(number)
+            files.append(folder / f"{tar.stem}.records")
+            files[-1].write_bytes(b"".join(records[i].tobytes().ljust(block) for i in samples))
+            lines = [f"{INDEX_VERSION} {len(samples)}"]
+            for start, key in enumerate(self._keys[i] for i in samples):
+                offset = start * block
+                lines.append(f"f32 {offset} {size} {key}.f32 jpg {offset} 4 {key}.jpg")
+            indices.append(folder / f"{tar.stem}.idx")
+            indices[-1].write_text("\n".join(lines) + "\n")
+        return files, indices
+
     def metadata(self, sample: int) -> dict[str, Any]:
-        """The JSON of one person. Raises InputError."""
+        """The JSON of one person, or only its image, index and person. Raises InputError."""
+        if self._facts:
+            return self._facts[self.origin(sample)]
         try:
             facts = parse_json(self.component(sample, "json"))
-            if not isinstance(facts, dict):
-                raise ValueError("no object")
-            values = [facts.get(name) for name in ("image", "index", "person")]
-            if list(map(type, values)) != [str, int, int] or not safe_name(facts["image"]):
-                raise ValueError(f"image, index and person {values}"[:300])
+            if not is_person(facts):
+                raise ValueError(f"no image, index or person: {facts!r:.300}")
         except ValueError as error:
             found, expected = f"damaged JSON ({error})", "the JSON of a person"
             raise InputError(self.where(sample), found, expected, PACK_AGAIN) from error
@@ -173,6 +205,11 @@ class ShardSet:
         """Shard, number and key of a sample, for messages."""
         tar = self.tars[self._shard_N[sample]]
         return f"{tar}: sample {self.origin(sample)} (key {self.key(sample)})"
+
+    @property
+    def shard_of_sample(self) -> npt.NDArray[np.int64]:
+        """(N,) the number of each sample's tar."""
+        return self._shard_N
 
     def samples_of(self, shard: int) -> list[int]:
         """The samples of one tar, in its order."""
@@ -226,9 +263,7 @@ class ShardSet:
     def _read(self, sample: int, offset: int, size: int) -> bytes:
         shard = int(self._shard_N[sample])
         try:
-            file = self._files.get(shard)
-            if file is None:  # if several threads open it, all use the same
-                file = self._files.setdefault(shard, self.tars[shard].open("rb", buffering=0))
+            file = self._file(shard)  # this reference keeps it open
             data = os.pread(file.fileno(), size, offset)
         except OSError as error:
             found = f"not readable ({error.strerror})"
@@ -237,6 +272,15 @@ class ShardSet:
             found = f"{len(data)} of {size} bytes at offset {offset}: the tar was cut off"
             raise InputError(self.where(sample), found, "the whole tar", PACK_AGAIN)
         return data
+
+    def _file(self, shard: int) -> io.FileIO:
+        """An opened tar. Raises OSError, and StorageError of one in object storage."""
+        if self.cache:
+            return self.cache.file(shard)
+        file = self._files.get(shard)
+        if file is None:  # if several threads open it, all use the same
+            file = self._files.setdefault(shard, self.tars[shard].open("rb", buffering=0))
+        return file
 
     def _checked_record(self, sample: int) -> npt.NDArray[np.float32]:
         """The record, after a check of the JPEG's header, which is read with it."""
@@ -251,12 +295,28 @@ class ShardSet:
         return np.frombuffer(data[: record.size], dtype="<f4")
 
 
+def read_ahead(
+    source: object, batches: Iterable[list[Key]], behind: int = 0
+) -> Iterable[list[Key]]:
+    """The same batches; if they are from object storage, their tars are fetched in advance.
+
+    behind: number of batches that may still be read when a later one has been taken.
+    """
+    if isinstance(source, ShardSet) and source.cache:
+        return ReadAhead(source.cache, source.shard_of_sample, iter(batches), behind)
+    return batches
+
+
 def _read_index(
-    folder: Path, shard: Shard, record_bytes: int, names: tuple[str, str, str]
+    folder: Path,
+    shard: Shard,
+    record_bytes: int,
+    names: tuple[str, str, str],
+    tars: Path | None,
 ) -> tuple[list[str], npt.NDArray[np.int64]]:
     """Keys, and (people, component, 2) offsets and sizes in bytes. Raises InputError.
 
-    names: of the components.
+    names: of the components. tars: their folder; None if they are fetched later.
     """
     path, (record, picture, text) = folder / shard.index, names
     pattern = re.compile(
@@ -264,7 +324,7 @@ def _read_index(
         rf"{text} {_RANGE} \3\.{text}"
     )
     try:
-        tar_bytes = (folder / shard.tar).stat().st_size
+        tar_bytes = (tars / shard.tar).stat().st_size if tars else shard.bytes
         if tar_bytes != shard.bytes:
             raise ValueError(f"{shard.tar} has {tar_bytes} bytes, the manifest says {shard.bytes}")
         data = read_bytes(path, _MAX_INDEX)

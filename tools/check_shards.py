@@ -9,9 +9,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of configs/
 
+import argparse
 import itertools
 import math
 import tarfile
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
@@ -25,7 +27,9 @@ from common.files import parse_json
 from common.system import usable_cores
 from pipelines.annotations import safe_name
 from pipelines.jpeg import PictureError, check_jpeg
+from pipelines.object_storage import StorageError
 from pipelines.packing import index_text, worker_pool
+from pipelines.shard_cache import ORIGIN, ShardCache, local_folder
 from pipelines.shard_format import (
     COLUMNS,
     IDENTITY_AFFINE,
@@ -59,8 +63,15 @@ class Report(NamedTuple):
 def main(argv: list[str] | None = None) -> int:
     """Check every split and print what is damaged. Returns the exit code."""
     options = make_parser().parse_args(argv)
-    folders = split_folders(options.shards)
-    tars = options.shards.glob("*/*.tar")
+    # Object storage is read anew, whatever is in the user's cache.
+    with tempfile.TemporaryDirectory(dir=options.cache_dir) as cache:
+        return check(local_folder(options.shards, cache, options.cache_gb), options)
+
+
+def check(location: Path, options: argparse.Namespace) -> int:
+    """Check every split of a folder. Returns the exit code."""
+    folders = split_folders(location)
+    tars = location.glob("*/*.tar")
     lost = sorted({tar.parent for tar in tars if not (tar.parent / MANIFEST).is_file()})
     faults, people = [f"{folder}: no {MANIFEST} beside its tars" for folder in lost], 0
     with worker_pool(options.workers) as map_tasks:
@@ -70,10 +81,10 @@ def main(argv: list[str] | None = None) -> int:
             except InputError as error:
                 faults.append(f"{error.where}: {error.found}")
                 continue
-            check = partial(check_shard, folder, manifest, options.decode)
+            check_one = partial(check_shard, folder, manifest, options.decode)
             reports = []
             with progress_bar(f"checking {folder.name}", manifest.people, "people") as advance:
-                for report in map_tasks(check, manifest.shards):
+                for report in map_tasks(check_one, manifest.shards):
                     reports.append(report)
                     advance(report.people)
             faults += [fault for report in reports for fault in report.faults]
@@ -104,9 +115,11 @@ def make_parser() -> Parser:
         epilog="example: python tools/check_shards.py data/shards/mpii --decode",
     )
     add = parser.add_argument
-    add("shards", type=Path, help="a split of shards, or the folder of its splits")
+    add("shards", help="a split of shards, or the folder of its splits, or its URL")
     add("--decode", action="store_true", help="also decode every JPEG, as packing does")
     add("--workers", type=at_least(0), default=usable_cores(), help="processes (default: all)")
+    add("--cache-dir", type=Path, help="where a URL's tars are stored meanwhile (default: /tmp)")
+    add("--cache-gb", type=float, default=50.0, help="at most so many GB (default: %(default)s)")
     add("--show", type=at_least(0), default=20, help="faults to list (default: %(default)s)")
     return parser
 
@@ -125,6 +138,12 @@ def split_folders(folder: Path) -> list[Path]:
 
 def check_shard(folder: Path, manifest: Manifest, decode: bool, shard: Shard) -> Report:
     """Check one tar and its index."""
+    if (folder / ORIGIN).is_file():
+        try:
+            # Open during the check, so that no other process removes it.
+            _file = ShardCache(folder, manifest.shards).file(manifest.shards.index(shard))
+        except StorageError as error:
+            return Report(shard.people, [], [], [f"{error.where}: {error.found}"])
     tar, index = folder / shard.tar, folder / shard.index
     faults = file_faults(tar, shard.sha256) + file_faults(index, shard.index_sha256)
     try:

@@ -11,7 +11,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of configs/
 
 import argparse
+import hashlib
 import shlex
+import shutil
+import tempfile
 import time
 from collections import Counter
 
@@ -26,6 +29,7 @@ from pipelines.annotations import Boxes, People, has_both_splits, scored_text
 from pipelines.augment import PRESETS
 from pipelines.crop_packing import crop_rule
 from pipelines.label_files import label_format, pictures_folder
+from pipelines.object_storage import is_url, require_no_secret
 from pipelines.packing import SPLITS, PackingOptions, pack
 from pipelines.shard_format import PICTURE_EXTENSIONS, Manifest, unpack_records
 from pipelines.shards import ShardSet
@@ -52,6 +56,8 @@ def main(argv: list[str] | None = None) -> int:
         write_skeleton(options.output / "skeleton.yaml", manifests[0].skeleton)
     if manifests:
         print_summary(options, manifests, time.monotonic() - start)
+    if options.url:
+        shutil.rmtree(options.output, ignore_errors=True)
     return 0
 
 
@@ -76,7 +82,8 @@ def make_parser() -> Parser:
     add("--boxes", type=boxes, default="auto", metavar="{auto,keypoints,picture,FILE}",
         help="of labels of DeepLabCut, Lightning Pose and YOLO: the file's own, or else the whole "
         "picture; about the keypoints; the whole picture; or a CSV of image, x, y, width, height")
-    add("--output", type=Path, default=Path("data/shards/mpii"), help="folder of the splits")
+    add("--output", default="data/shards/mpii",
+        help="folder of the splits, or s3://bucket/folder; they are packed in $TMPDIR first")
     add("--splits", nargs="+", choices=SPLITS, default=list(SPLITS),
         help="splits to pack; for a single h5 or COCO file, the split that it holds")
     add = parser.add_argument_group("how").add_argument
@@ -122,8 +129,14 @@ def parse_options(argv: list[str] | None) -> PackingOptions:
             is_default = path.parent == DATA
             advice = HOW_TO_GET_DATA if is_default else f"give its path with --{name}"
             raise InputError(path, "no such file or folder", f"the {name}", advice)
+    if is_url(given["output"]):
+        given["url"] = given["output"].rstrip("/")
+        require_no_secret(given["url"])
+        # The same at the next start, which continues interrupted work.
+        digest = hashlib.sha256(given["url"].encode()).hexdigest()[:16]
+        given["output"] = Path(tempfile.gettempdir()) / f"make_shards-{digest}"
     for name in ("annotations", "images", "output"):
-        given[name] = given[name].resolve()
+        given[name] = Path(given[name]).resolve()
     words = sys.argv[1:] if argv is None else argv
     return PackingOptions(**given, command=shlex.join(["python", "tools/make_shards.py", *words]))
 
@@ -168,20 +181,21 @@ def write_skeleton(path: Path, skeleton: Skeleton) -> None:
 def print_summary(options: PackingOptions, manifests: list[Manifest], seconds: float) -> None:
     """Print what was packed and the next command."""
     for manifest in manifests:
-        print(summary(options.output / manifest.split), end="\n\n")
+        folder = options.output / manifest.split
+        print(summary(folder, f"{options.location}/{manifest.split}"), end="\n\n")
     rate = sum(manifest.people for manifest in manifests) / seconds
     print(f"{seconds:.1f} s, {rate:,.0f} people/s with {options.workers} worker(s)")
-    folder = shlex.quote(str(options.output))
+    location = shlex.quote(options.location)
     if "train" in options.splits:
         preset = f" --data.preset {options.crop.preset}" if options.crop else ""
-        print(f"next: python train.py --config configs/2hg.yaml --data.shards {folder}{preset}")
+        print(f"next: python train.py --config configs/2hg.yaml --data.shards {location}{preset}")
         print("      (the recipe for MPII on a GPU; configs/ has smaller ones)")
     else:
-        print(f"next: python evaluate.py --checkpoint PATH --shards {folder}")
+        print(f"next: python evaluate.py --checkpoint PATH --shards {location}")
 
 
-def summary(folder: Path) -> str:
-    """Text about the people, pictures and joints of one packed split."""
+def summary(folder: Path, name: str) -> str:
+    """Text about the people, pictures and joints of one packed split. name: of the split."""
     shards = ShardSet(folder)
     people, _ = shards.people()
     sizes_N2 = unpack_records(shards.records()).size_N2.astype(int)
@@ -190,7 +204,7 @@ def summary(folder: Path) -> str:
     size = sum(shard.bytes for shard in shards.manifest.shards)
     sides = np.quantile(PIXELS_PER_SCALE * people.scale, [0, 0.1, 0.5, 0.9, 1])
     lines = [
-        f"{folder}: {people.count:,} people in {len(shards.tars)} shards, {size / 1e6:,.1f} MB",
+        f"{name}: {people.count:,} people in {len(shards.tars)} shards, {size / 1e6:,.1f} MB",
         f"  scored     {scored_text(people.scored.sum(), people.count)}"
         " (with a length to divide errors by, and a marked joint)",
         f"  pictures   {len(set(people.images)):,}",

@@ -30,6 +30,7 @@ from pipelines.augment import PRESETS, Draw, preset_of
 from pipelines.codec import Codec
 from pipelines.loader import Batch, LoaderSpec, RawBatch, make_batch, train_loader
 from pipelines.opencv_loader import repeat_draws
+from pipelines.shard_cache import local_folder
 from pipelines.shard_format import MANIFEST
 from pipelines.shards import ShardSet
 
@@ -57,7 +58,8 @@ def main(argv: list[str] | None = None) -> None:
     config = Config()
     if options.config:
         config = config_from_dict(load_yaml(options.config), options.config)
-    folder = Path(options.shards or config.data.shards)
+    data = config.data
+    folder = local_folder(options.shards or data.shards, data.cache_dir, data.cache_gb)
     shards = ShardSet(folder if (folder / MANIFEST).is_file() else folder / options.split)
     skeleton = shards.manifest.skeleton
     mirror = config.data.mirror and skeleton.mirror and not options.no_mirror
@@ -78,6 +80,7 @@ def main(argv: list[str] | None = None) -> None:
         input_px=codec.input_px,
         batch_size=options.people,
         workers=0,
+        shard_window=data.shard_window,
         seed=options.seed,
     )
     info(f"cropping {options.people:,} people ...")
@@ -102,7 +105,7 @@ def make_parser() -> Parser:
         epilog="example: python tools/show_batch.py --config configs/2hg.yaml --output batch.png",
     )
     add = parser.add_argument_group("what to show").add_argument
-    add("--shards", metavar="DIR", help="folder of splits, or a split (default: the config's)")
+    add("--shards", metavar="DIR", help="folder or URL of splits, or a split (default: config's)")
     add("--split", choices=("train", "valid"), default="train", help="default: %(default)s")
     add("--people", type=at_least(1), default=12, help="number of people (default: %(default)s)")
     add("--seed", type=at_least(0), default=0, help="of order and draws (default: %(default)s)")

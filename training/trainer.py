@@ -51,6 +51,7 @@ from pipelines.bad_samples import BadSamples, SkippingLoader
 from pipelines.codec import codec_of
 from pipelines.crop_packing import require_preset_fits
 from pipelines.loader import Loader, LoaderSpec, choose_loader, train_loader
+from pipelines.shard_cache import local_folder
 from pipelines.shard_format import people_sha256
 from pipelines.shards import ShardSet
 from training.checkpoint_manager import (
@@ -244,6 +245,7 @@ class Trainer:
             # A process would have to copy four times as many bytes.
             jitter_in_workers=data.worker_kind == "threads" and self.dist.device.type == "cpu",
             shuffle_buffer=data.shuffle_buffer,
+            shard_window=data.shard_window,
             seed=seed,
             rank=self.dist.rank,
             world_size=self.dist.world_size,
@@ -571,8 +573,10 @@ def without_mirroring(config: Config) -> Config:
 
 def open_shards(config: Config) -> tuple[ShardSet, ShardSet]:
     """The training and validation splits. Raises InputError unless they fit the config."""
-    folder = Path(config.data.shards)
+    folder = local_folder(config.data.shards, config.data.cache_dir, config.data.cache_gb)
     train, valid = ShardSet(folder / "train"), ShardSet(folder / "valid")
+    if train.cache and valid.cache:  # a validation reads all of its split
+        train.cache.reserve(valid.cache.bytes)
     preset = preset_of(config.data.preset, config.data.mirror)
     require_preset_fits(train.manifest, preset, train.folder)
     require_preset_fits(valid.manifest, without_augmentation(preset), valid.folder)

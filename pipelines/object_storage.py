@@ -1,0 +1,147 @@
+"""Files in object storage (s3://, gs://, https://), read and written through fsspec.
+
+Credentials and endpoints come from the environment and the user's profile (AWS_PROFILE,
+AWS_ENDPOINT_URL, ...), as in the storage's own tools. A URL must not contain any.
+"""
+
+import errno
+import itertools
+import random
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import fsspec
+
+from common.errors import InputError
+
+ATTEMPTS = 7
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 15.0
+"""Pauses double from attempt to attempt: 31 s altogether."""
+CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 5, 20
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
+
+T = TypeVar("T")
+
+
+class StorageError(InputError):
+    """An object that cannot be fetched or stored. Never means that a picture is damaged."""
+
+
+class MissingObjectError(StorageError):
+    """There is no such object."""
+
+
+def is_url(location: str) -> bool:
+    """Whether shards are in object storage, and not in a folder."""
+    return "://" in location
+
+
+def require_no_secret(url: str) -> None:
+    """Raise InputError if the URL contains credentials, because configs and logs contain URLs."""
+    parts = urlsplit(url)
+    if "@" in parts.netloc or parts.query:
+        raise InputError(
+            f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}",
+            "a URL with a user, a password or a query",
+            "a plain URL; it is written into configs and checkpoints",
+            "give credentials by the environment or a profile, such as AWS_PROFILE",
+        )
+
+
+def read(url: str) -> bytes:
+    """An object's bytes. Raises StorageError."""
+    # One request; fsspec's cat_file of S3 makes three, and needs the right to list the bucket.
+    with tempfile.TemporaryDirectory() as folder:
+        fetch(url, Path(folder) / "object")
+        return (Path(folder) / "object").read_bytes()
+
+
+def fetch(url: str, path: Path) -> None:
+    """Write an object to a local file. Raises StorageError, and OSError of a full disk."""
+    _repeat(url, lambda files: files.get_file(url, str(path)))
+
+
+def store(path: Path, url: str) -> None:
+    """Write a local file to an object. Raises StorageError."""
+    _repeat(url, lambda files: files.put_file(str(path), url))
+
+
+def remove(url: str) -> None:
+    """Delete an object if there is one. Raises StorageError."""
+    with suppress(MissingObjectError):
+        _repeat(url, lambda files: files.rm_file(url))
+
+
+def _repeat(url: str, action: Callable[[Any], T]) -> T:
+    """The result of an action on a file system; tries again unless it can never succeed."""
+    files = _file_system(url)
+    for attempt in itertools.count(1):
+        try:
+            return action(files)
+        except Exception as error:  # of fsspec, aiohttp, botocore, google.auth and the disk
+            if isinstance(error, OSError) and error.errno in _NO_SPACE:
+                raise
+            kind, found, is_final = _describe(error)
+            if is_final or attempt == ATTEMPTS:
+                raise kind(
+                    url,
+                    found if is_final else f"{found}, {attempt} times",
+                    "an object that these credentials may use, and a server that answers",
+                    "check the URL, the credentials and the network, then start again (--resume)",
+                ) from error
+        pause = min(FIRST_PAUSE_S * 2 ** (attempt - 1), LONGEST_PAUSE_S)
+        time.sleep(pause * random.uniform(0.8, 1.2))
+    raise AssertionError
+
+
+def _describe(error: Exception) -> tuple[type[StorageError], str, bool]:
+    """Which error it becomes, what was found, and whether another attempt is useless."""
+    name = type(error).__name__
+    text = " ".join(f"{name}: {error}".split())[:300]
+    status = getattr(error, "status", 0)  # of an HTTP response
+    if isinstance(error, FileNotFoundError):
+        return MissingObjectError, "no such object", True
+    if isinstance(error, PermissionError) or status in (401, 403):
+        return StorageError, f"access denied ({text})", True
+    if name in ("NoCredentialsError", "ProfileNotFound", "DefaultCredentialsError"):
+        return StorageError, f"no credentials ({text})", True
+    return StorageError, text, 400 <= status < 500 and status not in (408, 429)
+
+
+def _file_system(url: str) -> Any:
+    """fsspec's file system for a URL; fsspec keeps one for each thread. Raises InputError."""
+    require_no_secret(url)
+    protocol = urlsplit(url).scheme
+    try:
+        files = fsspec.filesystem(protocol, use_listings_cache=False, **_options(protocol))
+    except ImportError as error:
+        raise InputError(
+            url,
+            f"a package is missing ({error})",
+            "s3fs for s3://, gcsfs for gs://, aiohttp for https://",
+            "pip install stacked-hourglass-trainer[cloud] (in a checkout: -e '.[cloud]')",
+        ) from error
+    except ValueError as error:
+        expected = "s3://, gs:// or https://"
+        raise InputError(url, str(error), expected, "correct the URL") from error
+    files.retries = 1  # _repeat tries again
+    return files
+
+
+def _options(protocol: str) -> dict[str, Any]:
+    """Time limits of a file system. Raises ImportError."""
+    if protocol == "s3":
+        timeouts = {"connect_timeout": CONNECT_TIMEOUT_S, "read_timeout": READ_TIMEOUT_S}
+        return {"config_kwargs": {**timeouts, "retries": {"total_max_attempts": 1}}}
+    if protocol in ("http", "https"):
+        import aiohttp
+
+        # By default a whole transfer has five minutes.
+        limits = {"sock_connect": CONNECT_TIMEOUT_S, "sock_read": READ_TIMEOUT_S}
+        return {"client_kwargs": {"timeout": aiohttp.ClientTimeout(total=None, **limits)}}
+    return {}

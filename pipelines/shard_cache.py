@@ -1,0 +1,375 @@
+"""Shards in object storage, read through a local cache of whole tars.
+
+A split has a folder in the cache with its manifest, its indices and people.json; tars are fetched
+into it when they are needed or, by ReadAhead, before. Any number of processes may use one cache:
+
+    NNNNN.tar              complete and checked; each reader holds a shared lock, eviction an
+                           exclusive one, so that no tar in use is removed
+    NNNNN.tar.BYTES.part   being fetched; BYTES is the size that it will have, which counts as used
+    NNNNN.lock             has an exclusive lock while the tar is fetched
+
+The locks (flock) belong to open files and end with the process, however it ends.
+"""
+
+import fcntl
+import hashlib
+import io
+import os
+import queue
+import re
+import shutil
+import tempfile
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from common.errors import InputError
+from pipelines import object_storage
+from pipelines.object_storage import MissingObjectError, StorageError, is_url
+from pipelines.shard_format import MANIFEST, PEOPLE, SPLITS, Shard, file_sha256, read_manifest
+
+ORIGIN = "origin.txt"
+"""In the cache's folder of a split; its content is the split's URL."""
+FETCH_THREADS = 4
+WAIT_FOR_ROOM_S = 60.0
+_PLANNED, _PLANNED_AT_ONCE = 512, 8
+"""Most batches that ReadAhead plans, and most that it adds for each batch that it yields."""
+
+Key = tuple[int, int]
+"""Sample and epoch."""
+
+
+def local_folder(location: str, cache_dir: str, cache_gb: float) -> Path:
+    """The folder with the manifests and indices of a split, or of its splits. Raises InputError.
+
+    A folder is returned unchanged. Of a URL, everything but the tars is fetched. cache_dir: empty
+    for the user's. cache_gb: from now on the limit of that cache.
+    """
+    if not is_url(location):
+        return Path(location)
+    root = cache_root(cache_dir)
+    root.mkdir(parents=True, exist_ok=True)
+    _replace(root / "limit", str(int(cache_gb * 1e9)).encode())
+    base, split = location.rstrip("/"), ""
+    if base.rpartition("/")[2] in SPLITS:
+        base, _, split = base.rpartition("/")
+    manifests = {}
+    for name in SPLITS:
+        with suppress(MissingObjectError):
+            manifests[name] = object_storage.read(f"{base}/{name}/{MANIFEST}")
+    if not manifests or split not in ("", *manifests):
+        expected = f"{MANIFEST} in its folders {' or '.join(SPLITS)}"
+        advice = "give the --output of tools/make_shards.py"
+        raise InputError(location, f"no {MANIFEST}", expected, advice)
+    digest = hashlib.sha256(base.encode() + b"".join(manifests.values())).hexdigest()[:16]
+    folder = root / f"{re.sub(r'[^A-Za-z0-9.]+', '-', base)[:80]}-{digest}"
+    if not folder.is_dir():
+        temporary = Path(tempfile.mkdtemp(dir=root))
+        for name, manifest in manifests.items():
+            _fetch_small_files(temporary / name, f"{base}/{name}", manifest)
+        with suppress(OSError):  # another process was faster
+            temporary.rename(folder)
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder / split
+
+
+def cache_root(cache_dir: str) -> Path:
+    """The folder of a cache. cache_dir: empty for the user's, by the XDG specification."""
+    users = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(cache_dir).expanduser() if cache_dir else users / "stacked-hourglass"
+
+
+def _fetch_small_files(folder: Path, url: str, manifest: bytes) -> None:
+    """Write manifest, indices and people.json of a split into a new folder. Raises InputError."""
+    folder.mkdir()
+    (folder / MANIFEST).write_bytes(manifest)
+    (folder / ORIGIN).write_text(url)
+    facts = read_manifest(folder)
+    digests = {shard.index: shard.index_sha256 for shard in facts.shards}
+    if facts.people_file_sha256:
+        digests[PEOPLE] = facts.people_file_sha256
+
+    def fetch_one(name: str) -> None:
+        object_storage.fetch(f"{url}/{name}", folder / name)
+        _require_sha256(folder / name, digests[name], f"{url}/{name}")
+
+    with ThreadPoolExecutor(2 * FETCH_THREADS) as pool:
+        list(pool.map(fetch_one, digests))
+
+
+def _require_sha256(path: Path, expected: str, url: str) -> None:
+    found = file_sha256(path)
+    if found != expected:
+        raise StorageError(
+            url,
+            f"the SHA-256 {found[:16]}..., {path.stat().st_size:,} bytes",
+            f"the {expected[:16]}... of {MANIFEST}",
+            "store this object again (tools/check_shards.py finds all), or pack again with "
+            "tools/make_shards.py --overwrite",
+        )
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Write a file atomically, while other processes do the same."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        file.write(data)
+    os.replace(file.name, path)
+
+
+class ShardCache:
+    """The tars of one split, as far as they are on this machine. Safe for threads."""
+
+    def __init__(self, folder: Path, shards: tuple[Shard, ...]):
+        """folder: of the split, in the cache."""
+        self.folder, self.shards = folder, shards
+        self.root = folder.parents[1]
+        self.url = (folder / ORIGIN).read_text()
+        self.limit = int((self.root / "limit").read_text())
+        self.bytes = sum(shard.bytes for shard in shards)
+        self._largest = max(shard.bytes for shard in shards)
+        self._reserved = 0
+        self._files: dict[int, io.FileIO] = {}
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": {}, "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ = {**state, "_lock": threading.Lock()}
+
+    def reserve(self, size: int) -> None:
+        """Leave so many bytes of the cache to another split."""
+        self._reserved = size
+
+    @property
+    def capacity(self) -> int:
+        """How many tars of this split may be in use at a time, at least 1.
+
+        If the split does not fit, two are left for ranks that are a little ahead or behind.
+        """
+        room = self.limit - self._reserved
+        if self.bytes <= room:
+            return len(self.shards)
+        return max(1, room // self._largest - 2)
+
+    def require_capacity(self, shards: int, why: str) -> None:
+        """Raise InputError unless so many tars may be in use at a time."""
+        if self.capacity < min(shards, len(self.shards)):
+            need = min(self.bytes, (shards + 2) * self._largest) + self._reserved
+            raise InputError(
+                f"data.cache_gb {self.limit / 1e9:g}",
+                f"room for {self.capacity} of the {len(self.shards)} tars of {self.url}",
+                f"{need / 1e9:.3g} or more: {why}",
+                "raise data.cache_gb, mix fewer tars (data.shard_window), or copy the shards here",
+            )
+
+    def file(self, number: int) -> io.FileIO:
+        """A tar, opened, fetched if it is missing. Raises StorageError.
+
+        The file stays open until `release`, or until `capacity` others were used after it.
+        """
+        with self._lock:
+            file = self._files.pop(number, None)
+            if file:
+                self._files[number] = file
+                return file
+        file = self._open(self.shards[number])
+        with self._lock:
+            self._files[number] = file
+            while len(self._files) > self.capacity:
+                # Whoever reads it in another thread has a reference, which keeps it open.
+                del self._files[next(iter(self._files))]
+        return file
+
+    def release(self, number: int) -> None:
+        """Allow a tar to be removed."""
+        with self._lock:
+            self._files.pop(number, None)
+
+    def _open(self, shard: Shard) -> io.FileIO:
+        """Open a tar with a shared lock, which protects it until the file is closed."""
+        path = self.folder / shard.tar
+        while True:
+            with suppress(FileNotFoundError):
+                file = path.open("rb", buffering=0)
+                fcntl.flock(file, fcntl.LOCK_SH)
+                if _is_at(file, path):  # else it was removed in between
+                    os.utime(file.fileno())
+                    return file
+            self._fetch(shard)
+
+    def _fetch(self, shard: Shard) -> None:
+        """Fetch a tar, or wait for the process or thread that fetches it. Raises StorageError."""
+        path, part = self.folder / shard.tar, self.folder / f"{shard.tar}.{shard.bytes}.part"
+        with _lock_of(part).open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if path.exists():
+                return
+            try:
+                part.touch()
+                self._download(f"{self.url}/{shard.tar}", part, shard)
+                part.rename(path)
+            finally:
+                part.unlink(missing_ok=True)
+
+    def _download(self, url: str, part: Path, shard: Shard) -> None:
+        """Write a tar to a file and check it; removes unused tars on a full disk."""
+        self._make_room(url)
+        while True:
+            try:
+                object_storage.fetch(url, part)
+                break
+            except OSError as error:
+                if not self._remove_unused(shard.bytes):
+                    raise StorageError(
+                        url,
+                        f"{error.strerror} in the cache {self.root}",
+                        f"{shard.bytes / 1e6:,.1f} MB for this tar",
+                        "free some space, or choose another data.cache_dir or data.cache_gb",
+                    ) from error
+        _require_sha256(part, shard.sha256, url)
+
+    def _make_room(self, url: str) -> None:
+        """Keep the cache within its limit, the tars that are being fetched included."""
+        deadline = time.monotonic() + WAIT_FOR_ROOM_S
+        while True:
+            excess = sum(used for _, used, _ in self._stored()) - self.limit
+            if excess <= 0 or self._remove_unused(excess) >= excess:
+                return
+            if time.monotonic() > deadline:
+                raise StorageError(
+                    url,
+                    f"a cache of {self.limit / 1e9:g} GB whose tars are all in use",
+                    f"{excess / 1e6:,.1f} MB more",
+                    f"raise data.cache_gb, or let fewer runs use {self.root}",
+                )
+            time.sleep(0.1)
+
+    def _stored(self) -> list[tuple[int, int, Path]]:
+        """Time of the last use, bytes and path of all tars in the cache, fetched or begun."""
+        found = []
+        for path in self.root.glob("*/*/*.*"):
+            with suppress(FileNotFoundError):  # removed by another process
+                if path.suffix == ".part":
+                    found.append((path.stat().st_mtime_ns, int(path.name.split(".")[-2]), path))
+                elif path.suffix == ".tar":
+                    found.append((path.stat().st_mtime_ns, path.stat().st_size, path))
+        return found
+
+    def _remove_unused(self, size: int) -> int:
+        """Remove least recently used tars of so many bytes; returns how many were removed."""
+        removed = 0
+        with (self.root / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            for _, used, path in sorted(self._stored()):
+                if removed >= size:
+                    break
+                locked = _lock_of(path) if path.suffix == ".part" else path
+                with suppress(FileNotFoundError, BlockingIOError), locked.open("rb") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails if it is in use
+                    path.unlink()
+                    removed += used
+        return removed
+
+
+def _lock_of(part: Path) -> Path:
+    """The file that is locked while a tar is fetched."""
+    return part.with_name(f"{part.name.split('.')[0]}.lock")
+
+
+def _is_at(file: io.IOBase, path: Path) -> bool:
+    """Whether an open file is still the one of that name."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+class ReadAhead:
+    """Yields batches of keys unchanged, and fetches the tars of later ones in the background.
+
+    As many tars as the cache may hold are fetched, in the order of their first use; those before
+    the current batch are released. Errors are left to the reader, who asks for the same tar.
+    """
+
+    def __init__(
+        self,
+        cache: ShardCache,
+        shard_N: npt.NDArray[np.int64],
+        batches: Iterator[list[Key]],
+        behind: int = 0,
+    ):
+        """shard_N: of each sample. behind: how many batches may be read late."""
+        self._cache, self._shard_N, self._batches = cache, shard_N, batches
+        self._behind = behind
+        self._uses: Counter[int] = Counter()
+        """Tar -> number of batches, planned or in use, that read it."""
+        self._planned: deque[tuple[list[Key], set[int]]] = deque()
+        self._in_use: deque[set[int]] = deque()
+        self._waiting: tuple[list[Key], set[int]] | None = None
+        """The batch after the planned ones, if it does not fit yet."""
+        self._queue: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._plan()
+        first = set(self._planned[0][1]) if self._planned else set()
+        for _ in range(FETCH_THREADS):
+            # Daemons: the end of the program need not wait for a server.
+            arguments = [self._queue, cache, first]
+            threading.Thread(target=_fetch_tars, args=arguments, daemon=True).start()
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        return self
+
+    def __next__(self) -> list[Key]:
+        if len(self._in_use) > self._behind:
+            done = self._in_use.popleft()
+            self._uses.subtract(done)
+            for number in [number for number in done if not self._uses[number]]:
+                del self._uses[number]
+                self._cache.release(number)
+        self._plan()
+        if not self._planned:
+            raise StopIteration
+        batch, numbers = self._planned.popleft()
+        self._in_use.append(numbers)
+        return batch
+
+    def _plan(self) -> None:
+        for _ in range(min(_PLANNED - len(self._planned), _PLANNED_AT_ONCE)):
+            if self._waiting is None:
+                batch = next(self._batches, None)
+                if batch is None:
+                    return
+                numbers = self._shard_N[[sample for sample, _ in batch]]
+                self._waiting = batch, set(numbers.tolist())
+            new = self._waiting[1] - self._uses.keys()
+            if self._planned and len(self._uses) + len(new) > self._cache.capacity:
+                return
+            for number in sorted(new):
+                self._queue.put(number)
+            self._uses.update(self._waiting[1])
+            self._planned.append(self._waiting)
+            self._waiting = None
+
+    def __del__(self) -> None:
+        for _ in range(FETCH_THREADS):
+            self._queue.put(None)
+
+
+def _fetch_tars(
+    numbers: "queue.SimpleQueue[int | None]", cache: ShardCache, first: set[int]
+) -> None:
+    """Fetch tars until there is a None; those of `first` before any other."""
+    while (number := numbers.get()) is not None:
+        while first and number not in first:
+            time.sleep(0.005)
+        with suppress(InputError):
+            cache.file(number)
+        first.discard(number)
