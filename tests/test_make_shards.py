@@ -252,7 +252,7 @@ def test_second_run_keeps_finished_shards_and_ends_with_the_same_bytes(
     now = (interrupted / "train" / "00000.tar").stat()
     assert (now.st_mtime_ns, now.st_ino) == (kept.st_mtime_ns, kept.st_ino)
     assert files(interrupted) == files(tiny_shards)
-    assert len(names(interrupted / "train")) == 7 and names(interrupted.parent) == ["out"]
+    assert len(names(interrupted / "train")) == 8 and names(interrupted.parent) == ["out"]
 
 
 def test_unfinished_work_of_other_options_is_not_mixed_in(interrupted, tiny_set, tmp_path) -> None:

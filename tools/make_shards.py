@@ -194,8 +194,11 @@ def print_summary(options: PackingOptions, manifests: list[Manifest], seconds: f
         print(f"next: python evaluate.py --checkpoint PATH --shards {location}")
 
 
-def summary(folder: Path, name: str) -> str:
-    """Text about the people, pictures and joints of one packed split. name: of the split."""
+def summary(folder: Path, location: str = "") -> str:
+    """Text about the people, pictures and joints of one packed split.
+
+    location: where it is stored, if not in this folder.
+    """
     shards = ShardSet(folder)
     people, _ = shards.people()
     sizes_N2 = unpack_records(shards.records()).size_N2.astype(int)
@@ -204,7 +207,8 @@ def summary(folder: Path, name: str) -> str:
     size = sum(shard.bytes for shard in shards.manifest.shards)
     sides = np.quantile(PIXELS_PER_SCALE * people.scale, [0, 0.1, 0.5, 0.9, 1])
     lines = [
-        f"{name}: {people.count:,} people in {len(shards.tars)} shards, {size / 1e6:,.1f} MB",
+        f"{location or folder}: {people.count:,} people in {len(shards.tars)} shards, "
+        f"{size / 1e6:,.1f} MB",
         f"  scored     {scored_text(people.scored.sum(), people.count)}"
         " (with a length to divide errors by, and a marked joint)",
         f"  pictures   {len(set(people.images)):,}",
