@@ -167,7 +167,7 @@ def test_a_record_of_another_size_than_its_picture_is_damaged(damaged, capsys):
     assert "key 000000006: a record with a size that is not the raw" in capsys.readouterr().out
 
 
-def test_training_names_the_people_of_a_tar_that_is_cut_off(damaged):
+def test_training_names_the_person_at_a_cut_and_replaces_it_by_a_neighbour(damaged, tmp_path):
     split = ShardSet(damaged)
     split.records()
     place = split.byte_range(4, "i420")
@@ -176,6 +176,11 @@ def test_training_names_the_people_of_a_tar_that_is_cut_off(damaged):
     with pytest.raises(BadSamplesError, match="the tar was cut off") as caught:
         train_loader(split, spec).next()
     assert list(caught.value.faults) == [4]
+    patched = split.with_replacements({4}, tmp_path)
+    assert patched.planes(4).y_HW.tobytes() == split.planes(0).y_HW.tobytes()
+    assert len(train_loader(patched, spec).next().records_NR) == 12
+    lines = patched.indices[0].read_text().splitlines()
+    assert lines[5] == lines[1] and " i420 " in lines[1]
 
 
 def test_princetons_crop_and_larger_crops_are_refused(raw_shards):
