@@ -160,6 +160,12 @@ def start_loader(
     return lambda: make_batch(batches.next(), codec, options.device)
 
 
+def drain(step: Callable[[], object], workers: int) -> None:
+    """Do as many steps as there are prefetched batches."""
+    for _ in range(PREFETCH * max(workers, 1) + 1):
+        step()
+
+
 def stream_case(
     name: str, start: Callable[[], Callable[[], object]], steps: int, batch_size: int, workers: int
 ) -> Case:
@@ -171,8 +177,7 @@ def stream_case(
 
     def prepare() -> None:
         running.append(start())
-        for _ in range(PREFETCH * max(workers, 1) + 1):
-            running[0]()
+        drain(running[0], workers)
 
     def run() -> int:
         for _ in range(steps):

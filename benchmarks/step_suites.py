@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.loader_suites import HRNET, Options, act_as_training, start_loader, stream_case
+from benchmarks.loader_suites import (
+    HRNET,
+    Options,
+    act_as_training,
+    drain,
+    start_loader,
+    stream_case,
+)
 from benchmarks.princeton_baseline import princeton_step, render_by_loop
 from benchmarks.timing import Case
 from common.distributed import DistributedContext, choose_dtype
@@ -25,8 +32,8 @@ from pipelines.codec import Codec
 from pipelines.geometry import STRIDE
 from pipelines.loader import dali_is_installed
 
-LEAST_GPU_STEPS = 150
-"""Minimum number of steps with a loader: fewer would only consume its prefetched batches."""
+LEAST_STEPS = 150
+"""Minimum number of steps with a loader: fewer would measure its prefetched batches."""
 
 
 def heatmaps_group(options: Options, batch_size: int) -> list[Case]:
@@ -145,14 +152,14 @@ def flop_of_a_person(stacks: int, options: Options) -> int:
 def training_group(options: Options, batch_size: int) -> list[Case]:
     """Steps of 2 stacks with each loader; 1 - ratio is the share of the time lost to data."""
     act_as_training(options)
-    on_gpu, dali = options.device.type == "cuda", f"dali on {options.device.type}"
+    dali = f"dali on {options.device.type}"
     variant = Variant("ours", choose_dtype("auto", options.device))
     step, ready = training_step(variant, 2, options), random_batch(batch_size, options)
-    steps = max(LEAST_GPU_STEPS, options.people // batch_size) if on_gpu else 4
+    steps = max(LEAST_STEPS, options.people // batch_size)
 
     def start(packing: str, loader: LoaderName) -> Callable[[], None]:
-        shards = options.shards(packing)
-        next_batch = start_loader(shards, HRNET, loader, options, batch_size)
+        next_batch = start_loader(options.shards(packing), HRNET, loader, options, batch_size)
+        drain(next_batch, options.workers)  # the steps before the timed ones fill it again
 
         def one_step() -> None:
             batch = next_batch()

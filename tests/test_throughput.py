@@ -231,6 +231,7 @@ def test_a_quick_run_writes_json_and_a_chart_and_what_the_budget_left_out(tmp_pa
 @pytest.mark.slow
 def test_every_suite_runs_on_a_cpu(tiny_set, tmp_path, monkeypatch):
     monkeypatch.setattr(loader_suites, "SIZES", (10,))
+    monkeypatch.setattr(step_suites, "LEAST_STEPS", 3)
     monkeypatch.setattr(accuracy_suite, "SEEDS", 1)
     suites = " ".join((*throughput.SUITES, *throughput.NEED_DATA))
     words = f"{TINY} --suites {suites} --data {tiny_set} --people-to-train 16"

@@ -30,6 +30,7 @@ from common import distributed
 from common.distributed import choose_dtype, init_distributed
 from common.errors import InputError
 from configs.schema import Config
+from evaluation.inference import predict_distributed
 from model.checkpoint import load_checkpoint
 from pipelines.loader import choose_loader
 from training import checkpoint_manager
@@ -186,6 +187,21 @@ def test_validation_uses_the_averaged_weights_in_eval_mode(tiny_shards, tmp_path
     averaged, current = trainer.train_step.averaged_weights, trainer.network.state_dict()
     assert all(torch.equal(t, averaged[name]) for name, t in network.state_dict().items())
     assert not torch.equal(averaged["heads.0.weight"], current["heads.0.weight"])
+
+
+def test_a_run_validates_through_its_own_loader(tiny_shards, tmp_path):
+    """The two loaders' crops differ by some grey levels, so their predictions are not equal."""
+    pytest.importorskip("nvidia.dali")
+    trainer = make_trainer(tiny_config(tiny_shards, data={"loader": "dali"}), tmp_path)
+    network, valid = trainer.evaluation_network(), trainer.validator
+    valid.run(network)
+    arguments = network, valid.shards, valid.samples, trainer.codec, CPU
+    dali, opencv = (
+        predict_distributed(*arguments, loader=loader, batch_size=4, workers=0, flip=True)
+        for loader in ("dali", "opencv")
+    )
+    assert np.array_equal(valid.keypoints_NJ2, dali.keypoints_NJ2)
+    assert not np.array_equal(valid.keypoints_NJ2, opencv.keypoints_NJ2)
 
 
 def test_the_average_follows_its_formula_from_the_first_step():

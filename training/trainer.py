@@ -134,7 +134,6 @@ class Trainer:
         self.train_step = TrainStep(self.network, self.codec, config, dist)
         self.progress = Progress()
         self.checkpoints = CheckpointManager(folder, config.train.keep_last)
-        self._saved_at = time.perf_counter()
         self._warned_of = ""
         """The last failure of a checkpoint that was shown."""
         loader_state = self._restore(checkpoint) if checkpoint else b""
