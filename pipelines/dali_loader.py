@@ -29,11 +29,12 @@ from common.errors import InputError
 from configs.skeleton import PIXELS_PER_SCALE
 from pipelines import geometry
 from pipelines.augment import Draw, draw_batch
+from pipelines.i420 import NEUTRAL_CHROMA, planes_to_rgb
 from pipelines.jpeg import BadSamplesError, PictureError, check_jpeg, require_sane_size
 from pipelines.object_storage import StorageError
 from pipelines.opencv_loader import LoaderSpec, RawBatch, Source, batches_in_order
 from pipelines.shard_cache import Key
-from pipelines.shard_format import COLUMNS, unpack_records
+from pipelines.shard_format import COLUMNS, PICTURE_EXTENSIONS, unpack_records
 from pipelines.shards import ShardSet, read_ahead
 
 CPU = torch.device("cpu")
@@ -100,6 +101,7 @@ class DaliLoader:
             "seed": spec.seed + spec.rank,
             "enable_checkpointing": True,
             "tars": tars,
+            "extension": shards.components[1],
             "people": len(shards),
             "spec": spec,
             "decoder": decoder,
@@ -135,7 +137,7 @@ class DaliLoader:
         """The next batch. Raises BadSamplesError, after which only `state` can be used."""
         if self._pictures:
             self._pictures.advance()
-        batch = RawBatch(*_run(self.pipeline, self.shards, self._find_faults))
+        batch = _run(self.pipeline, self.shards, self._find_faults)
         self.step += 1
         return batch
 
@@ -170,8 +172,7 @@ class DaliLoader:
             indices = _indices_of_good_pictures(self.shards, Path(folder))
             probe = self._build(indices, self.state())
             for _ in range(probe.prefetch_queue_depth + 1):
-                *_, records = _run(probe, self.shards, dict)
-                rows += records[:, 0].tolist()
+                rows += _run(probe, self.shards, dict).records_NR[:, 0].tolist()
         return rows
 
     def state(self) -> bytes:
@@ -205,6 +206,7 @@ class _RemotePictures:
             enable_checkpointing=True,
             tars=self.files,
             indices=self.indices,
+            extension=shards.components[1],
             people=len(shards),
             spec=spec,
             **({"checkpoint": state} if state else {}),
@@ -230,16 +232,14 @@ class _RemotePictures:
         return _REMOTE + len(self._states[0]).to_bytes(4, "little") + self._states[0]
 
     def picture(self, row_4: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        """The bytes of a person's JPEG. row_4: the row of the annotation, a float32."""
+        """The bytes of a person's picture. row_4: the row of the annotation, a float32."""
         sample = self._sample_of_row[_row(row_4)]
         self._recent.append(sample)
         try:
-            jpeg = self._shards.jpeg(sample)
-            require_sane_size(jpeg, self._shards.where(sample))
+            return np.frombuffer(_picture(self._shards, sample), dtype=np.uint8)
         except InputError as error:  # DALI makes another error of it
             self._failure = error
             raise
-        return np.frombuffer(jpeg, dtype=np.uint8)
 
     def find_faults(self) -> dict[int, str]:
         """The damaged people among the last ones. Raises the StorageError that ended a batch."""
@@ -277,28 +277,45 @@ class DaliEvaluationLoader:
     def __iter__(self) -> Iterator[RawBatch]:
         spec = self.spec
         arguments = _common_arguments(spec.device, spec.batch_size, spec.workers)
-        pipeline = pipeline_def(_evaluation_graph)(**arguments, feed=self._feed(), spec=spec)
+        arguments |= {"feed": self._feed(), "spec": spec, "raw": _is_raw(self.source)}
+        pipeline = pipeline_def(_evaluation_graph)(**arguments)
         for number, samples in enumerate(self._batches):
             end = number + pipeline.prefetch_queue_depth + 1  # including prefetched batches
             suspects = self.samples[number * spec.batch_size : end * spec.batch_size]
             find_faults = functools.partial(_faults, self.source, suspects)
-            images, matrices, draws, _ = _run(pipeline, self.source, find_faults)
-            yield RawBatch(images, matrices, draws, torch.from_numpy(self._records(samples)))
+            batch = _run(pipeline, self.source, find_faults)
+            yield batch._replace(records_NR=torch.from_numpy(self._records(samples)))
 
     def _feed(self) -> Iterator[tuple[list[npt.NDArray], npt.NDArray, npt.NDArray, npt.NDArray]]:
-        """Yield JPEGs, records, draws and affines of each batch, while DALI works on another."""
+        """Yield pictures, records, draws and affines of each batch, while DALI works on another."""
         keys = batches_in_order(np.array(self.samples), self.spec.batch_size)
         for batch in read_ahead(self.source, keys):
             samples = [sample for sample, _ in batch]
-            jpegs = [self.source.jpeg(sample) for sample in samples]
-            for jpeg, sample in zip(jpegs, samples, strict=True):
-                require_sane_size(jpeg, self.source.where(sample))
+            pictures = [_picture(self.source, sample) for sample in samples]
             records = self._records(samples).astype(np.float32)
             draws, affines = _with_affines(np.tile(Draw(), (len(samples), 1)), self.spec)
-            yield [np.frombuffer(jpeg, dtype=np.uint8) for jpeg in jpegs], records, draws, affines
+            yield (
+                [np.frombuffer(each, dtype=np.uint8) for each in pictures],
+                records,
+                draws,
+                affines,
+            )
 
     def _records(self, samples: list[int]) -> npt.NDArray[np.floating]:
         return np.stack([self.source.record(sample) for sample in samples])
+
+
+def _is_raw(source: Source) -> bool:
+    return isinstance(source, ShardSet) and source.is_raw
+
+
+def _picture(source: Source, sample: int) -> bytes:
+    """The stored picture of one person. Raises InputError."""
+    if isinstance(source, ShardSet) and source.is_raw:
+        return source.component(sample, source.components[1])
+    jpeg = source.jpeg(sample)
+    require_sane_size(jpeg, source.where(sample))
+    return jpeg
 
 
 def decode_pictures(jpegs: list[bytes], device: torch.device) -> list[npt.NDArray[np.uint8]]:
@@ -325,10 +342,8 @@ def _common_arguments(device: torch.device, batch_size: int, threads: int) -> di
     }
 
 
-def _run(
-    pipeline: Pipeline, source: Source, find_faults: Callable[[], dict[int, str]]
-) -> list[torch.Tensor]:
-    """The next outputs as torch tensors, without a copy.
+def _run(pipeline: Pipeline, source: Source, find_faults: Callable[[], dict[int, str]]) -> RawBatch:
+    """The next outputs, without a copy of crops that are RGB.
 
     Raises OutOfMemoryError, and BadSamplesError if find_faults names people whose data made the
     pipeline fail.
@@ -347,7 +362,8 @@ def _run(
         more = f", and {len(faults) - 1} more people" if len(faults) > 1 else ""
         # Not stored in a variable: a reference cycle would keep the pipeline's memory.
         raise BadSamplesError.of(faults, source.where(first), faults[first] + more) from error
-    return [torch.from_dlpack(output.as_tensor()) for output in outputs]
+    *planes, matrices, draws, records = (torch.from_dlpack(x.as_tensor()) for x in outputs)
+    return RawBatch(planes_to_rgb(*planes) if planes[1:] else planes[0], matrices, draws, records)
 
 
 def _raise_if_out_of_memory(pipeline: Pipeline, error: Exception) -> None:
@@ -398,7 +414,9 @@ def _faults(source: Source, samples: list[int]) -> dict[int, str]:
 
 def _fault(source: Source, sample: int) -> str:
     try:
-        check_jpeg(source.jpeg(sample))
+        picture = _picture(source, sample)
+        if not _is_raw(source):
+            check_jpeg(picture)
     except PictureError as error:
         return str(error)
     except InputError as error:  # not readable
@@ -421,10 +439,13 @@ def _graph(
     steps: Iterator[int],
     spec: LoaderSpec,
     decoder: dict[str, Any],
+    extension: str,
     find_picture: Callable[[npt.NDArray], npt.NDArray] | None,
-) -> tuple[Node, Node, Node, Node]:
-    """Images NHW3, affines N23, draws ND and records NR, all on the device."""
-    jpeg, record = _read(tars=tars, indices=indices, people=people, spec=spec)
+) -> tuple[Node, ...]:
+    """The outputs of `_crops`."""
+    picture, record = _read(
+        tars=tars, indices=indices, extension=extension, people=people, spec=spec
+    )
     draws, augmentation = fn.external_source(
         # DALI's own number of the batch is wrong after an error.
         source=lambda _: _draw(spec, next(steps)),
@@ -433,24 +454,25 @@ def _graph(
         ndim=[1, 2],
     )
     if find_picture:
-        jpeg = fn.python_function(jpeg, function=find_picture)
-    return _crops((jpeg, record, draws, augmentation), spec, **decoder)
+        picture = fn.python_function(picture, function=find_picture)
+    raw = extension == PICTURE_EXTENSIONS["raw"]
+    return _crops((picture, record, draws, augmentation), spec, raw=raw, **decoder)
 
 
 def _read(
-    *, tars: list[Path], indices: list[Path], people: int, spec: LoaderSpec
+    *, tars: list[Path], indices: list[Path], extension: str, people: int, spec: LoaderSpec
 ) -> tuple[Node, Node]:
-    """JPEGs and records of people. tars, indices: their files; people: their number."""
+    """Pictures and records of people. tars, indices: their files; people: their number."""
     shuffle: dict[str, Any] = {}
     if spec.cache_mb and spec.world_size > 1:  # each rank keeps the people that it has cached
         shuffle = {"stick_to_shard": True}
     elif spec.shuffle_buffer:
         shuffle = {"shuffle_after_epoch": True, "shuffle_after_epoch_seed": spec.seed}
-    jpeg, record = fn.readers.webdataset(
+    picture, record = fn.readers.webdataset(
         name="people",
         paths=[str(path) for path in tars],
         index_paths=[str(path) for path in indices],
-        ext=["jpg", "f32"],
+        ext=[extension, "f32"],
         dtypes=[types.UINT8, types.FLOAT],
         missing_component_behavior="error",
         # With mmap, a truncated tar or a bad sector would end the process by SIGBUS.
@@ -461,19 +483,19 @@ def _read(
         shard_id=spec.rank,
         num_shards=spec.world_size,
     )
-    return jpeg, record
+    return picture, record
 
 
 def _evaluation_graph(
-    *, feed: Iterator[tuple[list, ...]], spec: LoaderSpec
-) -> tuple[Node, Node, Node, Node]:
+    *, feed: Iterator[tuple[list, ...]], spec: LoaderSpec, raw: bool
+) -> tuple[Node, ...]:
     inputs = fn.external_source(
         source=feed,
         num_outputs=4,
         dtype=[types.UINT8, types.FLOAT, types.FLOAT, types.FLOAT],
         ndim=[1, 1, 1, 2],
     )
-    return _crops(inputs, spec)
+    return _crops(inputs, spec, raw=raw)
 
 
 def _decode(jpeg: Node, gpu: bool, **more: Any) -> Node:
@@ -489,18 +511,19 @@ def _decode(jpeg: Node, gpu: bool, **more: Any) -> Node:
 
 
 def _crops(
-    inputs: tuple[Node, Node, Node, Node], spec: LoaderSpec, **decoder: Any
-) -> tuple[Node, Node, Node, Node]:
-    """Images NHW3, affines N23, draws ND and records NR, all on the device.
+    inputs: tuple[Node, Node, Node, Node], spec: LoaderSpec, *, raw: bool, **decoder: Any
+) -> tuple[Node, ...]:
+    """Crops, affines N23, draws ND and records NR, all on the device.
 
-    inputs: JPEG, record, draw and its affine (see `_with_affines`) of each person.
+    inputs: picture, record, draw and its affine (see `_with_affines`) of each person. The crops
+    are images NHW3 or, of raw pictures, Y (N, H, W, 1) and chroma (N, 2, H / 2, W / 2, 1).
     """
-    jpeg, record, draws, augmentation = inputs
+    picture, record, draws, augmentation = inputs
     gpu = spec.device.type == "cuda"
-    image = _decode(jpeg, gpu, **decoder)
+    planes = _planes(picture, record, gpu) if raw else [_decode(picture, gpu, **decoder)]
     if spec.preset.princeton_crop:
         upper_left, size = _princeton_box(record)
-        image = _cut(image, upper_left, size)
+        planes = [_cut(planes[0], upper_left, size)]
         zoom = fn.transforms.scale(scale=spec.input_px / size)
         from_image = [fn.transforms.translation(offset=0.5 - upper_left), zoom]
         from_picture = [zoom]
@@ -510,17 +533,39 @@ def _crops(
         image_from_stored = fn.reshape(record[COLUMNS["image_from_stored"]], shape=[2, 3])
         from_picture = [_shift(-0.5), image_from_stored, *from_image]
     input_from_image = fn.transforms.combine(*from_image, augmentation)
-    crops = fn.warp_affine(
+    matrix = fn.transforms.combine(*from_picture, augmentation, _shift(0.5))
+    crops = [_warp(planes[0], matrix, spec.input_px)]
+    if raw:
+        # From corner to corner, both sides are half as long as those of Y.
+        halved = matrix * types.Constant(np.array([1, 1, 0.5], dtype=np.float32))
+        crops.append(_warp(planes[1], halved, spec.input_px // 2, outside=NEUTRAL_CHROMA))
+    small = (input_from_image, draws, record)
+    return (*crops, *(node.gpu() if gpu else node for node in small))
+
+
+def _planes(picture: Node, record: Node, gpu: bool) -> list[Node]:
+    """Y (H, W, 1), and Cb and Cr (2, h, w, 1) as two frames, of a raw picture (i420.py)."""
+    size = fn.cast(record[COLUMNS["size"]], dtype=types.INT32)
+    width, height, one, two = size[0], size[1], types.Constant(1), types.Constant(2)
+    half = (size + 1) // 2
+    pixels = width * height
+    picture = picture.gpu() if gpu else picture
+    y = fn.reshape(picture[:pixels], shape=fn.stack(height, width, one), layout="HWC")
+    shape = fn.stack(two, half[1], half[0], one)
+    return [y, fn.reshape(picture[pixels:], shape=shape, layout="FHWC")]
+
+
+def _warp(image: Node, matrix: Node, size_px: int, outside: int = 0) -> Node:
+    """A square crop. matrix: picture -> crop, px from their corners."""
+    return fn.warp_affine(
         image,
-        matrix=fn.transforms.combine(*from_picture, augmentation, _shift(0.5)),
+        matrix=matrix,
         inverse_map=False,
-        size=(spec.input_px, spec.input_px),
+        size=(size_px, size_px),
         interp_type=types.INTERP_LINEAR,
-        fill_value=0,
+        fill_value=outside,
         dtype=types.UINT8,
     )
-    small = (input_from_image, draws, record)
-    return (crops, *(node.gpu() if gpu else node for node in small))
 
 
 def _shift(pixels: float) -> Node:

@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from pipelines.geometry import Matrix, scaling, translation
 
 _CHROMA_FROM_PICTURE: Matrix = scaling(0.5, 0.5) @ translation(-0.5, -0.5)
 _PICTURE_FROM_CHROMA: Matrix = translation(0.5, 0.5) @ scaling(2.0, 2.0)
-_NEUTRAL = 128
+NEUTRAL_CHROMA = 128
 """Cb and Cr of grey."""
 
 
@@ -76,9 +77,18 @@ def warp_to_rgb(planes: Planes, input_from_stored: Matrix, input_px: int) -> npt
     y_HW = cv2.warpAffine(planes.y_HW, input_from_stored[:2], size)
     cr_HW, cb_HW = (
         cv2.resize(
-            cv2.warpAffine(plane_hw, chroma_from_stored[:2], half, borderValue=_NEUTRAL), size
+            cv2.warpAffine(plane_hw, chroma_from_stored[:2], half, borderValue=NEUTRAL_CHROMA), size
         )
         for plane_hw in (planes.cr_hw, planes.cb_hw)
     )
     crop_HW3 = cv2.cvtColor(cv2.merge([y_HW, cr_HW, cb_HW]), cv2.COLOR_YCrCb2RGB)
     return np.asarray(crop_HW3, np.uint8)
+
+
+def planes_to_rgb(y_NHW1: torch.Tensor, chroma_N2hw1: torch.Tensor) -> torch.Tensor:
+    """(N, H, W, 3) uint8 RGB of uint8 crops. chroma_N2hw1: Cb and Cr at half the size of Y."""
+    chroma_N2hw = chroma_N2hw1.squeeze(-1).float() - NEUTRAL_CHROMA
+    cb, cr = torch.nn.functional.interpolate(chroma_N2hw, scale_factor=2, mode="bilinear").unbind(1)
+    y = y_NHW1.squeeze(-1).float()
+    rgb = torch.stack([y + 1.402 * cr, y - 0.344136 * cb - 0.714136 * cr, y + 1.772 * cb], dim=-1)
+    return rgb.round().clamp(0, 255).to(torch.uint8)

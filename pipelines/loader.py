@@ -61,11 +61,12 @@ def train_loader(
     """
     require_preset_fits(shards.manifest, spec.preset, shards.folder)
     loader = choose_loader(spec.loader, spec.device)
-    if spec.cache_mb and (loader != "dali" or spec.device.type != "cuda"):
+    if spec.cache_mb and (loader != "dali" or spec.device.type != "cuda" or shards.is_raw):
         raise InputError(
             "data.cache_mb",
-            f"{spec.cache_mb} with the loader {loader} on {spec.device.type}",
-            "0: only DALI on a GPU has a cache",
+            f"{spec.cache_mb} with the loader {loader} on {spec.device.type}, "
+            f"packing {shards.manifest.packing}",
+            "0: only DALI on a GPU has a cache, of decoded JPEGs",
             "set data.cache_mb to 0",
         )
     if shards.cache:

@@ -161,7 +161,8 @@ class ShardSet:
             lines = [f"{INDEX_VERSION} {len(samples)}"]
             for start, key in enumerate(self._keys[i] for i in samples):
                 offset = start * block
-                lines.append(f"f32 {offset} {size} {key}.f32 jpg {offset} 4 {key}.jpg")
+                picture = self.components[1]
+                lines.append(f"f32 {offset} {size} {key}.f32 {picture} {offset} 4 {key}.{picture}")
             indices.append(folder / f"{tar.stem}.idx")
             indices[-1].write_text("\n".join(lines) + "\n")
         return files, indices
