@@ -43,10 +43,8 @@ SCALE_PERCENTILES = ((5, 25, 50, 75, 95), (1.43, 2.38, 3.45, 5.06, 8.58))
 """Percentiles, and the scales of MPII's h5 files at them."""
 SIZES = (1_000, 5_000, 25_204)
 """Numbers of people of the scaling suite; the last is MPII's, training and validation."""
-OPERATORS_PEOPLE = 4096
-"""Number of people in a timed run of DALI's loader without pictures."""
-LEAST_GPU_PEOPLE = 4096
-"""Minimum number of people in a timed run of a loader on a GPU."""
+FAST_PEOPLE = 4096
+"""Minimum number of people in a timed run of a loader on a GPU, or without pictures."""
 PERSON_PX = (192, 256, 288, 384)
 HRNET, PRINCETON = PRESETS["hrnet"], PRESETS["princeton"]
 ONE_WARP = PRINCETON._replace(princeton_crop=False)
@@ -139,7 +137,7 @@ def loader_group(options: Options, batch_size: int) -> list[Case]:
             )
             where = "opencv" if loader == "opencv" else f"dali on {options.device.type}"
             starts[f"{where}, {packing}s, {name}"] = start
-    people = max(options.people, LEAST_GPU_PEOPLE if options.device.type == "cuda" else 0)
+    people = max(options.people, FAST_PEOPLE if options.device.type == "cuda" else 0)
     steps = max(1, people // batch_size)
     return [stream_case(*named, steps, batch_size, options.workers) for named in starts.items()]
 
@@ -198,12 +196,12 @@ def operators_group(options: Options, batch_size: int) -> list[Case]:
     make_data(source, options.people, (320, 180))
     shards = ShardSet(pack_people(source, source / "original") / "train")
     options = dataclasses.replace(options, device=torch.device("cpu"))
-    cases = []
-    for name, preset in {"hrnet": HRNET, "princeton": PRINCETON}.items():
-        start = partial(start_without_pictures, shards, preset, options, batch_size)
-        steps = max(1, OPERATORS_PEOPLE // batch_size)
-        cases.append(stream_case(name, start, steps, batch_size, options.workers))
-    return cases
+    starts = {
+        name: partial(start_without_pictures, shards, PRESETS[name], options, batch_size)
+        for name in ("hrnet", "princeton")
+    }
+    steps = max(1, FAST_PEOPLE // batch_size)
+    return [stream_case(*named, steps, batch_size, options.workers) for named in starts.items()]
 
 
 def start_without_pictures(
@@ -212,16 +210,15 @@ def start_without_pictures(
     """DALI's loader, which computes boxes and affines and returns them in place of crops."""
     from pipelines import dali_loader
 
-    fn, boxes = dali_loader.fn, list[Any]()
-    pixel = dali_loader.types.Constant(np.zeros((1, 1, 3), dtype=np.uint8))
+    fn, types, boxes = dali_loader.fn, dali_loader.types, list[Any]()
+    pixel = types.Constant(np.zeros((1, 1, 3), dtype=np.uint8))
 
     def cut(image: Any, *, start: Any, shape: Any, **_: Any) -> Any:
-        boxes.extend([start, shape])
+        boxes.extend(fn.cast(corner, dtype=types.FLOAT) for corner in (start, shape))
         return image
 
     def warp(image: Any, *, matrix: Any, **_: Any) -> Any:
-        floats = [fn.cast(box, dtype=dali_loader.types.FLOAT) for box in boxes]
-        return fn.cat(fn.reshape(matrix, shape=[6]), *floats) if boxes else matrix
+        return fn.cat(fn.reshape(matrix, shape=[6]), *boxes)
 
     with (
         mock.patch.object(fn.decoders, "image", lambda jpeg, **_: pixel),

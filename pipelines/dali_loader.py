@@ -53,10 +53,6 @@ _NO_MEMORY = re.compile(
 """In the messages of DALI, C++, nvJPEG and CUDA."""
 
 
-class OutOfMemoryError(InputError):
-    """The memory of the device, or of the host, does not suffice for the pipeline."""
-
-
 class DaliLoader:
     """Endless batches of one rank's share of a split, on the device.
 
@@ -145,7 +141,8 @@ class DaliLoader:
         """Find the damaged people of a batch that failed; DALI's message does not name them.
 
         If all records are undamaged, the same pipeline is run with a good picture for each person:
-        its records name the people of this batch and of the prefetched ones.
+        its records name the people of this batch and of the prefetched ones. Raises InputError if
+        there is no memory for a second pipeline.
         """
         split = self.shards
         if self._pictures:
@@ -153,27 +150,12 @@ class DaliLoader:
         faults = split.damaged_records() or _faults_of_tars_without_good_pictures(split)
         if not faults:
             sample_of_row = {float(split.record(i)[0]): i for i in range(len(split))}
-            try:
-                rows = self._rows_of_next_batches()
-            except OutOfMemoryError as error:
-                raise InputError(
-                    split.folder,
-                    "data that DALI cannot process, and no memory left to find out which",
-                    "pictures that can be decoded",
-                    "run tools/check_shards.py --decode on these shards",
-                ) from error
-            faults = _faults(split, [sample_of_row[row] for row in rows])
+            with tempfile.TemporaryDirectory() as folder:
+                probe = self._build(_indices_of_good_pictures(split, Path(folder)), self.state())
+                for _ in range(probe.prefetch_queue_depth + 1):
+                    rows = _run(probe, split, dict).records_NR[:, 0].tolist()
+                    faults |= _faults(split, [sample_of_row[row] for row in rows])
         return {split.origin(sample): fault for sample, fault in faults.items()}
-
-    def _rows_of_next_batches(self) -> list[float]:
-        """Rows of the people of this batch and of the prefetched ones."""
-        rows = []
-        with tempfile.TemporaryDirectory() as folder:
-            indices = _indices_of_good_pictures(self.shards, Path(folder))
-            probe = self._build(indices, self.state())
-            for _ in range(probe.prefetch_queue_depth + 1):
-                rows += _run(probe, self.shards, dict).records_NR[:, 0].tolist()
-        return rows
 
     def state(self) -> bytes:
         """The position after the batches returned so far."""
@@ -345,8 +327,8 @@ def _common_arguments(device: torch.device, batch_size: int, threads: int) -> di
 def _run(pipeline: Pipeline, source: Source, find_faults: Callable[[], dict[int, str]]) -> RawBatch:
     """The next outputs, without a copy of crops that are RGB.
 
-    Raises OutOfMemoryError, and BadSamplesError if find_faults names people whose data made the
-    pipeline fail.
+    Raises InputError without memory, and BadSamplesError if find_faults names people whose data
+    made the pipeline fail.
     """
     device = pipeline.device_id
     # The outputs are handed over on this stream, so that the host does not wait for the GPU.
@@ -374,12 +356,12 @@ def _raise_if_out_of_memory(pipeline: Pipeline, error: Exception) -> None:
         free_bytes, all_bytes = torch.cuda.mem_get_info(pipeline.device_id)
         where = f"DALI on cuda:{pipeline.device_id}"
         free = f"; {free_bytes / 1e6:,.0f} MB of {all_bytes / 1e6:,.0f} MB are free"
-    raise OutOfMemoryError(
+    raise InputError(
         where,
         f"not enough memory ({_reason(error)}{free})",
         f"room for {pipeline.prefetch_queue_depth + 1} batches of {pipeline.max_batch_size} people",
-        "reduce data.batch_size (optim.accumulate keeps the people of a step), data.cache_mb or "
-        "eval.batch_size, pack crops, or end other programs that use this memory",
+        "reduce data.batch_size (optim.accumulate keeps the people of a step), eval.batch_size or "
+        "data.cache_mb, pack crops, or end other programs that use this memory",
     ) from error
 
 
@@ -499,6 +481,8 @@ def _evaluation_graph(
 
 
 def _decode(jpeg: Node, gpu: bool, **more: Any) -> Node:
+    # Whole pictures: on a GPU, nvImageCodec 0.9 combines regions with this upsampling only from
+    # nvJPEG 13.2 on (CUDA 13.3), and before that falls back to another decoder without a message.
     return fn.decoders.image(
         jpeg,
         device="mixed" if gpu else "cpu",

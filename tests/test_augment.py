@@ -17,6 +17,7 @@ from pipelines.augment import (
     Preset,
     color_by_torch,
     draw,
+    draw_batch,
     draw_rng,
     draws_array,
     jitter,
@@ -24,10 +25,17 @@ from pipelines.augment import (
 )
 
 
-def many(name: str, count: int = 4000) -> Draw:
-    """A Draw of columns."""
-    rng = np.random.default_rng(1)
-    return Draw(*draws_array([draw(PRESETS[name], rng) for _ in range(count)]).T)
+@pytest.fixture(params=["one by one", "in a batch"])
+def many(request):
+    """Makes a Draw of columns."""
+
+    def make(name: str, count: int = 4000) -> Draw:
+        rng, preset = np.random.default_rng(1), PRESETS[name]
+        if request.param == "in a batch":
+            return Draw(*draw_batch(preset, rng, count).astype(np.float32).T)
+        return Draw(*draws_array([draw(preset, rng) for _ in range(count)]).T)
+
+    return make
 
 
 NEUTRAL = draws_array([Draw()])[0, 3:]
@@ -69,7 +77,7 @@ def test_every_preset_is_that_of_its_row_in_the_conventions():
     assert set(get_args(PresetName)) == here.keys()
 
 
-def test_princeton_draws_uniform_scale_and_rotation_and_colours_only_the_flipped():
+def test_princeton_draws_uniform_scale_and_rotation_and_colours_only_the_flipped(many):
     draws = many("princeton")
     assert (draws.scale.min(), draws.scale.max()) == pytest.approx((0.75, 1.25), abs=0.005)
     assert np.ptp(draws.rotation_deg) == pytest.approx(60, abs=0.4)
@@ -81,7 +89,7 @@ def test_princeton_draws_uniform_scale_and_rotation_and_colours_only_the_flipped
         assert (values.min(), values.max()) == pytest.approx(low_high, abs=0.01)
 
 
-def test_newell_draws_a_clipped_normal_exponent_and_gains():
+def test_newell_draws_a_clipped_normal_exponent_and_gains(many):
     draws = many("newell")
     exponent = np.log2(draws.scale)
     # P(|N| > 2) = 4.55 % of the draws are clipped to the ends.
@@ -93,7 +101,7 @@ def test_newell_draws_a_clipped_normal_exponent_and_gains():
     assert (draws.hue == 0).all()
 
 
-def test_hrnet_draws_a_clipped_normal_and_no_colour():
+def test_hrnet_draws_a_clipped_normal_and_no_colour(many):
     draws = many("hrnet")
     # One standard deviation is kept, so 31.7 % lie on the ends.
     at_limit = (draws.scale == 0.75) | (draws.scale == 1.25)
@@ -102,7 +110,7 @@ def test_hrnet_draws_a_clipped_normal_and_no_colour():
     assert (np.stack(draws[3:], axis=1) == NEUTRAL).all()
 
 
-def test_none_draws_nothing():
+def test_none_draws_nothing(many):
     assert (np.stack(many("none", 50), axis=1) == draws_array([Draw()])).all()
 
 

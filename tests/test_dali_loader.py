@@ -1,15 +1,26 @@
 """DALI makes OpenCV's crops from the same draws, shares people over ranks, and can be continued."""
 
+from types import SimpleNamespace
+
 import cv2
 import numpy as np
 import pytest
 import torch
-from helpers import AFFINE_PRESETS, assert_loaders_agree, damage_picture, make_spec, sample_of_row
+from conftest import pack_arguments
+from helpers import (
+    AFFINE_PRESETS,
+    assert_loaders_agree,
+    damage_picture,
+    make_codec,
+    make_spec,
+    sample_of_row,
+)
 
 from common.errors import InputError
 from pipelines import geometry, princeton
-from pipelines.augment import PRESETS, Draw
-from pipelines.loader import RawBatch, images_on_device, train_loader
+from pipelines.augment import PRESETS, Draw, draw_batch
+from pipelines.jpeg import BadSamplesError
+from pipelines.loader import RawBatch, evaluation_batches, images_on_device, train_loader
 from pipelines.opencv_loader import decode
 from pipelines.shard_format import unpack_records
 from pipelines.shards import ShardSet
@@ -21,15 +32,29 @@ from pipelines.dali_loader import DaliLoader
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-@pytest.fixture(scope="module")
-def real_shards(shared, tmp_path_factory) -> ShardSet:
+@pytest.fixture(scope="module", params=["original", "raw"])
+def real_shards(request, shared, tmp_path_factory) -> ShardSet:
     """The five real MPII pictures as shards."""
     from tools.make_shards import main
 
     data, output = shared / "data" / "mpii_sample", tmp_path_factory.mktemp("real") / "shards"
     words = f"--annotations {data / 'annot' / 'valid.h5'} --images {data / 'images'}"
+    words += f" --packing {request.param} --reach newell --person-px 288"
+    if request.param == "original":
+        words = words.split(" --reach")[0]
     assert main(f"{words} --output {output} --splits valid --workers 1".split()) == 0
     return ShardSet(output / "valid")
+
+
+@pytest.fixture(scope="module")
+def raw_split(tiny_set, tmp_path_factory) -> ShardSet:
+    """Raw crops of even and odd sizes."""
+    from tools.make_shards import main
+
+    output = tmp_path_factory.mktemp("raw") / "tiny"
+    arguments = pack_arguments(tiny_set, output, "--packing", "raw", "--person-px", 64)
+    assert main([*arguments, "--reach", "newell"]) == 0
+    return ShardSet(output / "train")
 
 
 @pytest.fixture
@@ -92,6 +117,58 @@ def test_crops_reach_torch_without_a_copy_and_channels_last(device, split):
     assert image.dtype == torch.float32 and image.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("preset", ["newell", "none"])
+def test_dali_agrees_with_opencv_on_raw_pictures_of_odd_sizes(preset, device, raw_split):
+    sizes_N2 = unpack_records(raw_split.records()).size_N2
+    assert (sizes_N2 % 2 == 1).any(axis=0).all() and (sizes_N2 % 2 == 0).any()
+    spec = make_spec(preset, batch_size=12, device=torch.device(device))
+    assert_loaders_agree(raw_split, spec, steps=2)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_dali_evaluates_raw_pictures_as_opencv_does(device, raw_split):
+    crops, codec, samples = {}, make_codec("hrnet"), np.arange(len(raw_split))[::-1]
+    for name, where in (("opencv", "cpu"), ("dali", device)):
+        options = {"loader": name, "device": torch.device(where), "batch_size": 5, "workers": 1}
+        batches = list(evaluation_batches(raw_split, samples, codec, **options))
+        assert [len(batch.records_NR) for batch in batches] == [5, 5, 2]
+        crops[name] = torch.cat([batch.images_NHW3.cpu() for batch in batches]).float()
+    difference = (crops["opencv"] - crops["dali"]).abs()
+    assert difference.mean() <= 0.5 and np.percentile(difference, 99.9) <= 6
+
+
+def test_a_batchs_draws_follow_from_seed_rank_and_step(split):
+    spec = make_spec("princeton", seed=3, rank=1, world_size=2)
+    expected = draw_batch(spec.preset, np.random.default_rng([3, 1, 7]), 4)
+    np.testing.assert_array_equal(
+        DaliLoader(split, spec, 7).next().draws_ND, expected.astype(np.float32)
+    )
+
+
+def test_boxes_are_princetons_on_every_side_of_the_origin():
+    """Corners are truncated toward zero, also those outside the picture.
+
+    If a corner is a whole number, the rounding error of princeton's formula decides: one in 1000.
+    """
+    rng = np.random.default_rng(0)
+    center_N2, scale_N = rng.uniform(-900, 900, (2000, 2)), rng.uniform(0.002, 9, 2000)
+    records = np.zeros((2000, 13), dtype=np.float32)
+    records[:, 1:3], records[:, 3] = center_N2, scale_N
+
+    @dali_loader.pipeline_def(batch_size=2000, num_threads=1, device_id=None)
+    def boxes():
+        return dali_loader._princeton_box(dali_loader.fn.external_source([records]))
+
+    found = np.concatenate([output.as_array() for output in boxes().run()], axis=1)
+    expected = []
+    for record in records.astype(float):
+        corner, end = princeton.box_corners(record[1:3], record[3], 256)
+        expected.append([*corner, *np.maximum(end - corner, 1)])
+    difference = np.abs(found - expected)
+    assert difference.max() <= 1 and difference.any(axis=1).sum() <= 2
+
+
 def test_dali_draws_from_the_same_table(split):
     """Limits and shares of its draws, as test_augment.py checks them for numpy."""
     found = {}
@@ -129,6 +206,73 @@ def test_dali_continues_its_sequence_from_a_state(split):
     second = DaliLoader(split, spec, 3, first.state())
     for _ in range(4):
         assert all(map(torch.equal, first.next(), second.next()))
+
+
+def test_a_state_of_other_operators_is_refused(split):
+    state = DaliLoader(split, make_spec("princeton")).state()
+    with pytest.raises(InputError, match="saved by other operators"):
+        DaliLoader(split, make_spec("hrnet"), 0, state)
+
+
+GPU_MESSAGE = """Critical error in pipeline:
+Error in MIXED operator `nvidia.dali.fn.decoders.image`,
+which was used in the pipeline definition with the following traceback:
+
+  File "dali_loader.py", line 1, in _graph
+
+encountered:
+
+Can't allocate 5368709120 bytes on device 0.
+Current pipeline object is no longer valid."""
+"""As CUDABadAlloc of DALI 2.4 has it (include/dali/core/cuda_error.h)."""
+
+
+def refuse(*_):
+    raise RuntimeError(GPU_MESSAGE)
+
+
+def test_without_memory_for_the_crops_dali_ends_in_one_error(split, monkeypatch):
+    """Crops of 300 TB, which no machine can allocate. No picture is suspected."""
+    monkeypatch.setattr(DaliLoader, "_find_faults", lambda _: pytest.fail("a culprit is searched"))
+    loader = DaliLoader(split, make_spec("hrnet", input_px=10_000_000))
+    with pytest.raises(InputError, match=r"not enough memory \(std::bad_alloc\)") as caught:
+        loader.next()
+    assert "data.batch_size" in caught.value.next_step
+    assert not isinstance(caught.value, BadSamplesError)
+
+
+def test_the_error_of_a_gpu_says_how_much_was_missing(split, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (312_000_000, 80_000_000_000))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    pipeline = SimpleNamespace(device_id=0, run=refuse, prefetch_queue_depth=2, max_batch_size=64)
+    with pytest.raises(InputError) as caught:
+        dali_loader._run(pipeline, split, lambda: pytest.fail("a culprit is searched"))
+    assert caught.value.where == "DALI on cuda:0"
+    assert caught.value.found.endswith(
+        "(Can't allocate 5368709120 bytes on device 0.; 312 MB of 80,000 MB are free)"
+    )
+
+
+def test_without_memory_for_the_search_no_picture_is_blamed(tiny_shards, tmp_path, monkeypatch):
+    folder = damage_picture(tiny_shards / "valid", tmp_path / "bad", sample=2)
+    loader = DaliLoader(ShardSet(folder), make_spec("none", batch_size=5))
+    build = dali_loader.Pipeline.build
+    monkeypatch.setattr(
+        dali_loader.Pipeline, "build", lambda p: build(p) if p is loader.pipeline else refuse()
+    )
+    with pytest.raises(InputError, match="not enough memory") as caught:
+        loader.next()
+    assert not isinstance(caught.value, BadSamplesError)
+
+
+@pytest.mark.gpu
+def test_a_full_gpu_ends_dali_in_one_error(split):
+    free_bytes, _ = torch.cuda.mem_get_info()
+    held = torch.empty(free_bytes - (1 << 30), dtype=torch.uint8, device="cuda")
+    spec = make_spec("hrnet", input_px=2048, batch_size=256, device=torch.device("cuda"))
+    with pytest.raises(InputError, match=r"not enough memory .* MB are free"):
+        DaliLoader(split, spec).next()
+    del held
 
 
 def test_dali_names_the_tar_and_sample_of_a_picture_that_does_not_decode(tiny_shards, tmp_path):
