@@ -166,7 +166,9 @@ class TrainConfig:
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Autocast type; auto: bf16 if the device has it, else fp16 on a GPU and fp32 on a CPU."""
     compile: bool = False
-    """Compile the network with torch.compile."""
+    """Compile the residual blocks and poolings with torch.compile."""
+    cuda_graph: bool = False
+    """Record the step as one CUDA graph; one GPU, bf16 or fp32, Adam, no accumulation."""
     fuse_targets: bool = False
     """Render target heatmaps inside a compiled loss, without storing them."""
     profile_steps: int = _number(0, least=0)
@@ -352,9 +354,6 @@ def check_values(config: Config) -> None:
         _require(channels % 2 == 0, "model.width and model.stem", channels, "even numbers")
     px, fits = config.data.input_px, config.data.input_px % unit == 0
     _require(fits, "data.input_px", px, f"a multiple of {unit}, which is 4 x 2^model.depth")
-    both = config.train.compile and model.checkpoint_activations
-    expected = "one of them: torch.compile chooses itself what to recompute"
-    _require(not both, "train.compile and model.checkpoint_activations", "both", expected)
     is_plain = Path(name).name == name and name not in ("", ".", "..")
     _require(
         is_plain, "train.name", name, "a folder name without a path; the path goes into train.out"

@@ -7,9 +7,12 @@ Inputs are RGB in 0..1 whose sides are multiples of 4 x 2^depth.
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import FunctionCtx
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
@@ -54,19 +57,68 @@ class Residual(nn.Module):
         return y + self.skip(x)
 
 
+class AddUpsampled(Function):
+    """x (N, C, 2H, 2W) + low (N, C, H, W), each of whose values counts for 2 x 2 pixels.
+
+    As with functional.interpolate(mode="nearest"), but the enlarged map is not stored.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, low: Tensor) -> Tensor:
+        return (_cells(x) + low[:, :, :, None, :, None]).flatten(4, 5).flatten(2, 3)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, functional.avg_pool2d(grad, 2, divisor_override=1)  # the sum of 2 x 2
+
+
+class MaskedMaxPool(Function):
+    """functional.max_pool2d(x, 2) without indices; the gradient goes to the first maximum."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
+        pooled = functional.max_pool2d(x, 2)
+        ctx.save_for_backward(x, pooled)
+        return pooled
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        x, pooled = ctx.saved_tensors
+        place = torch.arange(4, device=x.device).reshape(2, 1, 2)
+        place = torch.where(_cells(x) == pooled[:, :, :, None, :, None], place, 4)
+        is_first = place == place.amin(dim=(3, 5), keepdim=True)
+        grad = torch.where(is_first, grad[:, :, :, None, :, None], 0)
+        return grad.flatten(4, 5).flatten(2, 3)
+
+
+def _cells(x: Tensor) -> Tensor:
+    """(N, C, 2H, 2W) as a view (N, C, H, 2, W, 2)."""
+    return x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))
+
+
+class MaxPool2x2(nn.Module):
+    """(N, C, 2H, 2W) -> (N, C, H, W). The masked form is faster only if it is compiled."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return MaskedMaxPool.apply(x)
+        return functional.max_pool2d(x, 2)
+
+
 class Hourglass(nn.Module):
     """Halve the resolution `depth` times and double it again; (N, width, H, W) keeps its shape."""
 
     def __init__(self, depth: int, width: int):
         super().__init__()
         self.across = Residual(width, width)
+        self.pool = MaxPool2x2()
         self.down = Residual(width, width)
         self.inner = Hourglass(depth - 1, width) if depth > 1 else Residual(width, width)
         self.up = Residual(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        low = self.up(self.inner(self.down(functional.max_pool2d(x, 2))))
-        return self.across(x) + functional.interpolate(low, scale_factor=2.0, mode="nearest")
+        low = self.up(self.inner(self.down(self.pool(x))))
+        return AddUpsampled.apply(self.across(x), low)
 
 
 def conv_norm_relu(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Sequential:
@@ -81,7 +133,7 @@ def make_stem(width: int, channels: tuple[int, int, int]) -> nn.Sequential:
     layers = {
         "conv": conv_norm_relu(3, first, 7, stride=2),
         "residual1": Residual(first, second),
-        "pool": nn.MaxPool2d(2),
+        "pool": MaxPool2x2(),
         "residual2": Residual(second, third),
         "residual3": Residual(third, width),
     }
@@ -169,13 +221,23 @@ class StackedHourglass(nn.Module):
 
 @contextmanager
 def _keep_statistics(*modules: nn.Module) -> Iterator[None]:
-    """Batch norms use the batch's statistics as usual, but do not update the running ones."""
-    norms = [m for each in modules for m in each.modules() if isinstance(m, BatchNorm)]
-    before = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.momentum = 0.0
+    """Running statistics stay as they are, though batch norms run."""
+    buffers = [buffer for each in modules for buffer in each.buffers()]
+    before = [buffer.clone() for buffer in buffers]
     try:
         yield
     finally:
-        for norm, momentum in zip(norms, before, strict=True):
-            norm.momentum = momentum
+        with torch.no_grad():
+            torch._foreach_copy_(buffers, before)
+
+
+def compile_parts(network: nn.Module, backend: str = "inductor") -> None:
+    """Compile each residual block and max-pooling by itself: blocks of one shape share a graph.
+
+    A network without such parts is compiled as a whole.
+    """
+    torch._dynamo.config.recompile_limit = 64  # graphs of one function, one for each shape
+    modules = list(network.modules())
+    parts = [module for module in modules if isinstance(module, Residual | MaxPool2x2)]
+    for part in parts or modules[:1]:
+        part.compile(backend=backend, dynamic=False)

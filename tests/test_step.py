@@ -1,24 +1,29 @@
 """Options of the training step change its speed and memory, not its numbers, and nothing waits."""
 
+import itertools
 import json
+import math
 import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from helpers import CPU, make_codec, make_trainer, steps, tiny_config
+from helpers import CPU, make_codec, make_trainer, step, steps, tiny_config
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.distributed import DistributedContext, choose_dtype
 from common.errors import InputError
-from configs.schema import Config, ModelConfig, TrainConfig, check_values
 from configs.skeleton import MPII
-from model.hourglass import StackedHourglass
+from model.hourglass import StackedHourglass, compile_parts
 from model.loss import stack_losses, stack_losses_of_joints
 from pipelines import heatmaps
 from pipelines.augment import Draw
 from pipelines.loader import make_batch
 from pipelines.opencv_loader import RawBatch
 from pipelines.shard_format import HEADER_LENGTH
+from training import step_graph
 from training.metrics import Totals
 from training.profiler import TRACE
 
@@ -74,7 +79,7 @@ def test_a_step_reads_nothing_from_the_device_and_brings_nothing_to_it(preset, r
     tiny = network(2, joints=16).to(META)
     totals, raw = Totals(META), raw_batch(4, META)
 
-    def step() -> None:
+    def one_step() -> None:
         batch = make_batch(raw, codec, META)
         heat = tiny(batch.images_N3HW)
         losses = stack_losses(heat, batch.heat_NJHW, batch.has_target_NJ, "ignore")
@@ -83,12 +88,12 @@ def test_a_step_reads_nothing_from_the_device_and_brings_nothing_to_it(preset, r
         norm = torch.nn.utils.get_total_norm([p.grad for p in tiny.parameters()])
         totals.skipped.append(~torch.isfinite(norm))
 
-    step()  # copies its constants
+    one_step()  # copies its constants
     for name in ("tensor", "as_tensor", "from_numpy"):
         monkeypatch.setattr(torch, name, lambda *_, **__: pytest.fail("a tensor made on the host"))
     monkeypatch.setattr(torch.Tensor, "new_tensor", lambda *_, **__: pytest.fail("the same"))
     with Watch() as watch:
-        step()
+        one_step()
     assert not watch.found and len(totals.skipped) == 2
 
 
@@ -174,11 +179,122 @@ def test_fewer_activations_are_kept_for_the_gradient():
     assert saved(True) < 0.5 * saved(False)
 
 
-def test_compiling_and_computing_twice_together_are_refused():
-    with pytest.raises(InputError, match="checkpoint_activations"):
-        check_values(
-            Config(train=TrainConfig(compile=True), model=ModelConfig(checkpoint_activations=True))
+@pytest.mark.parametrize("checkpointed", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_two_and_eight_stacks_compile_the_same_graphs(checkpointed):
+    """Eight shapes of residual blocks and five of poolings at depth 4."""
+    counts = []
+    for stacks in (2, 8):
+        torch._dynamo.reset()
+        counters.clear()
+        tiny = StackedHourglass(
+            stacks, 16, 5, depth=4, stem=(8, 12, 14), checkpoint_activations=checkpointed
         )
+        compile_parts(tiny, backend="eager")
+        for _ in range(2):
+            with torch.autocast("cpu", torch.bfloat16, enabled=checkpointed):
+                tiny(torch.rand(2, 3, 64, 64)).mean().backward()
+        assert not counters["graph_break"] and not counters["recompile_limit"]
+        counts.append(counters["stats"]["unique_graphs"])
+    assert counts == [8 + 5, 8 + 5]
+
+
+def test_compiled_parts_give_the_same_gradients_and_statistics():
+    """With activations computed twice, which must not count twice; traced without generated code.
+
+    In float64, because the gradients of a fork are added in another order.
+    """
+    torch.manual_seed(0)
+    plain, compiled = network(2).double(), network(2, checkpoint_activations=True).double()
+    compiled.load_state_dict(plain.state_dict())
+    compile_parts(compiled, backend="aot_eager")
+    images = torch.rand(2, 3, 64, 64, dtype=torch.float64)
+    for each in (plain, compiled):
+        each(images).square().mean().backward()
+    for (name, a), b in zip(plain.named_parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-12, msg=name)
+    for (name, a), b in zip(plain.named_buffers(), compiled.buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12, msg=name)
+
+
+class WithNan:
+    """A loader whose third batch is not finite."""
+
+    def __init__(self, loader):
+        self.loader, self.count = loader, itertools.count()
+
+    def next(self) -> RawBatch:
+        raw = self.loader.next()
+        factor = math.nan if next(self.count) == 2 else 1.0
+        return raw._replace(images_NHW3=raw.images_NHW3 * factor)
+
+
+def graph_and_eager_runs(
+    graph_on: DistributedContext, tiny_shards: Path, folder: Path, **train: object
+) -> tuple[list[list[float]], list[torch.nn.Module]]:
+    """Losses and networks of six steps, as train.cuda_graph makes them and step by step."""
+    losses, networks = [], []
+    for graphed in (False, True):
+        data = {"worker_kind": "processes"}  # batches without jittered colours, as on a GPU
+        config = tiny_config(tiny_shards, data=data, optim={"ema_decay": 0.9}, train=train)
+        trainer = make_trainer(config, folder / str(graphed), dist=graph_on)
+        config = replace(config, train=replace(config.train, cuda_graph=graphed))
+        trainer.train_step.config = config  # behind the check, which refuses a CPU
+        trainer.loader = WithNan(trainer.loader)
+        losses.append(steps(trainer, 2))
+        bad = step(trainer)
+        assert [each.item() for each in bad.skipped] == [True] and bad.good_batches == 0
+        trainer.monitor.check(3, bad, trainer.open_log(), trainer.dist)  # restores statistics
+        losses[-1] += steps(trainer, 3)
+        networks += [trainer.network, trainer.train_step.averaged.module]
+    return losses, networks
+
+
+def test_a_step_on_fixed_buffers_gives_the_same_losses_and_weights(
+    tiny_shards, tmp_path, monkeypatch
+):
+    """Three warm-up steps, then the recorded function called where a GPU would replay it."""
+
+    def record(function):
+        for _ in range(step_graph.WARM_UP_STEPS):
+            function()
+        return function
+
+    monkeypatch.setattr(step_graph, "record_cuda_graph", record)
+    losses, networks = graph_and_eager_runs(CPU, tiny_shards, tmp_path)
+    assert losses[0] == losses[1] and len(set(losses[0])) == 5
+    for plain, graphed in (networks[::2], networks[1::2]):
+        for (name, a), b in zip(
+            plain.state_dict().items(), graphed.state_dict().values(), strict=True
+        ):
+            assert torch.equal(a, b), name
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_cuda_graph_gives_the_losses_of_separate_kernels(compiled, tiny_shards, tmp_path):
+    """A step that is not finite among them; kernels of the gradient add in another order."""
+    dist = DistributedContext(0, 1, torch.device("cuda", 0), torch.bfloat16)
+    losses, networks = graph_and_eager_runs(dist, tiny_shards, tmp_path, compile=compiled)
+    torch.testing.assert_close(losses[1], losses[0], rtol=2e-2, atol=0)
+    assert all(torch.isfinite(t).all() for n in networks for t in n.state_dict().values())
+
+
+@pytest.mark.parametrize(
+    ("sections", "dist", "found"),
+    [
+        ({}, CPU, "a CPU"),
+        ({}, CPU._replace(device=torch.device("cuda", 0), world_size=2), "2 ranks"),
+        ({}, CPU._replace(device=torch.device("cuda", 0), dtype=torch.float16), "fp16"),
+        ({"optim": {"name": "rmsprop", "accumulate": 2}}, CPU._replace(device=torch.device("cuda")),
+         "optim.name rmsprop, optim.accumulate 2"),
+        ({"train": {"verify_every": 9}}, CPU._replace(device=torch.device("cuda")),
+         "train.verify_every 9"),
+    ],
+)  # fmt: skip
+def test_a_cuda_graph_is_refused_where_it_does_not_work(sections, dist, found, tiny_shards):
+    with pytest.raises(InputError) as caught:
+        step_graph.require_graph_possible(tiny_config(tiny_shards, **sections), dist)
+    assert caught.value.found == found
 
 
 @pytest.mark.slow

@@ -78,6 +78,13 @@ class Totals:
         self.rows.append(batch.rows_N)
         self.finite.append(torch.isfinite(values[0]))
 
+    def merge(self, other: "Totals") -> None:
+        """Add copies of another's results."""
+        self.sums += other.sums
+        self.good_batches += other.good_batches
+        for name in ("rows", "finite", "skipped"):
+            getattr(self, name).extend(tensor.clone() for tensor in getattr(other, name))
+
     def skipped_batches(self) -> list[tuple[int, list[int], bool]]:
         """For each batch of a skipped step: step (from 0), rows, whether its loss is finite."""
         accumulate = len(self.rows) // max(1, len(self.skipped))

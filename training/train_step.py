@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,14 @@ from common.distributed import DistributedContext, sum_over_ranks
 from common.errors import InputError
 from configs.schema import Config, OptimConfig
 from model.checkpoint import Checkpoint, load_weights, require_fit
+from model.hourglass import compile_parts
 from model.loss import stack_losses, stack_losses_of_joints
 from pipelines.codec import Codec
 from pipelines.loader import Batch, Loader, make_batch
+from pipelines.opencv_loader import RawBatch
 from training.gradient_check import check_gradients
 from training.metrics import Totals
+from training.step_graph import StepGraph, empty_batch, require_graph_possible
 
 MOMENTS = {"adam": ("exp_avg", "exp_avg_sq"), "rmsprop": ("square_avg",)}
 """State of each optimizer for a parameter, in the parameter's shape."""
@@ -105,12 +108,15 @@ class TrainStep:
         self.scaler = torch.amp.GradScaler(dist.device.type, enabled=dist.dtype == torch.float16)
         self.averaged = AveragedModel(network, optim.ema_decay) if optim.ema_decay else None
         self.forward = network
-        """The network, with DDP and torch.compile as the config asks."""
+        """The network, in DDP if there are several ranks."""
         if dist.world_size > 1:
             ids = [dist.device.index] if dist.device.type == "cuda" else None
             self.forward = DistributedDataParallel(network, ids, gradient_as_bucket_view=True)
         if config.train.compile:
-            self.forward.compile()
+            compile_parts(network)
+        if config.train.cuda_graph:
+            require_graph_possible(config, dist)
+        self._graph: StepGraph | None = None
         self._fused_losses: Callable[..., Tensor] | None = None
         if config.train.fuse_targets:
             self._fused_losses = torch.compile(stack_losses_of_joints)
@@ -139,30 +145,45 @@ class TrainStep:
 
     def run(self, loader: Loader, step: int, totals: Totals) -> None:
         """Do a step, counted from 0. It is skipped on the device if a gradient is not finite."""
-        optim = self.config.optim
+        train, optim = self.config.train, self.config.optim
+        rate = learning_rate(optim, step, train.steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(optim, step, self.config.train.steps)
-        every = self.config.train.verify_every
-        is_checked = every > 0 and step % every == 0
-        batches: list[Batch] = []
-        for part in range(optim.accumulate):
-            before = time.perf_counter()
-            raw = loader.next()
-            totals.waited += time.perf_counter() - before
-            render = not self.config.train.fuse_targets
-            batch = make_batch(raw, self.codec, self.dist.device, render=render)
-            if is_checked:
-                batches.append(batch)
-            reduce = part == optim.accumulate - 1 and not is_checked
-            losses_S, heat_NSJHW = self._backward(batch, reduce)
-            totals.add(losses_S, heat_NSJHW[:, -1], batch, self.codec)
-        if is_checked:
-            self._check_gradients(batches, step)
-        losses_are_finite = torch.stack(totals.finite[-optim.accumulate :]).all()
-        totals.skipped.append(self._apply_gradients(losses_are_finite))
-        self.optimizer.zero_grad(set_to_none=True)
+            group["lr"] = rate
+        if train.cuda_graph:
+            self._graph = self._graph or self._record()  # before the loader uses the GPU
+            self._graph.run(_next_batch(loader, totals), rate, totals)
+        else:
+            raws = (_next_batch(loader, totals) for _ in range(optim.accumulate))
+            is_checked = train.verify_every > 0 and step % train.verify_every == 0
+            self._step(raws, totals, step if is_checked else None)
         if self.averaged:
             self.averaged.update(step)
+
+    def _record(self) -> StepGraph:
+        joints, device = self.codec.skeleton.joint_count, self.dist.device
+        buffers = empty_batch(self.config, joints, device)
+        return StepGraph(
+            lambda raw, totals: self._step([raw], totals), self.network, self.optimizer, buffers
+        )
+
+    def _step(
+        self, raws: Iterable[RawBatch], totals: Totals, checked_step: int | None = None
+    ) -> None:
+        """Forward, backward and update. checked_step: the step's number if it is verified."""
+        accumulate, batches = self.config.optim.accumulate, list[Batch]()
+        for part, raw in enumerate(raws):
+            render = not self.config.train.fuse_targets
+            batch = make_batch(raw, self.codec, self.dist.device, render=render)
+            if checked_step is not None:
+                batches.append(batch)
+            reduce = part == accumulate - 1 and checked_step is None
+            losses_S, heat_NSJHW = self._backward(batch, reduce)
+            totals.add(losses_S, heat_NSJHW[:, -1], batch, self.codec)
+        if checked_step is not None:
+            self._check_gradients(batches, checked_step)
+        losses_are_finite = torch.stack(totals.finite[-accumulate:]).all()
+        totals.skipped.append(self._apply_gradients(losses_are_finite))
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _check_gradients(self, batches: list[Batch], step: int) -> None:
         """Check this rank's own gradients, then reduce them as DDP does. Raises InputError."""
@@ -225,3 +246,10 @@ class TrainStep:
         elif not bad:
             self.optimizer.step()
         return bad
+
+
+def _next_batch(loader: Loader, totals: Totals) -> RawBatch:
+    before = time.perf_counter()
+    raw = loader.next()
+    totals.waited += time.perf_counter() - before
+    return raw

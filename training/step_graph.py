@@ -1,0 +1,105 @@
+"""A training step as one CUDA graph: the host starts all of its kernels with a single launch."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from common.distributed import DistributedContext
+from common.errors import InputError
+from configs.schema import Config
+from pipelines.augment import Draw
+from pipelines.opencv_loader import RawBatch
+from pipelines.shard_format import record_length
+from training.metrics import Totals
+
+WARM_UP_STEPS = 3
+"""Steps before the recording: they compile, choose algorithms and make the optimizer's state."""
+
+
+def require_graph_possible(config: Config, dist: DistributedContext) -> None:
+    """Raise InputError for settings with which train.cuda_graph does not work."""
+    obstacles = {
+        "a CPU": dist.device.type == "cpu",
+        f"{dist.world_size} ranks": dist.world_size > 1,
+        "fp16": dist.dtype == torch.float16,
+        f"optim.name {config.optim.name}": config.optim.name != "adam",
+        f"optim.accumulate {config.optim.accumulate}": config.optim.accumulate > 1,
+        f"train.verify_every {config.train.verify_every}": config.train.verify_every > 0,
+    }
+    found = [obstacle for obstacle, is_there in obstacles.items() if is_there]
+    if found:
+        expected = "one GPU, bf16 or fp32, Adam, one batch a step, no verification"
+        raise InputError("train.cuda_graph", ", ".join(found), expected, "leave it out")
+
+
+def empty_batch(config: Config, joints: int, device: torch.device) -> RawBatch:
+    """Zeros in the shapes that the run's loader gives, images in float32."""
+    people, px = config.data.batch_size, config.data.input_px
+    shapes = (px, px, 3), (2, 3), (len(Draw._fields),), (record_length(joints),)
+    return RawBatch(*(torch.zeros(people, *shape, device=device) for shape in shapes))
+
+
+class StepGraph:
+    """Runs a recorded step on batches that are copied into its buffers."""
+
+    def __init__(
+        self,
+        step: Callable[[RawBatch, Totals], None],
+        network: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        buffers: RawBatch,
+    ):
+        """Record `step`, which must not wait for the GPU; weights and optimizer do not change.
+
+        network, optimizer: which the step changes, with one group of parameters. buffers: on the
+        device.
+        """
+        self._step, self._buffers = step, buffers
+        self._device = buffers.images_NHW3.device
+        self._rate = torch.zeros((), device=self._device)
+        (group,) = optimizer.param_groups
+        settings = {name: group[name] for name in ("lr", "capturable")}
+        group.update(lr=self._rate, capturable=True)
+        before = _state(network, optimizer)
+        kept = [tensor.clone() for tensor in before]
+        self._replay = record_cuda_graph(self._run_on_buffers)
+        after = _state(network, optimizer)
+        for tensor in after[len(kept) :]:  # of an optimizer that had made no step
+            tensor.zero_()
+        for tensor, value in zip(after, kept, strict=False):
+            tensor.copy_(value)
+        group.update(settings)
+
+    def _run_on_buffers(self) -> None:
+        self._results = Totals(self._device)
+        self._step(self._buffers, self._results)
+
+    def run(self, raw: RawBatch, learning_rate: float, totals: Totals) -> None:
+        """Do a step and add its results."""
+        for buffer, tensor in zip(self._buffers, raw, strict=True):
+            buffer.copy_(tensor.to(self._device, non_blocking=True))
+        self._rate.fill_(learning_rate)
+        self._replay()
+        totals.merge(self._results)
+
+
+def _state(network: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """The tensors that a step changes in place; the optimizer's come last."""
+    moments = [tensor for values in optimizer.state.values() for tensor in values.values()]
+    return [*network.state_dict().values(), *moments]
+
+
+def record_cuda_graph(function: Callable[[], None]) -> Callable[[], None]:
+    """Run a function a few times, record it, and return what runs the recording."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP_STEPS):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    # DALI frees buffers in a thread that waits for the whole GPU, which "global" would forbid.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        function()
+    return graph.replay
