@@ -1,14 +1,13 @@
 """Benchmarks of computation: heatmaps, training steps without and with loaders, evaluation."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.loader_suites import (
@@ -25,12 +24,13 @@ from common.distributed import DistributedContext, choose_dtype
 from configs.schema import LoaderName, RuleName
 from configs.skeleton import MPII
 from evaluation.inference import predict_distributed
-from model.hourglass import StackedHourglass
+from model.hourglass import StackedHourglass, compile_parts
 from model.loss import stack_losses
 from pipelines import heatmaps
 from pipelines.codec import Codec
 from pipelines.geometry import STRIDE
 from pipelines.loader import dali_is_installed
+from training.step_graph import record_cuda_graph
 
 LEAST_STEPS = 150
 """Minimum number of steps with a loader: fewer would measure its prefetched batches."""
@@ -68,7 +68,10 @@ class Variant(NamedTuple):
     name: str
     dtype: torch.dtype
     is_princeton: bool = False
-    compiled: bool = False
+    change: Callable[[nn.Module], object] = lambda network: None
+    """Applied to the network: compiles it, or replaces parts of it."""
+    graphed: bool = False
+    """Recorded as a CUDA graph."""
 
 
 def variants_of(device: torch.device) -> list[Variant]:
@@ -76,18 +79,22 @@ def variants_of(device: torch.device) -> list[Variant]:
     dtype = choose_dtype("auto", device)
     theirs = Variant("princeton-vl's: float32 (TF32), Adam", torch.float32, is_princeton=True)
     ours = Variant(f"ours: {str(dtype).removeprefix('torch.')}, fused Adam", dtype)
-    compiled = ours._replace(name=f"{ours.name}, compiled", compiled=True)
-    return [theirs, ours, compiled] if device.type == "cuda" else [theirs, ours]
+    if device.type == "cpu":
+        return [theirs, ours]
+    compiled = ours._replace(name=f"{ours.name}, compiled", change=compile_parts)
+    graphed = [v._replace(name=f"{v.name}, CUDA graph", graphed=True) for v in (ours, compiled)]
+    return [theirs, ours, compiled, *graphed]
 
 
 def training_step(variant: Variant, stacks: int, options: Options) -> Callable[..., object]:
     """Forward, loss, backward and optimizer, as a function of a batch of random_batch."""
     layout = torch.contiguous_format if variant.is_princeton else torch.channels_last
     network = build_network(stacks, options, layout)
-    if variant.compiled:
-        network.compile()
+    variant.change(network)
     fused = None if variant.is_princeton else True
-    optimizer = torch.optim.Adam(network.parameters(), 1e-3, fused=fused)
+    optimizer = torch.optim.Adam(
+        network.parameters(), 1e-3, fused=fused, capturable=variant.graphed
+    )
 
     def step(images_N3HW: Tensor, heat_NJHW: Tensor, has_target_NJ: Tensor) -> None:
         # As each train.py sets it: cuDNN times its algorithms for princeton-vl.
@@ -103,6 +110,18 @@ def training_step(variant: Variant, stacks: int, options: Options) -> Callable[.
         optimizer.zero_grad(set_to_none=True)
 
     return step
+
+
+def recorded(step: Callable[..., object], buffers: tuple[Tensor, ...]) -> Callable[..., object]:
+    """The step as a CUDA graph on buffers, into which each batch is copied."""
+    replay = record_cuda_graph(lambda: step(*buffers))
+
+    def run(*batch: Tensor) -> None:
+        for buffer, tensor in zip(buffers, batch, strict=True):
+            buffer.copy_(tensor)
+        replay()
+
+    return run
 
 
 def build_network(
@@ -121,24 +140,37 @@ def random_batch(people: int, options: Options) -> tuple[Tensor, Tensor, Tensor]
     return images, heat, torch.ones(people, MPII.joint_count, dtype=torch.bool, device=device)
 
 
-def step_group(options: Options, stacks: int, batch_size: int) -> list[Case]:
-    """Variants of the step on a fixed batch."""
+def step_group(
+    options: Options, stacks: int, batch_size: int, variants: list[Variant] | None = None
+) -> list[Case]:
+    """Variants of the step on a fixed batch; by default all that suit the device."""
     act_as_training(options)
     tflop = flop_of_a_person(stacks, options) / 1e12
     repeats = 10 if options.device.type == "cuda" else 1
     batch = random_batch(batch_size, options)
 
     def case(variant: Variant) -> Case:
-        built = functools.cache(partial(training_step, variant, stacks, options))
+        built: list[Callable[..., object]] = []
+
+        def prepare() -> None:
+            if not built:
+                step = training_step(variant, stacks, options)
+                buffers = random_batch(batch_size, options)
+                built.append(recorded(step, buffers) if variant.graphed else step)
 
         def run() -> int:
             for _ in range(repeats):
-                built()(*batch)
+                built[0](*batch)
             return repeats * batch_size
 
-        return Case(variant.name, run, built, tflop=tflop)
+        def finish() -> None:
+            if variant.graphed:  # frees its own pool of memory for the others
+                built.clear()
+                torch.cuda.empty_cache()
 
-    return [case(variant) for variant in variants_of(options.device)]
+        return Case(variant.name, run, prepare, finish, tflop)
+
+    return [case(variant) for variant in variants or variants_of(options.device)]
 
 
 def flop_of_a_person(stacks: int, options: Options) -> int:
