@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from helpers import CPU, make_codec, make_trainer, step, steps, tiny_config
 from torch._dynamo.utils import counters
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.distributed import DistributedContext, choose_dtype
@@ -198,7 +200,17 @@ def test_two_and_eight_stacks_compile_the_same_graphs(checkpointed):
     assert counts == [8 + 5, 8 + 5]
 
 
-def test_compiled_parts_give_the_same_gradients_and_statistics():
+@pytest.fixture
+def one_rank() -> Iterator[None]:
+    """A process group of this process alone."""
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_compiled_parts_in_ddp_give_the_same_gradients_and_statistics(one_rank):
     """With activations computed twice, which must not count twice; traced without generated code.
 
     In float64, because the gradients of a fork are added in another order.
@@ -208,7 +220,7 @@ def test_compiled_parts_give_the_same_gradients_and_statistics():
     compiled.load_state_dict(plain.state_dict())
     compile_parts(compiled, backend="aot_eager")
     images = torch.rand(2, 3, 64, 64, dtype=torch.float64)
-    for each in (plain, compiled):
+    for each in (plain, DistributedDataParallel(compiled)):
         each(images).square().mean().backward()
     for (name, a), b in zip(plain.named_parameters(), compiled.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-12, msg=name)

@@ -90,7 +90,7 @@ def _state(network: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]
     return [*network.state_dict().values(), *moments]
 
 
-def record_cuda_graph(function: Callable[[], None]) -> Callable[[], None]:
+def record_cuda_graph(function: Callable[[], object]) -> Callable[[], None]:
     """Run a function a few times, record it, and return what runs the recording."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
