@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from unittest import mock
 
 import cv2
@@ -18,7 +18,7 @@ import torch
 from benchmarks.princeton_baseline import PREFETCH, princeton_batches
 from benchmarks.timing import Case, memory_mib
 from common.system import keep_freed_memory, usable_cores
-from configs.schema import LoaderName
+from configs.schema import LoaderName, WorkerKind
 from configs.skeleton import MPII
 from pipelines import synthetic
 from pipelines.augment import PRESETS, Draw, Preset, draw, draw_rng
@@ -32,13 +32,16 @@ from pipelines.loader import (
     make_batch,
     train_loader,
 )
-from pipelines.opencv_loader import crop_person, stored_picture
+from pipelines.opencv_loader import CropDataset, crop_person, endless_batches, stored_picture
 from pipelines.packing import PackingOptions, pack
 from pipelines.shard_format import unpack_records
 from pipelines.shards import ShardSet
+from pipelines.workers import in_threads
 
 PICTURES, SIZE_WH = 32, (1280, 720)
 """Synthetic pictures; with more people than pictures, people share them."""
+SMALL_WH = (240, 135)
+"""Pictures in which people are as large as in Leeds Sports Pose Extended."""
 SCALE_PERCENTILES = ((5, 25, 50, 75, 95), (1.43, 2.38, 3.45, 5.06, 8.58))
 """Percentiles, and the scales of MPII's h5 files at them."""
 SIZES = (1_000, 5_000, 25_204)
@@ -70,8 +73,14 @@ class Options:
         """The synthetic people."""
         return ShardSet(self.folder / packing / "train")
 
-    def loader_spec(self, loader: LoaderName, preset: Preset, batch_size: int) -> LoaderSpec:
-        """How a loader makes its batches."""
+    def loader_spec(
+        self,
+        loader: LoaderName,
+        preset: Preset,
+        batch_size: int,
+        worker_kind: WorkerKind = "threads",
+    ) -> LoaderSpec:
+        """How a loader makes its batches, as in training."""
         return LoaderSpec(
             loader=loader,
             device=self.device,
@@ -79,6 +88,8 @@ class Options:
             input_px=self.input_px,
             batch_size=batch_size,
             workers=self.workers,
+            worker_kind=worker_kind,
+            jitter_in_workers=worker_kind == "threads" and self.device.type == "cpu",
         )
 
 
@@ -150,10 +161,15 @@ def start_princeton(options: Options, batch_size: int) -> Callable[[], list[torc
 
 
 def start_loader(
-    shards: ShardSet, preset: Preset, loader: LoaderName, options: Options, batch_size: int
+    shards: ShardSet,
+    preset: Preset,
+    loader: LoaderName,
+    options: Options,
+    batch_size: int,
+    worker_kind: WorkerKind = "threads",
 ) -> Callable[[], Batch]:
     """A loader of this project; returns a function that makes its next batch on the device."""
-    batches = train_loader(shards, options.loader_spec(loader, preset, batch_size))
+    batches = train_loader(shards, options.loader_spec(loader, preset, batch_size, worker_kind))
     codec = Codec(preset=preset, rule="exact", sigma=1.0, input_px=options.input_px, skeleton=MPII)
     return lambda: make_batch(batches.next(), codec, options.device)
 
@@ -162,6 +178,46 @@ def drain(step: Callable[[], object], workers: int) -> None:
     """Do as many steps as there are prefetched batches."""
     for _ in range(PREFETCH * max(workers, 1) + 1):
         step()
+
+
+def workers_group(options: Options, batch_size: int) -> list[Case]:
+    """OpenCV's threads and processes, princeton's draws and colours in one warp, by packing.
+
+    The first case is princeton-vl's loader.
+    """
+    act_as_training(options)
+    start: Callable[[], Callable[[], object]] = partial(start_princeton, options, batch_size)
+    starts = {"princeton-vl's steps, re-created": start}
+    for packing, kind in product(("original", "crop", "raw"), get_args(WorkerKind)):
+        shards = options.shards(packing)
+        start = partial(start_loader, shards, ONE_WARP, "opencv", options, batch_size, kind)
+        starts[f"{packing}, {options.workers} {kind}"] = start
+    steps = max(1, options.people // batch_size)
+    return [stream_case(*named, steps, batch_size, options.workers) for named in starts.items()]
+
+
+def small_pictures_group(options: Options, batch_size: int) -> list[Case]:
+    """The same for pictures as small as those of Leeds Sports Pose Extended."""
+    folder = options.folder / "small"
+    make_data(folder / "made", options.people, SMALL_WH)
+    pack_people(folder / "made", folder / "original")
+    for packing in ("crop", "raw"):
+        pack_people(folder / "made", folder / packing, 288, packing)
+    return workers_group(dataclasses.replace(options, folder=folder), batch_size)
+
+
+def thread_counts_group(options: Options, batch_size: int) -> list[Case]:
+    """Crops by 1, 2 and 4 threads, whatever the number of cores."""
+    act_as_training(options)
+    shards, steps = options.shards("crop"), max(1, options.people // batch_size)
+    shards.records()
+    dataset = CropDataset(shards, ONE_WARP, options.input_px, 0, jitter=True)
+
+    def start(threads: int) -> Callable[[], object]:
+        keys = endless_batches(len(shards), batch_size, 0, 0, 1)
+        return partial(next, in_threads(dataset.batch, keys, threads, pin=False))
+
+    return [stream_case(f"{n} threads", partial(start, n), steps, batch_size, n) for n in (1, 2, 4)]
 
 
 def stream_case(
@@ -187,6 +243,13 @@ def stream_case(
         gc.collect()  # otherwise its processes would end during another case
 
     return Case(name, run, prepare, finish)
+
+
+WORKER_GROUPS = {
+    "1280 x 720": workers_group,
+    "small pictures": small_pictures_group,
+    "number of threads": thread_counts_group,
+}
 
 
 def operators_group(options: Options, batch_size: int) -> list[Case]:

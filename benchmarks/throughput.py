@@ -33,8 +33,8 @@ from common.system import usable_cores
 from pipelines.loader import dali_is_installed
 
 SUITES = (
-    *("pixels", "operators", "loader", "step", "training", "heatmaps", "evaluation", "scaling"),
-    "packing",
+    *("pixels", "operators", "loader", "workers", "step", "training", "heatmaps", "evaluation"),
+    *("scaling", "packing"),
 )
 NEED_DATA = ("accuracy", "training-by-packing")
 LIMIT_S = {"step": 240.0, "accuracy": 600.0, "training-by-packing": 3600.0}
@@ -59,7 +59,8 @@ def main(argv: list[str] | None = None) -> int:
         made = Path(folder) / "made"
         make_data(made, args.people)
         pack_people(made, options.folder / "original")
-        pack_people(made, options.folder / "crop", 288)
+        for packing in ("crop", "raw"):
+            pack_people(made, options.folder / packing, 288, packing)
         if "accuracy" in args.suites:
             pack_people(args.data, options.folder / "real")
         for name, group in groups_to_run(args, options).items():
@@ -120,6 +121,8 @@ def groups_to_run(args: argparse.Namespace, options: Options) -> dict[str, Group
             groups[f"operators, batch {n}"] = partial(loader_suites.operators_group, options, n)
     for n in batches:
         groups[f"loader, batch {n}"] = partial(loader_suites.loader_group, options, n)
+    for name, make_cases in loader_suites.WORKER_GROUPS.items():
+        groups[f"workers, {name}"] = partial(make_cases, options, batches[-1])
     for stacks, n in itertools.product((2, 8) if on_gpu else (2,), steps):
         group = partial(step_suites.step_group, options, stacks, n)
         groups[f"step, {stacks} stacks, batch {n}"] = group
