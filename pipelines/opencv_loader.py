@@ -238,7 +238,9 @@ class CropDataset:
         # All draws first: between two decoded pictures, which empty the caches, each costs 0.1 ms.
         draws = [draw(self.preset, draw_rng(self.seed, epoch, sample)) for sample, epoch in keys]
         items = (self._crop(sample, drawn) for (sample, _), drawn in zip(keys, draws, strict=True))
-        return collate_jittered(items, self.input_px, len(keys)) if self.jitter else collate(items)
+        if self.jitter:
+            return collate_jittered(items, draws_array(draws), self.input_px)
+        return collate(items)
 
     def _crop(self, sample: int, drawn: Draw) -> Item:
         try:
@@ -252,29 +254,36 @@ class CropDataset:
 
 def collate(items: Iterable[Item]) -> RawBatch:
     """Stack the crops, affines, draws and records of people."""
-    images, *facts = zip(*items, strict=True)
-    return RawBatch(torch.from_numpy(np.stack(images)), *_stack_facts(*facts))
+    images, matrices, draws, records = zip(*items, strict=True)
+    return RawBatch(
+        torch.from_numpy(np.stack(images)),
+        torch.from_numpy(np.stack(matrices)),
+        torch.from_numpy(draws_array(list(draws))),
+        torch.from_numpy(np.stack(records)),
+    )
 
 
-def collate_jittered(items: Iterable[Item], input_px: int, people: int) -> JitteredBatch:
+def collate_jittered(
+    items: Iterable[Item], draws_ND: npt.NDArray[np.float32], input_px: int
+) -> JitteredBatch:
     """The same, with colours jittered while a crop is in the processor's cache.
 
-    Equal to `augment.jitter` of the stacked crops, bit for bit.
+    Equal to `augment.jitter` of the stacked crops, bit for bit. draws_ND: of the items.
     """
-    images_NHW3 = np.empty((people, input_px, input_px, 3), dtype=np.float32)
-    facts = []
-    for image_HW3, (crop, matrix, drawn, record) in zip(images_NHW3, items, strict=True):
+    images_NHW3 = np.empty((len(draws_ND), input_px, input_px, 3), dtype=np.float32)
+    matrices, records = [], []
+    rows = zip(images_NHW3, draws_ND.tolist(), items, strict=True)
+    for image_HW3, drawn, (crop, matrix, _, record) in rows:
         np.divide(crop, np.float32(255), out=image_HW3)
-        color_by_opencv(image_HW3, Draw(*draws_array([drawn])[0].tolist()))
-        facts.append((matrix, drawn, record))
-    return JitteredBatch(torch.from_numpy(images_NHW3), *_stack_facts(*zip(*facts, strict=True)))
-
-
-def _stack_facts(
-    matrices: Iterable[npt.NDArray], draws: Iterable[Draw], records: Iterable[npt.NDArray]
-) -> list[torch.Tensor]:
-    arrays = np.stack(list(matrices)), draws_array(list(draws)), np.stack(list(records))
-    return [torch.from_numpy(array) for array in arrays]
+        color_by_opencv(image_HW3, Draw(*drawn))
+        matrices.append(matrix)
+        records.append(record)
+    return JitteredBatch(
+        torch.from_numpy(images_NHW3),
+        torch.from_numpy(np.stack(matrices)),
+        torch.from_numpy(draws_ND),
+        torch.from_numpy(np.stack(records)),
+    )
 
 
 def repeat_draws(shards: ShardSet, raw: RawBatch, preset: Preset) -> RawBatch:
