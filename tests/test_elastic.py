@@ -83,6 +83,12 @@ def saved_step(folder: Path) -> int:
     return load_checkpoint(folder / "last.pt").step
 
 
+def has_saved_after(folder: Path, step: int) -> bool:
+    """Whether last.pt is of a later step. It is opened once, because a run may replace it."""
+    last = folder / "last.pt"
+    return last.exists() and torch.load(last, weights_only=True)["step"] > step
+
+
 def words(shards: Path, out: Path, name: str, steps: int, more: str = "") -> list[str]:
     options = f"--train.steps {steps} --optim.schedule constant --eval.people 2 {more}"
     return ["train.py", *train_options(shards, out, name, options)]
@@ -108,15 +114,24 @@ ALL = ("ema", "scaler", "rng", "best")
 """What a checkpoint has beside weights and optimizer that a stop must not change."""
 
 
+@pytest.mark.parametrize(
+    "when",
+    ["--train.steps_per_epoch 2", "--train.steps_per_epoch 100000 --train.save_minutes 0.005"],
+)
 def test_a_run_killed_ten_times_goes_on_each_time_and_ends_with_the_same_bytes(
-    tiny_shards, tmp_path
+    when, tiny_shards, tmp_path
 ):
+    """Checkpoints are written at the end of each epoch, or in mid-epoch every 0.3 s."""
     log, run, moments = tmp_path / "log", tmp_path / "run", random.Random(1)
-    more = "--resume auto --data.workers 1 --train.steps_per_epoch 2"
+    more = f"--resume auto --data.workers 1 {when}"
     stood = 0
     for _ in range(10):
         with started(log, *words(tiny_shards, tmp_path, "run", 100_000, more)) as process:
-            wait_until(lambda: last_step(run) > stood + 2, process, log)  # noqa: B023
+            wait_until(
+                lambda: has_saved_after(run, stood),  # noqa: B023
+                process,
+                log,
+            )
             time.sleep(moments.uniform(0, 0.5))
             os.killpg(process.pid, signal.SIGKILL)  # its worker too
         assert saved_step(run) > stood
