@@ -24,7 +24,7 @@ from common.distributed import DistributedContext, choose_dtype
 from configs.schema import LoaderName, RuleName
 from configs.skeleton import MPII
 from evaluation.inference import predict_distributed
-from model.hourglass import StackedHourglass, compile_parts
+from model.hourglass import StackedHourglass, compile_parts, fuse_residuals
 from model.loss import stack_losses
 from pipelines import heatmaps
 from pipelines.codec import Codec
@@ -82,8 +82,11 @@ def variants_of(device: torch.device) -> list[Variant]:
     if device.type == "cpu":
         return [theirs, ours]
     compiled = ours._replace(name=f"{ours.name}, compiled", change=compile_parts)
-    graphed = [v._replace(name=f"{v.name}, CUDA graph", graphed=True) for v in (ours, compiled)]
-    return [theirs, ours, compiled, *graphed]
+    fuse = partial(fuse_residuals, device=device, dtype=dtype)
+    kernels = ours._replace(name=f"{ours.name}, fused kernels", change=fuse)
+    plain = [ours, compiled, kernels]
+    graphed = [v._replace(name=f"{v.name}, CUDA graph", graphed=True) for v in plain]
+    return [theirs, *plain, *graphed]
 
 
 def training_step(variant: Variant, stacks: int, options: Options) -> Callable[..., object]:

@@ -169,6 +169,8 @@ class TrainConfig:
     """Compile the residual blocks and poolings with torch.compile."""
     cuda_graph: bool = False
     """Record the step as one CUDA graph; one GPU, bf16 or fp32, Adam, no accumulation."""
+    fused_kernels: bool = False
+    """Train residual blocks of up to 256 channels by Triton kernels; not yet run on a GPU."""
     fuse_targets: bool = False
     """Render target heatmaps inside a compiled loss, without storing them."""
     profile_steps: int = _number(0, least=0)

@@ -4,8 +4,9 @@ Any number of stacks, width, depth and joints. Axes: N person, C channel, H row,
 Inputs are RGB in 0..1 whose sides are multiples of 4 x 2^depth.
 """
 
+import importlib.util
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.autograd.function import FunctionCtx
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from common.errors import InputError
 from configs.schema import ModelConfig
 
 
@@ -39,6 +41,9 @@ class Residual(nn.Module):
     before a batch norm have no bias, which it would subtract again.
     """
 
+    fused: Callable[["Residual", Tensor], Tensor] | None = None
+    """What computes `forward` in training instead (`fuse_residuals`)."""
+
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
         inside = outputs // 2
@@ -51,6 +56,8 @@ class Residual(nn.Module):
         self.skip = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.fused and self.training:
+            return self.fused(self, x)
         y = self.conv1(functional.relu(self.norm1(x)))
         y = self.conv2(functional.relu(self.norm2(y)))
         y = self.conv3(functional.relu(self.norm3(y)))
@@ -231,13 +238,36 @@ def _keep_statistics(*modules: nn.Module) -> Iterator[None]:
             torch._foreach_copy_(buffers, before)
 
 
+def fuse_residuals(network: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Let residual blocks train by the kernels of model/fused_residual.py. Raises InputError.
+
+    dtype: of the activations. Blocks with more channels than the kernels take stay plain.
+    """
+    has_triton = importlib.util.find_spec("triton") is not None
+    if device.type != "cuda" or dtype == torch.float32 or not has_triton:
+        raise InputError(
+            "train.fused_kernels: true",
+            f"device {device.type}, {dtype}, triton {'' if has_triton else 'not '}installed",
+            "a GPU, bf16 or fp16, and the package triton",
+            "set it to false, or see train.device and train.precision",
+        )
+    from model.fused_residual import MOST_CHANNELS, fused_residual  # imports triton
+
+    for block in network.modules():
+        if isinstance(block, Residual):
+            channels = max(block.norm1.num_features, block.conv3.out_channels)
+            block.fused = fused_residual if channels <= MOST_CHANNELS else None
+
+
 def compile_parts(network: nn.Module, backend: str = "inductor") -> None:
     """Compile each residual block and max-pooling by itself: blocks of one shape share a graph.
 
-    A network without such parts is compiled as a whole.
+    Blocks with Triton kernels (`fuse_residuals`) are left out. A network without such parts is
+    compiled as a whole.
     """
     torch._dynamo.config.recompile_limit = 64  # graphs of one function, one for each shape
     modules = list(network.modules())
-    parts = [module for module in modules if isinstance(module, Residual | MaxPool2x2)]
+    parts = [m for m in modules if isinstance(m, Residual | MaxPool2x2)]
+    parts = [part for part in parts if not getattr(part, "fused", None)]
     for part in parts or modules[:1]:
         part.compile(backend=backend, dynamic=False)

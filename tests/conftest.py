@@ -19,6 +19,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)  # the networks are tiny; beside other processes more threads only wait
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
 # A shell starts background jobs with Ctrl-C ignored, and so would be every program that is tested.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -15,7 +15,7 @@ from common.distributed import DistributedContext, sum_over_ranks
 from common.errors import InputError
 from configs.schema import Config, OptimConfig
 from model.checkpoint import Checkpoint, load_weights, require_fit
-from model.hourglass import compile_parts
+from model.hourglass import compile_parts, fuse_residuals
 from model.loss import stack_losses, stack_losses_of_joints
 from pipelines.codec import Codec
 from pipelines.loader import Batch, Loader, make_batch
@@ -112,6 +112,8 @@ class TrainStep:
         if dist.world_size > 1:
             ids = [dist.device.index] if dist.device.type == "cuda" else None
             self.forward = DistributedDataParallel(network, ids, gradient_as_bucket_view=True)
+        if config.train.fused_kernels:
+            fuse_residuals(network, dist.device, dist.dtype)
         if config.train.compile:
             compile_parts(network)
         if config.train.cuda_graph:

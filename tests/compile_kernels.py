@@ -1,0 +1,67 @@
+"""Compiles the kernels of residual blocks for compute capability 9.0 on a machine without a GPU.
+
+usage: python tests/compile_kernels.py FOLDER SIDE INPUTS,OUTPUTS ...
+SIDE: of the feature map of two people; nothing is computed. FOLDER: for temporary files.
+Prints a JSON object for each compiled kernel, with its resources as cuobjdump reports them.
+"""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from model.fused_residual import fused_residual
+from model.hourglass import Residual
+
+BINARIES = Path(triton.__file__).parent / "backends/nvidia/bin"
+launch = JITFunction.run
+compiled: set[str] = set()
+
+
+class NoGpu:
+    """Answers what triton asks of a CUDA driver before it compiles."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compile_only(kernel: JITFunction, *args: object, grid: object, warmup: bool, **options: object):
+    """What a launch with these arguments would compile."""
+    result = launch(kernel, *args, grid=grid, warmup=True, **options)
+    if result.hash not in compiled:
+        compiled.add(result.hash)
+        cubin = Path(sys.argv[1]) / "kernel.cubin"
+        cubin.write_bytes(result.asm["cubin"])
+        command = [BINARIES / "cuobjdump", "--dump-resource-usage", cubin]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+        print(json.dumps({"name": kernel.__name__, "shared": result.metadata.shared, **found}))
+
+
+def main() -> None:
+    driver.set_active(NoGpu())
+    JITFunction.run = compile_only
+    side = int(sys.argv[2])
+    for shape in sys.argv[3:]:
+        inputs, outputs = map(int, shape.split(","))
+        x = torch.zeros(2, inputs, side, side, dtype=torch.bfloat16, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16):  # for the 3x3 and the skip convolution
+            y = fused_residual(Residual(inputs, outputs), x)
+        y.backward(torch.zeros_like(y))
+
+
+if __name__ == "__main__":
+    main()
