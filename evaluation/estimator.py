@@ -17,7 +17,7 @@ from common.errors import InputError
 from configs.skeleton import Skeleton
 from evaluation.inference import Predictions, predict
 from model.checkpoint import Checkpoint, evaluation_network, load_checkpoint
-from pipelines.augment import Draw
+from pipelines.augment import Draw, without_augmentation
 from pipelines.boxes import MARGIN, Square, check_square, square_about, whole_picture
 from pipelines.codec import Codec, codec_of
 from pipelines.jpeg import require_sane_size
@@ -139,7 +139,7 @@ class PoseEstimator:
         record[COLUMNS["scale"]] = square.scale
         record[COLUMNS["size"]] = width, height
         record[COLUMNS["image_from_stored"]] = IDENTITY_AFFINE
-        preset, input_px = self.codec.preset, self.codec.input_px
+        preset, input_px = without_augmentation(self.codec.preset), self.codec.input_px
         crop, matrix = crop_person(
             image_HW3, unpack_records(record[None]), Draw(), preset, input_px
         )

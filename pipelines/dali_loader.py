@@ -32,7 +32,7 @@ from pipelines.augment import Draw, draw_batch
 from pipelines.i420 import NEUTRAL_CHROMA, planes_to_rgb
 from pipelines.jpeg import BadSamplesError, PictureError, check_jpeg, require_sane_size
 from pipelines.object_storage import StorageError
-from pipelines.opencv_loader import LoaderSpec, RawBatch, Source, batches_in_order
+from pipelines.opencv_loader import LoaderSpec, RawBatch, Source, batches_in_order, halves_first
 from pipelines.shard_cache import Key
 from pipelines.shard_format import COLUMNS, PICTURE_EXTENSIONS, unpack_records
 from pipelines.shards import ShardSet, read_ahead
@@ -102,6 +102,7 @@ class DaliLoader:
             "spec": spec,
             "decoder": decoder,
             "find_picture": find_picture,
+            "halvings": _most_halvings(shards, shards.records(), spec),
         }
         self.pipeline = self._build(indices, state)
 
@@ -260,6 +261,8 @@ class DaliEvaluationLoader:
         spec = self.spec
         arguments = _common_arguments(spec.device, spec.batch_size, spec.workers)
         arguments |= {"feed": self._feed(), "spec": spec, "raw": _is_raw(self.source)}
+        records = self._records(self.samples)
+        arguments["halvings"] = _most_halvings(self.source, records, spec)
         pipeline = pipeline_def(_evaluation_graph)(**arguments)
         for number, samples in enumerate(self._batches):
             end = number + pipeline.prefetch_queue_depth + 1  # including prefetched batches
@@ -423,6 +426,7 @@ def _graph(
     decoder: dict[str, Any],
     extension: str,
     find_picture: Callable[[npt.NDArray], npt.NDArray] | None,
+    halvings: int,
 ) -> tuple[Node, ...]:
     """The outputs of `_crops`."""
     picture, record = _read(
@@ -438,7 +442,7 @@ def _graph(
     if find_picture:
         picture = fn.python_function(picture, function=find_picture)
     raw = extension == PICTURE_EXTENSIONS["raw"]
-    return _crops((picture, record, draws, augmentation), spec, raw=raw, **decoder)
+    return _crops((picture, record, draws, augmentation), spec, halvings, raw=raw, **decoder)
 
 
 def _read(
@@ -469,7 +473,7 @@ def _read(
 
 
 def _evaluation_graph(
-    *, feed: Iterator[tuple[list, ...]], spec: LoaderSpec, raw: bool
+    *, feed: Iterator[tuple[list, ...]], spec: LoaderSpec, raw: bool, halvings: int
 ) -> tuple[Node, ...]:
     inputs = fn.external_source(
         source=feed,
@@ -477,7 +481,7 @@ def _evaluation_graph(
         dtype=[types.UINT8, types.FLOAT, types.FLOAT, types.FLOAT],
         ndim=[1, 1, 1, 2],
     )
-    return _crops(inputs, spec, raw=raw)
+    return _crops(inputs, spec, halvings, raw=raw)
 
 
 def _decode(jpeg: Node, gpu: bool, **more: Any) -> Node:
@@ -495,12 +499,18 @@ def _decode(jpeg: Node, gpu: bool, **more: Any) -> Node:
 
 
 def _crops(
-    inputs: tuple[Node, Node, Node, Node], spec: LoaderSpec, *, raw: bool, **decoder: Any
+    inputs: tuple[Node, Node, Node, Node],
+    spec: LoaderSpec,
+    halvings: int,
+    *,
+    raw: bool,
+    **decoder: Any,
 ) -> tuple[Node, ...]:
     """Crops, affines N23, draws ND and records NR, all on the device.
 
     inputs: picture, record, draw and its affine (see `_with_affines`) of each person. The crops
     are images NHW3 or, of raw pictures, Y (N, H, W, 1) and chroma (N, 2, H / 2, W / 2, 1).
+    halvings: the most of `geometry.halvings`; 0 for raw pictures.
     """
     picture, record, draws, augmentation = inputs
     gpu = spec.device.type == "cuda"
@@ -516,6 +526,9 @@ def _crops(
         from_image = [fn.transforms.scale(box, scale=1.0 / record[COLUMNS["scale"]])]
         image_from_stored = fn.reshape(record[COLUMNS["image_from_stored"]], shape=[2, 3])
         from_picture = [_shift(-0.5), image_from_stored, *from_image]
+        if halvings:
+            planes[0], stored_from_half = _halved(planes[0], record, halvings, spec)
+            from_picture.insert(0, stored_from_half)
     input_from_image = fn.transforms.combine(*from_image, augmentation)
     matrix = fn.transforms.combine(*from_picture, augmentation, _shift(0.5))
     crops = [_warp(planes[0], matrix, spec.input_px)]
@@ -550,6 +563,33 @@ def _warp(image: Node, matrix: Node, size_px: int, outside: int = 0) -> Node:
         fill_value=outside,
         dtype=types.UINT8,
     )
+
+
+def _most_halvings(
+    source: Source, records_NR: npt.NDArray[np.floating], spec: LoaderSpec
+) -> int:
+    """The most of `geometry.halvings` for these people, at their own boxes."""
+    if _is_raw(source) or not halves_first(spec.preset):
+        return 0
+    records = unpack_records(records_NR)
+    image_px = PIXELS_PER_SCALE * records.scale_N / spec.input_px
+    stored = geometry.shrink_of(records.image_from_stored_N23)
+    return int(geometry.halvings(image_px * stored).max())
+
+
+def _halved(image: Node, record: Node, most: int, spec: LoaderSpec) -> tuple[Node, Node]:
+    """The picture halved by geometry.halvings, and the affine to it from corner px."""
+    affine = record[COLUMNS["image_from_stored"]]
+    stored = 1 / math.sqrt(math.abs(affine[0] * affine[4] - affine[1] * affine[3]))
+    shrink = record[COLUMNS["scale"]] * (PIXELS_PER_SCALE / spec.input_px) * stored
+    halvings = math.ceil(math.log2(shrink) - geometry.SAME_SHRINK) - 1
+    before = size = fn.cast(fn.shapes(image)[0:2], dtype=types.FLOAT)
+    for done in range(most):
+        is_due = fn.cast(halvings > done, dtype=types.FLOAT)
+        size = is_due * math.max(math.floor(size / 2), 1.0) + (1 - is_due) * size
+        image = fn.resize(image, size=size, interp_type=types.INTERP_LINEAR, antialias=False)
+    ratio = before / size
+    return image, fn.transforms.scale(scale=fn.stack(ratio[1], ratio[0]))
 
 
 def _shift(pixels: float) -> Node:

@@ -21,7 +21,15 @@ from common.system import usable_cores
 from configs.schema import LoaderName, WorkerKind
 from pipelines import geometry, princeton
 from pipelines.annotations import People, stays_inside
-from pipelines.augment import Draw, Preset, color_by_opencv, draw, draw_rng, draws_array
+from pipelines.augment import (
+    PRESETS,
+    Draw,
+    Preset,
+    color_by_opencv,
+    draw,
+    draw_rng,
+    draws_array,
+)
 from pipelines.i420 import Planes, warp_to_rgb
 from pipelines.jpeg import BadSamplesError, require_sane_size
 from pipelines.object_storage import StorageError
@@ -152,7 +160,9 @@ def crop_person(
     """Crop one person: (input_px, input_px, 3) RGB in 0..255 and the (2, 3) affine applied.
 
     image: (H, W, 3) BGR, or a raw picture. record: fields of one person, with a leading axis of 1.
-    The crop is uint8 after one warp, or float32 after the two of princeton's rules.
+    The crop is uint8 after one warp, or float32 after the two of princeton's rules. Without
+    augmentation, as in evaluation and prediction, a picture that would be shrunk more than twice is
+    halved first.
     """
     center = record.center_N2[0].astype(np.float64)
     scale = float(record.scale_N[0])
@@ -170,7 +180,32 @@ def crop_person(
     warp = matrix @ image_from_stored(record)
     if isinstance(image, Planes):
         return warp_to_rgb(image, warp, input_px), matrix[:2].astype(np.float32)
+    if halves_first(preset):
+        image, warp = _halved(image, warp)
     return _warp_to_rgb(image, warp[:2], input_px), matrix[:2].astype(np.float32)
+
+
+def halves_first(preset: Preset) -> bool:
+    """Whether pictures are averaged before they are shrunk more than twice: without augmentation.
+
+    Raw pictures are not, because they are stored at about the input's size.
+    """
+    return preset == PRESETS["none"]
+
+
+def _halved(
+    image_HW3: npt.NDArray[np.uint8], input_from_stored: geometry.Matrix
+) -> tuple[npt.NDArray[np.uint8], geometry.Matrix]:
+    """The picture halved by `geometry.halvings`, and the affine from it.
+
+    Bilinear sampling at half the size is the mean of 2 x 2 pixels.
+    """
+    for _ in range(int(geometry.halvings(geometry.shrink_of(input_from_stored)))):
+        height, width = image_HW3.shape[:2]
+        half = cv2.resize(image_HW3, (max(1, width // 2), max(1, height // 2)))
+        image_HW3 = np.asarray(half, np.uint8)
+        input_from_stored = input_from_stored @ geometry.stored_from_half(width, height)
+    return image_HW3, input_from_stored
 
 
 def _warp_to_rgb(

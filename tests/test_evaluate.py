@@ -32,8 +32,9 @@ from common.errors import InputError, run_main
 from configs.skeleton import MPII, Skeleton
 from evaluation import evaluator, inference, pckh
 from pipelines.annotations import read_annotations
+from pipelines.augment import PRESETS, Draw, without_augmentation
 from pipelines.loader import evaluation_batches, make_batch
-from pipelines.opencv_loader import LooseImages
+from pipelines.opencv_loader import LooseImages, crop_person
 from pipelines.shard_format import unpack_records
 from pipelines.shards import ShardSet
 from tools import make_shards
@@ -119,6 +120,31 @@ def test_dali_makes_the_same_people_in_the_same_order(preset, device, tiny_set):
         matrices = other.input_from_image_N23.cpu()
         torch.testing.assert_close(one.input_from_image_N23, matrices, atol=1e-3, rtol=1e-5)
         assert (one.images_NHW3.float() - other.images_NHW3.cpu().float()).abs().mean() < 0.6
+
+
+@pytest.mark.parametrize("preset", ["hrnet", "princeton"])
+def test_a_large_picture_is_averaged_before_it_is_shrunk_but_for_princetons_crop(preset):
+    """Single black and white pixels, shrunk four times, are an even grey. Off-centre by 4 px."""
+    row, column = np.indices((300, 330))
+    picture = np.repeat(((row + column) % 2 * 255).astype(np.uint8)[..., None], 3, axis=2)
+    record = np.zeros((1, 13 + 64))
+    record[0, 1:4], record[0, 7:13] = (144, 154, 256 / 200), (1, 0, 0, 0, 1, 0)
+    none = without_augmentation(PRESETS[preset])
+    crop, _ = crop_person(picture, unpack_records(record), Draw(), none, 64)
+    is_grey = np.abs(crop.astype(float) - 127.5) <= 1
+    assert is_grey.all() == (preset == "hrnet")
+
+
+def test_both_loaders_average_pictures_in_the_same_way(tiny_set):
+    """Of 64 to 350 px, at 16 px: they are shrunk three to twenty times."""
+    pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed")
+    people, _ = read_annotations(tiny_set / "annot", "train")
+    source, codec, raw = LooseImages(people, tiny_set / "images"), make_codec(input_px=16), {}
+    for loader in ("opencv", "dali"):
+        options = {"loader": loader, "device": CPU, "batch_size": 12, "workers": 1}
+        (raw[loader],) = evaluation_batches(source, np.arange(12), codec, **options)
+    gap = raw["opencv"].images_NHW3.float() - raw["dali"].images_NHW3.float()
+    assert gap.abs().mean() <= 0.5 and gap.abs().quantile(0.999) <= 6
 
 
 # The batch size

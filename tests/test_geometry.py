@@ -2,6 +2,7 @@
 
 import cv2
 import numpy as np
+import pytest
 
 from pipelines import geometry
 
@@ -60,3 +61,16 @@ def test_transform_takes_a_matrix_for_each_person():
     points = np.array([[[1.0, 1.0], [2.0, 2.0]], [[1.0, 1.0], [2.0, 2.0]]])
     expected = [[[2, 3], [3, 4]], [[2, 3], [4, 6]]]
     np.testing.assert_array_equal(geometry.transform(matrices, points), expected)
+
+
+@pytest.mark.parametrize(
+    ("shrink", "expected"), [(0.3, 0), (2, 0), (2.01, 1), (4, 1), (4.1, 2), (16, 3), (1e6, 5)]
+)
+def test_a_picture_is_halved_until_it_is_shrunk_at_most_twice(shrink, expected):
+    assert geometry.halvings(shrink) == expected
+    assert geometry.shrink_of(geometry.scaling(1 / shrink, 1 / shrink)) == pytest.approx(shrink)
+
+
+def test_the_corners_of_a_halved_picture_are_those_of_the_picture():
+    corners = geometry.transform(geometry.stored_from_half(7, 4), [[-0.5, -0.5], [2.5, 1.5]])
+    np.testing.assert_allclose(corners, [[-0.5, -0.5], [6.5, 3.5]])
