@@ -1,8 +1,8 @@
 """Checks JPEGs for packing: they must be complete, and every decoder must give the same picture.
 
-Besides missing and damaged files, these are refused:
-- grey (1 component) and CMYK (4 components): the bytes are packed unchanged, and OpenCV, nvJPEG
-  and libjpeg convert them to RGB differently;
+Other kinds of pictures (PNG, WebP, BMP, TIFF; grey and CMYK JPEGs, which OpenCV, nvJPEG and libjpeg
+convert to RGB differently) are decoded by OpenCV and stored as RGB JPEGs of QUALITY. Besides
+missing and damaged files, these are refused:
 - an EXIF orientation of 2 to 8: annotations were made on the stored pixels, and decoders disagree
   on whether to rotate them;
 - lossless, hierarchical and arithmetic-coded JPEGs, which the GPU decoder does not read.
@@ -23,6 +23,7 @@ from typing import IO, NamedTuple
 
 import cv2
 import numpy as np
+import numpy.typing as npt
 from PIL import ExifTags, Image
 from PIL.JpegImagePlugin import JpegImageFile
 
@@ -30,6 +31,11 @@ from common.errors import InputError
 
 MAX_PIXELS = 64_000_000
 """More than any picture of the data sets has."""
+QUALITY = 95
+"""Of JPEGs that are made from other kinds of pictures."""
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+_SIGNATURES = {b"\x89PNG": "PNG", b"RIFF": "WebP", b"BM": "BMP", b"II*\0": "TIFF", b"MM\0*": "TIFF"}
+_COMPONENTS = {1: "grey JPEG", 4: "CMYK JPEG"}
 _MAX_SCANS = 100
 """Each scan makes the decoder process the whole picture; photographs have about 10."""
 _END, _SCAN = 0xD9, 0xDA
@@ -53,6 +59,8 @@ class Picture(NamedTuple):
     height: int
     sha256: str
     """Of the content; empty for a bad picture."""
+    converted: str
+    """The kind of file that is converted to a JPEG; empty for a JPEG that is stored unchanged."""
     fault: str
     """Empty for a good picture."""
 
@@ -89,9 +97,17 @@ class _Frame(NamedTuple):
     components: int
 
 
+def find_picture(folder: Path, name: str) -> Path:
+    """The picture of that name or, if there is none, of the same stem with another usual ending."""
+    path = folder / name
+    others = [path.with_suffix(e) for ending in ENDINGS for e in (ending, ending.upper())]
+    return next((each for each in (path, *others) if each.is_file()), path)
+
+
 def check_picture(folder: Path, name: str) -> Picture:
     """Read and check one picture, which must lie in the folder."""
-    path, sha256, fault = folder / name, "", ""
+    path = find_picture(folder, name)
+    sha256, converted, fault = "", "", ""
     size = mtime = width = height = 0
     try:
         stat = path.stat()
@@ -99,7 +115,8 @@ def check_picture(folder: Path, name: str) -> Picture:
         if not path.resolve().is_relative_to(folder.resolve()):
             raise PictureError("a link that leads out of the folder of pictures")
         data = path.read_bytes()
-        width, height = check_jpeg(data)
+        converted = kind_to_convert(data)
+        width, height = check_jpeg(convert(data) if converted else data)
         sha256 = hashlib.sha256(data).hexdigest()
     except PictureError as error:
         fault = str(error)
@@ -107,12 +124,38 @@ def check_picture(folder: Path, name: str) -> Picture:
         fault = "missing"
     except OSError as error:
         fault = f"not readable ({error.strerror})"
-    return Picture(str(path), size, mtime, width, height, sha256, fault)
+    return Picture(str(path), size, mtime, width, height, sha256, converted, fault)
+
+
+def kind_to_convert(data: bytes) -> str:
+    """The kind of a picture that `convert` turns into a JPEG; empty for other content."""
+    if data[:2] == b"\xff\xd8":
+        frame, _ = _frame_and_scans(data)
+        return _COMPONENTS.get(frame.components, "") if frame else ""
+    return next((kind for start, kind in _SIGNATURES.items() if data.startswith(start)), "")
+
+
+def convert(data: bytes) -> bytes:
+    """The RGB JPEG of a picture as OpenCV decodes it; alpha is dropped. Raises PictureError."""
+    if data[:2] == b"\xff\xd8":
+        _check_header(data, components=tuple(_COMPONENTS))
+    try:
+        require_sane_size(data, "")
+    except InputError as error:
+        raise PictureError(error.found) from error
+    image = _decoded(data)
+    return cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])[1].tobytes()
 
 
 def check_jpeg(data: bytes) -> tuple[int, int]:
     """Width and height, px, of a JPEG that may be packed. Decodes it; raises PictureError."""
-    _check_header(data)
+    _check_header(data, components=(3,))
+    image = _decoded(data)
+    return image.shape[1], image.shape[0]
+
+
+def _decoded(data: bytes) -> npt.NDArray[np.uint8]:
+    """(H, W, 3) BGR of a whole picture as stored. Raises PictureError."""
     flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
     with _stderr_captured() as messages:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
@@ -122,10 +165,10 @@ def check_jpeg(data: bytes) -> tuple[int, int]:
         raise PictureError(f"damaged ({warning[0].decode(errors='replace')})")
     if image is None:
         raise PictureError("damaged (cannot be decoded)")
-    return image.shape[1], image.shape[0]
+    return np.asarray(image, np.uint8)
 
 
-def _check_header(data: bytes) -> None:
+def _check_header(data: bytes, components: tuple[int, ...]) -> None:
     """Raise PictureError for a JPEG that can be refused without decoding."""
     if data[:3] != b"\xff\xd8\xff":
         raise PictureError("not a JPEG" if data else "empty")
@@ -143,7 +186,7 @@ def _check_header(data: bytes) -> None:
         raise PictureError(f"header says {size}, over {MAX_PIXELS:,} pixels")
     if scans > _MAX_SCANS:
         raise PictureError(f"over {_MAX_SCANS} scans")
-    if frame.components != 3:
+    if frame.components not in components:
         names = {1: "grey (1 component)", 4: "CMYK (4 components)"}
         raise PictureError(names.get(frame.components, f"{frame.components} components"))
     orientation = _exif_orientation(data)

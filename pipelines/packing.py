@@ -15,6 +15,7 @@ import signal
 import sys
 import tarfile
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -38,7 +39,7 @@ from pipelines import object_storage
 from pipelines.annotations import Boxes, People, annotation_files, read_annotations
 from pipelines.crop_packing import Region, crop_region, stored_crop
 from pipelines.i420 import byte_count
-from pipelines.jpeg import Picture, check_picture
+from pipelines.jpeg import QUALITY, Picture, check_picture, convert, find_picture
 from pipelines.label_files import label_format
 from pipelines.shard_format import (
     FORMAT_VERSION,
@@ -267,7 +268,11 @@ def locked(options: PackingOptions) -> Iterator[None]:
     if output.exists() and not (output.is_dir() and os.access(output, os.W_OK | os.X_OK)):
         found = "not a folder that this user may write to"
         raise InputError(output, found, "a writable folder", "choose another --output")
-    options.partial.mkdir(parents=True, exist_ok=True)
+    try:
+        options.partial.mkdir(parents=True, exist_ok=True)
+    except PermissionError as error:
+        found = f"{options.partial.parent} is not writable"
+        raise InputError(output, found, "a writable folder", "choose another --output") from error
     folder = os.open(options.partial, os.O_RDONLY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -320,18 +325,26 @@ def check_pictures(
 ) -> dict[str, Picture]:
     """Decode every picture once; by file name. Raises InputError."""
     names = sorted({name for job in jobs for name in job.people.images})
-    if not any((options.images / name).exists() for name in names):
+    if not any(find_picture(options.images, name).is_file() for name in names):
         found = f"none of the {len(names):,} pictures, such as {names[0]}"
         raise InputError(options.images, found, "the pictures", "name their folder with --images")
     results = map_tasks(partial(check_picture, options.images), names)
     checked = dict(zip(names, progress(results, "checking", "pictures", len(names)), strict=True))
     _report_bad_pictures(options, checked)
+    _report_converted_pictures(checked)
     _warn_of_shared_pictures(jobs, checked)
     for job in jobs:
         if all(checked[name].fault for name in job.people.images):
             found, advice = f"only bad pictures in {job.split}", "replace them"
             raise InputError(options.images, found, "at least one good one", advice)
     return checked
+
+
+def _report_converted_pictures(checked: dict[str, Picture]) -> None:
+    kinds = Counter(p.converted for p in checked.values() if p.converted and not p.fault)
+    if kinds:
+        counts = ", ".join(f"{count:,} x {kind}" for kind, count in kinds.most_common())
+        print(f"converted to RGB JPEGs of quality {QUALITY}: {counts}")
 
 
 def _warn_of_shared_pictures(jobs: list[SplitJob], checked: dict[str, Picture]) -> None:
@@ -357,7 +370,7 @@ def _report_bad_pictures(options: PackingOptions, checked: dict[str, Picture]) -
         print(f"... and {len(bad) - _BAD_SHOWN:,} more", file=sys.stderr)
     if bad and not options.skip_bad:
         found = f"{len(bad):,} bad of {len(checked):,} pictures"
-        expected = "complete RGB JPEGs (pipelines/jpeg.py lists what is refused)"
+        expected = "complete pictures, stored upright (pipelines/jpeg.py lists what is refused)"
         advice = f"replace them, or leave the people out with --skip-bad ({MANIFEST} lists them)"
         raise InputError(options.images, found, expected, advice)
 
@@ -459,7 +472,7 @@ def check_space(options: PackingOptions, folder: Path, samples: list[Sample]) ->
         picture = sample.picture.bytes
         if options.packing == "raw":
             picture = byte_count(sample.width, sample.height)
-        elif sample.region:
+        elif sample.region or sample.picture.converted:
             picture = int(_BYTES_PER_PIXEL * sample.width * sample.height) + _FILE_BYTES
         need += len(sample.record) + len(sample.text) + picture + 3 * _FILE_BYTES
     free = shutil.disk_usage(folder).free
@@ -502,6 +515,8 @@ def load_picture(sample: Sample, task: ShardTask) -> bytes:
     if (len(jpeg), stat.st_mtime_ns) != (sample.picture.bytes, sample.picture.mtime_ns):
         found, expected = "changed since it was checked", "pictures that stay unchanged"
         raise InputError(path, found, expected, _RUN_AGAIN)
+    if sample.picture.converted:
+        jpeg = convert(jpeg)
     if task.crop and sample.region:
         return stored_crop(jpeg, sample.region, task.packing, task.crop.quality)
     return jpeg

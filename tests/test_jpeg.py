@@ -11,12 +11,37 @@ from conftest import noise_picture
 from helpers import exif, with_segment
 from PIL import Image
 
-from pipelines.jpeg import PictureError, check_jpeg
+from pipelines.jpeg import PictureError, check_jpeg, convert, kind_to_convert
 
 
 def jpeg(*options: int, size: tuple[int, int] = (160, 120), seed: int = 5) -> bytes:
     image = noise_picture(np.random.default_rng(seed), *size)
     return cv2.imencode(".jpg", image, list(options))[1].tobytes()
+
+
+@pytest.mark.parametrize("ending", [".png", ".webp", ".bmp", ".tiff"])
+def test_other_kinds_become_rgb_jpegs_of_the_same_size_and_damaged_ones_are_refused(ending) -> None:
+    picture = noise_picture(np.random.default_rng(1), 60, 40)
+    data = cv2.imencode(ending, picture)[1].tobytes()
+    assert kind_to_convert(data) == {".webp": "WebP"}.get(ending, ending[1:5].upper())
+    assert check_jpeg(convert(data)) == (60, 40)
+    with pytest.raises(PictureError):
+        convert(data[:30])
+
+
+def test_cmyk_becomes_rgb_and_a_turned_grey_picture_is_refused() -> None:
+    buffer = io.BytesIO()
+    Image.new("CMYK", (60, 40), (255, 0, 0, 0)).save(buffer, "JPEG")
+    assert kind_to_convert(buffer.getvalue()) == "CMYK JPEG"
+    stored = cv2.imdecode(np.frombuffer(convert(buffer.getvalue()), np.uint8), cv2.IMREAD_COLOR)
+    assert stored.mean(axis=(0, 1))[2] < 60 < 200 < stored.mean(axis=(0, 1))[0]  # cyan: no red
+    grey = jpeg_of(noise_picture(np.random.default_rng(1), 60, 40)[..., 0])
+    with pytest.raises(PictureError, match="EXIF orientation 6"):
+        convert(with_segment(grey, exif(6)))
+
+
+def jpeg_of(image: np.ndarray) -> bytes:
+    return cv2.imencode(".jpg", image)[1].tobytes()
 
 
 KINDS = [(), (cv2.IMWRITE_JPEG_PROGRESSIVE, 1), (cv2.IMWRITE_JPEG_RST_INTERVAL, 3)]

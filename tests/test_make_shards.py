@@ -21,6 +21,7 @@ from conftest import ROOT, noise_picture, pack_arguments, write_jpeg
 from common.errors import InputError
 from configs.skeleton import MPII
 from pipelines import packing
+from pipelines.jpeg import check_jpeg
 from pipelines.shard_format import read_manifest
 from pipelines.shards import ShardSet
 from tools import make_shards
@@ -133,6 +134,29 @@ def test_a_picture_of_both_splits_is_noticed_under_another_name(own_set, tmp_pat
     main(pack_arguments(own_set, tmp_path / "out"))
     error = capsys.readouterr().err
     assert "warning: 1 picture(s) are in train and in valid (the first: 000000103.jpg)" in error
+
+
+def test_other_kinds_of_pictures_are_packed_as_rgb_jpegs(own_set, tmp_path, capsys) -> None:
+    """PNG and grey JPEG in place of the JPEGs of 2 and 4, which three people are in."""
+    images = own_set / "images"
+    pictures = {
+        name: cv2.imread(str(images / f"{name}.jpg")) for name in ("000000002", "000000004")
+    }
+    (images / "000000002.jpg").unlink()
+    cv2.imwrite(str(images / "000000002.PNG"), pictures["000000002"])
+    write_jpeg(images / "000000004.jpg", cv2.cvtColor(pictures["000000004"], cv2.COLOR_BGR2GRAY))
+    main(pack_arguments(own_set, tmp_path / "out"))
+    assert "RGB JPEGs of quality 95: 1 x PNG, 1 x grey JPEG" in capsys.readouterr().out
+    data, found = ShardSet(tmp_path / "out" / "train"), {}
+    for sample in range(len(data)):
+        found[data.metadata(sample)["image"]] = data.jpeg(sample)
+        assert check_jpeg(data.jpeg(sample)) == tuple(data.record(sample)[5:7])
+    png, grey = (
+        cv2.imdecode(np.frombuffer(found[f"{name}.jpg"], np.uint8), cv2.IMREAD_COLOR).astype(float)
+        for name in pictures
+    )
+    assert np.abs(png - pictures["000000002"]).mean() < 3
+    assert np.ptp(grey, axis=2).max() <= 1
 
 
 # The summary
