@@ -78,6 +78,14 @@ class Skeleton(NamedTuple):
         return tuple(sides)
 
     @property
+    def assumed_left(self) -> tuple[str, ...]:
+        """The joints that are left only because they are the first of their flip pairs."""
+        sides = [
+            (a, {side_of(self.names[a])[0], side_of(self.names[b])[0]}) for a, b in self.flip_pairs
+        ]
+        return tuple(self.names[a] for a, found in sides if found == {"middle"})
+
+    @property
     def metric(self) -> str:
         """PCKh if errors are divided by the annotated head length, else PCK."""
         return "PCK" if self.length else "PCKh"

@@ -1,6 +1,6 @@
 """A trained network as a Python call: pictures in, joints out (docs/predict.md)."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -178,14 +178,15 @@ def read_picture(picture: Picture, upright: bool = True) -> npt.NDArray[np.uint8
         raise _no_picture(picture)
     content = picture if isinstance(picture, bytes) else _file_content(Path(picture))
     path = "picture" if isinstance(picture, bytes) else picture
-    require_sane_size(content, path, _MAX_PIXELS)
+    has_header = require_sane_size(content, path, _MAX_PIXELS)
     flags = cv2.IMREAD_COLOR | (0 if upright else cv2.IMREAD_IGNORE_ORIENTATION)
     try:
         image = cv2.imdecode(np.frombuffer(content, np.uint8), flags) if content else None
     except cv2.error:  # more pixels than OpenCV reads, in a format whose header Pillow cannot read
         image = None
     if image is None:
-        found = f"{len(content):,} bytes that are no whole picture"
+        kind = "a damaged picture, such as a truncated one" if has_header else "no picture"
+        found = f"{kind} ({len(content):,} bytes)"
         raise InputError(path, found, "a file that OpenCV reads", "replace it")
     return np.asarray(image, dtype=np.uint8)
 
@@ -234,27 +235,15 @@ def _squares(
         raise InputError("boxes, centers, scales", found, expected, "give one of the two")
     if boxes is None and centers is None:
         return [[None]] * (1 if pictures is None else pictures)
-    if pictures is not None and _is_nested(boxes):
-        people = [_about(own, margin) for own in boxes]
-    else:
-        squares = _about(boxes, margin) if centers is None else _from_centers(centers, scales)
-        people = [squares] if pictures is None else [[square] for square in squares]
-    if len(people) != (1 if pictures is None else pictures):
-        raise InputError(
-            "boxes, or centers and scales",
-            f"{len(people)} for {pictures} pictures",
-            "one for each picture, or a list with the boxes of each",
-            "give as many as pictures",
-        )
-    return people
-
-
-def _is_nested(boxes: Any) -> bool:
-    """Whether it is a list of the boxes of each picture, rather than of one box a picture."""
-    lists = (Sequence, np.ndarray)
-    return isinstance(boxes, lists) and all(
-        isinstance(own, lists) and (len(own) == 0 or isinstance(own[0], lists)) for own in boxes
-    )
+    given = [boxes] if centers is None else [centers, scales]
+    counts = [len(each) if isinstance(each, Sized) else 0 for each in given]
+    if pictures is not None and counts != [pictures] * len(given):
+        found, expected = f"{counts[0]} for {pictures} pictures", "one or a list for each picture"
+        raise InputError("boxes, or centers and scales", found, expected, "give as many")
+    each_picture = [given] if pictures is None else zip(*given, strict=True)
+    if centers is not None:
+        return [_from_centers(*own) for own in each_picture]
+    return [_about(own, margin) for (own,) in each_picture]
 
 
 def _about(boxes: Any, margin: float) -> list[Square]:

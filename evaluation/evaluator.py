@@ -29,8 +29,10 @@ from evaluation.visualize import draw_people
 from model.checkpoint import BEST, Checkpoint, evaluation_network, load_checkpoint
 from pipelines.annotations import People, read_annotations
 from pipelines.codec import Codec, codec_of
-from pipelines.opencv_loader import LooseImages
+from pipelines.opencv_loader import LooseImages, Source
 from pipelines.shard_cache import local_folder
+from pipelines.shard_format import MANIFEST, read_manifest
+from pipelines.shards import ShardSet
 
 LoaderName = Literal["opencv", "dali"]
 
@@ -68,6 +70,8 @@ def check_options(options: Namespace) -> None:
     for path in filter(None, outputs):
         if path.is_dir() or any(parent.is_file() for parent in path.parents):
             raise InputError(path, "a folder, or below a file", "a file name", "give another name")
+    if options.report and options.report.suffix not in ("", ".html"):
+        raise InputError(options.report, "another kind of file", ".html, or a folder", "rename it")
     if options.oracle and (options.report or options.compare):
         raise _wrong("--oracle with --report or --compare", "these with a network or predictions")
     if (options.oracle or options.predictions) and not options.annotations:
@@ -143,6 +147,8 @@ def evaluate_checkpoint(options: Namespace, dist: DistributedContext) -> Evaluat
     }
     if train:
         results["mean pose"] = pckh.summary(pckh.mean_pose(train, people), people, skeleton)
+    else:
+        info("no mean pose: it needs the shards of train beside those of valid")
     flip = "flip test" if job.flip else "no flip test"
     title = [f"{job.trained.path} (step {job.trained.step}) on {name}, {flip}"]
     if job.codec.preset.princeton_crop:
@@ -185,7 +191,8 @@ def make_job(options: Namespace) -> EvaluationJob:
         dataset,
         config.eval.flip if options.flip is None else options.flip,
         loaders,
-        differences(trained_crop, crop, trained_loader, loaders),
+        differences(trained_crop, crop, trained_loader, loaders)
+        + packing_difference(Path(config.data.shards) / "train", dataset.source),
     )
 
 
@@ -200,6 +207,17 @@ def _open_dataset(options: Namespace, config: Config, trained: Skeleton) -> Eval
         raise _wrong(" and ".join(given), "--annotations with --images, or only --shards")
     skeleton = load_skeleton(options.skeleton) if options.skeleton else trained
     return open_pictures_dataset(annotations, images, skeleton if skeleton.has_names else None)
+
+
+def packing_difference(trained: Path, source: Source) -> list[str]:
+    """A sentence if the shards of training are at hand and hold another packing."""
+    here = source.manifest.packing if isinstance(source, ShardSet) else "original"
+    there = read_manifest(trained).packing if (trained / MANIFEST).is_file() else here
+    if there == here:
+        return []
+    return [
+        f"trained on pictures of --packing {there}, evaluated on {here}: resampled in another way"
+    ]
 
 
 def differences(

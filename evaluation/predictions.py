@@ -73,7 +73,7 @@ def _read_json(path: Path, people: People) -> FilePredictions:
     shapes = ([{"keypoints": [(int, float)]}], [{"keypoints": [[(int, float)]]}])
     rows = _rows(entries, people) if any(has_shape(entries, each) for each in shapes) else []
     if not rows:
-        need = "index and image, or image_id, and annotation_id where people share a picture"
+        need = "row and image, or image_id, and annotation_id where people share a picture"
         raise _mismatch(path, people, f"no list of keypoints, with {need}, for each person")
     try:
         values = np.array([entry["keypoints"] for entry in entries], dtype=np.float64)
@@ -91,7 +91,8 @@ def _rows(entries: Entries, people: People) -> list[int]:
     """
     pictures, persons = people.index.tolist(), people.person.tolist()
     candidates: list[tuple[tuple[str, ...], Iterable[tuple[Any, ...]]]] = [
-        (("index", "image"), enumerate(people.images)),
+        (("row", "image"), enumerate(people.images)),
+        (("index", "image"), enumerate(people.images)),  # as earlier versions named the row
         (("image_id", "annotation_id"), zip(pictures, persons, strict=True)),
         (("image_id",), zip(pictures, strict=True)),
         (("image_id",), zip(range(people.count), strict=True)),
@@ -146,7 +147,7 @@ def as_entries(people: People, keypoints_NJ2: Floats, scores_NJ: Floats) -> Entr
     """Our JSON: a dict for each person, in the annotation's order; keypoints [x, y, score], px."""
     joined = np.concatenate([keypoints_NJ2, scores_NJ[..., None]], axis=-1)
     return [
-        {"image": image, "index": row, "keypoints": joined[row].tolist()}
+        {"image": image, "row": row, "keypoints": joined[row].tolist()}
         for row, image in enumerate(people.images)
     ]
 

@@ -10,6 +10,9 @@ from evaluation import pckh
 from evaluation.predictions import has_shape
 from pipelines.annotations import scored_text
 
+_MOST_COLUMNS = 16
+"""More groups of joints do not fit on a line."""
+
 Summary = dict[str, Any]
 """A `pckh.summary`."""
 
@@ -17,6 +20,8 @@ Summary = dict[str, Any]
 def results_table(results: dict[str, Summary], skeleton: Skeleton) -> str:
     """PCKh in per cent, one line per result and threshold. results: by name."""
     groups = [name for name, _ in skeleton.groups]
+    if len(groups) > _MOST_COLUMNS:
+        groups = []
     grouped = len({joint for _, joints in skeleton.groups for joint in joints})
     columns = [*groups, f"pooled {skeleton.joint_count} (<)", f"mean {grouped} (<)"]
     columns += [f"weighted {grouped} (<=)", "AUC"]
@@ -32,6 +37,8 @@ def results_table(results: dict[str, Summary], skeleton: Skeleton) -> str:
                 for value, column in zip(values, columns, strict=True)
             ]
             lines.append(f"{name + ' @' + threshold:<{label}}" + "  ".join(cells))
+    if not groups:
+        lines.append(f"The {len(skeleton.groups)} groups of joints are listed with --per-joint.")
     return "\n".join(lines)
 
 

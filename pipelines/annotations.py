@@ -138,7 +138,7 @@ def split_file(path: Path, split: str) -> Path:
         raise InputError(path, names, f"one file for {split}", "give one file")
     if not found:
         expected = f"{_FROM_PRINCETON}, mpii_annotations.json, or COCO's JSON"
-        advice = "give the file or its folder with --annotations, or pack one split with --splits"
+        advice = "give the file or its folder with --annotations (make_shards.py: or one --splits)"
         raise InputError(files[0], "no such file", expected, advice)
     return found[0]
 
@@ -283,7 +283,7 @@ def _from_coco(data: dict[str, Any], path: Path, skeleton: Skeleton | None) -> P
         normalize=np.nan * side_N,
         joints=keypoints_NJ3[..., :2],
         marked=keypoints_NJ3[..., 2] > 0,
-        visible=keypoints_NJ3[..., 2] > 1,
+        visible=keypoints_NJ3[..., 2] > (1 if (keypoints_NJ3[..., 2] == 2).any() else 0),
     )
 
 

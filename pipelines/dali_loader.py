@@ -583,7 +583,7 @@ def _halved(image: Node, record: Node, most: int, spec: LoaderSpec) -> tuple[Nod
     stored = 1 / math.sqrt(math.abs(affine[0] * affine[4] - affine[1] * affine[3]))
     shrink = record[COLUMNS["scale"]] * (PIXELS_PER_SCALE / spec.input_px) * stored
     halvings = math.ceil(math.log2(shrink) - geometry.SAME_SHRINK) - 1
-    before = size = fn.cast(fn.shapes(image)[0:2], dtype=types.FLOAT)
+    before = size = fn.cast(image.shape()[0:2], dtype=types.FLOAT)
     for done in range(most):
         is_due = fn.cast(halvings > done, dtype=types.FLOAT)
         size = is_due * math.max(math.floor(size / 2), 1.0) + (1 - is_due) * size

@@ -134,7 +134,7 @@ class LooseImages:
 
 def decode(jpeg: bytes, where: str) -> npt.NDArray[np.uint8]:
     """(H, W, 3) BGR picture as stored, its EXIF orientation ignored. Raises InputError."""
-    require_sane_size(jpeg, where)
+    has_header = require_sane_size(jpeg, where)
     flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
     try:
         image = cv2.imdecode(np.frombuffer(jpeg, np.uint8), flags) if jpeg else None
@@ -143,8 +143,8 @@ def decode(jpeg: bytes, where: str) -> npt.NDArray[np.uint8]:
     if image is None:
         raise InputError(
             where,
-            f"{len(jpeg)} bytes that are not a picture",
-            "a JPEG",
+            f"{'a damaged' if has_header else 'no'} picture ({len(jpeg):,} bytes)",
+            "a whole picture",
             "replace the picture; if it is in a tar, pack again with tools/make_shards.py",
         )
     return image.astype(np.uint8, copy=False)

@@ -30,7 +30,7 @@ import evaluate
 import train
 from common.errors import InputError, run_main
 from configs.skeleton import MPII, Skeleton
-from evaluation import evaluator, inference, pckh
+from evaluation import evaluator, inference, pckh, report
 from pipelines.annotations import read_annotations
 from pipelines.augment import PRESETS, Draw, without_augmentation
 from pipelines.loader import evaluation_batches, make_batch
@@ -124,15 +124,19 @@ def test_dali_makes_the_same_people_in_the_same_order(preset, device, tiny_set):
 
 @pytest.mark.parametrize("preset", ["hrnet", "princeton"])
 def test_a_large_picture_is_averaged_before_it_is_shrunk_but_for_princetons_crop(preset):
-    """Single black and white pixels, shrunk four times, are an even grey. Off-centre by 4 px."""
-    row, column = np.indices((300, 330))
-    picture = np.repeat(((row + column) % 2 * 255).astype(np.uint8)[..., None], 3, axis=2)
+    """Stripes of two pixels, shrunk four times, are an even grey; samples hit black ones alone.
+
+    Columns 16 to 271 are the box; princeton's rule places it half a pixel further left.
+    """
+    stripes = np.where((np.arange(330) - 16) % 4 % 3 == 0, 255, 0).astype(np.uint8)
+    picture = np.tile(stripes[:, None], (300, 1, 3))
     record = np.zeros((1, 13 + 64))
-    record[0, 1:4], record[0, 7:13] = (144, 154, 256 / 200), (1, 0, 0, 0, 1, 0)
+    middle = 144 if preset == "princeton" else 143.5
+    record[0, 1:4], record[0, 7:13] = (middle, 150, 256 / 200), (1, 0, 0, 0, 1, 0)
     none = without_augmentation(PRESETS[preset])
     crop, _ = crop_person(picture, unpack_records(record), Draw(), none, 64)
-    is_grey = np.abs(crop.astype(float) - 127.5) <= 1
-    assert is_grey.all() == (preset == "hrnet")
+    expected = 0 if preset == "princeton" else 127.5
+    assert np.abs(crop[10:50, 10:50].astype(float) - expected).max() <= 1
 
 
 def test_both_loaders_average_pictures_in_the_same_way(tiny_set):
@@ -229,7 +233,7 @@ def test_evaluate_takes_the_newest_run_and_writes_what_was_asked_for(trained, tm
     assert numbers["network"]["people"] == 5 and "0.1" in numbers["network"]["pckh"]
     assert cv2.imread(str(tmp_path / "s.png")).shape[1] == 6 * 258
     entries = json.loads((tmp_path / "p.json").read_text())
-    assert [e["index"] for e in entries] == [0, 1, 2, 3, 4]
+    assert [e["row"] for e in entries] == [0, 1, 2, 3, 4]
     assert [e["image"] for e in entries] == [f"{100 + i:09d}.jpg" for i in range(5)]
     assert predictions(tmp_path / "p.json").shape == (5, 16, 3)
 
@@ -306,6 +310,15 @@ def test_the_gap_between_the_loaders_is_printed(trained, tmp_path, capsys):
     assert f"pooled {100 * (other - one):+.3f}" in printed
 
 
+def test_another_packing_than_in_training_is_noted(trained, tiny_set, tmp_path, capsys):
+    make_shards.main(pack_arguments(tiny_set, tmp_path / "crops", "--packing", "crop"))
+    run("--checkpoint", trained, "--shards", tmp_path / "crops")
+    note = "note: trained on pictures of --packing original, evaluated on crop"
+    assert note in capsys.readouterr().out
+    run("--checkpoint", trained)
+    assert "note:" not in capsys.readouterr().out
+
+
 def test_differences_from_training_are_printed(trained, capsys):
     run("--checkpoint", trained, "--crop", "princeton")
     assert "note: trained on affine crops, evaluated on princeton ones" in capsys.readouterr().out
@@ -334,6 +347,21 @@ def test_how_many_people_are_scored_is_said_at_packing_training_and_evaluation(
     assert "3 of 5 people, 42 marked joints" in capsys.readouterr().out
     assert json.loads((tmp_path / "n.json").read_text())["network"]["people_scored"] == 3
     assert '"scored":"3 of 5 people"' in (tmp_path / "report.html").read_text()
+
+
+def test_the_table_of_98_joints_fits_on_a_line():
+    names = tuple(f"landmark_{n}" for n in range(98))
+    face = Skeleton("face", names, (), (), tuple((name, (n,)) for n, name in enumerate(names)))
+    joints = np.zeros((2, 98, 2))
+    table = report.results_table({"network": pckh.summary(joints, people_at(joints), face)}, face)
+    assert max(map(len, table.splitlines())) <= 100
+    assert "98 groups of joints are listed with --per-joint" in table
+
+
+def test_loose_pictures_say_why_there_is_no_mean_pose(trained, tiny_set, capsys):
+    pictures = ("--annotations", tiny_set / "annot" / "valid.h5", "--images", tiny_set / "images")
+    run("--checkpoint", trained, *pictures)
+    assert "no mean pose: it needs the shards of train" in capsys.readouterr().err
 
 
 def documented(heading: str) -> set[str]:
@@ -385,6 +413,7 @@ def bad_inputs(trained: Path, tiny_shards: Path, tiny_set: Path, tmp_path: Path)
                         "5 of 5 pictures missing"),
         "half a pair": ([*best, "--annotations", annotations], "--images"),
         "a folder": ([*best, "--save-predictions", tmp_path], str(tmp_path)),
+        "another kind of report": ([*best, "--report", tmp_path / "r.pdf"], ".html, or a folder"),
         "noise to compare": ([*best, "--compare", tmp_path / "noise.pt"], "no JSON"),
         "nothing to compare": ([*best, "--compare", tmp_path / "empty.json"], "no result in it"),
         "other joints": ([*best, "--compare", tmp_path / "others.json"], "joints nose"),

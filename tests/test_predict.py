@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import signal
 import struct
 from pathlib import Path
@@ -10,7 +11,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import noise_picture, write_jpeg
+from conftest import ROOT, noise_picture, write_jpeg
 from helpers import exif, make_trainer, steps, tiny_config, with_segment
 from PIL import Image
 
@@ -21,6 +22,7 @@ from evaluation import visualize
 from evaluation.estimator import PoseEstimator, read_picture
 from evaluation.inference import Predictions
 from evaluation.video import read_frames
+from pipelines import heatmaps
 from pipelines.annotations import read_annotations
 from tools import predict
 
@@ -141,7 +143,7 @@ def test_each_box_on_the_command_line_is_a_person_of_every_picture(
     run(*pictures, *words, "--save-predictions", tmp_path / "p.json")
     entries, found = read_json(tmp_path / "p.json")
     assert [e["image"] for e in entries] == [str(p) for p in pictures for _ in boxes]
-    assert [e["index"] for e in entries] == [0, 1, 2, 3]
+    assert [e["row"] for e in entries] == [0, 1, 2, 3]
     for picture, rows in zip(pictures, (found[:2], found[2:]), strict=True):
         expected = estimator(picture, boxes)
         np.testing.assert_allclose(rows[..., :2], expected.keypoints_NJ2, atol=1e-3)
@@ -221,7 +223,7 @@ def test_a_files_bytes_and_a_pillow_image_are_the_same_picture_as_the_file(estim
         ({"pictures": None}, "a NoneType"),
         ({"pictures": ["a.jpg", 7]}, "no such file"),
         ({"pictures": [7]}, "a int"),
-        ({"pictures": b"noise"}, "5 bytes that are no whole picture"),
+        ({"pictures": b"noise"}, "no picture .5 bytes"),
         ({"pictures": Image.new("I;16", (9, 9))}, "mode I;16"),
         ({"pictures": np.zeros((9, 9), np.uint8), "boxes": [["x", 2, 3, 4]]}, "numbers: x, y"),
         ({"pictures": np.zeros((9, 9), np.uint8), "boxes": [[1, 2, 3]]}, "numbers: x, y"),
@@ -232,6 +234,35 @@ def test_a_files_bytes_and_a_pillow_image_are_the_same_picture_as_the_file(estim
 def test_calls_that_cannot_be_meant_are_refused(arguments, found, estimator):
     with pytest.raises(InputError, match=found):
         estimator(**arguments)
+
+
+def test_the_decoder_of_the_page_is_the_rule_exact():
+    page = (ROOT / "docs" / "predict.md").read_text()
+    (code,) = [c for c in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "def decode" in c]
+    names = {"np": np}
+    exec(code, names)
+    heat = np.random.default_rng(8).uniform(-0.1, 1, (3, 16, 16)).astype(np.float32)
+    heat[1, 0, 5] = heat[2, 7, 15] = 2  # at a border
+    joints, scores = heatmaps.decode(torch.from_numpy(heat)[None], "exact")
+    for n, heat_HW in enumerate(heat):
+        place, score = names["decode"](heat_HW)
+        np.testing.assert_allclose(place, joints[0, n] * 4 + 1.5, atol=1e-3)
+        assert score == scores[0, n]
+
+
+def test_a_truncated_picture_is_called_damaged_and_noise_is_called_no_picture(tmp_path):
+    png = cv2.imencode(".png", noise_picture(np.random.default_rng(1), 60, 40))[1].tobytes()
+    for data, found in ((png[:200], "a damaged picture"), (b"noise", "no picture")):
+        with pytest.raises(InputError, match=found):
+            read_picture(data)
+
+
+def test_folders_show_gif_and_avif(run, tmp_path):
+    image = Image.fromarray(noise_picture(np.random.default_rng(1), 60, 40))
+    for name in ("a.gif", "b.avif"):
+        image.save(tmp_path / name)
+    run(tmp_path, "--save-predictions", tmp_path / "p.json")
+    assert [e["image"] for e in read_json(tmp_path / "p.json")[0]] == ["a.gif", "b.avif"]
 
 
 def joints_on_a_grid(self, crops) -> Predictions:
@@ -320,7 +351,7 @@ def test_a_film_has_other_people_in_each_frame(run, estimator, movie, tmp_path):
     out = ("--batch-size", 4, "--save-predictions", tmp_path / "p.json")
     run(movie, "--people", people, "--overlay", tmp_path / "o.avi", *out)
     entries, found = read_json(tmp_path / "p.json")
-    assert [(e["index"], e["frame"]) for e in entries] == [(0, 3), (1, 9), (2, 3)]
+    assert [(e["row"], e["frame"]) for e in entries] == [(0, 3), (1, 9), (2, 3)]
     frames = frames_of(movie)
     expected = estimator([frames[3], frames[9], frames[3]], boxes)
     np.testing.assert_allclose(found[..., 2], expected.scores_NJ, atol=1e-5)
@@ -342,7 +373,7 @@ def test_the_people_of_coco_detections_are_rescored_by_their_boxes(run, tiny_set
     (result,) = json.loads((tmp_path / "c.json").read_text())
     assert result["image_id"] == 42
     keypoints = [[1.0, 2.0, score] for score in (0.9, 0.1, 0.3)]
-    person = {"index": 0, "keypoints": keypoints, "box_score": 0.5}
+    person = {"row": 0, "keypoints": keypoints, "box_score": 0.5}
     assert predict.as_coco(person)["score"] == pytest.approx(0.5 * 0.6)
 
 
@@ -398,7 +429,7 @@ def test_a_bad_picture_is_named_and_left_out_on_request(run, tiny_set, tmp_path,
     capsys.readouterr()
     run(images, "--skip-bad", "--save-predictions", tmp_path / "p.json")
     entries, _ = read_json(tmp_path / "p.json")
-    assert [(e["image"], e["index"]) for e in entries] == [("a.jpg", 0), ("c.jpg", 2)]
+    assert [(e["image"], e["row"]) for e in entries] == [("a.jpg", 0), ("c.jpg", 2)]
     assert "left out: 1 of 3 pictures" in capsys.readouterr().err
     with pytest.raises(InputError, match="all of them bad"):
         run(images / "b.jpg", "--skip-bad")

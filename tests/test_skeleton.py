@@ -8,6 +8,7 @@ from conftest import ROOT
 
 from common.errors import InputError
 from configs.skeleton import (
+    MPII,
     Length,
     Skeleton,
     length_in_words,
@@ -122,3 +123,15 @@ def test_a_file_that_is_no_skeleton_is_one_error(text: str, tmp_path: Path) -> N
         with pytest.raises(InputError) as caught:
             load_skeleton(path)
         assert caught.value.where == str(path)
+
+
+def test_where_names_have_no_side_the_first_of_a_pair_is_left_and_the_yaml_decides(tmp_path):
+    text = (
+        "name: fly\njoints: [w1, w2, l_leg, r_leg]\nlimbs: []\nflip_pairs: [[{}], [r_leg, l_leg]]\n"
+    )
+    for pair, sides in (("w1, w2", ("left", "right")), ("w2, w1", ("right", "left"))):
+        (tmp_path / "fly.yaml").write_text(text.format(pair))
+        skeleton = load_skeleton(tmp_path / "fly.yaml")
+        assert skeleton.sides == (*sides, "left", "right")
+        assert skeleton.assumed_left == (pair[:2],)
+    assert MPII.assumed_left == ()

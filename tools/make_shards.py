@@ -222,6 +222,8 @@ def summary(folder: Path, location: str = "") -> str:
         f"  left out   {len(left_out):,} people for their pictures (left_out in the manifest)"
     )
     lines += [f"             {count:,} x {reason}" for reason, count in reasons[:5]]
+    if assumed := shards.manifest.skeleton.assumed_left:
+        lines.append(f"  left       {', '.join(assumed)} (assumed: the first of each flip pair)")
     lines += ["", *joint_lines(people, shards.manifest.skeleton)]
     return "\n".join(lines)
 

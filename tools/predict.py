@@ -32,6 +32,7 @@ from pipelines.coco import read_image_index
 from pipelines.opencv_loader import Item
 
 PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+PICTURES |= {".gif", ".avif"}
 """Extensions of the pictures in a folder; a file given by its name may have another."""
 VIDEOS = {".avi", ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv"}
 MAX_FRAMES = 8
@@ -306,7 +307,7 @@ def read_frame(options: Options, estimator: PoseEstimator, picture: Picture) -> 
             raise
         info(f"left out: {error.where}: {error.found}")
         return Frame(picture, [])
-    subjects = [crop_person(estimator, image, p, {"index": n}) for n, p in picture.people]
+    subjects = [crop_person(estimator, image, p, {"row": n}) for n, p in picture.people]
     return Frame(picture, subjects)
 
 
@@ -322,7 +323,7 @@ def crop_person(
     if person.score is not None:
         facts["box_score"] = person.score
     facts |= {"center": [square.x, square.y], "scale": square.scale}
-    where = f"{person.image}: person {facts['index']}"
+    where = f"{person.image}: person {facts['row']}"
     return facts, estimator.crop(image_HW3, square, where)
 
 
@@ -408,7 +409,7 @@ def film_frames(
     for n, image in enumerate(images):
         everywhere = [(n * len(always) + i, person) for i, person in enumerate(always)]
         present = listed[n] if people else everywhere
-        subjects = [crop_person(estimator, image, p, {"index": i, "frame": n}) for i, p in present]
+        subjects = [crop_person(estimator, image, p, {"row": i, "frame": n}) for i, p in present]
         yield Frame(image, subjects)
 
 
@@ -435,7 +436,7 @@ def write_results(options: Options, skeleton: Skeleton, results: list[Result]) -
     """Write the requested JSON files, or print the JSON if no output was requested."""
     if not results:
         return
-    results = sorted(results, key=lambda person: person["index"])
+    results = sorted(results, key=lambda person: person["row"])
     coco = [as_coco(person) for person in results]
     for path, entries in ((options.save_predictions, results), (options.save_coco, coco)):
         if path:
@@ -461,7 +462,7 @@ def as_coco(person: Result) -> Result:
         sure = [score for score in scores if score > SURE]
         total = person["box_score"] * sum(sure) / max(1, len(sure))
     return {
-        "image_id": person.get("image_id", person["index"]),
+        "image_id": person.get("image_id", person["row"]),
         "category_id": 1,
         "keypoints": [value for joint in keypoints for value in joint],
         "score": total,
