@@ -565,9 +565,7 @@ def _warp(image: Node, matrix: Node, size_px: int, outside: int = 0) -> Node:
     )
 
 
-def _most_halvings(
-    source: Source, records_NR: npt.NDArray[np.floating], spec: LoaderSpec
-) -> int:
+def _most_halvings(source: Source, records_NR: npt.NDArray[np.floating], spec: LoaderSpec) -> int:
     """The most of `geometry.halvings` for these people, at their own boxes."""
     if _is_raw(source) or not halves_first(spec.preset):
         return 0
