@@ -303,21 +303,6 @@ def _picture(source: Source, sample: int) -> bytes:
     return jpeg
 
 
-def decode_pictures(jpegs: list[bytes], device: torch.device) -> list[npt.NDArray[np.uint8]]:
-    """(H, W, 3) RGB of each JPEG, decoded as for the crops."""
-    graph = pipeline_def(_decode_graph)(
-        **_common_arguments(device, len(jpegs), threads=2), gpu=device.type == "cuda"
-    )
-    graph.build()
-    graph.feed_input("jpeg", [np.frombuffer(jpeg, dtype=np.uint8) for jpeg in jpegs])
-    (images,) = graph.run()
-    return [np.array(image) for image in images.as_cpu()]
-
-
-def _decode_graph(*, gpu: bool) -> Node:
-    return _decode(fn.external_source(name="jpeg", dtype=types.UINT8, ndim=1), gpu)
-
-
 def _common_arguments(device: torch.device, batch_size: int, threads: int) -> dict[str, Any]:
     return {
         "batch_size": batch_size,

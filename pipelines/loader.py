@@ -18,14 +18,12 @@ from pipelines.codec import Codec
 from pipelines.crop_packing import require_preset_fits
 from pipelines.opencv_loader import (
     CropDataset,
-    Decoder,
     JitteredBatch,
     LoaderSpec,
     OpenCVLoader,
     RawBatch,
     Source,
     batches_in_order,
-    decode,
     load_crops,
 )
 from pipelines.shard_cache import ShardCache
@@ -99,12 +97,11 @@ def evaluation_batches(
     device: torch.device,
     batch_size: int,
     workers: int,
-    decoder: Decoder = decode,
 ) -> Iterable[RawBatch]:
     """Crops of these samples in this order, without augmentation; the last batch may be shorter.
 
-    workers: threads of OpenCV, CPU threads of DALI. decoder: of the OpenCV path. Raises
-    InputError if the codec's crop needs more than the shards hold.
+    workers: threads of OpenCV, CPU threads of DALI. Raises InputError if the codec
+    needs larger crops than the shards have.
     """
     preset = without_augmentation(codec.preset)
     if isinstance(source, ShardSet):
@@ -124,7 +121,7 @@ def evaluation_batches(
             workers=workers,
         )
         return DaliEvaluationLoader(source, samples, spec)
-    dataset = CropDataset(source, preset, codec.input_px, seed=0, decoder=decoder)
+    dataset = CropDataset(source, preset, codec.input_px, seed=0)
     batches = batches_in_order(samples, batch_size)
     return load_crops(dataset, batches, workers, pin=device.type == "cuda")
 

@@ -75,9 +75,6 @@ class LoaderSpec:
     cache_mb: int = 0  # GPU memory of DALI's cache; each rank then keeps its people
 
 
-Decoder = Callable[[bytes, str], npt.NDArray[np.uint8]]
-"""(JPEG, its name in messages) -> (H, W, 3) BGR."""
-
 Item = tuple[npt.NDArray, npt.NDArray[np.float32], Draw, npt.NDArray[np.floating]]
 """One person: crop, affine, draw, record."""
 
@@ -228,13 +225,11 @@ def image_from_stored(record: Records) -> geometry.Matrix:
     return matrix
 
 
-def stored_picture(
-    source: Source, sample: int, decoder: Decoder = decode
-) -> npt.NDArray[np.uint8] | Planes:
+def stored_picture(source: Source, sample: int) -> npt.NDArray[np.uint8] | Planes:
     """(H, W, 3) BGR picture of one person, or its planes in raw shards. Raises InputError."""
     if isinstance(source, ShardSet) and source.is_raw:
         return source.planes(sample)
-    return decoder(source.jpeg(sample), source.where(sample))
+    return decode(source.jpeg(sample), source.where(sample))
 
 
 def crop_sample(
@@ -243,11 +238,10 @@ def crop_sample(
     drawn: Draw,
     preset: Preset,
     input_px: int,
-    decoder: Decoder = decode,
 ) -> Item:
     """Read, decode and crop one person. Raises InputError."""
     record = source.record(sample)
-    image = stored_picture(source, sample, decoder)
+    image = stored_picture(source, sample)
     crop, matrix = crop_person(image, unpack_records(record[None]), drawn, preset, input_px)
     return crop, matrix, drawn, record
 
@@ -261,12 +255,11 @@ class CropDataset:
         preset: Preset,
         input_px: int,
         seed: int,
-        decoder: Decoder = decode,
         jitter: bool = False,
     ):
         """jitter: `batch` returns JitteredBatches."""
         self.source, self.preset, self.input_px, self.seed = source, preset, input_px, seed
-        self.decoder, self.jitter = decoder, jitter
+        self.jitter = jitter
 
     def batch(self, keys: list[Key]) -> RawBatch:
         """Crop the people of a batch. Raises BadSamplesError."""
@@ -279,7 +272,7 @@ class CropDataset:
 
     def _crop(self, sample: int, drawn: Draw) -> Item:
         try:
-            return crop_sample(self.source, sample, drawn, self.preset, self.input_px, self.decoder)
+            return crop_sample(self.source, sample, drawn, self.preset, self.input_px)
         except StorageError:
             raise
         except InputError as error:

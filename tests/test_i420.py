@@ -21,7 +21,7 @@ from pipelines.loader import train_loader
 from pipelines.opencv_loader import crop_sample, decode
 from pipelines.shard_format import COLUMNS
 from pipelines.shards import ShardSet
-from tools import check_shards, compare_decoders
+from tools import check_shards
 from tools.make_shards import main
 
 
@@ -188,8 +188,3 @@ def test_princetons_crop_and_larger_crops_are_refused(raw_shards):
         with pytest.raises(InputError) as caught:
             train_loader(ShardSet(raw_shards / "train"), make_spec(preset, "opencv"))
         assert needed in caught.value.expected and "--packing crop or raw" in caught.value.next_step
-
-
-def test_decoders_are_not_compared_on_raw_pictures(raw_shards):
-    with pytest.raises(InputError, match="raw pictures"):
-        compare_decoders.main(["--shards", str(raw_shards / "valid")])
