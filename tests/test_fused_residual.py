@@ -221,6 +221,33 @@ def shapes_of_configs() -> list[str]:
     return [f"{inputs},{outputs}" for inputs, outputs in sorted(shapes)]
 
 
+@pytest.mark.gpu
+def test_on_a_gpu_the_blocks_of_all_configs_are_as_exact():
+    for shape in shapes_of_configs():
+        inputs, outputs = map(int, shape.split(","))
+        assert_bf16_is_as_exact_as_the_plain_block((inputs, outputs, 3, 20, 20))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_network_trains_as_without_the_kernels():
+    """Two stacks at 256 px in bf16: the loss, and the norm of all gradients."""
+    torch.manual_seed(0)
+    network = StackedHourglass(2, 256, 16).to(DEVICE, memory_format=torch.channels_last)
+    images, target = torch.rand(4, 3, 256, 256), torch.rand(4, 16, 64, 64)
+    images, target, has_target = (t.to(DEVICE) for t in (images, target, torch.ones(4, 16)))
+    found = []
+    for change in (lambda _: None, replace):
+        copied = copy.deepcopy(network)
+        change(copied)
+        with torch.autocast("cuda", BF16):
+            heat = copied(images)
+        loss = stack_losses(heat, target, has_target, "empty").mean()
+        loss.backward()
+        norm = nn.utils.get_total_norm([p.grad for p in copied.parameters()])
+        found.append(torch.stack([loss.detach(), norm]))
+    torch.testing.assert_close(found[1], found[0], rtol=0.02, atol=0)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("side", [3, 8])
 def test_the_kernels_of_all_configs_compile_for_sm_90(side, tmp_path):
@@ -231,7 +258,7 @@ def test_the_kernels_of_all_configs_compile_for_sm_90(side, tmp_path):
     shapes = shapes_of_configs()
     assert "256,256" in shapes and "16,32" in shapes
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
-    del environment["TRITON_INTERPRET"]
+    environment.pop("TRITON_INTERPRET", None)
     script = Path(__file__).parent / "compile_kernels.py"
     command = [sys.executable, script, tmp_path, str(side), *shapes]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
