@@ -90,7 +90,7 @@ def _add_how(how: argparse._ArgumentGroup) -> None:
     how.add_argument("--compare-loaders", action="store_true", help=text)
     text = "people per batch; default: the fastest, measured"
     how.add_argument("--batch-size", type=at_least(1), help=text)
-    text = "worker processes of OpenCV, or DALI's threads; default: as in training"
+    text = "threads of OpenCV, or DALI's threads; default: as in training"
     how.add_argument("--workers", type=at_least(0), help=text)
     add_device_options(how)
 

@@ -32,11 +32,10 @@ from pipelines.loader import (
     make_batch,
     train_loader,
 )
-from pipelines.opencv_loader import CropDataset, crop_person, endless_batches, stored_picture
+from pipelines.opencv_loader import crop_person, stored_picture
 from pipelines.packing import PackingOptions, pack
 from pipelines.shard_format import unpack_records
 from pipelines.shards import ShardSet
-from pipelines.workers import in_threads
 
 PICTURES, SIZE_WH = 32, (1280, 720)
 """Synthetic pictures; with more people than pictures, people share them."""
@@ -65,6 +64,7 @@ class Options:
     people: int = 320
     """Number of synthetic people, and of people in a timed run."""
     workers: int = 2
+    worker_kind: WorkerKind = "threads"
     input_px: int = 256
     width: int = 256
     people_to_train: int = 40_000
@@ -73,13 +73,7 @@ class Options:
         """The synthetic people."""
         return ShardSet(self.folder / packing / "train")
 
-    def loader_spec(
-        self,
-        loader: LoaderName,
-        preset: Preset,
-        batch_size: int,
-        worker_kind: WorkerKind = "threads",
-    ) -> LoaderSpec:
+    def loader_spec(self, loader: LoaderName, preset: Preset, batch_size: int) -> LoaderSpec:
         """How a loader makes its batches, as in training."""
         return LoaderSpec(
             loader=loader,
@@ -88,8 +82,8 @@ class Options:
             input_px=self.input_px,
             batch_size=batch_size,
             workers=self.workers,
-            worker_kind=worker_kind,
-            jitter_in_workers=worker_kind == "threads" and self.device.type == "cpu",
+            worker_kind=self.worker_kind,
+            jitter_in_workers=self.worker_kind == "threads" and self.device.type == "cpu",
         )
 
 
@@ -161,15 +155,10 @@ def start_princeton(options: Options, batch_size: int) -> Callable[[], list[torc
 
 
 def start_loader(
-    shards: ShardSet,
-    preset: Preset,
-    loader: LoaderName,
-    options: Options,
-    batch_size: int,
-    worker_kind: WorkerKind = "threads",
+    shards: ShardSet, preset: Preset, loader: LoaderName, options: Options, batch_size: int
 ) -> Callable[[], Batch]:
     """A loader of this project; returns a function that makes its next batch on the device."""
-    batches = train_loader(shards, options.loader_spec(loader, preset, batch_size, worker_kind))
+    batches = train_loader(shards, options.loader_spec(loader, preset, batch_size))
     codec = Codec(preset=preset, rule="exact", sigma=1.0, input_px=options.input_px, skeleton=MPII)
     return lambda: make_batch(batches.next(), codec, options.device)
 
@@ -181,17 +170,21 @@ def drain(step: Callable[[], object], workers: int) -> None:
 
 
 def workers_group(options: Options, batch_size: int) -> list[Case]:
-    """OpenCV's threads and processes, princeton's draws and colours in one warp, by packing.
+    """OpenCV's threads and processes by packing, then numbers of threads for crops.
 
-    The first case is princeton-vl's loader.
+    With princeton's draws and colours in one warp. The first case is princeton-vl's loader.
     """
     act_as_training(options)
     start: Callable[[], Callable[[], object]] = partial(start_princeton, options, batch_size)
     starts = {"princeton-vl's steps, re-created": start}
-    for packing, kind in product(("original", "crop", "raw"), get_args(WorkerKind)):
-        shards = options.shards(packing)
-        start = partial(start_loader, shards, ONE_WARP, "opencv", options, batch_size, kind)
-        starts[f"{packing}, {options.workers} {kind}"] = start
+    ways = list(product(("original", "crop", "raw"), get_args(WorkerKind), (options.workers,)))
+    ways += [("crop", "threads", n) for n in (1, 2, 4) if n <= usable_cores()]
+    for packing, kind, count in ways:
+        chosen = dataclasses.replace(options, worker_kind=kind, workers=count)
+        start = partial(
+            start_loader, options.shards(packing), ONE_WARP, "opencv", chosen, batch_size
+        )
+        starts[f"{packing}, {count} {kind}"] = start
     steps = max(1, options.people // batch_size)
     return [stream_case(*named, steps, batch_size, options.workers) for named in starts.items()]
 
@@ -204,20 +197,6 @@ def small_pictures_group(options: Options, batch_size: int) -> list[Case]:
     for packing in ("crop", "raw"):
         pack_people(folder / "made", folder / packing, 288, packing)
     return workers_group(dataclasses.replace(options, folder=folder), batch_size)
-
-
-def thread_counts_group(options: Options, batch_size: int) -> list[Case]:
-    """Crops by 1, 2 and 4 threads, whatever the number of cores."""
-    act_as_training(options)
-    shards, steps = options.shards("crop"), max(1, options.people // batch_size)
-    shards.records()
-    dataset = CropDataset(shards, ONE_WARP, options.input_px, 0, jitter=True)
-
-    def start(threads: int) -> Callable[[], object]:
-        keys = endless_batches(len(shards), batch_size, 0, 0, 1)
-        return partial(next, in_threads(dataset.batch, keys, threads, pin=False))
-
-    return [stream_case(f"{n} threads", partial(start, n), steps, batch_size, n) for n in (1, 2, 4)]
 
 
 def stream_case(
@@ -243,13 +222,6 @@ def stream_case(
         gc.collect()  # otherwise its processes would end during another case
 
     return Case(name, run, prepare, finish)
-
-
-WORKER_GROUPS = {
-    "1280 x 720": workers_group,
-    "small pictures": small_pictures_group,
-    "number of threads": thread_counts_group,
-}
 
 
 def operators_group(options: Options, batch_size: int) -> list[Case]:

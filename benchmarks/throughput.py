@@ -94,7 +94,7 @@ def make_parser() -> Parser:
     add("--people", type=at_least(1), default=320,
         help="synthetic people, and people in a timed run of a loader (default: %(default)s)")
     add("--workers", type=at_least(0), default=max(2, usable_cores() - 2),
-        help="worker processes, or DALI's threads (default: %(default)s)")
+        help="workers of OpenCV, or DALI's threads (default: %(default)s)")
     add("--data", type=Path, metavar="FOLDER",
         help="real people, annot/ and images/, for packing and the suites that need it")
     add("--people-to-train", type=at_least(1), default=40_000,
@@ -121,8 +121,8 @@ def groups_to_run(args: argparse.Namespace, options: Options) -> dict[str, Group
             groups[f"operators, batch {n}"] = partial(loader_suites.operators_group, options, n)
     for n in batches:
         groups[f"loader, batch {n}"] = partial(loader_suites.loader_group, options, n)
-    for name, make_cases in loader_suites.WORKER_GROUPS.items():
-        groups[f"workers, {name}"] = partial(make_cases, options, batches[-1])
+    groups["workers"] = partial(loader_suites.workers_group, options, batches[-1])
+    groups["workers, small"] = partial(loader_suites.small_pictures_group, options, batches[-1])
     for stacks, n in itertools.product((2, 8) if on_gpu else (2,), steps):
         group = partial(step_suites.step_group, options, stacks, n)
         groups[f"step, {stacks} stacks, batch {n}"] = group
