@@ -198,12 +198,13 @@ def test_ranks_of_dali_share_the_people_without_overlap(split):
     assert [len(r) for r in rows] == [4, 4, 4] and set.union(*rows) == set(range(12))
 
 
-def test_dali_continues_its_sequence_from_a_state(split):
-    spec = make_spec("princeton", batch_size=5, seed=9)
-    first = DaliLoader(split, spec)
+@pytest.mark.parametrize(("shards", "preset"), [("split", "princeton"), ("raw_split", "newell")])
+def test_dali_continues_its_sequence_from_a_state(shards, preset, request):
+    shards, spec = request.getfixturevalue(shards), make_spec(preset, batch_size=5, seed=9)
+    first = DaliLoader(shards, spec)
     for _ in range(3):
         first.next()
-    second = DaliLoader(split, spec, 3, first.state())
+    second = DaliLoader(shards, spec, 3, first.state())
     for _ in range(4):
         assert all(map(torch.equal, first.next(), second.next()))
 
