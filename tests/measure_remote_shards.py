@@ -1,0 +1,161 @@
+"""Compares training from object storage with training from a folder: people/s, first batch.
+
+    python tests/measure_remote_shards.py --rounds 3
+
+The demo's network and people, a server and a proxy of s3_server.py that answers after 30 ms. Both
+sides run in turns in one process, a pass over the people each; the cache holds half of the tars.
+"""
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from helpers import make_trainer, steps
+from s3_server import BUCKET, CREDENTIALS, s3_server
+
+from common.distributed import init_distributed
+from configs.schema import as_dict, config_from_dict, load_yaml
+from pipelines import object_storage
+from pipelines.augment import preset_of
+from pipelines.loader import LoaderSpec, train_loader
+from pipelines.shard_cache import local_folder
+from pipelines.shards import ShardSet
+from tools import make_shards, make_synthetic
+
+ROOT = Path(__file__).resolve().parents[1]
+PEOPLE_PER_TAR, WINDOW = 64, 2
+
+
+def serve(urls: multiprocessing.Queue, latency_s: float, bytes_per_s: float) -> None:
+    """In a process of its own: the proxy must not share the trainer's interpreter lock."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # which ends the server too
+    with s3_server() as proxy:
+        proxy.latency_s, proxy.bytes_per_s = latency_s, bytes_per_s
+        urls.put(proxy.url)
+        while True:
+            time.sleep(1)
+
+
+def pass_rate(trainer, people: int) -> float:
+    """People/s of a pass over the people."""
+    count = people // trainer.config.data.batch_size
+    began = time.perf_counter()
+    steps(trainer, count)
+    return count * trainer.config.data.batch_size / (time.perf_counter() - began)
+
+
+def rates(folder: Path, url: str, cache_gb: float, rounds: int) -> list[dict[str, float]]:
+    """People/s of passes: from the folder, from the URL with a new cache, and the second ones."""
+    dist, found = init_distributed("cpu", "auto"), []
+    for number in range(rounds):
+        trainers = {}
+        for name, location in (("folder", folder), ("url", url)):
+            raw = load_yaml(str(ROOT / "configs" / "demo.yaml"))
+            raw["data"] |= {"shards": str(location), "shard_window": WINDOW, "cache_gb": cache_gb}
+            raw["data"]["cache_dir"] = str(folder.parent / f"cache{number}")
+            raw["train"] |= {"threads": 1}
+            config = config_from_dict(as_dict(config_from_dict(raw, "demo")), "demo")
+            trainers[name] = make_trainer(config, folder.parent / f"run-{name}{number}", dist=dist)
+            if name == "folder":
+                steps(trainers[name], 20)  # warms the processor's clock and torch up
+        people = len(trainers["folder"].shards)
+        row = {}
+        for turn in ("first", "second"):
+            for name, trainer in trainers.items():
+                row[f"{name}, {turn}"] = pass_rate(trainer, people)
+        assert trainers["url"].shards.cache.capacity < len(trainers["url"].shards.tars)
+        found.append(row)
+        print({name: round(rate, 1) for name, rate in row.items()}, flush=True)
+    return found
+
+
+def first_batches(folder: Path, url: str, cache_gb: float, rounds: int) -> list[dict[str, float]]:
+    """Seconds to the first batch from an opened split with an empty cache, and of one transfer."""
+    found = []
+    config = config_from_dict(load_yaml(str(ROOT / "configs" / "demo.yaml")), "demo")
+    for number in range(rounds):
+        cache = str(folder / f"first{number}")
+        began = time.perf_counter()
+        shards = ShardSet(local_folder(url, cache, cache_gb) / "train")
+        shards.records()
+        opened = time.perf_counter()
+        object_storage.fetch(f"{url}/train/00000.tar", Path(cache) / "one")
+        row = {"open": opened - began, "transfer": time.perf_counter() - opened}
+        for loader in ("opencv", "dali"):
+            spec = LoaderSpec(
+                loader=loader,
+                device=torch.device("cpu"),
+                preset=preset_of(config.data.preset, config.data.mirror),
+                input_px=config.data.input_px,
+                batch_size=8,
+                workers=1,
+                shuffle_buffer=PEOPLE_PER_TAR,
+                shard_window=WINDOW,
+            )
+            for path in shards.folder.glob("*.tar"):
+                path.unlink()
+            began = time.perf_counter()
+            batches = train_loader(ShardSet(shards.folder), spec)
+            batches.next()
+            row[loader] = time.perf_counter() - began
+            for _ in itertools.repeat(None, 2):  # time of a batch itself, all being there
+                began = time.perf_counter()
+                batches.next()
+            row[f"{loader} batch"] = time.perf_counter() - began
+            del batches
+        found.append(row)
+        print({name: round(seconds, 3) for name, seconds in row.items()}, flush=True)
+    return found
+
+
+def main() -> None:
+    """Pack, store, measure, print; the last line is JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--latency-ms", type=float, default=30)
+    parser.add_argument("--mb-per-s", type=float, default=20, help="of each connection")
+    text = "folder of made people to use, or to write (default: temporary)"
+    parser.add_argument("--people", type=Path, help=text)
+    options = parser.parse_args()
+    urls: multiprocessing.Queue = multiprocessing.get_context("spawn").Queue()
+    arguments = [urls, options.latency_ms / 1e3, options.mb_per_s * 1e6]
+    server = multiprocessing.get_context("spawn").Process(target=serve, args=arguments)
+    server.start()
+    try:
+        os.environ.update(CREDENTIALS, AWS_ENDPOINT_URL=urls.get(timeout=60))
+        with tempfile.TemporaryDirectory() as name:
+            folder, url = Path(name) / "shards", f"s3://{BUCKET}/demo"
+            made = options.people or Path(name) / "made"
+            if not made.exists():
+                make_synthetic.main(["--output", str(made), "--max-width", "640"])
+            for location in (folder, url):
+                words = f"--annotations {made}/annot --images {made}/images --output {location}"
+                more = f" --people-per-shard {PEOPLE_PER_TAR} --workers 1"
+                make_shards.main((words + more).split())
+            tars = ShardSet(folder / "train").manifest.shards
+            valid = sum(shard.bytes for shard in ShardSet(folder / "valid").manifest.shards)
+            cache_gb = (valid + len(tars) // 2 * max(shard.bytes for shard in tars)) / 1e9
+            print(f"{len(tars)} tars of {sum(t.bytes for t in tars) / 1e6:.1f} MB, {cache_gb=:.4f}")
+            seconds = first_batches(Path(name), url, cache_gb, 2 * options.rounds + 1)
+            found = rates(folder, url, cache_gb, options.rounds)
+    finally:
+        server.terminate()
+    for turn in ("first", "second"):
+        ratios = [row[f"url, {turn}"] / row[f"folder, {turn}"] for row in found]
+        print(f"{turn} pass: {median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
+    print(json.dumps({"passes": found, "seconds": seconds}))
+
+
+if __name__ == "__main__":
+    main()
