@@ -35,6 +35,7 @@ from pipelines.shard_format import (
     IDENTITY_AFFINE,
     LARGEST,
     MANIFEST,
+    PEOPLE,
     PICTURE_EXTENSIONS,
     Manifest,
     Shard,
@@ -81,6 +82,8 @@ def check(location: Path, options: argparse.Namespace) -> int:
             except InputError as error:
                 faults.append(f"{error.where}: {error.found}")
                 continue
+            if manifest.people_file_sha256:
+                faults += file_faults(folder / PEOPLE, manifest.people_file_sha256)
             check_one = partial(check_shard, folder, manifest, options.decode)
             reports = []
             with progress_bar(f"checking {folder.name}", manifest.people, "people") as advance:
