@@ -50,7 +50,9 @@ def open_shards_dataset(folder: Path) -> EvaluationDataset:
     shards = ShardSet(folder)
     people, samples = shards.people()
     train = _training_people(folder.parent / "train", shards)
-    return EvaluationDataset(people, shards, samples, shards.manifest.skeleton, train, str(folder))
+    return EvaluationDataset(
+        people, shards, samples, shards.manifest.skeleton, train, shards.location
+    )
 
 
 def _training_people(folder: Path, evaluated: ShardSet) -> People | None:

@@ -103,7 +103,7 @@ def _describe(error: Exception) -> tuple[type[StorageError], str, bool]:
     """Which error it becomes, what was found, and whether another attempt is useless."""
     name = type(error).__name__
     text = " ".join(f"{name}: {error}".split())[:300]
-    status = getattr(error, "status", 0)  # of an HTTP response
+    status = getattr(error, "status", None) or 0  # of an HTTP response
     if isinstance(error, FileNotFoundError):
         return MissingObjectError, "no such object", True
     if isinstance(error, PermissionError) or status in (401, 403):

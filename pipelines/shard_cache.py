@@ -17,7 +17,6 @@ import io
 import os
 import queue
 import re
-import shutil
 import tempfile
 import threading
 import time
@@ -72,12 +71,12 @@ def local_folder(location: str, cache_dir: str, cache_gb: float) -> Path:
     digest = hashlib.sha256(base.encode() + b"".join(manifests.values())).hexdigest()[:16]
     folder = root / f"{re.sub(r'[^A-Za-z0-9.]+', '-', base)[:80]}-{digest}"
     if not folder.is_dir():
-        temporary = Path(tempfile.mkdtemp(dir=root))
-        for name, manifest in manifests.items():
-            _fetch_small_files(temporary / name, f"{base}/{name}", manifest)
-        with suppress(OSError):  # another process was faster
-            temporary.rename(folder)
-        shutil.rmtree(temporary, ignore_errors=True)
+        with tempfile.TemporaryDirectory(dir=root) as temporary:
+            new = Path(temporary) / "new"
+            for name, manifest in manifests.items():
+                _fetch_small_files(new / name, f"{base}/{name}", manifest)
+            with suppress(OSError):  # another process was faster
+                new.rename(folder)
     return folder / split
 
 
@@ -89,10 +88,14 @@ def cache_root(cache_dir: str) -> Path:
 
 def _fetch_small_files(folder: Path, url: str, manifest: bytes) -> None:
     """Write manifest, indices and people.json of a split into a new folder. Raises InputError."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     (folder / MANIFEST).write_bytes(manifest)
     (folder / ORIGIN).write_text(url)
-    facts = read_manifest(folder)
+    try:
+        facts = read_manifest(folder)
+    except InputError as error:
+        where = f"{url}/{MANIFEST}"
+        raise InputError(where, error.found, error.expected, error.next_step) from error
     digests = {shard.index: shard.index_sha256 for shard in facts.shards}
     if facts.people_file_sha256:
         digests[PEOPLE] = facts.people_file_sha256
@@ -370,6 +373,9 @@ def _fetch_tars(
     while (number := numbers.get()) is not None:
         while first and number not in first:
             time.sleep(0.005)
-        with suppress(InputError):
+        try:
             cache.file(number)
-        first.discard(number)
+        except InputError:
+            pass  # the reader will meet it
+        finally:
+            first.discard(number)

@@ -94,6 +94,11 @@ class ShardSet:
     def __len__(self) -> int:
         return self.manifest.people
 
+    @property
+    def location(self) -> str:
+        """Its URL, or its folder."""
+        return self.cache.url if self.cache else str(self.folder)
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": {}}
 

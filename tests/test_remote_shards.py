@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import may_mount, pack_arguments
+from conftest import ROOT, may_mount, pack_arguments
 from fsspec.registry import _registry
 from helpers import ENVIRONMENT, make_spec, metrics, train_options
 
@@ -442,3 +442,20 @@ def test_split_without_people_file_is_read_from_its_tars(packed, s3, tmp_path):
     theirs, expected = ShardSet(old).people()
     assert np.array_equal(order, expected) and ours.images == theirs.images
     assert np.array_equal(ours.joints, theirs.joints)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loader", ["opencv", "dali"])
+def test_two_ranks_and_a_resumed_run_train_as_from_a_folder(packed, s3, tmp_path, loader):
+    how = f"--data.loader {loader} --data.workers 1 --data.shard_window 1 --data.shuffle_buffer 2"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    env = {**ENVIRONMENT, **CREDENTIALS, "AWS_ENDPOINT_URL": s3.url}
+    env["XDG_CACHE_HOME"] = str(tmp_path / "cache")
+    losses = {}
+    for name, shards in (("local", packed), ("remote", URL)):
+        words = train_options(shards, tmp_path / "runs", name, how)
+        for more in (["--train.steps", "3"], ["--train.steps", "6", "--resume"]):
+            subprocess.run([*launch, "train.py", *words, *more], env=env, cwd=ROOT, check=True)
+        losses[name] = [line["loss"] for line in metrics(tmp_path / "runs" / name, "train")]
+    assert losses["local"] == losses["remote"] and len(losses["local"]) == 6
+    assert len(s3.gets("train/0000")) == TARS * 2  # tars and indices, once for both ranks

@@ -48,6 +48,8 @@ from pipelines.shard_format import (
 )
 
 EXIT_DAMAGED = 1
+CACHE_GB = 10.0
+"""Room for a URL's tars while they are checked."""
 
 
 class Report(NamedTuple):
@@ -65,8 +67,8 @@ def main(argv: list[str] | None = None) -> int:
     """Check every split and print what is damaged. Returns the exit code."""
     options = make_parser().parse_args(argv)
     # Object storage is read anew, whatever is in the user's cache.
-    with tempfile.TemporaryDirectory(dir=options.cache_dir) as cache:
-        return check(local_folder(options.shards, cache, options.cache_gb), options)
+    with tempfile.TemporaryDirectory() as cache:
+        return check(local_folder(options.shards, cache, CACHE_GB), options)
 
 
 def check(location: Path, options: argparse.Namespace) -> int:
@@ -121,8 +123,6 @@ def make_parser() -> Parser:
     add("shards", help="a split of shards, or the folder of its splits, or its URL")
     add("--decode", action="store_true", help="also decode every JPEG, as packing does")
     add("--workers", type=at_least(0), default=usable_cores(), help="processes (default: all)")
-    add("--cache-dir", type=Path, help="where a URL's tars are stored meanwhile (default: /tmp)")
-    add("--cache-gb", type=float, default=50.0, help="at most so many GB (default: %(default)s)")
     add("--show", type=at_least(0), default=20, help="faults to list (default: %(default)s)")
     return parser
 

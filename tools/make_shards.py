@@ -53,7 +53,8 @@ def main(argv: list[str] | None = None) -> int:
     options = parse_options(argv)
     manifests = pack(options)
     if manifests and label_format(options.annotations) and not options.skeleton:
-        write_skeleton(options.output / "skeleton.yaml", manifests[0].skeleton)
+        folder = Path() if options.url else options.output
+        write_skeleton(folder / "skeleton.yaml", manifests[0].skeleton)
     if manifests:
         print_summary(options, manifests, time.monotonic() - start)
     if options.url:

@@ -574,7 +574,9 @@ def open_shards(config: Config) -> tuple[ShardSet, ShardSet]:
     """The training and validation splits. Raises InputError unless they fit the config."""
     folder = local_folder(config.data.shards, config.data.cache_dir, config.data.cache_gb)
     train, valid = ShardSet(folder / "train"), ShardSet(folder / "valid")
-    if train.cache and valid.cache:  # a validation reads all of its split
+    if train.cache and valid.cache:
+        why = "a validation reads all of its split"
+        valid.cache.require_capacity(len(valid.cache.shards), why)
         train.cache.reserve(valid.cache.bytes)
     preset = preset_of(config.data.preset, config.data.mirror)
     require_preset_fits(train.manifest, preset, train.folder)
