@@ -21,9 +21,9 @@ import tempfile
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -217,7 +217,7 @@ class ShardCache:
             if path.exists():
                 return
             try:
-                part.touch()
+                self._make_room(part, shard)
                 self._download(f"{self.url}/{shard.tar}", part, shard)
                 part.rename(path)
             finally:
@@ -225,13 +225,14 @@ class ShardCache:
 
     def _download(self, url: str, part: Path, shard: Shard) -> None:
         """Write a tar to a file and check it; removes unused tars on a full disk."""
-        self._make_room(url)
         while True:
             try:
                 object_storage.fetch(url, part)
                 break
             except OSError as error:
-                if not self._remove_unused(shard.bytes):
+                with self._locked():
+                    removed = self._remove_unused(shard.bytes)
+                if not removed:
                     raise StorageError(
                         url,
                         f"{error.strerror} in the cache {self.root}",
@@ -240,21 +241,31 @@ class ShardCache:
                     ) from error
         _require_sha256(part, shard.sha256, url)
 
-    def _make_room(self, url: str) -> None:
-        """Keep the cache within its limit, the tars that are being fetched included."""
+    def _make_room(self, part: Path, shard: Shard) -> None:
+        """Create the file of a transfer as soon as the tar fits into the cache's limit."""
         deadline = time.monotonic() + WAIT_FOR_ROOM_S
         while True:
-            excess = sum(used for _, used, _ in self._stored()) - self.limit
-            if excess <= 0 or self._remove_unused(excess) >= excess:
-                return
+            with self._locked():
+                used = sum(size for _, size, _ in self._stored())
+                excess = used + shard.bytes - self.limit
+                if excess <= 0 or self._remove_unused(excess) >= excess:
+                    part.touch()
+                    return
             if time.monotonic() > deadline:
                 raise StorageError(
-                    url,
+                    f"{self.url}/{shard.tar}",
                     f"a cache of {self.limit / 1e9:g} GB whose tars are all in use",
                     f"{excess / 1e6:,.1f} MB more",
                     f"raise data.cache_gb, or let fewer runs use {self.root}",
                 )
-            time.sleep(0.1)
+            time.sleep(0.05)
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """One process or thread at a time decides what is in the cache."""
+        with (self.root / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
     def _stored(self) -> list[tuple[int, int, Path]]:
         """Time of the last use, bytes and path of all tars in the cache, fetched or begun."""
@@ -268,18 +279,19 @@ class ShardCache:
         return found
 
     def _remove_unused(self, size: int) -> int:
-        """Remove least recently used tars of so many bytes; returns how many were removed."""
+        """Remove least recently used tars of so many bytes; returns how many were removed.
+
+        Only while `_locked`.
+        """
         removed = 0
-        with (self.root / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            for _, used, path in sorted(self._stored()):
-                if removed >= size:
-                    break
-                locked = _lock_of(path) if path.suffix == ".part" else path
-                with suppress(FileNotFoundError, BlockingIOError), locked.open("rb") as file:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails if it is in use
-                    path.unlink()
-                    removed += used
+        for _, used, path in sorted(self._stored()):
+            if removed >= size:
+                break
+            locked = _lock_of(path) if path.suffix == ".part" else path
+            with suppress(FileNotFoundError, BlockingIOError), locked.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails if it is in use
+                path.unlink()
+                removed += used
         return removed
 
 
@@ -315,16 +327,16 @@ class ReadAhead:
         self._behind = behind
         self._uses: Counter[int] = Counter()
         """Tar -> number of batches, planned or in use, that read it."""
-        self._planned: deque[tuple[list[Key], set[int]]] = deque()
-        self._in_use: deque[set[int]] = deque()
-        self._waiting: tuple[list[Key], set[int]] | None = None
+        self._planned: deque[tuple[list[Key], list[int]]] = deque()
+        self._in_use: deque[list[int]] = deque()
+        self._waiting: tuple[list[Key], list[int]] | None = None
         """The batch after the planned ones, if it does not fit yet."""
         self._queue: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._plan()
         first = set(self._planned[0][1]) if self._planned else set()
         for _ in range(FETCH_THREADS):
             # Daemons: the end of the program need not wait for a server.
-            arguments = [self._queue, cache, first]
+            arguments = [self._queue, cache, self._uses, first]
             threading.Thread(target=_fetch_tars, args=arguments, daemon=True).start()
 
     def __iter__(self) -> Iterator[list[Key]]:
@@ -351,11 +363,11 @@ class ReadAhead:
                 if batch is None:
                     return
                 numbers = self._shard_N[[sample for sample, _ in batch]]
-                self._waiting = batch, set(numbers.tolist())
-            new = self._waiting[1] - self._uses.keys()
+                self._waiting = batch, list(dict.fromkeys(numbers.tolist()))
+            new = [number for number in self._waiting[1] if number not in self._uses]
             if self._planned and len(self._uses) + len(new) > self._cache.capacity:
                 return
-            for number in sorted(new):
+            for number in new:
                 self._queue.put(number)
             self._uses.update(self._waiting[1])
             self._planned.append(self._waiting)
@@ -367,14 +379,18 @@ class ReadAhead:
 
 
 def _fetch_tars(
-    numbers: "queue.SimpleQueue[int | None]", cache: ShardCache, first: set[int]
+    numbers: "queue.SimpleQueue[int | None]",
+    cache: ShardCache,
+    wanted: Container[int],
+    first: set[int],
 ) -> None:
-    """Fetch tars until there is a None; those of `first` before any other."""
+    """Fetch tars that are still wanted, until there is a None; `first` before any other."""
     while (number := numbers.get()) is not None:
         while first and number not in first:
             time.sleep(0.005)
         try:
-            cache.file(number)
+            if number in wanted:
+                cache.file(number)
         except InputError:
             pass  # the reader will meet it
         finally:

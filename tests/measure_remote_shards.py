@@ -147,8 +147,8 @@ def main() -> None:
             valid = sum(shard.bytes for shard in ShardSet(folder / "valid").manifest.shards)
             cache_gb = (valid + len(tars) // 2 * max(shard.bytes for shard in tars)) / 1e9
             print(f"{len(tars)} tars of {sum(t.bytes for t in tars) / 1e6:.1f} MB, {cache_gb=:.4f}")
-            seconds = first_batches(Path(name), url, cache_gb, 2 * options.rounds + 1)
             found = rates(folder, url, cache_gb, options.rounds)
+            seconds = first_batches(Path(name), url, cache_gb, 2 * options.rounds + 1)
     finally:
         server.terminate()
     for turn in ("first", "second"):

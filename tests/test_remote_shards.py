@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -64,6 +65,7 @@ def s3(server: Proxy, packed: Path, tmp_path: Path, monkeypatch) -> Proxy:
     set_environment(monkeypatch, server)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(object_storage, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(shard_cache, "WAIT_FOR_ROOM_S", 5.0)
     return server
 
 
@@ -81,6 +83,15 @@ def open_split(packed: Path, tars: float = TARS, split: str = "train", url: str 
 def cached(shards: ShardSet) -> list[str]:
     """The numbers of the tars in the cache."""
     return sorted(path.stem for path in shards.folder.glob("*.tar"))
+
+
+def bytes_in(folder: Path) -> int:
+    """The size of all tars, while other threads may remove some."""
+    size = 0
+    for path in folder.glob("*.tar*"):
+        with suppress(FileNotFoundError):
+            size += path.stat().st_size
+    return size
 
 
 def are_equal(one: RawBatch, other: RawBatch) -> bool:
@@ -154,8 +165,7 @@ def test_batches_are_those_of_a_folder_and_the_cache_keeps_its_limit(packed, s3,
     one, other = train_loader(ShardSet(packed / "train"), spec), train_loader(remote, spec)
     for _ in range(10):
         assert are_equal(one.next(), other.next())
-        used = sum(path.stat().st_size for path in remote.folder.glob("*.tar*"))
-        assert 0 < used <= remote.cache.limit
+        assert 0 < bytes_in(remote.folder) <= remote.cache.limit
     one = train_loader(ShardSet(packed / "train"), spec, 10, one.state())
     other = train_loader(remote, spec, 10, other.state())
     for _ in range(5):
@@ -173,7 +183,7 @@ def test_tars_are_fetched_in_the_order_of_reading_and_the_first_one_alone(packed
     row_N = remote.records()[:, 0].tolist()
     read = list(dict.fromkeys(row_N.index(row) // 2 for people in rows for row in people))
     tars = [int(path.rpartition("/")[2][:5]) for path in s3.gets(".tar")]
-    assert tars[:4] == read[:4]
+    assert tars[0] == read[0] and set(tars[:3]) == set(read[:3]) and tars[3] == read[3]
 
 
 # Faults
@@ -360,13 +370,13 @@ def test_training_evaluation_and_tools_read_object_storage(packed, s3, tmp_path,
     ]
     assert losses[0] == losses[1] and len(losses[0]) == 4
     best = tmp_path / "runs" / "remote" / "best.pt"
-    for location in (packed, URL, f"{URL}/valid"):
+    for location in (packed, f"{URL}/valid"):
         written = tmp_path / f"{len(str(location))}.json"
         how = ["--json", written, "--device", "cpu", "--batch-size", 2, "--workers", 0]
         evaluate.main(list(map(str, ["--checkpoint", best, "--shards", location, *how])))
     found = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("*.json"))]
-    assert len({facts.pop("data") for facts in found}) == 3
-    assert found[0] == found[1] == found[2] and "mean pose" in json.dumps(found[0])
+    assert {facts.pop("data") for facts in found} == {str(packed / "valid"), f"{URL}/valid"}
+    assert found[0] == found[1] and "mean pose" in json.dumps(found[0])
     output = tmp_path / "batch.png"
     show_batch.main(["--shards", URL, "--people", "3", "--output", str(output)])
     assert output.stat().st_size > 1000
@@ -452,10 +462,14 @@ def test_two_ranks_and_a_resumed_run_train_as_from_a_folder(packed, s3, tmp_path
     env = {**ENVIRONMENT, **CREDENTIALS, "AWS_ENDPOINT_URL": s3.url}
     env["XDG_CACHE_HOME"] = str(tmp_path / "cache")
     losses = {}
-    for name, shards in (("local", packed), ("remote", URL)):
+    for name, shards, starts in (
+        ("local", packed, [["--train.steps", "6"]]),
+        ("remote", URL, [["--train.steps", "3"], ["--train.steps", "6", "--resume"]]),
+    ):
         words = train_options(shards, tmp_path / "runs", name, how)
-        for more in (["--train.steps", "3"], ["--train.steps", "6", "--resume"]):
+        for more in starts:
             subprocess.run([*launch, "train.py", *words, *more], env=env, cwd=ROOT, check=True)
         losses[name] = [line["loss"] for line in metrics(tmp_path / "runs" / name, "train")]
     assert losses["local"] == losses["remote"] and len(losses["local"]) == 6
-    assert len(s3.gets("train/0000")) == TARS * 2  # tars and indices, once for both ranks
+    tars = [path for path in s3.gets(".tar") if "/train/" in path]
+    assert len(tars) == TARS  # once for both ranks and both starts
