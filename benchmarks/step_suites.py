@@ -24,7 +24,7 @@ from common.distributed import DistributedContext, choose_dtype
 from configs.schema import LoaderName, RuleName
 from configs.skeleton import MPII
 from evaluation.inference import predict_distributed
-from model.hourglass import StackedHourglass, compile_parts, fuse_residuals
+from model.hourglass import StackedHourglass, compile_residuals, fuse_residuals
 from model.loss import stack_losses
 from pipelines import heatmaps
 from pipelines.codec import Codec
@@ -81,7 +81,7 @@ def variants_of(device: torch.device) -> list[Variant]:
     ours = Variant(f"ours: {str(dtype).removeprefix('torch.')}, fused Adam", dtype)
     if device.type == "cpu":
         return [theirs, ours]
-    compiled = ours._replace(name=f"{ours.name}, compiled", change=compile_parts)
+    compiled = ours._replace(name=f"{ours.name}, compiled", change=compile_residuals)
     fuse = partial(fuse_residuals, device=device, dtype=dtype)
     kernels = ours._replace(name=f"{ours.name}, fused kernels", change=fuse)
     plain = [ours, compiled, kernels]

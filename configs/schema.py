@@ -166,7 +166,7 @@ class TrainConfig:
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Autocast type; auto: bf16 if the device has it, else fp16 on a GPU and fp32 on a CPU."""
     compile: bool = False
-    """Compile the residual blocks and poolings with torch.compile."""
+    """Compile the residual blocks with torch.compile."""
     cuda_graph: bool = False
     """Record the step as one CUDA graph; one GPU, bf16 or fp32, Adam, no accumulation."""
     fused_kernels: bool = False

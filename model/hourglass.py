@@ -8,7 +8,6 @@ import importlib.util
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,44 +71,12 @@ class AddUpsampled(Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, low: Tensor) -> Tensor:
-        return (_cells(x) + low[:, :, :, None, :, None]).flatten(4, 5).flatten(2, 3)
+        cells = x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # (N, C, H, 2, W, 2)
+        return (cells + low[:, :, :, None, :, None]).flatten(4, 5).flatten(2, 3)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
         return grad, functional.avg_pool2d(grad, 2, divisor_override=1)  # the sum of 2 x 2
-
-
-class MaskedMaxPool(Function):
-    """functional.max_pool2d(x, 2) without indices; the gradient goes to the first maximum."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
-        pooled = functional.max_pool2d(x, 2)
-        ctx.save_for_backward(x, pooled)
-        return pooled
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        x, pooled = ctx.saved_tensors
-        place = torch.arange(4, device=x.device).reshape(2, 1, 2)
-        place = torch.where(_cells(x) == pooled[:, :, :, None, :, None], place, 4)
-        is_first = place == place.amin(dim=(3, 5), keepdim=True)
-        grad = torch.where(is_first, grad[:, :, :, None, :, None], 0)
-        return grad.flatten(4, 5).flatten(2, 3)
-
-
-def _cells(x: Tensor) -> Tensor:
-    """(N, C, 2H, 2W) as a view (N, C, H, 2, W, 2)."""
-    return x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))
-
-
-class MaxPool2x2(nn.Module):
-    """(N, C, 2H, 2W) -> (N, C, H, W). The masked form is faster only if it is compiled."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
-            return MaskedMaxPool.apply(x)
-        return functional.max_pool2d(x, 2)
 
 
 class Hourglass(nn.Module):
@@ -118,13 +85,12 @@ class Hourglass(nn.Module):
     def __init__(self, depth: int, width: int):
         super().__init__()
         self.across = Residual(width, width)
-        self.pool = MaxPool2x2()
         self.down = Residual(width, width)
         self.inner = Hourglass(depth - 1, width) if depth > 1 else Residual(width, width)
         self.up = Residual(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        low = self.up(self.inner(self.down(self.pool(x))))
+        low = self.up(self.inner(self.down(functional.max_pool2d(x, 2))))
         return AddUpsampled.apply(self.across(x), low)
 
 
@@ -140,7 +106,7 @@ def make_stem(width: int, channels: tuple[int, int, int]) -> nn.Sequential:
     layers = {
         "conv": conv_norm_relu(3, first, 7, stride=2),
         "residual1": Residual(first, second),
-        "pool": MaxPool2x2(),
+        "pool": nn.MaxPool2d(2),
         "residual2": Residual(second, third),
         "residual3": Residual(third, width),
     }
@@ -259,15 +225,15 @@ def fuse_residuals(network: nn.Module, device: torch.device, dtype: torch.dtype)
             block.fused = fused_residual if channels <= MOST_CHANNELS else None
 
 
-def compile_parts(network: nn.Module, backend: str = "inductor") -> None:
-    """Compile each residual block and max-pooling by itself: blocks of one shape share a graph.
+def compile_residuals(network: nn.Module, backend: str = "inductor") -> None:
+    """Compile each residual block by itself: blocks of one shape share a graph.
 
-    Blocks with Triton kernels (`fuse_residuals`) are left out. A network without such parts is
+    Blocks with Triton kernels (`fuse_residuals`) are left out. A network without residual blocks is
     compiled as a whole.
     """
     torch._dynamo.config.recompile_limit = 64  # graphs of one function, one for each shape
     modules = list(network.modules())
-    parts = [m for m in modules if isinstance(m, Residual | MaxPool2x2)]
-    parts = [part for part in parts if not getattr(part, "fused", None)]
-    for part in parts or modules[:1]:
-        part.compile(backend=backend, dynamic=False)
+    blocks = [module for module in modules if isinstance(module, Residual)]
+    for part in blocks or modules[:1]:
+        if not getattr(part, "fused", None):
+            part.compile(backend=backend, dynamic=False)

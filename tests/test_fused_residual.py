@@ -20,10 +20,9 @@ from torch import Tensor, nn
 from common.errors import InputError
 from configs.schema import config_from_dict
 from model.hourglass import (
-    MaxPool2x2,
     Residual,
     StackedHourglass,
-    compile_parts,
+    compile_residuals,
     fuse_residuals,
 )
 from model.loss import stack_losses
@@ -201,12 +200,12 @@ def test_wider_blocks_than_the_kernels_take_stay_plain():
 
 
 def test_compilation_leaves_out_the_blocks_with_kernels(monkeypatch):
-    network = nn.Sequential(Residual(8, 8), MaxPool2x2(), Residual(8, 258))
+    network = nn.Sequential(Residual(8, 8), nn.MaxPool2d(2), Residual(8, 258))
     fuse_residuals(network, torch.device("cuda"), BF16)
     compiled: list[nn.Module] = []
     monkeypatch.setattr(nn.Module, "compile", lambda module, **_: compiled.append(module))
-    compile_parts(network)
-    assert compiled == [network[1], network[2]]
+    compile_residuals(network)
+    assert compiled == [network[2]]
 
 
 def shapes_of_configs() -> list[str]:

@@ -18,7 +18,7 @@ from benchmarks.loader_suites import Options
 from benchmarks.princeton_baseline import PrincetonPeople, princeton_step, render_by_loop
 from benchmarks.timing import Case, Turn, run_here, run_isolated, summarize, take_turns
 from configs.skeleton import MPII
-from model.hourglass import StackedHourglass, compile_parts
+from model.hourglass import StackedHourglass, compile_residuals
 from model.loss import stack_losses
 from pipelines.augment import PRESETS
 from pipelines.codec import Codec
@@ -174,7 +174,7 @@ def test_the_floating_point_operations_of_a_person_are_those_of_the_documentatio
 def test_a_compiled_step_is_timed_beside_the_plain_one_on_a_cpu(tmp_path):
     options = Options(device=CPU, folder=tmp_path, input_px=64, width=16)
     plain = step_suites.Variant("plain", torch.float32)
-    compiled = plain._replace(name="compiled", change=compile_parts)
+    compiled = plain._replace(name="compiled", change=compile_residuals)
     rows = run_here(partial(step_suites.step_group, options, 1, 2, [plain, compiled]), 1, CPU)
     assert [row["name"] for row in rows] == ["plain", "compiled"]
     assert all(row["median"] > 0 and row["share_of_790_tflops"] > 0 for row in rows)

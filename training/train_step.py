@@ -15,7 +15,7 @@ from common.distributed import DistributedContext, sum_over_ranks
 from common.errors import InputError
 from configs.schema import Config, OptimConfig
 from model.checkpoint import Checkpoint, load_weights, require_fit
-from model.hourglass import compile_parts, fuse_residuals
+from model.hourglass import compile_residuals, fuse_residuals
 from model.loss import stack_losses, stack_losses_of_joints
 from pipelines.codec import Codec
 from pipelines.loader import Batch, Loader, make_batch
@@ -115,7 +115,7 @@ class TrainStep:
         if config.train.fused_kernels:
             fuse_residuals(network, dist.device, dist.dtype)
         if config.train.compile:
-            compile_parts(network)
+            compile_residuals(network)
         if config.train.cuda_graph:
             require_graph_possible(config, dist)
         self._graph: StepGraph | None = None
