@@ -333,7 +333,8 @@ class _NormReluConv(torch.autograd.Function):
         tensors = dy_MO, weight, x_MI, norm_4I, sums_S, dskip_MI, dx_MI
         _input_gradient[(blocks, _ranges(rows))](*tensors, *sizes, num_warps=8)
         dbeta, dgamma, dbias, dweight = sums_S.split(parts)
-        dweight = None if weight is None else dweight.view_as(weight)
+        # DDP expects the weight's strides, also of sides of 1.
+        dweight = None if weight is None else dweight.as_strided(weight.shape, weight.stride())
         dbias = None if bias is None else dbias
         dx, dskip = _tensor(dx_MI, x), dy if ctx.has_skip else None
         return None, None, dx, dgamma, dbeta, dweight, dbias, dskip

@@ -129,7 +129,7 @@ def assert_bf16_is_as_exact_as_the_plain_block(shape: tuple[int, ...]) -> None:
     for name, expected in exact.items():
         errors = [relative_error(each[name], expected) for each in (plain, fused)]
         assert fused[name].dtype == plain[name].dtype
-        assert errors[1] <= 2 * errors[0] + 2e-3, (name, errors)
+        assert errors[1] <= 1.3 * errors[0] + 2e-3, (name, errors)
 
 
 @interpreted
