@@ -15,7 +15,7 @@ import itertools
 import re
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,7 @@ class DaliLoader:
             "spec": spec,
             "decoder": decoder,
             "find_picture": find_picture,
-            "halvings": _most_halvings(shards, shards.records(), spec),
+            "halvings": _most_halvings(shards, range(len(shards)), spec),
         }
         self.pipeline = self._build(indices, state)
 
@@ -261,8 +261,7 @@ class DaliEvaluationLoader:
         spec = self.spec
         arguments = _common_arguments(spec.device, spec.batch_size, spec.workers)
         arguments |= {"feed": self._feed(), "spec": spec, "raw": _is_raw(self.source)}
-        records = self._records(self.samples)
-        arguments["halvings"] = _most_halvings(self.source, records, spec)
+        arguments["halvings"] = _most_halvings(self.source, self.samples, spec)
         pipeline = pipeline_def(_evaluation_graph)(**arguments)
         for number, samples in enumerate(self._batches):
             end = number + pipeline.prefetch_queue_depth + 1  # including prefetched batches
@@ -550,11 +549,11 @@ def _warp(image: Node, matrix: Node, size_px: int, outside: int = 0) -> Node:
     )
 
 
-def _most_halvings(source: Source, records_NR: npt.NDArray[np.floating], spec: LoaderSpec) -> int:
+def _most_halvings(source: Source, samples: Iterable[int], spec: LoaderSpec) -> int:
     """The most of `geometry.halvings` for these people, at their own boxes."""
     if _is_raw(source) or not halves_first(spec.preset):
         return 0
-    records = unpack_records(records_NR)
+    records = unpack_records(np.stack([source.record(sample) for sample in samples]))
     image_px = PIXELS_PER_SCALE * records.scale_N / spec.input_px
     stored = geometry.shrink_of(records.image_from_stored_N23)
     return int(geometry.halvings(image_px * stored).max())
