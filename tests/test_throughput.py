@@ -172,7 +172,7 @@ def test_the_floating_point_operations_of_a_person_are_those_of_the_documentatio
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 def test_a_compiled_step_is_timed_beside_the_plain_one_on_a_cpu(tmp_path):
-    options = Options(device=CPU, folder=tmp_path, input_px=64, width=16)
+    options = Options(device=CPU, folder=tmp_path, input_px=128, width=16)
     plain = step_suites.Variant("plain", torch.float32)
     compiled = plain._replace(name="compiled", change=compile_residuals)
     rows = run_here(partial(step_suites.step_group, options, 1, 2, [plain, compiled]), 1, CPU)
