@@ -233,8 +233,13 @@ def fetch_manifests(options: PackingOptions) -> None:
             write_atomic(options.output / split / MANIFEST, manifest)
 
 
-def upload_each(url: str, folder: Path, shards: Iterator[Shard]) -> Iterator[Shard]:
+def upload_each(
+    options: PackingOptions, split: str, folder: Path, shards: Iterator[Shard]
+) -> Iterator[Shard]:
     """Store the files of each shard as soon as it is packed. Raises StorageError."""
+    url = f"{options.url}/{split}"
+    if (options.output / split).exists():  # its manifest would not fit the new tars
+        object_storage.remove(f"{url}/{MANIFEST}")
     for shard in shards:
         for name in (shard.tar, shard.index):
             object_storage.store(folder / name, f"{url}/{name}")
@@ -403,12 +408,9 @@ def pack_split(
         )
         for number, start in enumerate(range(0, len(samples), size))
     ]
-    target, url = options.output / job.split, f"{options.url}/{job.split}"
     packed = map_tasks(pack_shard, tasks)
     if options.url:
-        packed = upload_each(url, folder, packed)
-        if target.exists():  # its manifest would not fit the new tars
-            object_storage.remove(f"{url}/{MANIFEST}")
+        packed = upload_each(options, job.split, folder, packed)
     shards = []
     with progress_bar(f"packing {job.split}", len(samples), "people") as advance:
         for shard in packed:
@@ -437,17 +439,20 @@ def pack_split(
     write_manifest(folder, manifest)
     if options.url:
         for name in (PEOPLE, MANIFEST):  # a split without a manifest is incomplete
-            object_storage.store(folder / name, f"{url}/{name}")
+            object_storage.store(folder / name, f"{options.url}/{job.split}/{name}")
+    move_to_output(options, job.split, folder)
+    return manifest
 
-    # The old split stays until the new one is complete.
-    old = options.partial / f"{job.split}.old"
+
+def move_to_output(options: PackingOptions, split: str, folder: Path) -> None:
+    """Replace the old split, which stays until now, by the new one; remove unfinished work."""
+    target, old = options.output / split, options.partial / f"{split}.old"
     options.output.mkdir(parents=True, exist_ok=True)
     if target.exists():
         target.rename(old)
     folder.rename(target)
-    for path in (old, *options.partial.glob(f"{job.split}-{'[0-9a-f]' * 16}")):
+    for path in (old, *options.partial.glob(f"{split}-{'[0-9a-f]' * 16}")):
         shutil.rmtree(path, ignore_errors=True)
-    return manifest
 
 
 def prepare_sample(
