@@ -119,15 +119,19 @@ def first_batches(folder: Path, url: str, cache_gb: float, rounds: int) -> list[
     return found
 
 
-def main() -> None:
-    """Pack, store, measure, print; the last line is JSON."""
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--latency-ms", type=float, default=30)
     parser.add_argument("--mb-per-s", type=float, default=20, help="of each connection")
     text = "folder of made people to use, or to write (default: temporary)"
     parser.add_argument("--people", type=Path, help=text)
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Pack, store, measure, print; the last line is JSON."""
+    options = make_parser().parse_args()
     urls: multiprocessing.Queue = multiprocessing.get_context("spawn").Queue()
     arguments = [urls, options.latency_ms / 1e3, options.mb_per_s * 1e6]
     server = multiprocessing.get_context("spawn").Process(target=serve, args=arguments)
