@@ -358,12 +358,13 @@ def mix_shards(
 ) -> npt.NDArray[np.int64]:
     """(N,) samples in random order, of which at most window + 1 shards are read at a time.
 
-    The shards are shuffled. The s-th deals each of its people to one of the steps s to
-    s + window - 1 at random, and the people of a step are shuffled. shard_N: of each sample.
+    The shards are shuffled. Each person of shard s, in this order, is put at random into one of the
+    groups s to s + window - 1. The groups follow one another, each shuffled. shard_N: the shard of
+    each sample.
     """
-    place_of_shard = rng.permutation(shard_N.max() + 1)
-    step_N = place_of_shard[shard_N] + rng.integers(window, size=len(shard_N))
-    return np.lexsort((rng.random(len(shard_N)), step_N))
+    position_of_shard = rng.permutation(shard_N.max() + 1)
+    group_N = position_of_shard[shard_N] + rng.integers(window, size=len(shard_N))
+    return np.lexsort((rng.random(len(shard_N)), group_N))
 
 
 def batches_in_order(samples: npt.NDArray[np.int64], batch_size: int) -> list[list[Key]]:
