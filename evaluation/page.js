@@ -7,7 +7,7 @@ const names = Object.keys(results);
 const own = results[names[0]];
 const metric = own.metric;
 const length = own.length ? "of the length" : "of the head’s length";
-const state = { joints: null, label: "", gallery: "worst", order: "largest", level: "0.5" };
+const state = { joints: null, label: "", gallery: "worst", level: "0.5" };
 let closeup = -1; // index in the gallery of the enlarged person
 
 const $ = (id) => document.getElementById(id);
@@ -196,8 +196,10 @@ function curveSeries() {
     const curve = results[name].curves;
     series.push({ name, kind: "base", xs: curve.thresholds, ys: curve.pooled });
   }
-  const curve = other?.result.curves;
-  if (curve) series.push({ name: "other run, pooled", kind: "other", xs: curve.thresholds, ys: curve.pooled });
+  if (other) {
+    const curve = other.result.curves;
+    series.push({ name: "other run, pooled", kind: "other", xs: curve.thresholds, ys: curve.pooled });
+  }
   series.push({ name: "pooled", kind: "own", xs: thresholds, ys: pooled });
   if (state.joints?.length === 1) {
     const ys = own.curves.joints[own.joint_names[state.joints[0]]];
@@ -248,11 +250,8 @@ function bar(row, marks) {
   for (const [kind, from, to] of marks) {
     if (from == null) continue;
     const mark = add(track, "i", { class: kind });
-    if (to == null) mark.style.left = `${100 * Math.min(from, 1)}%`;
-    else {
-      mark.style.left = `${100 * Math.min(from, 1)}%`;
-      mark.style.width = `${100 * (Math.min(to, 1) - Math.min(from, 1))}%`;
-    }
+    mark.style.left = `${100 * Math.min(from, 1)}%`;
+    if (to != null) mark.style.width = `${100 * (Math.min(to, 1) - Math.min(from, 1))}%`;
   }
 }
 
@@ -310,10 +309,8 @@ function barRow(body, { j, name, rate, past, visible, occluded, n }) {
 }
 
 function sortBars(key) {
-  // A third click restores the skeleton's order.
-  if (barOrder.key !== key) Object.assign(barOrder, { key, falls: key !== "name" });
-  else if (barOrder.falls === (key !== "name")) barOrder.falls = !barOrder.falls;
-  else barOrder.key = null;
+  const falls = barOrder.key === key ? !barOrder.falls : key !== "name";
+  Object.assign(barOrder, { key, falls });
   drawBars();
 }
 
@@ -399,9 +396,7 @@ function shownPeople() {
   const chosen = state.gallery === "joint"
     ? [...new Set(state.joints.flatMap((j) => galleries[j]))] : galleries[state.gallery];
   const rows = chosen.filter((row) => errorOf(people[row]) != null);
-  const sign = state.order === "largest" ? -1 : 1;
-  const key = state.order === "data" ? (row) => row : (row) => errorOf(people[row]);
-  return rows.sort((a, b) => sign * (key(a) - key(b)) || a - b);
+  return rows.sort((a, b) => errorOf(people[b]) - errorOf(people[a]) || a - b);
 }
 
 function drawPeople() {
@@ -563,18 +558,9 @@ function chooseJoint() {
   drawPeople();
 }
 
-function toggleTheme() {
-  const dark = $("theme").getAttribute("aria-pressed") !== "true";
-  document.documentElement.dataset.theme = dark ? "dark" : "light";
-  $("theme").setAttribute("aria-pressed", String(dark));
-}
-
 function listen() {
-  $("theme").setAttribute("aria-pressed", String(matchMedia("(prefers-color-scheme: dark)").matches));
-  $("theme").onclick = toggleTheme;
   $("joint").onchange = chooseJoint;
   $("threshold").oninput = drawCurves;
-  $("order").onchange = () => { state.order = $("order").value; drawPeople(); };
   for (const layer of ["found", "truth"])
     $(`show-${layer}`).onchange = () => document.body.classList.toggle(`no-${layer}`, !$(`show-${layer}`).checked);
   choices($("gallery"), "gallery", [["worst", "Worst"], ["median", "Median"], ["best", "Best"], ["joint", "Worst of a joint"]],

@@ -99,7 +99,6 @@ class ReferenceRun(NamedTuple):
     name: str
     """Its checkpoint, step and data, and its file."""
     result: Summary
-    """Files of earlier versions have no `curves` or no `truth_sha256`."""
 
 
 def read_reference(path: Path, skeleton: Skeleton) -> ReferenceRun:
@@ -121,39 +120,30 @@ def read_reference(path: Path, skeleton: Skeleton) -> ReferenceRun:
     rate = (float, int, type(None))
     means = dict.fromkeys(("pooled", "unweighted", "weighted"), rate)
     score = {**means, "groups": {name: rate for name, _ in skeleton.groups}, "joints": [rate]}
-    shape = {"people": int, "joints_counted": int, "auc": rate}
+    shape = {"people": int, "joints_counted": int, "truth_sha256": str, "auc": rate}
     shape["pckh"] = {str(threshold): score for threshold in pckh.THRESHOLDS}
-    if "curves" in result:
-        shape["curves"] = {"thresholds": [rate], "pooled": [rate]}
+    shape["curves"] = {"thresholds": [rate], "pooled": [rate]}
     if not has_shape(result, shape):
         raise InputError(path, "a result without some of its numbers", expected, advice)
     return ReferenceRun(_run_name(content, path), result)
 
 
 def _run_name(content: dict[str, Any], path: Path) -> str:
-    step = content.get("step")
-    parts = [content.get("checkpoint") or content.get("predictions_file")]
-    parts += [f"step {step:,}"] if isinstance(step, int) else []
-    parts += [f"on {content['data']}"] if content.get("data") else []
+    step, data = content.get("step"), content.get("data")
+    source = content.get("checkpoint") or content.get("predictions_file")
+    parts = [source, isinstance(step, int) and f"step {step:,}", data and f"on {data}"]
     name = ", ".join(str(part) for part in parts if part)
     return f"{name} ({path})" if name else str(path)
 
 
 def data_mismatch(own: Summary, reference: Summary) -> str | None:
     """A warning if two summaries were computed on different data, so their gap means little."""
+    if own["truth_sha256"] == reference["truth_sha256"]:
+        return None
     there, here = (
         f"{r['people']:,} people with {r['joints_counted']:,} joints" for r in (reference, own)
     )
-    if there != here:
-        return f"The other run was scored on other data: {there} there, {here} here."
-    if "truth_sha256" not in reference:
-        return (
-            "The other run may have been scored on other data: its file has no checksum of the "
-            "data. Evaluate it again with --json."
-        )
-    if reference["truth_sha256"] != own["truth_sha256"]:
-        return (
-            f"The other run was scored on other data: {there} in both, but other pictures, "
-            "joint positions, or lengths to divide by."
-        )
-    return None
+    how = f"{there} there, {here} here."
+    if there == here:
+        how = f"{there} in both, but other pictures, joint positions, or lengths to divide by."
+    return f"The other run was scored on other data: {how}"

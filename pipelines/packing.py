@@ -136,9 +136,8 @@ class ShardTask(NamedTuple):
 
     folder: Path
     number: int
-    packing: str
-    crop: CropRule | None
-    samples: tuple[Sample, ...]
+    options: PackingOptions
+    samples: list[Sample]
 
 
 def pack(options: PackingOptions) -> list[Manifest]:
@@ -156,9 +155,8 @@ def pack(options: PackingOptions) -> list[Manifest]:
             print(f"\nStopped. To continue, {_RUN_AGAIN}.", file=sys.stderr)
             raise
         except BrokenProcessPool as error:
-            found, expected = "a worker process was killed", "enough memory for all of them"
-            advice = f"with fewer --workers, {_RUN_AGAIN}"
-            raise InputError(f"--workers {options.workers}", found, expected, advice) from error
+            found, advice = "a worker process was killed", f"with fewer --workers, {_RUN_AGAIN}"
+            raise InputError("--workers", found, "enough memory for all", advice) from error
     return manifests
 
 
@@ -252,8 +250,8 @@ def already_packed(options: PackingOptions, job: SplitJob) -> bool:
     if not os.path.lexists(folder):
         return False
     if not (folder / MANIFEST).is_file():
-        found, advice = f"a folder without {MANIFEST}", "choose another --output"
-        raise InputError(folder, found, "a folder of shards, or none", advice)
+        found, expected = f"a folder without {MANIFEST}", "a folder of shards, or none"
+        raise InputError(folder, found, expected, "choose another --output")
     manifest = read_manifest(folder)
     if options.overwrite:
         return False
@@ -269,22 +267,19 @@ def already_packed(options: PackingOptions, job: SplitJob) -> bool:
 @contextmanager
 def locked(options: PackingOptions) -> Iterator[None]:
     """Create the folder of unfinished work and lock it for this process; remove it if empty."""
-    output = options.output
-    if output.exists() and not (output.is_dir() and os.access(output, os.W_OK | os.X_OK)):
-        found = "not a folder that this user may write to"
-        raise InputError(output, found, "a writable folder", "choose another --output")
-    try:
-        options.partial.mkdir(parents=True, exist_ok=True)
-    except PermissionError as error:
-        found = f"{options.partial.parent} is not writable"
-        raise InputError(output, found, "a writable folder", "choose another --output") from error
+    for path in (options.output, options.partial):
+        found = next(folder for folder in (path, *path.parents) if folder.exists())
+        if not (found.is_dir() and os.access(found, os.W_OK | os.X_OK)):
+            expected = "a folder that this user may write to"
+            raise InputError(found, "not writable", expected, "choose another --output")
+    options.partial.mkdir(parents=True, exist_ok=True)
     folder = os.open(options.partial, os.O_RDONLY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(folder)
-        found, expected = "in use by another run of this program", "one run at a time"
-        raise InputError(options.partial, found, expected, "wait until it ends") from error
+        found = "in use by another run of this program"
+        raise InputError(options.partial, found, "one at a time", "wait until it ends") from error
     try:
         yield
     finally:
@@ -403,9 +398,7 @@ def pack_split(
     check_space(options, folder, samples)
     size = options.people_per_shard
     tasks = [
-        ShardTask(
-            folder, number, options.packing, options.crop, tuple(samples[start : start + size])
-        )
+        ShardTask(folder, number, options, samples[start : start + size])
         for number, start in enumerate(range(0, len(samples), size))
     ]
     packed = map_tasks(pack_shard, tasks)
@@ -495,8 +488,8 @@ def pack_shard(task: ShardTask) -> Shard:
         with temporary.open("wb") as stream:
             with webdataset.TarWriter(stream, encoder=False, mtime=0) as writer:
                 for sample in task.samples:
-                    parts = (sample.record, load_picture(sample, task), sample.text)
-                    files = dict(zip(components(task.packing), parts, strict=True))
+                    parts = (sample.record, load_picture(sample, task.options), sample.text)
+                    files = dict(zip(components(task.options.packing), parts, strict=True))
                     writer.write({"__key__": sample.key, **files})
             stream.flush()
             os.fsync(stream.fileno())
@@ -513,17 +506,17 @@ def pack_shard(task: ShardTask) -> Shard:
     )
 
 
-def load_picture(sample: Sample, task: ShardTask) -> bytes:
+def load_picture(sample: Sample, options: PackingOptions) -> bytes:
     """The picture to store. Raises InputError if the file has changed since it was checked."""
     path = Path(sample.picture.path)
     jpeg, stat = path.read_bytes(), path.stat()
     if (len(jpeg), stat.st_mtime_ns) != (sample.picture.bytes, sample.picture.mtime_ns):
-        found, expected = "changed since it was checked", "pictures that stay unchanged"
-        raise InputError(path, found, expected, _RUN_AGAIN)
+        found = "changed since it was checked"
+        raise InputError(path, found, "the same picture", _RUN_AGAIN)
     if sample.picture.converted:
         jpeg = convert(jpeg)
-    if task.crop and sample.region:
-        return stored_crop(jpeg, sample.region, task.packing, task.crop.quality)
+    if options.crop and sample.region:
+        return stored_crop(jpeg, sample.region, options.packing, options.crop.quality)
     return jpeg
 
 

@@ -74,13 +74,10 @@ class ShardSet:
         is_cached = (self.folder / ORIGIN).is_file()
         self.cache = ShardCache(self.folder, self.manifest.shards) if is_cached else None
         """Of a split in object storage; None for a folder."""
-        record_bytes = 4 * record_length(self.manifest.joints)
-        tars = None if self.cache else self.folder
-        indices = [
-            _read_index(self.folder, shard, record_bytes, self.components, tars)
-            for shard in self.manifest.shards
-        ]
-        self._shard_N = np.repeat(np.arange(len(indices)), [len(keys) for keys, _ in indices])
+        indices = [self._read_index(shard) for shard in self.manifest.shards]
+        counts = [shard.people for shard in self.manifest.shards]
+        self.shard_of_sample = np.repeat(np.arange(len(counts)), counts)
+        """(N,) the number of each sample's tar."""
         self._keys = [key for keys, _ in indices for key in keys]
         self._ranges_NC2 = np.concatenate([ranges for _, ranges in indices])
         key, count = Counter(self._keys).most_common(1)[0]
@@ -209,17 +206,12 @@ class ShardSet:
 
     def where(self, sample: int) -> str:
         """Shard, number and key of a sample, for messages."""
-        tar = self.tars[self._shard_N[sample]]
+        tar = self.tars[self.shard_of_sample[sample]]
         return f"{tar}: sample {self.origin(sample)} (key {self.key(sample)})"
-
-    @property
-    def shard_of_sample(self) -> npt.NDArray[np.int64]:
-        """(N,) the number of each sample's tar."""
-        return self._shard_N
 
     def samples_of(self, shard: int) -> list[int]:
         """The samples of one tar, in its order."""
-        return np.flatnonzero(self._shard_N == shard).tolist()
+        return np.flatnonzero(self.shard_of_sample == shard).tolist()
 
     def origin(self, sample: int) -> int:
         """The sample whose data are returned for this one: itself, or its replacement."""
@@ -228,7 +220,7 @@ class ShardSet:
     def byte_range(self, sample: int, extension: str) -> ByteRange:
         """The position of a component in its tar. extension: one of `components`."""
         offset, size = self._ranges_NC2[sample, self.components.index(extension)].tolist()
-        return ByteRange(self.tars[self._shard_N[sample]], offset, size)
+        return ByteRange(self.tars[self.shard_of_sample[sample]], offset, size)
 
     def component(self, sample: int, extension: str) -> bytes:
         """The bytes of one component. Raises InputError."""
@@ -245,8 +237,8 @@ class ShardSet:
         changed.indices, changed._files = list(self.indices), {}
         origin_N = np.arange(len(self))
         is_good_N = ~np.isin(origin_N, list(bad))
-        for shard in np.unique(self._shard_N[~is_good_N]):
-            samples = np.flatnonzero(self._shard_N == shard)
+        for shard in np.unique(self.shard_of_sample[~is_good_N]):
+            samples = np.flatnonzero(self.shard_of_sample == shard)
             good = samples[is_good_N[samples]]
             if not len(good):
                 found = f"{len(samples)} damaged pictures of {len(samples)}"
@@ -262,12 +254,48 @@ class ShardSet:
         changed._records = None if self._records is None else self._records[origin_N]
         return changed
 
+    def _read_index(self, shard: Shard) -> tuple[list[str], npt.NDArray[np.int64]]:
+        """Keys, and (people, component, 2) offsets and sizes in bytes. Raises InputError."""
+        record, picture, text = self.components
+        pattern = re.compile(
+            rf"{record} {_RANGE} ([^ .]+)\.{record} {picture} {_RANGE} \3\.{picture} "
+            rf"{text} {_RANGE} \3\.{text}"
+        )
+        try:
+            # A tar in object storage is fetched, and checked, when it is read.
+            tar_bytes = shard.bytes if self.cache else (self.folder / shard.tar).stat().st_size
+            if tar_bytes != shard.bytes:
+                raise ValueError(f"{tar_bytes} bytes, the manifest says {shard.bytes}")
+            data = read_bytes(self.folder / shard.index, _MAX_INDEX)
+            if hashlib.sha256(data).hexdigest() != shard.index_sha256:
+                raise ValueError("its SHA-256 is not the one in the manifest")
+            header, *lines = data.decode("ascii").splitlines()
+            samples = [match for line in lines if (match := pattern.fullmatch(line))]
+            if header != f"{INDEX_VERSION} {shard.people}" or len(samples) != shard.people:
+                raise ValueError(f"it begins {header[:100]!r}, {len(samples)} complete samples")
+            numbers = [sample.group(1, 2, 4, 5, 6, 7) for sample in samples]
+            ranges = np.array(numbers, dtype=np.int64).reshape(-1, len(self.components), 2)
+            offset, size = ranges[..., 0], ranges[..., 1]
+            is_outside = (size > [LARGEST[e] for e in self.components]) | (
+                offset + size > tar_bytes
+            )
+            is_overlapping = np.diff(offset) <= size[:, :-1]
+            is_record = size[:, 0] == 4 * record_length(self.manifest.joints)
+            if is_outside.any() or is_overlapping.any() or not is_record.all():
+                raise ValueError("impossible sizes or offsets")
+        except (OSError, ValueError) as error:
+            found = f"not the index of {shard.tar} ({error})"
+            expected = f"the tar and its wds2idx index of {shard.people} people"
+            where = self.folder / shard.index
+            raise InputError(where, found, expected, PACK_AGAIN) from error
+        return [sample[3] for sample in samples], ranges
+
     def _index_line(self, sample: int) -> str:
         ranges = [(name, self.byte_range(sample, name)) for name in self.components]
         return " ".join(f"{n} {r.offset} {r.size} {self._keys[sample]}.{n}" for n, r in ranges)
 
     def _read(self, sample: int, offset: int, size: int) -> bytes:
-        shard = int(self._shard_N[sample])
+        shard = int(self.shard_of_sample[sample])
         try:
             file = self._file(shard)  # this reference keeps it open
             data = os.pread(file.fileno(), size, offset)
@@ -311,44 +339,3 @@ def read_ahead(
     if isinstance(source, ShardSet) and source.cache:
         return ReadAhead(source.cache, source.shard_of_sample, iter(batches), behind)
     return batches
-
-
-def _read_index(
-    folder: Path,
-    shard: Shard,
-    record_bytes: int,
-    names: tuple[str, str, str],
-    tars: Path | None,
-) -> tuple[list[str], npt.NDArray[np.int64]]:
-    """Keys, and (people, component, 2) offsets and sizes in bytes. Raises InputError.
-
-    names: of the components. tars: their folder; None if they are fetched later.
-    """
-    path, (record, picture, text) = folder / shard.index, names
-    pattern = re.compile(
-        rf"{record} {_RANGE} ([^ .]+)\.{record} {picture} {_RANGE} \3\.{picture} "
-        rf"{text} {_RANGE} \3\.{text}"
-    )
-    try:
-        tar_bytes = (tars / shard.tar).stat().st_size if tars else shard.bytes
-        if tar_bytes != shard.bytes:
-            raise ValueError(f"{shard.tar} has {tar_bytes} bytes, the manifest says {shard.bytes}")
-        data = read_bytes(path, _MAX_INDEX)
-        if hashlib.sha256(data).hexdigest() != shard.index_sha256:
-            raise ValueError("its SHA-256 is not the one in the manifest")
-        header, *lines = data.decode("ascii").splitlines()
-        samples = [match for line in lines if (match := pattern.fullmatch(line))]
-        if header != f"{INDEX_VERSION} {shard.people}" or len(samples) != shard.people:
-            raise ValueError(f"it begins {header[:100]!r} and has {len(samples)} complete samples")
-        numbers = [sample.group(1, 2, 4, 5, 6, 7) for sample in samples]
-        ranges = np.array(numbers, dtype=np.int64).reshape(-1, len(names), 2)
-        offset, size = ranges[..., 0], ranges[..., 1]
-        is_outside = (size > [LARGEST[name] for name in names]) | (offset + size > tar_bytes)
-        is_overlapping = np.diff(offset) <= size[:, :-1]
-        if is_outside.any() or is_overlapping.any() or (size[:, 0] != record_bytes).any():
-            raise ValueError("impossible sizes or offsets")
-    except (OSError, ValueError) as error:
-        expected = f"{shard.tar} and its wds2idx index of {shard.people} people"
-        found = f"not the index of its tar ({error})"
-        raise InputError(path, found, expected, PACK_AGAIN) from error
-    return [sample[3] for sample in samples], ranges
