@@ -31,8 +31,9 @@ from pipelines.boxes import read_people, square_about, whole_picture
 from pipelines.coco import Floats, parse_coco
 from pipelines.label_files import (
     Labels,
+    find_labels,
+    is_yolo,
     label_files,
-    label_format,
     picture_size,
     pictures_folder,
     read_labels,
@@ -107,14 +108,13 @@ def read_annotations(
     file's. images, boxes: for labels of label_files.py, as in `_from_labels`.
     """
     joints = skeleton or MPII
-    if label_format(path):
-        labels = read_labels(path, split)
+    if label_file := find_labels(path):
+        labels = read_labels(label_file, split)
         joints = skeleton or labels.skeleton
         if joints.names != labels.skeleton.names:
-            found = f"the joints {', '.join(joints.names)}"
-            expected = f"those of {path}: {', '.join(labels.skeleton.names)}"
-            raise InputError("--skeleton", found, expected, "use its names, in its order")
-        people = _from_labels(labels, images or pictures_folder(path), boxes)
+            found, expected = (", ".join(each.names) for each in (joints, labels.skeleton))
+            raise InputError("--skeleton", found, f"{expected}, as in {path}", "correct its joints")
+        people = _from_labels(labels, images or pictures_folder(label_file), boxes)
     elif (path := split_file(path, split)).name.endswith((".json", ".json.gz")):
         data = _load_json(path)
         if isinstance(data, dict):
@@ -135,7 +135,7 @@ def split_file(path: Path, split: str) -> Path:
     found = [file for file in files if file.is_file()]
     if len(found) > 1:
         names = " and ".join(file.name for file in found)
-        raise InputError(path, names, f"one file for {split}", "give one file")
+        raise InputError(path, names, f"one file for {split}", "give one of them")
     if not found:
         expected = f"{_FROM_PRINCETON}, mpii_annotations.json, or COCO's JSON"
         advice = "give the file or its folder with --annotations (make_shards.py: or one --splits)"
@@ -145,7 +145,8 @@ def split_file(path: Path, split: str) -> Path:
 
 def annotation_files(path: Path, split: str) -> list[Path]:
     """The files with the annotations of a split. Raises InputError."""
-    return label_files(path) if label_format(path) else [split_file(path, split)]
+    labels = find_labels(path)
+    return label_files(labels) if labels else [split_file(path, split)]
 
 
 def has_both_splits(path: Path) -> bool:
@@ -154,8 +155,10 @@ def has_both_splits(path: Path) -> bool:
     Folders, MPII's JSON (a list) and YOLO-pose do; h5 files, COCO's JSON (a dict), DeepLabCut's
     projects and tables do not.
     """
-    if label_format(path) or path.is_dir():
-        return label_format(path) in (None, "yolo")
+    if labels := find_labels(path):
+        return is_yolo(labels)
+    if path.is_dir():
+        return True
     opener, start = gzip.open if path.name.endswith(".gz") else open, b""
     with suppress(OSError, EOFError, zlib.error), opener(path, "rb") as file:
         start = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")

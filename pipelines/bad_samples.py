@@ -71,27 +71,18 @@ class BadSamples:
 
     def _check(self, count: int) -> None:
         if count > self.limit:
-            raise InputError(
-                self.path,
-                f"{count} people with damaged pictures",
-                f"{self.limit} at most (data.max_bad_samples)",
-                "run tools/check_shards.py --decode on the training shards, restore them or pack "
-                "again, remove this list, and --resume",
-            )
+            found, expected = f"{count} people with damaged pictures", f"at most {self.limit}"
+            advice = "restore the shards or pack again, remove this list, and --resume"
+            raise InputError(self.path, found, f"{expected} (data.max_bad_samples)", advice)
 
     def _write(self, faults: dict[int, str]) -> None:
         """Write the file. On a full disk the next call tries again."""
-        lines = [
-            {
-                "sample": sample,
-                "key": self.shards.key(sample),
-                "where": self.shards.where(sample),
-                "fault": fault,
-            }
-            for sample, fault in sorted(faults.items())
-        ]
+        text = ""
+        for sample, fault in sorted(faults.items()):
+            names = {"key": self.shards.key(sample), "where": self.shards.where(sample)}
+            text += json.dumps({"sample": sample, **names, "fault": fault}) + "\n"
         with suppress(OSError):
-            write_atomic(self.path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+            write_atomic(self.path, text.encode())
             self._written = set(faults)
 
     def _read(self) -> dict[int, str]:
@@ -108,12 +99,9 @@ class BadSamples:
                 if 0 <= sample < len(self.shards) and self.shards.key(sample) == entry.get("key"):
                     faults[sample] = str(entry.get("fault"))
         except ValueError as error:
-            raise InputError(
-                self.path,
-                f"damaged ({error})",
-                "one JSON object per line for each person that is left out",
-                "remove the file; training will find the people again",
-            ) from error
+            expected = "a JSON object in each line, for a person that is left out"
+            advice = "remove the file; training will find the people again"
+            raise InputError(self.path, f"damaged ({error})", expected, advice) from error
         return faults
 
 

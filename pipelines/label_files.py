@@ -10,7 +10,7 @@ import io
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -25,7 +25,7 @@ _LARGEST = 256 << 20
 _HEADER = ("scorer", "individuals", "bodyparts", "coords")
 _TABLE = "a table with the rows scorer, bodyparts, coords and one row for each picture"
 _YOLO_KEYS = "kpt_shape [joints, 2 or 3], train and val"
-Format = Literal["table", "deeplabcut", "yolo"]
+_DEEPLABCUT = "config.yaml"
 BOX_LENGTH = Length((), 0.4)
 """Errors are divided by 0.4 x the box, so PCK@0.5 is the share within a fifth of the box."""
 _FIX = "correct it, or export the labels again"
@@ -43,46 +43,42 @@ class Labels(NamedTuple):
     skeleton: Skeleton
 
 
-def label_format(path: Path) -> Format | None:
-    """The format of these labels by their names; None for annotations of MPII or COCO."""
-    if path.suffix == ".csv":
-        return "table"
-    if path.name == "config.yaml" or (path / "config.yaml").is_file():
-        return "deeplabcut"
-    if path.suffix in (".yaml", ".yml") or (path / "data.yaml").is_file():
-        return "yolo"
-    return None
+def find_labels(path: Path) -> Path | None:
+    """The .csv, DeepLabCut's config.yaml or YOLO's data.yaml; None for annotations of MPII or COCO.
+
+    path: this file, or the folder of the project or data set.
+    """
+    for name in (_DEEPLABCUT, "data.yaml"):
+        if (path / name).is_file():
+            return path / name
+    return path if path.suffix in (".csv", ".yaml", ".yml") else None
 
 
-def read_labels(path: Path, split: str) -> Labels:
-    """The labels of a table, or of a folder or its YAML file. Raises InputError.
+def is_yolo(labels: Path) -> bool:
+    """Whether a file of `find_labels` describes a YOLO-pose data set, which has splits."""
+    return labels.suffix != ".csv" and labels.name != _DEEPLABCUT
+
+
+def read_labels(labels: Path, split: str) -> Labels:
+    """The labels of a file of `find_labels`. Raises InputError.
 
     split: "train" or "valid", for YOLO-pose; the other formats have no splits.
     """
-    if label_format(path) == "table":
-        return read_table(path)
-    if label_format(path) == "deeplabcut":
-        return read_deeplabcut(path if path.is_dir() else path.parent)
-    return read_yolo(path / "data.yaml" if path.is_dir() else path, split)
+    if is_yolo(labels):
+        return read_yolo(labels, split)
+    return read_table(labels) if labels.suffix == ".csv" else read_deeplabcut(labels.parent)
 
 
-def label_files(path: Path) -> list[Path]:
+def label_files(labels: Path) -> list[Path]:
     """The files that contain the labels, all splits of YOLO-pose included."""
-    if label_format(path) == "table":
-        return [path]
-    folder = path if path.is_dir() else path.parent
-    if label_format(path) == "deeplabcut":
-        return [folder / "config.yaml", *_tables(folder)]
-    data_yaml = path / "data.yaml" if path.is_dir() else path
-    return [data_yaml, *sorted(pictures_folder(path).rglob("labels/**/*.txt"))]
+    if is_yolo(labels):
+        return [labels, *sorted(pictures_folder(labels).rglob("labels/**/*.txt"))]
+    return [labels] if labels.suffix == ".csv" else [labels, *_tables(labels.parent)]
 
 
-def pictures_folder(path: Path) -> Path:
+def pictures_folder(labels: Path) -> Path:
     """The folder to which the labels' pictures are relative."""
-    if label_format(path) != "yolo":
-        return path if path.is_dir() else path.parent
-    data_yaml = path / "data.yaml" if path.is_dir() else path
-    return _yolo_root(data_yaml, read_yaml(data_yaml, _YOLO_KEYS))
+    return _yolo_root(labels, read_yaml(labels, _YOLO_KEYS)) if is_yolo(labels) else labels.parent
 
 
 def read_table(path: Path) -> Labels:
@@ -130,11 +126,10 @@ def _cells(row: list[str], column: int) -> tuple[float, float] | None:
 
 def read_deeplabcut(project: Path) -> Labels:
     """All labels of a DeepLabCut project, a folder with config.yaml. Raises InputError."""
-    config = read_yaml(project / "config.yaml", "a DeepLabCut project")
+    config = read_yaml(project / _DEEPLABCUT, "a DeepLabCut project")
     tables = _tables(project)
     if not tables:
-        expected = "a table for each video, which DeepLabCut writes when labels are saved"
-        where = project / "labeled-data" / "VIDEO" / "CollectedData_SCORER.csv"
+        where, expected = project / "labeled-data", "VIDEO/CollectedData_SCORER.csv in it"
         raise InputError(where, "no such file", expected, "save the labels in DeepLabCut again")
     parts = [read_table(table) for table in tables]
     joints = parts[0].skeleton.names
@@ -239,9 +234,7 @@ def _yolo_skeleton(path: Path, config: dict[str, Any], joints: int) -> Skeleton:
     if len(names) != joints or (order and sorted(order) != list(range(joints))):
         found = f"{len(names)} kpt_names, flip_idx {order}"
         raise InputError(path, found, f"a name and a partner for each of {joints} joints", _FIX)
-    pairs = None
-    if order:
-        pairs = tuple((a, b) for a, b in enumerate(order) if a < b)
+    pairs = tuple((a, b) for a, b in enumerate(order) if a < b) if order else None
     return skeleton_of_names(path.stem, names, (), pairs)
 
 

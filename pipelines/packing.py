@@ -40,7 +40,7 @@ from pipelines.annotations import Boxes, People, annotation_files, read_annotati
 from pipelines.crop_packing import Region, crop_region, stored_crop
 from pipelines.i420 import byte_count
 from pipelines.jpeg import QUALITY, Picture, check_picture, convert, find_picture
-from pipelines.label_files import label_format
+from pipelines.label_files import find_labels, is_yolo
 from pipelines.shard_format import (
     FORMAT_VERSION,
     IDENTITY_AFFINE,
@@ -188,7 +188,8 @@ def picture_groups(images: Sequence[str], annotations: Path) -> Sequence[str]:
     Pictures of a video lie in one folder in DeepLabCut's and Lightning Pose's labels. With a single
     video each picture is a group.
     """
-    if label_format(annotations) not in ("table", "deeplabcut"):
+    labels = find_labels(annotations)
+    if labels is None or is_yolo(labels):
         return images
     videos = [PurePosixPath(image).parent.as_posix() for image in images]
     return videos if len(set(videos)) > 1 else images
@@ -268,16 +269,16 @@ def already_packed(options: PackingOptions, job: SplitJob) -> bool:
 def locked(options: PackingOptions) -> Iterator[None]:
     """Create the folder of unfinished work and lock it for this process; remove it if empty."""
     for path in (options.output, options.partial):
-        found = next(folder for folder in (path, *path.parents) if folder.exists())
-        if not (found.is_dir() and os.access(found, os.W_OK | os.X_OK)):
+        folder = next(each for each in (path, *path.parents) if each.exists())
+        if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
             expected = "a folder that this user may write to"
-            raise InputError(found, "not writable", expected, "choose another --output")
+            raise InputError(folder, "not writable", expected, "choose another --output")
     options.partial.mkdir(parents=True, exist_ok=True)
-    folder = os.open(options.partial, os.O_RDONLY)
+    lock = os.open(options.partial, os.O_RDONLY)
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        os.close(folder)
+        os.close(lock)
         found = "in use by another run of this program"
         raise InputError(options.partial, found, "one at a time", "wait until it ends") from error
     try:
@@ -285,7 +286,7 @@ def locked(options: PackingOptions) -> Iterator[None]:
     finally:
         with suppress(OSError):  # it contains unfinished work
             options.partial.rmdir()
-        os.close(folder)
+        os.close(lock)
 
 
 @contextmanager

@@ -265,7 +265,7 @@ class ShardSet:
             # A tar in object storage is fetched, and checked, when it is read.
             tar_bytes = shard.bytes if self.cache else (self.folder / shard.tar).stat().st_size
             if tar_bytes != shard.bytes:
-                raise ValueError(f"{tar_bytes} bytes, the manifest says {shard.bytes}")
+                raise ValueError(f"the tar has {tar_bytes} bytes, the manifest says {shard.bytes}")
             data = read_bytes(self.folder / shard.index, _MAX_INDEX)
             if hashlib.sha256(data).hexdigest() != shard.index_sha256:
                 raise ValueError("its SHA-256 is not the one in the manifest")

@@ -85,7 +85,7 @@ def yolo(tmp_path: Path) -> Path:
 
 
 def test_yolos_shares_of_the_picture_become_pixels(yolo):
-    labels = read_labels(yolo, "train")
+    labels = read_labels(yolo / "data.yaml", "train")
     assert labels.images == ("images/train/a.jpg",)
     np.testing.assert_allclose(labels.box_N4, [[60, 10, 80, 80]])
     np.testing.assert_allclose(labels.keypoints_NJ3, [[(50, 50, 2), (150, 50, 1)]])
@@ -101,7 +101,7 @@ def test_yolos_shares_of_the_picture_become_pixels(yolo):
 def test_a_yolo_row_of_another_length_is_named(yolo):
     (yolo / "labels" / "train" / "a.txt").write_text("0 0.5 0.5 1 1\n")
     with pytest.raises(InputError, match=r"a\.txt: line 1"):
-        read_labels(yolo, "train")
+        read_labels(yolo / "data.yaml", "train")
 
 
 def test_boxes_are_the_picture_the_keypoints_or_a_file(tmp_path):

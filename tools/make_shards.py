@@ -24,14 +24,14 @@ from common.cli import Parser, at_least
 from common.errors import InputError, run_main
 from common.files import write_atomic
 from common.system import usable_cores
-from configs.skeleton import PIXELS_PER_SCALE, Skeleton, skeleton_yaml
+from configs.skeleton import Skeleton, skeleton_yaml
 from pipelines.annotations import Boxes, People, has_both_splits, scored_text
 from pipelines.augment import PRESETS
 from pipelines.crop_packing import crop_rule
-from pipelines.label_files import label_format, pictures_folder
+from pipelines.label_files import find_labels, pictures_folder
 from pipelines.object_storage import is_url, require_no_secret
 from pipelines.packing import SPLITS, PackingOptions, pack
-from pipelines.shard_format import PICTURE_EXTENSIONS, Manifest, unpack_records
+from pipelines.shard_format import PICTURE_EXTENSIONS, Manifest
 from pipelines.shards import ShardSet
 
 DATA = Path("data/mpii")
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     start = time.monotonic()
     options = parse_options(argv)
     manifests = pack(options)
-    if manifests and label_format(options.annotations) and not options.skeleton:
+    if manifests and find_labels(options.annotations) and not options.skeleton:
         folder = Path() if options.url else options.output
         write_skeleton(folder / "skeleton.yaml", manifests[0].skeleton)
     if manifests:
@@ -115,9 +115,8 @@ def parse_options(argv: list[str] | None) -> PackingOptions:
     given["crop"] = crop_rule(preset, person_px, quality) if is_crop else None
     annotations = given["annotations"]
     if given["images"] is None:
-        given["images"] = (
-            pictures_folder(annotations) if label_format(annotations) else DATA / "images"
-        )
+        labels = find_labels(annotations)
+        given["images"] = pictures_folder(labels) if labels else DATA / "images"
     if not given["valid_fraction"]:
         given["splits"] = chosen_splits(annotations, given["splits"])
     elif has_both_splits(annotations):
@@ -202,27 +201,18 @@ def summary(folder: Path, location: str = "") -> str:
     """
     shards = ShardSet(folder)
     people, _ = shards.people()
-    sizes_N2 = unpack_records(shards.records()).size_N2.astype(int)
-    ordered = sizes_N2[np.argsort(sizes_N2.prod(axis=1), kind="stable")]
-    sizes = [f"{width} x {height}" for width, height in ordered[[0, len(ordered) // 2, -1]]]
     size = sum(shard.bytes for shard in shards.manifest.shards)
-    sides = np.quantile(PIXELS_PER_SCALE * people.scale, [0, 0.1, 0.5, 0.9, 1])
     lines = [
         f"{location or folder}: {people.count:,} people in {len(shards.tars)} shards, "
         f"{size / 1e6:,.1f} MB",
         f"  scored     {scored_text(people.scored.sum(), people.count)}"
         " (with a length to divide errors by, and a marked joint)",
         f"  pictures   {len(set(people.images)):,}",
-        f"  stored     {sizes[0]} px the smallest, {sizes[1]} the median, {sizes[2]} the largest",
-        f"  box sides  {' '.join(f'{side:,.0f}' for side in sides)} px "
-        "(minimum, 10 %, median, 90 %, maximum)",
     ]
     left_out = shards.manifest.left_out  # lines of `row N: picture: fault`
-    reasons = Counter(line.split(": ", 2)[-1] for line in left_out).most_common()
-    lines.append(
-        f"  left out   {len(left_out):,} people for their pictures (left_out in the manifest)"
-    )
-    lines += [f"             {count:,} x {reason}" for reason, count in reasons[:5]]
+    reasons = Counter(line.split(": ", 2)[-1] for line in left_out).most_common(5)
+    lines.append(f"  left out   {len(left_out):,} people for their pictures (in the manifest)")
+    lines += [f"             {count:,} x {reason}" for reason, count in reasons]
     if assumed := shards.manifest.skeleton.assumed_left:
         lines.append(f"  left       {', '.join(assumed)} (assumed: the first of each flip pair)")
     lines += ["", *joint_lines(people, shards.manifest.skeleton)]
