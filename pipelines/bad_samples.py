@@ -72,7 +72,9 @@ class BadSamples:
     def _check(self, count: int) -> None:
         if count > self.limit:
             found, expected = f"{count} people with damaged pictures", f"at most {self.limit}"
-            advice = "restore the shards or pack again, remove this list, and --resume"
+            advice = (
+                "restore the shards (tools/check_shards.py --decode), remove this list, --resume"
+            )
             raise InputError(self.path, found, f"{expected} (data.max_bad_samples)", advice)
 
     def _write(self, faults: dict[int, str]) -> None:
