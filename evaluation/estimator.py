@@ -243,14 +243,14 @@ def _squares(
     each_picture = [given] if pictures is None else zip(*given, strict=True)
     if centers is not None:
         return [_from_centers(*own) for own in each_picture]
-    return [_about(own, margin) for (own,) in each_picture]
+    return [_from_boxes(own, margin) for (own,) in each_picture]
 
 
-def _about(boxes: Any, margin: float) -> list[Square]:
+def _from_boxes(boxes: Any, margin: float) -> list[Square]:
     rows = _numbers("boxes", boxes, "x, y, width, height, px", 4)
     if not (rows[:, 2:] > 0).all():
         found = f"a width or height of {rows[:, 2:].min():g}"
-        raise InputError("boxes", found, "x, y, width, height; sizes above 0", "correct it")
+        raise InputError("boxes", found, "sizes above 0", "correct it")
     return [square_about(row, margin) for row in rows.tolist()]
 
 

@@ -8,7 +8,7 @@ from argparse import Namespace
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import cv2
 import numpy as np
@@ -18,7 +18,7 @@ from common.cli import info, progress
 from common.distributed import DistributedContext, loader_workers, set_cpu_threads
 from common.errors import InputError
 from common.files import write_atomic
-from configs.schema import Config, RuleName
+from configs.schema import Config, LoaderName, RuleName
 from configs.skeleton import Skeleton, load_skeleton, require_same_joints
 from evaluation import inference, pckh, predictions, report
 from evaluation.dataset import EvaluationDataset, open_pictures_dataset, open_shards_dataset
@@ -33,8 +33,6 @@ from pipelines.opencv_loader import LooseImages, Source
 from pipelines.shard_cache import local_folder
 from pipelines.shard_format import MANIFEST, read_manifest
 from pipelines.shards import ShardSet
-
-LoaderName = Literal["opencv", "dali"]
 
 
 class EvaluationJob(NamedTuple):
@@ -115,11 +113,11 @@ def evaluate_file(options: Namespace) -> Evaluation:
     keypoints, samples = predicted.keypoints_NJ2, np.arange(people.count)
     facts = {"predictions_file": str(options.predictions), "data": str(options.annotations)}
     facts["ground_truth"] = "file" if truth else "annotations"
-    title = f"{options.predictions} against "
-    title += "its own ground truth" if truth else str(options.annotations)
+    against = "its own ground truth" if truth else options.annotations
     results = {"predictions": pckh.summary(keypoints, truth or people, skeleton)}
     data = ReportData(truth or people, keypoints, skeleton, source, samples)
-    return Evaluation([title], facts, results, skeleton, data, reference)
+    title = [f"{options.predictions} against {against}"]
+    return Evaluation(title, facts, results, skeleton, data, reference)
 
 
 def _read_people(options: Namespace) -> tuple[People, Skeleton]:
@@ -164,9 +162,8 @@ def newest_checkpoint(runs: Path) -> Path:
     """The best.pt that was written last. Raises InputError if no run has one."""
     found = sorted(runs.glob(f"*/{BEST}"), key=lambda path: path.stat().st_mtime)
     if not found:
-        none = f"no */{BEST}, which the first validation of a run writes"
-        advice = "train first, or give --checkpoint PATH"
-        raise InputError(runs, none, "a validated run of train.py", advice)
+        expected = f"*/{BEST}, which the first validation of train.py writes"
+        raise InputError(runs, "no such file", expected, "train, or give --checkpoint PATH")
     return found[-1]
 
 
@@ -181,9 +178,7 @@ def make_job(options: Namespace) -> EvaluationJob:
     trained_crop = "princeton" if codec.preset.princeton_crop else "affine"
     crop = options.crop or trained_crop
     preset = codec.preset._replace(princeton_crop=crop == "princeton")
-    loaders: tuple[LoaderName, ...] = (options.loader,)
-    if options.compare_loaders:
-        loaders = ("opencv", "dali")
+    loaders = ("opencv", "dali") if options.compare_loaders else (options.loader,)
     trained_loader = trained.run.loader if trained.run else None
     return EvaluationJob(
         trained,
@@ -213,11 +208,8 @@ def packing_difference(trained: Path, source: Source) -> list[str]:
     """A sentence if the shards of training are at hand and hold another packing."""
     here = source.manifest.packing if isinstance(source, ShardSet) else "original"
     there = read_manifest(trained).packing if (trained / MANIFEST).is_file() else here
-    if there == here:
-        return []
-    return [
-        f"trained on pictures of --packing {there}, evaluated on {here}: resampled in another way"
-    ]
+    text = f"trained on pictures of --packing {there}, evaluated on {here}: resampled differently"
+    return [] if there == here else [text]
 
 
 def differences(

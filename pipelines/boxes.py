@@ -15,7 +15,7 @@ from common.cli import info
 from common.errors import InputError
 from common.files import parse_json, read_bytes
 from configs.skeleton import BOX_SCALE, PIXELS_PER_SCALE
-from pipelines.coco import ImageIndex
+from pipelines.coco import ImageIndex, read_image_index
 
 MARGIN = BOX_SCALE
 """Side of the square / longer side of a tight box around the person, as in MPII."""
@@ -83,15 +83,16 @@ def check_square(square: Square, width: int, height: int, where: str) -> None:
 
 
 def read_people(
-    path: Path, margin: float = MARGIN, *, coco: ImageIndex | None = None, in_film: bool = False
+    path: Path, margin: float = MARGIN, *, annotations: Path | None = None, in_film: bool = False
 ) -> list[Person]:
     """The people in a CSV or JSON file, in its order. Raises InputError.
 
     CSV: a header and one line per person. JSON: a list of objects with the same names, or with
     `box` (four numbers) or `center` (two) and `scale`; or COCO detections, whose file names are in
-    `coco`. Without a box or centre: the whole picture. margin: applied to boxes, not to centre and
-    scale. in_film: people have a frame instead of an image.
+    `annotations`, COCO's file. Without a box or centre: the whole picture. margin: applied to
+    boxes, not to centre and scale. in_film: people have a frame instead of an image.
     """
+    coco = read_image_index(annotations) if annotations else None
     people, others = [], 0
     for number, row in enumerate(_read_rows(path)):
         try:
@@ -130,10 +131,10 @@ def _read_rows(path: Path) -> list[Any]:
             rows = parse_json(data)
         else:
             rows = list(csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline="")))
+        if not isinstance(rows, list):
+            raise ValueError("no list")
     except (FileNotFoundError, ValueError, csv.Error) as error:
         raise InputError(path, f"not readable ({error})", expected, "correct it") from error
-    if not isinstance(rows, list) or not rows:
-        raise InputError(path, "no people", expected, "correct it")
     return rows
 
 

@@ -78,10 +78,7 @@ class BadSamplesError(InputError):
     @classmethod
     def of(cls, faults: dict[int, str], where: object, found: str) -> "BadSamplesError":
         """where, found: of the first sample, for the message."""
-        advice = (
-            "restore the picture or its tar, or pack the split again with --skip-bad; training "
-        )
-        advice += "can leave the person out: --data.on_bad_sample skip"
+        advice = "restore it, pack again with --skip-bad, or train with --data.on_bad_sample skip"
         error = cls(where, found, "a complete picture", advice)
         error.faults = faults
         return error
@@ -187,8 +184,7 @@ def _check_header(data: bytes, components: tuple[int, ...]) -> None:
     if scans > _MAX_SCANS:
         raise PictureError(f"over {_MAX_SCANS} scans")
     if frame.components not in components:
-        names = {1: "grey (1 component)", 4: "CMYK (4 components)"}
-        raise PictureError(names.get(frame.components, f"{frame.components} components"))
+        raise PictureError(f"{frame.components} components")
     orientation = _exif_orientation(data)
     if 2 <= orientation <= 8:
         raise PictureError(f"EXIF orientation {orientation}")

@@ -8,7 +8,6 @@ import pytest
 
 from common.errors import InputError
 from pipelines.boxes import Person, Square, check_square, read_people, square_about, whole_picture
-from pipelines.coco import read_image_index
 from pipelines.geometry import input_from_image, transform
 
 
@@ -66,13 +65,13 @@ def test_coco_detections_take_their_pictures_from_the_annotation_file(tmp_path: 
     people.write_text(json.dumps(rows))
     square = Square(59.5, 119.5, 1.25)
     expected = [Person("sub/b.jpg", square, 9, 0.75), Person("a.jpg", square, 7)]
-    assert read_people(people, coco=read_image_index(annotations)) == expected
+    assert read_people(people, annotations=annotations) == expected
     assert "1 detections of other categories not used" in capsys.readouterr().err
     with pytest.raises(InputError, match="--annotations FILE"):
         read_people(people)
     people.write_text(json.dumps([{**rows[0], "image_id": 8}]))
     with pytest.raises(InputError, match="image_id 8 is not in"):
-        read_people(people, coco=read_image_index(annotations))
+        read_people(people, annotations=annotations)
 
 
 def test_people_of_a_film_have_frames_and_people_of_pictures_have_none(tmp_path: Path):

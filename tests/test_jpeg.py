@@ -138,11 +138,11 @@ def test_rare_kinds_of_jpeg_are_refused() -> None:
     assert reason_of(bytes(deep)) == "12 bits a channel"
 
 
-@pytest.mark.parametrize(("mode", "reason"), [("L", "grey"), ("CMYK", "CMYK (4 components)")])
+@pytest.mark.parametrize(("mode", "reason"), [("L", "1 components"), ("CMYK", "4 components")])
 def test_pictures_of_other_colours_are_refused(mode: str, reason: str) -> None:
     stream = io.BytesIO()
     Image.new(mode, (40, 30)).save(stream, "JPEG")
-    assert reason_of(stream.getvalue()).startswith(reason)
+    assert reason_of(stream.getvalue()) == reason
 
 
 def test_real_photographs_pass(shared: Path) -> None:

@@ -48,6 +48,7 @@ from pipelines.shard_format import (
 )
 
 EXIT_DAMAGED = 1
+FAULTS_SHOWN = 20
 CACHE_GB = 10.0
 """Room for a URL's tars while they are checked."""
 
@@ -97,16 +98,14 @@ def check(location: Path, options: argparse.Namespace) -> int:
             faults += repeated(folder, "row", [row for report in reports for row in report.rows])
             people += manifest.people
 
-    for fault in faults[: options.show]:
-        print(fault)
-    if len(faults) > options.show:
-        print(f"... and {len(faults) - options.show:,} more")
     pictures = "pictures decoded" if options.decode else "pictures not decoded (--decode)"
     if not faults:
         splits = " and ".join(folder.name for folder in folders)
         print(f"{options.shards}: {people:,} people of {splits}, no damage found; {pictures}")
         return 0
-
+    print("\n".join(faults[:FAULTS_SHOWN]))
+    if len(faults) > FAULTS_SHOWN:
+        print(f"... and {len(faults) - FAULTS_SHOWN:,} more")
     print(f"{options.shards}: DAMAGED, {len(faults):,} fault(s); {people:,} people; {pictures}")
     print("next: restore these files from a copy, or pack again with tools/make_shards.py")
     return EXIT_DAMAGED
@@ -123,7 +122,6 @@ def make_parser() -> Parser:
     add("shards", help="a split of shards, or the folder of its splits, or its URL")
     add("--decode", action="store_true", help="also decode every JPEG, as packing does")
     add("--workers", type=at_least(0), default=usable_cores(), help="processes (default: all)")
-    add("--show", type=at_least(0), default=20, help="faults to list (default: %(default)s)")
     return parser
 
 
@@ -134,8 +132,7 @@ def split_folders(folder: Path) -> list[Path]:
     splits = sorted(path.parent for path in folder.glob(f"*/{MANIFEST}"))
     if not splits:
         found = f"no {MANIFEST} in it or in its folders" if folder.is_dir() else "no such folder"
-        expected = "a folder of shards made by tools/make_shards.py"
-        raise InputError(folder, found, expected, "give the --output of make_shards.py")
+        raise InputError(folder, found, "shards", "give the --output of tools/make_shards.py")
     return splits
 
 

@@ -28,7 +28,6 @@ from evaluation.video import CODECS, VideoFile, open_video, read_frames
 from evaluation.visualize import draw_skeleton
 from pipelines.annotations import stays_inside
 from pipelines.boxes import MARGIN, Person, Square, read_people, square_about, whole_picture
-from pipelines.coco import read_image_index
 from pipelines.opencv_loader import Item
 
 PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -71,7 +70,10 @@ def main(argv: list[str] | None = None) -> None:
     """Predict, draw, and write the results, also those of an interrupted run."""
     options = make_parser().parse_args(argv)
     video = video_source(options)
-    people = list_people(options, in_film=video is not None) if options.people else []
+    people, is_film = list[Person](), video is not None
+    if path := options.people:
+        coco = options.annotations
+        people = read_people(path, options.margin, annotations=coco, in_film=is_film)
     pictures = add_overlays(options, list_pictures(options, people)) if video is None else []
     check_outputs(options)
     estimator = PoseEstimator.from_checkpoint(
@@ -175,15 +177,9 @@ def video_source(options: Options) -> Path | int | None:
     if options.webcam is not None and not options.overlay:
         has_display = sys.platform != "linux" or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()
         if not has_display or "GUI:                           NONE" in cv2.getBuildInformation():
-            found, expected = "no display, or opencv-python-headless", "a window for the frames"
-            raise InputError("--webcam", found, expected, "give --overlay OUT.avi")
+            found = "no display, or opencv-python-headless"
+            raise InputError("--webcam", found, "a window", "give --overlay OUT.avi")
     return sources[0] if sources else None
-
-
-def list_people(options: Options, in_film: bool) -> list[Person]:
-    """The people of --people. Raises InputError."""
-    coco = read_image_index(options.annotations) if options.annotations else None
-    return read_people(options.people, options.margin, coco=coco, in_film=in_film)
 
 
 def list_pictures(options: Options, people: list[Person]) -> list[Picture]:
@@ -196,30 +192,29 @@ def list_pictures(options: Options, people: list[Person]) -> list[Picture]:
         for index, person in enumerate(people):
             path = folder / person.image
             if not stays_inside(folder, person.image) or not path.is_file():
-                problem = f"no such picture (person {index})"
-                raise InputError(path, problem, f"one in {folder}", "correct the file")
+                found = f"no such picture (person {index})"
+                raise InputError(path, found, f"one in {folder}", "correct the file")
             pictures.setdefault(path, Picture(path, [])).people.append((index, person))
         return list(pictures.values())
-    found: list[tuple[Path, str]] = []
+    named: list[tuple[Path, str]] = []
     for path in options.input:
         inside = [p for p in sorted(path.glob("*")) if p.suffix.lower() in PICTURES]
         if path.is_dir() and not inside:
             kinds = ", ".join(sorted(PICTURES))
             raise InputError(path, "no picture in this folder", kinds, "give another folder")
-        found += [(p, p.name) for p in inside] or [(path, str(path))]
+        named += [(p, p.name) for p in inside] or [(path, str(path))]
     numbers, squares = itertools.count(), given_squares(options)
     return [
         Picture(path, [(next(numbers), Person(name, square)) for square in squares])
-        for path, name in found
+        for path, name in named
     ]
 
 
 def given_squares(options: Options) -> list[Square | None]:
     """The people's positions on the command line; None is the whole picture."""
-    squares: list[Square | None] = [square_about(box, options.margin) for box in options.box]
-    for (x, y), scale in zip(options.center, options.scale, strict=True):
-        squares.append(Square(x, y, scale))
-    return squares or [None]
+    about = [square_about(box, options.margin) for box in options.box]
+    centers = zip(options.center, options.scale, strict=True)
+    return about + [Square(x, y, scale) for (x, y), scale in centers] or [None]
 
 
 def check_outputs(options: Options) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of configs/
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import cv2
@@ -26,8 +27,8 @@ from configs.schema import Config, config_from_dict, load_yaml
 from configs.skeleton import Skeleton
 from evaluation.visualize import LEFT_BGR, MIDDLE_BGR, RIGHT_BGR, color_of, draw_skeleton
 from pipelines import geometry, heatmaps
-from pipelines.augment import PRESETS, Draw, preset_of
-from pipelines.codec import Codec
+from pipelines.augment import PRESETS, Draw
+from pipelines.codec import Codec, codec_of
 from pipelines.loader import Batch, LoaderSpec, RawBatch, make_batch, train_loader
 from pipelines.opencv_loader import repeat_draws
 from pipelines.shard_cache import local_folder
@@ -58,21 +59,15 @@ def main(argv: list[str] | None = None) -> None:
     config = Config()
     if options.config:
         config = config_from_dict(load_yaml(options.config), options.config)
-    data = config.data
+    data, heat = config.data, config.heatmaps
     folder = local_folder(options.shards or data.shards, data.cache_dir, data.cache_gb)
     shards = ShardSet(folder if (folder / MANIFEST).is_file() else folder / options.split)
     skeleton = shards.manifest.skeleton
-    mirror = config.data.mirror and skeleton.mirror and not options.no_mirror
-    codec = Codec(
-        preset=preset_of(options.preset or config.data.preset, mirror),
-        rule=options.rule or config.heatmaps.rule,
-        sigma=options.sigma or config.heatmaps.sigma,
-        input_px=options.input_px or config.data.input_px,
-        skeleton=skeleton,
-    )
-    if codec.input_px % 64:
-        found = str(codec.input_px)
-        raise InputError("--input-px", found, "a multiple of 64", "give 64, 128, 256, ...")
+    preset, input_px = options.preset or data.preset, options.input_px or data.input_px
+    data = replace(data, preset=preset, input_px=input_px, mirror=data.mirror and skeleton.mirror)
+    codec = codec_of(data, replace(heat, sigma=options.sigma or heat.sigma), skeleton)
+    if input_px % 64:
+        raise InputError("--input-px", f"{input_px}", "a multiple of 64", "give 64, 128, 256, ...")
     spec = LoaderSpec(
         loader="opencv" if options.loader == "opencv" else "dali",
         device=choose_device(options.device),
@@ -85,7 +80,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     info(f"cropping {options.people:,} people ...")
     batches = make_batches(shards, spec, codec, compare=options.loader == "both")
-    grey = grey_differences(batches)
+    grey = None
+    if options.loader == "both":
+        first, second = (each.raw.images_NHW3.float() for each in batches)
+        grey = (second - first).abs().numpy()
     output.parent.mkdir(parents=True, exist_ok=True)
     sheet = draw_sheet(batches, grey, codec)
     FigureCanvasAgg(sheet).print_png(output)
@@ -112,10 +110,8 @@ def make_parser() -> Parser:
     add = parser.add_argument_group("how it is made").add_argument
     add("--config", metavar="FILE", help="YAML file of settings (default: the schema's)")
     add("--preset", choices=tuple(PRESETS), help="augmentation (default: the config's)")
-    add("--no-mirror", action="store_true", help="never mirror, as data.mirror: false does")
     both = "both: the same augmentation by each, and the difference (default: %(default)s)"
     add("--loader", choices=("opencv", "dali", "both"), default="opencv", help=both)
-    add("--rule", choices=("exact", "princeton", "hrnet"), help="of heatmaps (default: config's)")
     add("--sigma", type=float, help="heatmap px at 64 x 64 (default: the config's)")
     add("--input-px", type=at_least(64), help="side of the crop, px (default: the config's)")
     device = "device of DALI (default: %(default)s)"
@@ -137,18 +133,13 @@ def make_batches(
     ]
 
 
-def grey_differences(batches: list[LoadedBatch]) -> npt.NDArray[np.float32] | None:
-    """(N, H, W, 3) absolute differences of the crops of two loaders, 0..255, before colours."""
-    if len(batches) == 1:
-        return None
-    first, second = (each.raw.images_NHW3.float() for each in batches)
-    return (second - first).abs().numpy()
-
-
 def draw_sheet(
     batches: list[LoadedBatch], grey_NHW3: npt.NDArray[np.float32] | None, codec: Codec
 ) -> Figure:
-    """A panel for each person, with the draw above it, and a legend."""
+    """A panel for each person, with the draw above it, and a legend.
+
+    grey: absolute differences of the crops of two loaders, 0..255, before colours.
+    """
     # Makes the largest difference white; usually it is a grey level or two.
     zoom = 1.0 if grey_NHW3 is None else 255 / max(1.0, float(grey_NHW3.max()))
     people = len(batches[0].batch.rows_N)
