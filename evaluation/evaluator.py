@@ -178,7 +178,9 @@ def make_job(options: Namespace) -> EvaluationJob:
     trained_crop = "princeton" if codec.preset.princeton_crop else "affine"
     crop = options.crop or trained_crop
     preset = codec.preset._replace(princeton_crop=crop == "princeton")
-    loaders = ("opencv", "dali") if options.compare_loaders else (options.loader,)
+    loaders: tuple[LoaderName, ...] = (options.loader,)
+    if options.compare_loaders:
+        loaders = ("opencv", "dali")
     trained_loader = trained.run.loader if trained.run else None
     return EvaluationJob(
         trained,

@@ -212,9 +212,10 @@ def list_pictures(options: Options, people: list[Person]) -> list[Picture]:
 
 def given_squares(options: Options) -> list[Square | None]:
     """The people's positions on the command line; None is the whole picture."""
-    about = [square_about(box, options.margin) for box in options.box]
     centers = zip(options.center, options.scale, strict=True)
-    return about + [Square(x, y, scale) for (x, y), scale in centers] or [None]
+    squares = [square_about(box, options.margin) for box in options.box]
+    squares += [Square(x, y, scale) for (x, y), scale in centers]
+    return [*squares] or [None]
 
 
 def check_outputs(options: Options) -> None:
