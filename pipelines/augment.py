@@ -5,6 +5,7 @@ graph (`pipelines/dali_loader.py`) read the same table.
 """
 
 import functools
+from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 import cv2
@@ -130,36 +131,54 @@ def draw_rng(seed: int, epoch: int, person: int) -> np.random.Generator:
 
 def draw(preset: Preset, rng: np.random.Generator) -> Draw:
     """Draw one augmentation from a preset."""
-    return Draw(*draw_batch(preset, rng, 1)[0].tolist())
+    return Draw(*draw_batch(preset, [rng])[0].tolist())
 
 
-def draw_batch(preset: Preset, rng: np.random.Generator, people: int) -> npt.NDArray[np.float64]:
-    """(people, 10) independent draws from a preset, columns in the order of Draw's fields."""
-    draws_ND = np.empty((people, len(Draw._fields)))
-    draws_ND[:] = Draw()
-    scale = _values(preset.scale, rng, people)
-    draws_ND[:, 0] = np.float_power(2.0, scale) if preset.scale_is_log2 else scale
-    turns = rng.random(people) < preset.rotation_probability
-    draws_ND[turns, 1] = _values(preset.rotation_deg, rng, people)[turns]
-    flip = rng.random(people) < preset.flip_probability
-    draws_ND[:, 2] = flip
+def draw_batch(
+    preset: Preset, rngs: Iterable[np.random.Generator], each: int = 1
+) -> npt.NDArray[np.float64]:
+    """(N, 10) independent draws from a preset, columns in the order of Draw's fields.
+
+    each: how many of each generator.
+    """
+    numbers_KN = np.concatenate([_numbers(preset, rng, each) for rng in rngs], axis=1)
+    scale, turn, rotation, flip, *colors = numbers_KN
+    draws_ND = np.tile(Draw(), (len(scale), 1))
+    factor = _values(preset.scale, scale)
+    draws_ND[:, 0] = np.float_power(2.0, factor) if preset.scale_is_log2 else factor
+    turned, mirrored = turn < preset.rotation_probability, flip < preset.flip_probability
+    draws_ND[turned, 1] = _values(preset.rotation_deg, rotation[turned])
+    draws_ND[:, 2] = mirrored
     if preset.color == "hsv_if_flipped":
         ranges = (HUE_TURNS, SATURATION, BRIGHTNESS, CONTRAST)
-        colors = [_values(distribution, rng, people) for distribution in ranges]
-        draws_ND[flip, 3:7] = np.stack(colors, axis=1)[flip]
+        for column, (distribution, number) in enumerate(zip(ranges, colors, strict=True), 3):
+            draws_ND[mirrored, column] = _values(distribution, number[mirrored])
     if preset.color == "channel_gain":
-        draws_ND[:, 7:] = rng.uniform(CHANNEL_GAIN.low, CHANNEL_GAIN.high, (people, 3))
+        draws_ND[:, 7:] = _values(CHANNEL_GAIN, np.stack(colors, axis=1))
     return draws_ND
 
 
+def _numbers(preset: Preset, rng: np.random.Generator, people: int) -> npt.NDArray[np.float64]:
+    """(K, people) standard uniform or normal numbers, from which `draw_batch` makes its draws."""
+    kinds = (preset.scale.kind, "uniform", preset.rotation_deg.kind, "uniform")
+    numbers = [
+        rng.random(people) if kind == "uniform" else rng.standard_normal(people) for kind in kinds
+    ]
+    if preset.color == "hsv_if_flipped":
+        numbers.extend(rng.random((4, people)))
+    if preset.color == "channel_gain":
+        numbers.extend(rng.random((people, 3)).T)
+    return np.array(numbers)
+
+
 def _values(
-    distribution: Distribution, rng: np.random.Generator, people: int
+    distribution: Distribution, numbers: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.float64]:
-    """(people,) independent values."""
+    """Values of a distribution, of standard uniform or normal numbers."""
+    low, high = distribution.low, distribution.high
     if distribution.kind == "uniform":
-        return rng.uniform(distribution.low, distribution.high, people)
-    values = rng.normal(distribution.mean, distribution.std, people)
-    return values.clip(distribution.low, distribution.high)
+        return low + (high - low) * numbers
+    return (distribution.mean + distribution.std * numbers).clip(low, high)
 
 
 def draws_array(draws: list[Draw]) -> npt.NDArray[np.float32]:

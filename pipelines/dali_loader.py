@@ -604,7 +604,7 @@ def _cut(image: Node, upper_left: Node, size: Node) -> Node:
 def _draw(spec: LoaderSpec, step: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """The draws of a rank's batch, (N, 10), and their affines, (N, 2, 3)."""
     rng = np.random.default_rng([spec.seed, spec.rank, step])
-    return _with_affines(draw_batch(spec.preset, rng, spec.batch_size), spec)
+    return _with_affines(draw_batch(spec.preset, [rng], spec.batch_size), spec)
 
 
 def _with_affines(

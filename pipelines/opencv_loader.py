@@ -26,7 +26,7 @@ from pipelines.augment import (
     Draw,
     Preset,
     color_by_opencv,
-    draw,
+    draw_batch,
     draw_rng,
     draws_array,
 )
@@ -263,12 +263,12 @@ class CropDataset:
 
     def batch(self, keys: list[Key]) -> RawBatch:
         """Crop the people of a batch. Raises BadSamplesError."""
-        # All draws first: between two decoded pictures, which empty the caches, each costs 0.1 ms.
-        draws = [draw(self.preset, draw_rng(self.seed, epoch, sample)) for sample, epoch in keys]
-        items = (self._crop(sample, drawn) for (sample, _), drawn in zip(keys, draws, strict=True))
-        if self.jitter:
-            return collate_jittered(items, draws_array(draws), self.input_px)
-        return collate(items)
+        rngs = (draw_rng(self.seed, epoch, sample) for sample, epoch in keys)
+        draws = map(Draw._make, draw_batch(self.preset, rngs).tolist())
+        raw = collate(
+            self._crop(sample, drawn) for (sample, _), drawn in zip(keys, draws, strict=True)
+        )
+        return jittered(raw) if self.jitter else raw
 
     def _crop(self, sample: int, drawn: Draw) -> Item:
         try:
@@ -291,27 +291,14 @@ def collate(items: Iterable[Item]) -> RawBatch:
     )
 
 
-def collate_jittered(
-    items: Iterable[Item], draws_ND: npt.NDArray[np.float32], input_px: int
-) -> JitteredBatch:
-    """The same, with colours jittered while a crop is in the processor's cache.
-
-    Equal to `augment.jitter` of the stacked crops, bit for bit. draws_ND: of the items.
-    """
-    images_NHW3 = np.empty((len(draws_ND), input_px, input_px, 3), dtype=np.float32)
-    matrices, records = [], []
-    rows = zip(images_NHW3, draws_ND.tolist(), items, strict=True)
-    for image_HW3, drawn, (crop, matrix, _, record) in rows:
+def jittered(raw: RawBatch) -> JitteredBatch:
+    """The batch with colours as `augment.jitter` makes them, bit for bit, by one thread alone."""
+    images_NHW3 = np.empty(raw.images_NHW3.shape, dtype=np.float32)
+    people = zip(images_NHW3, raw.images_NHW3.numpy(), raw.draws_ND.tolist(), strict=True)
+    for image_HW3, crop, drawn in people:
         np.divide(crop, np.float32(255), out=image_HW3)
         color_by_opencv(image_HW3, Draw(*drawn))
-        matrices.append(matrix)
-        records.append(record)
-    return JitteredBatch(
-        torch.from_numpy(images_NHW3),
-        torch.from_numpy(np.stack(matrices)),
-        torch.from_numpy(draws_ND),
-        torch.from_numpy(np.stack(records)),
-    )
+    return JitteredBatch(torch.from_numpy(images_NHW3), *raw[1:])
 
 
 def repeat_draws(shards: ShardSet, raw: RawBatch, preset: Preset) -> RawBatch:

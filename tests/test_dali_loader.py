@@ -140,7 +140,7 @@ def test_dali_evaluates_raw_pictures_as_opencv_does(device, raw_split):
 
 def test_a_batchs_draws_follow_from_seed_rank_and_step(split):
     spec = make_spec("princeton", seed=3, rank=1, world_size=2)
-    expected = draw_batch(spec.preset, np.random.default_rng([3, 1, 7]), 4)
+    expected = draw_batch(spec.preset, [np.random.default_rng([3, 1, 7])], 4)
     np.testing.assert_array_equal(
         DaliLoader(split, spec, 7).next().draws_ND, expected.astype(np.float32)
     )
