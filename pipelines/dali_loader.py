@@ -46,7 +46,6 @@ _PREFETCHED = 4
 Node = Any
 """A DALI data node; one scalar or tensor per sample."""
 
-
 _NO_MEMORY = re.compile(
     "Can't allocate|allocation failed|bad_alloc|ALLOCATOR_FAILURE|MemoryAllocation|out of memory"
 )
@@ -81,15 +80,8 @@ class DaliLoader:
             decoder |= {"cache_size": spec.cache_mb, "cache_type": "threshold"}
         self._pictures: _RemotePictures | None = None
         tars, indices, find_picture = shards.tars, shards.indices, None
-        if bool(state) and bool(shards.cache) != state.startswith(_REMOTE):
-            raise InputError(
-                shards.folder,
-                "a checkpoint of DALI that read the shards from another kind of place",
-                "object storage if it was that, a folder if it was a folder",
-                "give the same --data.shards as before, or --data.loader opencv",
-            )
+        reader_state, state = _split_state(state)
         if shards.cache:
-            reader_state, state = _split_state(state)
             self._pictures = _RemotePictures(shards, spec, reader_state)
             tars, indices = self._pictures.files, self._pictures.indices
             find_picture = self._pictures.picture
@@ -118,8 +110,8 @@ class DaliLoader:
             if "might come from another pipeline" in str(error):
                 raise InputError(
                     "the state of DALI in the checkpoint",
-                    "saved by other operators than those of this version and packing",
-                    "the version and packing that the checkpoint was written with",
+                    "saved by other operators than those of this run",
+                    "the same version, packing and place of the shards (folder or object storage)",
                     "go back to them, or resume with --data.loader opencv",
                 ) from error
             raise InputError(
@@ -237,7 +229,9 @@ def _row(row_4: npt.NDArray[np.uint8]) -> float:
 
 
 def _split_state(state: bytes) -> tuple[bytes, bytes]:
-    """A saved state as those of _RemotePictures and of the pipeline; empty if it is empty."""
+    """The states of _RemotePictures, empty if there was none, and of the pipeline."""
+    if not state.startswith(_REMOTE):
+        return b"", state
     start = len(_REMOTE) + 4
     end = start + int.from_bytes(state[len(_REMOTE) : start], "little")
     return state[start:end], state[end:]
@@ -254,8 +248,7 @@ class DaliEvaluationLoader:
         """samples: (N,) numbers in the source. spec.preset must not be random."""
         self.source, self.spec = source, spec
         self.samples: list[int] = samples.tolist()
-        starts = range(0, len(samples), spec.batch_size)
-        self._batches = [self.samples[start : start + spec.batch_size] for start in starts]
+        self._batches = batches_in_order(samples, spec.batch_size)
 
     def __iter__(self) -> Iterator[RawBatch]:
         spec = self.spec
@@ -263,30 +256,24 @@ class DaliEvaluationLoader:
         arguments |= {"feed": self._feed(), "spec": spec, "raw": _is_raw(self.source)}
         arguments["halvings"] = _most_halvings(self.source, self.samples, spec)
         pipeline = pipeline_def(_evaluation_graph)(**arguments)
-        for number, samples in enumerate(self._batches):
+        for number, keys in enumerate(self._batches):
             end = number + pipeline.prefetch_queue_depth + 1  # including prefetched batches
             suspects = self.samples[number * spec.batch_size : end * spec.batch_size]
             find_faults = functools.partial(_faults, self.source, suspects)
             batch = _run(pipeline, self.source, find_faults)
-            yield batch._replace(records_NR=torch.from_numpy(self._records(samples)))
+            yield batch._replace(records_NR=torch.from_numpy(self._records(keys)))
 
     def _feed(self) -> Iterator[tuple[list[npt.NDArray], npt.NDArray, npt.NDArray, npt.NDArray]]:
         """Yield pictures, records, draws and affines of each batch, while DALI works on another."""
-        keys = batches_in_order(np.array(self.samples), self.spec.batch_size)
-        for batch in read_ahead(self.source, keys):
-            samples = [sample for sample, _ in batch]
-            pictures = [_picture(self.source, sample) for sample in samples]
-            records = self._records(samples).astype(np.float32)
-            draws, affines = _with_affines(np.tile(Draw(), (len(samples), 1)), self.spec)
-            yield (
-                [np.frombuffer(each, dtype=np.uint8) for each in pictures],
-                records,
-                draws,
-                affines,
-            )
+        for keys in read_ahead(self.source, self._batches):
+            pictures = [
+                np.frombuffer(_picture(self.source, sample), dtype=np.uint8) for sample, _ in keys
+            ]
+            records = self._records(keys).astype(np.float32)
+            yield pictures, records, *_with_affines(np.tile(Draw(), (len(keys), 1)), self.spec)
 
-    def _records(self, samples: list[int]) -> npt.NDArray[np.floating]:
-        return np.stack([self.source.record(sample) for sample in samples])
+    def _records(self, keys: list[Key]) -> npt.NDArray[np.floating]:
+        return np.stack([self.source.record(sample) for sample, _ in keys])
 
 
 def _is_raw(source: Source) -> bool:
@@ -382,6 +369,7 @@ def _faults(source: Source, samples: list[int]) -> dict[int, str]:
 
 
 def _fault(source: Source, sample: int) -> str:
+    """Why the stored picture cannot be used; empty if it can."""
     try:
         picture = _picture(source, sample)
         if not _is_raw(source):
