@@ -85,14 +85,12 @@ def training_curve(options: Options, words: str, folder: Path) -> list[tuple[flo
 def packings_group(options: Options) -> dict[str, list[float]]:
     """Pooled PCK@0.5 in % of small networks, by packing of the same people, one for each seed."""
     assert options.data, "required by throughput.py"
-    person_px = round(1.125 * options.input_px)
     pck: dict[str, list[float]] = {packing: [] for packing in PICTURE_EXTENSIONS}
     steps = max(1, options.people_to_train // SMALL_BATCH)
     for seed, packing in itertools.product(range(SEEDS), pck):
         shards = options.folder / f"real-{packing}"
         if not shards.exists():
-            stored_px = None if packing == "original" else person_px
-            pack_people(options.data, shards, stored_px, packing)
+            pack_people(options.data, shards, packing, round(1.125 * options.input_px))
         words = f"""--data.shards {shards} --data.batch_size {SMALL_BATCH} {SMALL_NETWORK}
             --train.steps {steps} --train.steps_per_epoch {steps} --train.seed {seed}"""
         curve = training_curve(options, words, options.folder / f"run-{packing}-{seed}")

@@ -4,7 +4,7 @@ import dataclasses
 import gc
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -21,7 +21,7 @@ from common.system import keep_freed_memory, usable_cores
 from configs.schema import LoaderName, WorkerKind
 from configs.skeleton import MPII
 from pipelines import synthetic
-from pipelines.augment import PRESETS, Draw, Preset, draw, draw_rng
+from pipelines.augment import PRESETS, Preset, draw, draw_rng
 from pipelines.codec import Codec
 from pipelines.crop_packing import crop_rule
 from pipelines.loader import (
@@ -32,12 +32,14 @@ from pipelines.loader import (
     make_batch,
     train_loader,
 )
-from pipelines.opencv_loader import crop_person, stored_picture
+from pipelines.opencv_loader import crop_sample, repeat_draws
 from pipelines.packing import PackingOptions, pack
-from pipelines.shard_format import unpack_records
+from pipelines.shard_format import PICTURE_EXTENSIONS
 from pipelines.shards import ShardSet
 
-PICTURES, SIZE_WH = 32, (1280, 720)
+Start = Callable[[], Callable[[], object]]
+"""Starts a loader, and returns what makes its next batch, or does a step with it."""
+PICTURES, SIZE_WH, TINY_WH = 32, (1280, 720), (320, 180)
 """Synthetic pictures; with more people than pictures, people share them."""
 SMALL_WH = (240, 135)
 """Pictures in which people are as large as in Leeds Sports Pose Extended."""
@@ -68,6 +70,12 @@ class Options:
     input_px: int = 256
     width: int = 256
     people_to_train: int = 40_000
+
+    @property
+    def loaders(self) -> dict[LoaderName, str]:
+        """The installed loaders, and their names in reports."""
+        dali: dict[LoaderName, str] = {"dali": f"dali on {self.device.type}"}
+        return {"opencv": "opencv", **(dali if dali_is_installed() else {})}
 
     def shards(self, packing: str) -> ShardSet:
         """The synthetic people."""
@@ -109,18 +117,29 @@ def make_data(folder: Path, people: int, size_wh: tuple[int, int] = SIZE_WH) -> 
     synthetic.write_annotations(folder / "annot" / "train.h5", rows)
 
 
+def make_shards(
+    folder: Path,
+    people: int,
+    size_wh: tuple[int, int] = SIZE_WH,
+    packings: Iterable[str] = ("original",),
+) -> None:
+    """Draw people in folder/made, and pack them in folder/PACKING."""
+    make_data(folder / "made", people, size_wh)
+    for packing in packings:
+        pack_people(folder / "made", folder / packing, packing)
+
+
 def pack_people(
-    source: Path, output: Path, person_px: int | None = None, packing: str = "crop"
-) -> Path:
-    """Pack annot/*.h5 and images/ of a folder, as `packing` if person_px is given."""
+    source: Path, output: Path, packing: str = "original", person_px: int = 288
+) -> None:
+    """Pack annot/*.h5 and images/ of a folder. person_px: of crops."""
     annotations, images = source / "annot", source / "images"
     splits = tuple(sorted(path.stem for path in annotations.glob("*.h5")))
     options = PackingOptions(annotations=annotations, images=images, output=output, splits=splits)
-    if person_px:
+    if packing != "original":
         crop = crop_rule("hrnet", person_px, 95)
         options = dataclasses.replace(options, packing=packing, crop=crop)
     pack(options)
-    return output
 
 
 def act_as_training(options: Options) -> None:
@@ -131,31 +150,30 @@ def act_as_training(options: Options) -> None:
 
 def loader_group(options: Options, batch_size: int) -> list[Case]:
     """Augmented batches with heatmaps, on the device; the first case is princeton-vl's loader."""
-    act_as_training(options)
-    start: Callable[[], Callable[[], object]] = partial(start_princeton, options, batch_size)
-    starts = {"princeton-vl's steps, re-created": start}
-    loaders: list[LoaderName] = ["opencv", "dali"] if dali_is_installed() else ["opencv"]
-    for loader, (name, preset), packing in product(loaders, TIMED.items(), ("original", "crop")):
+    starts = princeton_start(options, batch_size)
+    ways = product(options.loaders.items(), TIMED.items(), ("original", "crop"))
+    for (loader, loader_name), (name, preset), packing in ways:
         if not (preset.princeton_crop and packing == "crop"):
-            start = partial(
-                start_loader, options.shards(packing), preset, loader, options, batch_size
+            starts[f"{loader_name}, {packing}s, {name}"] = partial(
+                start_loader, options, batch_size, options.shards(packing), preset, loader
             )
-            where = "opencv" if loader == "opencv" else f"dali on {options.device.type}"
-            starts[f"{where}, {packing}s, {name}"] = start
-    people = max(options.people, FAST_PEOPLE if options.device.type == "cuda" else 0)
-    steps = max(1, people // batch_size)
-    return [stream_case(*named, steps, batch_size, options.workers) for named in starts.items()]
+    people = FAST_PEOPLE if options.device.type == "cuda" else 0
+    return stream_cases(starts, options, batch_size, people)
 
 
-def start_princeton(options: Options, batch_size: int) -> Callable[[], list[torch.Tensor]]:
+def princeton_start(options: Options, batch_size: int) -> dict[str, Start]:
     """princeton-vl's loader: workers do everything; images and heatmaps are moved to the device."""
     shards = options.shards("original")
-    batches = princeton_batches(shards, options.input_px, batch_size, options.workers)
-    return lambda: [tensor.to(options.device, non_blocking=True) for tensor in next(batches)]
+
+    def start() -> Callable[[], object]:
+        batches = princeton_batches(shards, options.input_px, batch_size, options.workers)
+        return lambda: [tensor.to(options.device, non_blocking=True) for tensor in next(batches)]
+
+    return {"princeton-vl's steps, re-created": start}
 
 
 def start_loader(
-    shards: ShardSet, preset: Preset, loader: LoaderName, options: Options, batch_size: int
+    options: Options, batch_size: int, shards: ShardSet, preset: Preset, loader: LoaderName
 ) -> Callable[[], Batch]:
     """A loader of this project; returns a function that makes its next batch on the device."""
     batches = train_loader(shards, options.loader_spec(loader, preset, batch_size))
@@ -174,38 +192,38 @@ def workers_group(options: Options, batch_size: int) -> list[Case]:
 
     With princeton's draws and colours in one warp. The first case is princeton-vl's loader.
     """
-    act_as_training(options)
-    start: Callable[[], Callable[[], object]] = partial(start_princeton, options, batch_size)
-    starts = {"princeton-vl's steps, re-created": start}
-    ways = list(product(("original", "crop", "raw"), get_args(WorkerKind), (options.workers,)))
+    starts = princeton_start(options, batch_size)
+    ways = list(product(PICTURE_EXTENSIONS, get_args(WorkerKind), (options.workers,)))
     ways += [("crop", "threads", n) for n in (1, 2, 4) if n <= usable_cores()]
     for packing, kind, count in ways:
         chosen = dataclasses.replace(options, worker_kind=kind, workers=count)
-        start = partial(
-            start_loader, options.shards(packing), ONE_WARP, "opencv", chosen, batch_size
+        starts[f"{packing}, {count} {kind}"] = partial(
+            start_loader, chosen, batch_size, chosen.shards(packing), ONE_WARP, "opencv"
         )
-        starts[f"{packing}, {count} {kind}"] = start
-    steps = max(1, options.people // batch_size)
-    return [stream_case(*named, steps, batch_size, options.workers) for named in starts.items()]
+    return stream_cases(starts, options, batch_size)
 
 
 def small_pictures_group(options: Options, batch_size: int) -> list[Case]:
     """The same for pictures as small as those of Leeds Sports Pose Extended."""
-    folder = options.folder / "small"
-    make_data(folder / "made", options.people, SMALL_WH)
-    pack_people(folder / "made", folder / "original")
-    for packing in ("crop", "raw"):
-        pack_people(folder / "made", folder / packing, 288, packing)
-    return workers_group(dataclasses.replace(options, folder=folder), batch_size)
+    small = dataclasses.replace(options, folder=options.folder / "small")
+    make_shards(small.folder, small.people, SMALL_WH, PICTURE_EXTENSIONS)
+    return workers_group(small, batch_size)
 
 
-def stream_case(
-    name: str, start: Callable[[], Callable[[], object]], steps: int, batch_size: int, workers: int
-) -> Case:
-    """Times steps of a prefetching loader. start: starts it, and returns what makes one step.
+def stream_cases(
+    starts: dict[str, Start], options: Options, batch_size: int, people: int = 0
+) -> list[Case]:
+    """Cases that time prefetching loaders, each by its name.
 
-    It is started before each timed run, without timing the prefetched batches, and then stopped.
+    people: at least so many in a timed run, and at least options.people.
     """
+    act_as_training(options)
+    steps = max(1, options.people // batch_size, people // batch_size)
+    return [_stream_case(*named, steps, batch_size, options.workers) for named in starts.items()]
+
+
+def _stream_case(name: str, start: Start, steps: int, batch_size: int, workers: int) -> Case:
+    """The loader is started before each timed run, which begins after the prefetched batches."""
     running: list[Callable[[], object]] = []
 
     def prepare() -> None:
@@ -226,21 +244,18 @@ def stream_case(
 
 def operators_group(options: Options, batch_size: int) -> list[Case]:
     """DALI's reader, draws and affines on the CPU: pictures are neither decoded nor warped."""
-    act_as_training(options)
-    source = options.folder / f"operators-{batch_size}"
-    make_data(source, options.people, (320, 180))
-    shards = ShardSet(pack_people(source, source / "original") / "train")
-    options = dataclasses.replace(options, device=torch.device("cpu"))
-    starts = {
-        name: partial(start_without_pictures, shards, PRESETS[name], options, batch_size)
+    folder = options.folder / f"operators-{batch_size}"
+    make_shards(folder, options.people, TINY_WH)
+    options = dataclasses.replace(options, device=torch.device("cpu"), folder=folder)
+    starts: dict[str, Start] = {
+        name: partial(start_without_pictures, options, batch_size, PRESETS[name])
         for name in ("hrnet", "princeton")
     }
-    steps = max(1, FAST_PEOPLE // batch_size)
-    return [stream_case(*named, steps, batch_size, options.workers) for named in starts.items()]
+    return stream_cases(starts, options, batch_size, FAST_PEOPLE)
 
 
 def start_without_pictures(
-    shards: ShardSet, preset: Preset, options: Options, batch_size: int
+    options: Options, batch_size: int, preset: Preset
 ) -> Callable[[], RawBatch]:
     """DALI's loader, which computes boxes and affines and returns them in place of crops."""
     from pipelines import dali_loader
@@ -260,7 +275,7 @@ def start_without_pictures(
         mock.patch.multiple(fn, slice=cut, warp_affine=warp),
     ):
         spec = options.loader_spec("dali", preset, batch_size)
-        return dali_loader.DaliLoader(shards, spec).next
+        return dali_loader.DaliLoader(options.shards("original"), spec).next
 
 
 def scaling_group(options: Options, people: int) -> dict[str, Any]:
@@ -269,13 +284,13 @@ def scaling_group(options: Options, people: int) -> dict[str, Any]:
     The pictures are small, so that 25,204 people need 0.3 GB.
     """
     act_as_training(options)
-    source, steps = options.folder / f"many-{people}", max(1, options.people // 16)
-    make_data(source, people, (320, 180))
-    folder = pack_people(source, source / "original") / "train"
+    many = dataclasses.replace(options, folder=options.folder / f"many-{people}")
+    steps = max(1, options.people // 16)
+    make_shards(many.folder, people, TINY_WH)
     times = [time.perf_counter()]
-    shards = ShardSet(folder)
+    shards = many.shards("original")
     shards.records()
-    next_batch = start_loader(shards, ONE_WARP, "opencv", options, 16)
+    next_batch = start_loader(many, 16, shards, ONE_WARP, "opencv")
     next_batch()
     times.append(time.perf_counter())
     for _ in range(steps):
@@ -294,25 +309,15 @@ def pixels_group(options: Options) -> dict[str, Any]:
     for packing, load in product(("original", "crop"), loads):
         shards = options.shards(packing)
         spec = options.loader_spec("dali", HRNET, min(64, len(shards)))
-        raw = DaliLoader(shards, spec, hw_decoder_load=load).next()
-        sample_of_row = {int(record[0]): sample for sample, record in enumerate(shards.records())}
-        levels = []
-        for record, draws, image in zip(raw.records_NR, raw.draws_ND, raw.images_NHW3, strict=True):
-            sample, drawn = sample_of_row[int(record[0])], Draw(*draws.tolist())
-            expected = input_image(shards, sample, drawn, options.input_px)
-            levels.append(np.abs(expected.astype(int) - image.cpu().numpy()))
-        mean, largest = float(np.mean(levels)), float(np.max(levels))
+        raw = RawBatch(*(part.cpu() for part in DaliLoader(shards, spec, 0, b"", load).next()))
+        expected = repeat_draws(shards, raw, HRNET).images_NHW3.numpy()
+        levels = np.abs(expected.astype(int) - raw.images_NHW3.numpy())
         facts[f"{packing}, hw_decoder_load {load}"] = {
-            "mean": mean, "p99.9": float(np.percentile(levels, 99.9)), "largest": largest
-        }  # fmt: skip
+            "mean": float(levels.mean()),
+            "p99.9": float(np.percentile(levels, 99.9)),
+            "largest": float(levels.max()),
+        }
     return facts
-
-
-def input_image(shards: ShardSet, sample: int, drawn: Draw, input_px: int) -> np.ndarray:
-    """(input_px, input_px, 3) uint8: an input as the OpenCV path makes it."""
-    image = stored_picture(shards, sample)
-    record = unpack_records(shards.record(sample)[None])
-    return crop_person(image, record, drawn, HRNET, input_px)[0]
 
 
 def packing_group(options: Options) -> dict[str, Any]:
@@ -321,10 +326,10 @@ def packing_group(options: Options) -> dict[str, Any]:
     if options.data:
         source, split = options.data, "valid"
     facts, originals = {}, dict[int, np.ndarray]()
-    for packing, person_px in [("original", None), *product(("crop", "raw"), PERSON_PX)]:
+    for packing, person_px in [("original", 0), *product(("crop", "raw"), PERSON_PX)]:
         name = f"{packing}, {person_px} px" if person_px else packing
-        began = time.process_time()
-        output = pack_people(source, options.folder / f"packing-{name}", person_px, packing)
+        began, output = time.process_time(), options.folder / f"packing-{name}"
+        pack_people(source, output, packing, person_px)
         packing_s, began = time.process_time() - began, time.process_time()
         shards = ShardSet(output / split)
         count = min(len(shards), options.people)
@@ -335,7 +340,7 @@ def packing_group(options: Options) -> dict[str, Any]:
         for sample in range(count):
             row = int(shards.record(sample)[0])
             drawn = draw(HRNET, draw_rng(0, 0, row))
-            inputs[row] = input_image(shards, sample, drawn, options.input_px)
+            inputs[row] = crop_sample(shards, sample, drawn, HRNET, options.input_px)[0]
         originals = originals or inputs
         facts[name] = {
             "kilobytes": picture_bytes / count / 1e3,

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -13,10 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.loader_suites import (
     HRNET,
     Options,
+    Start,
     act_as_training,
     drain,
     start_loader,
-    stream_case,
+    stream_cases,
 )
 from benchmarks.princeton_baseline import princeton_step, render_by_loop
 from benchmarks.timing import Case
@@ -187,13 +189,11 @@ def flop_of_a_person(stacks: int, options: Options) -> int:
 def training_group(options: Options, batch_size: int) -> list[Case]:
     """Steps of 2 stacks with each loader; 1 - ratio is the share of the time lost to data."""
     act_as_training(options)
-    dali = f"dali on {options.device.type}"
     variant = Variant("ours", choose_dtype("auto", options.device))
     step, ready = training_step(variant, 2, options), random_batch(batch_size, options)
-    steps = max(LEAST_STEPS, options.people // batch_size)
 
     def start(packing: str, loader: LoaderName) -> Callable[[], None]:
-        next_batch = start_loader(options.shards(packing), HRNET, loader, options, batch_size)
+        next_batch = start_loader(options, batch_size, options.shards(packing), HRNET, loader)
         drain(next_batch, options.workers)  # the steps before the timed ones fill it again
 
         def one_step() -> None:
@@ -202,15 +202,10 @@ def training_group(options: Options, batch_size: int) -> list[Case]:
 
         return one_step
 
-    starts: list[tuple[str, Callable[[], Callable[[], object]]]] = [
-        ("network alone", lambda: partial(step, *ready)),
-        ("opencv, originals", partial(start, "original", "opencv")),
-        ("opencv, crops", partial(start, "crop", "opencv")),
-    ]
-    if dali_is_installed():
-        starts.append((f"{dali}, originals", partial(start, "original", "dali")))
-        starts.append((f"{dali}, crops", partial(start, "crop", "dali")))
-    return [stream_case(*named, steps, batch_size, options.workers) for named in starts]
+    starts: dict[str, Start] = {"network alone": lambda: partial(step, *ready)}
+    for (loader, name), packing in product(options.loaders.items(), ("original", "crop")):
+        starts[f"{name}, {packing}s"] = partial(start, packing, loader)
+    return stream_cases(starts, options, batch_size, LEAST_STEPS * batch_size)
 
 
 def evaluation_group(options: Options) -> list[Case]:

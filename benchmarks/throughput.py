@@ -23,7 +23,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks import accuracy_suite, loader_suites, step_suites
-from benchmarks.loader_suites import Options, make_data, pack_people
+from benchmarks.loader_suites import Options, make_shards, pack_people
 from benchmarks.timing import Group, Rows, environment, run_here, run_isolated, table
 from common.cli import Parser, at_least
 from common.distributed import choose_device
@@ -31,6 +31,7 @@ from common.errors import InputError, run_main
 from common.files import read_json, write_atomic
 from common.system import usable_cores
 from pipelines.loader import dali_is_installed
+from pipelines.shard_format import PICTURE_EXTENSIONS
 
 SUITES = (
     *("pixels", "operators", "loader", "workers", "step", "training", "heatmaps", "evaluation"),
@@ -56,11 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="throughput-") as folder:
         shared = {f.name: getattr(args, f.name) for f in fields(Options) if f.name in args}
         options = Options(**(shared | {"device": device, "folder": Path(folder)}))
-        made = Path(folder) / "made"
-        make_data(made, args.people)
-        pack_people(made, options.folder / "original")
-        for packing in ("crop", "raw"):
-            pack_people(made, options.folder / packing, 288, packing)
+        make_shards(options.folder, args.people, packings=PICTURE_EXTENSIONS)
         if "accuracy" in args.suites:
             pack_people(args.data, options.folder / "real")
         for name, group in groups_to_run(args, options).items():

@@ -114,9 +114,7 @@ def test_the_loop_that_heatmaps_are_measured_against_makes_the_same_maps():
 @pytest.fixture(scope="module")
 def options(tmp_path_factory) -> Options:
     folder = tmp_path_factory.mktemp("benchmark") / "data"
-    loader_suites.make_data(folder, PEOPLE)
-    loader_suites.pack_people(folder, folder / "original")
-    loader_suites.pack_people(folder, folder / "crop", 288)
+    loader_suites.make_shards(folder, PEOPLE, packings=("original", "crop"))
     sizes = {"people": PEOPLE, "workers": 0, "input_px": 64, "width": 16}
     return Options(device=CPU, folder=folder, **sizes)
 
