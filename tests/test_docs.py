@@ -49,6 +49,7 @@ ELSEWHERE = {
     r"torchrun .*train\.py": "tests/test_training.py",
     r"python benchmarks/throughput\.py": "tests/test_throughput.py",
     r"python -m pytest": "make test",
+    r".*s3://": "tests/test_remote_shards.py",
 }
 NOT_RUN = {
     r"pip |python3 -m venv|make install|pre-commit": "it installs packages from the network",
@@ -59,6 +60,7 @@ NOT_RUN = {
     r"torchrun .*(--nnodes|--max-restarts)": "several machines (see the page)",
     r".*--webcam": "there is no camera",
     r"python tests/check_refactor\.py": "it needs two checkouts",
+    r"python tests/measure_remote_shards\.py": "it takes minutes",
     r"(evaluate|train)\.py --[\w-]+$": "half a command, named in a sentence",
 }
 OF_OTHERS = {"--nproc-per-node", "--nnodes", "--max-restarts", "--signals-to-handle", "--signal"}
@@ -71,6 +73,7 @@ PLACEHOLDERS = {
     "tools/export_onnx.py runs/2hg/best.pt": "tools/export_onnx.py runs/made/best.pt",
     "--checkpoint runs/8hg/best.pt": "--checkpoint runs/made/best.pt",
     "convert_checkpoint.py runs/2hg/last.pt": "convert_checkpoint.py runs/made/best.pt",
+    "evaluate.py --checkpoint runs/2hg/best.pt": "evaluate.py --checkpoint runs/made/best.pt",
     "--checkpoint CKPT": "--checkpoint runs/made/best.pt",
     "--shards DIR": "--shards data/shards/mpii/valid",
     "--images DIR": "--images data/mpii/images",
