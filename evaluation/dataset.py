@@ -37,16 +37,10 @@ def open_pictures_dataset(
     return EvaluationDataset(people, source, samples, skeleton, None, str(annotations))
 
 
-def split_to_evaluate(folder: Path) -> Path:
-    """The folder, or `valid` in it if it is a folder of splits."""
-    if not (folder / MANIFEST).is_file() and (folder / "valid").is_dir():
-        return folder / "valid"
-    return folder
-
-
 def open_shards_dataset(folder: Path) -> EvaluationDataset:
     """People of a split, or of the split `valid` in a folder of splits. Raises InputError."""
-    folder = split_to_evaluate(folder)
+    if not (folder / MANIFEST).is_file() and (folder / "valid").is_dir():
+        folder /= "valid"
     shards = ShardSet(folder)
     people, samples = shards.people()
     train = _training_people(folder.parent / "train", shards)

@@ -200,8 +200,8 @@ def _import_scipy_io(path: Path) -> Any:
     try:
         import scipy.io
     except ImportError as error:
-        found, expected = "SciPy is not installed", "SciPy, for .mat files"
-        raise InputError(path, found, expected, "pip install scipy") from error
+        expected = "SciPy, for .mat files"
+        raise InputError(path, "no SciPy", expected, "pip install scipy") from error
     return scipy.io
 
 
@@ -243,12 +243,9 @@ def read_release(path: Path, people: People) -> MpiiRelease:
         if keys
     ]
     if found:
-        raise InputError(
-            path,
-            f"predictions of {people.count:,} people: " + "; ".join(found),
-            f"each of the {len(release.single_people):,} single people of the test set once",
-            "predict the people of a test.h5 whose index and person count from 0 in this file",
-        )
+        expected = f"each of the {len(release.single_people):,} single people of the test set once"
+        advice = "predict the people of a test.h5 whose index and person count from 0 in this file"
+        raise InputError(path, f"predicted people: {'; '.join(found)}", expected, advice)
     return release
 
 

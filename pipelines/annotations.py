@@ -271,9 +271,8 @@ def _from_mpii_json(entries: list[Any], path: Path, split: str, skeleton: Skelet
 
 def _from_coco(data: dict[str, Any], path: Path, skeleton: Skeleton | None) -> People:
     if skeleton is None:
-        found, expected = "COCO's JSON without a skeleton", "--skeleton FILE.yaml with it"
-        advice = "configs/skeletons/coco.yaml has COCO's own 17 joints; see docs/custom-data.md"
-        raise InputError(path, found, expected, advice)
+        advice = "give configs/skeletons/coco.yaml or your own (docs/custom-data.md)"
+        raise InputError(path, "COCO's JSON", "--skeleton FILE.yaml with it", advice)
     images, ids_N2, box_N4, keypoints_NJ3 = parse_coco(data, path, skeleton)
     side_N = box_N4[:, 2:].max(axis=1)
     return People(
@@ -344,8 +343,8 @@ def normalizing_length(people: People, skeleton: Skeleton, path: Path) -> Floats
     if rule is None and skeleton.same_joints(MPII):
         rule = MPII_HEAD_LENGTH
     if rule is None:
-        found, expected = "no length to divide errors by", "`normalize` in the skeleton's file"
-        raise InputError(path, found, expected, "add it (docs/custom-data.md)")
+        expected, advice = "`normalize` in the skeleton's file", "add it (docs/custom-data.md)"
+        raise InputError(path, "no length to divide errors by", expected, advice)
     if not rule.joints:
         return rule.factor * people.scale * PIXELS_PER_SCALE / BOX_SCALE
     a, b = rule.joints

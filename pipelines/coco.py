@@ -64,10 +64,10 @@ def read_image_index(path: Path) -> ImageIndex:
     expected = "COCO's JSON with images"
     try:
         data = read_json(path)
+        if not isinstance(data, dict) or "images" not in data:
+            raise ValueError(f"a {type(data).__name__} without images")
     except (FileNotFoundError, ValueError) as error:
         raise InputError(path, f"not readable ({error})", expected, "give another file") from error
-    if not isinstance(data, dict) or "images" not in data:
-        raise InputError(path, f"a {type(data).__name__} without images", expected, _FIX)
     categories = _dicts(data.get("categories", []), f"{path}: categories")
     with_joints = [entry.get("id") for entry in categories if entry.get("keypoints")]
     return ImageIndex(_image_names(data["images"], path), with_joints or None)
@@ -103,12 +103,9 @@ def _categories(raw: Any, path: Path, skeleton: Skeleton) -> list[Any] | None:
     found = [entry.get("id") for entry in named if entry["keypoints"] == names]
     if not named or found:
         return found or None
-    raise InputError(
-        f"{path}: categories",
-        f"the joints {named[0]['keypoints']!r}",
-        f"those of the skeleton {skeleton.name}, in its order: {', '.join(names)}",
-        "use the names and order of this file in the skeleton's YAML",
-    )
+    where, theirs = f"{path}: categories", f"the joints {named[0]['keypoints']!r}"
+    expected = f"those of the skeleton {skeleton.name}, in its order: {', '.join(names)}"
+    raise InputError(where, theirs, expected, "use this file's names in the skeleton's YAML")
 
 
 def _why_left_out(entry: dict[str, Any], categories: list[Any] | None, where: str) -> str:

@@ -113,11 +113,11 @@ def require_preset_fits(manifest: Manifest, preset: Preset, where: object) -> No
     """Raise InputError unless the shards contain all pixels that the preset can read."""
     rule, extent = manifest.crop, crop_extent(preset)
     if rule and (preset.princeton_crop or extent > rule.reach + 1e-6):
-        needed = f"crops of {extent:.3f} x the person's box"
-        raise InputError(
-            where,
-            f"crops of {rule.reach:.3f} x the person's box, for the preset {rule.preset}",
-            "original pictures, for princeton's crop" if preset.princeton_crop else needed,
-            "choose another data.preset, or pack with tools/make_shards.py into another folder: "
-            "--packing original, or --packing crop or raw with --reach PRESET",
+        found = f"crops of {rule.reach:.3f} x the box, for the preset {rule.preset}"
+        expected = f"crops of {extent:.3f} x the box"
+        if preset.princeton_crop:
+            expected = "original pictures, for princeton's crop"
+        advice = (
+            "take another data.preset, --packing original, or --packing crop or raw with --reach"
         )
+        raise InputError(where, found, expected, advice)

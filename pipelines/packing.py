@@ -332,20 +332,16 @@ def check_pictures(
     results = map_tasks(partial(check_picture, options.images), names)
     checked = dict(zip(names, progress(results, "checking", "pictures", len(names)), strict=True))
     _report_bad_pictures(options, checked)
-    _report_converted_pictures(checked)
+    kinds = Counter(p.converted for p in checked.values() if p.converted and not p.fault)
+    if kinds:
+        counts = ", ".join(f"{count:,} x {kind}" for kind, count in kinds.most_common())
+        print(f"converted to RGB JPEGs of quality {QUALITY}: {counts}")
     _warn_of_shared_pictures(jobs, checked)
     for job in jobs:
         if all(checked[name].fault for name in job.people.images):
             found, advice = f"only bad pictures in {job.split}", "replace them"
             raise InputError(options.images, found, "at least one good one", advice)
     return checked
-
-
-def _report_converted_pictures(checked: dict[str, Picture]) -> None:
-    kinds = Counter(p.converted for p in checked.values() if p.converted and not p.fault)
-    if kinds:
-        counts = ", ".join(f"{count:,} x {kind}" for kind, count in kinds.most_common())
-        print(f"converted to RGB JPEGs of quality {QUALITY}: {counts}")
 
 
 def _warn_of_shared_pictures(jobs: list[SplitJob], checked: dict[str, Picture]) -> None:
@@ -355,9 +351,8 @@ def _warn_of_shared_pictures(jobs: list[SplitJob], checked: dict[str, Picture]) 
     if shared:
         first = min(names[-1][each] for each in shared)
         print(
-            f"warning: {len(shared):,} picture(s) are in train and in valid (the first: {first}). "
-            "A network is scored too high on pictures that it was trained on; correct the "
-            "annotations, or split one file by picture: --valid-fraction",
+            f"warning: {len(shared):,} picture(s) are in train and in valid (the first: {first}), "
+            "so the score will be too high; correct this, or split one file: --valid-fraction",
             file=sys.stderr,
         )
 
@@ -372,7 +367,7 @@ def _report_bad_pictures(options: PackingOptions, checked: dict[str, Picture]) -
     if bad and not options.skip_bad:
         found = f"{len(bad):,} bad of {len(checked):,} pictures"
         expected = "complete pictures, stored upright (pipelines/jpeg.py lists what is refused)"
-        advice = f"replace them, or leave the people out with --skip-bad ({MANIFEST} lists them)"
+        advice = "replace them, or leave the people out with --skip-bad"
         raise InputError(options.images, found, expected, advice)
 
 

@@ -35,13 +35,8 @@ from pipelines.shard_format import PICTURE_EXTENSIONS, Manifest
 from pipelines.shards import ShardSet
 
 DATA = Path("data/mpii")
-HOW_TO_GET_DATA = """download it into data/mpii:
-    data/mpii/images  mpii_human_pose_v1.tar.gz (12.9 GB) from human-pose.mpi-inf.mpg.de
-    data/mpii/annot   data/MPII/annot of github.com/princeton-vl/pytorch_stacked_hourglass
-  or try it with synthetic people first:
-    python tools/make_synthetic.py --output data/synthetic
-    python tools/make_shards.py --annotations data/synthetic/annot \\
-      --images data/synthetic/images --output data/shards/synthetic"""
+HOW_TO_GET_DATA = """get MPII as README.md says, or draw people first:
+    python tools/make_synthetic.py --output data/synthetic"""
 CROP_PRESETS = [name for name, preset in PRESETS.items() if not preset.princeton_crop]
 JPEG_QUALITY = 95
 """Of stored crops."""
@@ -163,7 +158,7 @@ def chosen_splits(annotations: Path, asked: list[str]) -> tuple[str, ...]:
     stem = annotations.name.split(".")[0]
     if stem not in SPLITS:
         expected = f"one split, or a file named after it: {' or '.join(SPLITS)}"
-        advice = "choose it with --splits train or --splits valid, or share with --valid-fraction"
+        advice = "give --splits train, --splits valid, or --valid-fraction"
         raise InputError(annotations, "one file for two splits", expected, advice)
     return (stem,)
 
