@@ -110,9 +110,7 @@ class PoseEstimator:
         the people in it; with a list, one a picture, or a list with the boxes of each picture. Or
         neither: the whole of each picture.
         """
-        is_one = isinstance(pictures, _PICTURES)
-        if not is_one and not isinstance(pictures, Sequence):
-            raise _no_picture(pictures)
+        is_one = isinstance(pictures, _PICTURES) or not isinstance(pictures, Sequence)
         listed: Any = [pictures] if is_one else pictures
         wanted = _squares(boxes, centers, scales, margin, None if is_one else len(listed))
         predictions, crops = [self.predict([])], list[Item]()
@@ -175,7 +173,8 @@ def read_picture(picture: Picture, upright: bool = True) -> npt.NDArray[np.uint8
     if isinstance(picture, Image.Image):
         return _from_pillow(picture, upright)
     if not isinstance(picture, _PICTURES):
-        raise _no_picture(picture)
+        found, expected = f"a {type(picture).__name__}", "a path, bytes, Pillow image or array"
+        raise InputError("picture", found, expected, "give one of these, or a list of them")
     content = picture if isinstance(picture, bytes) else _file_content(Path(picture))
     path = "picture" if isinstance(picture, bytes) else picture
     has_header = require_sane_size(content, path, _MAX_PIXELS)
@@ -199,11 +198,6 @@ def _file_content(path: Path) -> bytes:
     if size > _MAX_BYTES:
         raise InputError(path, f"{size:,} bytes", f"{_MAX_BYTES:,} at most", "make it smaller")
     return path.read_bytes()
-
-
-def _no_picture(value: object) -> InputError:
-    expected = "a path, a file's bytes, a Pillow image, an array of cv2.imread, or a list of them"
-    return InputError("picture", f"a {type(value).__name__}", expected, "give one of these")
 
 
 def _from_pillow(image: Image.Image, upright: bool) -> npt.NDArray[np.uint8]:

@@ -1,6 +1,7 @@
 """Reads and writes videos, frame by frame."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import cv2
@@ -33,22 +34,23 @@ def read_frames(capture: cv2.VideoCapture, name: str) -> Iterator[npt.NDArray[np
         has_frame, image = capture.read()
 
 
-class VideoFile:
-    """A video file with a temporary name until it is closed."""
+@contextmanager
+def write_video(path: Path, capture: cv2.VideoCapture) -> Iterator[cv2.VideoWriter]:
+    """Write a video with the size and frame rate of `capture`. Raises InputError.
 
-    def __init__(self, path: Path, capture: cv2.VideoCapture):
-        """capture: gives size and frame rate. Raises InputError if nothing can be written."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.path, self.temporary = path, path.with_name(f"{path.stem}.tmp{path.suffix}")
-        codec = cv2.VideoWriter.fourcc(*CODECS[path.suffix.lower()])
-        rate = capture.get(cv2.CAP_PROP_FPS) or DEFAULT_FRAMES_PER_SECOND
-        width = int(capture.get(cv2.CAP_PROP_FRAME_WIDTH))
-        height = int(capture.get(cv2.CAP_PROP_FRAME_HEIGHT))
-        self.writer = cv2.VideoWriter(str(self.temporary), codec, rate, (width, height))
-        if not self.writer.isOpened():
-            raise InputError(path, "OpenCV cannot write it", "a path for a video", "try an .avi")
-
-    def close(self) -> None:
-        """Finish the file."""
-        self.writer.release()
-        self.temporary.rename(self.path)
+    It has a temporary name until the end.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")
+    codec = cv2.VideoWriter.fourcc(*CODECS[path.suffix.lower()])
+    rate = capture.get(cv2.CAP_PROP_FPS) or DEFAULT_FRAMES_PER_SECOND
+    width = int(capture.get(cv2.CAP_PROP_FRAME_WIDTH))
+    height = int(capture.get(cv2.CAP_PROP_FRAME_HEIGHT))
+    writer = cv2.VideoWriter(str(temporary), codec, rate, (width, height))
+    if not writer.isOpened():
+        raise InputError(path, "OpenCV cannot write it", "a path for a video", "try an .avi")
+    try:
+        yield writer
+    finally:
+        writer.release()
+        temporary.rename(path)

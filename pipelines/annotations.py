@@ -227,15 +227,13 @@ def _load_json(path: Path) -> list[Any] | dict[str, Any]:
     try:
         with opener(path, "rb") as file:
             data = parse_json(bounded(file.read(LARGEST_JSON + 1), LARGEST_JSON))
+        is_coco = isinstance(data, dict) and {"images", "annotations"} <= data.keys()
+        if not data or not (is_coco or isinstance(data, list)):
+            raise ValueError(f"a JSON {type(data).__name__}")
     except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
-        data, found = None, f"not readable as JSON ({error})"
-    else:
-        found = f"a JSON {type(data).__name__}"
-    is_coco = isinstance(data, dict) and {"images", "annotations"} <= data.keys()
-    if data and (is_coco or isinstance(data, list)):
-        return data
-    expected = "a JSON list of people, or COCO's dict of images and annotations"
-    raise InputError(path, found, expected, "fetch the file again")
+        expected = "a JSON list of people, or COCO's dict of images and annotations"
+        raise InputError(path, f"not readable ({error})", expected, "correct the file") from error
+    return data
 
 
 def _from_mpii_json(entries: list[Any], path: Path, split: str, skeleton: Skeleton) -> People:

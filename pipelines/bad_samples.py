@@ -81,7 +81,7 @@ class BadSamples:
         """Write the file. On a full disk the next call tries again."""
         text = ""
         for sample, fault in sorted(faults.items()):
-            names = {"key": self.shards.key(sample), "where": self.shards.where(sample)}
+            names = {"key": self.shards.keys[sample], "where": self.shards.where(sample)}
             text += json.dumps({"sample": sample, **names, "fault": fault}) + "\n"
         with suppress(OSError):
             write_atomic(self.path, text.encode())
@@ -98,7 +98,7 @@ class BadSamples:
                 if not isinstance(entry, dict) or not isinstance(entry.get("sample"), int):
                     raise ValueError(f"{line[:100]!r}")
                 sample = entry["sample"]
-                if 0 <= sample < len(self.shards) and self.shards.key(sample) == entry.get("key"):
+                if 0 <= sample < len(self.shards) and self.shards.keys[sample] == entry.get("key"):
                     faults[sample] = str(entry.get("fault"))
         except ValueError as error:
             expected = "a JSON object in each line, for a person that is left out"

@@ -78,9 +78,10 @@ class ShardSet:
         counts = [shard.people for shard in self.manifest.shards]
         self.shard_of_sample = np.repeat(np.arange(len(counts)), counts)
         """(N,) the number of each sample's tar."""
-        self._keys = [key for keys, _ in indices for key in keys]
+        self.keys = [key for keys, _ in indices for key in keys]
+        """Of each sample, in its tar."""
         self._ranges_NC2 = np.concatenate([ranges for _, ranges in indices])
-        key, count = Counter(self._keys).most_common(1)[0]
+        key, count = Counter(self.keys).most_common(1)[0]
         if count > 1:
             raise InputError(self.folder, f"the key {key} twice", "each key once", PACK_AGAIN)
         self._origin_N = np.arange(len(self))
@@ -161,7 +162,7 @@ class ShardSet:
             files.append(folder / f"{tar.stem}.records")
             files[-1].write_bytes(b"".join(records[i].tobytes().ljust(block) for i in samples))
             lines = [f"{INDEX_VERSION} {len(samples)}"]
-            for start, key in enumerate(self._keys[i] for i in samples):
+            for start, key in enumerate(self.keys[i] for i in samples):
                 offset = start * block
                 picture = self.components[1]
                 lines.append(f"f32 {offset} {size} {key}.f32 {picture} {offset} 4 {key}.{picture}")
@@ -200,14 +201,10 @@ class ShardSet:
         order = np.argsort(fields.row_N, kind="stable")
         return people.select(order), order
 
-    def key(self, sample: int) -> str:
-        """The key in the tar."""
-        return self._keys[sample]
-
     def where(self, sample: int) -> str:
         """Shard, number and key of a sample, for messages."""
         tar = self.tars[self.shard_of_sample[sample]]
-        return f"{tar}: sample {self.origin(sample)} (key {self.key(sample)})"
+        return f"{tar}: sample {self.origin(sample)} (key {self.keys[sample]})"
 
     def samples_of(self, shard: int) -> list[int]:
         """The samples of one tar, in its order."""
@@ -249,7 +246,7 @@ class ShardSet:
             text = "\n".join([f"{INDEX_VERSION} {len(lines)}", *lines]) + "\n"
             write_atomic(changed.indices[shard], text.encode())
         changed._origin_N = origin_N
-        changed._keys = [self._keys[sample] for sample in origin_N]
+        changed.keys = [self.keys[sample] for sample in origin_N]
         changed._ranges_NC2 = self._ranges_NC2[origin_N]
         changed._records = None if self._records is None else self._records[origin_N]
         return changed
@@ -292,7 +289,7 @@ class ShardSet:
 
     def _index_line(self, sample: int) -> str:
         ranges = [(name, self.byte_range(sample, name)) for name in self.components]
-        return " ".join(f"{n} {r.offset} {r.size} {self._keys[sample]}.{n}" for n, r in ranges)
+        return " ".join(f"{n} {r.offset} {r.size} {self.keys[sample]}.{n}" for n, r in ranges)
 
     def _read(self, sample: int, offset: int, size: int) -> bytes:
         shard = int(self.shard_of_sample[sample])

@@ -12,6 +12,7 @@ import os
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import cv2
@@ -24,7 +25,7 @@ from common.files import write_atomic
 from common.system import usable_cores
 from configs.skeleton import PIXELS_PER_SCALE, Skeleton
 from evaluation.estimator import PoseEstimator, read_picture
-from evaluation.video import CODECS, VideoFile, open_video, read_frames
+from evaluation.video import CODECS, open_video, read_frames, write_video
 from evaluation.visualize import draw_skeleton
 from pipelines.annotations import stays_inside
 from pipelines.boxes import MARGIN, Person, Square, read_people, square_about, whole_picture
@@ -364,25 +365,21 @@ def predict_video(
     frames = film_frames(options, estimator, read_frames(capture, name), name, people)
     batch_size = 1 if is_live else min(estimator.batch_size, MAX_FRAMES)
     count = max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))
-    video = VideoFile(options.overlay, capture) if options.overlay else None
+    overlay = write_video(options.overlay, capture) if options.overlay else nullcontext()
     read = 0
-    try:
-        with progress_bar("predict", count or None, "frames") as advance:
-            for (image, _), found in find_people(estimator, frames, batch_size):
-                assert isinstance(image, np.ndarray)
-                if video or is_live:
-                    draw(image, found, estimator.skeleton, options.min_score)
-                if video:
-                    video.writer.write(image)
-                elif is_live and not show(image):
-                    return
-                if not is_live or options.save_predictions or options.save_coco:
-                    results += found
-                advance(1)
-                read += 1
-    finally:
-        if video:
-            video.close()
+    with overlay as writer, progress_bar("predict", count or None, "frames") as advance:
+        for (image, _), found in find_people(estimator, frames, batch_size):
+            assert isinstance(image, np.ndarray)
+            if writer or is_live:
+                draw(image, found, estimator.skeleton, options.min_score)
+            if writer:
+                writer.write(image)
+            elif is_live and not show(image):
+                return
+            if not is_live or options.save_predictions or options.save_coco:
+                results += found
+            advance(1)
+            read += 1
     late = [person.frame for person in people if person.frame >= read]
     if late:
         found_late = f"{len(late)} people after the last frame, such as frame {max(late)}"

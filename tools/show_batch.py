@@ -151,7 +151,9 @@ def draw_sheet(
     for person in progress(range(people), "drawing", "people"):
         drawings = [draw_crop(each.batch, codec, person) for each in batches]
         drawings.append(draw_heatmaps(batches[0].batch, codec.skeleton, person))
-        text = caption(batches[0], person)
+        drawn = Draw(*batches[0].raw.draws_ND[person].tolist())
+        text = f"row {int(batches[0].batch.rows_N[person])}   box x {drawn.scale:.2f}"
+        text += f"   {drawn.rotation_deg:+.1f} deg" + ("   mirrored" if drawn.flip else "")
         if grey_NHW3 is not None:
             drawings.append(draw_difference(grey_NHW3[person], zoom))
             mean, largest = grey_NHW3[person].mean(), grey_NHW3[person].max()
@@ -169,13 +171,6 @@ def draw_sheet(
     ]
     figure.legend(handles=patches, loc="outside upper left", ncols=3, title=", ".join(names))
     return figure
-
-
-def caption(loaded: LoadedBatch, person: int) -> str:
-    """The person's row and draw."""
-    drawn = Draw(*loaded.raw.draws_ND[person].tolist())
-    text = f"row {int(loaded.batch.rows_N[person])}   box x {drawn.scale:.2f}"
-    return text + f"   {drawn.rotation_deg:+.1f} deg" + ("   mirrored" if drawn.flip else "")
 
 
 def draw_crop(batch: Batch, codec: Codec, person: int) -> Picture:
