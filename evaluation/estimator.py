@@ -227,9 +227,9 @@ def _squares(
     if (centers is None) != (scales is None) or (boxes is not None and centers is not None):
         found, expected = "both kinds, or an incomplete one", "only boxes, or centers with scales"
         raise InputError("boxes, centers, scales", found, expected, "give one of the two")
-    if boxes is None and centers is None:
+    given = [each for each in (boxes, centers, scales) if each is not None]
+    if not given:
         return [[None]] * (1 if pictures is None else pictures)
-    given = [boxes] if centers is None else [centers, scales]
     counts = [len(each) if isinstance(each, Sized) else 0 for each in given]
     if pictures is not None and counts != [pictures] * len(given):
         found, expected = f"{counts[0]} for {pictures} pictures", "one or a list for each picture"

@@ -272,19 +272,9 @@ def _from_coco(data: dict[str, Any], path: Path, skeleton: Skeleton | None) -> P
         advice = "give configs/skeletons/coco.yaml or your own (docs/custom-data.md)"
         raise InputError(path, "COCO's JSON", "--skeleton FILE.yaml with it", advice)
     images, ids_N2, box_N4, keypoints_NJ3 = parse_coco(data, path, skeleton)
-    side_N = box_N4[:, 2:].max(axis=1)
-    return People(
-        images=images,
-        index=ids_N2[:, 0],
-        person=ids_N2[:, 1],
-        # Boxes count from the corner of the picture, which is (-0.5, -0.5) here.
-        center=box_N4[:, :2] + box_N4[:, 2:] / 2 - 0.5,
-        scale=BOX_SCALE * side_N / PIXELS_PER_SCALE,
-        normalize=np.nan * side_N,
-        joints=keypoints_NJ3[..., :2],
-        marked=keypoints_NJ3[..., 2] > 0,
-        visible=keypoints_NJ3[..., 2] > (1 if (keypoints_NJ3[..., 2] == 2).any() else 0),
-    )
+    labels = Labels(images, box_N4, keypoints_NJ3, skeleton)
+    people = _from_labels(labels, path.parent, "auto")
+    return people._replace(index=ids_N2[:, 0], person=ids_N2[:, 1])
 
 
 def _from_labels(labels: Labels, images: Path, boxes: Boxes) -> People:
@@ -309,7 +299,8 @@ def _from_labels(labels: Labels, images: Path, boxes: Boxes) -> People:
         normalize=np.nan * squares_N3[:, 2],
         joints=labels.keypoints_NJ3[..., :2],
         marked=v_NJ > 0,
-        visible=v_NJ > 1,
+        # A file without a 2 does not say which joints are hidden.
+        visible=v_NJ > (1 if (v_NJ == 2).any() else 0),
     )
     return people.select(np.flatnonzero(is_kept))
 

@@ -136,10 +136,6 @@ def convert(data: bytes) -> bytes:
     """The RGB JPEG of a picture as OpenCV decodes it; alpha is dropped. Raises PictureError."""
     if data[:2] == b"\xff\xd8":
         _check_header(data, components=tuple(_COMPONENTS))
-    try:
-        require_sane_size(data, "")
-    except InputError as error:
-        raise PictureError(error.found) from error
     image = _decoded(data)
     return cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])[1].tobytes()
 
@@ -153,6 +149,10 @@ def check_jpeg(data: bytes) -> tuple[int, int]:
 
 def _decoded(data: bytes) -> npt.NDArray[np.uint8]:
     """(H, W, 3) BGR of a whole picture as stored. Raises PictureError."""
+    try:
+        require_sane_size(data, "")
+    except InputError as error:
+        raise PictureError(error.found) from error
     flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
     with _stderr_captured() as messages:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
@@ -178,11 +178,6 @@ def _check_header(data: bytes, components: tuple[int, ...]) -> None:
         raise PictureError(f"a JPEG of a rare kind (SOF{frame.marker - 0xC0})")
     if frame.bits != 8:
         raise PictureError(f"{frame.bits} bits a channel")
-    if frame.width * frame.height > MAX_PIXELS:
-        size = f"{frame.width} x {frame.height}"
-        raise PictureError(f"header says {size}, over {MAX_PIXELS:,} pixels")
-    if scans > _MAX_SCANS:
-        raise PictureError(f"over {_MAX_SCANS} scans")
     if frame.components not in components:
         raise PictureError(f"{frame.components} components")
     orientation = _exif_orientation(data)

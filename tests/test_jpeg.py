@@ -126,7 +126,7 @@ def test_huge_header_is_refused_before_decoding(monkeypatch: pytest.MonkeyPatch)
     place = frame_at(bytes(data))
     data[place + 1 : place + 5] = struct.pack(">HH", 65_000, 64_000)
     monkeypatch.setattr(cv2, "imdecode", None)
-    assert reason_of(bytes(data)) == "header says 64000 x 65000, over 64,000,000 pixels"
+    assert reason_of(bytes(data)) == "a header that says 64000 x 65000"
 
 
 def test_rare_kinds_of_jpeg_are_refused() -> None:
