@@ -232,7 +232,8 @@ def _load_json(path: Path) -> list[Any] | dict[str, Any]:
             raise ValueError(f"a JSON {type(data).__name__}")
     except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         expected = "a JSON list of people, or COCO's dict of images and annotations"
-        raise InputError(path, f"not readable ({error})", expected, "correct the file") from error
+        found = f"not readable as JSON ({error})"
+        raise InputError(path, found, expected, "correct the file") from error
     return data
 
 

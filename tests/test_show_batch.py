@@ -73,15 +73,6 @@ def test_a_joint_is_drawn_at_its_place_in_the_colour_of_its_side(joint, color):
     assert maps[100, 100].tolist() == [45, 45, 45]
 
 
-def test_differences_are_shown_where_they_are_and_black_means_none():
-    grey = np.zeros((64, 64, 3), np.float32)
-    grey[10, 20] = 2
-    tile = show_batch.draw_difference(grey, 255 / 2)
-    bright = np.argwhere(tile.any(axis=2))
-    assert (bright.min(axis=0).tolist(), bright.max(axis=0).tolist()) == ([40, 80], [43, 83])
-    assert (tile[40:44, 80:84] == 255).all()
-
-
 @pytest.mark.parametrize(
     "words", ["--output x.jpg", "--input-px 100", "--people 0", "--config nowhere.yaml"]
 )

@@ -361,7 +361,7 @@ def predict_video(
     """Predict every frame of a video or webcam, without tracking. people: of --people."""
     is_live = isinstance(source, int)
     name = f"webcam {source}" if is_live else str(source)
-    capture = open_video(source)
+    capture = open_video(source, name)
     frames = film_frames(options, estimator, read_frames(capture, name), name, people)
     batch_size = 1 if is_live else min(estimator.batch_size, MAX_FRAMES)
     count = max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))

@@ -155,7 +155,7 @@ def draw_sheet(
         text = f"row {int(batches[0].batch.rows_N[person])}   box x {drawn.scale:.2f}"
         text += f"   {drawn.rotation_deg:+.1f} deg" + ("   mirrored" if drawn.flip else "")
         if grey_NHW3 is not None:
-            drawings.append(draw_difference(grey_NHW3[person], zoom))
+            drawings.append(enlarge((zoom * grey_NHW3[person]).astype(np.uint8)[..., ::-1]))
             mean, largest = grey_NHW3[person].mean(), grey_NHW3[person].max()
             text += f"   difference: mean {mean:.4f}, largest {largest:.0f}"
         panels[person].imshow(np.hstack(drawings)[..., ::-1])
@@ -196,11 +196,6 @@ def draw_heatmaps(batch: Batch, skeleton: Skeleton, person: int) -> Picture:
     background = 90.0 * cv2.resize(image, (TILE_PX, TILE_PX))[..., None]
     tile = cv2.resize(colored, (TILE_PX, TILE_PX), interpolation=cv2.INTER_NEAREST) + background
     return np.clip(tile, 0, 255).astype(np.uint8)
-
-
-def draw_difference(grey_HW3: npt.NDArray[np.float32], zoom: float) -> Picture:
-    """The difference of two crops, BGR. zoom: factor on it."""
-    return enlarge((zoom * grey_HW3).astype(np.uint8)[..., ::-1])
 
 
 def enlarge(image_HW3: Picture) -> Picture:
