@@ -28,7 +28,7 @@ from training.resume import AUTO, find_start, global_batch_size, load_resumable
 from training.trainer import Trainer
 
 LOCK_WAIT_S = 60
-"""How long a resumed run waits for the process that trains it to end, seconds."""
+"""Seconds that a resumed run waits for another process that still trains it."""
 PROFILED_STEPS = 5
 """Number of steps that --profile profiles."""
 
@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def lock_and_find_start(folder: Path, resume: str | None, restarted: bool) -> tuple[str, list[str]]:
-    """As find_start; an existing run is locked first, because its last process may still save."""
+    """As find_start, but locks an existing run first: its last process may still be writing."""
     if folder.exists() and (resume is not None or restarted):
         lock_run_folder(folder, wait_s=LOCK_WAIT_S)
     return find_start(folder, resume, restarted)

@@ -126,8 +126,8 @@ def cores_per_rank() -> int:
 def loader_workers(workers: int | Literal["auto"], device: torch.device) -> int:
     """The number of a rank's loader workers.
 
-    auto: on a GPU the rank's cores but two, which feed the GPU; on a CPU, where the network needs
-    far more time than its data, a quarter of them. At least 1.
+    auto: on a GPU all but two of the rank's cores; two feed the GPU. On a CPU a quarter of them,
+    because the network takes far more time than the data. At least 1.
     """
     if workers != "auto":
         return workers

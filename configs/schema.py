@@ -48,19 +48,19 @@ class DataConfig:
     """Folder with the splits train and valid, made by tools/make_shards.py, or s3://, gs://,
     https:// (docs/remote-shards.md)."""
     cache_dir: str = ""
-    """Folder of tars fetched from object storage; empty: in $XDG_CACHE_HOME, or ~/.cache."""
+    """Cache folder for object storage; empty: stacked-hourglass in $XDG_CACHE_HOME or ~/.cache."""
     cache_gb: float = _number(50.0, above=0)
-    """Size of that folder, GB of 1e9 bytes; least recently used tars are removed."""
+    """Maximum size of the cache, in units of 1e9 bytes; least recently used tars are removed."""
     shard_window: int = _number(0, least=0)
-    """Shards whose people the OpenCV loader mixes; 0: all. Needed if they exceed the cache."""
+    """Number of shards that the OpenCV loader mixes at a time; 0: all, which must fit the cache."""
     loader: LoaderName = "auto"
     """auto: dali on a GPU, opencv on a CPU."""
     batch_size: int = _number(16, least=1, most=65_536)
     """People per rank and step."""
     workers: int | Literal["auto"] = _number("auto", least=0)
-    """Workers of the OpenCV loader or threads of DALI, per rank; auto: from the usable cores."""
+    """Workers of the OpenCV loader, or threads of DALI, per rank; auto: by the usable cores."""
     worker_kind: WorkerKind = "threads"
-    """What the OpenCV loader's workers are."""
+    """Whether the OpenCV loader's workers are threads or processes."""
     shuffle_buffer: int = _number(1024, least=0)
     """Size of DALI's shuffle buffer, in people per rank."""
     input_px: int = _number(256, least=1, most=8192)
@@ -154,23 +154,23 @@ class TrainConfig:
     steps_per_epoch: int = _number(1_000, least=1)
     """Steps between validations and checkpoints, the same on every rank."""
     save_minutes: float = _number(10.0, least=0)
-    """Also write a checkpoint after this time without one; 0: only at the end of each epoch."""
+    """Also write a checkpoint when this time has passed without one; 0: only after each epoch."""
     keep_last: int = _number(2, least=1)
     """Number of newest checkpoints to keep, including last.pt; best.pt is always kept."""
     max_minutes: float = _number(0.0, least=0)
     """Validate, write a checkpoint and stop after this time; 0 sets no limit."""
     verify_every: int = _number(0, least=0)
-    """Compute the gradients of each such step twice and stop if they differ; 0: never."""
+    """Every N steps compute the gradients twice, and stop if they differ; 0: never."""
     hang_minutes: float = _number(10.0, least=0)
-    """End a rank that makes no progress for so long, with the place where it is; 0: never."""
+    """End a rank that makes no progress for this time, and print where it waits; 0: never."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Autocast type; auto: bf16 if the device has it, else fp16 on a GPU and fp32 on a CPU."""
     compile: bool = False
     """Compile the residual blocks with torch.compile."""
     cuda_graph: bool = False
-    """Record the step as one CUDA graph; one GPU, bf16 or fp32, Adam, no accumulation."""
+    """Record the step as one CUDA graph; needs one GPU, bf16 or fp32, Adam, no accumulation."""
     fused_kernels: bool = False
-    """Train residual blocks of up to 256 channels by Triton kernels; not yet run on a GPU."""
+    """Train residual blocks of up to 256 channels with Triton kernels; not yet run on a GPU."""
     fuse_targets: bool = False
     """Render target heatmaps inside a compiled loss, without storing them."""
     profile_steps: int = _number(0, least=0)

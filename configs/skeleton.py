@@ -79,7 +79,7 @@ class Skeleton(NamedTuple):
 
     @property
     def assumed_left(self) -> tuple[str, ...]:
-        """The joints that are left only because they are the first of their flip pairs."""
+        """The joints taken as left because they come first in their flip pairs, not by name."""
         sides = [
             (a, {side_of(self.names[a])[0], side_of(self.names[b])[0]}) for a, b in self.flip_pairs
         ]
@@ -182,7 +182,7 @@ def load_skeleton(path: Path) -> Skeleton:
 
 
 def skeleton_yaml(skeleton: Skeleton) -> str:
-    """The text of a YAML file that `load_skeleton` reads; for skeletons measured by the box."""
+    """YAML text that `load_skeleton` reads; for skeletons whose length is the box."""
     names = skeleton.names
     pairs, limbs = (
         [[names[a], names[b]] for a, b in pairs] for pairs in (skeleton.flip_pairs, skeleton.limbs)

@@ -49,7 +49,7 @@ class PoseEstimator:
     batch_size: int
     """People per batch."""
     threads: int
-    """Of torch during a prediction on a CPU; the caller's count is restored."""
+    """torch's thread count during a prediction on a CPU; the caller's count is restored."""
 
     @property
     def skeleton(self) -> Skeleton:
@@ -71,8 +71,8 @@ class PoseEstimator:
 
         flip, batch_size: None uses the checkpoint's settings of `eval`, without the flip test if it
         does not say which joints are left and right. threads: None leaves as many cores free as
-        training had workers, as evaluate.py does: a core shared with a busy process slows all of
-        them (`set_cpu_threads`). Raises InputError.
+        training had workers, as evaluate.py does, because a core that torch shares with a busy
+        process slows all threads (`set_cpu_threads`). Raises InputError.
         """
         loaded = source
         if not isinstance(loaded, Checkpoint):
@@ -106,9 +106,9 @@ class PoseEstimator:
         pictures: one, or a list. Files and Pillow images are turned upright as their EXIF
         orientation says (`read_picture`).
         boxes: (N, 4) x, y, width, height, px; the network sees a square of `margin` x the longer
-        side. Or centers (N, 2) px and scales (N,), as in MPII's h5 files. With one picture they are
-        the people in it; with a list, one a picture, or a list with the boxes of each picture. Or
-        neither: the whole of each picture.
+        side. Or centers (N, 2) px and scales (N,), as in MPII's h5 files. For one picture: one box
+        (or centre) per person in it. For a list of pictures: one per picture, or a list of them per
+        picture. Without boxes and centers: each whole picture.
         """
         is_one = isinstance(pictures, _PICTURES) or not isinstance(pictures, Sequence)
         listed: Any = [pictures] if is_one else pictures
@@ -153,12 +153,12 @@ class PoseEstimator:
         how: Any = {"flip": self.flip, "device": self.device, "dtype": self.dtype}
         if self.device.type != "cpu":
             return predict(self.network, batches, self.codec, **how)
-        callers = torch.get_num_threads()
+        previous = torch.get_num_threads()
         torch.set_num_threads(self.threads)
         try:
             return predict(self.network, batches, self.codec, **how)
         finally:
-            torch.set_num_threads(callers)
+            torch.set_num_threads(previous)
 
 
 def read_picture(picture: Picture, upright: bool = True) -> npt.NDArray[np.uint8]:
@@ -223,7 +223,8 @@ def _checked_array(image: npt.NDArray) -> npt.NDArray[np.uint8]:
 def _squares(
     boxes: Any, centers: Any, scales: Any, margin: float, pictures: int | None
 ) -> Sequence[Sequence[Square | None]]:
-    """The people of each picture; None: the whole of it. pictures: None for a single one."""
+    """The squares of each picture; None: the whole picture. pictures: their number; None: one
+    picture, not a list."""
     if (centers is None) != (scales is None) or (boxes is not None and centers is not None):
         found, expected = "both kinds, or an incomplete one", "only boxes, or centers with scales"
         raise InputError("boxes, centers, scales", found, expected, "give one of the two")
@@ -233,7 +234,7 @@ def _squares(
     counts = [len(each) if isinstance(each, Sized) else 0 for each in given]
     if pictures is not None and counts != [pictures] * len(given):
         found, expected = f"{counts[0]} for {pictures} pictures", "one or a list for each picture"
-        raise InputError("boxes, or centers and scales", found, expected, "give as many")
+        raise InputError("boxes, or centers and scales", found, expected, f"give {pictures}")
     each_picture = [given] if pictures is None else zip(*given, strict=True)
     if centers is not None:
         return [_from_centers(*own) for own in each_picture]
@@ -253,7 +254,7 @@ def _from_centers(centers: Any, scales: Any) -> list[Square]:
     sizes = _numbers("scales", scales, "a scale for each centre", 1)
     if len(middles) != len(sizes):
         found = f"{len(middles)} centers and {len(sizes)} scales"
-        raise InputError("centers, scales", found, "as many of both", "correct them")
+        raise InputError("centers, scales", found, "the same number of both", "correct them")
     return [Square(*row) for row in np.column_stack([middles, sizes]).tolist()]
 
 

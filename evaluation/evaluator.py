@@ -146,7 +146,7 @@ def evaluate_checkpoint(options: Namespace, dist: DistributedContext) -> Evaluat
     if train:
         results["mean pose"] = pckh.summary(pckh.mean_pose(train, people), people, skeleton)
     else:
-        info("no mean pose: it needs the shards of train beside those of valid")
+        info("no mean pose: it needs the training shards in the same folder as the validation's")
     flip = "flip test" if job.flip else "no flip test"
     title = [f"{job.trained.path} (step {job.trained.step}) on {name}, {flip}"]
     if job.codec.preset.princeton_crop:
@@ -207,7 +207,7 @@ def _open_dataset(options: Namespace, config: Config, trained: Skeleton) -> Eval
 
 
 def packing_difference(trained: Path, source: Source) -> list[str]:
-    """A sentence if the shards of training are at hand and hold another packing."""
+    """A sentence if the training shards exist here and have a different packing."""
     here = source.manifest.packing if isinstance(source, ShardSet) else "original"
     there = read_manifest(trained).packing if (trained / MANIFEST).is_file() else here
     text = f"trained on pictures of --packing {there}, evaluated on {here}: resampled differently"

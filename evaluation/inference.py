@@ -70,7 +70,7 @@ def predict(
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             heat = last_heatmaps(model, images, codec, flip)
         found.append((*codec.decode(heat), raw.records_NR, raw.input_from_image_N23))
-    # Only now, because the host waits for the GPU here.
+    # Copied to the CPU only here, because this waits for the GPU.
     for joints, score, records, matrices in found:
         keypoints.append(codec.image_joints(joints, unpack_records(records.numpy()), matrices))
         scores.append(score.double().cpu().numpy())

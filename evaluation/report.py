@@ -11,7 +11,7 @@ from evaluation.predictions import has_shape
 from pipelines.annotations import scored_text
 
 _MOST_COLUMNS = 16
-"""More groups of joints do not fit on a line."""
+"""Maximum number of groups in the table; more do not fit on a line."""
 
 Summary = dict[str, Any]
 """A `pckh.summary`."""

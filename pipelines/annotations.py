@@ -40,7 +40,7 @@ from pipelines.label_files import (
 )
 
 Boxes = Literal["auto", "keypoints", "picture"] | Path
-"""How labels get boxes; a path is that of a file as `boxes.read_people` reads."""
+"""How people in label files get boxes (`_from_labels`); a path: a file for `boxes.read_people`."""
 
 _LARGEST_COLUMN = 256 << 20
 """Bytes; MPII's largest column, of 25,000 people, has 6 million."""
@@ -78,7 +78,7 @@ class People(NamedTuple):
 
     @property
     def scored(self) -> npt.NDArray[np.bool_]:
-        """(N,) who counts in PCK: people with a length to divide by and a marked joint."""
+        """(N,) whether a person counts in PCK: it has a length to divide by and a marked joint."""
         return (self.normalize > 0) & self.marked.any(axis=1)
 
     def select(self, rows: npt.ArrayLike) -> "People":
@@ -89,7 +89,7 @@ class People(NamedTuple):
 
 
 def scored_text(scored: int, people: int) -> str:
-    """How many people a score is of: "1,000 people", or "797 of 1,000 people"."""
+    """How many people a score counts: "1,000 people", or "797 of 1,000 people"."""
     return f"{people:,} people" if scored == people else f"{scored:,} of {people:,} people"
 
 
@@ -103,9 +103,9 @@ def read_annotations(
     """People of one split ("train" or "valid") and their joints. Raises InputError.
 
     path: an h5 file, COCO's JSON, an mpii_annotations.json(.gz), which holds both splits, a folder
-    of such files named after their splits, or labels of label_files.py. skeleton: the file's
-    joints, by default MPII's or those that the labels name; its length, if it has one, replaces the
-    file's. images, boxes: for labels of label_files.py, as in `_from_labels`.
+    of such files named after their splits, or label files (label_files.py). skeleton: the file's
+    joints, by default MPII's or those in the label files; its length, if it has one, replaces the
+    file's. images, boxes: for label files only, as in `_from_labels`.
     """
     joints = skeleton or MPII
     if label_file := find_labels(path):
@@ -279,17 +279,18 @@ def _from_coco(data: dict[str, Any], path: Path, skeleton: Skeleton | None) -> P
 
 
 def _from_labels(labels: Labels, images: Path, boxes: Boxes) -> People:
-    """People whose boxes are the file's, about their marked joints, or the whole picture.
+    """The people of label files.
 
-    boxes: "auto" takes the file's, or the whole picture if it has none. People without a marked
-    joint or a box with an area are left out, and counted on stderr.
+    boxes: "auto" uses the file's boxes, or the whole picture if it has none; "picture" the whole
+    picture; "keypoints" the box around the marked joints; a path the boxes in that file. People
+    without a marked joint or a box with an area are left out, and counted on stderr.
     """
     squares_N3 = np.array(_squares(labels, images, boxes), dtype=np.float64).reshape(-1, 3)
     v_NJ = labels.keypoints_NJ3[..., 2]
     is_kept = (v_NJ > 0).any(axis=1) & (squares_N3[:, 2] > 0)
     if not is_kept.all():
         count = (~is_kept).sum()
-        print(f"left out {count:,} without a marked joint or a box", file=sys.stderr)
+        print(f"left out {count:,} people without a marked joint or a box", file=sys.stderr)
     unknown = np.full(len(labels.images), -1)
     people = People(
         images=labels.images,
@@ -307,14 +308,14 @@ def _from_labels(labels: Labels, images: Path, boxes: Boxes) -> People:
 
 
 def _squares(labels: Labels, images: Path, boxes: Boxes) -> list[tuple[float, ...]]:
-    """x, y and scale of each person; a scale of 0 or less without a box."""
+    """x, y and scale of each person; the scale is 0 or less if it has no box."""
     if isinstance(boxes, Path):
         given = {person.image: person.square for person in read_people(boxes)}
         return [given.get(image) or (0, 0, 0) for image in labels.images]
     if boxes == "picture" or (boxes == "auto" and np.isnan(labels.box_N4).all()):
         whole = {name: whole_picture(*picture_size(images / name)) for name in set(labels.images)}
         return [whole[name] for name in labels.images]
-    # A box's corner counts from the corner of the picture; square_about counts pixels.
+    # Box corners are counted from the picture's corner; square_about counts from pixel centres.
     box_N4 = labels.box_N4
     if boxes == "keypoints":
         xy_NJ2, is_marked = labels.keypoints_NJ3[..., :2], labels.keypoints_NJ3[..., 2:] > 0

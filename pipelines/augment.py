@@ -217,20 +217,20 @@ def color_by_opencv(image_HW3: npt.NDArray[np.float32], draw: Draw) -> None:
     """
     if draw[_FIRST_COLOR:] == Draw()[_FIRST_COLOR:]:
         return
-    turned = np.empty_like(image_HW3)  # two buffers in turns stay in the processor's cache
+    buffer_HW3 = np.empty_like(image_HW3)  # alternating between two buffers keeps both in the cache
     if draw.hue or draw.saturation != 1:
         # OpenCV takes a hue above 360, but not below 0.
         affine = [[1, 0, 0, draw.hue % 1 * 360], [0, draw.saturation, 0, 0], [0, 0, 1, 0]]
-        cv2.cvtColor(image_HW3, cv2.COLOR_RGB2HSV, dst=turned)  # hue in 0..360
-        cv2.transform(turned, np.array(affine, dtype=np.float32), dst=image_HW3)
+        cv2.cvtColor(image_HW3, cv2.COLOR_RGB2HSV, dst=buffer_HW3)  # hue in 0..360
+        cv2.transform(buffer_HW3, np.array(affine, dtype=np.float32), dst=image_HW3)
         np.minimum(image_HW3[..., 1], 1, out=image_HW3[..., 1])
-        cv2.cvtColor(image_HW3, cv2.COLOR_HSV2RGB, dst=turned)
+        cv2.cvtColor(image_HW3, cv2.COLOR_HSV2RGB, dst=buffer_HW3)
     else:
-        np.copyto(turned, image_HW3)
+        np.copyto(buffer_HW3, image_HW3)
     contrast = np.full((3, 4), (1 - draw.contrast) / 3, dtype=np.float32)
     contrast[:, :3] += draw.contrast * np.eye(3, dtype=np.float32)
     contrast[:, 3] = draw.brightness
-    cv2.transform(turned, contrast, dst=image_HW3)
+    cv2.transform(buffer_HW3, contrast, dst=image_HW3)
     np.clip(image_HW3, 0, 1, out=image_HW3)
     gain = np.array([draw.red, draw.green, draw.blue], dtype=np.float32)
     if (gain != 1).any():

@@ -50,9 +50,9 @@ class Person(NamedTuple):
     image_id: int | None = None
     """COCO's number of the picture, if the user gave one."""
     score: float | None = None
-    """The detector's confidence in the box, if the user gave one."""
+    """The detector's confidence in the box, if the file has one."""
     frame: int = 0
-    """Of a video, from 0."""
+    """Number of the video's frame, from 0."""
 
 
 def square_about(box: Sequence[float], margin: float = MARGIN) -> Square:
@@ -101,12 +101,12 @@ def read_people(
                     others += 1
                     continue
                 row = _from_detection(row, coco)
-            people.append(_person(row, margin, in_film))
+            people.append(_person(row, margin, in_video))
         except ValueError as error:
             where, advice = f"{path}: person {number}", "correct it (people count from 0)"
             raise InputError(where, str(error), _COLUMNS, advice) from error
     if others:
-        info(f"{path}: {others:,} detections of other categories not used")
+        info(f"{path}: {others:,} detections of other categories are not used")
     if not people:
         raise InputError(path, "no people", "detections of people", "give another file")
     return people
@@ -115,7 +115,7 @@ def read_people(
 def _from_detection(row: dict[str, Any], coco: ImageIndex | None) -> dict[str, Any]:
     """A detection in COCO's result format with the names of a people file. Raises ValueError."""
     if coco is None:
-        raise ValueError("a COCO detection, whose picture is named in COCO's --annotations FILE")
+        raise ValueError("a COCO detection, but no --annotations FILE with the pictures' names")
     image_id = row.get("image_id")
     if not isinstance(image_id, int) or image_id not in coco.names:
         raise ValueError(f"image_id {image_id!r:.50} is not in the annotation file")
@@ -138,7 +138,7 @@ def _read_rows(path: Path) -> list[Any]:
     return rows
 
 
-def _person(row: Any, margin: float, in_film: bool) -> Person:
+def _person(row: Any, margin: float, in_video: bool) -> Person:
     """Raises ValueError."""
     if not isinstance(row, dict):
         raise ValueError("not an object with names")
@@ -149,11 +149,11 @@ def _person(row: Any, margin: float, in_film: bool) -> Person:
             if not isinstance(values, list) or len(values) != len(parts):
                 raise ValueError(f"{name} is not a list of {len(parts)} numbers")
             given |= zip(parts, values, strict=True)
-    image = given.pop("image", "" if in_film else None)
+    image = given.pop("image", "" if in_video else None)
     if not isinstance(image, str):
         raise ValueError("no image")
-    if in_film != ("frame" in given):
-        raise ValueError("a frame, but no video" if "frame" in given else "no frame")
+    if in_video != ("frame" in given):
+        raise ValueError("a frame, but the input is no video" if "frame" in given else "no frame")
     numbers = {name: _number(name, value) for name, value in given.items()}
     image_id, frame = (_whole(name, numbers.pop(name, None)) for name in ("image_id", "frame"))
     score = numbers.pop("score", None)

@@ -51,7 +51,7 @@ def parse_coco(
 
 
 class ImageIndex(NamedTuple):
-    """What COCO results leave to their annotation file."""
+    """File names and categories of an annotation file, which COCO results do not contain."""
 
     names: dict[int, str]
     """File name of each image id."""

@@ -1,13 +1,13 @@
 """Shards -> person crops by NVIDIA DALI, on a GPU or a CPU. The only file that imports DALI.
 
 One graph serves both devices: read, decode, build the affine, warp. Draws come from the same code
-as those of the OpenCV path and are returned, so that the other path can repeat them. They are made
-in numpy for a whole batch, and the graph has as few operators as possible, because DALI needs about
+as in the OpenCV loader and are returned, so that the OpenCV loader can repeat them. numpy makes
+them for a whole batch, and the graph has as few operators as possible, because DALI needs about
 20 us for each small operator and batch. DALI's origin is a pixel's corner, hence the two half-pixel
 shifts around the affine.
 
-A saved state fits only the operators that it names: after a change of the graph, older checkpoints
-cannot be resumed with DALI.
+A saved state names the graph's operators. After a change of the graph, older checkpoints cannot be
+resumed with DALI.
 """
 
 import functools
@@ -32,16 +32,22 @@ from pipelines.augment import Draw, draw_batch
 from pipelines.i420 import NEUTRAL_CHROMA, planes_to_rgb
 from pipelines.jpeg import BadSamplesError, PictureError, check_jpeg, require_sane_size
 from pipelines.object_storage import StorageError
-from pipelines.opencv_loader import LoaderSpec, RawBatch, Source, batches_in_order, halves_first
+from pipelines.opencv_loader import (
+    LoaderSpec,
+    RawBatch,
+    Source,
+    batches_in_order,
+    halves_large_pictures,
+)
 from pipelines.shard_cache import Key
 from pipelines.shard_format import COLUMNS, PICTURE_EXTENSIONS, unpack_records
 from pipelines.shards import ShardSet, read_ahead
 
 CPU = torch.device("cpu")
 _REMOTE = b"people of object storage"
-"""How the states of loaders begin whose shards are not in a folder."""
+"""Prefix of the saved states of loaders that read object storage."""
 _PREFETCHED = 4
-"""Batches that DALI may have begun and not returned."""
+"""Maximum number of batches that DALI has begun and not returned."""
 
 Node = Any
 """A DALI data node; one scalar or tensor per sample."""
@@ -49,7 +55,7 @@ Node = Any
 _NO_MEMORY = re.compile(
     "Can't allocate|allocation failed|bad_alloc|ALLOCATOR_FAILURE|MemoryAllocation|out of memory"
 )
-"""In the messages of DALI, C++, nvJPEG and CUDA."""
+"""Messages of DALI, C++, nvJPEG and CUDA about memory."""
 
 
 class DaliLoader:
@@ -66,7 +72,7 @@ class DaliLoader:
         state: bytes = b"",
         hw_decoder_load: float = 0.65,
     ):
-        """first_step: number of the first batch, from which its draws follow.
+        """first_step: number of the first batch; a batch's draws are a function of its number.
 
         hw_decoder_load: share of the pictures for the GPU's JPEG engine (DALI's default).
         """
@@ -159,22 +165,22 @@ class DaliLoader:
 class _RemotePictures:
     """Gives DALI the pictures of a split in object storage.
 
-    DALI's reader opens all files when it is built, and they must be there. So it reads stand-ins
-    that hold the records only, in the same order with the same draws as from tars, and a Python
-    function in the graph returns the picture of each row. A pipeline of this reader alone runs
-    ahead and says which tars to fetch.
+    DALI's reader opens all tars when it is built. So it reads placeholder tars that contain only
+    the records, in the same order and with the same draws, and a Python function in the graph
+    returns the picture of each row. A second pipeline, with a reader only, runs ahead and tells
+    which tars to fetch.
     """
 
     def __init__(self, shards: ShardSet, spec: LoaderSpec, state: bytes):
-        """state: of an earlier reader, or empty."""
+        """state: saved state of an earlier reader, or empty."""
         self._shards = shards
         self._folder = tempfile.TemporaryDirectory(prefix="records_")
-        self.files, self.indices = shards.write_stand_ins(Path(self._folder.name))
+        self.files, self.indices = shards.write_placeholder_tars(Path(self._folder.name))
         rows = unpack_records(shards.records()).row_N.tolist()
         self._sample_of_row = {row: sample for sample, row in enumerate(rows)}
         self._failure: InputError | None = None
         self._recent: deque[int] = deque(maxlen=8 * spec.batch_size)
-        """The last samples, of all prefetched batches too."""
+        """The last samples, including those of prefetched batches."""
         self._reader = pipeline_def(_read)(
             **_common_arguments(CPU, spec.batch_size, threads=1),
             seed=spec.seed + spec.rank,
@@ -188,7 +194,7 @@ class _RemotePictures:
         )
         self._reader.build()
         self._states = deque([state or self._reader.checkpoint()])
-        """Of the reader, after the batches returned so far and after each planned one."""
+        """The reader's states after the batches returned so far, and after each planned batch."""
         self._ahead = iter(read_ahead(shards, self._batches(), behind=_PREFETCHED))
 
     def _batches(self) -> Iterator[list[Key]]:
@@ -198,7 +204,7 @@ class _RemotePictures:
             yield [(self._sample_of_row[_row(np.array(row))], 0) for row in rows]
 
     def advance(self) -> None:
-        """Release the tars of old batches, and fetch those of coming ones."""
+        """Release the tars of old batches, and fetch those of later batches."""
         next(self._ahead)
         self._states.popleft()
 
@@ -207,17 +213,17 @@ class _RemotePictures:
         return _REMOTE + len(self._states[0]).to_bytes(4, "little") + self._states[0]
 
     def picture(self, row_4: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        """The bytes of a person's picture. row_4: the row of the annotation, a float32."""
+        """The bytes of a person's picture. row_4: bytes of a float32, the annotation's row."""
         sample = self._sample_of_row[_row(row_4)]
         self._recent.append(sample)
         try:
             return np.frombuffer(_picture(self._shards, sample), dtype=np.uint8)
-        except InputError as error:  # DALI makes another error of it
+        except InputError as error:  # DALI replaces it by its own error
             self._failure = error
             raise
 
     def find_faults(self) -> dict[int, str]:
-        """The damaged people among the last ones. Raises the StorageError that ended a batch."""
+        """The damaged people among the last samples. Raises the StorageError that ended a batch."""
         if isinstance(self._failure, StorageError):
             raise self._failure
         faults = _faults(self._shards, list(self._recent))
@@ -301,8 +307,8 @@ def _common_arguments(device: torch.device, batch_size: int, threads: int) -> di
 def _run(pipeline: Pipeline, source: Source, find_faults: Callable[[], dict[int, str]]) -> RawBatch:
     """The next outputs, without a copy of crops that are RGB.
 
-    Raises InputError without memory, and BadSamplesError if find_faults names people whose data
-    made the pipeline fail.
+    Raises InputError if there is not enough memory, and BadSamplesError if find_faults names people
+    whose data made the pipeline fail.
     """
     device = pipeline.device_id
     # The outputs are handed over on this stream, so that the host does not wait for the GPU.
@@ -334,8 +340,8 @@ def _raise_if_out_of_memory(pipeline: Pipeline, error: Exception) -> None:
         where,
         f"not enough memory ({_reason(error)}{free})",
         f"room for {pipeline.prefetch_queue_depth + 1} batches of {pipeline.max_batch_size} people",
-        "reduce data.batch_size (optim.accumulate keeps the people of a step), eval.batch_size or "
-        "data.cache_mb, pack crops, or end other programs that use this memory",
+        "reduce data.batch_size (and raise optim.accumulate to keep the people of a step), "
+        "eval.batch_size or data.cache_mb, pack crops, or end other programs that use this memory",
     ) from error
 
 
@@ -405,7 +411,7 @@ def _graph(
         tars=tars, indices=indices, extension=extension, people=people, spec=spec
     )
     draws, augmentation = fn.external_source(
-        # DALI's own number of the batch is wrong after an error.
+        # Not DALI's own batch number, which is wrong after an error.
         source=lambda _: _draw(spec, next(steps)),
         num_outputs=2,
         dtype=types.FLOAT,
@@ -420,7 +426,7 @@ def _graph(
 def _read(
     *, tars: list[Path], indices: list[Path], extension: str, people: int, spec: LoaderSpec
 ) -> tuple[Node, Node]:
-    """Pictures and records of people. tars, indices: their files; people: their number."""
+    """Pictures and records. people: number of people in the tars."""
     shuffle: dict[str, Any] = {}
     if spec.cache_mb and spec.world_size > 1:  # each rank keeps the people that it has cached
         shuffle = {"stick_to_shard": True}
@@ -457,8 +463,8 @@ def _evaluation_graph(
 
 
 def _decode(jpeg: Node, gpu: bool, **more: Any) -> Node:
-    # Whole pictures: on a GPU, nvImageCodec 0.9 combines regions with this upsampling only from
-    # nvJPEG 13.2 on (CUDA 13.3), and before that falls back to another decoder without a message.
+    # Whole pictures, not regions: on a GPU, nvImageCodec 0.9 can combine regions with this chroma
+    # upsampling only from nvJPEG 13.2 on (CUDA 13.3). Before, it uses another decoder silently.
     return fn.decoders.image(
         jpeg,
         device="mixed" if gpu else "cpu",
@@ -481,8 +487,8 @@ def _crops(
     """Crops, affines N23, draws ND and records NR, all on the device.
 
     inputs: picture, record, draw and its affine (see `_with_affines`) of each person. The crops
-    are images NHW3 or, of raw pictures, Y (N, H, W, 1) and chroma (N, 2, H / 2, W / 2, 1).
-    halvings: the most of `geometry.halvings`; 0 for raw pictures.
+    are images NHW3 or, for raw pictures, Y (N, H, W, 1) and chroma (N, 2, H / 2, W / 2, 1).
+    halvings: the largest `geometry.halvings` of all people; 0 for raw pictures.
     """
     picture, record, draws, augmentation = inputs
     gpu = spec.device.type == "cuda"
@@ -505,7 +511,7 @@ def _crops(
     matrix = fn.transforms.combine(*from_picture, augmentation, _shift(0.5))
     crops = [_warp(planes[0], matrix, spec.input_px)]
     if raw:
-        # From corner to corner, both sides are half as long as those of Y.
+        # Measured between corners, the sides of chroma are half as long as those of Y.
         halved = matrix * types.Constant(np.array([1, 1, 0.5], dtype=np.float32))
         crops.append(_warp(planes[1], halved, spec.input_px // 2, outside=NEUTRAL_CHROMA))
     small = (input_from_image, draws, record)
@@ -525,7 +531,7 @@ def _planes(picture: Node, record: Node, gpu: bool) -> list[Node]:
 
 
 def _warp(image: Node, matrix: Node, size_px: int, outside: int = 0) -> Node:
-    """A square crop. matrix: picture -> crop, px from their corners."""
+    """A square crop. matrix: picture -> crop, both in px counted from the corner."""
     return fn.warp_affine(
         image,
         matrix=matrix,
@@ -538,8 +544,8 @@ def _warp(image: Node, matrix: Node, size_px: int, outside: int = 0) -> Node:
 
 
 def _most_halvings(source: Source, samples: Iterable[int], spec: LoaderSpec) -> int:
-    """The most of `geometry.halvings` for these people, at their own boxes."""
-    if _is_raw(source) or not halves_first(spec.preset):
+    """The largest `geometry.halvings` of these people's boxes."""
+    if _is_raw(source) or not halves_large_pictures(spec.preset):
         return 0
     records = unpack_records(np.stack([source.record(sample) for sample in samples]))
     image_px = PIXELS_PER_SCALE * records.scale_N / spec.input_px
@@ -548,7 +554,8 @@ def _most_halvings(source: Source, samples: Iterable[int], spec: LoaderSpec) -> 
 
 
 def _halved(image: Node, record: Node, most: int, spec: LoaderSpec) -> tuple[Node, Node]:
-    """The picture halved by geometry.halvings, and the affine to it from corner px."""
+    """The picture halved as geometry.halvings says (at most `most` times), and the affine from the
+    halved picture to the stored one, px counted from the corner."""
     affine = record[COLUMNS["image_from_stored"]]
     stored = 1 / math.sqrt(math.abs(affine[0] * affine[4] - affine[1] * affine[3]))
     shrink = record[COLUMNS["scale"]] * (PIXELS_PER_SCALE / spec.input_px) * stored
@@ -600,8 +607,8 @@ def _with_affines(
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """The draws, and the affine of each, (N, 2, 3).
 
-    They map from image px about the box's centre / scale or, with princeton's crop, from crop px
-    counted from the crop's corner.
+    The affines map to input px from (image px - the box's centre) / scale or, with princeton's
+    crop, from crop px counted from the crop's corner.
     """
     scale, degrees, flip = draws_ND[:, :3].T
     zoom, start, end = spec.input_px / (PIXELS_PER_SCALE * scale), 0.0, (spec.input_px - 1) / 2

@@ -14,9 +14,9 @@ Matrix = npt.NDArray[np.float64]
 STRIDE = 4
 """Input pixels per heatmap pixel: the stem halves the picture twice."""
 MAX_HALVINGS = 5
-"""For a person of 64 x the input's side."""
+"""Enough for a box of 64 x the input's side."""
 SAME_SHRINK = 1e-4
-"""Binary logarithms closer than this are equal: DALI's are of float32."""
+"""Base-2 logarithms that differ by less are equal, because DALI computes them in float32."""
 
 
 def translation(x: float, y: float) -> Matrix:
@@ -67,21 +67,21 @@ def input_from_image(
 
 
 def halvings(shrink: npt.ArrayLike) -> npt.NDArray[np.int64]:
-    """How often a picture is halved before an affine that shrinks it so many times samples it.
+    """How often a picture is halved before the warp. shrink: source px per target px of the warp.
 
-    After that it is shrunk at most twice, so that bilinear sampling reads every pixel.
+    The remaining warp shrinks it at most twice, so that bilinear sampling reads every pixel.
     """
     return np.clip(np.ceil(np.log2(shrink) - SAME_SHRINK), 1, MAX_HALVINGS + 1).astype(int) - 1
 
 
 def shrink_of(target_from_source: npt.ArrayLike) -> npt.NDArray[np.float64]:
-    """(...) source px per target px, along a side, of affines (..., 2 or 3, 3)."""
+    """(...) source px per target px along an axis, for affines (..., 2 or 3, 3)."""
     linear = np.asarray(target_from_source, dtype=np.float64)[..., :2, :2]
     return 1 / np.sqrt(np.abs(np.linalg.det(linear)))
 
 
 def stored_from_half(width: int, height: int) -> Matrix:
-    """(3, 3) affine, px of the picture at half its size (rounded down) -> px of the picture."""
+    """(3, 3) affine, px of the picture at half size (rounded down) -> px of the picture."""
     x, y = width / max(1, width // 2), height / max(1, height // 2)
     return translation(-0.5, -0.5) @ scaling(x, y) @ translation(0.5, 0.5)
 

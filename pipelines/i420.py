@@ -18,11 +18,11 @@ from pipelines.geometry import Matrix, scaling, translation
 _CHROMA_FROM_PICTURE: Matrix = scaling(0.5, 0.5) @ translation(-0.5, -0.5)
 _PICTURE_FROM_CHROMA: Matrix = translation(0.5, 0.5) @ scaling(2.0, 2.0)
 NEUTRAL_CHROMA = 128
-"""Cb and Cr of grey."""
+"""Value of Cb and Cr for grey."""
 
 
 class Planes(NamedTuple):
-    """A raw picture. uint8."""
+    """A raw picture, uint8."""
 
     y_HW: npt.NDArray[np.uint8]
     cb_hw: npt.NDArray[np.uint8]
@@ -43,7 +43,7 @@ def planes_of(data: bytes, width: int, height: int) -> Planes:
 
 
 def from_bgr(image_HW3: npt.NDArray[np.uint8]) -> bytes:
-    """The bytes of a BGR picture as a raw one."""
+    """Encode a BGR picture as a raw picture."""
     height, width = image_HW3.shape[:2]
     y_HW, cr_HW, cb_HW = cv2.split(cv2.cvtColor(image_HW3, cv2.COLOR_BGR2YCrCb))
     planes = [y_HW]

@@ -32,7 +32,7 @@ from common.errors import InputError
 MAX_PIXELS = 64_000_000
 """More than any picture of the data sets has."""
 QUALITY = 95
-"""Of JPEGs that are made from other kinds of pictures."""
+"""JPEG quality of converted pictures."""
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 _SIGNATURES = {b"\x89PNG": "PNG", b"RIFF": "WebP", b"BM": "BMP", b"II*\0": "TIFF", b"MM\0*": "TIFF"}
 _COMPONENTS = {1: "grey JPEG", 4: "CMYK JPEG"}
@@ -58,7 +58,7 @@ class Picture(NamedTuple):
     """px; 0 for a bad picture, as is `height`."""
     height: int
     sha256: str
-    """Of the content; empty for a bad picture."""
+    """SHA-256 of the file; empty for a bad picture."""
     converted: str
     """The kind of file that is converted to a JPEG; empty for a JPEG that is stored unchanged."""
     fault: str
@@ -95,7 +95,7 @@ class _Frame(NamedTuple):
 
 
 def find_picture(folder: Path, name: str) -> Path:
-    """The picture of that name or, if there is none, of the same stem with another usual ending."""
+    """The picture of that name or, if there is none, with the same stem and another extension."""
     path = folder / name
     others = [path.with_suffix(e) for ending in ENDINGS for e in (ending, ending.upper())]
     return next((each for each in (path, *others) if each.is_file()), path)
@@ -133,7 +133,7 @@ def kind_to_convert(data: bytes) -> str:
 
 
 def convert(data: bytes) -> bytes:
-    """The RGB JPEG of a picture as OpenCV decodes it; alpha is dropped. Raises PictureError."""
+    """An RGB JPEG of the picture as decoded by OpenCV; alpha is dropped. Raises PictureError."""
     if data[:2] == b"\xff\xd8":
         _check_header(data, components=tuple(_COMPONENTS))
     image = _decoded(data)

@@ -21,13 +21,13 @@ from configs.skeleton import Length, Pairs, Skeleton, default_groups
 from pipelines.coco import Floats
 
 _LARGEST = 256 << 20
-"""Bytes of a table; one of 100,000 pictures and 20 joints has 60 million."""
+"""Maximum bytes of a table; a table of 100,000 pictures and 20 joints has 60 million."""
 _HEADER = ("scorer", "individuals", "bodyparts", "coords")
 _TABLE = "a table with the rows scorer, bodyparts, coords and one row for each picture"
 _YOLO_KEYS = "kpt_shape [joints, 2 or 3], train and val"
 _DEEPLABCUT = "config.yaml"
 BOX_LENGTH = Length((), 0.4)
-"""Errors are divided by 0.4 x the box, so PCK@0.5 is the share within a fifth of the box."""
+"""Errors are divided by 0.4 x the box, so PCK@0.5 counts errors below a fifth of the box."""
 _FIX = "correct it, or export the labels again"
 
 
@@ -37,7 +37,7 @@ class Labels(NamedTuple):
     images: tuple[str, ...]
     """N file names, relative to the folder of pictures."""
     box_N4: Floats
-    """x, y, width, height, image px from the corner of the picture; NaN where the file has none."""
+    """x, y, width, height, image px from the picture's corner; NaN if the file has no box."""
     keypoints_NJ3: Floats
     """x, y (image px) and v: 0 not marked, 1 hidden, 2 visible."""
     skeleton: Skeleton
@@ -62,7 +62,7 @@ def is_yolo(labels: Path) -> bool:
 def read_labels(labels: Path, split: str) -> Labels:
     """The labels of a file of `find_labels`. Raises InputError.
 
-    split: "train" or "valid", for YOLO-pose; the other formats have no splits.
+    split: "train" or "valid"; used for YOLO-pose only, because the other formats have no splits.
     """
     if is_yolo(labels):
         return read_yolo(labels, split)
@@ -99,8 +99,8 @@ def _parse_table(rows: list[list[str]]) -> tuple[tuple[str, ...], tuple[str, ...
     coords, bodyparts = header.get("coords", []), header.get("bodyparts", [])
     individuals = header.get("individuals", [""] * len(coords))
     if "x" not in coords or not len(coords) == len(bodyparts) == len(individuals):
-        raise ValueError(f"its first rows begin with {', '.join(header)}")
-    # The path of a picture is in one cell, or in three: labeled-data, video, picture.
+        raise ValueError(f"the first rows begin with {', '.join(header)}")
+    # A picture's path is in one cell, or in three cells: labeled-data, video, picture.
     start = coords.index("x")
     joints = tuple(dict.fromkeys(bodyparts[start:]))
     columns: dict[str, dict[str, int]] = {}
@@ -206,7 +206,7 @@ def _yolo_label_file(picture: Path) -> Path:
 
 
 def _yolo_rows(path: Path, joints: int, dimensions: int) -> list[tuple[Floats, Floats]]:
-    """Box (4,) and keypoints (J, 3) of each row, as shares of the picture; no file is no row."""
+    """Box (4,) and keypoints (J, 3) of each row, as shares of the picture; none without a file."""
     if not path.is_file():
         return []
     rows = []
@@ -241,7 +241,7 @@ def _yolo_skeleton(path: Path, config: dict[str, Any], joints: int) -> Skeleton:
 def skeleton_of_names(
     name: str, joints: tuple[str, ...], limbs: Pairs, flip_pairs: Pairs | None = None
 ) -> Skeleton:
-    """A skeleton whose errors are divided by the box. flip_pairs: None if they are not known."""
+    """A skeleton with the box as its length. flip_pairs: None if they are not known."""
     pairs = flip_pairs or ()
     groups = default_groups(joints, pairs)
     return Skeleton(name, joints, pairs, limbs, groups, BOX_LENGTH, mirror=flip_pairs is not None)

@@ -47,13 +47,13 @@ class Loader(Protocol):
     def next(self) -> RawBatch: ...
 
     def state(self) -> bytes:
-        """What `train_loader` needs to continue besides the step; empty if that is enough."""
+        """What `train_loader` needs besides the step to continue; empty if the step is enough."""
 
 
 def train_loader(
     shards: ShardSet, spec: LoaderSpec, first_step: int = 0, state: bytes = b""
 ) -> Loader:
-    """The loader of augmented crops, from batch first_step and, for DALI, its saved state on.
+    """The loader of augmented crops. It starts at batch first_step and, for DALI, a saved state.
 
     Raises InputError if the preset needs more than the shards hold, or data.cache_mb cannot work.
     """
@@ -64,7 +64,7 @@ def train_loader(
             "data.cache_mb",
             f"{spec.cache_mb} with the loader {loader} on {spec.device.type}, "
             f"packing {shards.manifest.packing}",
-            "0: only DALI on a GPU has a cache, of decoded JPEGs",
+            "0, because only DALI on a GPU can cache decoded JPEGs",
             "set data.cache_mb to 0",
         )
     if shards.cache:
@@ -81,11 +81,12 @@ def require_cache(cache: ShardCache, spec: LoaderSpec, loader: LoaderName) -> No
     if loader == "dali":
         people = min(shard.people for shard in cache.shards)
         shards = spec.shuffle_buffer // people + 2
-        cache.require_capacity(shards, f"the tars in a shuffle buffer of {spec.shuffle_buffer}")
+        why = f"the tars of a data.shuffle_buffer of {spec.shuffle_buffer}"
+        cache.require_capacity(shards, why)
     elif spec.shard_window:
         cache.require_capacity(spec.shard_window + 1, f"a data.shard_window of {spec.shard_window}")
     else:
-        cache.require_capacity(len(cache.shards), "people of all tars mixed (data.shard_window 0)")
+        cache.require_capacity(len(cache.shards), "data.shard_window 0 mixes people of all tars")
 
 
 def evaluation_batches(
@@ -107,7 +108,7 @@ def evaluation_batches(
     if isinstance(source, ShardSet):
         require_preset_fits(source.manifest, preset, source.folder)
         if source.cache:
-            why = "evaluation reads all tars, in the order of the annotation"
+            why = "evaluation reads all tars, in the annotation's order"
             source.cache.require_capacity(len(source.cache.shards), why)
     if choose_loader(loader, device) == "dali":
         from pipelines.dali_loader import DaliEvaluationLoader

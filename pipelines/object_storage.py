@@ -1,7 +1,7 @@
 """Files in object storage (s3://, gs://, https://), read and written through fsspec.
 
 Credentials and endpoints come from the environment and the user's profile (AWS_PROFILE,
-AWS_ENDPOINT_URL, ...), as in the storage's own tools. A URL must not contain any.
+AWS_ENDPOINT_URL, ...), as in the storage's own tools. A URL must not contain credentials.
 """
 
 import errno
@@ -21,7 +21,7 @@ from common.errors import InputError
 
 ATTEMPTS = 7
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 15.0
-"""Pauses double from attempt to attempt: 31 s altogether."""
+"""Pauses double from attempt to attempt; their sum is about 31 s."""
 CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 5, 20
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 
@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 
 class StorageError(InputError):
-    """An object that cannot be fetched or stored. Never means that a picture is damaged."""
+    """An object that cannot be fetched or stored. It does not mean that a picture is damaged."""
 
 
 class MissingObjectError(StorageError):
@@ -37,7 +37,7 @@ class MissingObjectError(StorageError):
 
 
 def is_url(location: str) -> bool:
-    """Whether shards are in object storage, and not in a folder."""
+    """Whether a location is a URL of object storage, not a folder."""
     return "://" in location
 
 
@@ -48,21 +48,21 @@ def require_no_secret(url: str) -> None:
         raise InputError(
             f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}",
             "a URL with a user, a password or a query",
-            "a plain URL; it is written into configs and checkpoints",
-            "give credentials by the environment or a profile, such as AWS_PROFILE",
+            "a URL without them, because configs and checkpoints contain it",
+            "give credentials in the environment or a profile, such as AWS_PROFILE",
         )
 
 
 def read(url: str) -> bytes:
     """An object's bytes. Raises StorageError."""
-    # One request; fsspec's cat_file of S3 makes three, and needs the right to list the bucket.
+    # One request. fsspec's cat_file makes three on S3, and needs permission to list the bucket.
     with tempfile.TemporaryDirectory() as folder:
         fetch(url, Path(folder) / "object")
         return (Path(folder) / "object").read_bytes()
 
 
 def fetch(url: str, path: Path) -> None:
-    """Write an object to a local file. Raises StorageError, and OSError of a full disk."""
+    """Write an object to a local file. Raises StorageError, and OSError if the disk is full."""
     _repeat(url, lambda files: files.get_file(url, str(path)))
 
 
@@ -78,12 +78,12 @@ def remove(url: str) -> None:
 
 
 def _repeat(url: str, action: Callable[[Any], T]) -> T:
-    """The result of an action on a file system; tries again unless it can never succeed."""
+    """The result of an action on a file system; repeats it after errors that may be temporary."""
     files = _file_system(url)
     for attempt in itertools.count(1):
         try:
             return action(files)
-        except Exception as error:  # of fsspec, aiohttp, botocore, google.auth and the disk
+        except Exception as error:  # from fsspec, aiohttp, botocore, google.auth or the disk
             if isinstance(error, OSError) and error.errno in _NO_SPACE:
                 raise
             kind, found, is_final = _describe(error)
@@ -100,7 +100,7 @@ def _repeat(url: str, action: Callable[[Any], T]) -> T:
 
 
 def _describe(error: Exception) -> tuple[type[StorageError], str, bool]:
-    """Which error it becomes, what was found, and whether another attempt is useless."""
+    """The error class to raise, what was found, and whether another attempt is useless."""
     name = type(error).__name__
     text = " ".join(f"{name}: {error}".split())[:300]
     status = getattr(error, "status", None) or 0  # of an HTTP response
@@ -114,7 +114,7 @@ def _describe(error: Exception) -> tuple[type[StorageError], str, bool]:
 
 
 def _file_system(url: str) -> Any:
-    """fsspec's file system for a URL; fsspec keeps one for each thread. Raises InputError."""
+    """fsspec's file system for a URL; fsspec caches one per thread. Raises InputError."""
     require_no_secret(url)
     protocol = urlsplit(url).scheme
     try:
@@ -141,7 +141,7 @@ def _options(protocol: str) -> dict[str, Any]:
     if protocol in ("http", "https"):
         import aiohttp
 
-        # By default a whole transfer has five minutes.
+        # aiohttp's default is five minutes for a whole transfer.
         limits = {"sock_connect": CONNECT_TIMEOUT_S, "sock_read": READ_TIMEOUT_S}
         return {"client_kwargs": {"timeout": aiohttp.ClientTimeout(total=None, **limits)}}
     return {}

@@ -39,7 +39,8 @@ from pipelines.shards import ShardSet, read_ahead
 from pipelines.workers import THREADS_AHEAD, in_processes, in_threads
 
 _FOUR_CHANNELS_UP_TO = 400_000
-"""Pixels of a picture up to which a fourth channel, which makes warps faster, is worth its copy."""
+"""Largest picture, in pixels, to which a fourth channel is added. It makes the warp faster, but in
+larger pictures the copy takes longer than it saves."""
 
 
 class RawBatch(NamedTuple):
@@ -177,15 +178,15 @@ def crop_person(
     warp = matrix @ image_from_stored(record)
     if isinstance(image, Planes):
         return warp_to_rgb(image, warp, input_px), matrix[:2].astype(np.float32)
-    if halves_first(preset):
+    if halves_large_pictures(preset):
         image, warp = _halved(image, warp)
     return _warp_to_rgb(image, warp[:2], input_px), matrix[:2].astype(np.float32)
 
 
-def halves_first(preset: Preset) -> bool:
-    """Whether pictures are averaged before they are shrunk more than twice: without augmentation.
+def halves_large_pictures(preset: Preset) -> bool:
+    """Whether pictures that are shrunk more than twice are averaged first: without augmentation.
 
-    Raw pictures are not, because they are stored at about the input's size.
+    Raw pictures are never averaged, because they are stored at about the input's size.
     """
     return preset == PRESETS["none"]
 
@@ -193,7 +194,7 @@ def halves_first(preset: Preset) -> bool:
 def _halved(
     image_HW3: npt.NDArray[np.uint8], input_from_stored: geometry.Matrix
 ) -> tuple[npt.NDArray[np.uint8], geometry.Matrix]:
-    """The picture halved by `geometry.halvings`, and the affine from it.
+    """The picture halved as `geometry.halvings` says, and the affine input_from_half.
 
     Bilinear sampling at half the size is the mean of 2 x 2 pixels.
     """
@@ -208,7 +209,7 @@ def _halved(
 def _warp_to_rgb(
     image_HW3: npt.NDArray[np.uint8], input_from_stored: geometry.Matrix, input_px: int
 ) -> npt.NDArray[np.uint8]:
-    """Warp a BGR picture bilinearly. A warp of four channels gives the same, in half the time."""
+    """Warp a BGR picture bilinearly. A warp of four channels gives the same in half the time."""
     size = input_px, input_px
     if image_HW3.shape[0] * image_HW3.shape[1] > _FOUR_CHANNELS_UP_TO:
         crop = cv2.cvtColor(cv2.warpAffine(image_HW3, input_from_stored, size), cv2.COLOR_BGR2RGB)
@@ -324,7 +325,7 @@ def endless_batches(
 
     All ranks share one endless sequence of shuffled epochs; step t of rank r takes batch_size keys
     from position (t x world_size + r) x batch_size on. The sequence depends only on the seed and
-    the global batch size, so the step is enough to resume it. mix: the order of an epoch; by
+    the global batch size, so the step is enough to resume it. mix: draws the order of an epoch; by
     default all people are shuffled together.
     """
     epoch, order = -1, np.empty(0, dtype=np.int64)

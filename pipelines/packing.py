@@ -76,15 +76,15 @@ class PackingOptions:
     images: Path
     output: Path
     url: str = ""
-    """Where the splits are stored in object storage; `output` is then temporary."""
+    """URL of the splits in object storage, or empty; with a URL `output` is temporary."""
     splits: tuple[str, ...] = SPLITS
     people_per_shard: int = 512
     workers: int = 1
     """Worker processes; 0 and 1 use this process only."""
     boxes: Boxes = "auto"
-    """Of labels without a box for each person."""
+    """How people in label files get boxes."""
     valid_fraction: float | None = None
-    """Share of the pictures that becomes `valid`; None if the annotations are in splits."""
+    """Share of the pictures that becomes `valid`; None if the annotations have splits."""
     seed: int = 0
     skip_bad: bool = False
     overwrite: bool = False
@@ -183,10 +183,10 @@ def read_jobs(options: PackingOptions) -> list[SplitJob]:
 
 
 def picture_groups(images: Sequence[str], annotations: Path) -> Sequence[str]:
-    """The group of each picture, which a split must not divide: its video, or itself.
+    """The group of each picture: its video, or itself. A group must not be divided between splits.
 
-    Pictures of a video lie in one folder in DeepLabCut's and Lightning Pose's labels. With a single
-    video each picture is a group.
+    In labels of DeepLabCut and Lightning Pose, the pictures of a video are in one folder. If there
+    is only one video, each picture is a group.
     """
     labels = find_labels(annotations)
     if labels is None or is_yolo(labels):
@@ -198,7 +198,7 @@ def picture_groups(images: Sequence[str], annotations: Path) -> Sequence[str]:
 def rows_of_split(
     groups: Sequence[str], split: str, valid_fraction: float, seed: int
 ) -> npt.NDArray[np.int64]:
-    """The people of a split when a share of the groups, drawn by the seed, becomes `valid`.
+    """The people of a split. A random share of the groups becomes `valid`; seed: of this choice.
 
     groups: the group of each person's picture. All people of a group are in the same split.
     """
@@ -224,7 +224,7 @@ def fingerprint(options: PackingOptions, job: SplitJob, left_out: list[str]) -> 
 
 
 def fetch_manifests(options: PackingOptions) -> None:
-    """Make the temporary output show which splits the object storage has. Raises StorageError."""
+    """Copy the manifests in object storage to the temporary output. Raises StorageError."""
     shutil.rmtree(options.output, ignore_errors=True)
     for split in options.splits:
         with suppress(object_storage.MissingObjectError):
@@ -235,9 +235,9 @@ def fetch_manifests(options: PackingOptions) -> None:
 def upload_each(
     options: PackingOptions, split: str, folder: Path, shards: Iterator[Shard]
 ) -> Iterator[Shard]:
-    """Store the files of each shard as soon as it is packed. Raises StorageError."""
+    """Upload the files of each shard as soon as it is packed. Raises StorageError."""
     url = f"{options.url}/{split}"
-    if (options.output / split).exists():  # its manifest would not fit the new tars
+    if (options.output / split).exists():  # the old manifest does not describe the new tars
         object_storage.remove(f"{url}/{MANIFEST}")
     for shard in shards:
         for name in (shard.tar, shard.index):
@@ -345,7 +345,7 @@ def check_pictures(
 
 
 def _warn_of_shared_pictures(jobs: list[SplitJob], checked: dict[str, Picture]) -> None:
-    """Print how many pictures of one split are also in the other, by their content."""
+    """Print how many pictures are in both splits, compared by their content."""
     names = [{checked[n].sha256: n for n in sorted(job.people.images)[::-1]} for job in jobs]
     shared = set.intersection(*map(set, names)) - {""} if len(names) > 1 else set()
     if shared:
@@ -434,7 +434,7 @@ def pack_split(
 
 
 def move_to_output(options: PackingOptions, split: str, folder: Path) -> None:
-    """Replace the old split, which stays until now, by the new one; remove unfinished work."""
+    """Replace the old split, which was kept until now, by the new one; remove unfinished work."""
     target, old = options.output / split, options.partial / f"{split}.old"
     options.output.mkdir(parents=True, exist_ok=True)
     if target.exists():

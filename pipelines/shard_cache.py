@@ -1,14 +1,15 @@
 """Shards in object storage, read through a local cache of whole tars.
 
-A split has a folder in the cache with its manifest, its indices and people.json; tars are fetched
-into it when they are needed or, by ReadAhead, before. Any number of processes may use one cache:
+A split has a folder in the cache with its manifest, its indices and people.json. Tars are fetched
+into this folder when they are needed, or earlier by ReadAhead. Any number of processes may use the
+same cache:
 
-    NNNNN.tar              complete and checked; each reader holds a shared lock, eviction an
-                           exclusive one, so that no tar in use is removed
-    NNNNN.tar.BYTES.part   being fetched; BYTES is the size that it will have, which counts as used
-    NNNNN.lock             has an exclusive lock while the tar is fetched
+    NNNNN.tar              complete and checked; each reader holds a shared lock, and removing it
+                           needs an exclusive lock, so no tar in use is removed
+    NNNNN.tar.BYTES.part   being fetched; BYTES is its final size, which counts as used
+    NNNNN.lock             exclusively locked while the tar is fetched
 
-The locks (flock) belong to open files and end with the process, however it ends.
+The locks (flock) belong to open files, so they end with the process in any case.
 """
 
 import fcntl
@@ -36,11 +37,11 @@ from pipelines.object_storage import MissingObjectError, StorageError, is_url
 from pipelines.shard_format import MANIFEST, PEOPLE, SPLITS, Shard, file_sha256, read_manifest
 
 ORIGIN = "origin.txt"
-"""In the cache's folder of a split; its content is the split's URL."""
+"""File in the cache's folder of a split that contains the split's URL."""
 FETCH_THREADS = 4
 WAIT_FOR_ROOM_S = 60.0
 _PLANNED, _PLANNED_AT_ONCE = 512, 8
-"""Most batches that ReadAhead plans, and most that it adds for each batch that it yields."""
+"""Maximum number of batches that ReadAhead plans, and that it adds per yielded batch."""
 
 Key = tuple[int, int]
 """Sample and epoch."""
@@ -49,8 +50,8 @@ Key = tuple[int, int]
 def local_folder(location: str, cache_dir: str, cache_gb: float) -> Path:
     """The folder with the manifests and indices of a split, or of its splits. Raises InputError.
 
-    A folder is returned unchanged. Of a URL, everything but the tars is fetched. cache_dir: empty
-    for the user's. cache_gb: from now on the limit of that cache.
+    A local folder is returned unchanged. From a URL, everything but the tars is fetched. cache_dir:
+    empty for the user's default. cache_gb: becomes the limit of that cache.
     """
     if not is_url(location):
         return Path(location)
@@ -81,7 +82,7 @@ def local_folder(location: str, cache_dir: str, cache_gb: float) -> Path:
 
 
 def cache_root(cache_dir: str) -> Path:
-    """The folder of a cache. cache_dir: empty for the user's, by the XDG specification."""
+    """The folder of a cache. cache_dir: empty for the user's default (XDG specification)."""
     users = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return Path(cache_dir).expanduser() if cache_dir else users / "stacked-hourglass"
 
@@ -114,9 +115,9 @@ def _require_sha256(path: Path, expected: str, url: str) -> None:
         raise StorageError(
             url,
             f"the SHA-256 {found[:16]}..., {path.stat().st_size:,} bytes",
-            f"the {expected[:16]}... of {MANIFEST}",
-            "store this object again (tools/check_shards.py finds all), or pack again with "
-            "tools/make_shards.py --overwrite",
+            f"{expected[:16]}..., as in {MANIFEST}",
+            "upload this object again (tools/check_shards.py finds all), or pack again "
+            "with tools/make_shards.py --overwrite",
         )
 
 
@@ -128,10 +129,10 @@ def _replace(path: Path, data: bytes) -> None:
 
 
 class ShardCache:
-    """The tars of one split, as far as they are on this machine. Safe for threads."""
+    """The tars of one split that are on this machine. Thread-safe."""
 
     def __init__(self, folder: Path, shards: tuple[Shard, ...]):
-        """folder: of the split, in the cache."""
+        """folder: the split's folder in the cache."""
         self.folder, self.shards = folder, shards
         self.root = folder.parents[1]
         self.url = (folder / ORIGIN).read_text()
@@ -149,14 +150,14 @@ class ShardCache:
         self.__dict__ = {**state, "_lock": threading.Lock()}
 
     def reserve(self, size: int) -> None:
-        """Leave so many bytes of the cache to another split."""
+        """Leave this number of bytes of the cache to another split."""
         self._reserved = size
 
     @property
     def capacity(self) -> int:
-        """How many tars of this split may be in use at a time, at least 1.
+        """Number of tars of this split that may be in use at a time, at least 1.
 
-        If the split does not fit, two are left for ranks that are a little ahead or behind.
+        If the split does not fit, room for two is left for ranks that are slightly ahead or behind.
         """
         room = self.limit - self._reserved
         if self.bytes <= room:
@@ -164,20 +165,21 @@ class ShardCache:
         return max(1, room // self._largest - 2)
 
     def require_capacity(self, shards: int, why: str) -> None:
-        """Raise InputError unless so many tars may be in use at a time."""
+        """Raise InputError unless this number of tars may be in use at a time."""
         if self.capacity < min(shards, len(self.shards)):
             need = min(self.bytes, (shards + 2) * self._largest) + self._reserved
             raise InputError(
                 f"data.cache_gb {self.limit / 1e9:g}",
                 f"room for {self.capacity} of the {len(self.shards)} tars of {self.url}",
                 f"{need / 1e9:.3g} or more: {why}",
-                "raise data.cache_gb, mix fewer tars (data.shard_window), or copy the shards here",
+                "raise data.cache_gb, mix fewer tars (data.shard_window), or copy the shards to a "
+                "local folder",
             )
 
     def file(self, number: int) -> io.FileIO:
-        """A tar, opened, fetched if it is missing. Raises StorageError.
+        """An open tar, fetched if it is missing. Raises StorageError.
 
-        The file stays open until `release`, or until `capacity` others were used after it.
+        The file stays open until `release`, or until `capacity` other tars were used after it.
         """
         with self._lock:
             file = self._files.pop(number, None)
@@ -188,7 +190,7 @@ class ShardCache:
         with self._lock:
             self._files[number] = file
             while len(self._files) > self.capacity:
-                # Whoever reads it in another thread has a reference, which keeps it open.
+                # A thread that still reads it has a reference, which keeps it open.
                 del self._files[next(iter(self._files))]
         return file
 
@@ -204,7 +206,7 @@ class ShardCache:
             with suppress(FileNotFoundError):
                 file = path.open("rb", buffering=0)
                 fcntl.flock(file, fcntl.LOCK_SH)
-                if _is_at(file, path):  # else it was removed in between
+                if _is_at(file, path):  # else it was removed before the lock
                     os.utime(file.fileno())
                     return file
             self._fetch(shard)
@@ -242,7 +244,7 @@ class ShardCache:
         _require_sha256(part, shard.sha256, url)
 
     def _make_room(self, part: Path, shard: Shard) -> None:
-        """Create the file of a transfer as soon as the tar fits into the cache's limit."""
+        """Wait until the tar fits into the cache's limit, then create the transfer's file."""
         deadline = time.monotonic() + WAIT_FOR_ROOM_S
         while True:
             with self._locked():
@@ -254,21 +256,21 @@ class ShardCache:
             if time.monotonic() > deadline:
                 raise StorageError(
                     f"{self.url}/{shard.tar}",
-                    f"a cache of {self.limit / 1e9:g} GB whose tars are all in use",
+                    f"a full cache of {self.limit / 1e9:g} GB, with all tars in use",
                     f"{excess / 1e6:,.1f} MB more",
-                    f"raise data.cache_gb, or let fewer runs use {self.root}",
+                    f"raise data.cache_gb, or use {self.root} for fewer runs at a time",
                 )
             time.sleep(0.05)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """One process or thread at a time decides what is in the cache."""
+        """Let only one process or thread at a time change what is in the cache."""
         with (self.root / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
     def _stored(self) -> list[tuple[int, int, Path]]:
-        """Time of the last use, bytes and path of all tars in the cache, fetched or begun."""
+        """Time of the last use, bytes and path of all tars in the cache, also unfinished ones."""
         found = []
         for path in self.root.glob("*/*/*.*"):
             with suppress(FileNotFoundError):  # removed by another process
@@ -279,9 +281,9 @@ class ShardCache:
         return found
 
     def _remove_unused(self, size: int) -> int:
-        """Remove least recently used tars of so many bytes; returns how many were removed.
+        """Remove the least recently used tars, at least `size` bytes; returns the bytes removed.
 
-        Only while `_locked`.
+        The caller must hold `_locked`.
         """
         removed = 0
         for _, used, path in sorted(self._stored()):
@@ -296,12 +298,12 @@ class ShardCache:
 
 
 def _lock_of(part: Path) -> Path:
-    """The file that is locked while a tar is fetched."""
+    """The file that is locked while a tar is fetched. part: path of the unfinished tar."""
     return part.with_name(f"{part.name.split('.')[0]}.lock")
 
 
 def _is_at(file: io.IOBase, path: Path) -> bool:
-    """Whether an open file is still the one of that name."""
+    """Whether the path still refers to this open file."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:
@@ -311,8 +313,9 @@ def _is_at(file: io.IOBase, path: Path) -> bool:
 class ReadAhead:
     """Yields batches of keys unchanged, and fetches the tars of later ones in the background.
 
-    As many tars as the cache may hold are fetched, in the order of their first use; those before
-    the current batch are released. Errors are left to the reader, who asks for the same tar.
+    It fetches as many tars as the cache may hold, in the order of their first use, and releases
+    those that are no longer needed. Errors are ignored here: the reader requests the same tar and
+    gets the error.
     """
 
     def __init__(
@@ -322,20 +325,21 @@ class ReadAhead:
         batches: Iterator[list[Key]],
         behind: int = 0,
     ):
-        """shard_N: of each sample. behind: how many batches may be read late."""
+        """shard_N: the shard of each sample. behind: number of batches that are still being read
+        after they were yielded."""
         self._cache, self._shard_N, self._batches = cache, shard_N, batches
         self._behind = behind
         self._uses: Counter[int] = Counter()
-        """Tar -> number of batches, planned or in use, that read it."""
+        """Tar -> number of planned or current batches that read it."""
         self._planned: deque[tuple[list[Key], list[int]]] = deque()
         self._in_use: deque[list[int]] = deque()
         self._waiting: tuple[list[Key], list[int]] | None = None
-        """The batch after the planned ones, if it does not fit yet."""
+        """The next batch after the planned ones, if its tars do not fit yet."""
         self._queue: queue.SimpleQueue[int | None] = queue.SimpleQueue()
         self._plan()
         first = set(self._planned[0][1]) if self._planned else set()
         for _ in range(FETCH_THREADS):
-            # Daemons: the end of the program need not wait for a server.
+            # Daemons, so that the program can end without waiting for a server.
             arguments = [self._queue, cache, self._uses, first]
             threading.Thread(target=_fetch_tars, args=arguments, daemon=True).start()
 
@@ -384,7 +388,7 @@ def _fetch_tars(
     wanted: Container[int],
     first: set[int],
 ) -> None:
-    """Fetch tars that are still wanted, until there is a None; `first` before any other."""
+    """Fetch tars that are still wanted, until the queue yields None; those in `first` first."""
     while (number := numbers.get()) is not None:
         while first and number not in first:
             time.sleep(0.005)
@@ -392,6 +396,6 @@ def _fetch_tars(
             if number in wanted:
                 cache.file(number)
         except InputError:
-            pass  # the reader will meet it
+            pass  # the reader gets the same error
         finally:
             first.discard(number)

@@ -239,7 +239,7 @@ class Manifest:
     """People whose pictures could not be packed."""
     command: str = ""
     people_file_sha256: str | None = None
-    """Of people.json; None in splits of before 2026-11-26."""
+    """SHA-256 of people.json; None in splits written before 2026-11-26."""
     format: str = FORMAT
     format_version: int = FORMAT_VERSION
 
@@ -273,7 +273,7 @@ def read_people_file(
         records_NR = values.reshape(manifest.people, record_length(manifest.joints))
         rows = [dict(zip(facts, row, strict=True)) for row in zip(*facts.values(), strict=True)]
         if len(rows) != manifest.people or not all(map(is_person, rows)):
-            raise ValueError("other people than the manifest says")
+            raise ValueError("its people do not match the manifest")
     except (OSError, ValueError, KeyError) as error:
         found = f"damaged ({error})"
         raise InputError(path, found, f"{manifest.people:,} people", PACK_AGAIN) from error
@@ -281,7 +281,7 @@ def read_people_file(
 
 
 def is_person(facts: Any) -> bool:
-    """Whether a JSON value has a safe name of a picture and the numbers of picture and person."""
+    """Whether a JSON value has a safe picture name and the numbers of picture and person."""
     if not isinstance(facts, dict):
         return False
     values = [facts.get(name) for name in ("image", "index", "person")]

@@ -94,7 +94,7 @@ class ShardSet:
 
     @property
     def location(self) -> str:
-        """Its URL, or its folder."""
+        """The split's URL, or its folder."""
         return self.cache.url if self.cache else str(self.folder)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -149,10 +149,11 @@ class ShardSet:
                     faults[sample] = "its record has changed since the start"
         return faults
 
-    def write_stand_ins(self, folder: Path) -> tuple[list[Path], list[Path]]:
-        """Write a file and its wds2idx index for each tar, with the records but no pictures.
+    def write_placeholder_tars(self, folder: Path) -> tuple[list[Path], list[Path]]:
+        """Write a placeholder and its wds2idx index for each tar: records without pictures.
 
-        In place of the picture an index has the record's first number, the row. Raises InputError.
+        Where a picture would be, the index names the record's first number, the row. Raises
+        InputError.
         """
         records, files, indices = self.records(), [], []
         size = records.itemsize * records.shape[1]
@@ -171,7 +172,7 @@ class ShardSet:
         return files, indices
 
     def metadata(self, sample: int) -> dict[str, Any]:
-        """The JSON of one person, or only its image, index and person. Raises InputError."""
+        """The JSON of one person, or only its `image`, `index` and `person`. Raises InputError."""
         if self._facts:
             return self._facts[self.origin(sample)]
         try:
@@ -309,7 +310,7 @@ class ShardSet:
         if self.cache:
             return self.cache.file(shard)
         file = self._files.get(shard)
-        if file is None:  # if several threads open it, all use the same
+        if file is None:  # setdefault: threads that open it at the same time use one file
             file = self._files.setdefault(shard, self.tars[shard].open("rb", buffering=0))
         return file
 
@@ -329,9 +330,9 @@ class ShardSet:
 def read_ahead(
     source: object, batches: Iterable[list[Key]], behind: int = 0
 ) -> Iterable[list[Key]]:
-    """The same batches; if they are from object storage, their tars are fetched in advance.
+    """The same batches. If they come from object storage, their tars are fetched in advance.
 
-    behind: number of batches that may still be read when a later one has been taken.
+    behind: number of batches that are still being read after they were yielded.
     """
     if isinstance(source, ShardSet) and source.cache:
         return ReadAhead(source.cache, source.shard_of_sample, iter(batches), behind)

@@ -22,7 +22,7 @@ from common.errors import InputError
 from common.system import keep_freed_memory
 
 THREADS_AHEAD = 2
-"""Batches of each thread that are being made or wait to be taken."""
+"""Batches per thread that are being made or are ready."""
 PREFETCH = 4
 """Batches that each worker process prefetches."""
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -38,13 +38,13 @@ Tensors = TypeVar("Tensors", bound=NamedTuple)
 def in_threads(
     make: Callable[[Keys], Tensors], batches: Iterable[Keys], workers: int, pin: bool
 ) -> Iterator[Tensors]:
-    """The results of `make` by threads. An error of `make` is raised in place of its batch.
+    """The results of `make`, run in threads. An error of `make` is raised instead of its batch.
 
-    pin: page-locked memory. OpenCV itself uses one thread from now on.
+    pin: page-locked memory. Sets OpenCV's own thread count to one.
     """
     cv2.setNumThreads(0)
     pool = ThreadPoolExecutor(workers)
-    if pin:  # a new thread would take the first GPU, whichever is this rank's
+    if pin:  # a new thread would use the first GPU, not this rank's
         device = (torch.cuda.current_device(),)
         pool = ThreadPoolExecutor(workers, initializer=torch.cuda.set_device, initargs=device)
 
@@ -67,7 +67,7 @@ def in_threads(
 def in_processes(
     make: Callable[[Keys], Tensors], batches: Iterable[Keys], workers: int, pin: bool
 ) -> Iterator[Tensors]:
-    """The results of `make` by processes. Raises its InputErrors; other errors become text.
+    """The results of `make`, run in processes. Raises its InputErrors; other errors become text.
 
     pin: page-locked memory.
     """

@@ -78,13 +78,13 @@ def test_people_of_a_film_have_frames_and_people_of_pictures_have_none(tmp_path:
     table = tmp_path / "people.csv"
     table.write_text("frame,x,y,width,height,score\n3,10,20,100,200,0.5\n0,,,,,\n")
     expected = [Person("", Square(59.5, 119.5, 1.25), None, 0.5, 3), Person("", None)]
-    assert read_people(table, in_film=True) == expected
+    assert read_people(table, in_video=True) == expected
     for text, found in (("image\na.jpg\n", "no frame"), ("frame\n-1\n", "0 or more")):
         table.write_text(text)
         with pytest.raises(InputError, match=found):
-            read_people(table, in_film=True)
+            read_people(table, in_video=True)
     table.write_text("image,frame\na.jpg,1\n")
-    with pytest.raises(InputError, match="a frame, but no video"):
+    with pytest.raises(InputError, match="a frame, but the input is no video"):
         read_people(table)
 
 

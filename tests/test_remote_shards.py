@@ -300,7 +300,7 @@ def test_least_recently_used_goes_first_and_nothing_in_use(packed, s3):
 def test_cache_whose_tars_are_all_in_use_is_an_error(packed, s3, monkeypatch):
     monkeypatch.setattr(shard_cache, "WAIT_FOR_ROOM_S", 0.2)
     files = [open_split(packed, 2.5).cache.file(number) for number in (0, 1)]
-    with pytest.raises(StorageError, match="all in use"):
+    with pytest.raises(StorageError, match="all tars in use"):
         open_split(packed, 2.5).cache.file(2)
     assert len(files) == 2
 

@@ -173,10 +173,10 @@ def test_a_time_limit_that_ends_before_the_last_step_is_announced_once(
     trainer.progress.step = 100
     for spent, seconds_per_step in ((5, 9.0), (60, 0.5), (60, 9.0)):  # the first is too early
         trainer.time.started = time.perf_counter() - spent
-        trainer._report_reachable_steps(seconds_per_step)
+        trainer._warn_of_time_limit(seconds_per_step)
     (line,) = lines
     reached = int(re.search(r"allows about (\d+) of 500 steps", line)[1])
-    assert 215 <= reached <= 220 and f"--train.steps {reached} plans" in line
+    assert 215 <= reached <= 220 and f"--train.steps {reached} fits" in line
 
 
 def test_validation_uses_the_averaged_weights_in_eval_mode(tiny_shards, tmp_path):

@@ -27,7 +27,7 @@ with watchdog.watching():
 """
 
 
-def test_a_process_without_progress_ends_and_names_its_place():
+def test_a_process_without_progress_ends_and_prints_its_position():
     result = subprocess.run(
         [sys.executable, "-c", PROGRAM],
         cwd=ROOT,

@@ -38,7 +38,7 @@ VIDEOS = {".avi", ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".mpg", ".mpeg", ".wm
 MAX_FRAMES = 8
 """Frames of a video in memory at a time; one in 4K takes 25 MB."""
 SURE = 0.2
-"""Joints with a lower score do not count in the score of a person with a box's score."""
+"""Joints with a lower score do not count in the score of a person whose box has a score."""
 LINE_SHARE = 1 / 128
 """Width of a drawn limb / side of the person's square."""
 
@@ -358,7 +358,7 @@ def predict_video(
     people: list[Person],
     results: list[Result],
 ) -> None:
-    """Predict every frame of a video or webcam, without tracking. people: of --people."""
+    """Predict every frame of a video or webcam, without tracking. people: from --people."""
     is_live = isinstance(source, int)
     name = f"webcam {source}" if is_live else str(source)
     capture = open_video(source, name)
@@ -382,19 +382,19 @@ def predict_video(
             read += 1
     late = [person.frame for person in people if person.frame >= read]
     if late:
-        found_late = f"{len(late)} people after the last frame, such as frame {max(late)}"
-        advice = "correct the file; the other people are written"
+        found_late = f"{len(late)} people after the last frame, such as in frame {max(late)}"
+        advice = "correct the file; the results of the other people are written"
         raise InputError(options.people, found_late, f"frames 0 to {read - 1}", advice)
 
 
-def film_frames(
+def video_frames(
     options: Options,
     estimator: PoseEstimator,
     images: Iterable[Image],
     name: str,
     people: list[Person],
 ) -> Iterator[Frame]:
-    """The frames with their people: those of --people, or else the same squares in each frame."""
+    """The frames with their people: from --people, or else the same squares in each frame."""
     listed = defaultdict[int, list[tuple[int, Person]]](list)
     for index, person in enumerate(people):
         listed[person.frame].append((index, person._replace(image=name)))

@@ -28,7 +28,7 @@ LOCK = "lock"
 
 
 class CheckpointManager:
-    """Writes the checkpoints of a run, one at a time; a failure to write does not end the run."""
+    """Writes the checkpoints of a run, one at a time. A failed write does not end the run."""
 
     def __init__(self, folder: Path, keep: int):
         """folder: of the run. keep: number of newest checkpoints to keep."""
@@ -36,16 +36,16 @@ class CheckpointManager:
         self.saved_step = 0
         """Step of last.pt."""
         self.failure = ""
-        """Why the last checkpoint could not be written; set when its write has ended."""
+        """Why the last checkpoint could not be written, or empty; set when the write has ended."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
 
     def save(self, checkpoint: Checkpoint, names: list[str]) -> None:
         """Copy a checkpoint, and start to write the copy under each name.
 
-        Waits for the write before. All but the newest checkpoints are removed, and those of later
-        steps too: the run was resumed from an earlier one. If the write fails, `failure` says why,
-        and each name refers to its old file or the new one.
+        Waits for the previous write. Removes all but the newest checkpoints, and also those of
+        later steps, which a run that was resumed from an earlier step replaces. If the write fails,
+        `failure` says why, and each name refers to its old file or the new one.
         """
         self.wait()
         copy = replace(
@@ -76,7 +76,7 @@ class CheckpointManager:
     def _write(
         self, checkpoint: Checkpoint, copied: torch.cuda.Event | None, names: list[str]
     ) -> None:
-        """Write the checkpoint. copied: when the GPU has filled its tensors."""
+        """Write the checkpoint. copied: the event after which its tensors are filled."""
         newest = self.folder / f"step_{checkpoint.step:08d}.pt"
         if copied:
             copied.synchronize()
@@ -97,7 +97,7 @@ class CheckpointManager:
 def _copy(value: Any) -> Any:
     """Copies of all tensors in nested dicts and lists, in CPU memory.
 
-    The host does not wait for a GPU; from there torch copies into page-locked memory.
+    The host does not wait for a GPU, because torch copies from it into page-locked memory.
     """
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", non_blocking=True, copy=True)
@@ -163,7 +163,7 @@ def newest_undamaged(folder: Path) -> tuple[Path | None, list[str]]:
 def lock_run_folder(folder: Path, wait_s: float = 0) -> None:
     """Make a run's folder, lock it, and remove the unfinished files of a killed process.
 
-    wait_s: how long to wait for a process that is ending, seconds. The lock lasts until this
+    wait_s: seconds to wait for a process that is ending. The lock lasts until this
     process ends; its workers do not inherit it, and it may be taken again. File systems without
     locks are not locked. Raises InputError if another process trains this run.
     """
@@ -179,8 +179,8 @@ def lock_run_folder(folder: Path, wait_s: float = 0) -> None:
                 raise InputError(
                     folder,
                     f"another process that trains this run ({holder})",
-                    "one at a time",
-                    "wait for its end, stop it, or choose another --train.name",
+                    "one process per run",
+                    "wait until it ends, stop it, or choose another --train.name",
                 )
             time.sleep(0.1)
         os.truncate(descriptor, 0)

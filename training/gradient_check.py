@@ -10,16 +10,17 @@ from common.distributed import DistributedContext
 from common.errors import InputError
 
 TOLERANCE = 0.01
-"""Of a tensor's largest gradient. GPU kernels add in a varying order, and bf16 has 8 bits."""
+"""Allowed difference, as a share of a tensor's largest gradient. GPU kernels sum in a varying
+order, and bf16 has 8 significant bits."""
 
 
 def check_gradients(
     network: nn.Module, backward: Callable[[], None], step: int, dist: DistributedContext
 ) -> None:
-    """Compute the gradients again and compare; gradients and buffers stay as they are.
+    """Compute the gradients again and compare them. Gradients and buffers are restored.
 
     backward: adds the gradients of step `step` to the network's parameters. Raises InputError if a
-    tensor differs by more than TOLERANCE, or in which of its values are finite.
+    tensor differs by more than TOLERANCE, or if other values are finite.
     """
     named = {name: p for name, p in network.named_parameters() if p.grad is not None}
     first = {name: p.grad for name, p in named.items()}
@@ -37,8 +38,9 @@ def check_gradients(
     if names:
         raise InputError(
             f"rank {dist.rank} on {socket.gethostname()} ({dist.device}), step {step + 1}",
-            f"other gradients when computed again, in {len(names)} tensor(s), first {names[0]}",
-            f"the same, within {TOLERANCE:g} of the largest of a tensor (train.verify_every)",
+            f"different gradients in a second computation: {len(names)} tensor(s), the first is "
+            f"{names[0]}",
+            f"the same within {TOLERANCE:g} x the tensor's largest value (train.verify_every)",
             "check this machine (GPU, memory, overclocking), and resume from the last checkpoint",
         )
 

@@ -79,7 +79,7 @@ class Totals:
         self.finite.append(torch.isfinite(values[0]))
 
     def merge(self, other: "Totals") -> None:
-        """Add copies of another's results."""
+        """Add copies of the results of `other`."""
         self.sums += other.sums
         self.good_batches += other.good_batches
         for name in ("rows", "finite", "skipped"):
@@ -96,7 +96,7 @@ class Totals:
 
 
 class TimeShares:
-    """Shares of the time since its creation that some parts of a run took."""
+    """Measures which shares of the time since its creation validation and saving take."""
 
     def __init__(self) -> None:
         self.started = time.perf_counter()
@@ -104,7 +104,7 @@ class TimeShares:
 
     @contextmanager
     def measure(self, name: str) -> Iterator[None]:
-        """Add the time in this context to a part."""
+        """Add the time spent in this context to the part `name`."""
         began = time.perf_counter()
         try:
             yield

@@ -85,7 +85,7 @@ def fit_to_ranks(
     people = checkpoint.run.people_a_step or global_batch_size(saved, before)
     compared = config
     if before != world_size and global_batch_size(config, world_size) == people:
-        # Shared by the user's own settings.
+        # The user's settings already divide this global batch among the ranks.
         compared = _with_sizes(config, saved.data.batch_size, saved.optim.accumulate)
     remarks = compare_settings(checkpoint, compared)
     config = _share(config, people, world_size, checkpoint.path)

@@ -14,12 +14,12 @@ from pipelines.shard_format import record_length
 from training.metrics import Totals
 
 WARM_UP_STEPS = 3
-"""Steps before the recording: they compile, choose algorithms and make the optimizer's state."""
+"""Steps before the recording, which compile, choose algorithms and create the optimizer's state."""
 
 
 def require_graph_possible(config: Config, dist: DistributedContext) -> None:
     """Raise InputError for settings with which train.cuda_graph does not work."""
-    obstacles = {
+    unsupported = {
         "a CPU": dist.device.type == "cpu",
         f"{dist.world_size} ranks": dist.world_size > 1,
         "fp16": dist.dtype == torch.float16,
@@ -27,14 +27,14 @@ def require_graph_possible(config: Config, dist: DistributedContext) -> None:
         f"optim.accumulate {config.optim.accumulate}": config.optim.accumulate > 1,
         f"train.verify_every {config.train.verify_every}": config.train.verify_every > 0,
     }
-    found = [obstacle for obstacle, is_there in obstacles.items() if is_there]
+    found = [setting for setting, is_set in unsupported.items() if is_set]
     if found:
         expected = "one GPU, bf16 or fp32, Adam, one batch a step, no verification"
-        raise InputError("train.cuda_graph", ", ".join(found), expected, "leave it out")
+        raise InputError("train.cuda_graph: true", ", ".join(found), expected, "set it to false")
 
 
 def empty_batch(config: Config, joints: int, device: torch.device) -> RawBatch:
-    """Zeros in the shapes that the run's loader gives, images in float32."""
+    """Zeros in the shapes of the loader's batches; images in float32."""
     people, px = config.data.batch_size, config.data.input_px
     shapes = (px, px, 3), (2, 3), (len(Draw._fields),), (record_length(joints),)
     return RawBatch(*(torch.zeros(people, *shape, device=device) for shape in shapes))
@@ -50,10 +50,10 @@ class StepGraph:
         optimizer: torch.optim.Optimizer,
         buffers: RawBatch,
     ):
-        """Record `step`, which must not wait for the GPU; weights and optimizer do not change.
+        """Record `step`, which must not wait for the GPU. Weights and optimizer state are restored.
 
-        network, optimizer: which the step changes, with one group of parameters. buffers: on the
-        device.
+        network, optimizer: those that the step changes; the optimizer has one parameter group.
+        buffers: a batch on the device.
         """
         self._step, self._buffers = step, buffers
         self._device = buffers.images_NHW3.device
@@ -65,7 +65,7 @@ class StepGraph:
         kept = [tensor.clone() for tensor in before]
         self._replay = record_cuda_graph(self._run_on_buffers)
         after = _state(network, optimizer)
-        for tensor in after[len(kept) :]:  # of an optimizer that had made no step
+        for tensor in after[len(kept) :]:  # state of an optimizer that had not done a step before
             tensor.zero_()
         for tensor, value in zip(after, kept, strict=False):
             tensor.copy_(value)
@@ -76,7 +76,7 @@ class StepGraph:
         self._step(self._buffers, self._results)
 
     def run(self, raw: RawBatch, learning_rate: float, totals: Totals) -> None:
-        """Do a step and add its results."""
+        """Do a step on a batch and add its results to `totals`."""
         for buffer, tensor in zip(self._buffers, raw, strict=True):
             buffer.copy_(tensor.to(self._device, non_blocking=True))
         self._rate.fill_(learning_rate)
@@ -91,7 +91,7 @@ def _state(network: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]
 
 
 def record_cuda_graph(function: Callable[[], object]) -> Callable[[], None]:
-    """Run a function a few times, record it, and return what runs the recording."""
+    """Run a function a few times, record it, and return a function that replays the recording."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -99,7 +99,7 @@ def record_cuda_graph(function: Callable[[], object]) -> Callable[[], None]:
             function()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    # DALI frees buffers in a thread that waits for the whole GPU, which "global" would forbid.
+    # "global" would forbid other threads to wait for the GPU, as DALI's does to free buffers.
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         function()
     return graph.replay

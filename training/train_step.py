@@ -188,7 +188,8 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
 
     def _check_gradients(self, batches: list[Batch], step: int) -> None:
-        """Check this rank's own gradients, then reduce them as DDP does. Raises InputError."""
+        """Check this rank's own gradients, then average them over ranks as DDP does. Raises
+        InputError."""
 
         def backward() -> None:
             for batch in batches:
@@ -200,9 +201,9 @@ class TrainStep:
                 sum_over_ranks(parameter.grad, self.dist).div_(self.dist.world_size)
 
     def _backward(self, batch: Batch, reduce: bool) -> tuple[Tensor, Tensor]:
-        """Losses (S,) and heatmaps (N, S, J, H, W), after backward.
+        """Forward and backward pass. Returns losses (S,) and heatmaps (N, S, J, H, W).
 
-        reduce: ranks average the gradients, as in the last batch of a step.
+        reduce: average the gradients over ranks, as in the last batch of a step.
         """
         dist = self.dist
         if isinstance(self.forward, DistributedDataParallel):

@@ -72,11 +72,12 @@ from training.watchdog import Watchdog
 COLLAPSED_PEAK = 0.05
 """Mean peak of the heatmaps below which a warning says that the network predicts only zeros."""
 SPEED_IS_KNOWN_AFTER_S = 20.0
-"""Compilation, caches and the measurement of threads make the first steps slower."""
+"""Seconds of training before the speed is used: the first steps are slower (compilation, caches,
+measurement of threads)."""
 COLLAPSE_FROM_STEP = 1_000
 """No warning before this step, because all peaks are low at first."""
-NO_DEMAND, SAVE_DEMAND, STOP_DEMAND = 0, 1, 2
-"""What a rank asks for after a step; the largest number of all ranks is done."""
+NO_REQUEST, SAVE_REQUEST, STOP_REQUEST = 0, 1, 2
+"""What a rank requests after a step; all ranks do the largest request."""
 
 
 @dataclass
@@ -135,13 +136,13 @@ class Trainer:
         self.progress = Progress()
         self.checkpoints = CheckpointManager(folder, config.train.keep_last)
         self._warned_of = ""
-        """The last failure of a checkpoint that was shown."""
+        """The last failure of a checkpoint that was printed."""
         loader_state = self._restore(checkpoint) if checkpoint else b""
         self.bad_samples: BadSamples | None = None
         self.loader = self._make_loader(loader_state)
         limit = config.train.max_bad_steps
         self.monitor = NonFiniteMonitor(self.train_step, self.shards, folder, limit)
-        self._reports_reachable = config.train.max_minutes > 0
+        self._may_warn_of_time_limit = config.train.max_minutes > 0
         self.interrupted = False
         """A signal ended the run."""
         self.time = TimeShares()
@@ -285,7 +286,7 @@ class Trainer:
             finally:
                 self._wait_for_checkpoint()
             self._report_early_end()
-        barrier(dist)  # the checkpoint is there when any rank returns
+        barrier(dist)  # the checkpoint exists when any rank returns
         if self.checkpoints.failure and not self.interrupted:
             raise InputError(
                 self.folder, self.checkpoints.failure, "room for a checkpoint", "--resume then"
@@ -307,20 +308,20 @@ class Trainer:
             end_profiled_step()
             seconds = time.perf_counter() - self.time.started
             self.progress.seconds = seconds_before + seconds
-            step, demand = self.progress.step, NO_DEMAND
+            step, request = self.progress.step, NO_REQUEST
             at_epoch = step % train.steps_per_epoch == 0 or step == train.steps
             at_log = at_epoch or step % train.log_every == 0
             # GPU ranks synchronise only here; a collective at each step would stall the queue.
             if at_log or dist.world_size == 1 or dist.device.type == "cpu":
-                demand = max_over_ranks(self._demand(), dist)
-                self.interrupted = demand == STOP_DEMAND
-            if not (at_log or demand):
+                request = max_over_ranks(self._request(), dist)
+                self.interrupted = request == STOP_REQUEST
+            if not (at_log or request):
                 continue
             self.report(totals)
             limit = 60 * train.max_minutes
             timed_out = any_rank(bool(limit) and seconds >= limit, dist)
             self.progress.validation_due = at_epoch or timed_out
-            if demand or self.progress.validation_due:
+            if request or self.progress.validation_due:
                 self.start_saving([LAST])
             if self.progress.validation_due and not self.interrupted:
                 result = self._finish_epoch()
@@ -363,12 +364,12 @@ class Trainer:
             for c in (self.config, self.saved_config)
         )
 
-    def _demand(self) -> int:
-        """What this rank asks for: nothing, a checkpoint after train.save_minutes, or a stop."""
+    def _request(self) -> int:
+        """What this rank requests: nothing, a checkpoint after train.save_minutes, or a stop."""
         if self._should_stop():
-            return STOP_DEMAND
+            return STOP_REQUEST
         minutes = (time.perf_counter() - self._saved_at) / 60
-        return SAVE_DEMAND if 0 < self.config.train.save_minutes <= minutes else NO_DEMAND
+        return SAVE_REQUEST if 0 < self.config.train.save_minutes <= minutes else NO_REQUEST
 
     def _should_stop(self) -> bool:
         """Whether a signal arrived, or torchrun has died and cannot end this rank any more."""
@@ -397,26 +398,26 @@ class Trainer:
             **self.time.shares(),
         }
         self.log.log_training(step, values)
-        self._report_reachable_steps(seconds / max(1, len(totals.skipped)))
+        self._warn_of_time_limit(seconds / max(1, len(totals.skipped)))
         self.monitor.check(step, totals, self.log, dist)
         self._warn_of_failed_checkpoint()
         if self.bad_samples:
             for line in self.bad_samples.merge(gather_bytes(self.bad_samples.report(), dist)):
                 self.log.info(f"step {step}: {line}")
 
-    def _report_reachable_steps(self, seconds_per_step: float) -> None:
-        """Print once how many steps the present speed allows within train.max_minutes."""
+    def _warn_of_time_limit(self, seconds_per_step: float) -> None:
+        """Warn once if train.max_minutes will end the run before train.steps at this speed."""
         train, spent = self.config.train, time.perf_counter() - self.time.started
-        if not self._reports_reachable or spent < SPEED_IS_KNOWN_AFTER_S:
+        if not self._may_warn_of_time_limit or spent < SPEED_IS_KNOWN_AFTER_S:
             return
-        self._reports_reachable = self.thread_tuner.is_measuring
+        self._may_warn_of_time_limit = self.thread_tuner.is_measuring
         reached = self.progress.step + int((60 * train.max_minutes - spent) / seconds_per_step)
-        if self._reports_reachable or reached >= train.steps:
+        if self._may_warn_of_time_limit or reached >= train.steps:
             return
         self.log.info(
             f"WARNING: at this speed train.max_minutes {train.max_minutes:g} allows about "
-            f"{reached:,} of {train.steps:,} steps, and the learning rate is planned for all of "
-            f"them; --train.steps {reached} plans it for these"
+            f"{reached:,} of {train.steps:,} steps, but the learning-rate schedule covers all of "
+            f"them; --train.steps {reached} fits the schedule to the limit"
         )
 
     def _report_early_end(self) -> None:
@@ -440,8 +441,8 @@ class Trainer:
     def _finish_epoch(self) -> dict[str, Any]:
         """Validate while the epoch's checkpoint is written, and report the result.
 
-        The checkpoint says that the validation is due, the log that it is done; if a signal or a
-        fault ends it, a resumed run begins with it.
+        The checkpoint says that the validation is due; the log says that it is done. If a signal or
+        an error ends the validation, a resumed run begins with it.
         """
         people = len(self.validator.samples)
         try:
@@ -504,7 +505,7 @@ class Trainer:
         return network.eval()
 
     def save(self, names: list[str]) -> None:
-        """`start_saving`; the file is there when any rank returns."""
+        """`start_saving`, and wait until the file exists on all ranks."""
         self.start_saving(names)
         self._wait_for_checkpoint()
         barrier(self.dist)
