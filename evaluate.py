@@ -13,7 +13,7 @@ from evaluation import evaluator
 
 INPUTS = {
     "--checkpoint": "ours, princeton-vl's, or the folder of a run; default: the newest best.pt",
-    "--shards": "a split, or the folder of splits, or its URL; default: as in training",
+    "--shards": "a split, or the folder of splits, or the URL of either; default: as in training",
     "--annotations": "MPII's .h5 or .json(.gz), or COCO's, with pictures in a folder",
     "--skeleton": "YAML of its joints; default: the checkpoint's, or MPII's",
     "--images": "the folder of its pictures; with --predictions only used by --report",

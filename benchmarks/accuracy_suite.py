@@ -1,9 +1,9 @@
 """Training benchmarks: the time to the same PCK as princeton-vl, and the PCK of each packing.
 
 Time: this project and princeton-vl train the same network on the same people with the same batch
-size, learning rate and augmentation ranges. princeton-vl's way: its loader, step, targets and
-decoding, re-created. Ours: data.loader auto, one resampling, automatic precision, exact targets and
-decoding, EMA.
+size, learning rate and augmentation ranges. princeton-vl uses its loader, step, targets and
+decoding, re-created. This project uses data.loader auto, one resampling, automatic precision, exact
+targets and decoding, EMA.
 """
 
 import itertools
@@ -38,7 +38,7 @@ LR, STACKS, VALIDATIONS = 1e-3, 2, 8
 SEEDS, SMALL_BATCH = 3, 8
 SMALL_NETWORK = """--data.preset mild --heatmaps.sigma 4 --model.stacks 1 --model.width 64
     --model.depth 3 --model.stem [32,64,64] --optim.lr 3e-3 --optim.warmup_steps 50"""
-"""The network and rate of configs/lspet_small.yaml, for the packings."""
+"""Network and learning rate of configs/lspet_small.yaml."""
 
 
 def accuracy_group(options: Options, way: str, batch_size: int) -> dict[str, Any]:
@@ -61,13 +61,13 @@ def train_ours(options: Options, batch_size: int) -> list[tuple[float, float]]:
     )
 
 
-def training_curve(options: Options, words: str, folder: Path) -> list[tuple[float, float]]:
-    """Seconds of training and PCK at each validation of a run. words: settings of train.py."""
+def training_curve(options: Options, settings: str, folder: Path) -> list[tuple[float, float]]:
+    """Seconds of training and PCK at each validation of a run. settings: options of train.py."""
     began, parser = time.perf_counter(), ArgumentParser()
     add_config_options(parser)
-    words += f""" --data.workers {options.workers} --data.input_px {options.input_px}
+    settings += f""" --data.workers {options.workers} --data.input_px {options.input_px}
         --optim.ema_decay 0.998 --train.keep_last 1"""
-    config, _ = parse_config(parser, words.split())
+    config, _ = parse_config(parser, settings.split())
     dist = DistributedContext(0, 1, options.device, choose_dtype("auto", options.device))
     trainer = Trainer(config, dist, folder)
     batch_size = config.data.batch_size
@@ -83,7 +83,7 @@ def training_curve(options: Options, words: str, folder: Path) -> list[tuple[flo
 
 
 def packings_group(options: Options) -> dict[str, list[float]]:
-    """Pooled PCK@0.5 in % of small networks, by packing of the same people, one for each seed."""
+    """Packing -> pooled PCK@0.5 in % of small networks, one per seed; the people are the same."""
     assert options.data, "required by throughput.py"
     pck: dict[str, list[float]] = {packing: [] for packing in PICTURE_EXTENSIONS}
     steps = max(1, options.people_to_train // SMALL_BATCH)
@@ -93,7 +93,7 @@ def packings_group(options: Options) -> dict[str, list[float]]:
             pack_people(options.data, shards, packing, round(1.125 * options.input_px))
         words = f"""--data.shards {shards} --data.batch_size {SMALL_BATCH} {SMALL_NETWORK}
             --train.steps {steps} --train.steps_per_epoch {steps} --train.seed {seed}"""
-        curve = training_curve(options, words, options.folder / f"run-{packing}-{seed}")
+        curve = training_curve(options, settings, options.folder / f"run-{packing}-{seed}")
         pck[packing].append(curve[-1][1])
         print(f"  seed {seed}, {packing}: {pck[packing][-1]:.2f} %", file=sys.stderr, flush=True)
     return pck

@@ -42,13 +42,13 @@ Start = Callable[[], Callable[[], object]]
 PICTURES, SIZE_WH, TINY_WH = 32, (1280, 720), (320, 180)
 """Synthetic pictures; with more people than pictures, people share them."""
 SMALL_WH = (240, 135)
-"""Pictures in which people are as large as in Leeds Sports Pose Extended."""
+"""Picture size with which people are as large as in Leeds Sports Pose Extended."""
 SCALE_PERCENTILES = ((5, 25, 50, 75, 95), (1.43, 2.38, 3.45, 5.06, 8.58))
 """Percentiles, and the scales of MPII's h5 files at them."""
 SIZES = (1_000, 5_000, 25_204)
 """Numbers of people of the scaling suite; the last is MPII's, training and validation."""
 FAST_PEOPLE = 4096
-"""Minimum number of people in a timed run of a loader on a GPU, or without pictures."""
+"""Minimum number of people in a timed run of a loader on a GPU, or of `operators_group`."""
 PERSON_PX = (192, 256, 288, 384)
 HRNET, PRINCETON = PRESETS["hrnet"], PRESETS["princeton"]
 ONE_WARP = PRINCETON._replace(princeton_crop=False)
@@ -82,7 +82,7 @@ class Options:
         return ShardSet(self.folder / packing / "train")
 
     def loader_spec(self, loader: LoaderName, preset: Preset, batch_size: int) -> LoaderSpec:
-        """How a loader makes its batches, as in training."""
+        """Settings of a loader, as in training."""
         return LoaderSpec(
             loader=loader,
             device=self.device,
@@ -182,15 +182,15 @@ def start_loader(
 
 
 def drain(step: Callable[[], object], workers: int) -> None:
-    """Do as many steps as there are prefetched batches."""
+    """Use up the prefetched batches."""
     for _ in range(PREFETCH * max(workers, 1) + 1):
         step()
 
 
 def workers_group(options: Options, batch_size: int) -> list[Case]:
-    """OpenCV's threads and processes by packing, then numbers of threads for crops.
+    """Threads and processes of the OpenCV loader for each packing; 1, 2 and 4 threads for crops.
 
-    With princeton's draws and colours in one warp. The first case is princeton-vl's loader.
+    All use princeton's draws and colours in one warp. The first case is princeton-vl's loader.
     """
     starts = princeton_start(options, batch_size)
     ways = list(product(PICTURE_EXTENSIONS, get_args(WorkerKind), (options.workers,)))
@@ -321,7 +321,7 @@ def pixels_group(options: Options) -> dict[str, Any]:
 
 
 def packing_group(options: Options) -> dict[str, Any]:
-    """By packing and size of a person: bytes, speed, PSNR of inputs to those from originals."""
+    """For each packing and size of a person: bytes, speed, PSNR to the crops of originals."""
     source, split = options.folder / "made", "train"
     if options.data:
         source, split = options.data, "valid"

@@ -35,7 +35,7 @@ from pipelines.loader import dali_is_installed
 from training.step_graph import record_cuda_graph
 
 LEAST_STEPS = 150
-"""Minimum number of steps with a loader: fewer would measure its prefetched batches."""
+"""Minimum number of steps with a loader; fewer would measure its prefetched batches."""
 
 
 def heatmaps_group(options: Options, batch_size: int) -> list[Case]:
@@ -73,7 +73,7 @@ class Variant(NamedTuple):
     change: Callable[[nn.Module], object] = lambda network: None
     """Applied to the network: compiles it, or replaces parts of it."""
     graphed: bool = False
-    """Recorded as a CUDA graph."""
+    """Whether the step is recorded as a CUDA graph."""
 
 
 def variants_of(device: torch.device) -> list[Variant]:
@@ -169,7 +169,7 @@ def step_group(
             return repeats * batch_size
 
         def finish() -> None:
-            if variant.graphed:  # frees its own pool of memory for the others
+            if variant.graphed:  # frees the graph's memory pool for the other cases
                 built.clear()
                 torch.cuda.empty_cache()
 

@@ -46,7 +46,7 @@ from model.hourglass import StackedHourglass
 FORMAT = "stacked-hourglass-checkpoint"
 FORMAT_VERSION = 2
 _WITH_BIASES = 1
-"""Until this version networks had biases before batch norms."""
+"""The format version in which networks had biases before batch norms."""
 LAST, BEST = "last.pt", "best.pt"
 
 _CHECKSUM_TAG = b"sha256:"

@@ -3,9 +3,10 @@
 Princeton's hold `state_dict`, `optimizer` (Adam) and `epoch`; they are read, resumed and written.
 Every residual block of its network has a 1x1 `skip_layer`, which is used only if the number of
 channels changes. The others are dead: they have no gradient and no optimizer state. They are
-dropped on reading and written as zeros. So are the biases of convolutions before a batch norm,
-which our networks do not have: a bias is subtracted from the norm's running mean, which gives the
-same output.
+dropped on reading and written as zeros.
+
+The biases of convolutions before a batch norm, which our networks do not have, are also written as
+zeros. On reading, each bias is subtracted from the norm's running mean; the output is the same.
 
 Bearpaw's and anibali's networks have a wider stem (64, 128, 256) and subtract MPII's mean colour
 from the input. Only `num_blocks=1`, one residual block in each place, is supported.
@@ -75,7 +76,7 @@ _BIAS_TO_MEAN: Renames = (
     (r"\.conv1\.bias$", ".norm2.running_mean"),
     (r"\.conv2\.bias$", ".norm3.running_mean"),
 )
-"""From the bias of a convolution before a batch norm to the norm's running mean."""
+"""Name of a bias before a batch norm -> name of the norm's running mean."""
 
 
 class _Layout(NamedTuple):
@@ -185,7 +186,7 @@ def _renamed(ours: str, renames: Renames) -> str:
 
 
 def _absent_biases(network: StackedHourglass) -> list[str]:
-    """Names of the biases that other code has and we do not."""
+    """Names of the biases that other code has and our network does not."""
     return [
         f"{name}.bias"
         for name, module in network.named_modules()
@@ -194,7 +195,7 @@ def _absent_biases(network: StackedHourglass) -> list[str]:
 
 
 def fold_biases(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our tensors without biases before batch norms; running means give the same output."""
+    """Drop the biases before batch norms and change the running means, for the same output."""
     folded = dict(weights)
     for bias in weights:
         mean = _renamed(bias, _BIAS_TO_MEAN)

@@ -1,10 +1,10 @@
 """Triton kernels for `Residual` in training: the same function with less memory traffic.
 
-A batch norm, the ReLU after it and the 1x1 convolution after that are one pass over memory. The
-normalised activations are not stored; the backward kernels compute them again. A channels-last
-(N, C, H, W) tensor is a row-major (M, C) matrix with M = N * H * W, and a 1x1 convolution is a
-matrix product. Axes: M row (a pixel of a person), I input channel, O output channel, C channel,
-P program (a range of rows).
+A kernel computes a batch norm, the following ReLU and the following 1x1 convolution in one pass
+over memory. The normalised activations are not stored; the backward kernels recompute them. A
+channels-last (N, C, H, W) tensor is a row-major (M, C) matrix with M = N * H * W, and a 1x1
+convolution is a matrix product. Axes: M row (a pixel of a person), I input channel, O output
+channel, C channel, P program (a range of rows).
 
 In the kernels z = scale * x + shift is the batch norm of x, with scale = gamma / std and
 shift = beta - scale * mean; a = relu(z); y = a @ weight.T + bias + skip. `dz` is the gradient of
@@ -24,24 +24,24 @@ from triton.language import constexpr
 from model.hourglass import BatchNorm, Residual
 
 BLOCK_M = constexpr(64)
-"""Rows that a program holds at a time, with all their channels."""
+"""Rows in a program's tile, which has all channels of these rows."""
 MOST_CHANNELS = 256
-"""A tile of BLOCK_M rows of a wider block would exceed a GPU's registers and shared memory."""
+"""With more channels, a tile of BLOCK_M rows would exceed a GPU's registers and shared memory."""
 PROGRAMS = constexpr(264)
-"""At most so many ranges of rows: two for each of the 132 multiprocessors of an H100 or H200."""
+"""Maximum number of row ranges: two for each of the 132 multiprocessors of an H100 or H200."""
 LEAST_ROWS = 512
-"""Rows of a range in `_gradient_sums`; with fewer, its partial sums would be the main traffic."""
+"""Minimum rows of a range in `_gradient_sums`; below, most traffic would be its partial sums."""
 
 
 @triton.constexpr_function
 def _block(channels: int) -> int:
-    """A power of two that holds the channels, and at least what tl.dot needs."""
+    """The next power of two, at least 16, which tl.dot needs."""
     return max(16, 1 << (channels - 1).bit_length())
 
 
 @triton.constexpr_function
 def _input_block(inputs: int, outputs: int) -> int:
-    """So many inputs that (outputs, inputs) of a weight's gradient fit into half the registers."""
+    """Inputs per block: a weight gradient (outputs, inputs) then fits into half the registers."""
     return min(_block(inputs), 128, 128 * 128 // _block(outputs))
 
 
@@ -78,7 +78,7 @@ def _store(matrix, values, row, columns, M, C: constexpr):
 
 @triton.jit
 def _load_line(table, line: constexpr, channels, C: constexpr):
-    """These channels of a line of a (lines, C) table, as a row of a tile; 0 beyond C."""
+    """Some channels of one line of a (lines, C) table, as a row of a tile; 0 beyond C."""
     return tl.load(table + line * C + channels, channels < C, other=0.0)[None, :]
 
 
@@ -193,8 +193,8 @@ def _norm_relu_conv(
 def _gradient_sums(
     dy_MO, weight_OI, bias_O, x_MI, norm_4I, sums_PS, M, IN: constexpr, OUT: constexpr, S: constexpr
 ):
-    """Over a range of rows: sums of dz (the gradient of beta) and of dz * xhat (that of gamma),
-    each (I,), and the gradients of bias (O,) and weight (O, I), one after the other in `sums_PS`.
+    """Sums over a range of rows: dz (the gradient of beta) and dz * xhat (that of gamma), each
+    (I,), and the gradients of bias (O,) and weight (O, I). `sums_PS` holds them in this order.
     """
     BLOCK_IN: constexpr = _input_block(IN, OUT)
     outputs = tl.arange(0, _block(OUT))
@@ -262,12 +262,12 @@ def _input_gradient(
 
 
 def _matrix(x: Tensor) -> Tensor:
-    """(M, C) view of a channels-last (N, C, H, W) tensor; a copy of another."""
+    """(M, C) view of a channels-last (N, C, H, W) tensor; a copy if it is not channels-last."""
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]).contiguous()
 
 
 def _tensor(x_MC: Tensor, like: Tensor) -> Tensor:
-    """Channels-last (N, C, H, W) view, with N, H and W of another tensor."""
+    """Channels-last (N, C, H, W) view, with N, H and W of the tensor `like`."""
     people, _, height, width = like.shape
     return x_MC.view(people, height, width, -1).permute(0, 3, 1, 2)
 
@@ -298,8 +298,8 @@ class _NormReluConv(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """Returns y, its statistics if there is a weight but no skip, and x.
 
-        statistics: those of x, if they are known. others: gamma, beta, weight, bias and skip. The
-        gradient of the x that is returned is added to the other gradient of x in the same pass.
+        statistics: the statistics of x, if they are known. others: gamma, beta, weight, bias, skip.
+        The gradient of the returned x is added to the gradient of x in the same pass.
         """
         x_MI, (_, _, weight, bias, skip) = _matrix(x), others
         (rows, inputs), outputs = x_MI.shape, x.shape[1] if weight is None else len(weight)
@@ -333,7 +333,7 @@ class _NormReluConv(torch.autograd.Function):
         tensors = dy_MO, weight, x_MI, norm_4I, sums_S, dskip_MI, dx_MI
         _input_gradient[(blocks, _ranges(rows))](*tensors, *sizes, num_warps=8)
         dbeta, dgamma, dbias, dweight = sums_S.split(parts)
-        # DDP expects the weight's strides, also of sides of 1.
+        # DDP expects the weight's strides, even for dimensions of size 1.
         dweight = None if weight is None else dweight.as_strided(weight.shape, weight.stride())
         dbias = None if bias is None else dbias
         dx, dskip = _tensor(dx_MI, x), dy if ctx.has_skip else None
@@ -341,7 +341,7 @@ class _NormReluConv(torch.autograd.Function):
 
 
 def fused_residual(residual: Residual, x: Tensor) -> Tensor:
-    """What `Residual.forward` computes in training."""
+    """The output of `Residual.forward` in training."""
     norm1, norm2, norm3 = residual.norm1, residual.norm2, residual.norm3
     apply, conv3 = _NormReluConv.apply, residual.conv3
     affine, weight = (norm1.weight, norm1.bias), residual.conv1.weight

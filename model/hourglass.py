@@ -21,7 +21,7 @@ from configs.schema import ModelConfig
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """nn.BatchNorm2d that leaves counting its batches to the network, which counts for all."""
+    """nn.BatchNorm2d without its own batch counter update; StackedHourglass updates them all."""
 
     num_batches_tracked: Tensor
     momentum: float
@@ -37,11 +37,11 @@ class Residual(nn.Module):
     """Pre-activation bottleneck (1x1, 3x3, 1x1) with skip: (N, inputs, H, W) -> (N, outputs, H, W).
 
     The 3x3 convolution has outputs / 2 channels. The skip is 1x1 if inputs != outputs. Convolutions
-    before a batch norm have no bias, which it would subtract again.
+    before a batch norm have no bias, because the norm would subtract it.
     """
 
     fused: Callable[["Residual", Tensor], Tensor] | None = None
-    """What computes `forward` in training instead (`fuse_residuals`)."""
+    """If set, computes `forward` in training (`fuse_residuals`)."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
@@ -64,9 +64,9 @@ class Residual(nn.Module):
 
 
 class AddUpsampled(Function):
-    """x (N, C, 2H, 2W) + low (N, C, H, W), each of whose values counts for 2 x 2 pixels.
+    """x (N, C, 2H, 2W) + low (N, C, H, W) upsampled by functional.interpolate(mode="nearest").
 
-    As with functional.interpolate(mode="nearest"), but the enlarged map is not stored.
+    The upsampled map is not stored.
     """
 
     @staticmethod
@@ -194,7 +194,7 @@ class StackedHourglass(nn.Module):
 
 @contextmanager
 def _keep_statistics(*modules: nn.Module) -> Iterator[None]:
-    """Running statistics stay as they are, though batch norms run."""
+    """Restore the running statistics of batch norms that run in this context."""
     buffers = [buffer for each in modules for buffer in each.buffers()]
     before = [buffer.clone() for buffer in buffers]
     try:
@@ -205,9 +205,9 @@ def _keep_statistics(*modules: nn.Module) -> Iterator[None]:
 
 
 def fuse_residuals(network: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Let residual blocks train by the kernels of model/fused_residual.py. Raises InputError.
+    """Make residual blocks train with the kernels of model/fused_residual.py. Raises InputError.
 
-    dtype: of the activations. Blocks with more channels than the kernels take stay plain.
+    dtype: the activations' type. Blocks with too many channels for the kernels keep the plain code.
     """
     has_triton = importlib.util.find_spec("triton") is not None
     if device.type != "cuda" or dtype == torch.float32 or not has_triton:

@@ -51,7 +51,7 @@ from pipelines.shard_format import (
 EXIT_DAMAGED = 1
 FAULTS_SHOWN = 20
 CACHE_GB = 10.0
-"""Room for a URL's tars while they are checked."""
+"""Size of the temporary cache in which a URL's tars are checked."""
 
 
 class Report(NamedTuple):
@@ -68,7 +68,7 @@ class Report(NamedTuple):
 def main(argv: list[str] | None = None) -> int:
     """Check every split and print what is damaged. Returns the exit code."""
     options = make_parser().parse_args(argv)
-    # Object storage is read anew, whatever is in the user's cache.
+    # Object storage is fetched again into an empty cache, not read from the user's cache.
     with tempfile.TemporaryDirectory() as cache:
         return check(local_folder(options.shards, cache, CACHE_GB), options)
 
@@ -120,7 +120,7 @@ def make_parser() -> Parser:
         epilog="example: python tools/check_shards.py data/shards/mpii --decode",
     )
     add = parser.add_argument
-    add("shards", help="a split of shards, or the folder of its splits, or its URL")
+    add("shards", help="a split, or the folder of splits, or the URL of either")
     add("--decode", action="store_true", help="also decode every JPEG, as packing does")
     add("--workers", type=at_least(0), default=usable_cores(), help="processes (default: all)")
     return parser
@@ -141,7 +141,7 @@ def check_shard(folder: Path, manifest: Manifest, decode: bool, shard: Shard) ->
     """Check one tar and its index."""
     if (folder / ORIGIN).is_file():
         try:
-            # Open during the check, so that no other process removes it.
+            # Kept open during the check, so that no other process removes it.
             _file = ShardCache(folder, manifest.shards).file(manifest.shards.index(shard))
         except StorageError as error:
             return Report(shard.people, [], [], [f"{error.where}: {error.found}"])

@@ -69,32 +69,34 @@ def make_parser() -> Parser:
     add = parser.add_argument_group("what to pack").add_argument
     add("--annotations", type=Path, default=DATA / "annot",
         help="folder of train.h5 and valid.h5, or of train.json and valid.json in COCO's layout, "
-        "or one such file, or mpii_annotations.json(.gz); a DeepLabCut project, Lightning Pose's "
-        "CSV, or the data.yaml of YOLO-pose")
+        "or one such file, or mpii_annotations.json(.gz), a DeepLabCut project, Lightning Pose's "
+        "CSV, or YOLO-pose's data.yaml")
     add("--skeleton", type=Path, metavar="YAML",
         help="the joints, for COCO's layout and for all h5 files but MPII's (docs/custom-data.md)")
     add("--images", type=Path, metavar="FOLDER",
-        help=f"folder of the pictures (default: {DATA / 'images'}, or where labels say)")
+        help=f"folder of the pictures (default: {DATA / 'images'}; for labels of DeepLabCut, "
+        "Lightning Pose and YOLO-pose, the folder to which their names are relative)")
     add("--boxes", type=boxes, default="auto", metavar="{auto,keypoints,picture,FILE}",
-        help="of labels of DeepLabCut, Lightning Pose and YOLO: the file's own, or else the whole "
-        "picture; about the keypoints; the whole picture; or a CSV of image, x, y, width, height")
+        help="boxes for labels of DeepLabCut, Lightning Pose and YOLO-pose. auto: the labels' own, "
+        "or else the whole picture; keypoints: around the keypoints; picture: the whole picture; "
+        "FILE: a CSV with image, x, y, width, height")
     add("--output", default="data/shards/mpii",
-        help="folder of the splits, or s3://bucket/folder; they are packed in $TMPDIR first")
+        help="folder of the splits, or s3://bucket/folder, for which $TMPDIR needs room")
     add("--splits", nargs="+", choices=SPLITS, default=list(SPLITS),
         help="splits to pack; for a single h5 or COCO file, the split that it holds")
     add = parser.add_argument_group("how").add_argument
     add("--valid-fraction", type=fraction, metavar="F",
-        help="of one annotation file without splits, the share of pictures for valid, such as 0.1")
+        help="splits one annotation file: share of the pictures for valid, such as 0.1")
     add("--people-per-shard", type=at_least(1), default=512, help="people in a tar")
     add("--workers", type=at_least(0), default=usable_cores(), help="processes")
     add("--seed", type=at_least(0), default=0, help="of the order of people")
     add("--skip-bad", action="store_true", help="leave out people whose pictures are bad")
     add("--overwrite", action="store_true", help="replace another packing once the new is complete")
     add("--packing", choices=list(PICTURE_EXTENSIONS), default="original",
-        help="original: the JPEG files unchanged; crop: the region that augmentation can reach, "
-        "scaled down; raw: the same without compression (docs/conventions.md)")
+        help="original: the JPEG files unchanged; crop: the region that augmentation can sample, "
+        "scaled down; raw: as crop, without compression (docs/conventions.md)")
     add("--reach", choices=CROP_PRESETS, default="hrnet",
-        help="crop, raw: the data.preset of training; with several, the one with the largest crops")
+        help="crop, raw: the training's data.preset; of several, the one with the largest crops")
     add("--person-px", type=at_least(16), default=288,
         help="crop, raw: maximum side of a person's box, px; data.input_px x 1.125 is enough")
     # fmt: on
@@ -115,8 +117,8 @@ def parse_options(argv: list[str] | None) -> PackingOptions:
     if not given["valid_fraction"]:
         given["splits"] = chosen_splits(annotations, given["splits"])
     elif has_both_splits(annotations):
-        expected = "with --valid-fraction, one file without splits"
-        raise InputError(annotations, "its own splits", expected, "give that file")
+        expected = "one file without splits, because of --valid-fraction"
+        raise InputError(annotations, "its own splits", expected, "leave --valid-fraction out")
     given["splits"] = tuple(sorted(given["splits"]))
     for name in ("annotations", "images"):
         path = given[name]
@@ -127,7 +129,7 @@ def parse_options(argv: list[str] | None) -> PackingOptions:
     if is_url(given["output"]):
         given["url"] = given["output"].rstrip("/")
         require_no_secret(given["url"])
-        # The same at the next start, which continues interrupted work.
+        # The same folder at the next start, so that interrupted work continues.
         digest = hashlib.sha256(given["url"].encode()).hexdigest()[:16]
         given["output"] = Path(tempfile.gettempdir()) / f"make_shards-{digest}"
     for name in ("annotations", "images", "output"):
@@ -164,12 +166,12 @@ def chosen_splits(annotations: Path, asked: list[str]) -> tuple[str, ...]:
 
 
 def write_skeleton(path: Path, skeleton: Skeleton) -> None:
-    """Write the joints that the labels name, to look at and change."""
+    """Write the labels' joints to a YAML file that the user can change."""
     write_atomic(path, skeleton_yaml(skeleton).encode())
     print(f"{path} describes the joints; after a change, pack again with --skeleton {path}")
     if not skeleton.mirror:
         print("  The labels do not say which joints are left-right pairs, so training does not")
-        print("  mirror pictures. To mirror them, fill in flip_pairs there and set mirror: true")
+        print("  mirror pictures. To mirror them, fill in flip_pairs and set mirror: true")
     print()
 
 
@@ -192,7 +194,7 @@ def print_summary(options: PackingOptions, manifests: list[Manifest], seconds: f
 def summary(folder: Path, location: str = "") -> str:
     """Text about the people, pictures and joints of one packed split.
 
-    location: where it is stored, if not in this folder.
+    location: shown instead of the folder, if given.
     """
     shards = ShardSet(folder)
     people, _ = shards.people()

@@ -38,8 +38,7 @@ def check_gradients(
     if names:
         raise InputError(
             f"rank {dist.rank} on {socket.gethostname()} ({dist.device}), step {step + 1}",
-            f"different gradients in a second computation: {len(names)} tensor(s), the first is "
-            f"{names[0]}",
+            f"a second computation differs in {len(names)} tensor(s), first {names[0]}",
             f"the same within {TOLERANCE:g} x the tensor's largest value (train.verify_every)",
             "check this machine (GPU, memory, overclocking), and resume from the last checkpoint",
         )
