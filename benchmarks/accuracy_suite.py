@@ -91,7 +91,7 @@ def packings_group(options: Options) -> dict[str, list[float]]:
         shards = options.folder / f"real-{packing}"
         if not shards.exists():
             pack_people(options.data, shards, packing, round(1.125 * options.input_px))
-        words = f"""--data.shards {shards} --data.batch_size {SMALL_BATCH} {SMALL_NETWORK}
+        settings = f"""--data.shards {shards} --data.batch_size {SMALL_BATCH} {SMALL_NETWORK}
             --train.steps {steps} --train.steps_per_epoch {steps} --train.seed {seed}"""
         curve = training_curve(options, settings, options.folder / f"run-{packing}-{seed}")
         pck[packing].append(curve[-1][1])

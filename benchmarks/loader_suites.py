@@ -204,7 +204,7 @@ def workers_group(options: Options, batch_size: int) -> list[Case]:
 
 
 def small_pictures_group(options: Options, batch_size: int) -> list[Case]:
-    """The same for pictures as small as those of Leeds Sports Pose Extended."""
+    """As `workers_group`, for pictures as small as those of Leeds Sports Pose Extended."""
     small = dataclasses.replace(options, folder=options.folder / "small")
     make_shards(small.folder, small.people, SMALL_WH, PICTURE_EXTENSIONS)
     return workers_group(small, batch_size)

@@ -194,7 +194,7 @@ def training_group(options: Options, batch_size: int) -> list[Case]:
 
     def start(packing: str, loader: LoaderName) -> Callable[[], None]:
         next_batch = start_loader(options, batch_size, options.shards(packing), HRNET, loader)
-        drain(next_batch, options.workers)  # the steps before the timed ones fill it again
+        drain(next_batch, options.workers)  # the untimed warm-up steps prefetch again
 
         def one_step() -> None:
             batch = next_batch()

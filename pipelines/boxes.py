@@ -83,14 +83,14 @@ def check_square(square: Square, width: int, height: int, where: str) -> None:
 
 
 def read_people(
-    path: Path, margin: float = MARGIN, *, annotations: Path | None = None, in_film: bool = False
+    path: Path, margin: float = MARGIN, *, annotations: Path | None = None, in_video: bool = False
 ) -> list[Person]:
     """The people in a CSV or JSON file, in its order. Raises InputError.
 
     CSV: a header and one line per person. JSON: a list of objects with the same names, or with
     `box` (four numbers) or `center` (two) and `scale`; or COCO detections, whose file names are in
     `annotations`, COCO's file. Without a box or centre: the whole picture. margin: applied to
-    boxes, not to centre and scale. in_film: people have a frame instead of an image.
+    boxes, not to centre and scale. in_video: people have a frame instead of an image.
     """
     coco = read_image_index(annotations) if annotations else None
     people, others = [], 0

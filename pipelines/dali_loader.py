@@ -270,7 +270,7 @@ class DaliEvaluationLoader:
             yield batch._replace(records_NR=torch.from_numpy(self._records(keys)))
 
     def _feed(self) -> Iterator[tuple[list[npt.NDArray], npt.NDArray, npt.NDArray, npt.NDArray]]:
-        """Yield pictures, records, draws and affines of each batch, while DALI works on another."""
+        """Yield pictures, records, draws and affines of each batch."""
         for keys in read_ahead(self.source, self._batches):
             pictures = [
                 np.frombuffer(_picture(self.source, sample), dtype=np.uint8) for sample, _ in keys

@@ -77,7 +77,7 @@ def label_files(labels: Path) -> list[Path]:
 
 
 def pictures_folder(labels: Path) -> Path:
-    """The folder to which the labels' pictures are relative."""
+    """The folder to which the picture names in the labels are relative."""
     return _yolo_root(labels, read_yaml(labels, _YOLO_KEYS)) if is_yolo(labels) else labels.parent
 
 

@@ -73,7 +73,7 @@ class ShardSet:
         self.is_raw = self.manifest.packing == "raw"
         is_cached = (self.folder / ORIGIN).is_file()
         self.cache = ShardCache(self.folder, self.manifest.shards) if is_cached else None
-        """Of a split in object storage; None for a folder."""
+        """The cache of a split in object storage; None for a local folder."""
         indices = [self._read_index(shard) for shard in self.manifest.shards]
         counts = [shard.people for shard in self.manifest.shards]
         self.shard_of_sample = np.repeat(np.arange(len(counts)), counts)

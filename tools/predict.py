@@ -71,10 +71,10 @@ def main(argv: list[str] | None = None) -> None:
     """Predict, draw, and write the results, also those of an interrupted run."""
     options = make_parser().parse_args(argv)
     video = video_source(options)
-    people, is_film = list[Person](), video is not None
+    people, is_video = list[Person](), video is not None
     if path := options.people:
         coco = options.annotations
-        people = read_people(path, options.margin, annotations=coco, in_film=is_film)
+        people = read_people(path, options.margin, annotations=coco, in_video=is_video)
     pictures = add_overlays(options, list_pictures(options, people)) if video is None else []
     check_outputs(options)
     estimator = PoseEstimator.from_checkpoint(
