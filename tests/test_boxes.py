@@ -66,7 +66,7 @@ def test_coco_detections_take_their_pictures_from_the_annotation_file(tmp_path: 
     square = Square(59.5, 119.5, 1.25)
     expected = [Person("sub/b.jpg", square, 9, 0.75), Person("a.jpg", square, 7)]
     assert read_people(people, annotations=annotations) == expected
-    assert "1 detections of other categories not used" in capsys.readouterr().err
+    assert "1 detections of other categories are not used" in capsys.readouterr().err
     with pytest.raises(InputError, match="--annotations FILE"):
         read_people(people)
     people.write_text(json.dumps([{**rows[0], "image_id": 8}]))
