@@ -361,7 +361,7 @@ def test_the_table_of_98_joints_fits_on_a_line():
 def test_loose_pictures_say_why_there_is_no_mean_pose(trained, tiny_set, capsys):
     pictures = ("--annotations", tiny_set / "annot" / "valid.h5", "--images", tiny_set / "images")
     run("--checkpoint", trained, *pictures)
-    assert "no mean pose: it needs the shards of train" in capsys.readouterr().err
+    assert "no mean pose: it needs the training shards" in capsys.readouterr().err
 
 
 def documented(heading: str) -> set[str]:
