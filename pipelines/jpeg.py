@@ -148,7 +148,7 @@ def check_jpeg(data: bytes) -> tuple[int, int]:
 
 
 def _decoded(data: bytes) -> npt.NDArray[np.uint8]:
-    """(H, W, 3) BGR of a whole picture as stored. Raises PictureError."""
+    """(H, W, 3) BGR of an undamaged picture, EXIF orientation ignored. Raises PictureError."""
     try:
         require_sane_size(data, "")
     except InputError as error:

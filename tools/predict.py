@@ -362,7 +362,7 @@ def predict_video(
     is_live = isinstance(source, int)
     name = f"webcam {source}" if is_live else str(source)
     capture = open_video(source, name)
-    frames = film_frames(options, estimator, read_frames(capture, name), name, people)
+    frames = video_frames(options, estimator, read_frames(capture, name), name, people)
     batch_size = 1 if is_live else min(estimator.batch_size, MAX_FRAMES)
     count = max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))
     overlay = write_video(options.overlay, capture) if options.overlay else nullcontext()
