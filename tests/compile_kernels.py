@@ -1,8 +1,8 @@
 """Compiles the kernels of residual blocks for compute capability 9.0 on a machine without a GPU.
 
 usage: python tests/compile_kernels.py FOLDER SIDE INPUTS,OUTPUTS ...
-SIDE: of the feature map of two people; nothing is computed. FOLDER: for temporary files.
-Prints a JSON object for each compiled kernel, with its resources as cuobjdump reports them.
+SIDE: height and width of the feature maps. FOLDER: for temporary files. Nothing is computed. Prints
+a JSON object for each compiled kernel, with its resources as cuobjdump reports them.
 """
 
 import json
@@ -26,7 +26,7 @@ compiled: set[str] = set()
 
 
 class NoGpu:
-    """Answers what triton asks of a CUDA driver before it compiles."""
+    """Replaces triton's CUDA driver for compilation."""
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", 90, 32)
@@ -39,7 +39,7 @@ class NoGpu:
 
 
 def compile_only(kernel: JITFunction, *args: object, grid: object, warmup: bool, **options: object):
-    """What a launch with these arguments would compile."""
+    """Compile what a launch with these arguments would compile, and print its resources."""
     result = launch(kernel, *args, grid=grid, warmup=True, **options)
     if result.hash not in compiled:
         compiled.add(result.hash)

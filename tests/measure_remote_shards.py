@@ -2,8 +2,9 @@
 
     python tests/measure_remote_shards.py --rounds 3
 
-The demo's network and people, a server and a proxy of s3_server.py that answers after 30 ms. Both
-sides run in turns in one process, a pass over the people each; the cache holds half of the tars.
+Uses the demo's network and people, and the server of s3_server.py behind a proxy with 30 ms of
+latency. Both sides take turns in one process, one pass over the people each. The cache holds half
+of the tars.
 """
 
 import argparse
@@ -38,7 +39,7 @@ PEOPLE_PER_TAR, WINDOW = 64, 2
 
 
 def serve(urls: multiprocessing.Queue, latency_s: float, bytes_per_s: float) -> None:
-    """In a process of its own: the proxy must not share the trainer's interpreter lock."""
+    """Runs in a separate process, so that the proxy does not share the interpreter lock."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # which ends the server too
     with s3_server() as proxy:
         proxy.latency_s, proxy.bytes_per_s = latency_s, bytes_per_s
@@ -56,7 +57,7 @@ def pass_rate(trainer, people: int) -> float:
 
 
 def rates(folder: Path, url: str, cache_gb: float, rounds: int) -> list[dict[str, float]]:
-    """People/s of passes: from the folder, from the URL with a new cache, and the second ones."""
+    """People/s of passes: from the folder, from the URL with an empty cache, and of both again."""
     dist, found = init_distributed("cpu", "auto"), []
     for number in range(rounds):
         trainers = {}

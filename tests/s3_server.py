@@ -1,4 +1,4 @@
-"""A real S3 server (moto) in a process of its own, behind a proxy that can be slow and fail."""
+"""An S3 server (moto) in a separate process, behind a proxy that can be slow and fail."""
 
 import http.client
 import socket
@@ -54,7 +54,7 @@ class Proxy(ThreadingHTTPServer):
         return [line[4:] for line in self.log if line.startswith("GET ") and part in line]
 
     def handle_error(self, request, client_address) -> None:
-        """A client that has gone away is no news."""
+        """Do not print errors of clients that have disconnected."""
 
 
 class _Handler(BaseHTTPRequestHandler):

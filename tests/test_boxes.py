@@ -74,7 +74,7 @@ def test_coco_detections_take_their_pictures_from_the_annotation_file(tmp_path: 
         read_people(people, annotations=annotations)
 
 
-def test_people_of_a_film_have_frames_and_people_of_pictures_have_none(tmp_path: Path):
+def test_people_of_a_video_have_frames_and_people_of_pictures_have_none(tmp_path: Path):
     table = tmp_path / "people.csv"
     table.write_text("frame,x,y,width,height,score\n3,10,20,100,200,0.5\n0,,,,,\n")
     expected = [Person("", Square(59.5, 119.5, 1.25), None, 0.5, 3), Person("", None)]

@@ -73,7 +73,7 @@ def test_visibility_0_1_2_is_unmarked_hidden_and_visible(tmp_path: Path) -> None
                                                      [50, 110]])  # fmt: skip
 
 
-def test_where_no_joint_has_v_2_marked_joints_count_as_visible(tmp_path: Path) -> None:
+def test_marked_joints_count_as_visible_if_no_joint_has_v_2(tmp_path: Path) -> None:
     people = read(tmp_path, coco(entry(keypoints=[60, 30, 1, 90, 70, 1, 0, 0, 0] + [9, 9, 1] * 2)))
     assert people.visible[0].tolist() == [True, True, False, True, True]
 

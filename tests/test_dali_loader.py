@@ -146,7 +146,7 @@ def test_a_batchs_draws_follow_from_seed_rank_and_step(split):
     )
 
 
-def test_boxes_are_princetons_on_every_side_of_the_origin():
+def test_boxes_equal_princetons_on_both_sides_of_the_origin():
     """Corners are truncated toward zero, also those outside the picture.
 
     If a corner is a whole number, the rounding error of princeton's formula decides: one in 1000.
@@ -232,7 +232,7 @@ def refuse(*_):
     raise RuntimeError(GPU_MESSAGE)
 
 
-def test_without_memory_for_the_crops_dali_ends_in_one_error(split, monkeypatch):
+def test_dali_gives_one_error_if_memory_for_crops_is_missing(split, monkeypatch):
     """Crops of 300 TB, which no machine can allocate. No picture is suspected."""
     monkeypatch.setattr(DaliLoader, "_find_faults", lambda _: pytest.fail("a culprit is searched"))
     loader = DaliLoader(split, make_spec("hrnet", input_px=10_000_000))
@@ -242,7 +242,7 @@ def test_without_memory_for_the_crops_dali_ends_in_one_error(split, monkeypatch)
     assert not isinstance(caught.value, BadSamplesError)
 
 
-def test_the_error_of_a_gpu_says_how_much_was_missing(split, monkeypatch):
+def test_a_gpu_memory_error_says_how_much_was_free(split, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (312_000_000, 80_000_000_000))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     pipeline = SimpleNamespace(device_id=0, run=refuse, prefetch_queue_depth=2, max_batch_size=64)
@@ -254,7 +254,9 @@ def test_the_error_of_a_gpu_says_how_much_was_missing(split, monkeypatch):
     )
 
 
-def test_without_memory_for_the_search_no_picture_is_blamed(tiny_shards, tmp_path, monkeypatch):
+def test_no_picture_is_reported_if_memory_runs_out_while_searching(
+    tiny_shards, tmp_path, monkeypatch
+):
     folder = damage_picture(tiny_shards / "valid", tmp_path / "bad", sample=2)
     loader = DaliLoader(ShardSet(folder), make_spec("none", batch_size=5))
     build = dali_loader.Pipeline.build
@@ -267,7 +269,7 @@ def test_without_memory_for_the_search_no_picture_is_blamed(tiny_shards, tmp_pat
 
 
 @pytest.mark.gpu
-def test_a_full_gpu_ends_dali_in_one_error(split):
+def test_a_full_gpu_gives_one_error_of_dali(split):
     free_bytes, _ = torch.cuda.mem_get_info()
     held = torch.empty(free_bytes - (1 << 30), dtype=torch.uint8, device="cuda")
     spec = make_spec("hrnet", input_px=2048, batch_size=256, device=torch.device("cuda"))

@@ -202,7 +202,7 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def test_of_two_nodes_one_is_lost_whole_and_the_other_goes_on_in_mid_epoch_with_the_global_batch(
+def test_a_run_continues_in_mid_epoch_with_the_same_global_batch_after_losing_one_of_two_nodes(
     tiny_shards, tmp_path
 ):
     logs, run, port = [tmp_path / "log0", tmp_path / "log1"], tmp_path / "run", free_port()
@@ -228,7 +228,7 @@ def listens(port: int) -> bool:
         return caller.connect_ex(("127.0.0.1", port)) == 0
 
 
-def test_a_stopped_rank_is_named_and_the_run_goes_on_from_its_last_checkpoint(
+def test_a_stopped_rank_is_named_and_the_run_restarts_from_its_last_checkpoint(
     tiny_shards, tmp_path
 ):
     log, run = tmp_path / "log", tmp_path / "run"
@@ -247,7 +247,7 @@ def test_a_stopped_rank_is_named_and_the_run_goes_on_from_its_last_checkpoint(
     assert re.search(r"rank 1: (step|the checkpoint of step) \d+, and its process does not", text)
 
 
-def test_a_run_goes_on_in_mid_epoch_with_two_four_and_one_ranks(tiny_shards, tmp_path):
+def test_a_run_continues_in_mid_epoch_with_two_four_and_one_ranks(tiny_shards, tmp_path):
     """Batches of one size, accumulated or on several ranks, put the same people through batch norm
     together, so losses differ by rounding alone."""
     log, more = (

@@ -123,7 +123,7 @@ def test_dali_makes_the_same_people_in_the_same_order(preset, device, tiny_set):
 
 
 @pytest.mark.parametrize("preset", ["hrnet", "princeton"])
-def test_a_large_picture_is_averaged_before_it_is_shrunk_but_for_princetons_crop(preset):
+def test_a_large_picture_is_averaged_before_it_is_shrunk_except_with_princetons_crop(preset):
     """Stripes of two pixels, shrunk four times, are an even grey; samples hit black ones alone.
 
     Columns 16 to 271 are the box; princeton's rule places it half a pixel further left.
@@ -140,7 +140,7 @@ def test_a_large_picture_is_averaged_before_it_is_shrunk_but_for_princetons_crop
 
 
 def test_both_loaders_average_pictures_in_the_same_way(tiny_set):
-    """Of 64 to 350 px, at 16 px: they are shrunk three to twenty times."""
+    """Pictures of 64 to 350 px at an input of 16 px: they are shrunk three to twenty times."""
     pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed")
     people, _ = read_annotations(tiny_set / "annot", "train")
     source, codec, raw = LooseImages(people, tiny_set / "images"), make_codec(input_px=16), {}
@@ -327,10 +327,10 @@ def test_differences_from_training_are_printed(trained, capsys):
     assert "--compare-loaders" in remark
 
 
-def test_how_many_people_are_scored_is_said_at_packing_training_and_evaluation(
+def test_packing_training_and_evaluation_print_how_many_people_are_scored(
     tiny_set, tmp_path, capsys
 ):
-    """Of five people one has no length, and another has one but no marked joint."""
+    """One of the five people has no length, and another has one but no marked joint."""
     folder = Path(shutil.copytree(tiny_set, tmp_path / "set"))
     with h5py.File(folder / "annot" / "valid.h5", "r+") as file:
         file["normalize"][1] = 0
@@ -358,7 +358,7 @@ def test_the_table_of_98_joints_fits_on_a_line():
     assert "98 groups of joints are listed with --per-joint" in table
 
 
-def test_loose_pictures_say_why_there_is_no_mean_pose(trained, tiny_set, capsys):
+def test_evaluation_of_loose_pictures_says_why_there_is_no_mean_pose(trained, tiny_set, capsys):
     pictures = ("--annotations", tiny_set / "annot" / "valid.h5", "--images", tiny_set / "images")
     run("--checkpoint", trained, *pictures)
     assert "no mean pose: it needs the training shards" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Triton's kernels of a residual block compute what the plain block computes.
+"""The Triton kernels of a residual block compute the same as the plain block.
 
 Without a GPU they run in Triton's interpreter (tests/conftest.py).
 """
@@ -188,12 +188,12 @@ def test_evaluation_uses_the_plain_block():
 
 
 @pytest.mark.parametrize(("device", "dtype"), [("cpu", BF16), ("cuda", FP32)])
-def test_without_a_gpu_or_in_float32_the_kernels_are_refused(device, dtype):
+def test_the_kernels_are_refused_without_a_gpu_or_in_float32(device, dtype):
     with pytest.raises(InputError, match=r"train\.fused_kernels: true"):
         fuse_residuals(Residual(4, 4), torch.device(device), dtype)
 
 
-def test_wider_blocks_than_the_kernels_take_stay_plain():
+def test_blocks_too_wide_for_the_kernels_use_the_plain_code():
     network = nn.Sequential(Residual(256, 256), Residual(256, 258), Residual(258, 16))
     fuse_residuals(network, torch.device("cuda"), BF16)
     assert [block.fused for block in network] == [kernels.fused_residual, None, None]
@@ -250,7 +250,7 @@ def test_on_a_gpu_a_network_trains_as_without_the_kernels():
 @pytest.mark.slow
 @pytest.mark.parametrize("side", [3, 8])
 def test_the_kernels_of_all_configs_compile_for_sm_90(side, tmp_path):
-    """Within the shared memory of a block (227 KB), and with next to no spilled registers.
+    """They fit into a block's shared memory (227 KB) and spill almost no registers.
 
     Integers that 16 divides, and others, are compiled differently.
     """

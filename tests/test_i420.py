@@ -50,7 +50,7 @@ def test_bytes_of_an_odd_size_are_y_then_cb_then_cr_with_the_edge_taken_twice():
     assert i420.byte_count(3, 3) == 17
 
 
-def test_colors_are_those_of_pillows_jpeg_conversion():
+def test_colors_equal_pillows_jpeg_conversion():
     bgr = np.random.default_rng(0).integers(0, 256, (64, 1, 3), np.uint8).repeat(2, 1).repeat(2, 0)
     planes = i420.planes_of(i420.from_bgr(bgr), 2, 128)
     ycc = np.array(Image.fromarray(bgr[..., ::-1]).convert("YCbCr"))
@@ -60,7 +60,7 @@ def test_colors_are_those_of_pillows_jpeg_conversion():
         np.testing.assert_allclose(plane.astype(int), expected, atol=1)
 
 
-def test_a_jpegs_picture_comes_back():
+def test_a_jpegs_picture_survives_a_round_trip():
     """Y within a grey level of Pillow's decoder of the same file."""
     picture = noise_picture(np.random.default_rng(1), 75, 53)
     jpeg = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes()
@@ -108,7 +108,9 @@ def plain_crop(
 @pytest.mark.parametrize(
     ("chroma_shift_px", "agrees"), [(0.0, True), (0.5, False), (-0.5, False), (0.25, False)]
 )
-def test_a_turned_crop_is_the_whole_pictures_and_half_a_chroma_pixel_shows(chroma_shift_px, agrees):
+def test_a_rotated_crop_equals_the_whole_pictures_and_detects_half_a_chroma_pixel_of_shift(
+    chroma_shift_px, agrees
+):
     """0.25 chroma px to the left or right is the siting of MPEG-2."""
     planes = i420.planes_of(i420.from_bgr(colour_edges()), 141, 90)
     matrix = geometry.input_from_image((61.3, 40.8), 0.42, 128, 1.1, 27.0, True)
@@ -132,7 +134,7 @@ def test_crops_of_raw_shards_are_those_of_jpeg_shards(raw_shards, crop_shards, s
         np.testing.assert_array_equal(one[1], other[1])
 
 
-def test_a_tile_of_a_raw_picture_is_the_jpegs(raw_shards, crop_shards):
+def test_a_report_tile_of_a_raw_picture_equals_the_jpegs(raw_shards, crop_shards):
     tiles = []
     for folder in (raw_shards, crop_shards):
         split = ShardSet(folder / "valid")

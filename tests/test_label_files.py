@@ -56,7 +56,7 @@ def test_each_individual_of_a_table_is_one_animal(tmp_path):
 @pytest.mark.parametrize(
     "text", ["", "a,b\n1,2\n", ONE_ANIMAL.replace("30,40", "30"), ONE_ANIMAL.replace("20", "x")]
 )
-def test_a_table_of_another_layout_is_refused(tmp_path, text):
+def test_a_table_with_an_unknown_layout_is_refused(tmp_path, text):
     with pytest.raises(InputError, match=r"CollectedData\.csv"):
         read_table(table(tmp_path, text))
 
@@ -84,7 +84,7 @@ def yolo(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_yolos_shares_of_the_picture_become_pixels(yolo):
+def test_yolo_coordinates_are_converted_to_pixels(yolo):
     labels = read_labels(yolo / "data.yaml", "train")
     assert labels.images == ("images/train/a.jpg",)
     np.testing.assert_allclose(labels.box_N4, [[60, 10, 80, 80]])
@@ -162,7 +162,7 @@ def test_labels_without_pairs_are_packed_with_a_skeleton_file_and_trained_withou
     assert read_annotations(path, "train", load_skeleton(tmp_path / "paired.yaml"))[1].mirror
 
 
-def test_the_written_skeleton_has_what_a_project_says(tmp_path):
+def test_the_written_skeleton_has_the_projects_joints_and_limbs(tmp_path):
     (tmp_path / "labeled-data" / "v1").mkdir(parents=True)
     table(tmp_path / "labeled-data" / "v1", ONE_ANIMAL, "CollectedData_Ann.csv")
     facts = {"Task": "mice", "scorer": "Ann", "skeleton": [["snout", "tail"], ["snout", "ear"]]}

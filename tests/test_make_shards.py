@@ -128,7 +128,7 @@ def test_one_file_is_split_by_picture_and_the_seed(own_set: Path, tmp_path: Path
         main(pack_arguments(own_set, tmp_path / "c", "--valid-fraction", 0.5))
 
 
-def test_a_picture_of_both_splits_is_noticed_under_another_name(own_set, tmp_path, capsys):
+def test_a_picture_in_both_splits_is_noticed_despite_another_name(own_set, tmp_path, capsys):
     images = own_set / "images"
     shutil.copy(images / "000000002.jpg", images / "000000103.jpg")
     main(pack_arguments(own_set, tmp_path / "out"))

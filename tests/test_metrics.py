@@ -88,7 +88,7 @@ def test_the_time_to_the_end_is_that_of_the_steps_so_far(tiny_shards, tmp_path, 
     logger.close()
 
 
-def test_shares_of_the_time_by_hand(monkeypatch):
+def test_time_shares(monkeypatch):
     clock = [100.0]
     monkeypatch.setattr(log.time, "perf_counter", lambda: clock[0])
     times = log.TimeShares()

@@ -109,7 +109,7 @@ def test_the_python_call_the_json_and_the_coco_results_agree(run, estimator, tin
 def test_a_call_leaves_the_cores_of_the_trainings_workers_to_other_processes(
     tiny_shards, tmp_path, monkeypatch
 ):
-    """Of four cores, with three workers in training, one; the caller's own count comes back."""
+    """Four cores and three workers in training leave one thread; the caller's count is restored."""
     monkeypatch.setattr(distributed, "usable_cores", lambda: 4)
     trainer = make_trainer(tiny_config(tiny_shards, data={"workers": 3}), tmp_path)
     trainer.save(["best.pt"])
@@ -236,7 +236,7 @@ def test_calls_that_cannot_be_meant_are_refused(arguments, found, estimator):
         estimator(**arguments)
 
 
-def test_the_decoder_of_the_page_is_the_rule_exact():
+def test_the_decoder_in_the_documentation_equals_the_rule_exact():
     page = (ROOT / "docs" / "predict.md").read_text()
     (code,) = [c for c in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "def decode" in c]
     names = {"np": np}
@@ -343,8 +343,8 @@ def test_every_frame_of_a_video_is_predicted_and_drawn(run, estimator, movie, tm
     assert not list(tmp_path.glob("*.tmp*"))
 
 
-def test_a_film_has_other_people_in_each_frame(run, estimator, movie, tmp_path):
-    """Two in frame 3, one in frame 9; one more after the last frame is an error of its own."""
+def test_each_frame_of_a_video_may_have_different_people(run, estimator, movie, tmp_path):
+    """Two people in frame 3, one in frame 9. A person after the last frame is an error."""
     boxes = [[10, 5, 40, 50], [40, 0, 50, 60], [0, 0, 60, 30]]
     rows = [[3, *boxes[0]], [9, *boxes[1]], [3, *boxes[2]]]
     people = write_csv(tmp_path / "people.csv", "frame,x,y,width,height", rows)

@@ -60,7 +60,7 @@ def packed(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory, server: Pro
 
 @pytest.fixture
 def s3(server: Proxy, packed: Path, tmp_path: Path, monkeypatch) -> Proxy:
-    """The proxy without faults and log, in the environment; the user's cache is new."""
+    """The proxy, reset and set in the environment; the user's cache is empty."""
     server.reset()
     set_environment(monkeypatch, server)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -75,7 +75,7 @@ def set_environment(patch: pytest.MonkeyPatch, server: Proxy) -> None:
 
 
 def open_split(packed: Path, tars: float = TARS, split: str = "train", url: str = URL) -> ShardSet:
-    """A split at URL. tars: how many of the largest the cache holds."""
+    """A split at URL. tars: size of the cache, in multiples of the largest tar."""
     largest = max(shard.bytes for shard in ShardSet(packed / "train").manifest.shards)
     return ShardSet(local_folder(url, "", (tars * largest + 0.5) / 1e9) / split)
 
@@ -195,7 +195,7 @@ def test_tars_are_fetched_in_the_order_of_reading_and_the_first_one_alone(packed
 
 
 @pytest.mark.parametrize("faults", [["503", "503"], ["cut"], ["drop", "cut", "503"]])
-def test_passing_faults_are_survived(packed, s3, faults):
+def test_temporary_faults_are_retried(packed, s3, faults):
     s3.faults["00003.tar"] = list(faults)
     remote, local = open_split(packed), ShardSet(packed / "train")
     assert [remote.jpeg(i) for i in range(12)] == [local.jpeg(i) for i in range(12)]
@@ -238,7 +238,7 @@ def test_wrong_bytes_are_refused_and_never_read(packed, s3):
         object_storage.store(packed / "train" / "00005.tar", url_of(5))
 
 
-def test_dead_server_is_survived_as_long_as_the_cache_lasts(packed, s3, monkeypatch):
+def test_training_continues_from_the_cache_while_the_server_is_unreachable(packed, s3, monkeypatch):
     monkeypatch.setattr(object_storage, "ATTEMPTS", 2)
     remote = open_split(packed)
     pictures = [remote.jpeg(i) for i in (0, 1, 4)]
@@ -251,7 +251,7 @@ def test_dead_server_is_survived_as_long_as_the_cache_lasts(packed, s3, monkeypa
 
 @pytest.mark.slow
 @pytest.mark.skipif(not may_mount(), reason="no small disk can be mounted here")
-def test_full_disk_removes_unused_tars_and_then_is_one_error(packed, s3, tmp_path):
+def test_a_full_disk_removes_unused_tars_and_then_raises_one_error(packed, s3, tmp_path):
     largest = max(shard.bytes for shard in ShardSet(packed / "train").manifest.shards)
     program = f"""
 from pipelines.shard_cache import local_folder
@@ -279,7 +279,7 @@ files = [split.cache.file(number) for number in range({TARS})]
 # The cache
 
 
-def test_least_recently_used_goes_first_and_nothing_in_use(packed, s3):
+def test_the_least_recently_used_tars_are_removed_first_and_none_in_use(packed, s3):
     remote = open_split(packed, 5.5)
     cache = remote.cache
     for number in (0, 1, 2):
@@ -305,7 +305,7 @@ def test_cache_whose_tars_are_all_in_use_is_an_error(packed, s3, monkeypatch):
     assert len(files) == 2
 
 
-def test_what_a_killed_process_left_is_removed_for_room(packed, s3):
+def test_unfinished_tars_of_a_killed_process_are_removed_for_room(packed, s3):
     remote = open_split(packed, 2)
     remote.cache.file(0)
     left = remote.folder / f"00003.tar.{remote.cache.limit // 2}.part"
@@ -315,7 +315,7 @@ def test_what_a_killed_process_left_is_removed_for_room(packed, s3):
     assert cached(remote) == ["00000", "00001"] and not left.exists()
 
 
-def test_ranks_and_runs_fetch_each_tar_once_and_the_next_start_none(packed, s3):
+def test_ranks_and_runs_fetch_each_tar_once_and_a_restart_fetches_none(packed, s3):
     s3.latency_s = 0.02
     splits = [open_split(packed) for _ in range(3)]
     threads = [threading.Thread(target=split.damaged_records) for split in splits]
@@ -396,7 +396,7 @@ def test_training_evaluation_and_tools_read_object_storage(packed, s3, tmp_path,
     assert not any(secret.decode() in streams.out + streams.err for secret in secrets)
 
 
-def test_check_reads_every_object_anew_and_names_the_damaged_one(packed, s3, capsys):
+def test_check_shards_fetches_every_object_again_and_names_the_damaged_one(packed, s3, capsys):
     open_split(packed).damaged_records()  # all tars are in the user's cache
     s3.log.clear()
     assert check_shards.main([URL, "--workers", "0"]) == 0

@@ -125,7 +125,7 @@ def test_a_file_that_is_no_skeleton_is_one_error(text: str, tmp_path: Path) -> N
         assert caught.value.where == str(path)
 
 
-def test_where_names_have_no_side_the_first_of_a_pair_is_left_and_the_yaml_decides(tmp_path):
+def test_the_first_joint_of_a_pair_is_left_if_names_do_not_say(tmp_path):
     text = (
         "name: fly\njoints: [w1, w2, l_leg, r_leg]\nlimbs: []\nflip_pairs: [[{}], [r_leg, l_leg]]\n"
     )

@@ -211,7 +211,7 @@ def one_rank() -> Iterator[None]:
 
 
 def test_compiled_residuals_in_ddp_give_the_same_gradients_and_statistics(one_rank):
-    """With activations computed twice, which must not count twice; traced without generated code.
+    """Activations are computed twice but counted once; traced without generated code.
 
     In float64, because the gradients of a fork are added in another order.
     """

@@ -71,7 +71,7 @@ def test_a_run_writes_its_checkpoints_and_every_number(tiny_shards, tmp_path):
     assert last.step == 6 and last.config == config
 
 
-def test_an_epoch_writes_one_checkpoint_and_it_is_there_while_it_is_validated(
+def test_an_epoch_writes_one_checkpoint_before_its_validation_ends(
     tiny_shards, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(MetricsLogger, "log_pictures", lambda *_: None)
@@ -92,7 +92,7 @@ def test_an_epoch_writes_one_checkpoint_and_it_is_there_while_it_is_validated(
     assert written == stood == [2, 4, 6]
 
 
-def test_a_checkpoint_holds_the_state_of_its_step_while_the_next_ones_train(
+def test_a_checkpoint_holds_the_state_of_its_step_while_training_continues(
     tiny_shards, tmp_path, monkeypatch
 ):
     trainer = make_trainer(tiny_config(tiny_shards, optim={"ema_decay": 0.9}), tmp_path)
@@ -389,7 +389,7 @@ def test_learning_rates_by_hand():
         (9, "cpu", 2, 9),
     ],
 )
-def test_workers_are_a_ranks_share_of_the_cores_by_hand(
+def test_automatic_workers_are_a_share_of_a_ranks_cores(
     workers, device, cores, expected, monkeypatch
 ):
     """Four ranks: 8 cores each of 32, less two on a GPU; a quarter of 16 on a CPU."""

@@ -37,7 +37,7 @@ def test_threads_that_open_a_tar_at_once_share_one_file(tiny_shards, monkeypatch
     assert len(opened) == 4 and pictures == [expected] * 16
 
 
-def test_an_error_in_a_thread_comes_in_place_of_its_batch_and_the_rest_is_not_made():
+def test_an_error_in_a_thread_is_raised_instead_of_its_batch_and_ends_the_others():
     made = []
 
     def make(number: int) -> tuple[int]:
