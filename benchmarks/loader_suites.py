@@ -38,7 +38,7 @@ from pipelines.shard_format import PICTURE_EXTENSIONS
 from pipelines.shards import ShardSet
 
 Start = Callable[[], Callable[[], object]]
-"""Starts a loader, and returns what makes its next batch, or does a step with it."""
+"""Starts a loader; returns a function that makes its next batch, or does a step with it."""
 PICTURES, SIZE_WH, TINY_WH = 32, (1280, 720), (320, 180)
 """Synthetic pictures; with more people than pictures, people share them."""
 SMALL_WH = (240, 135)

@@ -210,7 +210,7 @@ def packing_difference(trained: Path, source: Source) -> list[str]:
     """A sentence if the training shards exist here and have a different packing."""
     here = source.manifest.packing if isinstance(source, ShardSet) else "original"
     there = read_manifest(trained).packing if (trained / MANIFEST).is_file() else here
-    text = f"trained on pictures of --packing {there}, evaluated on {here}: resampled differently"
+    text = f"trained on --packing {there}, evaluated on {here}: pictures are resampled differently"
     return [] if there == here else [text]
 
 

@@ -90,7 +90,7 @@ def read_people(
     CSV: a header and one line per person. JSON: a list of objects with the same names, or with
     `box` (four numbers) or `center` (two) and `scale`; or COCO detections, whose file names are in
     `annotations`, COCO's file. Without a box or centre: the whole picture. margin: applied to
-    boxes, not to centre and scale. in_video: people have a frame instead of an image.
+    boxes, not to centre and scale. in_video: rows have a `frame` instead of an `image`.
     """
     coco = read_image_index(annotations) if annotations else None
     people, others = [], 0

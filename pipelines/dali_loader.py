@@ -115,10 +115,10 @@ class DaliLoader:
             _raise_if_out_of_memory(graph, error)
             if "might come from another pipeline" in str(error):
                 raise InputError(
-                    "the state of DALI in the checkpoint",
+                    "DALI's state in the checkpoint",
                     "saved by other operators than those of this run",
-                    "the same version, packing and place of the shards (folder or object storage)",
-                    "go back to them, or resume with --data.loader opencv",
+                    "the same version, packing and kind of location (folder or object storage)",
+                    "use these, or resume with --data.loader opencv",
                 ) from error
             raise InputError(
                 self.shards.folder,

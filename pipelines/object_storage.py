@@ -48,7 +48,7 @@ def require_no_secret(url: str) -> None:
         raise InputError(
             f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}",
             "a URL with a user, a password or a query",
-            "a URL without them, because configs and checkpoints contain it",
+            "a plain URL, because configs and checkpoints contain it",
             "give credentials in the environment or a profile, such as AWS_PROFILE",
         )
 

@@ -293,7 +293,7 @@ def collate(items: Iterable[Item]) -> RawBatch:
 
 
 def jittered(raw: RawBatch) -> JitteredBatch:
-    """The batch with colours as `augment.jitter` makes them, bit for bit, by one thread alone."""
+    """The batch with jittered colours, equal to `augment.jitter` bit for bit, in this thread only."""
     images_NHW3 = np.empty(raw.images_NHW3.shape, dtype=np.float32)
     people = zip(images_NHW3, raw.images_NHW3.numpy(), raw.draws_ND.tolist(), strict=True)
     for image_HW3, crop, drawn in people:

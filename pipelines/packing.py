@@ -352,7 +352,7 @@ def _warn_of_shared_pictures(jobs: list[SplitJob], checked: dict[str, Picture]) 
         first = min(names[-1][each] for each in shared)
         print(
             f"warning: {len(shared):,} picture(s) are in train and in valid (the first: {first}), "
-            "so the score will be too high; correct this, or split one file: --valid-fraction",
+            "so scores will be too high; correct the annotations, or use --valid-fraction",
             file=sys.stderr,
         )
 

@@ -79,7 +79,7 @@ class ShardSet:
         self.shard_of_sample = np.repeat(np.arange(len(counts)), counts)
         """(N,) the number of each sample's tar."""
         self.keys = [key for keys, _ in indices for key in keys]
-        """Of each sample, in its tar."""
+        """The key of each sample in its tar."""
         self._ranges_NC2 = np.concatenate([ranges for _, ranges in indices])
         key, count = Counter(self.keys).most_common(1)[0]
         if count > 1:

@@ -355,7 +355,7 @@ print(sum(len(split.jpeg(i)) for i in range(12)), flush=True)
 
 @pytest.mark.parametrize(
     ("loader", "how", "words"),
-    [("opencv", {}, "data.shard_window 0"), ("dali", {"shuffle_buffer": 12}, "shuffle buffer")],
+    [("opencv", {}, "data.shard_window 0"), ("dali", {"shuffle_buffer": 12}, "shuffle_buffer")],
 )
 def test_cache_that_is_too_small_for_the_order_is_refused(packed, s3, loader, how, words):
     with pytest.raises(InputError, match=words) as caught:
