@@ -135,9 +135,7 @@ def _person(data: ReportData, errors_NJ: pckh.Floats, row: int) -> dict[str, Any
     )
 
 
-def encode_pictures(
-    data: ReportData, rows: list[int], most_bytes: int = _PICTURE_BYTES
-) -> list[str | None]:
+def encode_pictures(data: ReportData, rows: list[int]) -> list[str] | list[None]:
     """Each person's box as a base64 JPEG of the best quality that fits; None without source."""
     if data.source is None:
         return [None] * len(rows)
@@ -145,10 +143,10 @@ def encode_pictures(
         visualize.person_tile(data.source, int(data.samples[row]), data.people, row)
         for row in progress(rows, "pictures of the report", "pictures")
     ]
-    encoded: list[str | None] = []
+    encoded: list[str] = []
     for quality in _QUALITIES:
         jpegs = [cv2.imencode(".jpg", t, [cv2.IMWRITE_JPEG_QUALITY, quality])[1] for t in tiles]
         encoded = [base64.b64encode(jpeg.tobytes()).decode("ascii") for jpeg in jpegs]
-        if sum(len(each or "") for each in encoded) <= most_bytes:
+        if sum(map(len, encoded)) <= _PICTURE_BYTES:
             break
     return encoded

@@ -41,7 +41,8 @@ function points(one, another) {
 function drawResult() {
   const half = own.pckh["0.5"];
   const joints = own.joint_names.length;
-  document.title = `${percent(half.pooled)} % ${metric}@0.5 · ${source()}`;
+  const source = facts.checkpoint ?? facts.predictions_file ?? names[0];
+  document.title = `${percent(half.pooled)} % ${metric}@0.5 · ${source}`;
   $("metric").textContent = `${metric}@0.5, pooled over ${joints} joints`;
   $("headline").textContent = percent(half.pooled);
   $("definition").textContent =
@@ -61,8 +62,6 @@ function drawResult() {
   }
   drawFacts();
 }
-
-const source = () => facts.checkpoint ?? facts.predictions_file ?? names[0];
 
 function stat(label, rate, note) {
   const box = add($("stats"), "div");
@@ -490,11 +489,6 @@ function openCloseup(place) {
   if (!$("closeup").open) $("closeup").showModal();
 }
 
-function closeCloseup() {
-  const tile = $("tiles").children[closeup];
-  if (tile) focusTile(tile);
-}
-
 /* Events */
 
 function focusTile(tile) {
@@ -572,7 +566,7 @@ function listen() {
   $("next").onclick = () => openCloseup(closeup + 1);
   $("close").onclick = () => $("closeup").close();
   $("closeup").onclick = (event) => { if (event.target === $("closeup")) $("closeup").close(); };
-  $("closeup").onclose = closeCloseup;
+  $("closeup").onclose = () => focusTile($("tiles").children[closeup]);
 }
 
 function main() {

@@ -164,8 +164,8 @@ def test_a_missing_package_says_the_command_that_installs_it(module, name, tmp_p
 def test_what_cannot_be_written_is_refused(trained, tmp_path, monkeypatch):
     cases = {
         (): "nothing to write",
-        ("--onnx", tmp_path / "t.pt"): "another ending",
-        ("--safetensors", tmp_path): "another ending",
+        ("--onnx", tmp_path / "t.pt"): "no file of this kind",
+        ("--safetensors", tmp_path): "no file of this kind",
     }
     for words, found in cases.items():
         with pytest.raises(InputError, match=found):

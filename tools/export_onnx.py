@@ -95,8 +95,7 @@ def check_options(options: argparse.Namespace) -> None:
         (options.safetensors, ".safetensors", ("safetensors",)),
     ):
         if path and (path.suffix != ending or path.is_dir()):
-            found = "another ending, or a folder"
-            raise InputError(path, found, f"a name in {ending}", "rename it")
+            raise InputError(path, "no file of this kind", f"a name in {ending}", "rename it")
         if path and not all(map(importlib.util.find_spec, packages)):
             names = " ".join(packages)
             raise InputError(path, "missing Python packages", names, f"pip install {names}")
