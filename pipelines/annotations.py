@@ -330,9 +330,7 @@ def normalizing_length(people: People, skeleton: Skeleton, path: Path) -> Floats
 
     From the skeleton's rule, or the head for MPII's joints without a rule. Else raises InputError.
     """
-    rule = skeleton.length
-    if rule is None and skeleton.same_joints(MPII):
-        rule = MPII_HEAD_LENGTH
+    rule = skeleton.length or (MPII_HEAD_LENGTH if skeleton.same_joints(MPII) else None)
     if rule is None:
         expected, advice = "`normalize` in the skeleton's file", "add it (docs/custom-data.md)"
         raise InputError(path, "no length to divide errors by", expected, advice)

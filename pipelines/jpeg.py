@@ -32,7 +32,7 @@ from common.errors import InputError
 MAX_PIXELS = 64_000_000
 """More than any picture of the data sets has."""
 QUALITY = 95
-"""JPEG quality of converted pictures."""
+"""JPEG quality of stored crops and of converted pictures."""
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 _SIGNATURES = {b"\x89PNG": "PNG", b"RIFF": "WebP", b"BM": "BMP", b"II*\0": "TIFF", b"MM\0*": "TIFF"}
 _COMPONENTS = {1: "grey JPEG", 4: "CMYK JPEG"}

@@ -28,6 +28,7 @@ from configs.skeleton import Skeleton, skeleton_yaml
 from pipelines.annotations import Boxes, People, has_both_splits, scored_text
 from pipelines.augment import PRESETS
 from pipelines.crop_packing import crop_rule
+from pipelines.jpeg import QUALITY
 from pipelines.label_files import find_labels, pictures_folder
 from pipelines.object_storage import is_url, require_no_secret
 from pipelines.packing import SPLITS, PackingOptions, pack
@@ -38,8 +39,6 @@ DATA = Path("data/mpii")
 HOW_TO_GET_DATA = """get MPII as README.md says, or draw people first:
     python tools/make_synthetic.py --output data/synthetic"""
 CROP_PRESETS = [name for name, preset in PRESETS.items() if not preset.princeton_crop]
-JPEG_QUALITY = 95
-"""Of stored crops."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -107,7 +106,7 @@ def parse_options(argv: list[str] | None) -> PackingOptions:
     """The command line, with absolute paths. Raises InputError."""
     given = vars(make_parser().parse_args(argv))
     preset, person_px = given.pop("reach"), given.pop("person_px")
-    quality = JPEG_QUALITY if given["packing"] == "crop" else 0
+    quality = QUALITY if given["packing"] == "crop" else 0
     is_crop = given["packing"] != "original"
     given["crop"] = crop_rule(preset, person_px, quality) if is_crop else None
     annotations = given["annotations"]
@@ -178,8 +177,8 @@ def write_skeleton(path: Path, skeleton: Skeleton) -> None:
 def print_summary(options: PackingOptions, manifests: list[Manifest], seconds: float) -> None:
     """Print what was packed and the next command."""
     for manifest in manifests:
-        folder = options.output / manifest.split
-        print(summary(folder, f"{options.location}/{manifest.split}"), end="\n\n")
+        text = summary(options.output / manifest.split)
+        print(f"{options.location}/{manifest.split}: {text}", end="\n\n")
     rate = sum(manifest.people for manifest in manifests) / seconds
     print(f"{seconds:.1f} s, {rate:,.0f} people/s with {options.workers} worker(s)")
     location = shlex.quote(options.location)
@@ -191,17 +190,13 @@ def print_summary(options: PackingOptions, manifests: list[Manifest], seconds: f
         print(f"next: python evaluate.py --checkpoint PATH --shards {location}")
 
 
-def summary(folder: Path, location: str = "") -> str:
-    """Text about the people, pictures and joints of one packed split.
-
-    location: shown instead of the folder, if given.
-    """
+def summary(folder: Path) -> str:
+    """Text about the people, pictures and joints of one packed split."""
     shards = ShardSet(folder)
     people, _ = shards.people()
     size = sum(shard.bytes for shard in shards.manifest.shards)
     lines = [
-        f"{location or folder}: {people.count:,} people in {len(shards.tars)} shards, "
-        f"{size / 1e6:,.1f} MB",
+        f"{people.count:,} people in {len(shards.tars)} shards, {size / 1e6:,.1f} MB",
         f"  scored     {scored_text(people.scored.sum(), people.count)}"
         " (with a length to divide errors by, and a marked joint)",
         f"  pictures   {len(set(people.images)):,}",

@@ -374,8 +374,10 @@ def predict_video(
                 draw(image, found, estimator.skeleton, options.min_score)
             if writer:
                 writer.write(image)
-            elif is_live and not show(image):
-                return
+            elif is_live:
+                cv2.imshow("joints (q quits)", image)
+                if cv2.waitKey(1) & 0xFF == ord("q"):
+                    return
             if not is_live or options.save_predictions or options.save_coco:
                 results += found
             advance(1)
@@ -404,12 +406,6 @@ def video_frames(
         present = listed[n] if people else everywhere
         subjects = [crop_person(estimator, image, p, {"row": i, "frame": n}) for i, p in present]
         yield Frame(image, subjects)
-
-
-def show(image_HW3: Image) -> bool:
-    """Show a frame in a window. Returns False when the user pressed q."""
-    cv2.imshow("joints (q quits)", image_HW3)
-    return cv2.waitKey(1) & 0xFF != ord("q")
 
 
 # Output

@@ -25,7 +25,7 @@ from common.distributed import choose_device
 from common.errors import InputError, run_main
 from configs.schema import Config, config_from_dict, load_yaml
 from configs.skeleton import Skeleton
-from evaluation.visualize import LEFT_BGR, MIDDLE_BGR, RIGHT_BGR, color_of, draw_skeleton
+from evaluation.visualize import LEFT_BGR, MIDDLE_BGR, RIGHT_BGR, TILE_PX, color_of, draw_skeleton
 from pipelines import geometry, heatmaps
 from pipelines.augment import PRESETS, Draw
 from pipelines.codec import Codec, codec_of
@@ -35,7 +35,6 @@ from pipelines.shard_cache import local_folder
 from pipelines.shard_format import MANIFEST
 from pipelines.shards import ShardSet
 
-TILE_PX = 256
 SHEET_ASPECT = 4 / 3  # width over height, approximately: what fits a screen
 CPU = torch.device("cpu")
 
