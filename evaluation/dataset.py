@@ -57,7 +57,7 @@ def _training_people(folder: Path, evaluated: ShardSet) -> People | None:
         train = ShardSet(folder)
         people = train.people()[0]
     except InputError as error:
-        info(f"no mean pose: the training split is damaged: {error.where}: {error.found}")
+        info(f"the training split is damaged: {error.where}: {error.found}")
         return None
     require_same_joints(
         train.manifest.skeleton, evaluated.manifest.skeleton, folder, evaluated.folder

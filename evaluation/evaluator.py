@@ -144,7 +144,7 @@ def evaluate_checkpoint(options: Namespace, dist: DistributedContext) -> Evaluat
     }
     if train:
         results["mean pose"] = pckh.summary(pckh.mean_pose(train, people), people, skeleton)
-    else:
+    elif dist.is_first:
         info("no mean pose: it needs the training shards in the same folder as the validation's")
     flip = "flip test" if job.flip else "no flip test"
     title = [f"{job.trained.path} (step {job.trained.step}) on {name}, {flip}"]

@@ -244,7 +244,7 @@ def test_a_damaged_training_split_costs_the_mean_pose_alone(trained, tiny_shards
     run("--checkpoint", trained / "best.pt", "--shards", tmp_path / "shards")
     out, err = capsys.readouterr()
     assert "network @0.5" in out and "mean pose" not in out
-    assert "no mean pose: the training split is damaged" in err
+    assert "the training split is damaged" in err and err.count("no mean pose") == 1
 
 
 def test_files_are_written_before_the_table_is_printed(trained, tmp_path, monkeypatch):
