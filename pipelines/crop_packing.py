@@ -1,4 +1,4 @@
-"""Stored crops: the region of a picture that augmentation can reach, scaled down.
+"""Stored crops: the region of a picture that augmentation can sample, scaled down.
 
 The region is a square around the person's box, clipped to the picture, because crops are black
 outside it. It is resized edge to edge: with x0 the region's first column and a = region width /

@@ -110,8 +110,8 @@ def _parse_table(rows: list[list[str]]) -> tuple[tuple[str, ...], tuple[str, ...
         columns.setdefault(individuals[column], {})[bodyparts[column]] = column
     images, keypoints = [], []
     for row in rows[len(header) :]:
-        for place in columns.values():
-            xy = [_cells(row, place[joint]) if joint in place else None for joint in joints]
+        for own in columns.values():
+            xy = [_cells(row, own[joint]) if joint in own else None for joint in joints]
             if any(xy):
                 images.append("/".join(filter(None, row[:start])).replace("\\", "/"))
                 keypoints.append([(*each, 2.0) if each else (0.0, 0.0, 0.0) for each in xy])
@@ -189,13 +189,13 @@ def _yolo_root(data_yaml: Path, config: dict[str, Any]) -> Path:
 def _yolo_pictures(root: Path, given: Any) -> Iterable[Path]:
     """The pictures of folders, or of text files with one path per line."""
     for name in given if isinstance(given, list) else [given]:
-        place = root / str(name)
-        if place.is_dir():
-            yield from sorted(path for path in place.rglob("*") if path.suffix not in ("", ".txt"))
-        elif place.is_file():
-            yield from (root / line for line in place.read_text().split("\n") if line.strip())
+        source = root / str(name)
+        if source.is_dir():
+            yield from sorted(path for path in source.rglob("*") if path.suffix not in ("", ".txt"))
+        elif source.is_file():
+            yield from (root / line for line in source.read_text().split("\n") if line.strip())
         else:
-            raise InputError(place, "no such file or folder", "pictures", "correct `path`")
+            raise InputError(source, "no such file or folder", "pictures", "correct `path`")
 
 
 def _yolo_label_file(picture: Path) -> Path:

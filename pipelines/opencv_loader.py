@@ -293,7 +293,7 @@ def collate(items: Iterable[Item]) -> RawBatch:
 
 
 def jittered(raw: RawBatch) -> JitteredBatch:
-    """The batch with jittered colours, equal to `augment.jitter` bit for bit, in this thread only."""
+    """The batch with colours jittered in this thread only; bit-identical to `augment.jitter`."""
     images_NHW3 = np.empty(raw.images_NHW3.shape, dtype=np.float32)
     people = zip(images_NHW3, raw.images_NHW3.numpy(), raw.draws_ND.tolist(), strict=True)
     for image_HW3, crop, drawn in people:
