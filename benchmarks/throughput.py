@@ -34,8 +34,8 @@ from pipelines.loader import dali_is_installed
 from pipelines.shard_format import PICTURE_EXTENSIONS
 
 SUITES = (
-    *("pixels", "operators", "loader", "workers", "step", "training", "heatmaps", "evaluation"),
-    *("scaling", "packing"),
+    *("operators", "loader", "workers", "step", "training", "heatmaps", "evaluation", "scaling"),
+    "packing",
 )
 NEED_DATA = ("accuracy", "training-by-packing")
 LIMIT_S = {"step": 240.0, "accuracy": 600.0, "training-by-packing": 3600.0}
@@ -113,7 +113,6 @@ def groups_to_run(args: argparse.Namespace, options: Options) -> dict[str, Group
     steps = batches if on_gpu else [min(2, batches[0])]
     groups: dict[str, Group] = {}
     if dali_is_installed():
-        groups["pixels"] = partial(loader_suites.pixels_group, options)
         for n in batches:
             groups[f"operators, batch {n}"] = partial(loader_suites.operators_group, options, n)
     for n in batches:
@@ -174,20 +173,12 @@ def run_group(
 
 
 def read_report(path: Path) -> dict[str, Any]:
-    """A report that --json wrote. Raises InputError.
-
-    Until 2026-11-26 two groups had other names, and the people were drawn differently.
-    """
+    """A report that --json wrote. Raises InputError."""
     try:
-        report = read_json(path)
+        return read_json(path)
     except (OSError, ValueError) as error:
-        raise InputError(
-            path, f"{error}", "a file that --json wrote", "name another file"
-        ) from error
-    if "loader" in report:
-        report[f"loader, batch {report['options']['batch_size']}"] = report.pop("loader")
-        report["training, batch 2"] = report.pop("end_to_end")
-    return report
+        expected = "a file that --json wrote"
+        raise InputError(path, str(error), expected, "name another file") from error
 
 
 def compare(old: dict[str, Any], new: dict[str, Any]) -> str:

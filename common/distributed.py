@@ -76,14 +76,12 @@ def choose_device(device: str, local_rank: int = 0) -> torch.device:
     """The torch device for `auto`, `cuda` or `cpu`; `auto` prefers a GPU. Raises InputError."""
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
-    found = torch.cuda.device_count()
-    if local_rank >= found:
-        raise InputError(
-            "train.device or --device: cuda",
-            f"{found} CUDA device(s) that torch can use, and {local_rank + 1} or more processes",
-            "an NVIDIA GPU for each process of this machine, and a CUDA build of torch",
-            "check nvidia-smi, start fewer processes (torchrun --nproc-per-node), or use cpu",
-        )
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        found = f"{count} CUDA device(s) that torch can use, and {local_rank + 1} or more processes"
+        expected = "an NVIDIA GPU for each process of this machine, and a CUDA build of torch"
+        advice = "check nvidia-smi, start fewer processes (torchrun --nproc-per-node), or use cpu"
+        raise InputError("train.device or --device: cuda", found, expected, advice)
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 

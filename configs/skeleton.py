@@ -80,10 +80,8 @@ class Skeleton(NamedTuple):
     @property
     def assumed_left(self) -> tuple[str, ...]:
         """The joints taken as left because they come first in their flip pairs, not by name."""
-        sides = [
-            (a, {side_of(self.names[a])[0], side_of(self.names[b])[0]}) for a, b in self.flip_pairs
-        ]
-        return tuple(self.names[a] for a, found in sides if found == {"middle"})
+        pairs = [(self.names[a], self.names[b]) for a, b in self.flip_pairs]
+        return tuple(a for a, b in pairs if side_of(a)[0] == side_of(b)[0] == "middle")
 
     @property
     def metric(self) -> str:

@@ -114,18 +114,13 @@ class DaliLoader:
         except RuntimeError as error:
             _raise_if_out_of_memory(graph, error)
             if "might come from another pipeline" in str(error):
-                raise InputError(
-                    "DALI's state in the checkpoint",
-                    "saved by other operators than those of this run",
-                    "the same version, packing and kind of location (folder or object storage)",
-                    "use these, or resume with --data.loader opencv",
-                ) from error
-            raise InputError(
-                self.shards.folder,
-                f"DALI cannot build the pipeline: {_reason(error)}",
-                "undamaged shards and a working DALI",
-                "pack them again with tools/make_shards.py, or use data.loader opencv",
-            ) from error
+                where, found = "DALI's state in the checkpoint", "saved by other operators"
+                expected = "the same version, packing and location (folder or object storage)"
+                advice = "use these, or resume with --data.loader opencv"
+                raise InputError(where, found, expected, advice) from error
+            found = f"DALI cannot build the pipeline: {_reason(error)}"
+            expected, advice = "undamaged shards and a working DALI", "use --data.loader opencv"
+            raise InputError(self.shards.folder, found, expected, advice) from error
         return graph
 
     def next(self) -> RawBatch:
@@ -336,13 +331,10 @@ def _raise_if_out_of_memory(pipeline: Pipeline, error: Exception) -> None:
         free_bytes, all_bytes = torch.cuda.mem_get_info(pipeline.device_id)
         where = f"DALI on cuda:{pipeline.device_id}"
         free = f"; {free_bytes / 1e6:,.0f} MB of {all_bytes / 1e6:,.0f} MB are free"
-    raise InputError(
-        where,
-        f"not enough memory ({_reason(error)}{free})",
-        f"room for {pipeline.prefetch_queue_depth + 1} batches of {pipeline.max_batch_size} people",
-        "reduce data.batch_size (and raise optim.accumulate to keep the people of a step), "
-        "eval.batch_size or data.cache_mb, pack crops, or end other programs that use this memory",
-    ) from error
+    found, batches = f"not enough memory ({_reason(error)}{free})", pipeline.prefetch_queue_depth
+    expected = f"room for {batches + 1} batches of {pipeline.max_batch_size} people"
+    advice = "reduce data.batch_size (and raise optim.accumulate), eval.batch_size or data.cache_mb"
+    raise InputError(where, found, expected, f"{advice}, or pack crops") from error
 
 
 def _faults_of_tars_without_good_pictures(split: ShardSet) -> dict[int, str]:

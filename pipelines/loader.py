@@ -60,13 +60,9 @@ def train_loader(
     require_preset_fits(shards.manifest, spec.preset, shards.folder)
     loader = choose_loader(spec.loader, spec.device)
     if spec.cache_mb and (loader != "dali" or spec.device.type != "cuda" or shards.is_raw):
-        raise InputError(
-            "data.cache_mb",
-            f"{spec.cache_mb} with the loader {loader} on {spec.device.type}, "
-            f"packing {shards.manifest.packing}",
-            "0, because only DALI on a GPU can cache decoded JPEGs",
-            "set data.cache_mb to 0",
-        )
+        found = f"{spec.cache_mb} with {loader} on {spec.device.type}, {shards.manifest.packing}"
+        expected = "0, because only DALI on a GPU can cache decoded JPEGs"
+        raise InputError("data.cache_mb", found, expected, "set data.cache_mb to 0")
     if shards.cache:
         require_cache(shards.cache, spec, loader)
     if loader == "opencv":
@@ -131,12 +127,9 @@ def choose_loader(name: LoaderName, device: torch.device) -> LoaderName:
     """`auto` is DALI on a GPU and OpenCV on a CPU, where it is several times faster."""
     available = dali_is_installed()
     if name == "dali" and not available:
-        raise InputError(
-            "data.loader or --loader: dali",
-            "NVIDIA DALI is not installed (it exists for Linux only)",
-            "the package nvidia-dali-cuda120, or nvidia-dali-cuda130 for CUDA 13",
-            "pip install nvidia-dali-cuda120, or choose opencv",
-        )
+        expected = "the package nvidia-dali-cuda120 (cuda130 for CUDA 13); it exists for Linux only"
+        advice = "pip install it, or choose opencv"
+        raise InputError("data.loader or --loader: dali", "not installed", expected, advice)
     if name == "auto":
         return "dali" if device.type == "cuda" and available else "opencv"
     return name

@@ -103,14 +103,10 @@ class LooseImages:
         missing = [name for name in names if not (self.folder / name).is_file()]
         outside = [name for name in names if not stays_inside(self.folder, name)]
         if missing or outside:
-            reason = "missing" if missing else "are links that lead out of the folder"
-            first = self.folder / (missing or outside)[0]
-            raise InputError(
-                self.folder,
-                f"{len(missing or outside)} of {len(names)} pictures {reason}, first {first}",
-                "the pictures that the annotation file names",
-                "give their folder with --images",
-            )
+            reason, bad = ("missing", missing) if missing else ("outside by a link", outside)
+            found = f"{len(bad)} of {len(names)} pictures {reason}, first {self.folder / bad[0]}"
+            expected = "the pictures that the annotation file names"
+            raise InputError(self.folder, found, expected, "give their folder with --images")
 
     def jpeg(self, sample: int) -> bytes:
         """The file's bytes. Raises InputError."""
@@ -139,12 +135,9 @@ def decode(jpeg: bytes, where: str) -> npt.NDArray[np.uint8]:
     except cv2.error:
         image = None
     if image is None:
-        raise InputError(
-            where,
-            f"{'a damaged' if has_header else 'no'} picture ({len(jpeg):,} bytes)",
-            "a whole picture",
-            "replace the picture; if it is in a tar, pack again with tools/make_shards.py",
-        )
+        found = f"{'a damaged' if has_header else 'no'} picture ({len(jpeg):,} bytes)"
+        advice = "replace the picture; if it is in a tar, pack again with tools/make_shards.py"
+        raise InputError(where, found, "a whole picture", advice)
     return image.astype(np.uint8, copy=False)
 
 
@@ -216,7 +209,7 @@ def _warp_to_rgb(
     else:
         bgra_HW4 = cv2.cvtColor(image_HW3, cv2.COLOR_BGR2BGRA)
         crop = cv2.cvtColor(cv2.warpAffine(bgra_HW4, input_from_stored, size), cv2.COLOR_BGRA2RGB)
-    return crop.astype(np.uint8, copy=False)
+    return np.asarray(crop, np.uint8)
 
 
 def image_from_stored(record: Records) -> geometry.Matrix:

@@ -120,13 +120,10 @@ class _Batches(Dataset):
                 tensor.share_memory_()
         except RuntimeError as error:
             size = sum(tensor.nbytes for tensor in batch) / 1e6
-            return InputError(
-                "the workers' shared memory, /dev/shm",
-                f"no room for a batch of {size:.1f} MB ({str(error).splitlines()[0]})",
-                f"room for {PREFETCH + 1} batches for each worker and rank",
-                "enlarge it (docker run --shm-size=2g), use smaller batches or fewer workers, or "
-                "--data.worker_kind threads",
-            )
+            found = f"no room for a batch of {size:.1f} MB ({str(error).splitlines()[0]})"
+            expected = f"room for {PREFETCH + 1} batches for each worker and rank"
+            advice = "enlarge it (docker run --shm-size=2g), or use --data.worker_kind threads"
+            return InputError("the workers' shared memory, /dev/shm", found, expected, advice)
         return batch
 
 
@@ -143,7 +140,7 @@ def _stop_signals_blocked() -> Iterator[None]:
 
 def _start_worker(worker: int) -> None:
     """Use one core, keep freed memory, and end when the main process asks for it."""
-    gc.freeze()  # inherited garbage is never destroyed here (load_crops)
+    gc.freeze()  # inherited garbage is never destroyed here (in_processes)
     gc.enable()
     cv2.setNumThreads(0)
     keep_freed_memory()

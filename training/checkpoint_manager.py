@@ -10,6 +10,7 @@ import shutil
 import socket
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -30,9 +31,9 @@ LOCK = "lock"
 class CheckpointManager:
     """Writes the checkpoints of a run, one at a time. A failed write does not end the run."""
 
-    def __init__(self, folder: Path, keep: int):
-        """folder: of the run. keep: number of newest checkpoints to keep."""
-        self.folder, self.keep = folder, keep
+    def __init__(self, folder: Path, keep: int, warn: Callable[[str], object]):
+        """folder: of the run. keep: number of newest checkpoints to keep. warn: prints failures."""
+        self.folder, self.keep, self._warn = folder, keep, warn
         self.saved_step = 0
         """Step of last.pt."""
         self.failure = ""
@@ -65,13 +66,12 @@ class CheckpointManager:
             self._writing = None
 
     def add_name(self, name: str) -> None:
-        """Give the last checkpoint another name; if that fails, `failure` says why."""
-        self.wait()
+        """Give the last checkpoint, once written, another name; if that fails, see `failure`."""
         try:
             _link(self.folder / LAST, self.folder / name)
             sync_folder(self.folder)
         except OSError as error:
-            self.failure = f"{name} of step {self.saved_step} could not be written: {error}"
+            self._fail(f"{name} of step {self.saved_step} could not be written: {error}")
 
     def _write(
         self, checkpoint: Checkpoint, copied: torch.cuda.Event | None, names: list[str]
@@ -89,9 +89,13 @@ class CheckpointManager:
             for path in later + step_checkpoints(self.folder)[len(later) + self.keep :]:
                 path.unlink(missing_ok=True)
         except OSError as error:
-            self.failure = f"no checkpoint of step {checkpoint.step} could be written: {error}"
+            self._fail(f"no checkpoint of step {checkpoint.step} could be written: {error}")
         else:
             self.failure, self.saved_step = "", checkpoint.step
+
+    def _fail(self, failure: str) -> None:
+        self.failure = failure
+        self._warn(f"WARNING: {failure}; training continues")
 
 
 def _copy(value: Any) -> Any:
@@ -151,12 +155,9 @@ def newest_undamaged(folder: Path) -> tuple[Path | None, list[str]]:
         else:
             return path, remarks
     if remarks:
-        raise InputError(
-            folder,
-            f"{len(remarks)} checkpoint(s), none of them usable: {remarks[0].split(';')[0]}",
-            "an undamaged checkpoint that this user may read",
-            "restore a copy or its permissions, or begin a new run",
-        )
+        found = f"{len(remarks)} checkpoint(s), none of them usable: {remarks[0].split(';')[0]}"
+        advice = "restore a copy or its permissions, or begin a new run"
+        raise InputError(folder, found, "an undamaged, readable checkpoint", advice)
     return None, []
 
 
@@ -176,12 +177,9 @@ def lock_run_folder(folder: Path, wait_s: float = 0) -> None:
         while not _try_lock(descriptor):
             if time.monotonic() >= end:
                 holder = os.pread(descriptor, 200, 0).decode()
-                raise InputError(
-                    folder,
-                    f"another process that trains this run ({holder})",
-                    "one process per run",
-                    "wait until it ends, stop it, or choose another --train.name",
-                )
+                found = f"another process that trains this run ({holder})"
+                advice = "wait until it ends, stop it, or choose another --train.name"
+                raise InputError(folder, found, "one process per run", advice)
             time.sleep(0.1)
         os.truncate(descriptor, 0)
         os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)

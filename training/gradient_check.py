@@ -36,12 +36,10 @@ def check_gradients(
     different = torch.stack(list(differs.values())).tolist()
     names = [name for name, is_different in zip(differs, different, strict=True) if is_different]
     if names:
-        raise InputError(
-            f"rank {dist.rank} on {socket.gethostname()} ({dist.device}), step {step + 1}",
-            f"a second computation differs in {len(names)} tensor(s), first {names[0]}",
-            f"the same within {TOLERANCE:g} x the tensor's largest value (train.verify_every)",
-            "check this machine (GPU, memory, overclocking), and resume from the last checkpoint",
-        )
+        where = f"rank {dist.rank} on {socket.gethostname()} ({dist.device}), step {step + 1}"
+        found = f"a second computation differs in {len(names)} tensor(s), first {names[0]}"
+        expected = f"the same within {TOLERANCE:g} x the tensor's largest value"
+        raise InputError(where, found, expected, "check the GPU and its memory, then --resume")
 
 
 def _differs(first: Tensor | None, second: Tensor | None) -> Tensor:

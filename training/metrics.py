@@ -345,12 +345,8 @@ def open_tracker(config: Config, folder: Path) -> Any:
 def require_tracker(name: TrackerName) -> None:
     """Raise InputError, with the command that installs it, if the package is missing."""
     if name != "none" and importlib.util.find_spec(name) is None:
-        raise InputError(
-            f"train.tracker: {name}",
-            f"the package {name} is not installed",
-            f"{name}, or no tracker",
-            f"pip install {name}, or set train.tracker to none",
-        )
+        advice = f"pip install {name}, or set it to none"
+        raise InputError("train.tracker", name, "an installed package", advice)
 
 
 def keep_lines_until(path: Path, step: int) -> None:

@@ -57,13 +57,10 @@ class NonFiniteMonitor:
         if not all(torch.isfinite(tensor).all() for tensor in self._statistics):
             torch._foreach_copy_(self._statistics, self._good)
         if longest >= self.limit:
-            raise InputError(
-                f"{self.folder}: step {step}",
-                f"{longest} steps in a row whose loss or gradients are not finite; "
-                f"their people are in {self.folder / SKIPPED}",
-                "a finite loss",
-                "lower optim.lr, set optim.clip_norm 1.0 or train.precision fp32, and --resume",
-            )
+            found = f"{longest} steps in a row whose loss or gradients are not finite"
+            expected = f"finite ones; {SKIPPED} lists their people"
+            advice = "lower optim.lr, set optim.clip_norm 1.0 or train.precision fp32, and --resume"
+            raise InputError(f"{self.folder}: step {step}", found, expected, advice)
 
     def _write_people(
         self, first_step: int, totals: Totals, log: MetricsLogger, dist: DistributedContext

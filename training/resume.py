@@ -21,32 +21,20 @@ def find_start(folder: Path, resume: str | None, restarted: bool) -> tuple[str, 
     given = resume if resume not in (None, "", AUTO) else ""
     if given and not restarted:
         if has_checkpoint(folder) and Path(given).resolve().parent != folder.resolve():
-            raise InputError(
-                folder,
-                f"a run of this name, and --resume {given} of another run",
-                "a new folder, or a checkpoint of this run",
-                "continue this run with --resume without a path, or choose another --train.name",
-            )
+            found = f"a run of this name, and --resume {given} of another run"
+            advice = "use --resume without a path, or another --train.name"
+            raise InputError(folder, found, "a new folder, or a checkpoint of this run", advice)
         return given, []
     if resume is None and not restarted:
         if folder.exists():
-            resumable = has_checkpoint(folder)
-            advice = "continue it with --resume" if resumable else "remove this folder"
-            raise InputError(
-                folder,
-                "a run of this name",
-                "a new folder",
-                f"choose another --train.name, or {advice}",
-            )
+            other = "continue it with --resume" if has_checkpoint(folder) else "remove this folder"
+            advice = f"choose another --train.name, or {other}"
+            raise InputError(folder, "a run of this name", "a new folder", advice)
         return "", []
     source, remarks = newest_undamaged(folder)
     if resume == "" and source is None and not restarted:
-        raise InputError(
-            folder / LAST,
-            "no such file",
-            "a checkpoint of the run",
-            "begin it without --resume, or name the folder: --train.out FOLDER --train.name NAME",
-        )
+        advice = "begin it without --resume, or correct --train.out and --train.name"
+        raise InputError(folder / LAST, "no such file", "a checkpoint of the run", advice)
     start = str(source or given)
     why = "torchrun restarted the ranks: " if restarted else ""
     how = f"continuing from {start}" if start else "no checkpoint yet, so the run starts at step 0"
@@ -57,12 +45,8 @@ def load_resumable(path: Path) -> Checkpoint:
     """A checkpoint with an optimizer's state, which a run can continue. Raises InputError."""
     checkpoint = load_checkpoint(path)
     if checkpoint.optimizer is None:
-        raise InputError(
-            path,
-            "only weights",
-            "a checkpoint of a run, with the state of its optimizer",
-            "begin a new run with --init_from",
-        )
+        expected = "a checkpoint of a run, with the state of its optimizer"
+        raise InputError(path, "only weights", expected, "begin a new run with --init_from")
     return checkpoint
 
 
@@ -105,12 +89,9 @@ def _share(config: Config, people: int, world_size: int, path: Path) -> Config:
         return config
     per_rank, rest = divmod(people, world_size)
     if rest:
-        raise InputError(
-            path,
-            f"a run of {people} people a step, now on {world_size} ranks",
-            "a number of ranks that divides the people of a step",
-            "start another number of ranks, or begin a new run with --init_from",
-        )
+        found = f"a run of {people} people a step, now on {world_size} ranks"
+        advice = "change it, or begin a new run with --init_from"
+        raise InputError(path, found, "a number of ranks that divides the people", advice)
     sizes = range(1, config.data.batch_size + 1)
     size = max(size for size in sizes if per_rank % size == 0)
     return _with_sizes(config, size, per_rank // size)

@@ -59,12 +59,8 @@ def load_optimizer_state(
     saved: an optimizer's state_dict, from the checkpoint `path`. name: optim.name.
     """
     if any(MOMENTS[name][0] not in moments for moments in saved["state"].values()):
-        raise InputError(
-            path,
-            "the state of another optimizer",
-            f"that of optim.name: {name}",
-            "resume with the settings of the run, or begin a new one with --init_from",
-        )
+        found, advice = "another optimizer's state", "set optim.name as it was, or use --init_from"
+        raise InputError(path, found, f"that of optim.name: {name}", advice)
     optimizer.load_state_dict({**optimizer.state_dict(), "state": saved["state"]})
     # Fused Adam reads memory in storage order, and other code's moments are not channels-last.
     for parameter, moments in optimizer.state.items():

@@ -114,7 +114,8 @@ class Trainer:
         self.shards, valid = open_shards(config)
         self.remarks: list[str] = []
         if not self.shards.manifest.skeleton.mirror and (config.data.mirror or config.eval.flip):
-            config = without_mirroring(config)
+            data, validation = replace(config.data, mirror=False), replace(config.eval, flip=False)
+            config = replace(config, data=data, eval=validation)
             self.remarks.append("pictures are not mirrored: the left-right pairs are not known")
         self.saved_config = config
         """For config.yaml and checkpoints: before it is adapted to the number of ranks."""
@@ -130,13 +131,14 @@ class Trainer:
         self.codec = codec_of(config.data, config.heatmaps, self.shards.manifest.skeleton)
         self.validator = Validator(valid, self.codec, config, dist)
         seed_everything(config.train.seed, 0)  # the same weights on every rank
-        self.network = self._new_network()
+        network = build_network(config, self.codec.skeleton.joint_count).to(dist.device)
+        self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         seed_everything(config.train.seed, dist.rank + 1)
         self.train_step = TrainStep(self.network, self.codec, config, dist)
         self.progress = Progress()
-        self.checkpoints = CheckpointManager(folder, config.train.keep_last)
-        self._warned_of = ""
-        """The last failure of a checkpoint that was printed."""
+        self.checkpoints = CheckpointManager(
+            folder, config.train.keep_last, lambda text: self.log.info(text)
+        )
         loader_state = self._restore(checkpoint) if checkpoint else b""
         self.bad_samples: BadSamples | None = None
         self.loader = self._make_loader(loader_state)
@@ -152,10 +154,6 @@ class Trainer:
 
     # Starting
 
-    def _new_network(self) -> nn.Module:
-        network = build_network(self.config, self.codec.skeleton.joint_count).to(self.dist.device)
-        return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
     def init_from(self, checkpoint: Checkpoint) -> list[str]:
         """Load only a checkpoint's weights; returns the tensors that start fresh."""
         require_same_size(checkpoint, self.config)
@@ -169,19 +167,12 @@ class Trainer:
         require_same_joints(checkpoint.skeleton, self.codec.skeleton, path, self.shards.folder)
         require_same_size(checkpoint, self.config)
         if run and run.people_sha256 not in (None, self.people_sha256):
-            raise InputError(
-                self.shards.folder,
-                f"{len(self.shards):,} people, not the {run.people:,} of {path}",
-                "the people that the run was started with, in the same order",
-                f"give their shards (--data.shards), or begin a new run with --init_from {path}",
-            )
+            found = f"{len(self.shards):,} people, not the {run.people:,} of {path}"
+            advice = "give their shards, or begin a new run with --init_from"
+            raise InputError(self.shards.folder, found, "the same people in the same order", advice)
         if checkpoint.step > steps:
-            raise InputError(
-                f"train.steps {steps}",
-                f"{checkpoint.step} steps done in {path}",
-                "the total number of steps, including these",
-                f"--train.steps {checkpoint.step + steps} for as many more",
-            )
+            found, advice = f"{checkpoint.step} done in {path}", "raise --train.steps"
+            raise InputError(f"train.steps {steps}", found, "a total that includes these", advice)
         self.train_step.load_state(checkpoint)
         self.progress.step = checkpoint.step
         is_own = path.resolve().parent == self.folder.resolve()
@@ -288,9 +279,8 @@ class Trainer:
             self._report_early_end()
         barrier(dist)  # the checkpoint exists when any rank returns
         if self.checkpoints.failure and not self.interrupted:
-            raise InputError(
-                self.folder, self.checkpoints.failure, "room for a checkpoint", "--resume then"
-            )
+            found, advice = self.checkpoints.failure, "free some space, then --resume"
+            raise InputError(self.folder, found, "room for a checkpoint", advice)
         return result
 
     def _train_steps(self, end_profiled_step: Callable[[], None]) -> dict[str, Any]:
@@ -400,7 +390,6 @@ class Trainer:
         self.log.log_training(step, values)
         self._warn_of_time_limit(seconds / max(1, len(totals.skipped)))
         self.monitor.check(step, totals, self.log, dist)
-        self._warn_of_failed_checkpoint()
         if self.bad_samples:
             for line in self.bad_samples.merge(gather_bytes(self.bad_samples.report(), dist)):
                 self.log.info(f"step {step}: {line}")
@@ -408,17 +397,17 @@ class Trainer:
     def _warn_of_time_limit(self, seconds_per_step: float) -> None:
         """Warn once if train.max_minutes will end the run before train.steps at this speed."""
         train, spent = self.config.train, time.perf_counter() - self.time.started
-        if not self._may_warn_of_time_limit or spent < SPEED_IS_KNOWN_AFTER_S:
+        is_known = spent >= SPEED_IS_KNOWN_AFTER_S and not self.thread_tuner.is_measuring
+        if not (is_known and self._may_warn_of_time_limit):
             return
-        self._may_warn_of_time_limit = self.thread_tuner.is_measuring
+        self._may_warn_of_time_limit = False
         reached = self.progress.step + int((60 * train.max_minutes - spent) / seconds_per_step)
-        if self._may_warn_of_time_limit or reached >= train.steps:
-            return
-        self.log.info(
-            f"WARNING: at this speed train.max_minutes {train.max_minutes:g} allows about "
-            f"{reached:,} of {train.steps:,} steps, but the learning-rate schedule covers all of "
-            f"them; --train.steps {reached} fits the schedule to the limit"
-        )
+        if reached < train.steps:
+            self.log.info(
+                f"WARNING: at this speed train.max_minutes {train.max_minutes:g} allows about "
+                f"{reached:,} of {train.steps:,} steps, but the learning-rate schedule covers all "
+                f"of them; --train.steps {reached} fits the schedule to the limit"
+            )
 
     def _report_early_end(self) -> None:
         """Print why the run ended early; after a signal also write resume_me for job scripts."""
@@ -526,13 +515,6 @@ class Trainer:
     def _wait_for_checkpoint(self) -> None:
         self.watchdog.progress(f"the checkpoint of step {self.progress.step}")
         self.checkpoints.wait()
-        self._warn_of_failed_checkpoint()
-
-    def _warn_of_failed_checkpoint(self) -> None:
-        failure = self.checkpoints.failure
-        if failure not in ("", self._warned_of):
-            self.log.info(f"WARNING: {failure}; training continues")
-            self._warned_of = failure
 
     def _checkpoint(self, rng: list[bytes], loaders: list[bytes]) -> Checkpoint:
         """Everything needed to resume the run. rng, loaders: the states of each rank."""
@@ -560,15 +542,6 @@ class Trainer:
             optimizer=self.train_step.optimizer.state_dict(),
             run=run,
         )
-
-
-def without_mirroring(config: Config) -> Config:
-    """The config without mirrored pictures in training and without the flip test."""
-    return replace(
-        config,
-        data=replace(config.data, mirror=False),
-        eval=replace(config.eval, flip=False),
-    )
 
 
 def open_shards(config: Config) -> tuple[ShardSet, ShardSet]:
