@@ -244,7 +244,7 @@ def _squares(
 def _from_boxes(boxes: Any, margin: float) -> list[Square]:
     rows = _numbers("boxes", boxes, "x, y, width, height, px", 4)
     if not (rows[:, 2:] > 0).all():
-        found = f"a width or height of {rows[:, 2:].min():g}"
+        found = f"a side of {rows[:, 2:].min():g} px"
         raise InputError("boxes", found, "sizes above 0", "correct it")
     return [square_about(row, margin) for row in rows.tolist()]
 
@@ -263,5 +263,4 @@ def _numbers(name: str, value: Any, expected: str, columns: int) -> npt.NDArray[
     try:
         return np.reshape(np.asarray(value, dtype=np.float64), (-1, columns))
     except (TypeError, ValueError) as error:
-        found = f"{value!r:.80}"
-        raise InputError(name, found, f"numbers: {expected}", "correct it") from error
+        raise InputError(name, f"{value!r:.80}", f"numbers: {expected}", "correct it") from error

@@ -200,8 +200,7 @@ def _import_scipy_io(path: Path) -> Any:
     try:
         import scipy.io
     except ImportError as error:
-        expected = "SciPy, for .mat files"
-        raise InputError(path, "no SciPy", expected, "pip install scipy") from error
+        raise InputError(path, "no SciPy", "SciPy, for .mat", "pip install scipy") from error
     return scipy.io
 
 

@@ -251,8 +251,7 @@ def already_packed(options: PackingOptions, job: SplitJob) -> bool:
     if not os.path.lexists(folder):
         return False
     if not (folder / MANIFEST).is_file():
-        found, expected = f"a folder without {MANIFEST}", "a folder of shards, or none"
-        raise InputError(folder, found, expected, "choose another --output")
+        raise InputError(folder, f"no {MANIFEST}", "a split of shards", "choose another --output")
     manifest = read_manifest(folder)
     if options.overwrite:
         return False
@@ -507,8 +506,7 @@ def load_picture(sample: Sample, options: PackingOptions) -> bytes:
     path = Path(sample.picture.path)
     jpeg, stat = path.read_bytes(), path.stat()
     if (len(jpeg), stat.st_mtime_ns) != (sample.picture.bytes, sample.picture.mtime_ns):
-        found = "changed since it was checked"
-        raise InputError(path, found, "the same picture", _RUN_AGAIN)
+        raise InputError(path, "changed since it was checked", "the same picture", _RUN_AGAIN)
     if sample.picture.converted:
         jpeg = convert(jpeg)
     if options.crop and sample.region:
