@@ -313,7 +313,7 @@ def test_the_gap_between_the_loaders_is_printed(trained, tmp_path, capsys):
 def test_another_packing_than_in_training_is_noted(trained, tiny_set, tmp_path, capsys):
     make_shards.main(pack_arguments(tiny_set, tmp_path / "crops", "--packing", "crop"))
     run("--checkpoint", trained, "--shards", tmp_path / "crops")
-    note = "note: trained on pictures of --packing original, evaluated on crop"
+    note = "note: trained on --packing original, evaluated on crop"
     assert note in capsys.readouterr().out
     run("--checkpoint", trained)
     assert "note:" not in capsys.readouterr().out
