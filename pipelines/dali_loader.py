@@ -64,22 +64,11 @@ class DaliLoader:
     `DaliLoader(shards, spec, batches, loader.state())` continues the sequence after that many.
     """
 
-    def __init__(
-        self,
-        shards: ShardSet,
-        spec: LoaderSpec,
-        first_step: int = 0,
-        state: bytes = b"",
-        hw_decoder_load: float = 0.65,
-    ):
-        """first_step: number of the first batch; a batch's draws are a function of its number.
-
-        hw_decoder_load: share of the pictures for the GPU's JPEG engine (DALI's default).
-        """
+    def __init__(self, shards: ShardSet, spec: LoaderSpec, first_step: int = 0, state: bytes = b""):
+        """first_step: number of the first batch; a batch's draws are a function of its number."""
         self.shards, self.step = shards, first_step
         decoder: dict[str, Any] = {}
         if spec.device.type == "cuda":
-            decoder["hw_decoder_load"] = hw_decoder_load
             decoder["preallocate_width_hint"] = shards.manifest.max_width
             decoder["preallocate_height_hint"] = shards.manifest.max_height
         if spec.cache_mb:

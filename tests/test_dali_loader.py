@@ -1,5 +1,6 @@
 """DALI makes OpenCV's crops from the same draws, shares people over ranks, and can be continued."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import cv2
@@ -314,16 +315,17 @@ def test_a_rank_with_a_cache_meets_the_same_people_again(split, monkeypatch):
 
 
 @pytest.mark.gpu
-def test_cached_pictures_give_the_same_crops_again(split):
+def test_cached_pictures_give_the_same_crops_again(split, monkeypatch):
     """Twelve people, decoded once each; the second pass comes out of the cache.
 
     Without the JPEG engine, whose pixels differ a little: the batch decides whom it decodes.
     """
+    without_engine = partial(dali_loader.fn.decoders.image, hw_decoder_load=0.0)
+    monkeypatch.setattr(dali_loader.fn.decoders, "image", without_engine)
     plain, cached = (
         DaliLoader(
             split,
             make_spec("hrnet", batch_size=12, device=torch.device("cuda"), cache_mb=cache_mb),
-            hw_decoder_load=0.0,
         )
         for cache_mb in (0, 64)
     )
