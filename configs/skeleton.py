@@ -24,6 +24,8 @@ _KEYS = ("name", "joints", "flip_pairs", "limbs", "groups", "normalize", "mirror
 _OPTIONAL_KEYS = ("groups", "normalize", "mirror")
 # The side is a separate word, or written in full before a capital: l_knee, knee-right, leftKnee.
 _SIDE_FIRST = re.compile(r"(?:(?i:(left|right|l|r)[ _.-]+)|(left|right|Left|Right)(?=[A-Z]))(.+)")
+_OPPOSITE = {"left": "right", "Left": "Right", "right": "left", "Right": "Left"}
+_OTHER_SIDE = re.compile("|".join(_OPPOSITE))
 _SIDE_LAST = re.compile(r"(.+?)[ _.-]+(left|right|l|r)", re.IGNORECASE)
 
 
@@ -273,8 +275,9 @@ def _check_sides(names: tuple[str, ...], pairs: Pairs) -> None:
         if sides[a][0] == sides[b][0] != "middle":
             raise ValueError(f"flip_pairs: {names[a]} and {names[b]} are both {sides[a][0]}")
     for a, b in itertools.combinations(range(len(names)), 2):
-        opposite = {sides[a][0], sides[b][0]} == {"left", "right"}
-        if opposite and sides[a][1] == sides[b][1] and not {(a, b), (b, a)} & set(pairs):
+        opposite = {sides[a][0], sides[b][0]} == {"left", "right"} and sides[a][1] == sides[b][1]
+        opposite |= _OTHER_SIDE.sub(lambda word: _OPPOSITE[word[0]], names[a]) == names[b]
+        if opposite and not {(a, b), (b, a)} & set(pairs):
             raise ValueError(f"flip_pairs: no pair of {names[a]} and {names[b]}; add it")
 
 

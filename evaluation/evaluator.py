@@ -169,7 +169,7 @@ def newest_checkpoint(runs: Path) -> Path:
 def make_job(options: Namespace) -> EvaluationJob:
     """Load the checkpoint and open the data. Raises InputError."""
     path = options.checkpoint or newest_checkpoint(options.runs)
-    trained = load_checkpoint(path / BEST if (path / BEST).is_file() else path, onnx=True)
+    trained = load_checkpoint(path, onnx=True)
     config = trained.config
     dataset = _open_dataset(options, config, trained.skeleton)
     require_same_joints(dataset.skeleton, trained.skeleton, dataset.name, trained.path)

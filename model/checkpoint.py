@@ -163,12 +163,13 @@ def sync_folder(folder: Path) -> None:
 def load_checkpoint(path: Path, onnx: bool = False) -> Checkpoint:
     """Read a checkpoint onto the CPU. Raises InputError; never runs code from the file.
 
-    Checkpoints of other code and .safetensors are read too. onnx: accept an .onnx, which has no
-    weights to train or convert; `evaluation_network` runs it.
+    path: a file, or the folder of a run, whose best.pt is read. Checkpoints of other code and
+    .safetensors are read too. onnx: accept an .onnx, which has no weights to train or convert;
+    `evaluation_network` runs it.
     """
+    path = path / BEST if path.is_dir() else path
     if not path.is_file():
-        found = "a folder" if path.is_dir() else "no such file"
-        raise InputError(path, found, f"a checkpoint ({BEST}, {LAST})", "give its path")
+        raise InputError(path, "no such file", f"a checkpoint ({BEST}, {LAST})", "give its path")
     if path.suffix == ".onnx" and not onnx:
         found, advice = "an ONNX file, which has no weights", "give the checkpoint it was made from"
         raise InputError(path, found, "a checkpoint or .safetensors", advice)

@@ -26,6 +26,8 @@ _HEADER = ("scorer", "individuals", "bodyparts", "coords")
 _TABLE = "a table with the rows scorer, bodyparts, coords and one row for each picture"
 _YOLO_KEYS = "kpt_shape [joints, 2 or 3], train and val"
 _DEEPLABCUT = "config.yaml"
+PICTURE_LENGTH = Length((), 0.1)
+"""Where boxes are whole pictures, in which a person or animal is smaller."""
 BOX_LENGTH = Length((), 0.4)
 """Errors are divided by 0.4 x the box, so PCK@0.5 counts errors below a fifth of the box."""
 _FIX = "correct it, or export the labels again"
@@ -235,24 +237,34 @@ def _yolo_skeleton(path: Path, config: dict[str, Any], joints: int) -> Skeleton:
         found = f"{len(names)} kpt_names, flip_idx {order}"
         raise InputError(path, found, f"a name and a partner for each of {joints} joints", _FIX)
     pairs = tuple((a, b) for a, b in enumerate(order) if a < b) if order else None
-    return skeleton_of_names(path.stem, names, (), pairs)
+    return skeleton_of_names(path.stem, names, (), BOX_LENGTH, pairs)
 
 
 def skeleton_of_names(
-    name: str, joints: tuple[str, ...], limbs: Pairs, flip_pairs: Pairs | None = None
+    name: str,
+    joints: tuple[str, ...],
+    limbs: Pairs,
+    length: Length = PICTURE_LENGTH,
+    flip_pairs: Pairs | None = None,
 ) -> Skeleton:
-    """A skeleton with the box as its length. flip_pairs: None if they are not known."""
+    """A skeleton whose length is of the box. flip_pairs: None if they are not known.
+
+    length: for labels with boxes, or for whole pictures.
+    """
     pairs = flip_pairs or ()
     groups = default_groups(joints, pairs)
-    return Skeleton(name, joints, pairs, limbs, groups, BOX_LENGTH, mirror=flip_pairs is not None)
+    return Skeleton(name, joints, pairs, limbs, groups, length, mirror=flip_pairs is not None)
 
 
 def picture_size(path: Path) -> tuple[int, int]:
-    """Width and height of the upright picture in px, from its header. Raises InputError."""
+    """Width and height of the upright picture in px, from its header.
+
+    1 px for a picture that cannot be read; packing lists it among the bad ones.
+    """
     try:
         with Image.open(path) as picture:
             is_turned = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
             width, height = picture.size
             return (height, width) if is_turned else (width, height)
-    except (OSError, Image.DecompressionBombError) as error:
-        raise InputError(path, f"not readable ({error})", "a picture", "restore it") from error
+    except (OSError, Image.DecompressionBombError):
+        return 1, 1

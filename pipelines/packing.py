@@ -192,7 +192,14 @@ def picture_groups(images: Sequence[str], annotations: Path) -> Sequence[str]:
     if labels is None or is_yolo(labels):
         return images
     videos = [PurePosixPath(image).parent.as_posix() for image in images]
-    return videos if len(set(videos)) > 1 else images
+    if len(set(videos)) > 1:
+        return videos
+    print(
+        "note: all pictures are of one video, so neighbouring frames are in both splits, and the "
+        "score holds for this video only",
+        file=sys.stderr,
+    )
+    return images
 
 
 def rows_of_split(

@@ -122,7 +122,7 @@ def parse_options(argv: list[str] | None) -> PackingOptions:
     for name in ("annotations", "images"):
         path = given[name]
         if not path.exists():
-            is_default = path.parent == DATA
+            is_default = given["annotations"] == DATA / "annot"
             advice = HOW_TO_GET_DATA if is_default else f"give its path with --{name}"
             raise InputError(path, "no such file or folder", f"the {name}", advice)
     if is_url(given["output"]):
@@ -182,7 +182,10 @@ def print_summary(options: PackingOptions, manifests: list[Manifest], seconds: f
     rate = sum(manifest.people for manifest in manifests) / seconds
     print(f"{seconds:.1f} s, {rate:,.0f} people/s with {options.workers} worker(s)")
     location = shlex.quote(options.location)
-    if "train" in options.splits:
+    if not all((options.output / split).is_dir() for split in SPLITS) and "train" in options.splits:
+        print("next: pack the split valid too (--splits valid), or share one file with both splits")
+        print("      (--valid-fraction 0.1 into another --output)")
+    elif "train" in options.splits:
         preset = f" --data.preset {options.crop.preset}" if options.crop else ""
         print(f"next: python train.py --config configs/2hg.yaml --data.shards {location}{preset}")
         print("      (the recipe for MPII on a GPU; configs/ has smaller ones)")

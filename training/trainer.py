@@ -445,7 +445,7 @@ class Trainer:
             self.interrupted = True
             return {}
         step, pooled = self.progress.step, result["pckh"]["0.5"]["pooled"] or 0.0
-        is_best = pooled > self.progress.best
+        is_best = pooled >= self.progress.best  # of equal ones the newer
         self.progress.best = max(self.progress.best, pooled)
         numbers = {
             "pckh@0.5_pooled": pooled,
