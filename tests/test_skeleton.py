@@ -97,6 +97,10 @@ def test_joints_are_compared_by_name_or_where_there_are_none_by_number(tmp_path:
         ({"flip_pair": []}, "did you mean flip_pairs?"),
         ({"flip_pairs": [["left_paw", "left_ear"]]}, "are both left"),
         ({"flip_pairs": [["left_paw", "right_paw"]]}, "no pair of left_ear and right_ear"),
+        (
+            {"joints": ["leftear", "rightear"], "flip_pairs": [], "limbs": [], "normalize": None},
+            "no pair of leftear and rightear",
+        ),
         ({"flip_pairs": [["left_paw", "right_paw"]] * 2}, "is repeated"),
         ({"flip_pairs": None}, "no flip_pairs"),
         ({"limbs": [["nose", "tail", "left_paw"]]}, "is not a pair"),
