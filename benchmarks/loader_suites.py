@@ -1,4 +1,4 @@
-"""Benchmarks of the data path: loaders, size of the data set, and packings."""
+"""Benchmarks of the data path: loaders, size of the data set, DALI's pixels, and packings."""
 
 import dataclasses
 import gc
@@ -32,7 +32,7 @@ from pipelines.loader import (
     make_batch,
     train_loader,
 )
-from pipelines.opencv_loader import crop_sample
+from pipelines.opencv_loader import crop_sample, repeat_draws
 from pipelines.packing import PackingOptions, pack
 from pipelines.shard_format import PICTURE_EXTENSIONS
 from pipelines.shards import ShardSet
@@ -298,6 +298,23 @@ def scaling_group(options: Options, people: int) -> dict[str, Any]:
     start_up_s, seconds = np.diff([*times, time.perf_counter()]).tolist()
     rate, memory = 16 * steps / seconds, memory_mib()
     return {"start_up_s": start_up_s, "people_per_s": rate, "memory_mib": memory}
+
+
+def pixels_group(options: Options) -> dict[str, Any]:
+    """Differences in grey levels of DALI's and OpenCV's crops, by packing."""
+    facts: dict[str, Any] = {}
+    for packing in PICTURE_EXTENSIONS:
+        shards = options.shards(packing)
+        spec = options.loader_spec("dali", HRNET, min(64, len(shards)))
+        raw = RawBatch(*(part.cpu() for part in train_loader(shards, spec).next()))
+        expected = repeat_draws(shards, raw, HRNET).images_NHW3.numpy()
+        levels = np.abs(expected.astype(int) - raw.images_NHW3.numpy())
+        facts[packing] = {
+            "mean": float(levels.mean()),
+            "p99.9": float(np.percentile(levels, 99.9)),
+            "largest": float(levels.max()),
+        }
+    return facts
 
 
 def packing_group(options: Options) -> dict[str, Any]:

@@ -34,8 +34,8 @@ from pipelines.loader import dali_is_installed
 from pipelines.shard_format import PICTURE_EXTENSIONS
 
 SUITES = (
-    *("operators", "loader", "workers", "step", "training", "heatmaps", "evaluation", "scaling"),
-    "packing",
+    *("pixels", "operators", "loader", "workers", "step", "training", "heatmaps", "evaluation"),
+    *("scaling", "packing"),
 )
 NEED_DATA = ("accuracy", "training-by-packing")
 LIMIT_S = {"step": 240.0, "accuracy": 600.0, "training-by-packing": 3600.0}
@@ -113,6 +113,7 @@ def groups_to_run(args: argparse.Namespace, options: Options) -> dict[str, Group
     steps = batches if on_gpu else [min(2, batches[0])]
     groups: dict[str, Group] = {}
     if dali_is_installed():
+        groups["pixels"] = partial(loader_suites.pixels_group, options)
         for n in batches:
             groups[f"operators, batch {n}"] = partial(loader_suites.operators_group, options, n)
     for n in batches:

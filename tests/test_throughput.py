@@ -253,6 +253,8 @@ def test_every_suite_runs_on_a_cpu(tiny_set, tmp_path, monkeypatch):
     assert {name: len(report[name]) for name in expected} == expected
     assert all(case["median"] > 0 for name in expected for case in report[name])
     assert report["scaling, 10 people"]["memory_mib"] > 50
+    for gaps in report["pixels"].values():
+        assert gaps["mean"] < 0.5 and gaps["p99.9"] <= 6
     sizes = [facts["kilobytes"] for facts in report["packing"].values()]
     assert len(sizes) == 9
     packings = report["training-by-packing"]
