@@ -143,7 +143,8 @@ class ShardTask(NamedTuple):
 def pack(options: PackingOptions) -> list[Manifest]:
     """Pack the splits that are not packed yet; returns their manifests. Raises InputError."""
     if options.url:
-        fetch_manifests(options)
+        with locked(options):  # another process may be packing to this URL
+            fetch_manifests(options)
     jobs = [job for job in read_jobs(options) if not already_packed(options, job)]
     if not jobs:
         return []
