@@ -178,7 +178,7 @@ def test_names_and_links_out_of_the_folder_of_pictures_are_refused(tiny_set, tmp
     folder.mkdir()
     for name in people.images:
         (folder / name).symlink_to(tiny_set / "images" / name)
-    with pytest.raises(InputError, match=r"links? that lead"):
+    with pytest.raises(InputError, match="outside by a link"):
         LooseImages(people, folder)
     (folder / "loop").symlink_to(folder / "loop")
     assert not any(stays_inside(folder, name) for name in ("loop", "../a.jpg", "/etc/passwd"))

@@ -171,7 +171,10 @@ class Trainer:
             advice = "give their shards, or begin a new run with --init_from"
             raise InputError(self.shards.folder, found, "the same people in the same order", advice)
         if checkpoint.step > steps:
-            found, advice = f"{checkpoint.step} done in {path}", "raise --train.steps"
+            found, advice = (
+                f"{checkpoint.step} done in {path}",
+                f"--train.steps {checkpoint.step + steps} for as many more",
+            )
             raise InputError(f"train.steps {steps}", found, "a total that includes these", advice)
         self.train_step.load_state(checkpoint)
         self.progress.step = checkpoint.step
