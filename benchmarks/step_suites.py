@@ -155,6 +155,7 @@ def step_group(
     batch = random_batch(batch_size, options)
 
     def case(variant: Variant) -> Case:
+        """A variant whose network is built at its first turn."""
         built: list[Callable[..., object]] = []
 
         def prepare() -> None:

@@ -319,6 +319,7 @@ class _NormReluConv(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, _: None, dskip: Tensor | None) -> tuple[Any, ...]:
+        """One gradient for each argument of `forward`. dskip: of the returned x, if it was used."""
         x, norm_4I, weight, bias = ctx.saved_tensors
         dy_MO, x_MI = _matrix(dy), _matrix(x)
         sizes = rows, inputs, outputs = len(x_MI), x.shape[1], dy.shape[1]

@@ -280,4 +280,5 @@ def test_a_bad_json_entry_is_named(tmp_path: Path, entry: Any) -> None:
 
 @pytest.mark.parametrize("changes", [{"objpos": [float("nan"), 3]}, {"annolist_index": 1e999}])
 def test_a_number_that_is_not_finite_in_json_is_refused(tmp_path: Path, changes: Any) -> None:
-    error_of(write_json(tmp_path / "a.json", [json_entry(**changes)]))
+    path = write_json(tmp_path / "a.json", [json_entry(**changes)])
+    assert error_of(path).where.startswith(str(path))

@@ -1,5 +1,6 @@
 """A rank that makes no progress ends, and says where it was."""
 
+import os
 import subprocess
 import sys
 import time
@@ -41,10 +42,13 @@ def test_a_process_without_progress_ends_and_prints_its_position():
     assert "read_from_a_lost_disk" in result.stderr
 
 
-def test_a_process_with_progress_does_not_end():
+def test_a_process_with_progress_does_not_end(monkeypatch):
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
     watchdog = Watchdog(DistributedContext(0, 1, torch.device("cpu"), torch.float32), 0.5)
     with watchdog.watching():
         for step in range(20):
             watchdog.progress(f"step {step}")
             time.sleep(0.05)
     time.sleep(0.6)  # nothing watches after the block
+    assert codes == []
