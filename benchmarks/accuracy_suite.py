@@ -1,23 +1,19 @@
-"""Training benchmarks: the time to the same PCK as princeton-vl, and the PCK of each packing.
+"""The time in which this project and princeton-vl reach the same PCK.
 
-Time: this project and princeton-vl train the same network on the same people with the same batch
-size, learning rate and augmentation ranges. princeton-vl uses its loader, step, targets and
-decoding, re-created. This project uses data.loader auto, one resampling, automatic precision, exact
-targets and decoding, EMA.
+Both train the same network on the same people with the same batch size, learning rate and
+augmentation ranges. princeton-vl uses its loader, step, targets and decoding, re-created. This
+project uses data.loader auto, one resampling, automatic precision, exact targets and decoding, EMA.
 """
 
-import itertools
 import json
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from jsonargparse import ArgumentParser
 
-from benchmarks.loader_suites import Options, pack_people
+from benchmarks.loader_suites import Options
 from benchmarks.princeton_baseline import princeton_batches, princeton_step
 from benchmarks.step_suites import build_network
 from benchmarks.timing import synchronize
@@ -29,16 +25,11 @@ from evaluation.inference import predict_distributed
 from model.hourglass import StackedHourglass
 from pipelines.augment import PRESETS
 from pipelines.codec import Codec
-from pipelines.shard_format import PICTURE_EXTENSIONS
 from pipelines.shards import ShardSet
 from training.trainer import Trainer
 
 WAYS = ("princeton-vl's way", "ours")
 LR, STACKS, VALIDATIONS = 1e-3, 2, 8
-SEEDS, SMALL_BATCH = 3, 8
-SMALL_NETWORK = """--data.preset mild --heatmaps.sigma 4 --model.stacks 1 --model.width 64
-    --model.depth 3 --model.stem [32,64,64] --optim.lr 3e-3 --optim.warmup_steps 50"""
-"""Network and learning rate of configs/lspet_small.yaml."""
 
 
 def accuracy_group(options: Options, way: str, batch_size: int) -> dict[str, Any]:
@@ -49,28 +40,18 @@ def accuracy_group(options: Options, way: str, batch_size: int) -> dict[str, Any
 
 
 def train_ours(options: Options, batch_size: int) -> list[tuple[float, float]]:
-    """A run of training/trainer.py."""
-    steps = max(VALIDATIONS, options.people_to_train // batch_size)
-    return training_curve(
-        options,
-        f"""--data.shards {options.folder}/real --data.batch_size {batch_size}
-        --data.preset princeton --model.stacks {STACKS} --model.width {options.width}
-        --optim.lr {LR} --optim.schedule constant --train.steps {steps}
-        --train.steps_per_epoch {steps // VALIDATIONS}""",
-        options.folder / "run",
-    )
-
-
-def training_curve(options: Options, settings: str, folder: Path) -> list[tuple[float, float]]:
-    """Seconds of training and PCK at each validation of a run. settings: options of train.py."""
-    began, parser = time.perf_counter(), ArgumentParser()
+    """A run of training/trainer.py: seconds of training and PCK at each validation."""
+    began, parser, folder = time.perf_counter(), ArgumentParser(), options.folder / "run"
     add_config_options(parser)
-    settings += f""" --data.workers {options.workers} --data.input_px {options.input_px}
-        --optim.ema_decay 0.998 --train.keep_last 1"""
+    steps = max(VALIDATIONS, options.people_to_train // batch_size)
+    settings = f"""--data.shards {options.folder}/real --data.batch_size {batch_size}
+        --data.preset princeton --data.workers {options.workers} --data.input_px {options.input_px}
+        --model.stacks {STACKS} --model.width {options.width}
+        --optim.lr {LR} --optim.schedule constant --optim.ema_decay 0.998
+        --train.steps {steps} --train.steps_per_epoch {steps // VALIDATIONS} --train.keep_last 1"""
     config, _ = parse_config(parser, settings.split())
     dist = DistributedContext(0, 1, options.device, choose_dtype("auto", options.device))
     trainer = Trainer(config, dist, folder)
-    batch_size = config.data.batch_size
     seconds, last_step, curve = time.perf_counter() - began, 0, list[tuple[float, float]]()
     trainer.train()
     for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
@@ -80,23 +61,6 @@ def training_curve(options: Options, settings: str, folder: Path) -> list[tuple[
         elif line["kind"] == "valid":
             curve.append((seconds, 100 * line["pckh@0.5_pooled"]))
     return curve
-
-
-def packings_group(options: Options) -> dict[str, list[float]]:
-    """Packing -> pooled PCK@0.5 in % of small networks, one per seed; the people are the same."""
-    assert options.data, "required by throughput.py"
-    pck: dict[str, list[float]] = {packing: [] for packing in PICTURE_EXTENSIONS}
-    steps = max(1, options.people_to_train // SMALL_BATCH)
-    for seed, packing in itertools.product(range(SEEDS), pck):
-        shards = options.folder / f"real-{packing}"
-        if not shards.exists():
-            pack_people(options.data, shards, packing, round(1.125 * options.input_px))
-        settings = f"""--data.shards {shards} --data.batch_size {SMALL_BATCH} {SMALL_NETWORK}
-            --train.steps {steps} --train.steps_per_epoch {steps} --train.seed {seed}"""
-        curve = training_curve(options, settings, options.folder / f"run-{packing}-{seed}")
-        pck[packing].append(curve[-1][1])
-        print(f"  seed {seed}, {packing}: {pck[packing][-1]:.2f} %", file=sys.stderr, flush=True)
-    return pck
 
 
 def train_princeton(options: Options, batch_size: int) -> list[tuple[float, float]]:

@@ -1,9 +1,7 @@
-"""Benchmarks of the data path: loaders, size of the data set, DALI's pixels, and packings."""
+"""Benchmarks of the data path: loaders, and DALI's operators."""
 
 import dataclasses
 import gc
-import math
-import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import product
@@ -16,12 +14,12 @@ import numpy as np
 import torch
 
 from benchmarks.princeton_baseline import PREFETCH, princeton_batches
-from benchmarks.timing import Case, memory_mib
+from benchmarks.timing import Case
 from common.system import keep_freed_memory, usable_cores
 from configs.schema import LoaderName, WorkerKind
 from configs.skeleton import MPII
 from pipelines import synthetic
-from pipelines.augment import PRESETS, Preset, draw, draw_rng
+from pipelines.augment import PRESETS, Preset
 from pipelines.codec import Codec
 from pipelines.crop_packing import crop_rule
 from pipelines.loader import (
@@ -32,7 +30,6 @@ from pipelines.loader import (
     make_batch,
     train_loader,
 )
-from pipelines.opencv_loader import crop_sample, repeat_draws
 from pipelines.packing import PackingOptions, pack
 from pipelines.shard_format import PICTURE_EXTENSIONS
 from pipelines.shards import ShardSet
@@ -45,11 +42,8 @@ SMALL_WH = (240, 135)
 """Picture size with which people are as large as in Leeds Sports Pose Extended."""
 SCALE_PERCENTILES = ((5, 25, 50, 75, 95), (1.43, 2.38, 3.45, 5.06, 8.58))
 """Percentiles, and the scales of MPII's h5 files at them."""
-SIZES = (1_000, 5_000, 25_204)
-"""Numbers of people of the scaling suite; the last is MPII's, training and validation."""
 FAST_PEOPLE = 4096
 """Minimum number of people in a timed run of a loader on a GPU, or of `operators_group`."""
-PERSON_PX = (192, 256, 288, 384)
 HRNET, PRINCETON = PRESETS["hrnet"], PRESETS["princeton"]
 ONE_WARP = PRINCETON._replace(princeton_crop=False)
 TIMED = {"princeton preset": PRINCETON, "its draws, one warp": ONE_WARP, "hrnet": HRNET}
@@ -62,7 +56,6 @@ class Options:
     device: torch.device
     folder: Path
     """Folder of shards: synthetic people in "original" and "crop", real people in "real"."""
-    data: Path | None = None
     people: int = 320
     """Number of synthetic people, and of people in a timed run."""
     workers: int = 2
@@ -129,15 +122,13 @@ def make_shards(
         pack_people(folder / "made", folder / packing, packing)
 
 
-def pack_people(
-    source: Path, output: Path, packing: str = "original", person_px: int = 288
-) -> None:
-    """Pack annot/*.h5 and images/ of a folder. person_px: of crops."""
+def pack_people(source: Path, output: Path, packing: str = "original") -> None:
+    """Pack annot/*.h5 and images/ of a folder."""
     annotations, images = source / "annot", source / "images"
     splits = tuple(sorted(path.stem for path in annotations.glob("*.h5")))
     options = PackingOptions(annotations=annotations, images=images, output=output, splits=splits)
     if packing != "original":
-        crop = crop_rule("hrnet", person_px, 95)
+        crop = crop_rule("hrnet", person_px=288, quality=95)
         options = dataclasses.replace(options, packing=packing, crop=crop)
     pack(options)
 
@@ -276,79 +267,3 @@ def start_without_pictures(
     ):
         spec = options.loader_spec("dali", preset, batch_size)
         return dali_loader.DaliLoader(options.shards("original"), spec).next
-
-
-def scaling_group(options: Options, people: int) -> dict[str, Any]:
-    """Seconds from opening the shards to the first batch, people/s, and memory with workers.
-
-    The pictures are small, so that 25,204 people need 0.3 GB.
-    """
-    act_as_training(options)
-    many = dataclasses.replace(options, folder=options.folder / f"many-{people}")
-    steps = max(1, options.people // 16)
-    make_shards(many.folder, people, TINY_WH)
-    times = [time.perf_counter()]
-    shards = many.shards("original")
-    shards.records()
-    next_batch = start_loader(many, 16, shards, ONE_WARP, "opencv")
-    next_batch()
-    times.append(time.perf_counter())
-    for _ in range(steps):
-        next_batch()
-    start_up_s, seconds = np.diff([*times, time.perf_counter()]).tolist()
-    rate, memory = 16 * steps / seconds, memory_mib()
-    return {"start_up_s": start_up_s, "people_per_s": rate, "memory_mib": memory}
-
-
-def pixels_group(options: Options) -> dict[str, Any]:
-    """Differences in grey levels of DALI's and OpenCV's crops, by packing."""
-    facts: dict[str, Any] = {}
-    for packing in PICTURE_EXTENSIONS:
-        shards = options.shards(packing)
-        spec = options.loader_spec("dali", HRNET, min(64, len(shards)))
-        raw = RawBatch(*(part.cpu() for part in train_loader(shards, spec).next()))
-        expected = repeat_draws(shards, raw, HRNET).images_NHW3.numpy()
-        levels = np.abs(expected.astype(int) - raw.images_NHW3.numpy())
-        facts[packing] = {
-            "mean": float(levels.mean()),
-            "p99.9": float(np.percentile(levels, 99.9)),
-            "largest": float(levels.max()),
-        }
-    return facts
-
-
-def packing_group(options: Options) -> dict[str, Any]:
-    """For each packing and size of a person: bytes, speed, PSNR to the crops of originals."""
-    source, split = options.folder / "made", "train"
-    if options.data:
-        source, split = options.data, "valid"
-    facts, originals = {}, dict[int, np.ndarray]()
-    for packing, person_px in [("original", 0), *product(("crop", "raw"), PERSON_PX)]:
-        name = f"{packing}, {person_px} px" if person_px else packing
-        began, output = time.process_time(), options.folder / f"packing-{name}"
-        pack_people(source, output, packing, person_px)
-        packing_s, began = time.process_time() - began, time.process_time()
-        shards = ShardSet(output / split)
-        count = min(len(shards), options.people)
-        picture_bytes = sum(
-            shards.byte_range(sample, shards.components[1]).size for sample in range(count)
-        )
-        inputs = {}
-        for sample in range(count):
-            row = int(shards.record(sample)[0])
-            drawn = draw(HRNET, draw_rng(0, 0, row))
-            inputs[row] = crop_sample(shards, sample, drawn, HRNET, options.input_px)[0]
-        originals = originals or inputs
-        facts[name] = {
-            "kilobytes": picture_bytes / count / 1e3,
-            "packed_per_s": len(shards) / packing_s,
-            "decode_and_warp_ms": 1e3 * (time.process_time() - began) / count,
-            "psnr_db": psnr(inputs, originals),
-        }
-    return facts
-
-
-def psnr(inputs: dict[int, np.ndarray], references: dict[int, np.ndarray]) -> float | None:
-    """Peak signal to noise ratio over all pixels, dB; None if they are equal."""
-    errors = [np.square(inputs[row].astype(float) - references[row]).mean() for row in inputs]
-    return 10 * math.log10(255**2 / float(np.mean(errors))) if any(errors) else None

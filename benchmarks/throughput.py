@@ -24,21 +24,17 @@ from matplotlib.figure import Figure
 
 from benchmarks import accuracy_suite, loader_suites, step_suites
 from benchmarks.loader_suites import Options, make_shards, pack_people
-from benchmarks.timing import Group, Rows, environment, run_here, run_isolated, table
+from benchmarks.timing import Group, environment, run_here, run_isolated, table
 from common.cli import Parser, at_least
 from common.distributed import choose_device
 from common.errors import InputError, run_main
-from common.files import read_json, write_atomic
+from common.files import write_atomic
 from common.system import usable_cores
 from pipelines.loader import dali_is_installed
 from pipelines.shard_format import PICTURE_EXTENSIONS
 
-SUITES = (
-    *("pixels", "operators", "loader", "workers", "step", "training", "heatmaps", "evaluation"),
-    *("scaling", "packing"),
-)
-NEED_DATA = ("accuracy", "training-by-packing")
-LIMIT_S = {"step": 240.0, "accuracy": 600.0, "training-by-packing": 3600.0}
+SUITES = ("operators", "loader", "workers", "step", "training", "heatmaps", "evaluation")
+LIMIT_S = {"step": 240.0, "accuracy": 600.0}
 """Time limit of a group in a child process; 180 s for other suites."""
 
 
@@ -46,11 +42,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run the suites in order. Returns 1 if something failed."""
     args = make_parser().parse_args(argv)
     device = choose_device(args.device)
-    needs_data = set(NEED_DATA) & set(args.suites)
-    if needs_data and not (args.data and (args.data / "annot").is_dir()):
-        expected = f"--data with annot/ and images/ for {' and '.join(sorted(needs_data))}"
+    if "accuracy" in args.suites and not (args.data and (args.data / "annot").is_dir()):
+        expected = "a folder with annot/ and images/, for the suite accuracy"
         raise InputError("--data", str(args.data), expected, "give it, or leave the suite out")
-    older = read_report(args.compare) if args.compare else None
     deadline = time.monotonic() + 60 * args.budget
     report: dict[str, Any] = {"world": environment(device), "failed": {}, "not_measured": []}
     report["options"] = {name: str(value) for name, value in vars(args).items()}
@@ -64,8 +58,6 @@ def main(argv: list[str] | None = None) -> int:
             run_group(name, group, args, deadline, report)
             if args.json:
                 write_atomic(args.json, (json.dumps(report, indent=1) + "\n").encode())
-    if older:
-        print(compare(older, report), end="\n\n")
     if args.chart:
         draw_chart(report, args.chart)
     print(json.dumps(report))
@@ -81,8 +73,8 @@ def make_parser() -> Parser:
     )
     # fmt: off
     add = parser.add_argument_group("what to time").add_argument
-    add("--suites", nargs="+", choices=(*SUITES, *NEED_DATA), default=SUITES,
-        help=f"{' and '.join(NEED_DATA)} need --data (default: all others)")
+    add("--suites", nargs="+", choices=(*SUITES, "accuracy"), default=SUITES,
+        help="accuracy needs --data (default: all others)")
     add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: %(default)s")
     add("--batch-sizes", type=at_least(1), nargs="+", default=[64, 16],
         help="people per batch; training steps on a CPU use 2 (default: 64 16)")
@@ -93,15 +85,14 @@ def make_parser() -> Parser:
     add("--workers", type=at_least(0), default=max(2, usable_cores() - 2),
         help="workers of OpenCV, or DALI's threads (default: %(default)s)")
     add("--data", type=Path, metavar="FOLDER",
-        help="real people, annot/ and images/, for packing and the suites that need it")
+        help="real people, annot/ and images/, for the suite accuracy")
     add("--people-to-train", type=at_least(1), default=40_000,
-        help="people that each network of these suites is trained on (default: %(default)s)")
+        help="people that its networks are trained on (default: %(default)s)")
     add = parser.add_argument_group("how long, and what to write").add_argument
     add("--rounds", type=at_least(1), default=5, help="timed runs per case (default: %(default)s)")
     add("--budget", type=float, metavar="MINUTES", default=60.0,
         help="groups that have not started in this time are skipped (default: %(default)s)")
     add("--json", type=Path, metavar="OUT", help="write the results after each group")
-    add("--compare", type=Path, metavar="OLD", help="compare the ratios with this JSON")
     add("--chart", type=Path, metavar="OUT", help="write bars to this .png, .svg or .pdf")
     # fmt: on
     return parser
@@ -113,7 +104,6 @@ def groups_to_run(args: argparse.Namespace, options: Options) -> dict[str, Group
     steps = batches if on_gpu else [min(2, batches[0])]
     groups: dict[str, Group] = {}
     if dali_is_installed():
-        groups["pixels"] = partial(loader_suites.pixels_group, options)
         for n in batches:
             groups[f"operators, batch {n}"] = partial(loader_suites.operators_group, options, n)
     for n in batches:
@@ -127,10 +117,6 @@ def groups_to_run(args: argparse.Namespace, options: Options) -> dict[str, Group
         groups[f"training, batch {n}"] = partial(step_suites.training_group, options, n)
     groups["heatmaps"] = partial(step_suites.heatmaps_group, options, batches[-1])
     groups["evaluation"] = partial(step_suites.evaluation_group, options)
-    for n in loader_suites.SIZES:
-        groups[f"scaling, {n:,} people"] = partial(loader_suites.scaling_group, options, n)
-    groups["packing"] = partial(loader_suites.packing_group, options)
-    groups["training-by-packing"] = partial(accuracy_suite.packings_group, options)
     for way in accuracy_suite.WAYS:
         groups[f"accuracy, {way}"] = partial(
             accuracy_suite.accuracy_group, options, way, batches[-1]
@@ -154,8 +140,7 @@ def run_group(
         return
     print(f"timing {name} ...", file=sys.stderr, flush=True)
     failed: dict[str, str] = {}
-    # The scaling suite measures the memory of a new process.
-    if device.type == "cuda" or suite_of(name) == "scaling":
+    if device.type == "cuda":
         limit_s = min(left, LIMIT_S.get(suite_of(name), 180.0))
         found, failed = run_isolated(group, args.rounds, device, limit_s)
     else:
@@ -173,54 +158,10 @@ def run_group(
         print(f"time to the same PCK: {report['time_to_same_pck']}", flush=True)
 
 
-def read_report(path: Path) -> dict[str, Any]:
-    """A report that --json wrote. Raises InputError."""
-    try:
-        return read_json(path)
-    except (OSError, ValueError) as error:
-        expected = "a file that --json wrote"
-        raise InputError(path, str(error), expected, "name another file") from error
-
-
-def compare(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """One line per case: whether its ratio to the first of its group has changed.
-
-    Rates of two runs are not compared, because the machine may have been busier. A ratio has
-    changed when the ranges over the rounds do not overlap.
-    """
-    lines = ["against the older run: ratio to the group's first line, then and now"]
-    machines = [
-        ", ".join(str(report["world"].get(key)) for key in ("device", "processor", "cores"))
-        for report in (old, new)
-    ]
-    if machines[0] != machines[1]:
-        lines.append(f"  another machine: {machines[0]}; ratios may differ by that")
-    for name, rows in groups_of(new).items():
-        before = {row["name"]: row for row in groups_of(old).get(name, [])}
-        lines.append(f"{name}, ratio to `{rows[0]['name']}`")
-        if before and next(iter(before)) != rows[0]["name"]:
-            lines.append(f"  not compared: the older run divides by `{next(iter(before))}`")
-            continue
-        for row in rows:
-            word = "unchanged" if row["name"] in before else "new"
-            then = before.pop(row["name"], row)
-            word = "faster" if row["ratio_low"] > then["ratio_high"] else word
-            word = "SLOWER" if row["ratio_high"] < then["ratio_low"] else word
-            lines.append(f"  {word:<10} {then['ratio']:.2f} -> {row['ratio']:.2f} x  {row['name']}")
-        lines += [f"  gone       {name}" for name in before]
-    missing = groups_of(old).keys() - groups_of(new).keys()
-    return "\n".join([*lines, *(f"{name}: not in this run" for name in sorted(missing))])
-
-
-def groups_of(report: dict[str, Any]) -> dict[str, Rows]:
-    """The groups of a report with timed cases."""
-    lists = {name: found for name, found in report.items() if isinstance(found, list) and found}
-    return {name: rows for name, rows in lists.items() if "ratio" in rows[0]}
-
-
 def draw_chart(report: dict[str, Any], path: Path) -> None:
     """One panel per group, one bar per case, with the range over the rounds as a line."""
-    groups, world = groups_of(report), report["world"]
+    groups = {name: rows for name, rows in report.items() if suite_of(name) in SUITES and rows}
+    world = report["world"]
     machine = world["processor"] if world["device"] == "cpu" else world["device"]
     heights = [len(rows) + 1.5 for rows in groups.values()]
     figure = Figure(figsize=(9, 0.36 * sum(heights)), layout="constrained")

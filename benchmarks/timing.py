@@ -210,18 +210,8 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def cpu_seconds() -> float:
     """CPU time that this process and its children have used; 0 if it is unknown."""
-    fields = [text.rsplit(")", 1)[1].split() for text in _of_processes("stat")]
-    return sum(int(f[11]) + int(f[12]) for f in fields) / os.sysconf("SC_CLK_TCK")
-
-
-def memory_mib() -> float:
-    """MiB that this process and its children hold, shared pages counted once; 0 where unknown."""
-    lines = [line for text in _of_processes("smaps_rollup") for line in text.splitlines()]
-    return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
-
-
-def _of_processes(name: str) -> Iterator[str]:
-    """A file of /proc for this process and its children."""
     children = [child.pid for child in multiprocessing.active_children()]
-    paths = [Path(f"/proc/{pid}/{name}") for pid in (os.getpid(), *children)]
-    return (path.read_text() for path in paths if path.exists())
+    paths = [Path(f"/proc/{pid}/stat") for pid in (os.getpid(), *children)]
+    texts = [path.read_text() for path in paths if path.exists()]
+    fields = [text.rsplit(")", 1)[1].split() for text in texts]
+    return sum(int(f[11]) + int(f[12]) for f in fields) / os.sysconf("SC_CLK_TCK")
