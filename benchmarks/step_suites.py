@@ -110,7 +110,7 @@ def training_step(variant: Variant, stacks: int, options: Options) -> Callable[.
         is_mixed = variant.dtype != torch.float32
         with torch.autocast(options.device.type, variant.dtype, enabled=is_mixed):
             heat_NSJHW = network(images_N3HW)
-        stack_losses(heat_NSJHW, heat_NJHW, has_target_NJ, "empty").mean().backward()
+        stack_losses(heat_NSJHW, heat_NJHW, has_target_NJ).mean().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

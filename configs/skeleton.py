@@ -20,8 +20,13 @@ Pairs = tuple[tuple[int, int], ...]
 Groups = tuple[tuple[str, tuple[int, ...]], ...]
 Side = Literal["left", "right", "middle"]
 
-_KEYS = ("name", "joints", "flip_pairs", "limbs", "groups", "normalize", "mirror")
-_OPTIONAL_KEYS = ("groups", "normalize", "mirror")
+_CHOICES = {
+    "hidden": ("use", "ignore"),
+    "outside": ("use", "ignore", "unmarked"),
+    "unmarked": ("empty", "ignore"),
+}
+_OPTIONAL_KEYS = ("groups", "normalize", "mirror", "sigmas", *_CHOICES)
+_KEYS = ("name", "joints", "flip_pairs", "limbs", *_OPTIONAL_KEYS)
 # The side is a separate word, or written in full before a capital: l_knee, knee-right, leftKnee.
 _SIDE_FIRST = re.compile(r"(?:(?i:(left|right|l|r)[ _.-]+)|(left|right|Left|Right)(?=[A-Z]))(.+)")
 _OPPOSITE = {"left": "right", "Left": "Right", "right": "left", "Right": "Left"}
@@ -53,6 +58,14 @@ class Skeleton(NamedTuple):
     """None: the annotation file gives each person's length, as MPII's do."""
     mirror: bool = True
     """Whether pictures may be mirrored. False if the left-right pairs are not known."""
+    sigmas: tuple[float, ...] = ()
+    """Standard deviation of each joint's annotation / sqrt(person's area), for OKS; or none."""
+    hidden: Literal["use", "ignore"] = "use"
+    """Whether joints that are marked as hidden are trained and scored."""
+    outside: Literal["use", "ignore", "unmarked"] = "use"
+    """The same for joints marked outside of the picture; they may also count as not marked."""
+    unmarked: Literal["empty", "ignore"] | None = None
+    """Train joints that are not marked as empty heatmaps, or not; None: as `loss.unmarked` says."""
 
     @property
     def joint_count(self) -> int:
@@ -104,8 +117,9 @@ class Skeleton(NamedTuple):
     def as_dict(self) -> dict[str, Any]:
         """Lists, strings and numbers only, for manifests and checkpoints."""
         raw = self._asdict()
-        if self.mirror:  # absent in files of early versions
-            del raw["mirror"]
+        for key in ("mirror", "sigmas", *_CHOICES):  # absent in files of early versions
+            if raw[key] == self._field_defaults[key]:
+                del raw[key]
         return json.loads(json.dumps(raw))
 
 
@@ -115,8 +129,9 @@ def skeleton_from_dict(raw: dict[str, Any]) -> Skeleton:
     groups = tuple((name, tuple(joints)) for name, joints in raw["groups"])
     length = raw.get("length")  # absent in files of early versions
     rule = Length(tuple(length[0]), length[1]) if length else None
-    mirror = raw.get("mirror", True)
-    return Skeleton(raw["name"], tuple(raw["names"]), pairs, limbs, groups, rule, mirror)
+    later = {key: raw[key] for key in ("mirror", *_CHOICES) if key in raw}
+    later["sigmas"] = tuple(raw.get("sigmas", ()))
+    return Skeleton(raw["name"], tuple(raw["names"]), pairs, limbs, groups, rule, **later)
 
 
 def unnamed(joints: int) -> Skeleton:
@@ -216,6 +231,8 @@ def _from_yaml(raw: dict[str, Any]) -> Skeleton:
     groups = default_groups(names, pairs)
     if raw.get("groups") is not None:
         groups = _groups(raw["groups"], names)
+    for key in _CHOICES.keys() & raw.keys():
+        _index(raw[key], _CHOICES[key], key)
     return Skeleton(
         name=_name_list([raw["name"]], "name")[0],
         names=names,
@@ -224,6 +241,8 @@ def _from_yaml(raw: dict[str, Any]) -> Skeleton:
         groups=groups,
         length=_length(raw.get("normalize"), names),
         mirror=mirror,
+        sigmas=_sigmas(raw.get("sigmas"), len(names)),
+        **{key: raw[key] for key in _CHOICES if key in raw},
     )
 
 
@@ -301,6 +320,15 @@ def _length(raw: Any, names: tuple[str, ...]) -> Length | None:
             return Length(joints, float(factor))
     expected = "{box: FACTOR} or {between: [JOINT, JOINT], factor: FACTOR}, with FACTOR above 0"
     raise ValueError(f"normalize: {raw!r} is not {expected}"[:400])
+
+
+def _sigmas(raw: Any, joints: int) -> tuple[float, ...]:
+    if raw is None:
+        return ()
+    is_list = isinstance(raw, list) and len(raw) == joints
+    if not is_list or not all(type(each) is float and 0 < each < 1 for each in raw):
+        raise ValueError(f"sigmas: {raw!r} is not a list of {joints} numbers in 0..1"[:400])
+    return tuple(raw)
 
 
 R_ANKLE, R_KNEE, R_HIP, L_HIP, L_KNEE, L_ANKLE = 0, 1, 2, 3, 4, 5

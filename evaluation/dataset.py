@@ -32,7 +32,7 @@ def open_pictures_dataset(
     annotations: Path, images: Path, joints: Skeleton | None
 ) -> EvaluationDataset:
     """An annotation file and its pictures. joints: of the file; None: MPII's. Raises InputError."""
-    people, skeleton = read_annotations(annotations, "valid", joints)
+    people, skeleton = read_annotations(annotations, "valid", joints, images)
     source, samples = LooseImages(people, images), np.arange(people.count)
     return EvaluationDataset(people, source, samples, skeleton, None, str(annotations))
 

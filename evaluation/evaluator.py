@@ -121,7 +121,7 @@ def evaluate_file(options: Namespace) -> Evaluation:
 
 def _read_people(options: Namespace) -> tuple[People, Skeleton]:
     skeleton = load_skeleton(options.skeleton) if options.skeleton else None
-    return read_annotations(options.annotations, "valid", skeleton)
+    return read_annotations(options.annotations, "valid", skeleton, options.images)
 
 
 def evaluate_checkpoint(options: Namespace, dist: DistributedContext) -> Evaluation:

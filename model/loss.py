@@ -1,30 +1,22 @@
 """The training loss: mean squared error of every stack's heatmaps, in float32."""
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from configs.schema import RuleName
 from pipelines import heatmaps
 
-Unmarked = Literal["empty", "ignore"]
 
-
-def stack_losses(
-    heat_NSJHW: Tensor, target_NJHW: Tensor, has_target_NJ: Tensor, unmarked: Unmarked
-) -> Tensor:
+def stack_losses(heat_NSJHW: Tensor, target_NJHW: Tensor, counts_NJ: Tensor) -> Tensor:
     """(S,) mean over people, joints and pixels of (prediction - target)^2, one per stack.
 
     The loss to minimise is their mean: intermediate supervision, every stack weighs the same
-    (princeton-vl/pytorch_stacked_hourglass). unmarked: a joint without a target counts as an empty
-    map ("empty", princeton's rule) or not at all ("ignore", HRNet's).
+    (princeton-vl/pytorch_stacked_hourglass). counts_NJ: which joints' maps are in the mean: all
+    but the ignored ones (princeton's rule), or those with a target (HRNet's).
     """
     # autocast would otherwise square in float32 but subtract in the network's type.
     error_NSJ = (heat_NSJHW.float() - target_NJHW[:, None].float()).square().mean(dim=(3, 4))
-    if unmarked == "empty":
-        return error_NSJ.mean(dim=(0, 2))
-    weight_N1J = has_target_NJ[:, None].float()
+    weight_N1J = counts_NJ[:, None].float()
     return (error_NSJ * weight_N1J).sum(dim=(0, 2)) / weight_N1J.sum().clamp_min(1)
 
 
@@ -32,9 +24,9 @@ def stack_losses_of_joints(
     heat_NSJHW: Tensor,
     joints_NJ2: Tensor,
     has_target_NJ: Tensor,
+    counts_NJ: Tensor,
     rule: RuleName,
     sigma: float,
-    unmarked: Unmarked,
 ) -> Tensor:
     """`stack_losses` with targets that are rendered inside.
 
@@ -42,7 +34,7 @@ def stack_losses_of_joints(
     target are fused into the subtraction, and neither pass writes them to memory.
     """
     target_NJHW = heatmaps.render(joints_NJ2, has_target_NJ, heat_NSJHW.shape[-1], rule, sigma)
-    return stack_losses(heat_NSJHW, target_NJHW, has_target_NJ, unmarked)
+    return stack_losses(heat_NSJHW, target_NJHW, counts_NJ)
 
 
 def peak_height(heat_NJHW: Tensor, has_target_NJ: Tensor) -> Tensor:

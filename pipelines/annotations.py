@@ -69,7 +69,7 @@ class People(NamedTuple):
     marked: npt.NDArray[np.bool_]
     """(N, J)"""
     visible: npt.NDArray[np.bool_]
-    """(N, J)"""
+    """(N, J) True for a joint that is not marked: ignored by loss and metrics (shard_format.py)."""
 
     @property
     def count(self) -> int:  # type: ignore[override]
@@ -105,7 +105,8 @@ def read_annotations(
     path: an h5 file, COCO's JSON, an mpii_annotations.json(.gz), which holds both splits, a folder
     of such files named after their splits, or label files (label_files.py). skeleton: the file's
     joints, by default MPII's or those in the label files; its length, if it has one, replaces the
-    file's. images, boxes: for label files only, as in `_from_labels`.
+    file's. images: the folder of pictures, for the settings of `_with_settings` and, as boxes, for
+    label files.
     """
     joints = skeleton or MPII
     if label_file := find_labels(path):
@@ -126,7 +127,33 @@ def read_annotations(
     if joints.length or np.isnan(people.normalize).all():
         people = people._replace(normalize=normalizing_length(people, joints, path))
     _check(people, path)
-    return people, joints
+    return _with_settings(people, joints, images), joints
+
+
+def _with_settings(people: People, skeleton: Skeleton, images: Path | None) -> People:
+    """Apply the skeleton's `hidden`, `outside` and `unmarked`.
+
+    Ignored joints become visible, but not marked (shard_format.py). images: the folder of pictures,
+    for their sizes. Raises InputError.
+    """
+    marked, ignored_NJ = people.marked, np.zeros_like(people.marked)
+    if skeleton.unmarked == "ignore":
+        ignored_NJ |= ~marked
+    if skeleton.hidden == "ignore":
+        ignored_NJ |= marked & ~people.visible
+    if skeleton.outside != "use":
+        if images is None:
+            found, why = f"outside: {skeleton.outside}", "the folder of pictures, for their sizes"
+            raise InputError(skeleton.name, found, why, "give it with --images")
+        size = {name: picture_size(images / name) for name in set(people.images)}
+        size_N12 = np.array([size[name] for name in people.images])[:, None]
+        is_inside = (people.joints >= -0.5) & (people.joints <= size_N12 - 0.5)
+        outside_NJ = marked & ~is_inside.all(axis=-1)
+        marked = marked & ~outside_NJ
+        if skeleton.outside == "ignore":
+            ignored_NJ |= outside_NJ
+    marked = marked & ~ignored_NJ
+    return people._replace(marked=marked, visible=people.visible & marked | ignored_NJ)
 
 
 def split_file(path: Path, split: str) -> Path:

@@ -19,6 +19,7 @@ from common.errors import InputError
 from common.files import read_bytes, read_yaml
 from configs.skeleton import Length, Pairs, Skeleton, default_groups
 from pipelines.coco import Floats
+from pipelines.jpeg import find_picture
 
 _LARGEST = 256 << 20
 """Maximum bytes of a table; a table of 100,000 pictures and 20 joints has 60 million."""
@@ -262,7 +263,7 @@ def picture_size(path: Path) -> tuple[int, int]:
     1 px for a picture that cannot be read; packing lists it among the bad ones.
     """
     try:
-        with Image.open(path) as picture:
+        with Image.open(find_picture(path.parent, path.name)) as picture:
             is_turned = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
             width, height = picture.size
             return (height, width) if is_turned else (width, height)

@@ -38,6 +38,7 @@ class Batch(NamedTuple):
     heat_NJHW: torch.Tensor  # float32 targets; (N, J, 0, 0) if the loss renders them
     joints_NJ2: torch.Tensor  # float32, heatmap px
     has_target_NJ: torch.Tensor  # bool, joints that have a target
+    ignored_NJ: torch.Tensor  # bool, joints that the loss leaves out, whatever loss.unmarked says
     rows_N: torch.Tensor  # int64 rows of the annotation
 
 
@@ -155,7 +156,8 @@ def make_batch(raw: RawBatch, codec: Codec, device: torch.device, *, render: boo
     heat = (
         codec.render(joints, has_target) if render else joints.new_empty((*has_target.shape, 0, 0))
     )
-    return Batch(images, heat, joints, has_target, records.row_N.long())
+    ignored = codec.ignored_joints(records, draws)
+    return Batch(images, heat, joints, has_target, ignored, records.row_N.long())
 
 
 def images_on_device(raw: RawBatch, device: torch.device) -> torch.Tensor:

@@ -1,7 +1,11 @@
 """The on-disk format of a split of shards: the record of a person, and manifest.json.
 
 A record is a row of little-endian float32 numbers, which DALI reads without parsing: the fields of
-COLUMNS, then (x, y, marked, visible) for each of the J joints.
+COLUMNS, then (x, y, marked, visible) for each of the J joints. Of `marked` and `visible`
+
+    1 1 is a visible joint, 1 0 a hidden one; both have a target and count in PCK;
+    0 0 is a joint that is not marked: an empty target, or none (`loss.unmarked`);
+    0 1 is ignored by loss and metrics, such as a joint that this data set does not label.
 """
 
 import base64
@@ -70,6 +74,11 @@ class Records(NamedTuple):
     joints_NJ2: Any
     marked_NJ: Any
     visible_NJ: Any
+
+    @property
+    def ignored_NJ(self) -> Any:
+        """Joints that are neither trained nor scored: visible, but not marked."""
+        return self.visible_NJ & ~self.marked_NJ
 
 
 def record_length(joints: int) -> int:

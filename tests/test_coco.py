@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import noise_picture, pack_arguments, random_people, write_h5, write_jpeg
-from helpers import make_trainer, tiny_config
+from helpers import change_manifest, make_trainer, steps, tiny_config
 
 import evaluate
 from common.errors import InputError
@@ -76,6 +76,51 @@ def test_visibility_0_1_2_is_unmarked_hidden_and_visible(tmp_path: Path) -> None
 def test_marked_joints_count_as_visible_if_no_joint_has_v_2(tmp_path: Path) -> None:
     people = read(tmp_path, coco(entry(keypoints=[60, 30, 1, 90, 70, 1, 0, 0, 0] + [9, 9, 1] * 2)))
     assert people.visible[0].tolist() == [True, True, False, True, True]
+
+
+# In a picture of 200 x 150 px: the head visible, the left hand hidden, the right hand visible half
+# a pixel outside, the left foot not marked, the right foot hidden outside.
+OUTSIDE = [60, 30, 2, 90, 70, 1, 200, 72, 2, 0, 0, 0, 50, -1, 1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "marked", "ignored"),
+    [
+        ({}, [1, 1, 1, 0, 1], [0, 0, 0, 0, 0]),
+        ({"hidden": "ignore"}, [1, 0, 1, 0, 0], [0, 1, 0, 0, 1]),
+        ({"outside": "ignore"}, [1, 1, 0, 0, 0], [0, 0, 1, 0, 1]),
+        ({"outside": "unmarked"}, [1, 1, 0, 0, 0], [0, 0, 0, 0, 0]),
+        ({"unmarked": "ignore"}, [1, 1, 1, 0, 1], [0, 0, 0, 1, 0]),
+        ({"outside": "unmarked", "hidden": "ignore"}, [1, 0, 0, 0, 0], [0, 1, 0, 0, 1]),
+    ],
+)
+def test_hidden_outside_and_unmarked_joints_are_treated_as_the_skeleton_says(
+    settings, marked, ignored, tmp_path: Path
+) -> None:
+    write_jpeg(tmp_path / "a.jpg", np.zeros((150, 200, 3), np.uint8))
+    (tmp_path / "a.json").write_text(json.dumps(coco(entry(keypoints=OUTSIDE))))
+    figure = FIGURE._replace(**settings)
+    people, _ = read_annotations(tmp_path / "a.json", "valid", figure, tmp_path)
+    assert people.marked[0].tolist() == [bool(each) for each in marked]
+    is_ignored = people.visible[0] & ~people.marked[0]
+    assert is_ignored.tolist() == [bool(each) for each in ignored]
+    if figure.outside != "use":
+        with pytest.raises(InputError, match="--images"):
+            read_annotations(tmp_path / "a.json", "valid", figure)
+
+
+def test_a_skeletons_unmarked_replaces_that_of_the_run(figures: Path, tmp_path: Path) -> None:
+    assert pack(figures) == 0
+    losses = {}
+    for own in (None, "empty", "ignore"):
+        change = {} if own is None else {"unmarked": own}
+        change_manifest(figures / "out" / "train", lambda raw, c=change: raw["skeleton"].update(c))
+        for of_run in ("empty", "ignore"):
+            config = tiny_config(figures / "out", data={"batch_size": 2}, loss={"unmarked": of_run})
+            losses[own, of_run] = steps(make_trainer(config, tmp_path / "run"), 1)[0]
+    empty, ignore = losses[None, "empty"], losses[None, "ignore"]
+    assert empty != ignore
+    assert losses["empty", "ignore"] == empty and losses["ignore", "empty"] == ignore
 
 
 def test_a_length_between_joints_is_unknown_where_one_is_unmarked(tmp_path: Path) -> None:

@@ -74,23 +74,23 @@ def test_the_loss_of_a_stack_is_the_mean_over_joints_and_pixels():
     rng = np.random.default_rng(0)
     heat = rng.normal(size=(2, 3, 4, 5, 6)).astype(np.float32)
     target = rng.normal(size=(2, 4, 5, 6)).astype(np.float32)
-    mine = stack_losses(torch.tensor(heat), torch.tensor(target), torch.ones(2, 4), "empty")
+    mine = stack_losses(torch.tensor(heat), torch.tensor(target), torch.ones(2, 4))
     expected = [((heat[:, s] - target) ** 2).mean() for s in range(3)]
     np.testing.assert_allclose(mine.numpy(), expected, rtol=1e-5)
 
 
-def test_an_unmarked_joint_counts_as_an_empty_map_or_not_at_all():
-    heat, target = torch.ones(1, 1, 2, 4, 4), torch.zeros(1, 2, 4, 4)
+def test_the_loss_is_the_mean_over_the_joints_that_count():
+    heat, target = torch.ones(1, 1, 3, 4, 4), torch.zeros(1, 3, 4, 4)
     target[0, 0] = 3.0
-    drawn = torch.tensor([[True, False]])
-    assert stack_losses(heat, target, drawn, "empty").item() == pytest.approx((4 + 1) / 2)
-    assert stack_losses(heat, target, drawn, "ignore").item() == pytest.approx(4)
+    for counts, expected in (([1, 1, 1], (4 + 1 + 1) / 3), ([1, 1, 0], 2.5), ([1, 0, 0], 4)):
+        found = stack_losses(heat, target, torch.tensor([counts], dtype=torch.bool))
+        assert found.item() == pytest.approx(expected)
 
 
 def test_the_loss_is_float32_under_autocast():
     heat = torch.full((1, 1, 1, 64, 64), 1.0, dtype=torch.bfloat16)
     target = torch.full((1, 1, 64, 64), 0.999)
-    loss = stack_losses(heat, target, torch.ones(1, 1), "empty")
+    loss = stack_losses(heat, target, torch.ones(1, 1))
     assert loss.dtype == torch.float32 and loss.item() == pytest.approx(1e-6, rel=1e-3)
 
 

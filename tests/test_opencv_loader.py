@@ -111,6 +111,16 @@ def test_a_flip_swaps_left_and_right_and_their_marks():
     torch.testing.assert_close(back, heat[0], atol=1e-4, rtol=0)
 
 
+def test_a_joint_that_is_visible_but_not_marked_is_ignored_on_its_mirrored_side_too():
+    joints = torch.zeros(2, 16, 4)  # x, y, marked, visible
+    joints[:, 0] = torch.tensor([9.0, 9.0, 0.0, 1.0])
+    joints[:, 1] = torch.tensor([9.0, 9.0, 1.0, 1.0])
+    records = unpack_records(torch.cat([torch.zeros(2, 13), joints.flatten(1)], dim=1))
+    draws = torch.from_numpy(draws_array([Draw(1.0, 0.0, flip) for flip in (0.0, 1.0)]))
+    ignored = make_codec().ignored_joints(records, draws)
+    assert torch.nonzero(ignored).tolist() == [[0, 0], [1, 5]]
+
+
 def test_opencv_names_the_tar_and_sample_of_a_picture_that_does_not_decode(tiny_shards, tmp_path):
     folder = damage_picture(tiny_shards / "valid", tmp_path / "bad", sample=2)
     dataset = CropDataset(ShardSet(folder), PRESETS["none"], 64, 0)

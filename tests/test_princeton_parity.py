@@ -120,7 +120,7 @@ def test_losses_are_equal(heat, golden):
     joints = torch.from_numpy(golden["target_keypoints"])
     drawn = torch.ones(joints.shape[:2])
     target = heatmaps.render(joints, drawn, 64, "princeton", 1.0)
-    mine = [stack_losses(heat[i : i + 1], target[i : i + 1], drawn, "empty") for i in range(PEOPLE)]
+    mine = [stack_losses(heat[i : i + 1], target[i : i + 1], drawn) for i in range(PEOPLE)]
     np.testing.assert_allclose(torch.stack(mine).numpy(), golden["eval_loss"], atol=1e-5)
 
 
@@ -273,7 +273,7 @@ def test_one_step_of_adam_from_the_checkpoint_equals_plain_torch(golden_path, cr
     step = TrainStep(mine.train(), codec_of(config.data, config.heatmaps, MPII), config, CPU)
     # A fresh copy: torch's optimizers work on the very tensors that they are given.
     step.load_state(checkpoint.load_checkpoint(golden_path))
-    stack_losses(mine(images), target, torch.ones(2, 16), "empty").mean().backward()
+    stack_losses(mine(images), target, torch.ones(2, 16)).mean().backward()
     assert not step._apply_gradients(torch.tensor(True))
     moved = 0.0
     theirs = dict(plain.named_parameters())

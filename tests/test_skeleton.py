@@ -42,7 +42,10 @@ def test_names_become_indices(tmp_path: Path) -> None:
     assert dog.length == Length((0, 3), 0.5)
     assert dog.sides == ("middle", "left", "right", "middle", "left", "right")
     assert length_in_words(dog) == "0.5 x the distance of nose and tail"
-    assert skeleton_from_dict(yaml.safe_load(yaml.safe_dump(dog.as_dict()))) == dog
+    rules = {"hidden": "ignore", "outside": "unmarked", "unmarked": "empty", "sigmas": [0.1] * 6}
+    for skeleton in (dog, load(tmp_path, mirror=False, **rules)):
+        assert skeleton_from_dict(yaml.safe_load(yaml.safe_dump(skeleton.as_dict()))) == skeleton
+    assert not {"mirror", *rules} & dog.as_dict().keys()  # manifests are as before these keys
 
 
 def test_groups_are_the_pairs_and_the_other_joints_unless_given(tmp_path: Path) -> None:
@@ -111,6 +114,9 @@ def test_joints_are_compared_by_name_or_where_there_are_none_by_number(tmp_path:
         ({"normalize": {"box": 1, "between": ["nose", "tail"]}}, "{box: FACTOR} or"),
         ({"normalize": {"box": float("inf")}}, "FACTOR above 0"),
         ({"name": 3}, "in quotes"),
+        ({"hidden": "no"}, "hidden: unknown 'no'; known are use, ignore"),
+        ({"sigmas": [0.1] * 5}, "not a list of 6 numbers"),
+        ({"sigmas": [0.1] * 5 + [0.0]}, "not a list of 6 numbers"),
     ],
 )
 def test_a_fault_is_one_error_with_its_place(changes: dict, message: str, tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def test_a_step_reads_nothing_from_the_device_and_brings_nothing_to_it(preset, r
     def one_step() -> None:
         batch = make_batch(raw, codec, META)
         heat = tiny(batch.images_N3HW)
-        losses = stack_losses(heat, batch.heat_NJHW, batch.has_target_NJ, "ignore")
+        losses = stack_losses(heat, batch.heat_NJHW, batch.has_target_NJ)
         losses.mean().backward()
         totals.add(losses, heat[:, -1], batch, codec)
         norm = torch.nn.utils.get_total_norm([p.grad for p in tiny.parameters()])
@@ -150,7 +150,7 @@ def test_activations_computed_twice_give_the_same_numbers():
     twice.load_state_dict(plain.state_dict())
     images, target = torch.rand(3, 2, 3, 64, 64), torch.rand(2, 5, 16, 16)
     for batch in images:
-        losses = [stack_losses(n(batch), target, torch.ones(2, 5), "empty") for n in (plain, twice)]
+        losses = [stack_losses(n(batch), target, torch.ones(2, 5)) for n in (plain, twice)]
         assert torch.equal(*losses)
         for loss in losses:
             loss.mean().backward()
@@ -321,8 +321,8 @@ def test_a_compiled_loss_that_renders_its_targets_gives_the_plain_losses_and_gra
     second = first.detach().clone().requires_grad_()
     target = heatmaps.render(joints, drawn, 16, "exact", 4.0)
     assert target.max() > 0.9
-    expected = stack_losses(first, target, drawn, "ignore")
-    found = torch.compile(stack_losses_of_joints)(second, joints, drawn, "exact", 4.0, "ignore")
+    expected = stack_losses(first, target, drawn)
+    found = torch.compile(stack_losses_of_joints)(second, joints, drawn, drawn, "exact", 4.0)
     for losses in (expected, found):
         losses.mean().backward()
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)

@@ -211,13 +211,15 @@ class TrainStep:
         return losses_S.detach(), heat_NSJHW.detach()
 
     def _losses(self, heat_NSJHW: Tensor, batch: Batch) -> Tensor:
-        unmarked = self.config.loss.unmarked
+        unmarked = self.codec.skeleton.unmarked or self.config.loss.unmarked
+        has_target_NJ = batch.has_target_NJ
+        counts_NJ = ~batch.ignored_NJ if unmarked == "empty" else has_target_NJ
         if self._fused_losses:
             rule, sigma = self.codec.rule, self.codec.sigma
             return self._fused_losses(
-                heat_NSJHW, batch.joints_NJ2, batch.has_target_NJ, rule, sigma, unmarked
+                heat_NSJHW, batch.joints_NJ2, has_target_NJ, counts_NJ, rule, sigma
             )
-        return stack_losses(heat_NSJHW, batch.heat_NJHW, batch.has_target_NJ, unmarked)
+        return stack_losses(heat_NSJHW, batch.heat_NJHW, counts_NJ)
 
     def _apply_gradients(self, losses_are_finite: Tensor) -> Tensor:
         """Clip and update. Returns whether the step was skipped because of non-finite gradients.
