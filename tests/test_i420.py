@@ -166,7 +166,8 @@ def test_a_record_of_another_size_than_its_picture_is_damaged(damaged, capsys):
         ShardSet(damaged).records()
     assert "key 000000006" in caught.value.where
     assert check_shards.main([str(damaged), "--workers", "0"]) == 1
-    assert "key 000000006: a record with a size that is not the raw" in capsys.readouterr().out
+    expected = "(key 000000006): 1 record(s) with a size that is not the raw"
+    assert expected in capsys.readouterr().out
 
 
 def test_training_names_the_person_at_a_cut_and_replaces_it_by_a_neighbour(damaged, tmp_path):

@@ -1,7 +1,7 @@
 """Verifies packed shards, byte by byte: python tools/check_shards.py data/shards/mpii --decode
 
-Checks SHA-256 of tars and indices, indices against the tars' headers, counts, ranges of the
-records, and each person's JSON against the record. Exit codes: 0 intact, 1 damaged, 2 bad options.
+Checks the SHA-256 of every file, indices against the tars' headers, and records and JSON as at the
+start of a run. Exit codes: 0 intact, 1 damaged, 2 bad options.
 """
 
 import sys
@@ -10,59 +10,26 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of configs/
 
 import argparse
-import itertools
-import math
 import tarfile
 import tempfile
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, BinaryIO, NamedTuple
-
-import numpy as np
+from typing import Any
 
 from common.cli import Parser, at_least, progress_bar
 from common.errors import InputError, run_main
-from common.files import parse_json
 from common.system import usable_cores
-from pipelines.annotations import safe_name
 from pipelines.jpeg import PictureError, check_jpeg
 from pipelines.object_storage import StorageError
 from pipelines.packing import index_text, worker_pool
 from pipelines.shard_cache import ORIGIN, ShardCache, local_folder
-from pipelines.shard_format import (
-    COLUMNS,
-    IDENTITY_AFFINE,
-    LARGEST,
-    MANIFEST,
-    PEOPLE,
-    PICTURE_EXTENSIONS,
-    Manifest,
-    Shard,
-    components,
-    file_sha256,
-    is_person,
-    read_manifest,
-    record_faults,
-    record_length,
-    unpack_records,
-)
+from pipelines.shard_format import MANIFEST, PEOPLE, Manifest, file_sha256, read_manifest
+from pipelines.shards import ShardSet
 
 EXIT_DAMAGED = 1
 FAULTS_SHOWN = 20
 CACHE_GB = 10.0
 """Size of the temporary cache in which a URL's tars are checked."""
-
-
-class Report(NamedTuple):
-    """The result for one shard."""
-
-    people: int
-    """According to the manifest."""
-    keys: list[str]
-    rows: list[float]
-    faults: list[str]
-    """Each begins with the path, and the key if it is one person's."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -86,17 +53,7 @@ def check(location: Path, options: argparse.Namespace) -> int:
             except InputError as error:
                 faults.append(f"{error.where}: {error.found}")
                 continue
-            if manifest.people_file_sha256:
-                faults += file_faults(folder / PEOPLE, manifest.people_file_sha256)
-            check_one = partial(check_shard, folder, manifest, options.decode)
-            reports = []
-            with progress_bar(f"checking {folder.name}", manifest.people, "people") as advance:
-                for report in map_tasks(check_one, manifest.shards):
-                    reports.append(report)
-                    advance(report.people)
-            faults += [fault for report in reports for fault in report.faults]
-            faults += repeated(folder, "key", [key for report in reports for key in report.keys])
-            faults += repeated(folder, "row", [row for report in reports for row in report.rows])
+            faults += split_faults(folder, manifest, options.decode, map_tasks)
             people += manifest.people
 
     pictures = "pictures decoded" if options.decode else "pictures not decoded (--decode)"
@@ -137,43 +94,63 @@ def split_folders(folder: Path) -> list[Path]:
     return splits
 
 
-def check_shard(folder: Path, manifest: Manifest, decode: bool, shard: Shard) -> Report:
-    """Check one tar and its index."""
+def split_faults(
+    folder: Path, manifest: Manifest, decode: bool, map_tasks: Callable[..., Iterator[Any]]
+) -> list[str]:
+    """What is wrong with a split; each line begins with the path, and the key if it is a person.
+
+    Pictures are decoded only if all indices can be read.
+    """
+    faults, pictures = [], None
+    if manifest.people_file_sha256:
+        faults += file_faults(folder / PEOPLE, manifest.people_file_sha256)
+    try:
+        shards = ShardSet(folder)
+        pictures = shards if decode and not shards.is_raw else None
+        shards.people()
+    except InputError as error:
+        faults.append(f"{error.where}: {error.found}")
+    check_one = partial(shard_faults, folder, manifest, pictures)
+    with progress_bar(f"checking {folder.name}", manifest.people, "people") as advance:
+        for number, found in enumerate(map_tasks(check_one, range(len(manifest.shards)))):
+            faults += found
+            advance(manifest.shards[number].people)
+    return faults
+
+
+def shard_faults(
+    folder: Path, manifest: Manifest, pictures: ShardSet | None, number: int
+) -> list[str]:
+    """What is wrong with one tar and its index. pictures: of the split, to be decoded."""
+    shard = manifest.shards[number]
     if (folder / ORIGIN).is_file():
         try:
             # Kept open during the check, so that no other process removes it.
-            _file = ShardCache(folder, manifest.shards).file(manifest.shards.index(shard))
+            _file = ShardCache(folder, manifest.shards).file(number)
         except StorageError as error:
-            return Report(shard.people, [], [], [f"{error.where}: {error.found}"])
+            return [f"{error.where}: {error.found}"]
     tar, index = folder / shard.tar, folder / shard.index
     faults = file_faults(tar, shard.sha256) + file_faults(index, shard.index_sha256)
+    if not faults:
+        faults += header_faults(tar, index)
+    if pictures:
+        for sample in pictures.samples_of(number):
+            try:
+                check_jpeg(pictures.jpeg(sample))
+            except PictureError as error:
+                faults.append(f"{pictures.where(sample)}: picture: {error}")
+    return faults
+
+
+def header_faults(tar: Path, index: Path) -> list[str]:
+    """Compare an index with the headers in its tar."""
     try:
         with tarfile.open(tar, "r:") as archive:
-            members = archive.getmembers()
-    except (tarfile.TarError, OSError, ValueError, RecursionError) as error:
+            is_same = index.read_bytes() == index_text(archive.getmembers()).encode()
+    except (tarfile.TarError, ValueError, RecursionError) as error:
         # tarfile calls itself for each header of a long name.
-        faults += [f"{tar}: no tar ({error})"] if tar.is_file() else []
-        return Report(shard.people, [], [], faults)
-    if index.is_file() and index.read_bytes() != index_text(members).encode():
-        faults.append(f"{index}: not the index of its tar")
-    keys, records, picture_bytes = [], [], []
-    with tar.open("rb") as file:
-        for key, group in itertools.groupby(members, lambda member: member.name.split(".")[0]):
-            parts, found = read_sample(file, list(group), manifest)
-            if not found:
-                keys.append(key)
-                records.append(np.frombuffer(parts["f32"], dtype="<f4"))
-                picture_bytes.append(len(parts[PICTURE_EXTENSIONS[manifest.packing]]))
-                found = sample_faults(parts, records[-1], manifest.skeleton.names, decode)
-            faults += [f"{tar}: key {key}: {fault}" for fault in found]
-    if len(keys) != shard.people:
-        faults.append(f"{tar}: {len(keys)} people, the manifest says {shard.people}")
-    if not records:
-        return Report(shard.people, [], [], faults)
-    records_NR = np.stack(records)
-    for fault, is_bad in record_faults(records_NR, manifest, picture_bytes).items():
-        faults += [f"{tar}: key {keys[i]}: a record with {fault}" for i in np.flatnonzero(is_bad)]
-    return Report(shard.people, keys, unpack_records(records_NR).row_N.tolist(), faults)
+        return [f"{tar}: no tar ({error})"]
+    return [] if is_same else [f"{index}: not the index of its tar"]
 
 
 def file_faults(path: Path, digest: str) -> list[str]:
@@ -182,74 +159,6 @@ def file_faults(path: Path, digest: str) -> list[str]:
         return [f"{path}: missing"]
     is_same = file_sha256(path) == digest
     return [] if is_same else [f"{path}: its SHA-256 is not the one in the manifest"]
-
-
-def read_sample(
-    file: BinaryIO, members: list[tarfile.TarInfo], manifest: Manifest
-) -> tuple[dict[str, bytes], list[str]]:
-    """The components of a sample, and why it cannot be read."""
-    parts, record_bytes = {}, 4 * record_length(manifest.joints)
-    for member in members:
-        extension = member.name.partition(".")[2]
-        if not member.isreg() or not safe_name(member.name) or "/" in member.name:
-            return {}, [f"{member.name!r:.100} is not a regular file with a plain name"]
-        if member.size > LARGEST.get(extension, 0):
-            return {}, [f"{member.size:,} bytes of {extension!r:.20}"]
-        file.seek(member.offset_data)
-        parts[extension] = file.read(member.size)
-    if set(parts) != set(components(manifest.packing)):
-        return {}, [f"only the components {', '.join(sorted(parts))}"]
-    if len(parts["f32"]) != record_bytes:
-        return {}, [f"a record of {len(parts['f32'])} bytes, not {record_bytes}"]
-    return parts, []
-
-
-def sample_faults(
-    parts: dict[str, bytes], record_R: np.ndarray, joint_names: tuple[str, ...], decode: bool
-) -> list[str]:
-    """What is wrong with one person's JSON and picture."""
-    faults = []
-    try:
-        facts = parse_json(parts["json"])
-    except ValueError as error:
-        faults.append(f"damaged JSON ({error})")
-    else:
-        if not json_matches(facts, record_R, joint_names):
-            faults.append("JSON and record differ")
-    if decode and "jpg" in parts:
-        try:
-            size = check_jpeg(parts["jpg"])
-            if list(size) != record_R[COLUMNS["size"]].tolist():
-                faults.append(f"a picture of {size[0]} x {size[1]} px, not as in the record")
-        except PictureError as error:
-            faults.append(f"picture: {error}")
-    return faults
-
-
-def json_matches(facts: Any, record_R: np.ndarray, joint_names: tuple[str, ...]) -> bool:
-    """Whether a person's JSON has the same numbers as the record, and a safe file name."""
-    if not is_person(facts) or not isinstance(facts.get("joints"), dict):
-        return False
-    size = [facts.get("width"), facts.get("height")]
-    facts = {"image_from_stored": list(IDENTITY_AFFINE), **facts, "size": size}
-    found = np.array(list(numbers([facts.get(name) for name in [*COLUMNS, "joints"]])))
-    is_equal = found.shape == record_R.shape and np.allclose(found, record_R, rtol=1e-6, atol=1e-9)
-    return is_equal and tuple(facts["joints"]) == joint_names
-
-
-def numbers(value: Any) -> Iterator[float]:
-    """The numbers in a JSON value, depth first."""
-    if isinstance(value, dict | list):
-        for each in value.values() if isinstance(value, dict) else value:
-            yield from numbers(each)
-    elif isinstance(value, int | float):
-        yield float(value) if abs(value) < 1e15 else math.inf
-
-
-def repeated(folder: Path, what: str, values: list[Any]) -> list[str]:
-    """Keys, or rows of the annotation, that a split has more than once."""
-    counts = Counter(values).items()
-    return [f"{folder}: {what} {value} more than once" for value, count in counts if count > 1]
 
 
 if __name__ == "__main__":
