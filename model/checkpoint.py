@@ -226,7 +226,7 @@ def _describe(error: Exception) -> str:
     """The error as text. Raises it if the file cannot be read; EINVAL means a negative offset."""
     if isinstance(error, OSError) and error.errno != errno.EINVAL:
         raise error
-    return f"{type(error).__name__}: {str(error)[:120]}"
+    return " ".join(str(error).split())[:120] or "no reason given"
 
 
 def _sha256(path: Path, size: int) -> bytes:

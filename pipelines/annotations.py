@@ -310,14 +310,14 @@ def _from_labels(labels: Labels, images: Path, boxes: Boxes) -> People:
 
     boxes: "auto" uses the file's boxes, or the whole picture if it has none; "picture" the whole
     picture; "keypoints" the box around the marked joints; a path the boxes in that file. People
-    without a marked joint or a box with an area are left out, and counted on stderr.
+    without a marked joint or a box with an area are not used, and counted on stderr.
     """
     squares_N3 = np.array(_squares(labels, images, boxes), dtype=np.float64).reshape(-1, 3)
     v_NJ = labels.keypoints_NJ3[..., 2]
     is_kept = (v_NJ > 0).any(axis=1) & (squares_N3[:, 2] > 0)
     if not is_kept.all():
         count = (~is_kept).sum()
-        print(f"left out {count:,} people without a marked joint or a box", file=sys.stderr)
+        print(f"labels not used: {count:,} without a marked joint or a box", file=sys.stderr)
     unknown = np.full(len(labels.images), -1)
     people = People(
         images=labels.images,

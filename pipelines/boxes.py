@@ -120,7 +120,7 @@ def _from_detection(row: dict[str, Any], coco: ImageIndex | None) -> dict[str, A
     if not isinstance(image_id, int) or image_id not in coco.names:
         raise ValueError(f"image_id {image_id!r:.50} is not in the annotation file")
     kept: dict[str, Any] = {name: row[name] for name in ("image_id", "score") if name in row}
-    return {**kept, "image": coco.names[image_id], "box": row["bbox"]}
+    return {**kept, "image": coco.names[image_id], "box": row["bbox"] or []}
 
 
 def _read_rows(path: Path) -> list[Any]:

@@ -102,7 +102,7 @@ def _repeat(url: str, action: Callable[[Any], T]) -> T:
 def _describe(error: Exception) -> tuple[type[StorageError], str, bool]:
     """The error class to raise, what was found, and whether another attempt is useless."""
     name = type(error).__name__
-    text = " ".join(f"{name}: {error}".split())[:300]
+    text = " ".join(str(error).split())[:300] or name
     status = getattr(error, "status", None) or 0  # of an HTTP response
     if isinstance(error, FileNotFoundError):
         return MissingObjectError, "no such object", True

@@ -21,7 +21,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -165,12 +165,13 @@ def read_jobs(options: PackingOptions) -> list[SplitJob]:
     """Annotations of the splits to pack."""
     jobs = []
     given = load_skeleton(options.skeleton) if options.skeleton else None
+    read, find_groups = cache(read_annotations), cache(picture_groups)
     for split in options.splits:
-        people, skeleton = read_annotations(
-            options.annotations, split, given, options.images, options.boxes
-        )
+        # With a fraction, one file is read for both splits, and what it lacks is counted once.
+        part = options.splits[0] if options.valid_fraction else split
+        people, skeleton = read(options.annotations, part, given, options.images, options.boxes)
         if options.valid_fraction:
-            groups = picture_groups(people.images, options.annotations)
+            groups = find_groups(people.images, options.annotations)
             people = people.select(
                 rows_of_split(groups, split, options.valid_fraction, options.seed)
             )

@@ -1,6 +1,7 @@
 """Boxes, centre and scale from a user become squares."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -105,12 +106,22 @@ def test_people_of_a_video_have_frames_and_people_of_pictures_have_none(tmp_path
         ("[3]", "person 0"),
         ("[]", "no people"),
         ("[", "not readable"),
+        ("[" * 99999, "lists nested too deeply"),
+        ("\xff", "not readable"),
+        ('{"image": "a.jpg"}', "no list"),
+        ('[{"image": 3}]', "no image"),
+        ('[{"image_id": 7, "category_id": 1, "bbox": [1, 2, 3]}]', "box is not a list of 4"),
+        ('[{"image_id": 7, "category_id": 1, "bbox": null}]', "box is not a list of 4"),
+        ('[{"image_id": "7", "category_id": 1, "bbox": [1, 2, 3, 4]}]', "image_id '7' is not in"),
+        ('[{"image_id": 7, "category_id": 1, "bbox": [1, 2, 3, 4], "score": "x"}]', "score is not"),
     ],
 )
 def test_a_person_without_a_picture_or_a_clear_box_is_refused(text, found, tmp_path: Path):
-    (tmp_path / "p.json").write_text(text)
-    with pytest.raises(InputError, match=found):
-        read_people(tmp_path / "p.json")
+    (tmp_path / "p.json").write_bytes(text.encode("latin-1"))
+    (tmp_path / "coco.json").write_text('{"images": [{"id": 7, "file_name": "a.jpg"}]}')
+    with pytest.raises(InputError, match=re.escape(found)) as caught:
+        read_people(tmp_path / "p.json", annotations=tmp_path / "coco.json")
+    assert not re.search(r"\w(Error|Exception)\b", str(caught.value))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -47,6 +48,8 @@ def names(folder: Path) -> list[str]:
 def error_of(arguments: list[str]) -> InputError:
     with pytest.raises(InputError) as caught:
         main(arguments)
+    for folder in re.findall(r"\S+\.partial", str(caught.value)):
+        assert Path(folder).exists()  # an error names no folder that was removed
     return caught.value
 
 
@@ -238,6 +241,15 @@ def test_folder_without_any_of_the_pictures_is_named_once(tiny_set, tmp_path, ca
     assert error.where == str(tmp_path / "empty") and "none of the 14 pictures" in error.found
     assert "bad picture" not in capsys.readouterr().err
     assert names(tmp_path) == ["empty"]
+
+
+def test_an_output_that_cannot_be_written_is_named_by_a_folder_that_exists(
+    tiny_set, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, *_: Path(path) != tmp_path)
+    error = error_of(pack_arguments(tiny_set, tmp_path / "new" / "out"))
+    assert error.where == str(tmp_path) and error.found == "not writable"
+    assert names(tmp_path) == []
 
 
 # Interruptions

@@ -441,8 +441,9 @@ def write_results(options: Options, skeleton: Skeleton, results: list[Result]) -
 def as_coco(person: Result) -> Result:
     """A COCO keypoint result; score is the mean over joints.
 
-    With the box's score, it is that times the mean over joints above 0.2, as in HRNet's
-    lib/dataset/coco.py and mmpose's CocoMetric.
+    With the box's score, it is that times the mean over joints above 0.2 (0 without such a joint),
+    as in mmpose/evaluation/metrics/coco_metric.py (`score_mode` bbox_keypoint,
+    `keypoint_score_thr` 0.2) and HRNet's lib/dataset/coco.py.
     """
     keypoints = person["keypoints"]
     scores = [score for _, _, score in keypoints]
