@@ -1,10 +1,9 @@
-"""Benchmarks of computation: heatmaps, training steps without and with loaders, evaluation."""
+"""Benchmarks of computation: heatmaps, training steps without and with loaders."""
 
-import dataclasses
 from collections.abc import Callable
 from functools import partial
 from itertools import product
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,16 +21,13 @@ from benchmarks.loader_suites import (
 )
 from benchmarks.princeton_baseline import princeton_step, render_by_loop
 from benchmarks.timing import Case
-from common.distributed import DistributedContext, choose_dtype
+from common.distributed import choose_dtype
 from configs.schema import LoaderName, RuleName
 from configs.skeleton import MPII
-from evaluation.inference import predict_distributed
 from model.hourglass import StackedHourglass, compile_residuals, fuse_residuals
 from model.loss import stack_losses
 from pipelines import heatmaps
-from pipelines.codec import Codec
 from pipelines.geometry import STRIDE
-from pipelines.loader import dali_is_installed
 from training.step_graph import record_cuda_graph
 
 LEAST_STEPS = 150
@@ -207,28 +203,3 @@ def training_group(options: Options, batch_size: int) -> list[Case]:
     for (loader, name), packing in product(options.loaders.items(), ("original", "crop")):
         starts[f"{name}, {packing}s"] = partial(start, packing, loader)
     return stream_cases(starts, options, batch_size, LEAST_STEPS * batch_size)
-
-
-def evaluation_group(options: Options) -> list[Case]:
-    """Evaluation of the synthetic people with the flip test, one by one and in batches."""
-    device, shards = options.device, options.shards("crop")
-    if device.type == "cpu":
-        options = dataclasses.replace(options, width=min(options.width, 32))
-    network = build_network(2, options).eval()
-    codec = Codec(preset=HRNET, rule="exact", sigma=1.0, input_px=options.input_px, skeleton=MPII)
-    dist = DistributedContext(0, 1, device, choose_dtype("auto", device))
-    samples = np.arange(len(shards) if device.type == "cuda" else min(len(shards), 32))
-
-    def run(size: int, workers: int, loader: Literal["opencv", "dali"]) -> int:
-        how: dict[str, Any] = {"loader": loader, "batch_size": size, "workers": workers}
-        predict_distributed(network, shards, samples, codec, dist, flip=True, **how)
-        return len(samples)
-
-    cases = [
-        Case("opencv, one by one", partial(run, 1, 0, "opencv")),
-        Case("opencv, batches of 32", partial(run, 32, options.workers, "opencv")),
-    ]
-    if dali_is_installed():
-        case = Case("dali, batches of 32", partial(run, 32, max(1, options.workers), "dali"))
-        cases.append(case)
-    return cases

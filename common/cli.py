@@ -103,7 +103,7 @@ def _line_printer(what: str, total: int | None, unit: str) -> Callable[[int], ob
         printed, line = now, f"{what}: {done:,} {unit}"
         if total is not None:
             left = (now - began) * max(0, total - done) / max(1, done)
-            line = f"{what}: {done:,} of {total:,} {unit}, {duration(left)} left"
+            line = f"{what}: {done:,} of {total:,} {unit}, {tqdm.format_interval(left)} left"
         print(line, file=sys.stderr, flush=True)
 
     return advance
@@ -127,10 +127,3 @@ def progress(
 def info(text: str) -> None:
     """Print a line to stderr, above the progress bar if there is one."""
     tqdm.write(text, file=sys.stderr)
-
-
-def duration(seconds: float) -> str:
-    """Formatted as 0:07, 12:34 or 5:06:07."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"

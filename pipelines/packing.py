@@ -131,15 +131,6 @@ class Sample(NamedTuple):
     height: int
 
 
-class ShardTask(NamedTuple):
-    """One shard to write."""
-
-    folder: Path
-    number: int
-    options: PackingOptions
-    samples: list[Sample]
-
-
 def pack(options: PackingOptions) -> list[Manifest]:
     """Pack the splits that are not packed yet; returns their manifests. Raises InputError."""
     if options.url:
@@ -401,11 +392,8 @@ def pack_split(
     folder.mkdir(exist_ok=True)
     check_space(options, folder, samples)
     size = options.people_per_shard
-    tasks = [
-        ShardTask(folder, number, options, samples[start : start + size])
-        for number, start in enumerate(range(0, len(samples), size))
-    ]
-    packed = map_tasks(pack_shard, tasks)
+    parts = [samples[start : start + size] for start in range(0, len(samples), size)]
+    packed = map_tasks(partial(pack_shard, options, folder), range(len(parts)), parts)
     if options.url:
         packed = upload_each(options, job.split, folder, packed)
     shards = []
@@ -484,16 +472,16 @@ def check_space(options: PackingOptions, folder: Path, samples: list[Sample]) ->
         raise InputError(options.output, f"{free / 1e6:,.1f} MB free", expected, advice)
 
 
-def pack_shard(task: ShardTask) -> Shard:
+def pack_shard(options: PackingOptions, folder: Path, number: int, samples: list[Sample]) -> Shard:
     """Write a tar and its index, unless an earlier run did. Deterministic."""
-    tar = task.folder / f"{task.number:05d}.tar"
+    tar = folder / f"{number:05d}.tar"
     index, temporary = tar.with_suffix(".idx"), tar.with_suffix(".tar.tmp")
     if not tar.exists():
         with temporary.open("wb") as stream:
             with webdataset.TarWriter(stream, encoder=False, mtime=0) as writer:
-                for sample in task.samples:
-                    parts = (sample.record, load_picture(sample, task.options), sample.text)
-                    files = dict(zip(components(task.options.packing), parts, strict=True))
+                for sample in samples:
+                    parts = (sample.record, load_picture(sample, options), sample.text)
+                    files = dict(zip(components(options.packing), parts, strict=True))
                     writer.write({"__key__": sample.key, **files})
             stream.flush()
             os.fsync(stream.fileno())
@@ -503,7 +491,7 @@ def pack_shard(task: ShardTask) -> Shard:
     return Shard(
         tar=tar.name,
         index=index.name,
-        people=len(task.samples),
+        people=len(samples),
         bytes=tar.stat().st_size,
         sha256=file_sha256(tar),
         index_sha256=file_sha256(index),

@@ -82,9 +82,9 @@ def test_the_time_to_the_end_is_that_of_the_steps_so_far(tiny_shards, tmp_path, 
     for _ in range(10):
         logger.advance()
     clock[0] = 5.0  # 10 of 100 steps in 5 s: 45 s are left
-    assert logger._parts()[1] == "0:45 left"
+    assert logger._parts()[1] == "00:45 left"
     clock[0] = 20.0  # 180 s are left, but the limit comes after 40
-    assert logger._parts()[1] == "0:40 to its limit"
+    assert logger._parts()[1] == "00:40 to its limit"
     logger.close()
 
 

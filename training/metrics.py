@@ -19,8 +19,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
-from common.cli import SECONDS_BETWEEN_LINES, duration
+from common.cli import SECONDS_BETWEEN_LINES
 from common.distributed import DistributedContext
 from common.errors import InputError
 from common.files import write_atomic
@@ -223,7 +224,7 @@ class MetricsLogger:
         epoch = max(1, math.ceil(self._step / train.steps_per_epoch))
         pckh = "-" if self._pckh is None else f"{100 * self._pckh:.1f} %"
         seconds, end = self._time_left()
-        parts = [f"step {self._step:,}/{train.steps:,}", f"{duration(seconds)} {end}"]
+        parts = [f"step {self._step:,}/{train.steps:,}", f"{tqdm.format_interval(seconds)} {end}"]
         if "loss" not in values:
             return parts
         memory = "GPU peak" if self._device.type == "cuda" else "RSS"
