@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, get_args
 
 import cv2
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from common.cli import info, progress
@@ -20,7 +21,7 @@ from common.errors import InputError
 from common.files import write_atomic
 from configs.schema import Config, LoaderName, RuleName
 from configs.skeleton import Skeleton, load_skeleton, require_same_joints
-from evaluation import inference, pckh, predictions, report
+from evaluation import inference, oks, pckh, predictions, report
 from evaluation.dataset import EvaluationDataset, open_pictures_dataset, open_shards_dataset
 from evaluation.html_report import ReportData, html_report
 from evaluation.inference import Predictions
@@ -97,7 +98,7 @@ def evaluate_oracle(options: Namespace) -> Evaluation:
     results = {}
     for rule in progress(get_args(RuleName), "rules", "rules"):
         keypoints = inference.oracle_keypoints(people, skeleton, rule, input_px=256)
-        results[rule] = pckh.summary(keypoints, people, skeleton)
+        results[rule] = summary(keypoints, people, skeleton)
     title = f"perfect heatmaps at 256 px, decoded again: upper bounds on {options.annotations}"
     return Evaluation([title], {}, results, skeleton)
 
@@ -110,13 +111,13 @@ def evaluate_file(options: Namespace) -> Evaluation:
     predicted = predictions.read_predictions(options.predictions, people)
     truth = predicted.truth if options.ground_truth == "file" else None
     keypoints, samples = predicted.keypoints_NJ2, np.arange(people.count)
+    result = summary(keypoints, truth or people, skeleton, predicted.scores_N)
     facts = {"predictions_file": str(options.predictions), "data": str(options.annotations)}
     facts["ground_truth"] = "file" if truth else "annotations"
     against = "its own ground truth" if truth else options.annotations
-    results = {"predictions": pckh.summary(keypoints, truth or people, skeleton)}
     data = ReportData(truth or people, keypoints, skeleton, source, samples)
     title = [f"{options.predictions} against {against}"]
-    return Evaluation(title, facts, results, skeleton, data, reference)
+    return Evaluation(title, facts, {"predictions": result}, skeleton, data, reference)
 
 
 def _read_people(options: Namespace) -> tuple[People, Skeleton]:
@@ -139,11 +140,13 @@ def evaluate_checkpoint(options: Namespace, dist: DistributedContext) -> Evaluat
         count = predictions.write_submission(path, release, people, first.keypoints_NJ2)
         info(f"wrote {path}: {count:,} people of the test set")
     results = {
-        f"{loader} crops" if len(found) > 1 else "network": pckh.summary(each, people, skeleton)
-        for loader, (each, _) in found.items()
+        f"{loader} crops" if len(found) > 1 else "network": summary(
+            keypoints, people, skeleton, scores.mean(axis=1)
+        )
+        for loader, (keypoints, scores) in found.items()
     }
     if train:
-        results["mean pose"] = pckh.summary(pckh.mean_pose(train, people), people, skeleton)
+        results["mean pose"] = summary(pckh.mean_pose(train, people), people, skeleton)
     elif dist.is_first:
         info("no mean pose: it needs the training shards in the same folder as the validation's")
     flip = "flip test" if job.flip else "no flip test"
@@ -155,6 +158,18 @@ def evaluate_checkpoint(options: Namespace, dist: DistributedContext) -> Evaluat
     facts |= {"flip": job.flip, "loaders": list(job.loaders), "remarks": job.remarks}
     data = ReportData(people, first.keypoints_NJ2, skeleton, source, samples)
     return Evaluation(title, facts, results, skeleton, data, reference)
+
+
+def summary(
+    keypoints_NJ2: npt.NDArray,
+    people: People,
+    skeleton: Skeleton,
+    scores_N: npt.NDArray | None = None,
+) -> Summary:
+    """PCK, and COCO's AP where it can be computed. scores_N: None for equal ones."""
+    scores_N = np.ones(people.count) if scores_N is None else scores_N
+    precision = oks.average_precision(keypoints_NJ2, scores_N, people, skeleton)
+    return {**pckh.summary(keypoints_NJ2, people, skeleton), "oks": precision}
 
 
 def newest_checkpoint(runs: Path) -> Path:
@@ -306,6 +321,8 @@ def publish(evaluation: Evaluation, options: Namespace) -> None:
         signs = "< and <= say whether an error equal to the threshold counts as found (groups: <=)"
         print(f"{skeleton.metric} in %; {signs}\n")
         print(report.results_table(results, skeleton))
+        if skeleton.sigmas:
+            print("\n" + report.oks_table(results))
         if data:
             print("\n" + report.counts_text(first))
         if options.per_joint and data:

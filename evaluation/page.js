@@ -49,6 +49,7 @@ function drawResult() {
     `of ${count(own.joints_counted)} annotated joints of ${data.scored} were found: ` +
     `the prediction is less than half ${own.length ? "the length" : "the head’s length"} from ` +
     `the annotation.` + (own.length ? ` The length is ${own.length}.` : "") +
+    (own.joints_counted ? ` The mean distance is ${own.pixels.mean.toFixed(2)} px of the picture, the median ${own.pixels.median.toFixed(2)} px.` : "") +
     (own.people_scored < own.people ? " The others have no known length or no annotated joint." : "");
   stat("at 0.1", own.pckh["0.1"].pooled, "a fifth of that distance");
   stat("AUC", own.auc, "mean over 0 to 0.5");
@@ -119,6 +120,9 @@ function drawMeans() {
     "by how often each joint is annotated (HRNet, mmpose)", columns, (score) => score.weighted);
   meansRow(summary, "AUC", "area under the pooled curve, thresholds 0 to 0.5", columns,
     (score, result, threshold) => (threshold === "0.5" ? result.auc : undefined));
+  for (const key of Object.keys(own.oks ?? {}))
+    meansRow(summary, key, "COCO’s, of object keypoint similarity", columns,
+      (score, result, threshold) => (threshold === "0.5" ? result.oks?.[key] : undefined));
   summary.firstChild.children[1].classList.add("lead");
 }
 

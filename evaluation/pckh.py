@@ -191,6 +191,9 @@ def summary(keypoints_NJ2: npt.NDArray, people: People, skeleton: Skeleton) -> d
     for name in ("visible", "occluded"):
         pooled = score(parts[name], skeleton, 0.5).pooled
         values[name] = {"pooled": pooled, "joints_counted": int(np.isfinite(parts[name]).sum())}
+    pixels = errors * people.normalize[:, None]
+    mean = _mean(pixels, np.isfinite(pixels))
+    values["pixels"] = {"mean": mean, "median": _quantiles(pixels, [0.5])[0]}
     values |= {
         "details": details(parts, skeleton),
         "curves": curves(errors, skeleton),

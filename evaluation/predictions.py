@@ -29,6 +29,8 @@ class FilePredictions(NamedTuple):
 
     keypoints_NJ2: Floats
     """Image px."""
+    scores_N: Floats | None
+    """Of the people; None if the file has none."""
     truth: People | None
 
 
@@ -78,9 +80,12 @@ def _read_json(path: Path, people: People) -> FilePredictions:
     try:
         values = np.array([entry["keypoints"] for entry in entries], dtype=np.float64)
         keypoints = values.reshape(*people.joints.shape[:2], 3)
+        own = zip(entries, keypoints[..., 2].mean(axis=1), strict=True)
+        scores = np.array([entry.get("score", mean) for entry, mean in own], dtype=np.float64)
     except (ValueError, OverflowError) as error:
         raise _mismatch(path, people, f"keypoints that are not x, y, score ({error})") from error
-    return FilePredictions(keypoints[np.argsort(rows), :, :2], None)
+    order = np.argsort(rows)
+    return FilePredictions(keypoints[order, :, :2], scores[order], None)
 
 
 def _rows(entries: Entries, people: People) -> list[int]:
@@ -129,10 +134,10 @@ def _read_mat(path: Path, people: People) -> FilePredictions:
         return value.astype(np.float64)
 
     if "preds" in mat:
-        return FilePredictions(array("preds"), None)
+        return FilePredictions(array("preds"), None, None)
     keypoints = array("pos_pred_src").transpose(2, 0, 1)
     if "pos_gt_src" not in mat:
-        return FilePredictions(keypoints, None)
+        return FilePredictions(keypoints, None, None)
     box, marked = array("headboxes_src"), array("jnt_missing").T == 0
     truth = people._replace(
         joints=array("pos_gt_src").transpose(2, 0, 1),
@@ -140,7 +145,7 @@ def _read_mat(path: Path, people: People) -> FilePredictions:
         visible=people.visible & marked,
         normalize=HEAD_BOX_SHARE * np.linalg.norm(box[1] - box[0], axis=0),
     )
-    return FilePredictions(keypoints, truth)
+    return FilePredictions(keypoints, None, truth)
 
 
 def as_entries(people: People, keypoints_NJ2: Floats, scores_NJ: Floats) -> Entries:

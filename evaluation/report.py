@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from common.errors import InputError
 from common.files import read_json
 from configs.skeleton import Skeleton
-from evaluation import pckh
+from evaluation import oks, pckh
 from evaluation.predictions import has_shape
 from pipelines.annotations import scored_text
 
@@ -42,6 +42,18 @@ def results_table(results: dict[str, Summary], skeleton: Skeleton) -> str:
     return "\n".join(lines)
 
 
+def oks_table(results: dict[str, Summary]) -> str:
+    """COCO's AP and AR in per cent, one line per result. results: by name."""
+    if not any(result["oks"] for result in results.values()):
+        return "No AP: the annotation does not give everybody's area (`area` in COCO's file)."
+    label = max(map(len, results)) + 2
+    lines = ["COCO".ljust(label) + "".join(f"{name:>8}" for name in oks.NAMES)]
+    for name, result in results.items():
+        cells = [f"{_percent(result['oks'][each]):>8}" for each in oks.NAMES]
+        lines.append(name.ljust(label) + "".join(cells))
+    return "\n".join(lines)
+
+
 def counts_text(result: Summary) -> str:
     """How many people and joints a result counts, and what errors are divided by."""
     visible, occluded = (
@@ -52,6 +64,10 @@ def counts_text(result: Summary) -> str:
         f"{scored_text(result['people_scored'], result['people'])}, "
         f"{result['joints_counted']:,} marked joints. "
         f"Visible ones {visible}, occluded ones {occluded}, pooled @0.5."
+    )
+    mean, median = result["pixels"]["mean"], result["pixels"]["median"]
+    text += (
+        f"\nDistance from the annotation: mean {mean:.2f}, median {median:.2f} px of the picture."
     )
     if result["people_scored"] < result["people"]:
         text += "\nThe others have no known length to divide by, or no marked joint."

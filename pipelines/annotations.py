@@ -9,6 +9,7 @@ import gzip
 import re
 import sys
 import zlib
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -70,6 +71,10 @@ class People(NamedTuple):
     """(N, J)"""
     visible: npt.NDArray[np.bool_]
     """(N, J) True for a joint that is not marked: ignored by loss and metrics (shard_format.py)."""
+    area: Floats | None = None
+    """(N,) px^2 of the person, for OKS; None if the source does not give all."""
+    ignored: npt.NDArray[np.object_] | None = None
+    """(N,) lists of `coco.Region`: the picture's people who are not scored; None as for `area`."""
 
     @property
     def count(self) -> int:  # type: ignore[override]
@@ -85,7 +90,8 @@ class People(NamedTuple):
         """The people of these rows, in this order."""
         rows = np.asarray(rows)
         images = tuple(self.images[row] for row in rows)
-        return People(images, *(column[rows] for column in self[1:]))
+        columns: Any = (None if each is None else each[rows] for each in self[1:])
+        return People(images, *columns)
 
 
 def scored_text(scored: int, people: int) -> str:
@@ -299,10 +305,13 @@ def _from_coco(data: dict[str, Any], path: Path, skeleton: Skeleton | None) -> P
     if skeleton is None:
         advice = "give configs/skeletons/coco.yaml or your own (docs/custom-data.md)"
         raise InputError(path, "COCO's JSON", "--skeleton FILE.yaml with it", advice)
-    images, ids_N2, box_N4, keypoints_NJ3 = parse_coco(data, path, skeleton)
-    labels = Labels(images, box_N4, keypoints_NJ3, skeleton)
+    coco = parse_coco(data, path, skeleton)
+    labels = Labels(coco.images, coco.box_N4, coco.keypoints_NJ3, skeleton)
     people = _from_labels(labels, path.parent, "auto")
-    return people._replace(index=ids_N2[:, 0], person=ids_N2[:, 1])
+    people = people._replace(index=coco.ids_N2[:, 0], person=coco.ids_N2[:, 1])
+    if np.isnan(coco.area_N).any():
+        return people
+    return people._replace(area=coco.area_N, ignored=object_array(coco.ignored))
 
 
 def _from_labels(labels: Labels, images: Path, boxes: Boxes) -> People:
@@ -366,6 +375,11 @@ def normalizing_length(people: People, skeleton: Skeleton, path: Path) -> Floats
     a, b = rule.joints
     length = rule.factor * np.linalg.norm(people.joints[:, a] - people.joints[:, b], axis=-1)
     return np.where(people.marked[:, a] & people.marked[:, b], length, 0.0)
+
+
+def object_array(values: Collection[Any]) -> npt.NDArray[np.object_]:
+    """A one-dimensional array of these objects, such as lists of different lengths."""
+    return np.fromiter(values, dtype=object, count=len(values))
 
 
 def safe_name(name: str) -> bool:

@@ -1,7 +1,7 @@
 """Parses COCO keypoint annotations by the rules of docs/conventions.md."""
 
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
@@ -15,26 +15,47 @@ from configs.skeleton import Skeleton
 Floats = npt.NDArray[np.float64]
 
 _FIX = "correct it in the program that wrote the file"
+_CROWD, _NO_JOINT = "crowds", "without a marked joint"
 
 
-def parse_coco(
-    data: dict[str, Any], path: Path, skeleton: Skeleton
-) -> tuple[tuple[str, ...], npt.NDArray[np.int64], Floats, Floats]:
-    """N people with the skeleton's joints, in the order of the file.
+Region = list[float]
+"""x, y, width, height, area (0 if unknown), iscrowd of an annotation that COCO's metric ignores."""
 
-    Returns N file names, (N, 2) ids of the images and of the annotations, (N, 4) boxes x, y, width,
-    height (image px, from the corner of the picture), and (N, J, 3) keypoints x, y, v (v is 0 for
-    not marked, where x and y become 0; 1 hidden; 2 visible). Raises InputError. Prints how many
-    annotations were left out.
+
+class CocoPeople(NamedTuple):
+    """N people of a file, in its order."""
+
+    images: tuple[str, ...]
+    """N file names."""
+    ids_N2: npt.NDArray[np.int64]
+    """Of the images and of the annotations."""
+    box_N4: Floats
+    """x, y, width, height, image px, from the corner of the picture."""
+    keypoints_NJ3: Floats
+    """x, y, v: 0 not marked, where x and y become 0; 1 hidden; 2 visible."""
+    area_N: Floats
+    """px^2; NaN if the file gives none."""
+    ignored: list[list[Region]]
+    """For each person the crowds and people without a marked joint in the same picture."""
+
+
+def parse_coco(data: dict[str, Any], path: Path, skeleton: Skeleton) -> CocoPeople:
+    """The people with the skeleton's joints. Raises InputError.
+
+    Prints how many annotations were left out.
     """
     names = _image_names(data["images"], path)
     categories = _categories(data.get("categories", []), path, skeleton)
-    left_out, kept = Counter[str](), []
+    left_out, kept, regions = Counter[str](), [], defaultdict[Any, list[Region]](list)
     for number, entry in enumerate(_dicts(data["annotations"], f"{path}: annotations")):
         where = f"{path}: annotation {number}"
         reason = _why_left_out(entry, categories, where)
         if reason:
             left_out[reason] += 1
+            if reason in (_CROWD, _NO_JOINT) and entry.get("bbox"):
+                box = json_numbers(entry, "bbox", (4,), where).tolist()
+                area = np.nan_to_num(_area(entry, where))
+                regions[str(entry.get("image_id"))].append([*box, area, int(reason == _CROWD)])
         else:
             kept.append(_row(entry, names, skeleton.joint_count, where))
     if left_out:
@@ -47,7 +68,14 @@ def parse_coco(
         raise InputError(path, found, "a different id for each annotation", _FIX)
     boxes = np.array([row[1] for row in kept]).reshape(-1, 4)
     keypoints = np.array([row[2] for row in kept]).reshape(-1, skeleton.joint_count, 3)
-    return tuple(names[image] for image, _ in ids.tolist()), ids, boxes, keypoints
+    return CocoPeople(
+        images=tuple(names[image] for image, _ in ids.tolist()),
+        ids_N2=ids,
+        box_N4=boxes,
+        keypoints_NJ3=keypoints,
+        area_N=np.array([row[3] for row in kept], dtype=np.float64),
+        ignored=[regions[str(image)] for image, _ in ids.tolist()],
+    )
 
 
 class ImageIndex(NamedTuple):
@@ -113,19 +141,24 @@ def _why_left_out(entry: dict[str, Any], categories: list[Any] | None, where: st
     if categories is not None and entry.get("category_id") not in categories:
         return "of other categories"
     if entry.get("iscrowd"):
-        return "crowds"
+        return _CROWD
     keypoints = entry.get("keypoints") or []
     if isinstance(keypoints, list) and not any(keypoints[2::3]):
-        return "without a marked joint"
+        return _NO_JOINT
     if not entry.get("bbox") or not (json_numbers(entry, "bbox", (4,), where)[2:] > 0).all():
         return "without a box"
     return ""
 
 
+def _area(entry: dict[str, Any], where: str) -> float:
+    """px^2; NaN if the annotation has none. Raises InputError."""
+    return float(json_numbers(entry, "area", (), where)) if "area" in entry else float("nan")
+
+
 def _row(
     entry: dict[str, Any], images: dict[int, str], joints: int, where: str
-) -> tuple[list[int], Floats, Floats]:
-    """Ids of image and annotation, box (4,) and keypoints (J, 3). Raises InputError."""
+) -> tuple[list[int], Floats, Floats, float]:
+    """Ids of image and annotation, box (4,), keypoints (J, 3) and area. Raises InputError."""
     image, number = entry.get("image_id"), entry.get("id")
     if not _is_id(image) or image not in images or not _is_id(number):
         found = f"image_id {image!r}, id {number!r}"
@@ -135,4 +168,5 @@ def _row(
         found = f"visibilities {sorted(set(keypoints[:, 2].tolist()))}"
         raise InputError(where, found, "0, 1 and 2", _FIX)
     keypoints[keypoints[:, 2] == 0] = 0.0  # x and y are undefined there
-    return [image, number], json_numbers(entry, "bbox", (4,), where), keypoints
+    box = json_numbers(entry, "bbox", (4,), where)
+    return [image, number], box, keypoints, _area(entry, where)

@@ -157,6 +157,8 @@ def person_json(
         "height": height,
         "joints": joints,
     }
+    if people.area is not None and people.ignored is not None:
+        facts |= {"area": float(people.area[row]), "ignored": people.ignored[row]}
     if image_from_stored != IDENTITY_AFFINE:
         facts["image_from_stored"] = [image_from_stored[:3], image_from_stored[3:]]
     return json.dumps(facts, indent=1).encode()
@@ -267,6 +269,8 @@ def write_people_file(folder: Path, records_NR: npt.NDArray[np.float32], people:
         "index": people.index.tolist(),
         "person": people.person.tolist(),
     }
+    if people.area is not None and people.ignored is not None:
+        facts |= {"area": people.area.tolist(), "ignored": people.ignored.tolist()}
     write_atomic(folder / PEOPLE, json.dumps(facts).encode())
     return file_sha256(folder / PEOPLE)
 
@@ -274,7 +278,7 @@ def write_people_file(folder: Path, records_NR: npt.NDArray[np.float32], people:
 def read_people_file(
     folder: Path, manifest: "Manifest"
 ) -> tuple[npt.NDArray[np.float32], list[dict[str, Any]]]:
-    """(N, record_length) records, and image, index and person of each. Raises InputError."""
+    """(N, record_length) records, and the facts of each person. Raises InputError."""
     path = folder / PEOPLE
     try:
         facts = read_json(path)
@@ -294,6 +298,8 @@ def is_person(facts: Any) -> bool:
     if not isinstance(facts, dict):
         return False
     values = [facts.get(name) for name in ("image", "index", "person")]
+    if type(facts.get("area", 0.0)) is not float or type(facts.get("ignored", [])) is not list:
+        return False
     return list(map(type, values)) == [str, int, int] and safe_name(facts["image"])
 
 

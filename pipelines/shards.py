@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from common.errors import InputError
 from common.files import parse_json, read_bytes, write_atomic
-from pipelines.annotations import People
+from pipelines.annotations import People, object_array
 from pipelines.i420 import Planes, planes_of
 from pipelines.jpeg import require_sane_size
 from pipelines.shard_cache import ORIGIN, Key, ReadAhead, ShardCache
@@ -199,6 +199,11 @@ class ShardSet:
             marked=fields.marked_NJ,
             visible=fields.visible_NJ,
         )
+        if all("area" in fact for fact in facts):
+            people = people._replace(
+                area=np.array([fact["area"] for fact in facts], dtype=np.float64),
+                ignored=object_array([fact.get("ignored", []) for fact in facts]),
+            )
         order = np.argsort(fields.row_N, kind="stable")
         return people.select(order), order
 

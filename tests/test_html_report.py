@@ -11,10 +11,10 @@ from helpers import make_trainer, people_at, steps, tiny_config
 
 import evaluate
 from configs.skeleton import L_WRIST, MPII, R_WRIST, Length, Skeleton
-from evaluation import html_report, pckh, visualize
+from evaluation import evaluator, html_report, visualize
 from evaluation.predictions import as_entries
 from evaluation.report import ReferenceRun
-from pipelines.annotations import People, read_annotations
+from pipelines.annotations import People, object_array, read_annotations
 
 WIDE = (1280, 900)
 WIDE_LETTERS = "* { font-family: monospace !important; letter-spacing: 0.06em !important }"
@@ -66,7 +66,7 @@ def write_page(
     folder: Path, people: People, found: np.ndarray, skeleton: Skeleton, text: str
 ) -> Path:
     """A report without pictures. text: the name of the result, the checkpoint, the reference."""
-    result = pckh.summary(found, people, skeleton)
+    result = evaluator.summary(found, people, skeleton)
     facts, reference = {"checkpoint": text, "remarks": [text]}, ReferenceRun(text, result)
     data = html_report.ReportData(people, found, skeleton, None, np.arange(people.count))
     page = html_report.html_report(facts, {text: result}, reference, data, 24)
@@ -324,6 +324,24 @@ def test_the_metric_has_its_name_and_people_without_a_length_are_dashes(
     assert metric == "PCKh" or "PCKh" not in text
     assert texts(browser, "#headline") == ["–"] and texts(browser, ".tile") == []
     assert complaints(browser) == []
+
+
+def test_cocos_ap_and_the_distance_in_pixels_are_on_the_page(tmp_path, browser):
+    people = people_at(np.full((2, 16, 2), 50.0))._replace(
+        area=np.full(2, 1e4), ignored=object_array([[], []])
+    )
+    found = people.joints + np.array([[[3.0, 4.0]], [[0.0, 7.0]]])  # 5 and 7 px away
+    page = write_page(tmp_path, people, found, MPII._replace(sigmas=(0.1,) * 16), "network")
+    browser.show(page, *WIDE)
+    assert (
+        "mean distance is 6.00 px of the picture, the median 6.00 px" in texts(browser, "main")[0]
+    )
+    rows = dict(
+        zip(texts(browser, "#means .summary th"), texts(browser, "#means .summary tr"), strict=True)
+    )
+    (ap,) = (row for name, row in rows.items() if name.startswith("APCOCO"))
+    # At 0.95 only the first is found, with precision 1 at recalls 0, 0.01, ..., 0.5.
+    assert f"{100 * (9 + 51 / 101) / 10:.2f}" in ap and complaints(browser) == []
 
 
 @pytest.mark.slow

@@ -53,7 +53,7 @@ def one_person(joint: int, at_xy: tuple[float, float]) -> Batch:
     joints[0, joint], drawn[0, joint] = torch.tensor(at_xy), True
     heat = torch.zeros(1, 16, 16, 16)
     heat[0, joint, int(at_xy[1]), int(at_xy[0])] = 1.0
-    return Batch(torch.full((1, 3, 64, 64), 0.5), heat, joints, drawn, torch.zeros(1))
+    return Batch(torch.full((1, 3, 64, 64), 0.5), heat, joints, drawn, ~drawn, torch.zeros(1))
 
 
 @pytest.mark.parametrize(
