@@ -8,7 +8,7 @@
 # make soak       half an hour of training with a fault every minute (SOAK='--minutes 5' for less)
 # make bench      loaders, heatmaps and training step on this machine
 # make bench-gpu PYTHON=python3 OUT=runs/gpu
-#                 the same on a GPU in nine minutes, with a Python that is already there; JSON and PNG go to OUT
+#                 the same on a GPU in nine minutes, with a Python that is already there; its JSON goes to OUT
 #
 # Without an NVIDIA driver the tested CPU build of torch is installed, with one the newest build. Say what you want with
 #   make install TORCH='torch==2.13.0' PIP_ARGS='--index-url URL'    another build of torch
@@ -94,4 +94,4 @@ bench: install
 # A plain checkout will do: nothing is installed, and a PYTHONPATH that is set stays.
 bench-gpu:
 	PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) benchmarks/throughput.py --device cuda --budget 9 \
-	  --people 1024 --rounds 3 --json $(OUT)/throughput.json --chart $(OUT)/throughput.png
+	  --people 1024 --rounds 3 --json $(OUT)/throughput.json

@@ -19,9 +19,6 @@ from dataclasses import fields
 from functools import partial
 from typing import Any
 
-import numpy as np
-from matplotlib.figure import Figure
-
 from benchmarks import accuracy_suite, loader_suites, step_suites
 from benchmarks.loader_suites import Options, make_shards, pack_people
 from benchmarks.timing import Group, environment, run_here, run_isolated, table
@@ -58,8 +55,6 @@ def main(argv: list[str] | None = None) -> int:
             run_group(name, group, args, deadline, report)
             if args.json:
                 write_atomic(args.json, (json.dumps(report, indent=1) + "\n").encode())
-    if args.chart:
-        draw_chart(report, args.chart)
     print(json.dumps(report))
     return 1 if report["failed"] else 0
 
@@ -93,7 +88,6 @@ def make_parser() -> Parser:
     add("--budget", type=float, metavar="MINUTES", default=60.0,
         help="groups that have not started in this time are skipped (default: %(default)s)")
     add("--json", type=Path, metavar="OUT", help="write the results after each group")
-    add("--chart", type=Path, metavar="OUT", help="write bars to this .png, .svg or .pdf")
     # fmt: on
     return parser
 
@@ -155,25 +149,6 @@ def run_group(
         curves = {n: curve for n, curve in report.items() if n.startswith("accuracy, ") and curve}
         report["time_to_same_pck"] = accuracy_suite.time_to_same_pck(curves)
         print(f"time to the same PCK: {report['time_to_same_pck']}", flush=True)
-
-
-def draw_chart(report: dict[str, Any], path: Path) -> None:
-    """One panel per group, one bar per case, with the range over the rounds as a line."""
-    groups = {name: rows for name, rows in report.items() if suite_of(name) in SUITES and rows}
-    world = report["world"]
-    machine = world["processor"] if world["device"] == "cpu" else world["device"]
-    heights = [len(rows) + 1.5 for rows in groups.values()]
-    figure = Figure(figsize=(9, 0.36 * sum(heights)), layout="constrained")
-    axes = figure.subplots(len(groups), squeeze=False, height_ratios=heights)[:, 0]
-    for axis, (name, rows) in zip(axes, groups.items(), strict=True):
-        low, middle, high = ([row[k] for row in rows[::-1]] for k in ("low", "median", "high"))
-        spread = [np.subtract(middle, low), np.subtract(high, middle)]
-        bars = axis.barh([row["name"] for row in rows[::-1]], middle, xerr=spread)
-        axis.bar_label(bars, [f"{row['ratio']:.2f} x" for row in rows[::-1]], padding=4)
-        axis.set_title(f"{name}, people/s on {machine}")
-        axis.margins(x=0.12)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":
