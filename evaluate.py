@@ -21,6 +21,7 @@ INPUTS = {
 }
 OUTPUTS = {
     "--json": "all numbers",
+    "--calibrate": "the checkpoint with a table of what scores mean, measured on these people",
     "--report": "an HTML page of tables, curves and people: OUT/index.html or OUT.html",
     "--save-predictions": "JSON of the joints in px of the original pictures",
     "--save-coco": "the same as COCO keypoint results",

@@ -3,7 +3,7 @@
 from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import cv2
 import numpy as np
@@ -14,8 +14,9 @@ from torch import nn
 
 from common.distributed import choose_device, choose_dtype, free_threads, loader_workers
 from common.errors import InputError
-from configs.skeleton import Skeleton
+from configs.skeleton import PIXELS_PER_SCALE, Skeleton
 from evaluation.inference import Predictions, predict
+from model.calibration import Calibration
 from model.checkpoint import Checkpoint, evaluation_network, load_checkpoint
 from pipelines.augment import Draw, without_augmentation
 from pipelines.boxes import MARGIN, Square, check_square, square_about, whole_picture
@@ -34,6 +35,18 @@ _MAX_PIXELS = 256_000_000
 _MAX_BYTES = 1 << 30
 
 
+class Poses(NamedTuple):
+    """Joints of N people."""
+
+    keypoints_NJ2: npt.NDArray[np.float64]
+    """Px of the picture."""
+    scores_NJ: npt.NDArray[np.float64]
+    """Probabilities that the joints are correct, by the checkpoint's calibration; without one the
+    heights of the heatmaps' peaks."""
+    errors_NJ: npt.NDArray[np.float64]
+    """Expected errors, px of the picture; NaN without a calibration."""
+
+
 @dataclass
 class PoseEstimator:
     """A network with the crop, flip and decode rules that it was trained with."""
@@ -50,6 +63,7 @@ class PoseEstimator:
     """People per batch."""
     threads: int
     """torch's thread count during a prediction on a CPU; the caller's count is restored."""
+    calibration: Calibration | None = None
 
     @property
     def skeleton(self) -> Skeleton:
@@ -90,6 +104,7 @@ class PoseEstimator:
             dtype=choose_dtype(precision, chosen),
             batch_size=batch_size or config.eval.batch_size,
             threads=threads or free_threads(loader_workers(config.data.workers, chosen)),
+            calibration=loaded.calibration,
         )
 
     def __call__(
@@ -100,8 +115,8 @@ class PoseEstimator:
         centers: npt.ArrayLike | None = None,
         scales: npt.ArrayLike | None = None,
         margin: float = MARGIN,
-    ) -> Predictions:
-        """keypoints_NJ2 (px of the picture) and scores_NJ, one row per person. Raises InputError.
+    ) -> Poses:
+        """Joints, one row per person. Raises InputError.
 
         pictures: one, or a list. Files and Pillow images are turned upright as their EXIF
         orientation says (`read_picture`).
@@ -122,7 +137,7 @@ class PoseEstimator:
                     predictions.append(self.predict(crops))
                     crops = []
         predictions.append(self.predict(crops))
-        return Predictions(*map(np.concatenate, zip(*predictions, strict=True)))
+        return Poses(*map(np.concatenate, zip(*predictions, strict=True)))
 
     def crop(self, image_HW3: npt.NDArray[np.uint8], square: Square | None, where: str) -> Item:
         """One person for `predict`. image: BGR. square: None is the whole picture.
@@ -143,8 +158,16 @@ class PoseEstimator:
         )
         return crop, matrix, Draw(), record
 
-    def predict(self, crops: list[Item]) -> Predictions:
+    def predict(self, crops: list[Item]) -> Poses:
         """The joints in crops that `crop` made, in the same order; runs in batches."""
+        keypoints_NJ2, scores_NJ = self._predict(crops)
+        if self.calibration is None:
+            return Poses(keypoints_NJ2, scores_NJ, np.full_like(scores_NJ, np.nan))
+        scale_N = np.array([record[COLUMNS["scale"]] for *_, record in crops])
+        errors_NJ = self.calibration.errors(scores_NJ) * PIXELS_PER_SCALE * scale_N[:, None]
+        return Poses(keypoints_NJ2, self.calibration.probabilities(scores_NJ), errors_NJ)
+
+    def _predict(self, crops: list[Item]) -> Predictions:
         if not crops:
             joints = self.skeleton.joint_count
             return Predictions(np.empty((0, joints, 2)), np.empty((0, joints)))

@@ -22,12 +22,13 @@ from common.files import write_atomic
 from configs.schema import Config, LoaderName, RuleName
 from configs.skeleton import Skeleton, load_skeleton, require_same_joints
 from evaluation import inference, oks, pckh, predictions, report
+from evaluation.calibration import calibrate
 from evaluation.dataset import EvaluationDataset, open_pictures_dataset, open_shards_dataset
 from evaluation.html_report import ReportData, html_report
 from evaluation.inference import Predictions
 from evaluation.report import ReferenceRun, Summary, read_reference
 from evaluation.visualize import draw_people
-from model.checkpoint import BEST, Checkpoint, evaluation_network, load_checkpoint
+from model.checkpoint import BEST, Checkpoint, evaluation_network, load_checkpoint, save_checkpoint
 from pipelines.annotations import People, read_annotations
 from pipelines.codec import Codec, codec_of
 from pipelines.opencv_loader import LooseImages, Source
@@ -66,6 +67,7 @@ def check_options(options: Namespace) -> None:
     """Raise InputError for options that cannot work, before any work is done."""
     outputs = [options.json, options.save_predictions, options.save_coco, options.save_mat]
     outputs += [options.save_submission, options.picture, options.report and report_file(options)]
+    outputs.append(options.calibrate)
     for path in filter(None, outputs):
         if path.is_dir() or any(parent.is_file() for parent in path.parents):
             raise InputError(path, "a folder, or below a file", "a file name", "give another name")
@@ -75,6 +77,8 @@ def check_options(options: Namespace) -> None:
         raise _wrong("--oracle with --report or --compare", "these with a network or predictions")
     if (options.oracle or options.predictions) and not options.annotations:
         raise _wrong("--oracle or --predictions", "--annotations FILE with it")
+    if options.calibrate and (options.oracle or options.predictions):
+        raise _wrong("--calibrate without a network", "it with --checkpoint")
     if options.skeleton and not options.annotations:
         raise _wrong("--skeleton without --annotations", "both; shards contain their joints")
     if bool(options.save_submission) != bool(options.release):
@@ -128,11 +132,20 @@ def _read_people(options: Namespace) -> tuple[People, Skeleton]:
 def evaluate_checkpoint(options: Namespace, dist: DistributedContext) -> Evaluation:
     """Predict with all ranks; rank 0 writes the prediction files. Raises InputError."""
     job = make_job(options)
+    if options.calibrate and job.trained.is_onnx:
+        advice = "calibrate the checkpoint that it was made from, and export that again"
+        raise InputError(job.trained.path, "an ONNX file", "a checkpoint to calibrate", advice)
     people, source, samples, skeleton, train, name = job.dataset
     release = predictions.read_release(options.release, people) if options.release else None
     reference = read_reference(options.compare, skeleton) if options.compare else None
     found = run_job(job, dist, batch_size=options.batch_size, workers=options.workers)
     first = found[job.loaders[0]]
+    calibration = None
+    if options.calibrate:
+        table, calibration = calibrate(first, people)
+        if dist.is_first:
+            save_checkpoint(options.calibrate, replace(job.trained, calibration=table))
+            info(f"wrote {options.calibrate}")
     if dist.is_first:
         _write_predictions(options, job.dataset, first)
     if dist.is_first and release:
@@ -156,6 +169,7 @@ def evaluate_checkpoint(options: Namespace, dist: DistributedContext) -> Evaluat
     title += [f"note: {remark}" for remark in job.remarks]
     facts = {"checkpoint": str(job.trained.path), "step": job.trained.step, "data": name}
     facts |= {"flip": job.flip, "loaders": list(job.loaders), "remarks": job.remarks}
+    facts |= {"calibration": calibration} if calibration else {}
     data = ReportData(people, first.keypoints_NJ2, skeleton, source, samples)
     return Evaluation(title, facts, results, skeleton, data, reference)
 
@@ -331,6 +345,8 @@ def publish(evaluation: Evaluation, options: Namespace) -> None:
         print("No joint is annotated, so there is nothing to score.")
     if len(facts.get("loaders", ())) == 2:
         print("\n" + report.gap_text(*list(results.items())[:2]))
+    if calibration := facts.get("calibration"):
+        print("\n" + report.calibration_text(calibration))
     if reference:
         print(f"\nthe other run: {reference.name}")
         if warning := report.data_mismatch(first, reference.result):

@@ -387,6 +387,22 @@ function drawSorted() {
   });
 }
 
+function drawRisk() {
+  const { calibration } = facts;
+  if (!calibration) return;
+  const { coverage, risk, calibration_error: error } = calibration;
+  $("calibration").hidden = false;
+  $("calibration-note").textContent =
+    `The share of joints with an error of 0.5 or more, among the joints with the highest scores: scores are the ` +
+    `calibrated probabilities, or the heights of peaks (thin line). The expected calibration error is ` +
+    `${fixed(error.after, 4)}, without calibration ${fixed(error.before, 4)} ` +
+    `(${calibration.folds}-fold cross-validation over ${count(calibration.people)} people).`;
+  chart($("risk"), [{ kind: "thin", xs: coverage, ys: risk.before }, { kind: "own", xs: coverage, ys: risk.after }], {
+    x: [0, 1], y: [0, 1], xTicks: [0, 0.25, 0.5, 0.75, 1], yTicks: [0, 0.25, 0.5, 0.75, 1],
+    xText: (c) => `${100 * c} %`, yText: (r) => String(100 * r), yTitle: "% wrong, over the share of joints that are kept",
+  });
+}
+
 /* People */
 
 function errorOf(person) {
@@ -577,6 +593,7 @@ function main() {
   $("joints-note").textContent = `${metric} of each joint in per cent` + (other ? "; the upright mark is the other run." : ".");
   $("occlusion-metric").textContent = metric;
   $("curve").dataset.label = `${metric} over thresholds 0 to 0.5; the table beside it has the values`;
+  $("risk").dataset.label = "Share of wrong joints over the share of joints kept";
   $("sorted").dataset.label = "Mean error of people, sorted";
   fillJointSelect();
   listen();
@@ -585,7 +602,7 @@ function main() {
   drawOcclusion();
   drawErrors();
   chooseJoint();
-  new ResizeObserver(() => { drawCurves(); drawSorted(); }).observe($("curve"));
+  new ResizeObserver(() => { drawCurves(); drawSorted(); drawRisk(); }).observe($("curve"));
 }
 
 main();

@@ -33,6 +33,7 @@ from configs.schema import (
     flat,
 )
 from configs.skeleton import Skeleton, skeleton_from_dict
+from model.calibration import Calibration, calibration_from_dict
 from model.export import OnnxNetwork, read_export
 from model.foreign_checkpoints import (
     PRINCETON_MODEL,
@@ -106,6 +107,8 @@ class Checkpoint:
     run: RunState | None
     """None for checkpoints of other code and for exported networks."""
     is_onnx: bool = False
+    calibration: Calibration | None = None
+    """What peaks of the heatmaps mean, if it was measured (`evaluate.py --calibrate`)."""
 
 
 # Writing
@@ -131,6 +134,7 @@ def header(checkpoint: Checkpoint) -> dict[str, Any]:
         "config": as_dict(checkpoint.config),
         "skeleton": checkpoint.skeleton.as_dict(),
         "step": checkpoint.step,
+        "calibration": checkpoint.calibration and checkpoint.calibration.as_dict(),
     }
 
 
@@ -262,6 +266,7 @@ def _from_ours(raw: Any, path: Path) -> Checkpoint:
         optimizer=optimizer,
         run=RunState(**run) if run else None,
         is_onnx=path.suffix == ".onnx",
+        calibration=calibration_from_dict(tables) if (tables := raw.get("calibration")) else None,
     )
 
 

@@ -374,8 +374,8 @@ def documented(heading: str) -> set[str]:
 
 def test_the_documented_keys_are_those_of_the_files(tiny_shards, tmp_path):
     make_trainer(tiny_config(tiny_shards, train={"steps": 4, "log_every": 2}), tmp_path).train()
-    run("--checkpoint", tmp_path, "--shards", tiny_shards, "--json", tmp_path / "n.json",
-        "--save-predictions", tmp_path / "p.json")  # fmt: skip
+    run("--checkpoint", tmp_path, "--shards", tiny_shards / "train", "--json", tmp_path / "n.json",
+        "--save-predictions", tmp_path / "p.json", "--calibrate", tmp_path / "c.pt")  # fmt: skip
     numbers = json.loads((tmp_path / "n.json").read_text())
     assert set(numbers) == documented("`evaluate.py --json`")
     result = numbers["network"]
@@ -419,6 +419,8 @@ def bad_inputs(trained: Path, tiny_shards: Path, tiny_set: Path, tmp_path: Path)
         "other joints": ([*best, "--compare", tmp_path / "others.json"], "joints nose"),
         "oracle on a page": (["--oracle", "--annotations", annotations, "--report",
                               tmp_path / "out"], "--oracle with --report"),
+        "nothing to calibrate": (["--oracle", "--annotations", annotations, "--calibrate",
+                                  tmp_path / "c.pt"], "--calibrate without a network"),
         "predictions alone": (["--predictions", tmp_path / "p.json"], "--annotations FILE"),
     }  # fmt: skip
 

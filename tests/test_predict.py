@@ -19,8 +19,7 @@ import evaluate
 from common import distributed
 from common.errors import InputError, run_main
 from evaluation import visualize
-from evaluation.estimator import PoseEstimator, read_picture
-from evaluation.inference import Predictions
+from evaluation.estimator import PoseEstimator, Poses, read_picture
 from evaluation.video import read_frames
 from pipelines import heatmaps
 from pipelines.annotations import read_annotations
@@ -97,7 +96,7 @@ def test_the_python_call_the_json_and_the_coco_results_agree(run, estimator, tin
     run(*pictures, "--box", 20, 10, 50, 60, "--save-predictions", tmp_path / "p.json",
         "--save-coco", tmp_path / "c.json")  # fmt: skip
     _, mine = read_json(tmp_path / "p.json")
-    keypoints, scores = estimator(pictures, boxes=[[20, 10, 50, 60]] * 5)
+    keypoints, scores, _ = estimator(pictures, boxes=[[20, 10, 50, 60]] * 5)
     np.testing.assert_array_equal(mine[..., :2], keypoints)
     np.testing.assert_array_equal(mine[..., 2], scores)
     coco = json.loads((tmp_path / "c.json").read_text())
@@ -265,11 +264,12 @@ def test_folders_show_gif_and_avif(run, tmp_path):
     assert [e["image"] for e in read_json(tmp_path / "p.json")[0]] == ["a.gif", "b.avif"]
 
 
-def joints_on_a_grid(self, crops) -> Predictions:
+def joints_on_a_grid(self, crops) -> Poses:
     """16 joints about the middle of each square, 8 px apart, so that no dot lies over another."""
     middles = np.stack([record[1:3] for _, _, _, record in crops])
     grid = np.stack(np.meshgrid(np.arange(-16, 16, 8), np.arange(-16, 16, 8)), -1).reshape(-1, 2)
-    return Predictions(middles[:, None] + grid, np.ones((len(crops), 16)))
+    ones = np.ones((len(crops), 16))
+    return Poses(middles[:, None] + grid, ones, ones)
 
 
 def test_overlays_show_everybody_where_they_are_found(run, tiny_set, tmp_path, monkeypatch):

@@ -200,8 +200,8 @@ def test_a_run_validates_through_its_own_loader(tiny_shards, tmp_path):
         predict_distributed(*arguments, loader=loader, batch_size=4, workers=0, flip=True)
         for loader in ("dali", "opencv")
     )
-    assert np.array_equal(valid.keypoints_NJ2, dali.keypoints_NJ2)
-    assert not np.array_equal(valid.keypoints_NJ2, opencv.keypoints_NJ2)
+    assert np.array_equal(valid.found.keypoints_NJ2, dali.keypoints_NJ2)
+    assert not np.array_equal(valid.found.keypoints_NJ2, opencv.keypoints_NJ2)
 
 
 def test_the_average_follows_its_formula_from_the_first_step():

@@ -122,7 +122,7 @@ def make_parser() -> Parser:
     add("--save-coco", type=Path, metavar="OUT", help="COCO keypoint results")
     overlay_help = "drawn skeletons: a picture for one, .avi or .mp4 for a video, else a folder"
     add("--overlay", type=Path, metavar="OUT", help=overlay_help)
-    score_help = "draw joints whose heatmap peak is at least this high (default: %(default)s)"
+    score_help = "draw joints whose score is at least this high (default: %(default)s)"
     add("--min-score", type=float, default=0.0, help=score_help)
     return parser
 
@@ -340,12 +340,17 @@ def find_people(
 def predict_group(
     estimator: PoseEstimator, group: list[Frame]
 ) -> Iterator[tuple[Frame, list[Result]]]:
-    """Each frame with its results; `keypoints`: x, y in px and heatmap peak of each joint."""
+    """Each frame with its results; `keypoints`: x, y in px and score of each joint."""
     subjects = [subject for frame in group for subject in frame.subjects]
-    keypoints_NJ2, scores_NJ = estimator.predict([crop for _, crop in subjects])
-    rows = iter(np.concatenate([keypoints_NJ2, scores_NJ[..., None]], axis=2).tolist())
+    keypoints_NJ2, scores_NJ, errors_NJ = estimator.predict([crop for _, crop in subjects])
+    rows = np.concatenate([keypoints_NJ2, scores_NJ[..., None]], axis=2).tolist()
+    found = [{"keypoints": row} for row in rows]
+    if estimator.calibration:
+        expected = zip(found, errors_NJ.tolist(), strict=True)
+        found = [{**joints, "expected_errors": errors} for joints, errors in expected]
+    results = iter(found)
     for frame in group:
-        yield frame, [{**facts, "keypoints": next(rows)} for facts, _ in frame.subjects]
+        yield frame, [{**facts, **next(results)} for facts, _ in frame.subjects]
 
 
 # Video

@@ -10,7 +10,7 @@ from torch import nn
 from common.distributed import DistributedContext, loader_workers
 from configs.schema import Config
 from evaluation import pckh, visualize
-from evaluation.inference import predict_distributed
+from evaluation.inference import Predictions, predict_distributed
 from pipelines.codec import Codec
 from pipelines.opencv_loader import RawBatch
 from pipelines.shards import ShardSet
@@ -27,8 +27,9 @@ class Validator:
         people, samples = shards.people()
         chosen = np.arange(people.count)[: config.eval.people or None]
         self.people, self.samples = people.select(chosen), samples[chosen]
-        self.keypoints_NJ2 = np.zeros((0, codec.skeleton.joint_count, 2))
-        """Predictions of the last validation, image px."""
+        joints = codec.skeleton.joint_count
+        self.found = Predictions(np.zeros((0, joints, 2)), np.zeros((0, joints)))
+        """Of the last validation."""
 
     def run(
         self,
@@ -40,7 +41,7 @@ class Validator:
 
         Arguments and StoppedError as for predict_distributed.
         """
-        found = predict_distributed(
+        self.found = predict_distributed(
             network,
             self.shards,
             self.samples,
@@ -53,9 +54,8 @@ class Validator:
             progress=progress,
             should_stop=should_stop,
         )
-        self.keypoints_NJ2 = found.keypoints_NJ2
-        result = pckh.summary(found.keypoints_NJ2, self.people, self.codec.skeleton)
-        return {**result, "peak": float(found.scores_NJ.mean())}
+        result = pckh.summary(self.found.keypoints_NJ2, self.people, self.codec.skeleton)
+        return {**result, "peak": float(self.found.scores_NJ.mean())}
 
     def picture(self) -> npt.NDArray[np.uint8]:
         """(H, W, 3) RGB: the last predictions for a few people, always the same people."""
@@ -64,7 +64,7 @@ class Validator:
             self.shards,
             self.samples[rows],
             self.people.select(rows),
-            self.keypoints_NJ2[rows],
+            self.found.keypoints_NJ2[rows],
             self.codec.skeleton,
         )
         return sheet[..., ::-1]
