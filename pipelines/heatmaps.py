@@ -80,16 +80,14 @@ def _discretize(
     joints_NJ2: Tensor, has_target_NJ: Tensor, heat_px: int, rule: RuleName, sigma: float
 ) -> tuple[Tensor, Tensor, float | None]:
     """Centres, whether each joint is in the heatmap, and the radius of the window (px) or None."""
-    finite = torch.isfinite(joints_NJ2).all(dim=-1)
-    drawn = has_target_NJ.bool() & finite
-    joints = torch.where(finite[..., None], joints_NJ2, torch.zeros_like(joints_NJ2))
+    drawn = has_target_NJ.bool()
     if rule == "exact":
-        return joints, drawn, None
+        return joints_NJ2, drawn, None
     if rule == "princeton":
-        center = torch.trunc(joints)
+        center = torch.trunc(joints_NJ2)
         inside = ((center >= 0) & (center < heat_px)).all(dim=-1)
         return center, drawn & (joints_NJ2[..., 0] > 0) & inside, 3 * sigma + 1
-    center, radius = torch.trunc(joints + 0.5), 3 * sigma
+    center, radius = torch.trunc(joints_NJ2 + 0.5), 3 * sigma
     near = ((center - radius < heat_px) & (center + radius + 1 >= 0)).all(dim=-1)
     return center, drawn & near, radius
 

@@ -57,10 +57,9 @@ def test_a_worked_pixel_of_each_rule():
 
 
 @pytest.mark.parametrize(("rule", "sigma"), RULES)
-def test_joints_that_are_not_drawn_or_not_finite_leave_an_empty_map(rule, sigma):
-    joints = torch.tensor([[[30.0, 30.0], [float("nan"), 3.0], [30.0, 30.0]]])
-    heat = heatmaps.render(joints, torch.tensor([[0, 1, 1]]), 64, rule, sigma)
-    assert heat.amax(dim=(2, 3)).tolist() == [[0, 0, 1]]
+def test_joints_without_a_target_leave_an_empty_map(rule, sigma):
+    heat = heatmaps.render(torch.full((1, 2, 2), 30.0), torch.tensor([[0, 1]]), 64, rule, sigma)
+    assert heat.amax(dim=(2, 3)).tolist() == [[0, 1]]
 
 
 def test_a_joint_outside_draws_nothing_by_princetons_rule_and_a_tail_by_the_exact_one():
