@@ -6,6 +6,7 @@ AWS_ENDPOINT_URL, ...), as in the storage's own tools. A URL must not contain cr
 
 import errno
 import itertools
+import logging
 import random
 import tempfile
 import time
@@ -63,7 +64,9 @@ def read(url: str) -> bytes:
 
 def fetch(url: str, path: Path) -> None:
     """Write an object to a local file. Raises StorageError, and OSError if the disk is full."""
-    _repeat(url, lambda files: files.get_file(url, str(path)))
+    # gcsfs would need permission to list, and repeat each of its six attempts six times.
+    one_request = {"concurrency": 1} if url.startswith("gs:") else {}
+    _repeat(url, lambda files: files.get_file(url, str(path), **one_request))
 
 
 def store(path: Path, url: str) -> None:
@@ -80,6 +83,7 @@ def remove(url: str) -> None:
 def _repeat(url: str, action: Callable[[Any], T]) -> T:
     """The result of an action on a file system; repeats it after errors that may be temporary."""
     files = _file_system(url)
+    attempts = 2 if url.startswith("gs:") else ATTEMPTS  # gcsfs itself tries six times
     for attempt in itertools.count(1):
         try:
             return action(files)
@@ -87,10 +91,10 @@ def _repeat(url: str, action: Callable[[Any], T]) -> T:
             if isinstance(error, OSError) and error.errno in _NO_SPACE:
                 raise
             kind, found, is_final = _describe(error)
-            if is_final or attempt == ATTEMPTS:
+            if is_final or attempt == attempts:
                 raise kind(
                     url,
-                    found if is_final else f"{found}, {attempt} times",
+                    found if is_final else f"{found}, in all attempts",
                     "an object that these credentials may use, and a server that answers",
                     "check the URL, the credentials and the network, then start again (--resume)",
                 ) from error
@@ -106,7 +110,7 @@ def _describe(error: Exception) -> tuple[type[StorageError], str, bool]:
     status = getattr(error, "status", None) or 0  # of an HTTP response
     if isinstance(error, FileNotFoundError):
         return MissingObjectError, "no such object", True
-    if isinstance(error, PermissionError) or status in (401, 403):
+    if isinstance(error, PermissionError) or status in (401, 403) or "Forbidden:" in text:
         return StorageError, f"access denied ({text})", True
     if name in ("NoCredentialsError", "ProfileNotFound", "DefaultCredentialsError"):
         return StorageError, f"no credentials ({text})", True
@@ -144,4 +148,6 @@ def _options(protocol: str) -> dict[str, Any]:
         # aiohttp's default is five minutes for a whole transfer.
         limits = {"sock_connect": CONNECT_TIMEOUT_S, "sock_read": READ_TIMEOUT_S}
         return {"client_kwargs": {"timeout": aiohttp.ClientTimeout(total=None, **limits)}}
+    if protocol == "gs":
+        logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # else it prints each traceback
     return {}
