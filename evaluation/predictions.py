@@ -3,10 +3,11 @@
 Keypoints are in px of the original pictures. Picture names and numbers are the annotation's.
 """
 
+import csv
 import io
 import zlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
@@ -20,6 +21,7 @@ from pipelines.annotations import People
 
 Entries = list[dict[str, Any]]
 
+_COORDINATES = ("x", "y", "likelihood")
 HEAD_BOX_SHARE = 0.6
 """MPII's head length is this share of the head box's diagonal (its evaluation toolkit, SC_BIAS)."""
 
@@ -175,6 +177,29 @@ def as_coco(people: People, keypoints_NJ2: Floats, scores_NJ: Floats) -> Entries
         }
         for row, (image, person) in enumerate(ids)
     ]
+
+
+def deeplabcut_table(entries: Entries, joints: Sequence[str], scorer: str, frames: int) -> str:
+    """CSV in the columns of DeepLabCut's results: x, y (px), likelihood of each joint by frame.
+
+    entries: with `frame`, `person` and `keypoints`. Several people have the row `individuals`, and
+    a person who is not in a frame has empty cells there.
+    """
+    people = sorted({entry["person"] for entry in entries})
+    columns = [(f"individual{p}", j, c) for p in people for j in joints for c in _COORDINATES]
+    individuals, bodyparts, coords = zip(*columns, strict=True)
+    header = [["scorer", *[scorer] * len(columns)], ["individuals", *individuals]]
+    header = [
+        *header[: 2 if len(people) > 1 else 1],
+        ["bodyparts", *bodyparts],
+        ["coords", *coords],
+    ]
+    cells = {(e["frame"], e["person"]): np.ravel(e["keypoints"]).round(4).tolist() for e in entries}
+    absent = [""] * (len(columns) // max(1, len(people)))
+    rows = [[n, *(v for p in people for v in cells.get((n, p), absent))] for n in range(frames)]
+    file = io.StringIO()
+    csv.writer(file, lineterminator="\n").writerows([*header, *rows])
+    return file.getvalue()
 
 
 def open_mat(path: Path, names: list[str], expected: str) -> dict[str, Any]:

@@ -33,6 +33,11 @@ def read_frames(capture: cv2.VideoCapture, name: str) -> Iterator[npt.NDArray[np
         has_frame, image = capture.read()
 
 
+def frame_rate(capture: cv2.VideoCapture) -> float:
+    """Frames per second of a video; the default if it does not say."""
+    return capture.get(cv2.CAP_PROP_FPS) or DEFAULT_FRAMES_PER_SECOND
+
+
 @contextmanager
 def write_video(path: Path, capture: cv2.VideoCapture) -> Iterator[cv2.VideoWriter]:
     """Write a video with the size and frame rate of `capture`. Raises InputError.
@@ -42,10 +47,9 @@ def write_video(path: Path, capture: cv2.VideoCapture) -> Iterator[cv2.VideoWrit
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")
     codec = cv2.VideoWriter.fourcc(*CODECS[path.suffix.lower()])
-    rate = capture.get(cv2.CAP_PROP_FPS) or DEFAULT_FRAMES_PER_SECOND
     width = int(capture.get(cv2.CAP_PROP_FRAME_WIDTH))
     height = int(capture.get(cv2.CAP_PROP_FRAME_HEIGHT))
-    writer = cv2.VideoWriter(str(temporary), codec, rate, (width, height))
+    writer = cv2.VideoWriter(str(temporary), codec, frame_rate(capture), (width, height))
     if not writer.isOpened():
         raise InputError(path, "OpenCV cannot write it", "a path for a video", "try an .avi")
     try:

@@ -28,7 +28,7 @@ class OnnxNetwork(nn.Module):
         """Open the file, on a GPU if this ONNX Runtime supports one. Raises InputError."""
         super().__init__()
         self.path = path
-        self.session = _open_session(path)
+        self.session = open_session(path)
         self.eval()
 
     def forward(self, images_N3HW: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ def read_export(path: Path) -> dict[str, Any]:
     weights: dict[str, Tensor] = {}
     try:
         if path.suffix == ".onnx":
-            metadata = _open_session(path).get_modelmeta().custom_metadata_map
+            metadata = open_session(path).get_modelmeta().custom_metadata_map
         else:
             metadata, weights = _read_safetensors(path)
         header = parse_json(metadata.get(KEY, "").encode())
@@ -67,7 +67,7 @@ def write_safetensors(path: Path, weights: dict[str, Tensor], header: dict[str, 
     write_atomic(path, _imported("safetensors.torch", path).save(tensors, metadata))
 
 
-def _open_session(path: Path) -> Any:
+def open_session(path: Path) -> Any:
     """ONNX Runtime's session of a file. Raises InputError."""
     onnxruntime = _imported("onnxruntime", path)
     wanted = ("CUDAExecutionProvider", "CPUExecutionProvider")

@@ -90,7 +90,8 @@ def read_people(
     CSV: a header and one line per person. JSON: a list of objects with the same names, or with
     `box` (four numbers) or `center` (two) and `scale`; or COCO detections, whose file names are in
     `annotations`, COCO's file. Without a box or centre: the whole picture. margin: applied to
-    boxes, not to centre and scale. in_video: rows have a `frame` instead of an `image`.
+    boxes, not to centre and scale. in_video: rows have a `frame` instead of an `image`; the
+    `image_id` of COCO detections is the frame's number.
     """
     coco = read_image_index(annotations) if annotations else None
     people, others = [], 0
@@ -100,7 +101,7 @@ def read_people(
                 if coco and coco.categories and row.get("category_id") not in coco.categories:
                     others += 1
                     continue
-                row = _from_detection(row, coco)
+                row = _from_detection(row, coco, in_video)
             people.append(_person(row, margin, in_video))
         except ValueError as error:
             where, advice = f"{path}: person {number}", "correct it (people count from 0)"
@@ -112,8 +113,10 @@ def read_people(
     return people
 
 
-def _from_detection(row: dict[str, Any], coco: ImageIndex | None) -> dict[str, Any]:
+def _from_detection(row: dict[str, Any], coco: ImageIndex | None, in_video: bool) -> dict[str, Any]:
     """A detection in COCO's result format with the names of a people file. Raises ValueError."""
+    if in_video:
+        return {"frame": row.get("image_id"), "box": row["bbox"], "score": row.get("score")}
     if coco is None:
         raise ValueError("a COCO detection, but no --annotations FILE with the pictures' names")
     image_id = row.get("image_id")

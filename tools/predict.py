@@ -10,7 +10,7 @@ import itertools
 import json
 import os
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -24,8 +24,11 @@ from common.errors import InputError, run_main
 from common.files import write_atomic
 from common.system import usable_cores
 from configs.skeleton import PIXELS_PER_SCALE, Skeleton
+from evaluation.detector import Detector, square_by_joints
 from evaluation.estimator import PoseEstimator, read_picture
-from evaluation.video import CODECS, open_video, read_frames, write_video
+from evaluation.predictions import deeplabcut_table
+from evaluation.tracking import FAIR, Smoothing, Track, Tracker, square_of_joints
+from evaluation.video import CODECS, frame_rate, open_video, read_frames, write_video
 from evaluation.visualize import draw_skeleton
 from pipelines.annotations import stays_inside
 from pipelines.boxes import MARGIN, Person, Square, read_people, square_about, whole_picture
@@ -37,10 +40,10 @@ PICTURES |= {".gif", ".avif"}
 VIDEOS = {".avi", ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv"}
 MAX_FRAMES = 8
 """Frames of a video in memory at a time; one in 4K takes 25 MB."""
-SURE = 0.2
-"""Joints with a lower score do not count in the score of a person whose box has a score."""
 LINE_SHARE = 1 / 128
-"""Width of a drawn limb / side of the person's square."""
+"""Width of a drawn limb / side of the square about the drawn joints."""
+MIN_BOX_SCORE = 0.3
+"""Detections in films with a lower score are left out by default."""
 
 Image = npt.NDArray[np.uint8]
 Options = argparse.Namespace
@@ -65,6 +68,8 @@ class Frame(NamedTuple):
     source: Picture | Image
     """A picture is read again to draw on it, which saves memory. Frames are (H, W, 3) BGR."""
     subjects: list[Subject]
+    tracks: Sequence[Track] = ()
+    """Of a film's people, in the same order."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -72,19 +77,16 @@ def main(argv: list[str] | None = None) -> None:
     options = make_parser().parse_args(argv)
     video = video_source(options)
     people, is_video = list[Person](), video is not None
+    if options.min_box_score is None:
+        options.min_box_score = MIN_BOX_SCORE if is_video else 0.0
     if path := options.people:
         coco = options.annotations
         people = read_people(path, options.margin, annotations=coco, in_video=is_video)
+        people = sure_people(options, people)
     pictures = add_overlays(options, list_pictures(options, people)) if video is None else []
     check_outputs(options)
-    estimator = PoseEstimator.from_checkpoint(
-        options.checkpoint,
-        flip=options.flip,
-        batch_size=options.batch_size,
-        device=options.device,
-        precision=options.precision,
-    )
-    results: list[Result] = []
+    estimator = make_estimator(options, options.checkpoint)
+    results: list[list[Result]] = []
     try:
         if video is None:
             predict_pictures(options, estimator, pictures, results)
@@ -92,6 +94,17 @@ def main(argv: list[str] | None = None) -> None:
             predict_video(options, estimator, video, people, results)
     finally:
         write_results(options, estimator.skeleton, results)
+
+
+def make_estimator(options: Options, checkpoint: str) -> PoseEstimator:
+    """A network on the device of the command line. Raises InputError."""
+    return PoseEstimator.from_checkpoint(
+        checkpoint,
+        flip=options.flip,
+        batch_size=options.batch_size,
+        device=options.device,
+        precision=options.precision,
+    )
 
 
 def make_parser() -> Parser:
@@ -109,6 +122,7 @@ def make_parser() -> Parser:
     add("--ignore-exif", action="store_true", help="do not turn pictures upright")
     add("--skip-bad", action="store_true", help="report unreadable pictures and continue")
     _add_position_options(parser)
+    _add_film_options(parser)
     group = parser.add_argument_group("network")
     add = group.add_argument
     add("--checkpoint", required=True, help="a checkpoint, .safetensors or .onnx")
@@ -122,8 +136,10 @@ def make_parser() -> Parser:
     add("--save-coco", type=Path, metavar="OUT", help="COCO keypoint results")
     overlay_help = "drawn skeletons: a picture for one, .avi or .mp4 for a video, else a folder"
     add("--overlay", type=Path, metavar="OUT", help=overlay_help)
+    csv_help = "a film's joints in the columns of DeepLabCut"
+    add("--save-csv", type=Path, metavar="OUT", help=csv_help)
     score_help = "draw joints whose score is at least this high (default: %(default)s)"
-    add("--min-score", type=float, default=0.0, help=score_help)
+    add("--min-score", type=float, default=FAIR, help=score_help)
     return parser
 
 
@@ -141,6 +157,10 @@ def _add_position_options(parser: Parser) -> None:
     # fmt: on
     people_help = ".csv or .json of people in the pictures of one folder, or in a video's frames"
     add("--people", type=Path, metavar="FILE", help=people_help)
+    detector_help = "of a film's people: an ONNX file of the layout in docs/predict.md"
+    add("--detector", type=Path, metavar="FILE", help=detector_help)
+    finder_help = "of a film: a network trained on whole pictures, which finds whoever is lost"
+    add("--finder", metavar="CHECKPOINT", help=finder_help)
     add = group.add_argument
     names_help = "COCO's annotation file with the pictures' names, if --people are COCO results"
     add("--annotations", type=Path, metavar="FILE", help=names_help)
@@ -148,6 +168,22 @@ def _add_position_options(parser: Parser) -> None:
     add("--scale", type=float, action="append", default=[], help=scale_help)
     margin_help = "side of the network's square / longer side of the box (default: %(default)s)"
     add("--margin", type=float, default=MARGIN, help=margin_help)
+    least_help = "leave out boxes with a lower score (default: 0.3 in films, else none)"
+    add("--min-box-score", type=float, metavar="S", help=least_help)
+
+
+def _add_film_options(parser: Parser) -> None:
+    add = parser.add_argument_group("films").add_argument
+    track_help = "look for people about their last joints; --no-track: only at the given places"
+    add("--track", action=argparse.BooleanOptionalAction, default=True, help=track_help)
+    every_help = "run the --detector in every Nth frame, and while there is nobody (default: 1)"
+    add("--detect-every", type=at_least(1), default=1, metavar="N", help=every_help)
+    smooth_help = "One Euro filter (default: %(default)s)"
+    add("--smooth", action=argparse.BooleanOptionalAction, default=True, help=smooth_help)
+    cutoff_help = "its cutoff for joints at rest, Hz; lower: less jitter (default: %(default)s)"
+    add("--min-cutoff", type=float, default=1.0, metavar="HZ", help=cutoff_help)
+    beta_help = "added cutoff, Hz at one side of the square per second; higher: less lag (default: "
+    add("--beta", type=float, default=10.0, metavar="HZ", help=beta_help + "%(default)s)")
 
 
 # Checking the command line
@@ -219,9 +255,15 @@ def given_squares(options: Options) -> list[Square | None]:
     return [*squares] or [None]
 
 
+def sure_people(options: Options, people: list[Person]) -> list[Person]:
+    """Those whose boxes have no score, or at least --min-box-score."""
+    least = options.min_box_score
+    return [person for person in people if person.score is None or person.score >= least]
+
+
 def check_outputs(options: Options) -> None:
     """Refuse paths that cannot be written, before the work. Raises InputError."""
-    for path in filter(None, (options.save_predictions, options.save_coco, options.overlay)):
+    for path in outputs(options):
         is_folder = path.is_dir() and path != options.overlay
         if is_folder or any(parent.is_file() for parent in path.parents):
             raise InputError(path, "a folder, or in a file", "a file name", "give another name")
@@ -255,14 +297,14 @@ def add_overlays(options: Options, pictures: list[Picture]) -> list[Picture]:
 
 
 def predict_pictures(
-    options: Options, estimator: PoseEstimator, pictures: list[Picture], results: list[Result]
+    options: Options, estimator: PoseEstimator, pictures: list[Picture], results: list[list[Result]]
 ) -> None:
-    """Append the people of all pictures to the results, and write overlays. Raises InputError."""
+    """Append the people of each picture to the results, and write overlays. Raises InputError."""
     bad: list[Path] = []
     total = sum(len(picture.people) for picture in pictures)
     with progress_bar("predict", total, "people") as advance:
         frames = read_ahead(options, estimator, pictures)
-        for (picture, subjects), found in find_people(estimator, frames, estimator.batch_size):
+        for (picture, subjects, _), found in find_people(estimator, frames, estimator.batch_size):
             assert isinstance(picture, Picture)
             if not subjects:
                 bad.append(picture.path)
@@ -271,7 +313,7 @@ def predict_pictures(
                 draw(image, found, estimator.skeleton, options.min_score)
                 _, data = cv2.imencode(picture.overlay.suffix, image)
                 write_atomic(picture.overlay, data.tobytes())
-            results += found
+            results.append(found)
             advance(len(found))
     if len(bad) == len(pictures):
         problem = f"{len(bad)} picture(s), all of them bad (reported above)"
@@ -353,7 +395,7 @@ def predict_group(
         yield frame, [{**facts, **next(results)} for facts, _ in frame.subjects]
 
 
-# Video
+# Film
 
 
 def predict_video(
@@ -361,20 +403,26 @@ def predict_video(
     estimator: PoseEstimator,
     source: Path | int,
     people: list[Person],
-    results: list[Result],
+    results: list[list[Result]],
 ) -> None:
-    """Predict every frame of a video or webcam, without tracking. people: from --people."""
+    """Append the people of each frame of a video or webcam to the results; write the overlay.
+
+    people: from --people. Raises InputError.
+    """
     is_live = isinstance(source, int)
     name = f"webcam {source}" if is_live else str(source)
     capture = open_video(source, name)
-    frames = video_frames(options, estimator, read_frames(capture, name), name, people)
-    batch_size = 1 if is_live else min(estimator.batch_size, MAX_FRAMES)
+    tracker = make_tracker(options, frame_rate(capture))
+    frames = film_frames(options, estimator, tracker, read_frames(capture, name), name, people)
+    batch_size = 1 if is_live or options.track else min(estimator.batch_size, MAX_FRAMES)
     count = max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))
     overlay = write_video(options.overlay, capture) if options.overlay else nullcontext()
-    read = 0
     with overlay as writer, progress_bar("predict", count or None, "frames") as advance:
-        for (image, _), found in find_people(estimator, frames, batch_size):
+        # With tracking, a frame is read when the joints of the frame before it are known.
+        for (image, _, tracks), found in find_people(estimator, frames, batch_size):
             assert isinstance(image, np.ndarray)
+            for person, track in zip(found, tracks, strict=True):
+                smooth_joints(person, track, tracker)
             if writer or is_live:
                 draw(image, found, estimator.skeleton, options.min_score)
             if writer:
@@ -383,34 +431,77 @@ def predict_video(
                 cv2.imshow("joints (q quits)", image)
                 if cv2.waitKey(1) & 0xFF == ord("q"):
                     return
-            if not is_live or options.save_predictions or options.save_coco:
-                results += found
+            if not is_live or outputs(options):
+                results.append(found)
             advance(1)
-            read += 1
-    late = [person.frame for person in people if person.frame >= read]
+    late = [person.frame for person in people if person.frame >= len(results)]
     if late:
         found_late = f"{len(late)} people after the last frame, such as in frame {max(late)}"
         advice = "correct the file; the results of the other people are written"
-        raise InputError(options.people, found_late, f"frames 0 to {read - 1}", advice)
+        raise InputError(options.people, found_late, f"frames 0 to {len(results) - 1}", advice)
 
 
-def video_frames(
+def make_tracker(options: Options, frames_per_second: float) -> Tracker:
+    """The tracker that the command line describes."""
+    smoothing = Smoothing(options.min_cutoff, options.beta) if options.smooth else None
+    has_detections = options.people or options.detector
+    return Tracker(not has_detections, options.track, smoothing, frames_per_second)
+
+
+def people_source(
+    options: Options, tracker: Tracker, people: list[Person]
+) -> Callable[[int, Image], list[Person]]:
+    """A function of a frame's number and picture: the people who are given or detected there."""
+    if people:
+        listed = defaultdict[int, list[Person]](list)
+        for person in people:
+            listed[person.frame].append(person)
+        return lambda number, image: listed[number]
+    if options.detector:
+        detect, every = Detector(options.detector, options.margin), options.detect_every
+
+        def detected(number: int, image: Image) -> list[Person]:
+            is_due = number % every == 0 or not tracker.followed()
+            return sure_people(options, detect(image)) if is_due else []
+
+        return detected
+    always = [Person("", square) for square in given_squares(options)]
+    if options.finder:
+        finder = make_estimator(options, options.finder)
+        return lambda number, image: (
+            always if tracker.followed() else [Person("", square_by_joints(finder, image))]
+        )
+    return lambda number, image: always
+
+
+def film_frames(
     options: Options,
     estimator: PoseEstimator,
+    tracker: Tracker,
     images: Iterable[Image],
     name: str,
     people: list[Person],
 ) -> Iterator[Frame]:
-    """The frames with their people: from --people, or else the same squares in each frame."""
-    listed = defaultdict[int, list[tuple[int, Person]]](list)
-    for index, person in enumerate(people):
-        listed[person.frame].append((index, person._replace(image=name)))
-    always = [Person(name, square) for square in given_squares(options)]
+    """The frames with their people: given, detected, or where the frame before had them."""
+    source, rows = people_source(options, tracker, people), itertools.count()
     for n, image in enumerate(images):
-        everywhere = [(n * len(always) + i, person) for i, person in enumerate(always)]
-        present = listed[n] if people else everywhere
-        subjects = [crop_person(estimator, image, p, {"row": i, "frame": n}) for i, p in present]
-        yield Frame(image, subjects)
+        given, whole = source(n, image), whole_picture(image.shape[1], image.shape[0])
+        tracks = tracker.look([person.square or whole for person in given])
+        subjects = []
+        for track in tracks:
+            person = Person(name, track.square) if track.given is None else given[track.given]
+            facts = {"row": next(rows), "frame": n, "person": track.identity}
+            subjects.append(crop_person(estimator, image, person._replace(image=name), facts))
+        yield Frame(image, subjects, tracks)
+
+
+def smooth_joints(person: Result, track: Track, tracker: Tracker) -> None:
+    """Tell the tracker where the person's joints are, and replace them by the smoothed ones."""
+    keypoints_J2, scores_J1 = np.split(np.array(person["keypoints"]), [2], axis=1)
+    last = np.array([person["width"], person["height"]]) - 1
+    inside_J = ((keypoints_J2 >= 0) & (keypoints_J2 <= last)).all(axis=1)
+    keypoints_J2 = tracker.update(track, keypoints_J2, inside_J * scores_J1[:, 0])
+    person["keypoints"] = np.hstack([keypoints_J2, scores_J1]).tolist()
 
 
 # Output
@@ -420,26 +511,40 @@ def draw(image_HW3: Image, people: list[Result], skeleton: Skeleton, min_score: 
     """Draw the skeletons of all people onto the picture."""
     for person in people:
         keypoints_J3 = np.array(person["keypoints"])
-        side = PIXELS_PER_SCALE * person["scale"]
-        width = max(1, round(LINE_SHARE * min(side, max(image_HW3.shape))))
         drawn_J = keypoints_J3[:, 2] >= min_score
+        side = PIXELS_PER_SCALE * person["scale"]
+        if square := square_of_joints(keypoints_J3[drawn_J, :2]):  # smaller than a whole picture
+            side = min(side, PIXELS_PER_SCALE * square.scale)
+        width = max(1, round(LINE_SHARE * min(side, max(image_HW3.shape))))
         draw_skeleton(image_HW3, keypoints_J3[:, :2], drawn_J, skeleton, width)
 
 
-def write_results(options: Options, skeleton: Skeleton, results: list[Result]) -> None:
-    """Write the requested JSON files, or print the JSON if no output was requested."""
-    if not results:
+def outputs(options: Options) -> list[Path]:
+    """The files to write; the overlay may be a folder."""
+    given = (options.save_predictions, options.save_coco, options.save_csv, options.overlay)
+    return [path for path in given if path]
+
+
+def write_results(options: Options, skeleton: Skeleton, results: list[list[Result]]) -> None:
+    """Write the requested JSON and CSV, or print the JSON if no output was requested.
+
+    results: the people of each picture or frame.
+    """
+    people = sorted(itertools.chain(*results), key=lambda person: person["row"])
+    if not people:
         return
-    results = sorted(results, key=lambda person: person["row"])
-    coco = [as_coco(person) for person in results]
-    for path, entries in ((options.save_predictions, results), (options.save_coco, coco)):
+    coco = [as_coco(person) for person in people]
+    for path, entries in ((options.save_predictions, people), (options.save_coco, coco)):
         if path:
             write_atomic(path, (json.dumps(entries) + "\n").encode())
-    outputs = [options.save_predictions, options.save_coco, options.overlay]
-    for path in filter(None, outputs):
+    if path := options.save_csv:
+        scorer = str(options.checkpoint)
+        table = deeplabcut_table(people, skeleton.names, scorer, frames=len(results))
+        write_atomic(path, table.encode())
+    for path in outputs(options):
         print(f"wrote {path}", file=sys.stderr)
-    if not any(outputs):
-        print(json.dumps(results))
+    if not outputs(options):
+        print(json.dumps(people))
     print(f"joints: {', '.join(skeleton.names)}", file=sys.stderr)
 
 
@@ -454,10 +559,10 @@ def as_coco(person: Result) -> Result:
     scores = [score for _, _, score in keypoints]
     total = sum(scores) / len(scores)
     if "box_score" in person:
-        sure = [score for score in scores if score > SURE]
+        sure = [score for score in scores if score > FAIR]
         total = person["box_score"] * sum(sure) / max(1, len(sure))
     return {
-        "image_id": person.get("image_id", person["row"]),
+        "image_id": person.get("image_id", person.get("frame", person["row"])),
         "category_id": 1,
         "keypoints": [value for joint in keypoints for value in joint],
         "score": total,
