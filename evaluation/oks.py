@@ -13,6 +13,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from configs.skeleton import BOX_SCALE, PIXELS_PER_SCALE, Skeleton
+from evaluation.predictions import as_coco
 from pipelines.annotations import People
 
 NAMES = ("AP", "AP50", "AP75", "APM", "APL", "AR", "AR50", "AR75", "ARM", "ARL")
@@ -29,35 +30,21 @@ def average_precision(
     """
     if people.area is None or not skeleton.sigmas:
         return None
+    scores_NJ = np.repeat(scores_N[:, None], skeleton.joint_count, axis=1)
+    truth = COCO()
+    truth.dataset["images"] = [{"id": picture} for picture in set(people.index.tolist())]
+    truth.dataset["categories"] = [{"id": 1}]
+    truth.dataset["annotations"] = _annotations(people)
     with redirect_stdout(io.StringIO()):  # pycocotools prints its progress
-        truth = COCO()
-        truth.dataset = {
-            "images": [{"id": picture} for picture in set(people.index.tolist())],
-            "categories": [{"id": 1}],
-            "annotations": _annotations(people),
-        }
         truth.createIndex()
-        evaluation = COCOeval(
-            truth, truth.loadRes(_results(keypoints_NJ2, scores_N, people)), "keypoints"
-        )
+        found = truth.loadRes(as_coco(people, keypoints_NJ2, scores_NJ))
+        evaluation = COCOeval(truth, found, "keypoints")
         evaluation.params.kpt_oks_sigmas = np.array(skeleton.sigmas)
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
     stats = evaluation.stats.tolist()
     return {name: None if s < 0 else s for name, s in zip(NAMES, stats, strict=True)}
-
-
-def _results(
-    keypoints_NJ2: npt.NDArray, scores_N: npt.NDArray, people: People
-) -> list[dict[str, Any]]:
-    padded_NJ3 = np.pad(keypoints_NJ2, ((0, 0), (0, 0), (0, 1)))  # x, y and a number that is unused
-    return [
-        {"image_id": picture, "category_id": 1, "keypoints": keypoints.ravel(), "score": score}
-        for picture, keypoints, score in zip(
-            people.index.tolist(), padded_NJ3, scores_N, strict=True
-        )
-    ]
 
 
 def _annotations(people: People) -> list[dict[str, Any]]:

@@ -9,7 +9,6 @@ import gzip
 import re
 import sys
 import zlib
-from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -305,13 +304,9 @@ def _from_coco(data: dict[str, Any], path: Path, skeleton: Skeleton | None) -> P
     if skeleton is None:
         advice = "give configs/skeletons/coco.yaml or your own (docs/custom-data.md)"
         raise InputError(path, "COCO's JSON", "--skeleton FILE.yaml with it", advice)
-    coco = parse_coco(data, path, skeleton)
-    labels = Labels(coco.images, coco.box_N4, coco.keypoints_NJ3, skeleton)
-    people = _from_labels(labels, path.parent, "auto")
-    people = people._replace(index=coco.ids_N2[:, 0], person=coco.ids_N2[:, 1])
-    if np.isnan(coco.area_N).any():
-        return people
-    return people._replace(area=coco.area_N, ignored=object_array(coco.ignored))
+    images, box_N4, keypoints_NJ3, more = parse_coco(data, path, skeleton)
+    people = _from_labels(Labels(images, box_N4, keypoints_NJ3, skeleton), path.parent, "auto")
+    return people._replace(**more)
 
 
 def _from_labels(labels: Labels, images: Path, boxes: Boxes) -> People:
@@ -375,11 +370,6 @@ def normalizing_length(people: People, skeleton: Skeleton, path: Path) -> Floats
     a, b = rule.joints
     length = rule.factor * np.linalg.norm(people.joints[:, a] - people.joints[:, b], axis=-1)
     return np.where(people.marked[:, a] & people.marked[:, b], length, 0.0)
-
-
-def object_array(values: Collection[Any]) -> npt.NDArray[np.object_]:
-    """A one-dimensional array of these objects, such as lists of different lengths."""
-    return np.fromiter(values, dtype=object, count=len(values))
 
 
 def safe_name(name: str) -> bool:

@@ -2,6 +2,7 @@
 
 import sys
 from collections import Counter, defaultdict
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
@@ -22,27 +23,15 @@ Region = list[float]
 """x, y, width, height, area (0 if unknown), iscrowd of an annotation that COCO's metric ignores."""
 
 
-class CocoPeople(NamedTuple):
-    """N people of a file, in its order."""
+def parse_coco(
+    data: dict[str, Any], path: Path, skeleton: Skeleton
+) -> tuple[tuple[str, ...], Floats, Floats, dict[str, Any]]:
+    """N people with the skeleton's joints, in the order of the file.
 
-    images: tuple[str, ...]
-    """N file names."""
-    ids_N2: npt.NDArray[np.int64]
-    """Of the images and of the annotations."""
-    box_N4: Floats
-    """x, y, width, height, image px, from the corner of the picture."""
-    keypoints_NJ3: Floats
-    """x, y, v: 0 not marked, where x and y become 0; 1 hidden; 2 visible."""
-    area_N: Floats
-    """px^2; NaN if the file gives none."""
-    ignored: list[list[Region]]
-    """For each person the crowds and people without a marked joint in the same picture."""
-
-
-def parse_coco(data: dict[str, Any], path: Path, skeleton: Skeleton) -> CocoPeople:
-    """The people with the skeleton's joints. Raises InputError.
-
-    Prints how many annotations were left out.
+    Returns N file names, (N, 4) boxes x, y, width, height (image px, from the corner of the
+    picture), (N, J, 3) keypoints x, y, v (v is 0 for not marked, where x and y become 0; 1 hidden;
+    2 visible), and the columns index, person, area and ignored of People. Raises InputError. Prints
+    how many annotations were left out.
     """
     names = _image_names(data["images"], path)
     categories = _categories(data.get("categories", []), path, skeleton)
@@ -54,7 +43,7 @@ def parse_coco(data: dict[str, Any], path: Path, skeleton: Skeleton) -> CocoPeop
             left_out[reason] += 1
             if reason in (_CROWD, _NO_JOINT) and entry.get("bbox"):
                 box = json_numbers(entry, "bbox", (4,), where).tolist()
-                area = np.nan_to_num(_area(entry, where))
+                area = float(json_numbers({"area": 0, **entry}, "area", (), where))
                 regions[str(entry.get("image_id"))].append([*box, area, int(reason == _CROWD)])
         else:
             kept.append(_row(entry, names, skeleton.joint_count, where))
@@ -68,14 +57,11 @@ def parse_coco(data: dict[str, Any], path: Path, skeleton: Skeleton) -> CocoPeop
         raise InputError(path, found, "a different id for each annotation", _FIX)
     boxes = np.array([row[1] for row in kept]).reshape(-1, 4)
     keypoints = np.array([row[2] for row in kept]).reshape(-1, skeleton.joint_count, 3)
-    return CocoPeople(
-        images=tuple(names[image] for image, _ in ids.tolist()),
-        ids_N2=ids,
-        box_N4=boxes,
-        keypoints_NJ3=keypoints,
-        area_N=np.array([row[3] for row in kept], dtype=np.float64),
-        ignored=[regions[str(image)] for image, _ in ids.tolist()],
-    )
+    more: dict[str, Any] = {"index": ids[:, 0], "person": ids[:, 1]}
+    if all(row[3] is not None for row in kept):
+        more["area"] = np.array([row[3] for row in kept], dtype=np.float64)
+        more["ignored"] = object_array([regions[str(image)] for image in ids[:, 0].tolist()])
+    return tuple(names[image] for image in ids[:, 0].tolist()), boxes, keypoints, more
 
 
 class ImageIndex(NamedTuple):
@@ -150,15 +136,15 @@ def _why_left_out(entry: dict[str, Any], categories: list[Any] | None, where: st
     return ""
 
 
-def _area(entry: dict[str, Any], where: str) -> float:
-    """px^2; NaN if the annotation has none. Raises InputError."""
-    return float(json_numbers(entry, "area", (), where)) if "area" in entry else float("nan")
+def object_array(values: Collection[Any]) -> npt.NDArray[np.object_]:
+    """A one-dimensional array of these objects, such as lists of different lengths."""
+    return np.fromiter(values, dtype=object, count=len(values))
 
 
 def _row(
     entry: dict[str, Any], images: dict[int, str], joints: int, where: str
-) -> tuple[list[int], Floats, Floats, float]:
-    """Ids of image and annotation, box (4,), keypoints (J, 3) and area. Raises InputError."""
+) -> tuple[list[int], Floats, Floats, Floats | None]:
+    """Ids of image and annotation, box (4,), keypoints (J, 3), area or None. Raises InputError."""
     image, number = entry.get("image_id"), entry.get("id")
     if not _is_id(image) or image not in images or not _is_id(number):
         found = f"image_id {image!r}, id {number!r}"
@@ -169,4 +155,5 @@ def _row(
         raise InputError(where, found, "0, 1 and 2", _FIX)
     keypoints[keypoints[:, 2] == 0] = 0.0  # x and y are undefined there
     box = json_numbers(entry, "bbox", (4,), where)
-    return [image, number], box, keypoints, _area(entry, where)
+    area = json_numbers(entry, "area", (), where) if "area" in entry else None
+    return [image, number], box, keypoints, area

@@ -23,7 +23,8 @@ import numpy.typing as npt
 
 from common.errors import InputError
 from common.files import parse_json, read_bytes, write_atomic
-from pipelines.annotations import People, object_array
+from pipelines.annotations import People
+from pipelines.coco import object_array
 from pipelines.i420 import Planes, planes_of
 from pipelines.jpeg import require_sane_size
 from pipelines.shard_cache import ORIGIN, Key, ReadAhead, ShardCache

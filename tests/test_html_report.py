@@ -14,7 +14,8 @@ from configs.skeleton import L_WRIST, MPII, R_WRIST, Length, Skeleton
 from evaluation import evaluator, html_report, visualize
 from evaluation.predictions import as_entries
 from evaluation.report import ReferenceRun
-from pipelines.annotations import People, object_array, read_annotations
+from pipelines.annotations import People, read_annotations
+from pipelines.coco import object_array
 
 WIDE = (1280, 900)
 WIDE_LETTERS = "* { font-family: monospace !important; letter-spacing: 0.06em !important }"

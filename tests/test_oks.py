@@ -17,7 +17,8 @@ import evaluate
 from configs.skeleton import MPII, load_skeleton
 from evaluation import oks, report
 from evaluation.predictions import as_coco
-from pipelines.annotations import People, object_array, read_annotations
+from pipelines.annotations import People, read_annotations
+from pipelines.coco import object_array
 from pipelines.shards import ShardSet
 from tools import make_shards
 
