@@ -34,6 +34,7 @@ from pipelines.label_files import (
     find_labels,
     is_yolo,
     label_files,
+    own_dataset,
     picture_size,
     pictures_folder,
     read_labels,
@@ -42,8 +43,6 @@ from pipelines.label_files import (
 Boxes = Literal["auto", "keypoints", "picture"] | Path
 """How people in label files get boxes (`_from_labels`); a path: a file for `boxes.read_people`."""
 
-_LARGEST_COLUMN = 256 << 20
-"""Bytes; MPII's largest column, of 25,000 people, has 6 million."""
 _SUFFIXES = (".h5", ".json", ".json.gz")
 _FROM_PRINCETON = "an annotation file of princeton-vl/pytorch_stacked_hourglass (data/MPII/annot)"
 _REQUIRED, _OPTIONAL = ("center", "scale", "part", "visible"), ("normalize", "index", "person")
@@ -227,14 +226,9 @@ def _h5_columns(path: Path, joints: int) -> dict[str, npt.NDArray[Any]]:
     columns: dict[str, npt.NDArray[Any]] = {}
     with h5py.File(path) as file:
         for name in ("imgname", *_REQUIRED, *_OPTIONAL):
-            link = file.get(name, getlink=True)
-            if link is None and name in _OPTIONAL:
+            if name in _OPTIONAL and file.get(name, getlink=True) is None:
                 continue
-            data = file.get(name) if isinstance(link, h5py.HardLink) else None
-            if not isinstance(data, h5py.Dataset) or data.is_virtual or data.external:
-                raise ValueError(f"no dataset {name} in the file itself")
-            if data.nbytes > _LARGEST_COLUMN:
-                raise ValueError(f"{name} claims {data.nbytes:,} bytes")
+            data = own_dataset(file, name)
             is_text = h5py.check_string_dtype(data.dtype) is not None
             count = len(columns.get("imgname", data))
             expected = (count, *shapes.get(name, ()))

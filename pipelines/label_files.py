@@ -2,16 +2,18 @@
 
 A table is a CSV file with one row per picture, below the rows `scorer`, `individuals` (if there are
 several), `bodyparts` and `coords`. DeepLabCut writes CollectedData_<scorer>.csv for each video, and
-Lightning Pose one such file for all. YOLO-pose has one text file per picture.
+the same as .h5; Lightning Pose one such file for all. YOLO-pose has one text file per picture.
 """
 
 import csv
 import io
 import math
+import pickletools
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import h5py
 import numpy as np
 from PIL import ExifTags, Image
 
@@ -22,7 +24,8 @@ from pipelines.coco import Floats
 from pipelines.jpeg import find_picture
 
 _LARGEST = 256 << 20
-"""Maximum bytes of a table; a table of 100,000 pictures and 20 joints has 60 million."""
+"""Maximum bytes of a table or a dataset: a table of 100,000 pictures and 20 joints has 60 million,
+MPII's largest dataset, of 25,000 people, 6 million."""
 _HEADER = ("scorer", "individuals", "bodyparts", "coords")
 _TABLE = "a table with the rows scorer, bodyparts, coords and one row for each picture"
 _YOLO_KEYS = "kpt_shape [joints, 2 or 3], train and val"
@@ -47,19 +50,26 @@ class Labels(NamedTuple):
 
 
 def find_labels(path: Path) -> Path | None:
-    """The .csv, DeepLabCut's config.yaml or YOLO's data.yaml; None for annotations of MPII or COCO.
+    """The table, DeepLabCut's config.yaml or YOLO's data.yaml; None for MPII's and COCO's files.
 
     path: this file, or the folder of the project or data set.
     """
     for name in (_DEEPLABCUT, "data.yaml"):
         if (path / name).is_file():
             return path / name
-    return path if path.suffix in (".csv", ".yaml", ".yml") else None
+    is_h5_table = path.match("CollectedData*.h5")
+    return path if path.suffix in (".csv", ".yaml", ".yml") or is_h5_table else None
 
 
 def is_yolo(labels: Path) -> bool:
     """Whether a file of `find_labels` describes a YOLO-pose data set, which has splits."""
-    return labels.suffix != ".csv" and labels.name != _DEEPLABCUT
+    if labels.name == _DEEPLABCUT:
+        return "kpt_shape" in read_yaml(labels, _YOLO_KEYS)
+    return not _is_table(labels)
+
+
+def _is_table(labels: Path) -> bool:
+    return labels.suffix in (".csv", ".h5")
 
 
 def read_labels(labels: Path, split: str) -> Labels:
@@ -69,14 +79,14 @@ def read_labels(labels: Path, split: str) -> Labels:
     """
     if is_yolo(labels):
         return read_yolo(labels, split)
-    return read_table(labels) if labels.suffix == ".csv" else read_deeplabcut(labels.parent)
+    return read_table(labels) if _is_table(labels) else read_deeplabcut(labels)
 
 
 def label_files(labels: Path) -> list[Path]:
     """The files that contain the labels, all splits of YOLO-pose included."""
     if is_yolo(labels):
         return [labels, *sorted(pictures_folder(labels).rglob("labels/**/*.txt"))]
-    return [labels] if labels.suffix == ".csv" else [labels, *_tables(labels.parent)]
+    return [labels] if _is_table(labels) else [labels, *_tables(labels.parent)]
 
 
 def pictures_folder(labels: Path) -> Path:
@@ -87,13 +97,77 @@ def pictures_folder(labels: Path) -> Path:
 def read_table(path: Path) -> Labels:
     """The labels of one table. Raises InputError."""
     try:
-        text = read_bytes(path, _LARGEST).decode("utf-8-sig")
-        rows = list(csv.reader(io.StringIO(text, newline="")))
+        data = read_bytes(path, _LARGEST)
+        if path.suffix == ".h5":
+            rows = _h5_rows(data)
+        else:
+            rows = list(csv.reader(io.StringIO(data.decode("utf-8-sig"), newline="")))
         images, joints, keypoints_NJ3 = _parse_table(rows)
-    except (FileNotFoundError, ValueError, csv.Error) as error:
+    except (OSError, LookupError, ValueError, csv.Error) as error:
         raise InputError(path, f"not readable ({error})", _TABLE, _FIX) from error
     no_box = np.full((len(images), 4), np.nan)
     return Labels(images, no_box, keypoints_NJ3, skeleton_of_names(path.stem, joints, limbs=()))
+
+
+def _h5_rows(data: bytes) -> list[list[str]]:
+    """The rows of the CSV file with the same labels. Raises OSError, LookupError or ValueError.
+
+    pandas writes a table in one of two layouts ("fixed" and the older "table"). The names of the
+    older one's columns are a pickle, of which only the strings are read.
+    """
+    with h5py.File(io.BytesIO(data)) as file:
+        (key,) = (key for key in file if isinstance(file.get(key, getlink=True), h5py.HardLink))
+        if f"{key}/table" in file:
+            table = own_dataset(file, f"{key}/table")
+            values, images = table["values_block_0"], [np.char.decode(table["index"])]
+            strings = _pickled_strings(table.attrs["values_block_0_kind"])
+            columns = [*np.reshape(strings, (values.shape[1], -1)).T]
+        else:
+            values = own_dataset(file, f"{key}/block0_values")[()]
+            columns = _pandas_levels(file, f"{key}/block0_items")
+            images = _pandas_levels(file, f"{key}/axis1")
+    names = _HEADER if len(columns) == len(_HEADER) else [n for n in _HEADER if n != "individuals"]
+    blank = [""] * (len(images) - 1)
+    header = [[name, *blank, *row] for name, row in zip(names, columns, strict=True)]
+    rows = zip(zip(*images, strict=True), values.tolist(), strict=True)
+    return header + [[*path, *map(str, numbers)] for path, numbers in rows]
+
+
+def own_dataset(file: h5py.File, name: str) -> h5py.Dataset:
+    """A dataset that is stored in the file itself. Raises ValueError."""
+    data = file.get(name) if isinstance(file.get(name, getlink=True), h5py.HardLink) else None
+    if not isinstance(data, h5py.Dataset) or data.is_virtual or data.external:
+        raise ValueError(f"no dataset {name} in the file itself")
+    if data.nbytes > _LARGEST:
+        raise ValueError(f"{name} claims {data.nbytes:,} bytes")
+    return data
+
+
+def _pandas_levels(file: h5py.File, name: str) -> list[Any]:
+    """The levels of an index, each with a value for each row or column."""
+    if name in file:
+        return [np.char.decode(own_dataset(file, name)[()])]
+    levels: list[Any] = []
+    while f"{name}_level{len(levels)}" in file:
+        values, rows = (
+            own_dataset(file, f"{name}_{part}{len(levels)}")[()] for part in ("level", "label")
+        )
+        levels.append(np.char.decode(values)[rows])
+    return levels
+
+
+def _pickled_strings(data: bytes) -> list[str]:
+    """The strings in a pickle of lists, tuples and strings, in order. Runs nothing of it."""
+    found: list[str] = []
+    memo: dict[Any, str] = {}
+    for code, value, _ in pickletools.genops(data):
+        if "GET" in code.name:
+            found.append(memo[value])
+        elif isinstance(value, str):
+            found.append(value)
+        elif "PUT" in code.name and found:  # a tuple's number as well, which nothing refers to
+            memo[value] = found[-1]
+    return found
 
 
 def _parse_table(rows: list[list[str]]) -> tuple[tuple[str, ...], tuple[str, ...], Floats]:
@@ -127,12 +201,12 @@ def _cells(row: list[str], column: int) -> tuple[float, float] | None:
     return None if math.isnan(x) or math.isnan(y) else (x, y)
 
 
-def read_deeplabcut(project: Path) -> Labels:
-    """All labels of a DeepLabCut project, a folder with config.yaml. Raises InputError."""
-    config = read_yaml(project / _DEEPLABCUT, "a DeepLabCut project")
+def read_deeplabcut(config_yaml: Path) -> Labels:
+    """All labels of a DeepLabCut project, given its config.yaml. Raises InputError."""
+    project, config = config_yaml.parent, read_yaml(config_yaml, "a DeepLabCut project")
     tables = _tables(project)
     if not tables:
-        where, expected = project / "labeled-data", "VIDEO/CollectedData_SCORER.csv in it"
+        where, expected = project / "labeled-data", "VIDEO/CollectedData_SCORER.csv or .h5"
         raise InputError(where, "no such file", expected, "save the labels in DeepLabCut again")
     parts = [read_table(table) for table in tables]
     joints = parts[0].skeleton.names
@@ -154,7 +228,10 @@ def read_deeplabcut(project: Path) -> Labels:
 
 
 def _tables(project: Path) -> list[Path]:
-    return sorted(project.glob("labeled-data/*/CollectedData_*.csv"))
+    """A table for each video and scorer, the .csv if there is one."""
+    found = project.glob("labeled-data/*/CollectedData_*.*")
+    tables = {path.with_suffix(""): path for path in sorted(found, reverse=True) if _is_table(path)}
+    return sorted(tables.values())
 
 
 def read_yolo(data_yaml: Path, split: str) -> Labels:

@@ -29,6 +29,45 @@ def test_other_kinds_become_rgb_jpegs_of_the_same_size_and_damaged_ones_are_refu
         convert(data[:30])
 
 
+# From black to a colour: red up to the largest value of its type, green to half, blue to a fifth.
+RAMP_HW3 = np.linspace(0, 1, 64)[None, :, None].repeat(32, axis=0) * [1.0, 0.5, 0.2]
+RAMP = np.round(255 * RAMP_HW3).astype(np.uint8)
+GREY = RAMP[..., 0]
+BLACK_WHITE = np.where(GREY > 127, np.uint8(255), np.uint8(0))
+
+
+def saved(picture: Image.Image, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", **options)
+    return buffer.getvalue()
+
+
+def png16(image: np.ndarray) -> bytes:
+    return cv2.imencode(".png", np.round(65535 * image).astype(np.uint16))[1].tobytes()
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (png16(RAMP_HW3[..., ::-1]), RAMP),  # scaled to 8 bits, not cut off at 255
+        (png16(RAMP_HW3[..., 0]), GREY),
+        (saved(Image.fromarray(GREY)), GREY),
+        (saved(Image.fromarray(np.dstack([RAMP, GREY[:, ::-1]]))), RAMP),  # alpha is left out
+        (saved(Image.fromarray(np.dstack([GREY, 255 - GREY]), "LA")), GREY),
+        (saved(Image.fromarray(RAMP).quantize(64)), RAMP),
+        (saved(Image.fromarray(RAMP).quantize(64), transparency=3), RAMP),
+        (saved(Image.fromarray(BLACK_WHITE).convert("1")), BLACK_WHITE),
+    ],
+    ids=["16 bits", "grey, 16 bits", "grey", "alpha", "grey and alpha", "palette",
+         "palette with transparency", "1 bit"],
+)  # fmt: skip
+def test_pngs_of_every_kind_keep_their_colours(data: bytes, expected: np.ndarray) -> None:
+    stored = cv2.imdecode(np.frombuffer(convert(data), np.uint8), cv2.IMREAD_COLOR_RGB)
+    channels = expected if expected.ndim == 3 else expected[..., None].repeat(3, axis=2)
+    difference = np.abs(stored.astype(int) - channels)
+    assert difference.mean() < 2 and np.percentile(difference, 99) <= 12  # a JPEG of quality 95
+
+
 def test_cmyk_becomes_rgb_and_a_turned_grey_picture_is_refused() -> None:
     buffer = io.BytesIO()
     Image.new("CMYK", (60, 40), (255, 0, 0, 0)).save(buffer, "JPEG")

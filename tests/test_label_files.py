@@ -1,7 +1,10 @@
 """Labels of DeepLabCut, Lightning Pose and YOLO-pose."""
 
+import pickle
+import shutil
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import yaml
@@ -11,7 +14,7 @@ from helpers import make_trainer, tiny_config
 from common.errors import InputError
 from configs.skeleton import load_skeleton, skeleton_yaml
 from pipelines.annotations import read_annotations
-from pipelines.label_files import read_deeplabcut, read_labels, read_table
+from pipelines.label_files import Labels, read_deeplabcut, read_labels, read_table
 from pipelines.packing import picture_groups, rows_of_split
 from pipelines.shards import ShardSet
 from tools import make_shards
@@ -62,10 +65,65 @@ def test_a_table_with_an_unknown_layout_is_refused(tmp_path, text):
 
 
 def test_deeplabcuts_own_example_is_read(shared):
-    labels = read_deeplabcut(shared / "data" / "dlc_openfield")
+    labels = read_deeplabcut(shared / "data" / "dlc_openfield" / "config.yaml")
     assert labels.skeleton.names == ("snout", "leftear", "rightear", "tailbase")
     assert len(labels.images) == 116 and not labels.skeleton.mirror
     np.testing.assert_allclose(labels.keypoints_NJ3[0, 3], [87.11, 152.698, 2])
+
+
+def assert_same_labels(one: Labels, other: Labels) -> None:
+    assert one.images == other.images and one.skeleton == other.skeleton
+    np.testing.assert_array_equal(one.keypoints_NJ3, other.keypoints_NJ3)
+
+
+def test_an_h5_file_without_its_csv_has_the_same_labels(shared, tmp_path):
+    project = shared / "data" / "dlc_openfield"
+    (tmp_path / "labeled-data" / "m4s1").mkdir(parents=True)
+    for name in ("config.yaml", "labeled-data/m4s1/CollectedData_Pranav.h5"):
+        shutil.copy(project / name, tmp_path / name)
+    found, expected = (read_deeplabcut(each / "config.yaml") for each in (tmp_path, project))
+    assert_same_labels(found, expected)
+    shutil.copy(
+        project / "labeled-data/m4s1/CollectedData_Pranav.csv", tmp_path / "labeled-data/m4s1"
+    )
+    assert len(read_deeplabcut(tmp_path / "config.yaml").images) == 116  # not twice
+
+
+def test_the_fixed_layout_of_pandas_is_read(tmp_path):
+    """As pandas 3.1 writes a table with path and columns in several levels."""
+    levels = {
+        "axis1": [(["labeled-data"], [0]), (["v1"], [0]), (["a.jpg"], [0])],
+        "block0_items": [(["Ann"], [0] * 6), (["left", "right"], [0, 0, 0, 0, 1, 1]),
+                         (["snout", "tail"], [0, 0, 1, 1, 0, 0]), (["x", "y"], [0, 1] * 3)],
+    }  # fmt: skip
+    with h5py.File(tmp_path / "CollectedData_Ann.h5", "w") as file:
+        for index, parts in levels.items():
+            for number, (names, rows) in enumerate(parts):
+                file[f"keypoints/{index}_level{number}"] = np.array([n.encode() for n in names])
+                file[f"keypoints/{index}_label{number}"] = np.array(rows, dtype=np.int8)
+        file["keypoints/block0_values"] = np.array([[1.0, 2, 3, 4, 5, 6]])
+    (tmp_path / "csv").mkdir()
+    expected = read_table(table(tmp_path / "csv", TWO_ANIMALS, "CollectedData_Ann.csv"))
+    assert_same_labels(read_table(tmp_path / "CollectedData_Ann.h5"), expected)
+
+
+class _Runs:
+    def __reduce__(self):
+        return pytest.fail, ("a pickle was run",)
+
+
+@pytest.mark.parametrize("columns", [b"noise", pickle.dumps([_Runs()], 0), pickle.dumps(["x"], 0)])
+def test_a_bad_h5_table_is_refused_and_runs_nothing(columns, tmp_path):
+    path = tmp_path / "CollectedData_Ann.h5"
+    records = np.zeros(1, dtype=[("index", "S9"), ("values_block_0", "f8", (4,))])
+    with h5py.File(path, "w") as file:
+        file["df_with_missing/table"] = records
+        file["df_with_missing/table"].attrs["values_block_0_kind"] = np.bytes_(columns)
+    with pytest.raises(InputError, match="not readable"):
+        read_annotations(path, "train")
+    path.write_bytes(b"noise")
+    with pytest.raises(InputError, match="not readable"):
+        read_annotations(path, "train")
 
 
 @pytest.fixture
@@ -85,12 +143,14 @@ def yolo(tmp_path: Path) -> Path:
 
 
 def test_yolo_coordinates_are_converted_to_pixels(yolo):
-    labels = read_labels(yolo / "data.yaml", "train")
+    # DeepLabCut's file has this name too, but no kpt_shape.
+    config = (yolo / "data.yaml").rename(yolo / "config.yaml")
+    labels = read_labels(config, "train")
     assert labels.images == ("images/train/a.jpg",)
     np.testing.assert_allclose(labels.box_N4, [[60, 10, 80, 80]])
     np.testing.assert_allclose(labels.keypoints_NJ3, [[(50, 50, 2), (150, 50, 1)]])
     assert labels.skeleton.flip_pairs == ((0, 1),) and labels.skeleton.mirror
-    people, _ = read_annotations(yolo / "data.yaml", "valid")
+    people, _ = read_annotations(config, "valid")
     assert people.images == ("images/val/c.jpg",) * 2
     assert people.marked.tolist() == [[False, True]] * 2
     # A box of the whole picture: its middle is (W - 1) / 2, its square 1.25 x the longer side.
