@@ -409,8 +409,8 @@ def test_automatic_workers_are_stored_as_a_number(tiny_shards, tmp_path, monkeyp
 
 
 def test_a_collapse_to_zero_is_reported(tiny_shards, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("training.trainer.COLLAPSE_FROM_STEP", 1)
-    config = tiny_config(tiny_shards, train={"steps": 1, "steps_per_epoch": 1}, optim={"lr": 1e-9})
+    monkeypatch.setattr("training.learning_check.FROM_STEP", 1)
+    config = tiny_config(tiny_shards, train={"steps": 2, "steps_per_epoch": 2}, optim={"lr": 1e-9})
     trainer = make_trainer(config, tmp_path)
     torch.nn.init.zeros_(trainer.network.heads[0].weight)
     torch.nn.init.zeros_(trainer.network.heads[0].bias)

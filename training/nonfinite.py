@@ -51,7 +51,8 @@ class NonFiniteMonitor:
             return
         log.info(
             f"step {step}: skipped {sum(skipped)} of the last {len(skipped)} steps, "
-            "whose loss or gradients were not finite"
+            "whose loss or gradients were not finite; if this continues, lower optim.lr or set "
+            "optim.clip_norm 1"
         )
         self._write_people(step - len(skipped) + 1, totals, log, dist)
         if not all(torch.isfinite(tensor).all() for tensor in self._statistics):

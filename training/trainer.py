@@ -60,6 +60,7 @@ from training.checkpoint_manager import (
     RESUME_ME,
     CheckpointManager,
 )
+from training.learning_check import LearningCheck
 from training.metrics import MetricsLogger, TimeShares, Totals, keep_lines_until, logged_pck
 from training.nonfinite import SKIPPED, NonFiniteMonitor
 from training.preemption import stop_signals
@@ -69,13 +70,9 @@ from training.train_step import TrainStep
 from training.validation import Validator
 from training.watchdog import Watchdog
 
-COLLAPSED_PEAK = 0.05
-"""Mean peak of the heatmaps below which a warning says that the network predicts only zeros."""
 SPEED_IS_KNOWN_AFTER_S = 20.0
 """Seconds of training before the speed is used: the first steps are slower (compilation, caches,
 measurement of threads)."""
-COLLAPSE_FROM_STEP = 1_000
-"""No warning before this step, because all peaks are low at first."""
 NO_REQUEST, SAVE_REQUEST, STOP_REQUEST = 0, 1, 2
 """What a rank requests after a step; all ranks do the largest request."""
 
@@ -130,6 +127,8 @@ class Trainer:
         self.people_sha256 = people_sha256(self.shards.records())  # raises if they are damaged
         self.codec = codec_of(config.data, config.heatmaps, self.shards.manifest.skeleton)
         self.validator = Validator(valid, self.codec, config, dist)
+        self.learning = LearningCheck(self.validator.people, config.train.steps)
+        self.remarks += self.learning.of_labels()
         seed_everything(config.train.seed, 0)  # the same weights on every rank
         network = build_network(config, self.codec.skeleton.joint_count).to(dist.device)
         self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -391,6 +390,8 @@ class Trainer:
             **self.time.shares(),
         }
         self.log.log_training(step, values)
+        if warning := self.learning.of_loss(values["loss"], len(totals.skipped)):
+            self.log.info(f"step {step}: {warning}")
         self._warn_of_time_limit(seconds / max(1, len(totals.skipped)))
         self.monitor.check(step, totals, self.log, dist)
         if self.bad_samples:
@@ -466,9 +467,8 @@ class Trainer:
             f"{scored_text(result['people_scored'], result['people'])}"
             f"{' (best so far)' if is_best else ''}"
         )
-        if not result["peak"] >= COLLAPSED_PEAK and step >= COLLAPSE_FROM_STEP:
-            advice = "if this stays, lower optim.lr or raise heatmaps.sigma"
-            self.log.info(f"step {step}: the network predicts almost only zeros; {advice}")
+        if warning := self.learning.of_validation(step, pooled, result["peak"]):
+            self.log.info(f"step {step}: {warning}")
         if self.dist.is_first:
             with self.time.measure("validation_share"):
                 self.log.log_pictures(step, self.validator.picture())

@@ -1,0 +1,85 @@
+"""Signs that a run is not learning, in plain words and with what to do.
+
+The thresholds separate good runs from runs with a rate that is too high, with shuffled pictures, or
+on a plateau of zeros (docs/experiments.md).
+"""
+
+import math
+
+import numpy as np
+
+from configs.skeleton import PIXELS_PER_SCALE
+from evaluation import pckh
+from pipelines.annotations import People
+
+FROM_STEP = 1_000
+"""Validations before this step, or before half of a shorter run, are not judged."""
+_ZEROS_PEAK = 0.05
+"""Mean peak of the heatmaps below which the network predicts only zeros."""
+_LEAST_GROWTH = 1.1
+_LARGEST_RISE = 1.5
+_STEPS_OF_A_MEAN = 100
+_LEAST_INSIDE = 0.5
+
+
+class LearningCheck:
+    """Compares a run with the mean pose as the answer for everybody, and with its own past."""
+
+    def __init__(self, people: People, steps: int):
+        """people: of the validation. steps: of the whole run."""
+        errors = pckh.normalized_errors(pckh.mean_pose(people, people), people)
+        known = errors[np.isfinite(errors)]
+        self.blind_pck = float((known < 0.5).mean()) if known.size else math.nan
+        """PCK@0.5 of the mean pose, which needs no picture."""
+        offset_NJ = np.abs(people.joints - people.center[:, None]).max(axis=2)
+        half_NJ = PIXELS_PER_SCALE * people.scale[:, None] / 2
+        is_inside = (offset_NJ <= half_NJ)[people.marked]
+        self.inside = float(is_inside.mean()) if is_inside.size else math.nan
+        """Share of the marked joints that are inside of their person's box."""
+        self._from_step = min(FROM_STEP, steps // 2)
+        self._last_pck, self._lowest_loss = 0.0, math.inf
+        self._losses: list[float] = []
+
+    def of_labels(self) -> list[str]:
+        """A warning before the first step, if there is one."""
+        if not self.inside < _LEAST_INSIDE:
+            return []
+        return [
+            f"WARNING: only {100 * self.inside:.0f} % of the validation's joints are inside of "
+            "their person's box, and only these can be learned; look at tools/show_batch.py, and "
+            "check the units of center and scale (docs/conventions.md)"
+        ]
+
+    def of_loss(self, loss: float, steps: int) -> str:
+        """A warning after these steps with this mean loss; empty if there is none."""
+        self._losses += [loss] * (steps if math.isfinite(loss) else 0)
+        if len(self._losses) < _STEPS_OF_A_MEAN:
+            return ""
+        mean, lowest, self._losses = float(np.mean(self._losses)), self._lowest_loss, []
+        self._lowest_loss = min(mean, lowest)
+        if not mean > _LARGEST_RISE * lowest:
+            return ""
+        return (
+            f"WARNING: the loss has risen to {mean:.5f}, {mean / lowest:.1f} times its lowest "
+            "mean; the learning rate is probably too high: lower optim.lr, or set optim.clip_norm 1"
+        )
+
+    def of_validation(self, step: int, pck: float, peak: float) -> str:
+        """The same for a validation. pck: pooled, at 0.5. peak: mean height of the peaks."""
+        last, self._last_pck = self._last_pck, pck
+        if step < self._from_step:
+            return ""
+        if not peak >= _ZEROS_PEAK:
+            return (
+                "WARNING: the network predicts almost only zeros; if this stays, lower optim.lr or "
+                "raise heatmaps.sigma"
+            )
+        few = self.blind_pck + min(self.blind_pck, (1 - self.blind_pck) / 4)
+        if not (pck < few and pck < _LEAST_GROWTH * last):
+            return ""
+        return (
+            f"WARNING: the network has hardly learned to use the pictures: {100 * pck:.1f} % of "
+            f"the joints are found, {100 * self.blind_pck:.1f} % by the mean pose without a "
+            "picture; check that labels and pictures belong together (validation.jpg, "
+            "tools/show_batch.py), or try a tenth of optim.lr"
+        )
