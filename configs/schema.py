@@ -52,7 +52,7 @@ class DataConfig:
     cache_gb: float = _number(50.0, above=0)
     """Maximum size of the cache, in units of 1e9 bytes; least recently used tars are removed."""
     shard_window: int = _number(0, least=0)
-    """Number of shards that the OpenCV loader mixes at a time; 0: all, which must fit the cache."""
+    """Number of shards whose people are mixed at a time; 0: all, which must fit the cache."""
     loader: LoaderName = "auto"
     """auto: dali on a GPU, opencv on a CPU."""
     batch_size: int = _number(16, least=1, most=65_536)
@@ -61,14 +61,10 @@ class DataConfig:
     """Workers of the OpenCV loader, or threads of DALI, per rank; auto: by the usable cores."""
     worker_kind: WorkerKind = "threads"
     """Whether the OpenCV loader's workers are threads or processes."""
-    shuffle_buffer: int = _number(1024, least=0)
-    """Size of DALI's shuffle buffer, in people per rank."""
     input_px: int = _number(256, least=1, most=8192)
     """Side of the network's square input."""
     preset: PresetName = "hrnet"
     """Augmentation preset, named after the code that it follows (docs/conventions.md)."""
-    cache_mb: int = _number(0, least=0)
-    """GPU memory (MB) for DALI's cache of decoded pictures; 0: no cache."""
     mirror: bool = True
     """Allow mirroring; false for people whose left and right sides look different."""
     on_bad_sample: Literal["stop", "skip"] = "stop"
@@ -228,6 +224,8 @@ _FREE = (
     "train.max_minutes train.hang_minutes train.verify_every train.device train.threads "
     "train.log_every train.keep_last train.save_minutes train.tracker train.profile_steps"
 )
+REMOVED = frozenset({"data.shuffle_buffer", "data.cache_mb"})
+"""Settings of older code. Checkpoints may contain them, YAML files may not."""
 FIXED_ON_RESUME = frozenset(_FIXED.split())
 """Settings that a resumed run may not change."""
 FREE_ON_RESUME = frozenset(_FREE.split())
@@ -249,6 +247,14 @@ def as_dict(config: Config) -> dict[str, Any]:
     return {
         section: {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
         for section, values in sections.items()
+    }
+
+
+def without_removed(raw: dict[str, Any]) -> dict[str, Any]:
+    """The nested dicts of a checkpoint without the settings in REMOVED."""
+    return {
+        section: {k: v for k, v in values.items() if f"{section}.{k}" not in REMOVED}
+        for section, values in raw.items()
     }
 
 
@@ -335,7 +341,8 @@ def check_keys(raw: dict[str, Any], where: str) -> None:
 
 
 def _unknown(where: str, name: object, known: list[str]) -> InputError:
-    advice = did_you_mean(str(name), known) or f"known are {', '.join(known)}"
+    removed = "remove this line: both loaders shuffle all people" if name in REMOVED else ""
+    advice = removed or did_you_mean(str(name), known) or f"known are {', '.join(known)}"
     return InputError(where, f"unknown setting {name}", "a setting of configs/schema.py", advice)
 
 

@@ -48,7 +48,7 @@ def person_tile(source: Source, sample: int, people: People, row: int) -> npt.ND
     image: npt.NDArray = to_bgr(stored) if isinstance(stored, Planes) else stored
     tile_from_image = input_from_image(people.center[row], people.scale[row], TILE_PX)
     record = unpack_records(source.record(sample)[None])
-    tile_from_stored = tile_from_image @ image_from_stored(record)
+    tile_from_stored = tile_from_image @ image_from_stored(record)[0]
     shrink = 1 / np.sqrt(np.linalg.det(tile_from_stored[:2, :2]))
     if shrink > 2:  # otherwise bilinear sampling would alias
         image = cv2.GaussianBlur(image, (0, 0), shrink / 3)

@@ -31,6 +31,7 @@ from configs.schema import (
     check_values,
     config_from_dict,
     flat,
+    without_removed,
 )
 from configs.skeleton import Skeleton, skeleton_from_dict
 from model.calibration import Calibration, calibration_from_dict
@@ -45,7 +46,7 @@ from model.foreign_checkpoints import (
 from model.hourglass import StackedHourglass
 
 FORMAT = "stacked-hourglass-checkpoint"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _WITH_BIASES = 1
 """The format version in which networks had biases before batch norms."""
 LAST, BEST = "last.pt", "best.pt"
@@ -61,10 +62,7 @@ _USE_ANOTHER = "use another checkpoint of the run: last.pt, one of step_*.pt, be
 
 @dataclass(frozen=True, kw_only=True)
 class RunState:
-    """The state of a training run besides weights and optimizer.
-
-    Tensors are uint8, one per rank: torch's random state, the loader's state (empty with OpenCV).
-    """
+    """The state of a training run besides weights and optimizer."""
 
     ranks: int
     people: int
@@ -72,12 +70,10 @@ class RunState:
     loader: str
     """As chosen, never "auto"."""
     rng: list[Tensor]
-    loader_states: list[Tensor]
+    """uint8, torch's random state of each rank."""
     # The defaults are for files of older versions.
-    loader_device: str | None = None
-    """"cpu" or "cuda"."""
-    loader_began: int = 0
-    """The step at which the loader's order of people was last restarted; 0: never."""
+    loader_states: list[Tensor] = field(default_factory=list)
+    """In files up to version 2; not empty tensors if DALI chose the order of people."""
     people_sha256: str | None = None
     people_a_step: int | None = None
     """The global batch size."""
@@ -245,11 +241,11 @@ def _sha256(path: Path, size: int) -> bytes:
 
 def _from_ours(raw: Any, path: Path) -> Checkpoint:
     """The Checkpoint of a file that this project wrote. Raises InputError."""
-    known = [(FORMAT, version) for version in (_WITH_BIASES, FORMAT_VERSION)]
+    known = [(FORMAT, version) for version in range(_WITH_BIASES, FORMAT_VERSION + 1)]
     found = (raw.get("format"), raw.get("format_version")) if isinstance(raw, dict) else type(raw)
     if found not in known:
         raise InputError(path, f"format {found}", f"format {known[-1]}", "give another checkpoint")
-    config = config_from_dict(raw["config"], f"{path}: config")
+    config = config_from_dict(without_removed(raw["config"]), f"{path}: config")
     check_values(config)
     run = {f.name: raw[f.name] for f in fields(RunState) if f.name in raw}
     weights, averaged, optimizer = raw["model"], raw.get("ema", {}), raw.get("optimizer")

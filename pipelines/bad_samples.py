@@ -6,7 +6,6 @@ at different times.
 """
 
 import json
-import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -33,11 +32,10 @@ class BadSamples:
         self.shards, self.path, self.limit, self.rank = shards, folder / FILE_NAME, limit, rank
         self.faults = self._read()
         self._reported = self._written = set(self.faults)
-        self._indices = tempfile.TemporaryDirectory(prefix="indices_")
 
     def patched_shards(self) -> ShardSet:
         """The split with damaged people replaced. Raises InputError if a whole tar is damaged."""
-        return self.shards.with_replacements(set(self.faults), Path(self._indices.name))
+        return self.shards.with_replacements(set(self.faults))
 
     def add(self, error: BadSamplesError) -> None:
         """Add a loader's faults. Raises InputError above the limit, or `error` if none is new."""
@@ -112,14 +110,13 @@ class SkippingLoader:
 
     def __init__(
         self,
-        make: Callable[[ShardSet, int, bytes], Loader],
+        make: Callable[[ShardSet, int], Loader],
         bad_samples: BadSamples,
-        batches: int,
-        state: bytes,
+        batches: int = 0,
     ):
-        """make: builds a loader from (split, number of batches returned before, saved state)."""
+        """make: builds a loader from the split and the number of batches returned before."""
         self.make, self.bad_samples, self.batches = make, bad_samples, batches
-        self.loader = make(bad_samples.patched_shards(), batches, state)
+        self.loader = make(bad_samples.patched_shards(), batches)
 
     def next(self) -> RawBatch:
         """The next batch. Raises InputError above the limit of damaged people."""
@@ -128,12 +125,7 @@ class SkippingLoader:
                 batch = self.loader.next()
             except BadSamplesError as error:
                 self.bad_samples.add(error)
-                shards, state = self.bad_samples.patched_shards(), self.loader.state()
-                self.loader = self.make(shards, self.batches, state)
+                self.loader = self.make(self.bad_samples.patched_shards(), self.batches)
             else:
                 self.batches += 1
                 return batch
-
-    def state(self) -> bytes:
-        """The wrapped loader's state."""
-        return self.loader.state()

@@ -1,8 +1,11 @@
 """Pure affine maps between image, input and heatmap pixels. Conventions: docs/conventions.md.
 
-Matrices are (3, 3) float64, named target_from_source, for column vectors (x, y, 1) whose pixel
-centres are integers. Without randomness, files or devices.
+Matrices are (..., 3, 3) float64, named target_from_source, for column vectors (x, y, 1) whose
+pixel centres are integers. Arguments are numbers, or arrays (...,) of one shape, which give one
+matrix for each person. Without randomness, files or devices.
 """
+
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -10,29 +13,48 @@ import numpy.typing as npt
 from configs.skeleton import PIXELS_PER_SCALE
 
 Matrix = npt.NDArray[np.float64]
+Number = float | npt.NDArray[Any]
 
 STRIDE = 4
 """Input pixels per heatmap pixel: the stem halves the picture twice."""
 MAX_HALVINGS = 5
 """Enough for a box of 64 x the input's side."""
 SAME_SHRINK = 1e-4
-"""Base-2 logarithms that differ by less are equal, because DALI computes them in float32."""
+"""Base-2 logarithms that differ by less are equal, so that rounding does not halve a picture."""
+_IDENTITY = np.eye(3)
 
 
-def translation(x: float, y: float) -> Matrix:
-    """(3, 3) matrix that moves points by (x, y) px."""
-    return np.array([[1.0, 0.0, x], [0.0, 1.0, y], [0.0, 0.0, 1.0]])
+def identities(like: Number) -> Matrix:
+    """(..., 3, 3) identity matrices, one for each number."""
+    matrix = np.empty((*np.shape(like), 3, 3))
+    matrix[...] = _IDENTITY
+    return matrix
 
 
-def scaling(x: float, y: float) -> Matrix:
-    """(3, 3) matrix that multiplies the coordinates, about the origin."""
-    return np.diag([x, y, 1.0])
+def translation(x: Number, y: Number) -> Matrix:
+    """Moves points by (x, y) px."""
+    matrix = identities(x)
+    matrix[..., 0, 2], matrix[..., 1, 2] = x, y
+    return matrix
 
 
-def rotation(degrees: float) -> Matrix:
-    """(3, 3) matrix that rotates points about the origin, clockwise on the screen."""
-    sine, cosine = np.sin(np.deg2rad(degrees)), np.cos(np.deg2rad(degrees))
-    return np.array([[cosine, -sine, 0.0], [sine, cosine, 0.0], [0.0, 0.0, 1.0]])
+def scaling(x: Number, y: Number) -> Matrix:
+    """Multiplies the coordinates, about the origin."""
+    matrix = identities(x)
+    matrix[..., 0, 0], matrix[..., 1, 1] = x, y
+    return matrix
+
+
+def rotation(degrees: Number) -> Matrix:
+    """Rotates points about the origin, clockwise on the screen."""
+    matrix, sine, cosine = (
+        identities(degrees),
+        np.sin(np.deg2rad(degrees)),
+        np.cos(np.deg2rad(degrees)),
+    )
+    matrix[..., 0, 0] = matrix[..., 1, 1] = cosine
+    matrix[..., 0, 1], matrix[..., 1, 0] = -sine, sine
+    return matrix
 
 
 def mirror(width_px: int) -> Matrix:
@@ -42,28 +64,35 @@ def mirror(width_px: int) -> Matrix:
 
 def input_from_image(
     center: npt.ArrayLike,
-    scale: float,
+    scale: Number,
     input_px: int,
-    scale_factor: float = 1.0,
-    rotation_deg: float = 0.0,
-    flip: bool = False,
+    scale_factor: Number = 1.0,
+    rotation_deg: Number = 0.0,
+    flip: npt.ArrayLike = False,
 ) -> Matrix:
-    """(3, 3) affine, image px -> input px: the person's box fills the input edge to edge.
+    """Affine, image px -> input px: the person's box fills the input edge to edge.
 
-    center: (2,) middle of the box, image px. scale: side of the box / 200 px. scale_factor enlarges
-    the box, so the person gets smaller. The picture is rotated by rotation_deg about the box's
-    centre, then mirrored if flip.
+    center: (..., 2) middle of the box, image px. scale: side of the box / 200 px. scale_factor
+    enlarges the box, so the person gets smaller. The picture is rotated by rotation_deg about the
+    box's centre, then mirrored if flip.
     """
-    x, y = np.asarray(center, dtype=np.float64)
+    center_2 = np.asarray(center, dtype=np.float64)
     zoom = input_px / (PIXELS_PER_SCALE * scale * scale_factor)
     middle = (input_px - 1) / 2
     matrix = (
         translation(middle, middle)
         @ rotation(rotation_deg)
         @ scaling(zoom, zoom)
-        @ translation(-x, -y)
+        @ translation(-center_2[..., 0], -center_2[..., 1])
     )
-    return mirror(input_px) @ matrix if flip else matrix
+    return mirrored(matrix, flip, input_px)
+
+
+def mirrored(input_from_image: Matrix, flip: npt.ArrayLike, input_px: int) -> Matrix:
+    """The affines, followed by `mirror` where flip is not 0."""
+    return np.where(
+        np.asarray(flip)[..., None, None], mirror(input_px) @ input_from_image, input_from_image
+    )
 
 
 def halvings(shrink: npt.ArrayLike) -> npt.NDArray[np.int64]:

@@ -3,8 +3,9 @@
 DALI is imported only if it is used.
 """
 
+import functools
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -16,17 +17,19 @@ from configs.schema import LoaderName
 from pipelines.augment import jitter, without_augmentation
 from pipelines.codec import Codec
 from pipelines.crop_packing import require_preset_fits
+from pipelines.jpeg import BadSamplesError
 from pipelines.opencv_loader import (
     CropDataset,
     JitteredBatch,
     LoaderSpec,
-    OpenCVLoader,
     RawBatch,
     Source,
     batches_in_order,
+    endless_batches,
     load_crops,
+    mix_shards,
 )
-from pipelines.shard_cache import ShardCache
+from pipelines.shard_cache import Key, ShardCache
 from pipelines.shard_format import unpack_records
 from pipelines.shards import ShardSet
 
@@ -43,44 +46,67 @@ class Batch(NamedTuple):
 
 
 class Loader(Protocol):
-    """An endless sequence of RawBatches whose position can be saved."""
+    """An endless sequence of RawBatches."""
 
     def next(self) -> RawBatch: ...
 
-    def state(self) -> bytes:
-        """What `train_loader` needs besides the step to continue; empty if the step is enough."""
+
+class TrainLoader:
+    """Augmented batches of one rank, starting at any step."""
+
+    def __init__(self, shards: ShardSet, spec: LoaderSpec, first_step: int = 0):
+        """first_step: number of batches to skip. Raises InputError."""
+        self.shards = shards
+        mix = functools.partial(mix_shards, shards.shard_of_sample, spec.shard_window)
+        batches = endless_batches(
+            len(shards),
+            spec.batch_size,
+            spec.seed,
+            spec.rank,
+            spec.world_size,
+            first_step,
+            mix if spec.shard_window else None,
+        )
+        self._crops = _crops(shards, batches, spec, range(len(shards)))
+
+    def next(self) -> RawBatch:
+        """The next batch. Raises BadSamplesError, after which this loader cannot be used."""
+        try:
+            return next(self._crops)
+        except BadSamplesError as error:
+            # A damaged replacement is reported under its own number.
+            error.faults = {self.shards.origin(s): text for s, text in error.faults.items()}
+            raise
 
 
-def train_loader(
-    shards: ShardSet, spec: LoaderSpec, first_step: int = 0, state: bytes = b""
-) -> Loader:
-    """The loader of augmented crops. It starts at batch first_step and, for DALI, a saved state.
+def train_loader(shards: ShardSet, spec: LoaderSpec, first_step: int = 0) -> Loader:
+    """The loader of augmented crops, starting at batch first_step.
 
-    Raises InputError if the preset needs more than the shards hold, or data.cache_mb cannot work.
+    The people, their order and their draws are the same with OpenCV and DALI. Raises InputError if
+    the preset needs more than the shards hold, or the cache is too small for the order.
     """
     require_preset_fits(shards.manifest, spec.preset, shards.folder)
-    loader = choose_loader(spec.loader, spec.device)
-    if spec.cache_mb and (loader != "dali" or spec.device.type != "cuda" or shards.is_raw):
-        found = f"{spec.cache_mb} with {loader} on {spec.device.type}, {shards.manifest.packing}"
-        expected = "0, because only DALI on a GPU can cache decoded JPEGs"
-        raise InputError("data.cache_mb", found, expected, "set data.cache_mb to 0")
     if shards.cache:
-        require_cache(shards.cache, spec, loader)
-    if loader == "opencv":
-        return OpenCVLoader(shards, spec, first_step)
-    from pipelines.dali_loader import DaliLoader
-
-    return DaliLoader(shards, spec, first_step, state)
+        require_cache(shards.cache, spec)
+    return TrainLoader(shards, spec, first_step)
 
 
-def require_cache(cache: ShardCache, spec: LoaderSpec, loader: LoaderName) -> None:
+def _crops(
+    source: Source, batches: Iterable[list[Key]], spec: LoaderSpec, people: Iterable[int]
+) -> Iterator[RawBatch]:
+    """The batches, cropped by the loader of the spec. people: all that the keys may name."""
+    if choose_loader(spec.loader, spec.device) == "dali":
+        from pipelines.dali_loader import DaliCrops
+
+        return DaliCrops(source, batches, spec, people)
+    dataset = CropDataset(source, spec.preset, spec.input_px, spec.seed, spec.jitter_in_workers)
+    pin = spec.device.type == "cuda"
+    return load_crops(dataset, batches, spec.workers, pin, spec.worker_kind)
+
+
+def require_cache(cache: ShardCache, spec: LoaderSpec) -> None:
     """Raise InputError unless the cache can hold the tars that the loader reads at a time."""
-    if loader == "dali":
-        people = min(shard.people for shard in cache.shards)
-        shards = spec.shuffle_buffer // people + 2
-        why = f"the tars of a data.shuffle_buffer of {spec.shuffle_buffer}"
-        cache.require_capacity(shards, why)
-    elif spec.shard_window:
+    if spec.shard_window:
         cache.require_capacity(spec.shard_window + 1, f"a data.shard_window of {spec.shard_window}")
     else:
         cache.require_capacity(len(cache.shards), "data.shard_window 0 mixes people of all tars")
@@ -107,21 +133,15 @@ def evaluation_batches(
         if source.cache:
             why = "evaluation reads all tars, in the annotation's order"
             source.cache.require_capacity(len(source.cache.shards), why)
-    if choose_loader(loader, device) == "dali":
-        from pipelines.dali_loader import DaliEvaluationLoader
-
-        spec = LoaderSpec(
-            loader=loader,
-            device=device,
-            preset=preset,
-            input_px=codec.input_px,
-            batch_size=batch_size,
-            workers=workers,
-        )
-        return DaliEvaluationLoader(source, samples, spec)
-    dataset = CropDataset(source, preset, codec.input_px, seed=0)
-    batches = batches_in_order(samples, batch_size)
-    return load_crops(dataset, batches, workers, pin=device.type == "cuda")
+    spec = LoaderSpec(
+        loader=loader,
+        device=device,
+        preset=preset,
+        input_px=codec.input_px,
+        batch_size=batch_size,
+        workers=workers,
+    )
+    return _crops(source, batches_in_order(samples, batch_size), spec, samples.tolist())
 
 
 def choose_loader(name: LoaderName, device: torch.device) -> LoaderName:

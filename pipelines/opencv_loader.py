@@ -4,9 +4,9 @@ Also defines Source, LoaderSpec and RawBatch, which both loaders use. All random
 so cropping is a pure function.
 """
 
-import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -68,12 +68,10 @@ class LoaderSpec:
     workers: int  # of OpenCV; CPU threads of DALI
     worker_kind: WorkerKind = "threads"  # of OpenCV's workers
     jitter_in_workers: bool = False  # OpenCV returns JitteredBatches
-    shuffle_buffer: int = 1024  # people in DALI's shuffle buffer; 0 keeps the shards' order
     seed: int = 0
     rank: int = 0
     world_size: int = 1
-    shard_window: int = 0  # shards whose people OpenCV mixes; 0: all
-    cache_mb: int = 0  # GPU memory of DALI's cache; each rank then keeps its people
+    shard_window: int = 0  # shards whose people are mixed; 0: all
 
 
 Item = tuple[npt.NDArray, npt.NDArray[np.float32], Draw, npt.NDArray[np.floating]]
@@ -168,7 +166,7 @@ def crop_person(
     matrix = geometry.input_from_image(
         center, scale, input_px, drawn.scale, drawn.rotation_deg, bool(drawn.flip)
     )
-    warp = matrix @ image_from_stored(record)
+    warp = matrix @ image_from_stored(record)[0]
     if isinstance(image, Planes):
         return warp_to_rgb(image, warp, input_px), matrix[:2].astype(np.float32)
     if halves_large_pictures(preset):
@@ -212,10 +210,10 @@ def _warp_to_rgb(
     return np.asarray(crop, np.uint8)
 
 
-def image_from_stored(record: Records) -> geometry.Matrix:
-    """(3, 3) affine, px of the stored picture -> image px. record: with a leading axis of 1."""
-    matrix = np.eye(3)
-    matrix[:2] = record.image_from_stored_N23[0]
+def image_from_stored(records: Records) -> geometry.Matrix:
+    """(N, 3, 3) affines, px of the stored picture -> image px."""
+    matrix = geometry.identities(records.scale_N)
+    matrix[:, :2] = records.image_from_stored_N23
     return matrix
 
 
@@ -257,21 +255,32 @@ class CropDataset:
 
     def batch(self, keys: list[Key]) -> RawBatch:
         """Crop the people of a batch. Raises BadSamplesError."""
-        rngs = (draw_rng(self.seed, epoch, sample) for sample, epoch in keys)
-        draws = map(Draw._make, draw_batch(self.preset, rngs).tolist())
+        draws = map(Draw._make, draws_of(self.preset, self.seed, keys).tolist())
         raw = collate(
             self._crop(sample, drawn) for (sample, _), drawn in zip(keys, draws, strict=True)
         )
         return jittered(raw) if self.jitter else raw
 
     def _crop(self, sample: int, drawn: Draw) -> Item:
-        try:
+        with bad_samples_named(self.source, sample):
             return crop_sample(self.source, sample, drawn, self.preset, self.input_px)
-        except StorageError:
-            raise
-        except InputError as error:
-            where = self.source.where(sample)
-            raise BadSamplesError.of({sample: error.found}, where, error.found) from error
+
+
+def draws_of(preset: Preset, seed: int, keys: list[Key]) -> npt.NDArray[np.float64]:
+    """(N, 10) draws of the people of a batch. Each depends only on the seed and the key."""
+    return draw_batch(preset, (draw_rng(seed, epoch, sample) for sample, epoch in keys))
+
+
+@contextmanager
+def bad_samples_named(source: Source, sample: int) -> Iterator[None]:
+    """Raise BadSamplesError for an InputError about this sample, except those of object storage."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except InputError as error:
+        where = source.where(sample)
+        raise BadSamplesError.of({sample: error.found}, where, error.found) from error
 
 
 def collate(items: Iterable[Item]) -> RawBatch:
@@ -374,39 +383,3 @@ def load_crops(
     in_this_process = kind == "threads" or isinstance(batches, ReadAhead)
     run = in_threads if in_this_process else in_processes
     return run(dataset.batch, batches, workers, pin)
-
-
-class OpenCVLoader:
-    """Endless augmented batches, starting at any step."""
-
-    def __init__(self, shards: ShardSet, spec: LoaderSpec, first_step: int = 0):
-        """first_step: number of batches to skip."""
-        self.shards = shards
-        dataset = CropDataset(
-            shards, spec.preset, spec.input_px, spec.seed, jitter=spec.jitter_in_workers
-        )
-        mix = functools.partial(mix_shards, shards.shard_of_sample, spec.shard_window)
-        batches = endless_batches(
-            len(shards),
-            spec.batch_size,
-            spec.seed,
-            spec.rank,
-            spec.world_size,
-            first_step,
-            mix if spec.shard_window else None,
-        )
-        pin = spec.device.type == "cuda"
-        self._crops = load_crops(dataset, batches, spec.workers, pin, spec.worker_kind)
-
-    def next(self) -> RawBatch:
-        """The next batch. Raises BadSamplesError, after which this loader cannot be used."""
-        try:
-            return next(self._crops)
-        except BadSamplesError as error:
-            # A damaged replacement is reported under its own number.
-            error.faults = {self.shards.origin(s): text for s, text in error.faults.items()}
-            raise
-
-    def state(self) -> bytes:
-        """Empty: the step is enough."""
-        return b""

@@ -11,27 +11,27 @@ import torch
 
 from configs.skeleton import PIXELS_PER_SCALE
 from pipelines.augment import Draw
-from pipelines.geometry import STRIDE, Matrix, mirror, rotation, scaling, translation
+from pipelines.geometry import STRIDE, Matrix, Number, mirrored, rotation, scaling, translation
 from pipelines.shard_format import Records
 
 
-def crop_from_image(center: npt.ArrayLike, scale: float, crop_px: int) -> Matrix:
-    """(3, 3) affine, image px -> crop px, of its joints: the box's corner goes to 0."""
+def crop_from_image(center: npt.ArrayLike, scale: Number, crop_px: int) -> Matrix:
+    """(..., 3, 3) affine, image px -> crop px, of its joints: the box's corner goes to 0."""
     # In princeton-vl's order of operations: the result is truncated later, so the last bit matters.
     box_px = PIXELS_PER_SCALE * scale
-    x, y = crop_px * (-np.asarray(center, dtype=np.float64) / box_px + 0.5)
-    zoom = crop_px / box_px
-    return np.array([[zoom, 0.0, x], [0.0, zoom, y], [0.0, 0.0, 1.0]])
+    corner = crop_px * (-np.asarray(center, dtype=np.float64) / np.expand_dims(box_px, -1) + 0.5)
+    matrix = scaling(crop_px / box_px, crop_px / box_px)
+    matrix[..., :2, 2] = corner
+    return matrix
 
 
 def box_corners(
-    center: npt.ArrayLike, scale: float, crop_px: int
+    center: npt.ArrayLike, scale: Number, crop_px: int
 ) -> tuple[npt.NDArray, npt.NDArray]:
-    """Upper left and lower right corner, (2,) int, image px: truncated toward zero."""
+    """Upper left and lower right corner, (..., 2) int, image px: truncated toward zero."""
     image_from_crop = np.linalg.inv(crop_from_image(center, scale, crop_px))
     corners = image_from_crop @ np.array([[0.0, crop_px], [0.0, crop_px], [1.0, 1.0]])
-    upper_left, lower_right = corners[:2].T.astype(int)
-    return upper_left, lower_right
+    return corners[..., :2, 0].astype(int), corners[..., :2, 1].astype(int)
 
 
 def crop(image_HW3: npt.NDArray, center: npt.ArrayLike, scale: float, crop_px: int) -> npt.NDArray:
@@ -49,7 +49,7 @@ def crop(image_HW3: npt.NDArray, center: npt.ArrayLike, scale: float, crop_px: i
 
 
 def input_from_crop(draw: Draw, crop_px: int) -> Matrix:
-    """(3, 3) affine of the second resampling: scale and rotation about crop_px / 2 in x and y."""
+    """(..., 3, 3) affine of the second resampling: scale and rotation about crop_px / 2."""
     middle, zoom = crop_px / 2, 1 / draw.scale
     return (
         translation(middle, middle)
@@ -66,20 +66,21 @@ def augment(crop_HW3: npt.NDArray, draw: Draw) -> npt.NDArray:
     return warped[:, ::-1] if draw.flip else warped
 
 
-def input_from_image(center: npt.ArrayLike, scale: float, draw: Draw, input_px: int) -> Matrix:
-    """(3, 3) affine, image px -> input px, of the pixels: both resamplings and the flip as one.
+def input_from_image(center: npt.ArrayLike, scale: Number, draw: Draw, input_px: int) -> Matrix:
+    """(..., 3, 3) affine, image px -> input px: both resamplings and the flip as one.
 
-    DALI warps with it; the OpenCV path resamples twice instead.
+    DALI warps with it; the OpenCV path resamples twice instead. draw: its fields are numbers or
+    arrays (...,).
     """
     upper_left, lower_right = box_corners(center, scale, input_px)
-    width, height = np.maximum(lower_right - upper_left, 1)
+    size = np.maximum(lower_right - upper_left, 1)
     crop_from_box = (
         translation(-0.5, -0.5)
-        @ scaling(input_px / width, input_px / height)
-        @ translation(0.5 - upper_left[0], 0.5 - upper_left[1])
+        @ scaling(input_px / size[..., 0], input_px / size[..., 1])
+        @ translation(0.5 - upper_left[..., 0], 0.5 - upper_left[..., 1])
     )
     matrix = input_from_crop(draw, input_px) @ crop_from_box
-    return mirror(input_px) @ matrix if draw.flip else matrix
+    return mirrored(matrix, draw.flip, input_px)
 
 
 def heat_joints(
@@ -117,10 +118,7 @@ def image_joints(
     heat_NJ2: npt.NDArray[np.float64], records: Records, input_px: int
 ) -> npt.NDArray[np.float64]:
     """Decoded heatmap px (N, J, 2) -> image px, truncated to whole pixels toward zero."""
-    people = zip(records.center_N2, records.scale_N, strict=True)
-    crop_from_image_N33 = [
-        crop_from_image(center, float(scale), input_px) for center, scale in people
-    ]
-    image_from_crop = np.linalg.inv(crop_from_image_N33)
+    scale_N = records.scale_N.astype(np.float64)
+    image_from_crop = np.linalg.inv(crop_from_image(records.center_N2, scale_N, input_px))
     zoom_N12 = image_from_crop[:, None, [0, 1], [0, 1]]
     return np.trunc(heat_NJ2 * STRIDE * zoom_N12 + image_from_crop[:, None, :2, 2])

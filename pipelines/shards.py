@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import InputError
-from common.files import parse_json, read_bytes, write_atomic
+from common.files import parse_json, read_bytes
 from pipelines.annotations import People
 from pipelines.coco import object_array
 from pipelines.i420 import Planes, planes_of
@@ -44,7 +44,6 @@ from pipelines.shard_format import (
 )
 
 _MAX_INDEX = 256 << 20  # bytes
-TAR_BLOCK = 512
 _JPEG_HEADER_BYTES = 4096
 """Enough to find the size, except in pictures with a thumbnail or a colour profile."""
 _RANGE = r"(\d{1,15}) (\d{1,15})"
@@ -69,7 +68,6 @@ class ShardSet:
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
         self.tars = [self.folder / shard.tar for shard in self.manifest.shards]
-        self.indices = [self.folder / shard.index for shard in self.manifest.shards]
         self.components = components(self.manifest.packing)
         self.is_raw = self.manifest.packing == "raw"
         is_cached = (self.folder / ORIGIN).is_file()
@@ -136,42 +134,6 @@ class ShardSet:
         self._records = records
         return records
 
-    def damaged_records(self) -> dict[int, str]:
-        """Sample -> fault, for records that cannot be read or have changed since `records`."""
-        self._files.clear()  # a tar may have been replaced
-        faults = {}
-        for sample in range(len(self)):
-            try:
-                data = self.component(sample, "f32")
-            except InputError as error:
-                faults[sample] = error.found
-            else:
-                if self._records is not None and data != self._records[sample].tobytes():
-                    faults[sample] = "its record has changed since the start"
-        return faults
-
-    def write_placeholder_tars(self, folder: Path) -> tuple[list[Path], list[Path]]:
-        """Write a placeholder and its wds2idx index for each tar: records without pictures.
-
-        Where a picture would be, the index names the record's first number, the row. Raises
-        InputError.
-        """
-        records, files, indices = self.records(), [], []
-        size = records.itemsize * records.shape[1]
-        block = -(-size // TAR_BLOCK) * TAR_BLOCK
-        for number, tar in enumerate(self.tars):
-            samples = self.samples_of(number)
-            files.append(folder / f"{tar.stem}.records")
-            files[-1].write_bytes(b"".join(records[i].tobytes().ljust(block) for i in samples))
-            lines = [f"{INDEX_VERSION} {len(samples)}"]
-            for start, key in enumerate(self.keys[i] for i in samples):
-                offset = start * block
-                picture = self.components[1]
-                lines.append(f"f32 {offset} {size} {key}.f32 {picture} {offset} 4 {key}.{picture}")
-            indices.append(folder / f"{tar.stem}.idx")
-            indices[-1].write_text("\n".join(lines) + "\n")
-        return files, indices
-
     def metadata(self, sample: int) -> dict[str, Any]:
         """The JSON of one person, or only its `image`, `index` and `person`. Raises InputError."""
         if self._facts:
@@ -213,10 +175,6 @@ class ShardSet:
         tar = self.tars[self.shard_of_sample[sample]]
         return f"{tar}: sample {self.origin(sample)} (key {self.keys[sample]})"
 
-    def samples_of(self, shard: int) -> list[int]:
-        """The samples of one tar, in its order."""
-        return np.flatnonzero(self.shard_of_sample == shard).tolist()
-
     def origin(self, sample: int) -> int:
         """The sample whose data are returned for this one: itself, or its replacement."""
         return int(self._origin_N[sample])
@@ -231,14 +189,13 @@ class ShardSet:
         position = self.byte_range(sample, extension)
         return self._read(sample, position.offset, position.size)
 
-    def with_replacements(self, bad: set[int], folder: Path) -> "ShardSet":
+    def with_replacements(self, bad: set[int]) -> "ShardSet":
         """The same split, but each of these samples is replaced by the next good one of its tar.
 
-        folder: receives the indices of the changed tars, for DALI. Raises InputError for a tar
-        without a good sample.
+        Raises InputError for a tar without a good sample.
         """
         changed = copy.copy(self)
-        changed.indices, changed._files = list(self.indices), {}
+        changed._files = {}
         origin_N = np.arange(len(self))
         is_good_N = ~np.isin(origin_N, list(bad))
         for shard in np.unique(self.shard_of_sample[~is_good_N]):
@@ -248,10 +205,6 @@ class ShardSet:
                 found = f"{len(samples)} damaged pictures of {len(samples)}"
                 raise InputError(self.tars[shard], found, "at least one good picture", PACK_AGAIN)
             origin_N[samples] = good[np.searchsorted(good, samples) % len(good)]
-            changed.indices[shard] = folder / self.indices[shard].name
-            lines = [self._index_line(sample) for sample in origin_N[samples].tolist()]
-            text = "\n".join([f"{INDEX_VERSION} {len(lines)}", *lines]) + "\n"
-            write_atomic(changed.indices[shard], text.encode())
         changed._origin_N = origin_N
         changed.keys = [self.keys[sample] for sample in origin_N]
         changed._ranges_NC2 = self._ranges_NC2[origin_N]
@@ -293,10 +246,6 @@ class ShardSet:
             where = self.folder / shard.index
             raise InputError(where, found, expected, PACK_AGAIN) from error
         return [sample[3] for sample in samples], ranges
-
-    def _index_line(self, sample: int) -> str:
-        ranges = [(name, self.byte_range(sample, name)) for name in self.components]
-        return " ".join(f"{n} {r.offset} {r.size} {self.keys[sample]}.{n}" for n, r in ranges)
 
     def _read(self, sample: int, offset: int, size: int) -> bytes:
         shard = int(self.shard_of_sample[sample])

@@ -38,7 +38,7 @@ FILES = {
 }
 SMALL = (
     "--model.stacks 2 --model.width 32 --model.depth 3 --model.stem [16,32,32] --data.input_px 96 "
-    "--data.batch_size 4 --data.workers 1 --data.shuffle_buffer 16 --eval.batch_size 8 "
+    "--data.batch_size 4 --data.workers 1 --eval.batch_size 8 "
     "--train.steps 40 --train.steps_per_epoch 20 --train.log_every 1 --train.keep_last 3 "
     "--train.device cpu --train.out {out} --train.name run"
 )

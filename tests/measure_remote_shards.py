@@ -101,7 +101,6 @@ def first_batches(folder: Path, url: str, cache_gb: float, rounds: int) -> list[
                 input_px=config.data.input_px,
                 batch_size=8,
                 workers=1,
-                shuffle_buffer=PEOPLE_PER_TAR,
                 shard_window=WINDOW,
             )
             for path in shards.folder.glob("*.tar"):

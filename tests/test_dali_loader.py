@@ -1,6 +1,5 @@
 """DALI makes OpenCV's crops from the same draws, shares people over ranks, and can be continued."""
 
-from functools import partial
 from types import SimpleNamespace
 
 import cv2
@@ -19,7 +18,7 @@ from helpers import (
 
 from common.errors import InputError
 from pipelines import geometry, princeton
-from pipelines.augment import PRESETS, Draw, draw_batch
+from pipelines.augment import PRESETS, Draw
 from pipelines.jpeg import BadSamplesError
 from pipelines.loader import RawBatch, evaluation_batches, images_on_device, train_loader
 from pipelines.opencv_loader import decode
@@ -28,8 +27,9 @@ from pipelines.shards import ShardSet
 
 pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed")
 from pipelines import dali_loader
-from pipelines.dali_loader import DaliLoader
+from pipelines.dali_loader import DaliCrops
 
+LOADERS = ["dali", "opencv"]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
@@ -78,7 +78,7 @@ def test_a_rotated_flipped_half_outside_case_agrees(split):
         rotation_probability=1.0,
         flip_probability=1.0,
     )
-    spec = make_spec(hard, input_px=128, batch_size=12, shuffle_buffer=0)
+    spec = make_spec(hard, input_px=128, batch_size=12)
     raw = assert_loaders_agree(split, spec, steps=1)
     assert raw.draws_ND[:, :3].tolist() == [pytest.approx([1.3, 40, 1])] * 12
     black_N = (raw.images_NHW3 == 0).all(dim=-1).float().mean(dim=(1, 2))
@@ -89,7 +89,7 @@ def test_a_rotated_flipped_half_outside_case_agrees(split):
 def test_dali_makes_princetons_box_and_matrix_in_one_resampling(device, split):
     """Against OpenCV's single warp of the same zero-padded box; DALI resamples once only."""
     spec = make_spec("princeton", input_px=128, batch_size=12, device=torch.device(device))
-    raw = RawBatch(*(tensor.cpu() for tensor in DaliLoader(split, spec).next()))
+    raw = RawBatch(*(tensor.cpu() for tensor in train_loader(split, spec).next()))
     for person in range(12):
         sample = sample_of_row(split, raw.records_NR[person, 0])
         fields = unpack_records(split.record(sample)[None])
@@ -109,12 +109,12 @@ def test_dali_makes_princetons_box_and_matrix_in_one_resampling(device, split):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_crops_reach_torch_without_a_copy_and_channels_last(device, split):
-    loader = DaliLoader(split, make_spec("hrnet", device=torch.device(device)))
-    outputs = loader.pipeline.run()
-    pointers = [output.as_tensor().data_ptr() for output in outputs]
-    raw = [torch.from_dlpack(output.as_tensor()) for output in outputs]
-    assert [tensor.data_ptr() for tensor in raw] == pointers
-    image = images_on_device(loader.next(), raw[0].device)
+    spec = make_spec("hrnet", device=torch.device(device))
+    crops = DaliCrops(split, [[(i, 0) for i in range(4)]] * 9, spec, range(4))
+    (output,) = crops.pipeline.run()
+    raw = torch.from_dlpack(output.as_tensor())
+    assert raw.data_ptr() == output.as_tensor().data_ptr()
+    image = images_on_device(next(crops), raw.device)
     assert image.dtype == torch.float32 and image.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -139,81 +139,17 @@ def test_dali_evaluates_raw_pictures_as_opencv_does(device, raw_split):
     assert difference.mean() <= 0.5 and np.percentile(difference, 99.9) <= 6
 
 
-def test_a_batchs_draws_follow_from_seed_rank_and_step(split):
-    spec = make_spec("princeton", seed=3, rank=1, world_size=2)
-    expected = draw_batch(spec.preset, [np.random.default_rng([3, 1, 7])], 4)
-    np.testing.assert_array_equal(
-        DaliLoader(split, spec, 7).next().draws_ND, expected.astype(np.float32)
-    )
-
-
-def test_boxes_equal_princetons_on_both_sides_of_the_origin():
-    """Corners are truncated toward zero, also those outside the picture.
-
-    If a corner is a whole number, the rounding error of princeton's formula decides: one in 1000.
-    """
-    rng = np.random.default_rng(0)
-    center_N2, scale_N = rng.uniform(-900, 900, (2000, 2)), rng.uniform(0.002, 9, 2000)
-    records = np.zeros((2000, 13), dtype=np.float32)
-    records[:, 1:3], records[:, 3] = center_N2, scale_N
-
-    @dali_loader.pipeline_def(batch_size=2000, num_threads=1, device_id=None)
-    def boxes():
-        return dali_loader._princeton_box(dali_loader.fn.external_source([records]))
-
-    found = np.concatenate([output.as_array() for output in boxes().run()], axis=1)
-    expected = []
-    for record in records.astype(float):
-        corner, end = princeton.box_corners(record[1:3], record[3], 256)
-        expected.append([*corner, *np.maximum(end - corner, 1)])
-    difference = np.abs(found - expected)
-    assert difference.max() <= 1 and difference.any(axis=1).sum() <= 2
-
-
-def test_dali_draws_from_the_same_table(split):
-    """Limits and shares of its draws, as test_augment.py checks them for numpy."""
-    found = {}
-    for name in ("princeton", "newell", "hrnet"):
-        loader = DaliLoader(split, make_spec(name, batch_size=64, seed=1))
-        draws = torch.cat([loader.next().draws_ND for _ in range(12)]).numpy()
-        found[name] = Draw(*draws.T)
-    drawn = found["princeton"]
-    assert np.abs(drawn.rotation_deg).max() == pytest.approx(30, abs=0.5)
-    plain = np.stack(drawn)[3:, drawn.flip == 0].T
-    assert 300 < len(plain) < 470 and (plain == np.array(Draw()[3:], dtype=np.float32)).all()
-    drawn = found["newell"]
-    assert np.abs(np.log2(drawn.scale)).max() == pytest.approx(0.5, abs=1e-3)
-    assert (drawn.rotation_deg != 0).mean() == pytest.approx(0.4, abs=0.08)
-    assert drawn.red.min() == pytest.approx(0.6, abs=0.02)
-    drawn = found["hrnet"]
-    assert (drawn.rotation_deg != 0).mean() == pytest.approx(0.6, abs=0.08)
-    at_limit = np.isclose(drawn.scale, 0.75) | np.isclose(drawn.scale, 1.25)
-    assert at_limit.mean() == pytest.approx(0.317, abs=0.08)
-
-
-def test_ranks_of_dali_share_the_people_without_overlap(split):
-    rows = []
-    for rank in range(3):
-        spec = make_spec("none", rank=rank, world_size=3, shuffle_buffer=0)
-        rows.append(set(DaliLoader(split, spec).next().records_NR[:, 0].int().tolist()))
-    assert [len(r) for r in rows] == [4, 4, 4] and set.union(*rows) == set(range(12))
-
-
-@pytest.mark.parametrize(("shards", "preset"), [("split", "princeton"), ("raw_split", "newell")])
-def test_dali_continues_its_sequence_from_a_state(shards, preset, request):
-    shards, spec = request.getfixturevalue(shards), make_spec(preset, batch_size=5, seed=9)
-    first = DaliLoader(shards, spec)
-    for _ in range(3):
-        first.next()
-    second = DaliLoader(shards, spec, 3, first.state())
+@pytest.mark.parametrize("step", [0, 7])
+@pytest.mark.parametrize("how", [{}, {"shard_window": 1}, {"rank": 1, "world_size": 2}])
+@pytest.mark.parametrize("shards", ["split", "raw_split"])
+def test_dali_has_the_people_order_and_draws_of_opencv_at_any_step(shards, how, step, request):
+    split, preset = request.getfixturevalue(shards), "newell" if shards == "raw_split" else "hrnet"
+    specs = [make_spec(preset, loader, batch_size=5, seed=3, **how) for loader in LOADERS]
+    dali, opencv = (train_loader(split, spec, step) for spec in specs)
     for _ in range(4):
-        assert all(map(torch.equal, first.next(), second.next()))
-
-
-def test_a_state_of_other_operators_is_refused(split):
-    state = DaliLoader(split, make_spec("princeton")).state()
-    with pytest.raises(InputError, match="saved by other operators"):
-        DaliLoader(split, make_spec("hrnet"), 0, state)
+        (image, *facts), (expected, *others) = dali.next(), opencv.next()
+        assert all(map(torch.equal, facts, others))
+        assert (image.float() - expected.float()).abs().mean() <= 0.5
 
 
 GPU_MESSAGE = """Critical error in pipeline:
@@ -235,8 +171,8 @@ def refuse(*_):
 
 def test_dali_gives_one_error_if_memory_for_crops_is_missing(split, monkeypatch):
     """Crops of 300 TB, which no machine can allocate. No picture is suspected."""
-    monkeypatch.setattr(DaliLoader, "_find_faults", lambda _: pytest.fail("a culprit is searched"))
-    loader = DaliLoader(split, make_spec("hrnet", input_px=10_000_000))
+    monkeypatch.setattr(dali_loader, "_faults", lambda *_: pytest.fail("a culprit is searched"))
+    loader = train_loader(split, make_spec("hrnet", input_px=10_000_000))
     with pytest.raises(InputError, match=r"not enough memory \(std::bad_alloc\)") as caught:
         loader.next()
     assert "data.batch_size" in caught.value.next_step
@@ -247,26 +183,14 @@ def test_a_gpu_memory_error_says_how_much_was_free(split, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (312_000_000, 80_000_000_000))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     pipeline = SimpleNamespace(device_id=0, run=refuse, prefetch_queue_depth=2, max_batch_size=64)
+    crops = DaliCrops(split, [], make_spec("hrnet"), [])
+    monkeypatch.setattr(crops, "pipeline", pipeline)
     with pytest.raises(InputError) as caught:
-        dali_loader._run(pipeline, split, lambda: pytest.fail("a culprit is searched"))
+        next(crops)
     assert caught.value.where == "DALI on cuda:0"
     assert caught.value.found.endswith(
         "(Can't allocate 5368709120 bytes on device 0.; 312 MB of 80,000 MB are free)"
     )
-
-
-def test_no_picture_is_reported_if_memory_runs_out_while_searching(
-    tiny_shards, tmp_path, monkeypatch
-):
-    folder = damage_picture(tiny_shards / "valid", tmp_path / "bad", sample=2)
-    loader = DaliLoader(ShardSet(folder), make_spec("none", batch_size=5))
-    build = dali_loader.Pipeline.build
-    monkeypatch.setattr(
-        dali_loader.Pipeline, "build", lambda p: build(p) if p is loader.pipeline else refuse()
-    )
-    with pytest.raises(InputError, match="not enough memory") as caught:
-        loader.next()
-    assert not isinstance(caught.value, BadSamplesError)
 
 
 @pytest.mark.gpu
@@ -275,59 +199,12 @@ def test_a_full_gpu_gives_one_error_of_dali(split):
     held = torch.empty(free_bytes - (1 << 30), dtype=torch.uint8, device="cuda")
     spec = make_spec("hrnet", input_px=2048, batch_size=256, device=torch.device("cuda"))
     with pytest.raises(InputError, match=r"not enough memory .* MB are free"):
-        DaliLoader(split, spec).next()
+        train_loader(split, spec).next()
     del held
 
 
 def test_dali_names_the_tar_and_sample_of_a_picture_that_does_not_decode(tiny_shards, tmp_path):
     folder = damage_picture(tiny_shards / "valid", tmp_path / "bad", sample=2)
-    loader = DaliLoader(ShardSet(folder), make_spec("none", batch_size=5))
+    loader = train_loader(ShardSet(folder), make_spec("none", batch_size=5))
     with pytest.raises(InputError, match=r"00000\.tar: sample 2"):
         loader.next()
-
-
-@pytest.mark.parametrize("loader", ["dali", "opencv"])
-def test_a_decoder_cache_without_a_gpu_is_refused(loader, split):
-    with pytest.raises(InputError, match=r"data\.cache_mb"):
-        train_loader(split, make_spec("hrnet", loader, cache_mb=64))
-
-
-def test_a_rank_with_a_cache_meets_the_same_people_again(split, monkeypatch):
-    """The reader with a cache on a CPU; the decoder's own cache needs a GPU and is left out."""
-    given, image = {}, dali_loader.fn.decoders.image
-
-    def without_cache(jpeg, *, cache_size, cache_type, **others):
-        given.update(cache_size=cache_size, cache_type=cache_type)
-        return image(jpeg, **others)
-
-    monkeypatch.setattr(dali_loader.fn.decoders, "image", without_cache)
-    people = []
-    for rank in range(2):
-        spec = make_spec(
-            "none", batch_size=6, rank=rank, world_size=2, shuffle_buffer=4, cache_mb=64
-        )
-        loader = DaliLoader(split, spec)
-        epochs = [set(loader.next().records_NR[:, 0].int().tolist()) for _ in range(5)]
-        assert all(epoch == epochs[0] for epoch in epochs) and len(epochs[0]) == 6
-        people.append(epochs[0])
-    assert set.union(*people) == set(range(12))
-    assert given == {"cache_size": 64, "cache_type": "threshold"}
-
-
-@pytest.mark.gpu
-def test_cached_pictures_give_the_same_crops_again(split, monkeypatch):
-    """Twelve people, decoded once each; the second pass comes out of the cache.
-
-    Without the JPEG engine, whose pixels differ a little: the batch decides whom it decodes.
-    """
-    without_engine = partial(dali_loader.fn.decoders.image, hw_decoder_load=0.0)
-    monkeypatch.setattr(dali_loader.fn.decoders, "image", without_engine)
-    plain, cached = (
-        DaliLoader(
-            split,
-            make_spec("hrnet", batch_size=12, device=torch.device("cuda"), cache_mb=cache_mb),
-        )
-        for cache_mb in (0, 64)
-    )
-    for _ in range(4):
-        assert all(map(torch.equal, plain.next(), cached.next()))

@@ -265,7 +265,6 @@ def test_a_run_continues_in_mid_epoch_with_two_four_and_one_ranks(tiny_shards, t
         shared = f"2 per rank x {now} rank(s) x {parts}"
         changed = f"the run had {before} rank(s) and has {now}; a step takes 8 people as before"
         assert f"{changed}, {shared}" in text
-    assert text.count("the order of people stays the same") == 3
     losses = [
         [line["loss"] for line in metrics(tmp_path / name, "train")] for name in ("run", "quiet")
     ]

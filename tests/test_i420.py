@@ -170,7 +170,7 @@ def test_a_record_of_another_size_than_its_picture_is_damaged(damaged, capsys):
     assert expected in capsys.readouterr().out
 
 
-def test_training_names_the_person_at_a_cut_and_replaces_it_by_a_neighbour(damaged, tmp_path):
+def test_training_names_the_person_at_a_cut_and_replaces_it_by_a_neighbour(damaged):
     split = ShardSet(damaged)
     split.records()
     place = split.byte_range(4, "i420")
@@ -179,11 +179,9 @@ def test_training_names_the_person_at_a_cut_and_replaces_it_by_a_neighbour(damag
     with pytest.raises(BadSamplesError, match="the tar was cut off") as caught:
         train_loader(split, spec).next()
     assert list(caught.value.faults) == [4]
-    patched = split.with_replacements({4}, tmp_path)
+    patched = split.with_replacements({4})
     assert patched.planes(4).y_HW.tobytes() == split.planes(0).y_HW.tobytes()
     assert len(train_loader(patched, spec).next().records_NR) == 12
-    lines = patched.indices[0].read_text().splitlines()
-    assert lines[5] == lines[1] and " i420 " in lines[1]
 
 
 def test_princetons_crop_and_larger_crops_are_refused(raw_shards):

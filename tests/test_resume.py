@@ -127,16 +127,16 @@ def test_ranks_exchange_bytes_of_any_length(two_ranks):
 
 
 @pytest.mark.slow
-def test_one_rank_goes_on_with_the_people_and_losses_of_two_by_opencv(
-    two_ranks, tiny_shards, tmp_path
+@pytest.mark.parametrize("loader", ["opencv", "dali"])
+def test_one_rank_goes_on_with_the_people_and_losses_of_two(
+    loader, two_ranks, tiny_shards, tmp_path
 ):
     config = tiny_config(
-        tiny_shards, data={"loader": "opencv", "preset": "newell"}, train={"steps_per_epoch": 2}
+        tiny_shards, data={"loader": loader, "preset": "newell"}, train={"steps_per_epoch": 2}
     )
-    trainer = make_trainer(config, tmp_path, two_ranks / "opencv2" / "last.pt")
+    trainer = make_trainer(config, tmp_path, two_ranks / f"{loader}2" / "last.pt")
     assert "; a step takes 8 people as before, 4 per rank x 1 rank(s) x 2" in trainer.remarks[0]
-    assert trainer.remarks[1] == "the order of people stays the same"
-    first, second = (rank["opencv goes on"] for rank in reports(two_ranks))
+    first, second = (rank[f"{loader} goes on"] for rank in reports(two_ranks))
     after = [step(trainer) for _ in range(2)]
     assert [rows_of(totals) for totals in after] == [
         a + b for a, b in zip(first["rows"], second["rows"], strict=True)
@@ -146,22 +146,38 @@ def test_one_rank_goes_on_with_the_people_and_losses_of_two_by_opencv(
     np.testing.assert_allclose([t.sums[0].item() for t in after], expected, rtol=1e-4)
 
 
-@pytest.mark.slow
-def test_one_rank_begins_a_new_pass_over_the_people_of_two_by_dali(
-    two_ranks, tiny_shards, tmp_path
+def test_a_run_resumed_with_the_other_loader_has_the_same_people_and_nearly_the_same_losses(
+    tiny_shards, tmp_path
 ):
-    config = tiny_config(
-        tiny_shards, data={"loader": "dali", "preset": "newell"}, train={"steps_per_epoch": 2}
-    )
-    trainer = make_trainer(config, tmp_path, two_ranks / "dali2" / "last.pt")
-    assert trainer.remarks[1] == "DALI begins a new pass over the people, with new draws"
-    trainer.save(["last.pt"])
-    by_step = [rows_of(step(trainer)) for _ in range(3)]
-    assert sorted([row for rows in by_step for row in rows][:12]) == list(range(12))
-    fresh = make_trainer(config, tmp_path / "fresh")
-    assert rows_of(step(fresh)) != by_step[0][:4], "the run's first pass once more"
-    again = make_trainer(config, tmp_path, tmp_path / "last.pt")
-    assert [rows_of(step(again)) for _ in range(3)] == by_step
+    pytest.importorskip("nvidia.dali")
+    data = {"preset": "newell", "loader": "opencv"}
+    config = tiny_config(tiny_shards, data=data)
+    other = tiny_config(tiny_shards, data=data | {"loader": "dali"})
+    whole = make_trainer(config, tmp_path / "whole")
+    first = [step(whole) for _ in range(2)]
+    whole.save(["last.pt"])
+    resumed = make_trainer(other, tmp_path / "whole", tmp_path / "whole" / "last.pt")
+    expected, found = ([step(run) for _ in range(2)] for run in (whole, resumed))
+    assert [rows_of(totals) for totals in found] == [rows_of(totals) for totals in expected]
+    losses, others = ([t.sums[0].item() for t in totals] for totals in (expected, found))
+    # Crops differ by 0.01 grey levels, and the second step begins from other weights so.
+    np.testing.assert_allclose(losses, others, rtol=5e-3)
+    assert abs(first[0].sums[0].item() - losses[0]) > 2e-2 * losses[0]
+
+
+def test_a_checkpoint_of_dalis_own_order_is_continued_and_says_so(tiny_shards, tmp_path):
+    """Format 2 had the state of DALI's reader, and two settings that are gone."""
+    config = tiny_config(tiny_shards)
+    first = make_trainer(config, tmp_path)
+    steps(first, 2)
+    first.save(["last.pt"])
+    raw = torch.load(tmp_path / "last.pt", weights_only=True)
+    raw |= {"format_version": 2, "loader_states": [torch.ones(9, dtype=torch.uint8)]}
+    raw["config"]["data"] |= {"shuffle_buffer": 64, "cache_mb": 0}
+    torch.save(raw, tmp_path / "last.pt")
+    trainer = make_trainer(config, tmp_path, tmp_path / "last.pt")
+    assert trainer.remarks == ["older code, with DALI, had another order of people and draws"]
+    assert rows_of(step(trainer)) == rows_of(step(first))
 
 
 @pytest.mark.gpu
@@ -307,9 +323,7 @@ def test_another_number_of_ranks_shares_the_same_global_batch(batch, parts, befo
 
 def saved_checkpoint(config: Config, ranks: int, step: int, path: Path = LAST) -> Checkpoint:
     people = global_batch_size(config, ranks)
-    run = RunState(
-        ranks=ranks, people=12, loader="opencv", rng=[], loader_states=[], people_a_step=people
-    )
+    run = RunState(ranks=ranks, people=12, loader="opencv", rng=[], people_a_step=people)
     empty = {"weights": {}, "averaged": {}, "optimizer": {}}
     return Checkpoint(path=path, config=config, skeleton=MPII, step=step, run=run, **empty)
 

@@ -400,7 +400,7 @@ def test_automatic_workers_are_a_share_of_a_ranks_cores(
 
 def test_automatic_workers_are_stored_as_a_number(tiny_shards, tmp_path, monkeypatch):
     monkeypatch.setattr(distributed, "usable_cores", lambda: 8)
-    config = tiny_config(tiny_shards, data={"workers": "auto", "shuffle_buffer": 0})
+    config = tiny_config(tiny_shards, data={"workers": "auto"})
     trainer = make_trainer(config, tmp_path)
     trainer.open_log().close()
     trainer.save(["last.pt"])

@@ -160,11 +160,11 @@ def test_shards_with_a_huge_picture_are_refused_at_the_start(tiny_shards, tmp_pa
 @pytest.mark.parametrize("bomb", [progressive_bomb, lambda jpeg: claiming(jpeg, 65500, 65500)])
 def test_dali_never_gets_such_a_picture_in_evaluation(bomb, jpeg, tiny_shards, monkeypatch):
     pytest.importorskip("nvidia.dali")
-    from pipelines.dali_loader import DaliEvaluationLoader
+    from pipelines.dali_loader import DaliCrops
 
     source = ShardSet(tiny_shards / "valid")
     monkeypatch.setattr(source, "jpeg", lambda sample: bomb(jpeg))
-    loader = DaliEvaluationLoader(source, np.arange(1), make_spec("none", batch_size=1))
+    loader = DaliCrops(source, [[(0, 0)]], make_spec("none", batch_size=1), [0])
     with pytest.raises(InputError, match=r"over 100 scans|a header that says"):
         list(loader)
 

@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -88,8 +87,6 @@ class Progress:
     """Time spent in training."""
     validation_due: bool = False
     """The validation at the end of an epoch is not finished."""
-    loader_began: int = 0
-    """The step at which the loader's order of people was last restarted; 0: never."""
 
 
 class Trainer:
@@ -126,6 +123,8 @@ class Trainer:
         self.thread_tuner = ThreadTuner(dist, config.train.threads, self.workers)
         self.people_sha256 = people_sha256(self.shards.records())  # raises if they are damaged
         self.codec = codec_of(config.data, config.heatmaps, self.shards.manifest.skeleton)
+        # Before the network is built: tars of object storage are fetched meanwhile.
+        self.loader = self._make_loader(checkpoint.step if checkpoint else 0)
         self.validator = Validator(valid, self.codec, config, dist)
         self.learning = LearningCheck(self.validator.people, config.train.steps)
         self.remarks += self.learning.of_labels()
@@ -138,9 +137,8 @@ class Trainer:
         self.checkpoints = CheckpointManager(
             folder, config.train.keep_last, lambda text: self.log.info(text)
         )
-        loader_state = self._restore(checkpoint) if checkpoint else b""
-        self.bad_samples: BadSamples | None = None
-        self.loader = self._make_loader(loader_state)
+        if checkpoint:
+            self._restore(checkpoint)
         limit = config.train.max_bad_steps
         self.monitor = NonFiniteMonitor(self.train_step, self.shards, folder, limit)
         self._may_warn_of_time_limit = config.train.max_minutes > 0
@@ -160,8 +158,8 @@ class Trainer:
         self.train_step.load_averaged(self.network.state_dict())
         return fresh
 
-    def _restore(self, checkpoint: Checkpoint) -> bytes:
-        """Restore a checkpoint; returns the state of this rank's loader. Raises InputError."""
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        """Continue from a checkpoint. Raises InputError."""
         path, run, steps = checkpoint.path, checkpoint.run, self.config.train.steps
         require_same_joints(checkpoint.skeleton, self.codec.skeleton, path, self.shards.folder)
         require_same_size(checkpoint, self.config)
@@ -181,7 +179,7 @@ class Trainer:
         self.checkpoints.saved_step = checkpoint.step if is_own else 0
         if not run:
             self.remarks += foreign_remarks(checkpoint, self.config)
-            return b""
+            return
         self.progress = Progress(
             step=checkpoint.step,
             best=run.best if is_own else -1.0,
@@ -192,7 +190,8 @@ class Trainer:
             self._read_validation()
         if run.ranks == self.dist.world_size:
             torch.set_rng_state(run.rng[self.dist.rank])
-        return self._loader_state(run)
+        if any(state.numel() for state in run.loader_states):
+            self.remarks.append("older code, with DALI, had another order of people and draws")
 
     def _read_validation(self) -> None:
         """Take the result of the validation that is due from the log, if it was finished."""
@@ -201,32 +200,14 @@ class Trainer:
             self.progress.validation_due = False
             self.progress.best = max(self.progress.best, pck)
 
-    def _loader_state(self, run: RunState) -> bytes:
-        """The state of this rank's loader; empty if its order of people restarts."""
-        loader, device = self.loader_name, self.dist.device.type
-        same_ranks = run.ranks == self.dist.world_size
-        if loader != run.loader:
-            remark = f"the loader was {run.loader} and is {loader}: another order of people"
-        elif same_ranks and (loader == "opencv" or run.loader_device in (None, device)):
-            self.progress.loader_began = run.loader_began
-            return bytes(run.loader_states[self.dist.rank].numpy())
-        elif loader == "dali":
-            remark = "DALI begins a new pass over the people, with new draws"
-        else:
-            remark = "the order of people stays the same"
-        self.remarks.append(remark)
-        self.progress.loader_began = self.progress.step if loader == "dali" else 0
-        return b""
-
     @property
     def loader_name(self) -> str:
         """As chosen, never "auto"."""
         return choose_loader(self.config.data.loader, self.dist.device)
 
-    def _make_loader(self, loader_state: bytes) -> Loader:
-        data, seed, began = self.config.data, self.config.train.seed, self.progress.loader_began
-        if began:  # another order than at the run's start
-            seed = int(np.random.SeedSequence([seed, began]).generate_state(1)[0] >> 1)
+    def _make_loader(self, step: int) -> Loader:
+        """The loader of the batches after this step."""
+        data = self.config.data
         spec = LoaderSpec(
             loader=data.loader,
             device=self.dist.device,
@@ -237,23 +218,19 @@ class Trainer:
             worker_kind=data.worker_kind,
             # A process would have to copy four times as many bytes.
             jitter_in_workers=data.worker_kind == "threads" and self.dist.device.type == "cpu",
-            shuffle_buffer=data.shuffle_buffer,
             shard_window=data.shard_window,
-            seed=seed,
+            seed=self.config.train.seed,
             rank=self.dist.rank,
             world_size=self.dist.world_size,
-            cache_mb=data.cache_mb,
         )
-        first_batch = self.progress.step * self.config.optim.accumulate
+        first_batch = step * self.config.optim.accumulate
+        self.bad_samples: BadSamples | None = None
         if data.on_bad_sample == "stop":
-            return train_loader(self.shards, spec, first_batch, loader_state)
+            return train_loader(self.shards, spec, first_batch)
         limit, rank = data.max_bad_samples, self.dist.rank
         self.bad_samples = BadSamples(self.shards, self.folder, limit, rank)
         return SkippingLoader(
-            lambda shards, batch, state: train_loader(shards, spec, batch, state),
-            self.bad_samples,
-            first_batch,
-            loader_state,
+            lambda shards, batch: train_loader(shards, spec, batch), self.bad_samples, first_batch
         )
 
     # Training
@@ -510,17 +487,16 @@ class Trainer:
         with self.time.measure("save_share"):
             self._wait_for_checkpoint()
             rng = gather_bytes(torch.get_rng_state().numpy().tobytes(), self.dist)
-            loaders = gather_bytes(self.loader.state(), self.dist)
             if self.dist.is_first:
-                self.checkpoints.save(self._checkpoint(rng, loaders), names)
+                self.checkpoints.save(self._checkpoint(rng), names)
         self._saved_at = time.perf_counter()
 
     def _wait_for_checkpoint(self) -> None:
         self.watchdog.progress(f"the checkpoint of step {self.progress.step}")
         self.checkpoints.wait()
 
-    def _checkpoint(self, rng: list[bytes], loaders: list[bytes]) -> Checkpoint:
-        """Everything needed to resume the run. rng, loaders: the states of each rank."""
+    def _checkpoint(self, rng: list[bytes]) -> Checkpoint:
+        """Everything needed to resume the run. rng: torch's random state of each rank."""
         counters = asdict(self.progress)
         step = counters.pop("step")
         run = RunState(
@@ -531,9 +507,7 @@ class Trainer:
             ranks=self.dist.world_size,
             people_a_step=global_batch_size(self.config, self.dist.world_size),
             loader=self.loader_name,
-            loader_device=self.dist.device.type,
             rng=[torch.tensor(bytearray(data), dtype=torch.uint8) for data in rng],
-            loader_states=[torch.tensor(bytearray(s), dtype=torch.uint8) for s in loaders],
         )
         return Checkpoint(
             path=self.folder / LAST,
