@@ -1,7 +1,6 @@
 """Augmentation presets, random draws from them, and colour jitter.
 
-Each preset follows the code that it is named after. The OpenCV path (`draw`, numpy) and the DALI
-graph (`pipelines/dali_loader.py`) read the same table.
+Each preset follows the code that it is named after. Both loaders use the same draws.
 """
 
 import functools
@@ -121,6 +120,8 @@ class Draw(NamedTuple):
     blue: float = 1.0
 
 
+_COLOR_NUMBERS = {"none": 0, "hsv_if_flipped": 4, "channel_gain": 3}
+"""Random numbers for the colours of one person."""
 _FIRST_COLOR = Draw._fields.index("hue")
 
 
@@ -134,15 +135,9 @@ def draw(preset: Preset, rng: np.random.Generator) -> Draw:
     return Draw(*draw_batch(preset, [rng])[0].tolist())
 
 
-def draw_batch(
-    preset: Preset, rngs: Iterable[np.random.Generator], each: int = 1
-) -> npt.NDArray[np.float64]:
-    """(N, 10) independent draws from a preset, columns in the order of Draw's fields.
-
-    each: how many of each generator.
-    """
-    numbers_KN = np.concatenate([_numbers(preset, rng, each) for rng in rngs], axis=1)
-    scale, turn, rotation, flip, *colors = numbers_KN
+def draw_batch(preset: Preset, rngs: Iterable[np.random.Generator]) -> npt.NDArray[np.float64]:
+    """(N, 10) draws from a preset, one of each generator, columns in the order of Draw's fields."""
+    scale, turn, rotation, flip, *colors = np.array([_numbers(preset, rng) for rng in rngs]).T
     draws_ND = np.tile(Draw(), (len(scale), 1))
     factor = _values(preset.scale, scale)
     draws_ND[:, 0] = np.float_power(2.0, factor) if preset.scale_is_log2 else factor
@@ -158,17 +153,11 @@ def draw_batch(
     return draws_ND
 
 
-def _numbers(preset: Preset, rng: np.random.Generator, people: int) -> npt.NDArray[np.float64]:
-    """(K, people) standard uniform or normal numbers, from which `draw_batch` makes its draws."""
+def _numbers(preset: Preset, rng: np.random.Generator) -> list[float]:
+    """Standard uniform or normal numbers, from which `draw_batch` makes a draw."""
     kinds = (preset.scale.kind, "uniform", preset.rotation_deg.kind, "uniform")
-    numbers = [
-        rng.random(people) if kind == "uniform" else rng.standard_normal(people) for kind in kinds
-    ]
-    if preset.color == "hsv_if_flipped":
-        numbers.extend(rng.random((4, people)))
-    if preset.color == "channel_gain":
-        numbers.extend(rng.random((people, 3)).T)
-    return np.array(numbers)
+    numbers = [rng.random() if kind == "uniform" else rng.standard_normal() for kind in kinds]
+    return numbers + rng.random(_COLOR_NUMBERS[preset.color]).tolist()
 
 
 def _values(

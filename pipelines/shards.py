@@ -175,6 +175,10 @@ class ShardSet:
         tar = self.tars[self.shard_of_sample[sample]]
         return f"{tar}: sample {self.origin(sample)} (key {self.keys[sample]})"
 
+    def samples_of(self, shard: int) -> list[int]:
+        """The samples of one tar, in its order."""
+        return np.flatnonzero(self.shard_of_sample == shard).tolist()
+
     def origin(self, sample: int) -> int:
         """The sample whose data are returned for this one: itself, or its replacement."""
         return int(self._origin_N[sample])

@@ -32,7 +32,7 @@ def many(request):
     def make(name: str, count: int = 4000) -> Draw:
         rng, preset = np.random.default_rng(1), PRESETS[name]
         if request.param == "in a batch":
-            return Draw(*draw_batch(preset, [rng], count).astype(np.float32).T)
+            return Draw(*draw_batch(preset, [rng] * count).astype(np.float32).T)
         return Draw(*draws_array([draw(preset, rng) for _ in range(count)]).T)
 
     return make

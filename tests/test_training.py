@@ -101,7 +101,7 @@ def test_a_checkpoint_holds_the_state_of_its_step_while_training_continues(
     monkeypatch.setattr(
         checkpoint_manager, "save_checkpoint", lambda *a: [may_write.wait(60), save(*a)]
     )
-    own = trainer._checkpoint([b""], [b""])
+    own = trainer._checkpoint([b""])
     expected = leaves([own.weights, own.averaged, own.optimizer])
     trainer.start_saving(["last.pt"])
     steps(trainer, 2)
