@@ -16,6 +16,8 @@ FAIR = 0.2
 """A joint with a lower score does not count: for the next square, and in a person's score."""
 SAME_PERSON = 0.3
 """Least IoU of a detection and the track that it continues."""
+STILL = 0.9
+"""Up to this IoU with the new square a track's square stays, because joints jitter as it moves."""
 DUPLICATE = 0.7
 """Two tracks whose squares have this IoU follow the same person."""
 
@@ -138,7 +140,8 @@ class Tracker:
         """Take the joints (px) that were found in the track's square; returns them smoothed."""
         square = track.place(keypoints_J2, scores_J)
         if self.follow:
-            track.square, track.given = square, None
+            is_still = square and track.square and iou(square, track.square) >= STILL
+            track.square, track.given = track.square if is_still else square, None
         if track.smooth is None:
             return keypoints_J2
         if square is None:

@@ -178,12 +178,11 @@ def _add_film_options(parser: Parser) -> None:
     add("--track", action=argparse.BooleanOptionalAction, default=True, help=track_help)
     every_help = "run the --detector in every Nth frame, and while there is nobody (default: 1)"
     add("--detect-every", type=at_least(1), default=1, metavar="N", help=every_help)
-    smooth_help = "One Euro filter (default: %(default)s)"
-    add("--smooth", action=argparse.BooleanOptionalAction, default=True, help=smooth_help)
+    add("--smooth", action="store_true", help="smooth the joints by a One Euro filter")
     cutoff_help = "its cutoff for joints at rest, Hz; lower: less jitter (default: %(default)s)"
     add("--min-cutoff", type=float, default=1.0, metavar="HZ", help=cutoff_help)
     beta_help = "added cutoff, Hz at one side of the square per second; higher: less lag (default: "
-    add("--beta", type=float, default=10.0, metavar="HZ", help=beta_help + "%(default)s)")
+    add("--beta", type=float, default=30.0, metavar="HZ", help=beta_help + "%(default)s)")
 
 
 # Checking the command line
@@ -205,6 +204,8 @@ def video_source(options: Options) -> Path | int | None:
         and not sources
         and not (len(options.input) == 1 and options.input[0].is_dir()),
         "--annotations without --people": options.annotations and not options.people,
+        "--detector, --finder or --save-csv without a video": not sources
+        and (options.detector or options.finder or options.save_csv),
     }
     for found, is_made in mistakes.items():
         if is_made:
