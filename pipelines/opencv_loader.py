@@ -304,16 +304,6 @@ def jittered(raw: RawBatch) -> JitteredBatch:
     return JitteredBatch(torch.from_numpy(images_NHW3), *raw[1:])
 
 
-def repeat_draws(shards: ShardSet, raw: RawBatch, preset: Preset) -> RawBatch:
-    """OpenCV's crops for the people and draws of another loader's batch (on the CPU)."""
-    samples = {row: i for i, row in enumerate(unpack_records(shards.records()).row_N.tolist())}
-    people = zip(unpack_records(raw.records_NR).row_N.tolist(), raw.draws_ND.tolist(), strict=True)
-    size = raw.images_NHW3.shape[1]
-    return collate(
-        [crop_sample(shards, samples[row], Draw(*drawn), preset, size) for row, drawn in people]
-    )
-
-
 def endless_batches(
     people: int,
     batch_size: int,

@@ -21,11 +21,11 @@ from configs.skeleton import MPII
 from model.checkpoint import load_checkpoint
 from model.hourglass import StackedHourglass
 from pipelines.annotations import People
-from pipelines.augment import PRESETS, Preset
+from pipelines.augment import PRESETS, Draw, Preset
 from pipelines.codec import Codec
 from pipelines.geometry import transform
 from pipelines.loader import Batch, LoaderSpec, RawBatch, train_loader
-from pipelines.opencv_loader import repeat_draws
+from pipelines.opencv_loader import collate, crop_sample
 from pipelines.shard_format import MANIFEST, file_sha256, unpack_records
 from pipelines.shards import ShardSet
 from training import train_step
@@ -66,6 +66,13 @@ def make_spec(preset: str | Preset, loader: Any = "dali", **changes: Any) -> Loa
 def sample_of_row(split: ShardSet, row: float) -> int:
     """The sample of a row of the annotation."""
     return int(np.flatnonzero(unpack_records(split.records()).row_N == float(row))[0])
+
+
+def repeat_draws(shards: ShardSet, raw: RawBatch, preset: Preset) -> RawBatch:
+    """OpenCV's crops for the people and draws of another loader's batch (on the CPU)."""
+    samples = [sample_of_row(shards, row) for row in unpack_records(raw.records_NR).row_N.tolist()]
+    people, size = zip(samples, raw.draws_ND.tolist(), strict=True), raw.images_NHW3.shape[1]
+    return collate([crop_sample(shards, i, Draw(*drawn), preset, size) for i, drawn in people])
 
 
 def assert_loaders_agree(split: ShardSet, spec: LoaderSpec, steps: int) -> RawBatch:

@@ -4,14 +4,13 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from helpers import make_codec, make_spec
+from helpers import make_codec, make_spec, repeat_draws
 
 from common.errors import InputError
 from configs.skeleton import MPII
 from evaluation.visualize import LEFT_BGR, MIDDLE_BGR, RIGHT_BGR
 from pipelines.augment import PRESETS
 from pipelines.loader import Batch, train_loader
-from pipelines.opencv_loader import repeat_draws
 from pipelines.shards import ShardSet
 from tools import show_batch
 

@@ -1,7 +1,6 @@
 """Draws augmented crops with their joints and heatmaps, as the network gets them.
 
-With both loaders, DALI makes a batch and OpenCV repeats its draws, so that their crops can be
-compared person by person.
+Both loaders make the same people with the same draws, so that their crops can be compared.
 """
 
 import sys
@@ -23,20 +22,20 @@ from matplotlib.patches import Patch
 from common.cli import Parser, at_least, info, progress
 from common.distributed import choose_device
 from common.errors import InputError, run_main
-from configs.schema import Config, config_from_dict, load_yaml
+from configs.schema import Config, LoaderName, config_from_dict, load_yaml
 from configs.skeleton import Skeleton
 from evaluation.visualize import LEFT_BGR, MIDDLE_BGR, RIGHT_BGR, TILE_PX, color_of, draw_skeleton
 from pipelines import geometry, heatmaps
 from pipelines.augment import PRESETS, Draw
 from pipelines.codec import Codec, codec_of
 from pipelines.loader import Batch, LoaderSpec, RawBatch, make_batch, train_loader
-from pipelines.opencv_loader import repeat_draws
 from pipelines.shard_cache import local_folder
 from pipelines.shard_format import MANIFEST
 from pipelines.shards import ShardSet
 
 SHEET_ASPECT = 4 / 3  # width over height, approximately: what fits a screen
 CPU = torch.device("cpu")
+LOADERS: tuple[LoaderName, LoaderName] = ("opencv", "dali")
 
 Picture = npt.NDArray[np.uint8]
 
@@ -67,8 +66,9 @@ def main(argv: list[str] | None = None) -> None:
     codec = codec_of(data, replace(heat, sigma=options.sigma or heat.sigma), skeleton)
     if input_px % 64:
         raise InputError("--input-px", f"{input_px}", "a multiple of 64", "give 64, 128, 256, ...")
+    names: tuple[LoaderName, ...] = LOADERS if options.loader == "both" else (options.loader,)
     spec = LoaderSpec(
-        loader="opencv" if options.loader == "opencv" else "dali",
+        loader=names[0],
         device=choose_device(options.device),
         preset=codec.preset,
         input_px=codec.input_px,
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
         seed=options.seed,
     )
     info(f"cropping {options.people:,} people ...")
-    batches = make_batches(shards, spec, codec, compare=options.loader == "both")
+    batches = [make_loaded_batch(shards, replace(spec, loader=name), codec) for name in names]
     grey = None
     if options.loader == "both":
         first, second = (each.raw.images_NHW3.float() for each in batches)
@@ -110,7 +110,7 @@ def make_parser() -> Parser:
     add("--config", metavar="FILE", help="YAML file of settings (default: the schema's)")
     add("--preset", choices=tuple(PRESETS), help="augmentation (default: the config's)")
     both = "both: the same augmentation by each, and the difference (default: %(default)s)"
-    add("--loader", choices=("opencv", "dali", "both"), default="opencv", help=both)
+    add("--loader", choices=(*LOADERS, "both"), default="opencv", help=both)
     add("--sigma", type=float, help="heatmap px at 64 x 64 (default: the config's)")
     add("--input-px", type=at_least(64), help="side of the crop, px (default: the config's)")
     device = "device of DALI (default: %(default)s)"
@@ -120,16 +120,10 @@ def make_parser() -> Parser:
     return parser
 
 
-def make_batches(
-    shards: ShardSet, spec: LoaderSpec, codec: Codec, compare: bool
-) -> list[LoadedBatch]:
-    """A batch of the loader. compare: first OpenCV's batch of the same people and draws."""
+def make_loaded_batch(shards: ShardSet, spec: LoaderSpec, codec: Codec) -> LoadedBatch:
+    """The first batch of a loader."""
     raw = RawBatch(*(part.cpu() for part in train_loader(shards, spec).next()))
-    raws = [("opencv", repeat_draws(shards, raw, codec.preset))] if compare else []
-    return [
-        LoadedBatch(name, each, make_batch(each, codec, CPU))
-        for name, each in [*raws, (spec.loader, raw)]
-    ]
+    return LoadedBatch(spec.loader, raw, make_batch(raw, codec, CPU))
 
 
 def draw_sheet(
