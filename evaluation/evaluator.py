@@ -12,7 +12,6 @@ from typing import Any, NamedTuple, get_args
 
 import cv2
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from common.cli import info, progress
@@ -26,6 +25,7 @@ from evaluation.calibration import calibrate
 from evaluation.dataset import EvaluationDataset, open_pictures_dataset, open_shards_dataset
 from evaluation.html_report import ReportData, html_report
 from evaluation.inference import Predictions
+from evaluation.pckh import Floats
 from evaluation.report import ReferenceRun, Summary, read_reference
 from evaluation.visualize import draw_people
 from model.checkpoint import BEST, Checkpoint, evaluation_network, load_checkpoint, save_checkpoint
@@ -175,13 +175,9 @@ def evaluate_checkpoint(options: Namespace, dist: DistributedContext) -> Evaluat
 
 
 def summary(
-    keypoints_NJ2: npt.NDArray,
-    people: People,
-    skeleton: Skeleton,
-    scores_N: npt.NDArray | None = None,
+    keypoints_NJ2: Floats, people: People, skeleton: Skeleton, scores_N: Floats | None = None
 ) -> Summary:
     """PCK, and COCO's AP where it can be computed. scores_N: None for equal ones."""
-    scores_N = np.ones(people.count) if scores_N is None else scores_N
     precision = oks.average_precision(keypoints_NJ2, scores_N, people, skeleton)
     return {**pckh.summary(keypoints_NJ2, people, skeleton), "oks": precision}
 

@@ -8,11 +8,11 @@ from contextlib import redirect_stdout
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from configs.skeleton import BOX_SCALE, PIXELS_PER_SCALE, Skeleton
+from evaluation.pckh import Floats
 from evaluation.predictions import as_coco
 from pipelines.annotations import People
 
@@ -21,16 +21,18 @@ NAMES = ("AP", "AP50", "AP75", "APM", "APL", "AR", "AR50", "AR75", "ARM", "ARL")
 
 
 def average_precision(
-    keypoints_NJ2: npt.NDArray, scores_N: npt.NDArray, people: People, skeleton: Skeleton
+    keypoints_NJ2: Floats, scores_N: Floats | None, people: People, skeleton: Skeleton
 ) -> dict[str, float | None] | None:
     """The ten numbers of NAMES in 0..1, None where there are no such people.
 
-    keypoints_NJ2: image px, one prediction a person. scores_N: rank the predictions. All people are
-    of one category. Returns None without sigmas in the skeleton or areas in the annotation.
+    keypoints_NJ2: image px, one prediction a person. scores_N: rank the predictions; None: equal.
+    All people are of one category. Returns None without sigmas in the skeleton or areas in the
+    annotation.
     """
     if people.area is None or not skeleton.sigmas:
         return None
-    scores_NJ = np.repeat(scores_N[:, None], skeleton.joint_count, axis=1)
+    scores_N1 = np.ones((people.count, 1)) if scores_N is None else scores_N[:, None]
+    scores_NJ = np.broadcast_to(scores_N1, people.marked.shape)
     truth = COCO()
     truth.dataset["images"] = [{"id": picture} for picture in set(people.index.tolist())]
     truth.dataset["categories"] = [{"id": 1}]

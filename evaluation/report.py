@@ -1,5 +1,6 @@
 """Results as text: tables, and the comparison with a reference run."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,17 @@ Summary = dict[str, Any]
 """A `pckh.summary`."""
 
 
+def _table(columns: Iterable[str], rows: list[tuple[str, list[str]]]) -> str:
+    """Lines of a name and right-aligned cells; rows without cells are headings."""
+    columns, name_width = list(columns), max(len(name) for name, cells in rows if cells) + 2
+    lines = []
+    for name, cells in [("", columns), *rows]:
+        pairs = zip(cells, columns, strict=False)
+        line = [f"{cell:>{max(8, len(column))}}" for cell, column in pairs]
+        lines.append((name.ljust(name_width) + "  ".join(line)).rstrip())
+    return "\n".join(lines)
+
+
 def results_table(results: dict[str, Summary], skeleton: Skeleton) -> str:
     """PCKh in per cent, one line per result and threshold. results: by name."""
     groups = [name for name, _ in skeleton.groups]
@@ -27,33 +39,25 @@ def results_table(results: dict[str, Summary], skeleton: Skeleton) -> str:
     grouped = len({joint for _, joints in skeleton.groups for joint in joints})
     columns = [*groups, f"pooled {skeleton.joint_count} (<)", f"mean {grouped} (<)"]
     columns += [f"weighted {grouped} (<=)", "AUC"]
-    label = max(len(name) for name in [*results, "PCKh@0.5"]) + 6
-    lines = [" " * label + "  ".join(f"{column:>8}" for column in columns)]
+    rows = []
     for name, result in results.items():
         for threshold, score in result["pckh"].items():
             values = [score["groups"][group] for group in groups]
             values += [score["pooled"], score["unweighted"], score["weighted"]]
             values.append(result["auc"] if threshold == "0.5" else None)
-            cells = [
-                f"{_percent(value):>{max(8, len(column))}}"
-                for value, column in zip(values, columns, strict=True)
-            ]
-            lines.append(f"{name + ' @' + threshold:<{label}}" + "  ".join(cells))
+            rows.append((f"{name} @{threshold}", list(map(_percent, values))))
     if not groups:
-        lines.append(f"The {len(skeleton.groups)} groups of joints are listed with --per-joint.")
-    return "\n".join(lines)
+        text = f"The {len(skeleton.groups)} groups of joints are listed with --per-joint."
+        rows.append((text, []))
+    return _table(columns, rows)
 
 
 def oks_table(results: dict[str, Summary]) -> str:
     """COCO's AP and AR in per cent, one line per result. results: by name."""
     if not any(result["oks"] for result in results.values()):
         return "No AP: the annotation does not give everybody's area (`area` in COCO's file)."
-    label = max(map(len, results)) + 2
-    lines = ["COCO".ljust(label) + "".join(f"{name:>8}" for name in oks.NAMES)]
-    for name, result in results.items():
-        cells = [f"{_percent(result['oks'][each]):>8}" for each in oks.NAMES]
-        lines.append(name.ljust(label) + "".join(cells))
-    return "\n".join(lines)
+    rows = [(name, list(map(_percent, result["oks"].values()))) for name, result in results.items()]
+    return "COCO's AP and AR in %\n\n" + _table(oks.NAMES, rows)
 
 
 def counts_text(result: Summary) -> str:
@@ -67,15 +71,12 @@ def counts_text(result: Summary) -> str:
         f"{result['joints_counted']:,} marked joints. "
         f"Visible ones {visible}, occluded ones {occluded}, pooled @0.5."
     )
-    mean, median = result["pixels"]["mean"], result["pixels"]["median"]
-    text += (
-        f"\nDistance from the annotation: mean {mean:.2f}, median {median:.2f} px of the picture."
-    )
     if result["people_scored"] < result["people"]:
         text += "\nThe others have no known length to divide by, or no marked joint."
     if result["length"]:
         text += f"\nErrors are divided by {result['length']}."
-    return text
+    mean, median = result["pixels"]["mean"], result["pixels"]["median"]
+    return text + f"\nErrors in px of the picture: mean {mean:.2f}, median {median:.2f}."
 
 
 def calibration_text(facts: dict[str, Any]) -> str:
@@ -93,18 +94,14 @@ def calibration_text(facts: dict[str, Any]) -> str:
 def details_table(result: Summary) -> str:
     """PCKh in per cent and counts, one line per joint and per group of joints."""
     details = result["details"]
-    width = max(len(name) for part in details.values() for name in part) + 2
-    columns = ("@0.5", "@0.1", "AUC", "visible", "occluded")
-    head = "".join(f"{c:>10}" for c in columns) + f"{'joints':>9}{'visible':>9}{'occluded':>9}"
-    lines = [" " * width + head]
+    columns = ("@0.5", "@0.1", "AUC", "visible", "occluded", "joints", "visible", "occluded")
+    rows: list[tuple[str, list[str]]] = []
     for part, what in (("joints", "<"), ("groups", "<=, the mean of their joints' rates")):
-        lines.append(f"{part} ({what})")
+        rows.append((f"{part} ({what})", []))
         for name, row in details[part].items():
-            keys = ("0.5", "0.1", "auc", "visible", "occluded")
-            cells = [f"{_percent(row[key]):>10}" for key in keys]
-            cells += [f"{row['counts'][key]:>9}" for key in ("all", "visible", "occluded")]
-            lines.append(f"{name:<{width}}" + "".join(cells))
-    return "\n".join(lines)
+            cells = [_percent(row[key]) for key in ("0.5", "0.1", "auc", "visible", "occluded")]
+            rows.append((name, cells + list(map(str, row["counts"].values()))))
+    return _table(columns, rows)
 
 
 def gap_text(first: tuple[str, Summary], second: tuple[str, Summary]) -> str:

@@ -114,12 +114,12 @@ def read_annotations(
     """
     joints = skeleton or MPII
     if label_file := find_labels(path):
-        labels = read_labels(label_file, split)
+        images, labels = images or pictures_folder(label_file), read_labels(label_file, split)
         joints = skeleton or labels.skeleton
         if joints.names != labels.skeleton.names:
             found, expected = (", ".join(each.names) for each in (joints, labels.skeleton))
             raise InputError("--skeleton", found, f"{expected}, as in {path}", "correct its joints")
-        people = _from_labels(labels, images or pictures_folder(label_file), boxes)
+        people = _from_labels(labels, images, boxes)
     elif (path := split_file(path, split)).name.endswith((".json", ".json.gz")):
         data = _load_json(path)
         if isinstance(data, dict):
@@ -140,11 +140,9 @@ def _with_settings(people: People, skeleton: Skeleton, images: Path | None) -> P
     Ignored joints become visible, but not marked (shard_format.py). images: the folder of pictures,
     for their sizes. Raises InputError.
     """
-    marked, ignored_NJ = people.marked, np.zeros_like(people.marked)
-    if skeleton.unmarked == "ignore":
-        ignored_NJ |= ~marked
-    if skeleton.hidden == "ignore":
-        ignored_NJ |= marked & ~people.visible
+    marked, visible = people.marked, people.visible
+    ignored_NJ = marked & ~visible & (skeleton.hidden == "ignore")
+    ignored_NJ |= ~marked & (skeleton.unmarked == "ignore")
     if skeleton.outside != "use":
         if images is None:
             found, why = f"outside: {skeleton.outside}", "the folder of pictures, for their sizes"
@@ -154,10 +152,9 @@ def _with_settings(people: People, skeleton: Skeleton, images: Path | None) -> P
         is_inside = (people.joints >= -0.5) & (people.joints <= size_N12 - 0.5)
         outside_NJ = marked & ~is_inside.all(axis=-1)
         marked = marked & ~outside_NJ
-        if skeleton.outside == "ignore":
-            ignored_NJ |= outside_NJ
+        ignored_NJ |= outside_NJ & (skeleton.outside == "ignore")
     marked = marked & ~ignored_NJ
-    return people._replace(marked=marked, visible=people.visible & marked | ignored_NJ)
+    return people._replace(marked=marked, visible=visible & marked | ignored_NJ)
 
 
 def split_file(path: Path, split: str) -> Path:

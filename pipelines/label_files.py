@@ -329,9 +329,8 @@ def skeleton_of_names(
 
     length: for labels with boxes, or for whole pictures.
     """
-    pairs = flip_pairs or ()
-    groups = default_groups(joints, pairs)
-    return Skeleton(name, joints, pairs, limbs, groups, length, mirror=flip_pairs is not None)
+    groups, mirror = default_groups(joints, flip_pairs or ()), flip_pairs is not None
+    return Skeleton(name, joints, flip_pairs or (), limbs, groups, length, mirror)
 
 
 def picture_size(path: Path) -> tuple[int, int]:

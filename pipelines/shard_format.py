@@ -1,11 +1,9 @@
 """The on-disk format of a split of shards: the record of a person, and manifest.json.
 
 A record is a row of little-endian float32 numbers, which DALI reads without parsing: the fields of
-COLUMNS, then (x, y, marked, visible) for each of the J joints. Of `marked` and `visible`
-
-    1 1 is a visible joint, 1 0 a hidden one; both have a target and count in PCK;
-    0 0 is a joint that is not marked: an empty target, or none (`loss.unmarked`);
-    0 1 is ignored by loss and metrics, such as a joint that this data set does not label.
+COLUMNS, then (x, y, marked, visible) for each of the J joints. A joint that is visible, but not
+marked, is ignored by loss and metrics, as one that its data set does not label
+(docs/conventions.md, Missing joints).
 """
 
 import base64
