@@ -1,4 +1,4 @@
-"""Boxes of people or animals by an ONNX detector (its layout: docs/predict.md)."""
+"""Finds people or animals in pictures with an ONNX detector (docs/predict.md has its layout)."""
 
 from pathlib import Path
 
@@ -7,10 +7,8 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import InputError
-from evaluation.estimator import PoseEstimator
-from evaluation.tracking import Track
 from model.export import open_session
-from pipelines.boxes import Person, Square, square_about
+from pipelines.boxes import Square, square_about
 
 LAYOUT = "one input (1, 3, H, W) and one output (1, N, 6): x1, y1, x2, y2, score, class"
 PADDING_GREY = 114
@@ -18,48 +16,35 @@ PADDING_GREY = 114
 
 
 class Detector:
-    """The boxes of one class in a picture."""
+    """Gives the boxes of class 0 as squares."""
 
-    def __init__(self, path: Path, margin: float, class_number: int = 0):
+    def __init__(self, path: Path, margin: float, min_score: float):
         """margin: side of the square / longer side of the box. Raises InputError."""
-        self.path, self.margin, self.class_number = path, margin, class_number
+        self.path, self.margin, self.min_score = path, margin, min_score
         self.session = open_session(path)
-        (self.input, *others), outputs = self.session.get_inputs(), self.session.get_outputs()
+        (self.input, *others) = self.session.get_inputs()
         sizes = [n for n in self.input.shape if isinstance(n, int)]
-        if others or len(outputs) != 1 or sizes[:2] != [1, 3] or len(sizes) != 4:
+        if others or len(self.session.get_outputs()) != 1 or len(sizes) != 4:
             raise self._unusable(f"{1 + len(others)} inputs, the first {self.input.shape}")
-        _, _, self.height, self.width = sizes
+        self.height, self.width = sizes[2:]
 
-    def __call__(self, image_HW3: npt.NDArray[np.uint8]) -> list[Person]:
-        """The people, the surest first. image: BGR. Raises InputError for another output."""
+    def __call__(self, image_HW3: npt.NDArray[np.uint8]) -> list[Square]:
+        """image: BGR. Raises InputError for an output of another layout."""
         height, width = image_HW3.shape[:2]
         factor = min(self.height / height, self.width / width)
-        size_wh = round(factor * width), round(factor * height)
-        left, top = (self.width - size_wh[0]) // 2, (self.height - size_wh[1]) // 2
+        w, h = round(factor * width), round(factor * height)
+        left, top = (self.width - w) // 2, (self.height - h) // 2
         canvas = np.full((self.height, self.width, 3), PADDING_GREY, np.uint8)
-        inside = canvas[top : top + size_wh[1], left : left + size_wh[0]]
-        inside[:] = cv2.resize(image_HW3, size_wh, interpolation=cv2.INTER_AREA)
+        small = cv2.resize(image_HW3, (w, h), interpolation=cv2.INTER_AREA)
+        canvas[top : top + h, left : left + w] = small
         images_N3HW = canvas[None, ..., ::-1].transpose(0, 3, 1, 2).astype(np.float32) / 255
         (rows,) = self.session.run(None, {self.input.name: images_N3HW})
         if rows.ndim != 3 or rows.shape[::2] != (1, 6):
             raise self._unusable(f"an output of shape {rows.shape}")
-        rows_N6 = rows[0][rows[0][:, 5] == self.class_number].astype(np.float64)
-        corners_N22 = (rows_N6[:, :4].reshape(-1, 2, 2) - [left, top]) / factor
-        corners_N22 = corners_N22.clip(0, [width, height])
-        return [
-            Person("", square_about([*low, *(high - low)], self.margin), score=score)
-            for (low, high), score in zip(corners_N22, rows_N6[:, 4].tolist(), strict=True)
-            if (high > low).all()
-        ]
+        is_used_N = (rows[0, :, 4] >= self.min_score) & (rows[0, :, 5] == 0)
+        corners_N22 = (rows[0, is_used_N, :4].reshape(-1, 2, 2) - [left, top]) / factor
+        boxes = [(*a, *(b - a)) for a, b in corners_N22.clip(0, [width, height]) if (b > a).all()]
+        return [square_about(box, self.margin) for box in boxes]
 
     def _unusable(self, found: str) -> InputError:
         return InputError(self.path, found, LAYOUT, "export the detector in this layout")
-
-
-def square_by_joints(estimator: PoseEstimator, image_HW3: npt.NDArray[np.uint8]) -> Square | None:
-    """The square about the one person or animal in a picture, by a network for whole pictures.
-
-    image: BGR. None if fewer than half of the joints are fair.
-    """
-    found = estimator(image_HW3)
-    return Track(0, None).place(found.keypoints_NJ2[0], found.scores_NJ[0])

@@ -24,10 +24,10 @@ from common.errors import InputError, run_main
 from common.files import write_atomic
 from common.system import usable_cores
 from configs.skeleton import PIXELS_PER_SCALE, Skeleton
-from evaluation.detector import Detector, square_by_joints
+from evaluation.detector import Detector
 from evaluation.estimator import PoseEstimator, read_picture
 from evaluation.predictions import deeplabcut_table
-from evaluation.tracking import FAIR, Smoothing, Track, Tracker, square_of_joints
+from evaluation.tracking import FAIR, OneEuroFilter, Track, Tracker, square_of_joints
 from evaluation.video import CODECS, frame_rate, open_video, read_frames, write_video
 from evaluation.visualize import draw_skeleton
 from pipelines.annotations import stays_inside
@@ -82,7 +82,8 @@ def main(argv: list[str] | None = None) -> None:
     if path := options.people:
         coco = options.annotations
         people = read_people(path, options.margin, annotations=coco, in_video=is_video)
-        people = sure_people(options, people)
+        least = options.min_box_score
+        people = [person for person in people if person.score is None or person.score >= least]
     pictures = add_overlays(options, list_pictures(options, people)) if video is None else []
     check_outputs(options)
     estimator = make_estimator(options, options.checkpoint)
@@ -176,13 +177,10 @@ def _add_film_options(parser: Parser) -> None:
     add = parser.add_argument_group("films").add_argument
     track_help = "look for people about their last joints; --no-track: only at the given places"
     add("--track", action=argparse.BooleanOptionalAction, default=True, help=track_help)
-    every_help = "run the --detector in every Nth frame, and while there is nobody (default: 1)"
-    add("--detect-every", type=at_least(1), default=1, metavar="N", help=every_help)
-    add("--smooth", action="store_true", help="smooth the joints by a One Euro filter")
-    cutoff_help = "its cutoff for joints at rest, Hz; lower: less jitter (default: %(default)s)"
-    add("--min-cutoff", type=float, default=1.0, metavar="HZ", help=cutoff_help)
-    beta_help = "added cutoff, Hz at one side of the square per second; higher: less lag (default: "
-    add("--beta", type=float, default=30.0, metavar="HZ", help=beta_help + "%(default)s)")
+    smooth_help = "One Euro filter with this cutoff for joints at rest, such as 1"
+    add("--smooth", type=float, metavar="HZ", help=smooth_help)
+    beta_help = "cutoff that it adds at a speed of one square per second (default: %(default)s)"
+    add("--beta", type=float, default=30.0, metavar="HZ", help=beta_help)
 
 
 # Checking the command line
@@ -254,12 +252,6 @@ def given_squares(options: Options) -> list[Square | None]:
     squares = [square_about(box, options.margin) for box in options.box]
     squares += [Square(x, y, scale) for (x, y), scale in centers]
     return [*squares] or [None]
-
-
-def sure_people(options: Options, people: list[Person]) -> list[Person]:
-    """Those whose boxes have no score, or at least --min-box-score."""
-    least = options.min_box_score
-    return [person for person in people if person.score is None or person.score >= least]
 
 
 def check_outputs(options: Options) -> None:
@@ -413,7 +405,8 @@ def predict_video(
     is_live = isinstance(source, int)
     name = f"webcam {source}" if is_live else str(source)
     capture = open_video(source, name)
-    tracker = make_tracker(options, frame_rate(capture))
+    smooth = options.smooth and (options.smooth, options.beta, frame_rate(capture))
+    tracker = Tracker(options.track, lambda: OneEuroFilter(*smooth) if smooth else None)
     frames = film_frames(options, estimator, tracker, read_frames(capture, name), name, people)
     batch_size = 1 if is_live or options.track else min(estimator.batch_size, MAX_FRAMES)
     count = max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))
@@ -442,39 +435,6 @@ def predict_video(
         raise InputError(options.people, found_late, f"frames 0 to {len(results) - 1}", advice)
 
 
-def make_tracker(options: Options, frames_per_second: float) -> Tracker:
-    """The tracker that the command line describes."""
-    smoothing = Smoothing(options.min_cutoff, options.beta) if options.smooth else None
-    has_detections = options.people or options.detector
-    return Tracker(not has_detections, options.track, smoothing, frames_per_second)
-
-
-def people_source(
-    options: Options, tracker: Tracker, people: list[Person]
-) -> Callable[[int, Image], list[Person]]:
-    """A function of a frame's number and picture: the people who are given or detected there."""
-    if people:
-        listed = defaultdict[int, list[Person]](list)
-        for person in people:
-            listed[person.frame].append(person)
-        return lambda number, image: listed[number]
-    if options.detector:
-        detect, every = Detector(options.detector, options.margin), options.detect_every
-
-        def detected(number: int, image: Image) -> list[Person]:
-            is_due = number % every == 0 or not tracker.followed()
-            return sure_people(options, detect(image)) if is_due else []
-
-        return detected
-    always = [Person("", square) for square in given_squares(options)]
-    if options.finder:
-        finder = make_estimator(options, options.finder)
-        return lambda number, image: (
-            always if tracker.followed() else [Person("", square_by_joints(finder, image))]
-        )
-    return lambda number, image: always
-
-
 def film_frames(
     options: Options,
     estimator: PoseEstimator,
@@ -483,17 +443,45 @@ def film_frames(
     name: str,
     people: list[Person],
 ) -> Iterator[Frame]:
-    """The frames with their people: given, detected, or where the frame before had them."""
+    """The frames with their people: given, detected, or followed from the frame before."""
     source, rows = people_source(options, tracker, people), itertools.count()
     for n, image in enumerate(images):
-        given, whole = source(n, image), whole_picture(image.shape[1], image.shape[0])
-        tracks = tracker.look([person.square or whole for person in given])
+        tracks = tracker.look(source(n, image))
         subjects = []
         for track in tracks:
-            person = Person(name, track.square) if track.given is None else given[track.given]
             facts = {"row": next(rows), "frame": n, "person": track.identity}
-            subjects.append(crop_person(estimator, image, person._replace(image=name), facts))
+            subjects.append(crop_person(estimator, image, Person(name, track.square), facts))
         yield Frame(image, subjects, tracks)
+
+
+def people_source(
+    options: Options, tracker: Tracker, people: list[Person]
+) -> Callable[[int, Image], list[Square]]:
+    """A function of a frame's number and picture: where people are given or detected there."""
+    if options.detector:
+        detect = Detector(options.detector, options.margin, options.min_box_score)
+        return lambda number, image: detect(image)
+    if options.finder:
+        finder = make_estimator(options, options.finder)
+        return lambda number, image: [] if tracker.identities() else find_one(finder, image)
+    always, listed = given_squares(options), defaultdict[int, list[Square | None]](list)
+    for person in people:
+        listed[person.frame].append(person.square)
+
+    def given(number: int, image: Image) -> list[Square]:
+        followed = tracker.identities() if options.track else ()
+        lost = [square for i, square in enumerate(always) if i not in followed]
+        whole = whole_picture(image.shape[1], image.shape[0])
+        return [square or whole for square in (listed[number] if people else lost)]
+
+    return given
+
+
+def find_one(finder: PoseEstimator, image_HW3: Image) -> list[Square]:
+    """The square about the person that a network for whole pictures finds; [] if it finds none."""
+    poses = finder(image_HW3)
+    square = square_of_joints(poses.keypoints_NJ2[poses.scores_NJ >= FAIR])
+    return [square] if square else []
 
 
 def smooth_joints(person: Result, track: Track, tracker: Tracker) -> None:
