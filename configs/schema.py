@@ -107,6 +107,8 @@ class LossConfig:
 
     unmarked: Literal["empty", "ignore"] = "empty"
     """Joints without annotation: train them as empty heatmaps, or leave them out of the loss."""
+    foreground: float = _number(0.0, least=0)
+    """A pixel's squared error is multiplied by 1 + foreground x its target (docs/recipes.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,8 +217,8 @@ _SECTIONS = [section.name for section in dataclasses.fields(Config)]
 
 _FIXED = (
     "data.batch_size data.shard_window data.input_px data.preset data.mirror heatmaps.rule "
-    "heatmaps.sigma loss.unmarked model.stacks model.width model.depth model.stem "
-    "model.input_mean optim.name optim.accumulate train.seed"
+    "heatmaps.sigma loss.unmarked loss.foreground model.stacks model.width model.depth "
+    "model.stem model.input_mean optim.name optim.accumulate train.seed"
 )
 _FREE = (
     "data.shards data.cache_dir data.cache_gb data.workers data.worker_kind data.loader "

@@ -7,16 +7,23 @@ from configs.schema import RuleName
 from pipelines import heatmaps
 
 
-def stack_losses(heat_NSJHW: Tensor, target_NJHW: Tensor, counts_NJ: Tensor) -> Tensor:
+def stack_losses(
+    heat_NSJHW: Tensor, target_NJHW: Tensor, counts_NJ: Tensor, foreground: float = 0.0
+) -> Tensor:
     """(S,) mean over people, joints and pixels of (prediction - target)^2, one per stack.
 
     The loss to minimise is their mean: intermediate supervision, every stack weighs the same
     (princeton-vl/pytorch_stacked_hourglass). counts_NJ: which joints' maps are in the mean: all
-    but the ignored ones (princeton's rule), or those with a target (HRNet's).
+    but the ignored ones (princeton's rule), or those with a target (HRNet's). foreground: the
+    error of a pixel is multiplied by 1 + foreground x its target (the idea of the weighted loss map
+    of Wang, Bo, Li, Adaptive Wing Loss, ICCV 2019).
     """
     # autocast would otherwise square in float32 but subtract in the network's type.
-    error_NSJ = (heat_NSJHW.float() - target_NJHW[:, None].float()).square().mean(dim=(3, 4))
-    weight_N1J = counts_NJ[:, None].float()
+    target_N1JHW = target_NJHW[:, None].float()
+    error_NSJHW = (heat_NSJHW.float() - target_N1JHW).square()
+    if foreground:
+        error_NSJHW = error_NSJHW * (1 + foreground * target_N1JHW)
+    error_NSJ, weight_N1J = error_NSJHW.mean(dim=(3, 4)), counts_NJ[:, None].float()
     return (error_NSJ * weight_N1J).sum(dim=(0, 2)) / weight_N1J.sum().clamp_min(1)
 
 
@@ -27,6 +34,7 @@ def stack_losses_of_joints(
     counts_NJ: Tensor,
     rule: RuleName,
     sigma: float,
+    foreground: float = 0.0,
 ) -> Tensor:
     """`stack_losses` with targets that are rendered inside.
 
@@ -34,7 +42,7 @@ def stack_losses_of_joints(
     target are fused into the subtraction, and neither pass writes them to memory.
     """
     target_NJHW = heatmaps.render(joints_NJ2, has_target_NJ, heat_NSJHW.shape[-1], rule, sigma)
-    return stack_losses(heat_NSJHW, target_NJHW, counts_NJ)
+    return stack_losses(heat_NSJHW, target_NJHW, counts_NJ, foreground)
 
 
 def peak_height(heat_NJHW: Tensor, has_target_NJ: Tensor) -> Tensor:

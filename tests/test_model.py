@@ -87,6 +87,14 @@ def test_the_loss_is_the_mean_over_the_joints_that_count():
         assert found.item() == pytest.approx(expected)
 
 
+def test_foreground_multiplies_the_error_of_a_pixel_by_one_plus_its_share_of_the_target():
+    """Errors 1, 0.25, 0 and 4 by hand, with a foreground of 10 and targets 0, 0.5, 1 and 1."""
+    target = torch.tensor([0.0, 0.5, 1.0, 1.0]).reshape(1, 1, 2, 2)
+    heat = target[:, None] + torch.tensor([1.0, -0.5, 0.0, 2.0]).reshape(1, 1, 1, 2, 2)
+    found = stack_losses(heat, target, torch.ones(1, 1), 10.0)
+    assert found.item() == pytest.approx((1 * 1 + 6 * 0.25 + 11 * 0 + 11 * 4) / 4)
+
+
 def test_the_loss_is_float32_under_autocast():
     heat = torch.full((1, 1, 1, 64, 64), 1.0, dtype=torch.bfloat16)
     target = torch.full((1, 1, 64, 64), 0.999)

@@ -320,8 +320,8 @@ def test_a_compiled_loss_that_renders_its_targets_gives_the_plain_losses_and_gra
     second = first.detach().clone().requires_grad_()
     target = heatmaps.render(joints, drawn, 16, "exact", 4.0)
     assert target.max() > 0.9
-    expected = stack_losses(first, target, drawn)
-    found = torch.compile(stack_losses_of_joints)(second, joints, drawn, drawn, "exact", 4.0)
+    expected = stack_losses(first, target, drawn, 20.0)
+    found = torch.compile(stack_losses_of_joints)(second, joints, drawn, drawn, "exact", 4.0, 20.0)
     for losses in (expected, found):
         losses.mean().backward()
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)

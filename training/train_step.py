@@ -212,14 +212,14 @@ class TrainStep:
 
     def _losses(self, heat_NSJHW: Tensor, batch: Batch) -> Tensor:
         unmarked = self.codec.skeleton.unmarked or self.config.loss.unmarked
-        has_target_NJ = batch.has_target_NJ
+        has_target_NJ, foreground = batch.has_target_NJ, self.config.loss.foreground
         counts_NJ = ~batch.ignored_NJ if unmarked == "empty" else has_target_NJ
         if self._fused_losses:
             rule, sigma = self.codec.rule, self.codec.sigma
             return self._fused_losses(
-                heat_NSJHW, batch.joints_NJ2, has_target_NJ, counts_NJ, rule, sigma
+                heat_NSJHW, batch.joints_NJ2, has_target_NJ, counts_NJ, rule, sigma, foreground
             )
-        return stack_losses(heat_NSJHW, batch.heat_NJHW, counts_NJ)
+        return stack_losses(heat_NSJHW, batch.heat_NJHW, counts_NJ, foreground)
 
     def _apply_gradients(self, losses_are_finite: Tensor) -> Tensor:
         """Clip and update. Returns whether the step was skipped because of non-finite gradients.
