@@ -9,7 +9,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of configs/
 
 from dataclasses import replace
-from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -38,14 +37,6 @@ CPU = torch.device("cpu")
 LOADERS: tuple[LoaderName, LoaderName] = ("opencv", "dali")
 
 Picture = npt.NDArray[np.uint8]
-
-
-class LoadedBatch(NamedTuple):
-    """A batch of one loader."""
-
-    loader: str
-    raw: RawBatch
-    batch: Batch
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -78,17 +69,19 @@ def main(argv: list[str] | None = None) -> None:
         seed=options.seed,
     )
     info(f"cropping {options.people:,} people ...")
-    batches = [make_loaded_batch(shards, replace(spec, loader=name), codec) for name in names]
+    loaders = [train_loader(shards, replace(spec, loader=name)) for name in names]
+    raws = [RawBatch(*(part.cpu() for part in loader.next())) for loader in loaders]
+    batches = {name: make_batch(raw, codec, CPU) for name, raw in zip(names, raws, strict=True)}
     grey = None
     if options.loader == "both":
-        first, second = (each.raw.images_NHW3.float() for each in batches)
+        first, second = (raw.images_NHW3.float() for raw in raws)
         grey = (second - first).abs().numpy()
     output.parent.mkdir(parents=True, exist_ok=True)
-    sheet = draw_sheet(batches, grey, codec)
+    sheet = draw_sheet(batches, raws[0].draws_ND, grey, codec)
     FigureCanvasAgg(sheet).print_png(output)
     if grey is not None:
         print(
-            f"{batches[1].loader} minus {batches[0].loader}, before colours: {grey.mean():.4f} "
+            f"{names[1]} minus {names[0]}, before colours: {grey.mean():.4f} "
             f"grey levels on average, {grey.max():.0f} at most, {len(grey)} people"
         )
     print(f"wrote {output}")
@@ -120,32 +113,31 @@ def make_parser() -> Parser:
     return parser
 
 
-def make_loaded_batch(shards: ShardSet, spec: LoaderSpec, codec: Codec) -> LoadedBatch:
-    """The first batch of a loader."""
-    raw = RawBatch(*(part.cpu() for part in train_loader(shards, spec).next()))
-    return LoadedBatch(spec.loader, raw, make_batch(raw, codec, CPU))
-
-
 def draw_sheet(
-    batches: list[LoadedBatch], grey_NHW3: npt.NDArray[np.float32] | None, codec: Codec
+    batches: dict[LoaderName, Batch],
+    draws_ND: torch.Tensor,
+    grey_NHW3: npt.NDArray[np.float32] | None,
+    codec: Codec,
 ) -> Figure:
     """A panel for each person, with the draw above it, and a legend.
 
-    grey: absolute differences of the crops of two loaders, 0..255, before colours.
+    batches: of the same people. draws: of these. grey: absolute differences of the crops of two
+    loaders, 0..255, before colours.
     """
+    batch = next(iter(batches.values()))
     # Makes the largest difference white; usually it is a grey level or two.
     zoom = 1.0 if grey_NHW3 is None else 255 / max(1.0, float(grey_NHW3.max()))
-    people = len(batches[0].batch.rows_N)
+    people = len(batch.rows_N)
     tiles = len(batches) + 1 + (grey_NHW3 is not None)
     columns = max(1, round((SHEET_ASPECT * people / tiles) ** 0.5))
     rows = -(-people // columns)
     figure = Figure(figsize=(2.6 * tiles * columns, 2.85 * rows + 0.6), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     for person in progress(range(people), "drawing", "people"):
-        drawings = [draw_crop(each.batch, codec, person) for each in batches]
-        drawings.append(draw_heatmaps(batches[0].batch, codec.skeleton, person))
-        drawn = Draw(*batches[0].raw.draws_ND[person].tolist())
-        text = f"row {int(batches[0].batch.rows_N[person])}   box x {drawn.scale:.2f}"
+        drawings = [draw_crop(each, codec, person) for each in batches.values()]
+        drawings.append(draw_heatmaps(batch, codec.skeleton, person))
+        drawn = Draw(*draws_ND[person].tolist())
+        text = f"row {int(batch.rows_N[person])}   box x {drawn.scale:.2f}"
         text += f"   {drawn.rotation_deg:+.1f} deg" + ("   mirrored" if drawn.flip else "")
         if grey_NHW3 is not None:
             drawings.append(enlarge((zoom * grey_NHW3[person]).astype(np.uint8)[..., ::-1]))
@@ -155,7 +147,7 @@ def draw_sheet(
         panels[person].set_title(text, fontsize=8)
     for panel in panels:
         panel.axis("off")
-    names = [*(each.loader for each in batches), "heatmaps"]
+    names = [*batches, "heatmaps"]
     names += [] if grey_NHW3 is None else [f"difference x {zoom:.3g} (black: none)"]
     sides = (("right", RIGHT_BGR), ("left", LEFT_BGR), ("middle", MIDDLE_BGR))
     patches = [
