@@ -190,7 +190,7 @@ def load_skeleton(path: Path) -> Skeleton:
     """A Skeleton from a YAML file with the keys of docs/custom-data.md. Raises InputError."""
     raw = read_yaml(path, f"the keys {', '.join(_KEYS)}")
     try:
-        return _from_yaml(raw)
+        return parse_skeleton(raw)
     except ValueError as error:
         expected, advice = "joints as in configs/skeletons/coco.yaml", "correct it"
         raise InputError(path, str(error), expected, advice) from error
@@ -210,12 +210,19 @@ def skeleton_yaml(skeleton: Skeleton) -> str:
         "mirror": skeleton.mirror,
         "limbs": limbs,
         "normalize": {"box": skeleton.length.factor},
+        "sigmas": list(skeleton.sigmas) or None,
     }
     return yaml.safe_dump(raw, sort_keys=False, default_flow_style=None, allow_unicode=True)
 
 
-def _from_yaml(raw: dict[str, Any]) -> Skeleton:
-    """Raises ValueError."""
+def shipped_skeleton(names: list[str]) -> Skeleton | None:
+    """The skeleton in configs/skeletons with these joints, if there is one."""
+    shipped = map(load_skeleton, sorted(Path(__file__).with_name("skeletons").glob("*.yaml")))
+    return next((each for each in shipped if list(each.names) == names), None)
+
+
+def parse_skeleton(raw: dict[str, Any]) -> Skeleton:
+    """A Skeleton from the keys of a YAML file. Raises ValueError."""
     for key in raw:
         _index(key, _KEYS, "the file")
     missing = [key for key in _KEYS if key not in raw and key not in _OPTIONAL_KEYS]

@@ -206,11 +206,12 @@ def make_job(options: Namespace) -> EvaluationJob:
     if options.compare_loaders:
         loaders = ("opencv", "dali")
     trained_loader = trained.run.loader if trained.run else None
+    flip = config.eval.flip if options.flip is None else options.flip
     return EvaluationJob(
         trained,
         replace(codec, preset=preset),
         dataset,
-        config.eval.flip if options.flip is None else options.flip,
+        flip and dataset.skeleton.mirror,
         loaders,
         differences(trained_crop, crop, trained_loader, loaders)
         + packing_difference(Path(config.data.shards) / "train", dataset.source),

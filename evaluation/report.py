@@ -13,7 +13,7 @@ from pipelines.annotations import scored_text
 _MOST_COLUMNS = 16
 """Maximum number of groups in the table; more do not fit on a line."""
 
-_NEEDED = {"people", "joint_names", "joints_counted", "truth_sha256", "pckh", "auc", "curves"}
+_NEEDED = {"joint_names", "people_scored", "joints_counted", "truth_sha256", "pckh", "curves"}
 """Keys of a result to compare with."""
 
 Summary = dict[str, Any]
@@ -160,7 +160,8 @@ def data_mismatch(own: Summary, reference: Summary) -> str | None:
     if own["truth_sha256"] == reference["truth_sha256"]:
         return None
     there, here = (
-        f"{r['people']:,} people with {r['joints_counted']:,} joints" for r in (reference, own)
+        f"{scored_text(r['people_scored'], r['people'])} with {r['joints_counted']:,} joints"
+        for r in (reference, own)
     )
     how = f"{there} there, {here} here."
     if there == here:

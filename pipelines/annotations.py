@@ -28,7 +28,7 @@ from configs.skeleton import (
     Skeleton,
 )
 from pipelines.boxes import read_people, square_about, whole_picture
-from pipelines.coco import Floats, parse_coco
+from pipelines.coco import Floats, parse_coco, skeleton_of
 from pipelines.label_files import (
     Labels,
     find_labels,
@@ -108,7 +108,7 @@ def read_annotations(
 
     path: an h5 file, COCO's JSON, an mpii_annotations.json(.gz), which holds both splits, a folder
     of such files named after their splits, or label files (label_files.py). skeleton: the file's
-    joints, by default MPII's or those in the label files; its length, if it has one, replaces the
+    joints, by default those that the file names, or MPII's; its length, if it has one, replaces the
     file's. images: the folder of pictures, for the settings of `_with_settings` and, as boxes, for
     label files.
     """
@@ -123,7 +123,8 @@ def read_annotations(
     elif (path := split_file(path, split)).name.endswith((".json", ".json.gz")):
         data = _load_json(path)
         if isinstance(data, dict):
-            people = _from_coco(data, path, skeleton)
+            joints = skeleton or skeleton_of(data, path)
+            people = _from_coco(data, path, joints)
         else:
             people = _from_mpii_json(data, path, split, joints)
     else:
@@ -291,10 +292,7 @@ def _from_mpii_json(entries: list[Any], path: Path, split: str, skeleton: Skelet
     )
 
 
-def _from_coco(data: dict[str, Any], path: Path, skeleton: Skeleton | None) -> People:
-    if skeleton is None:
-        advice = "give configs/skeletons/coco.yaml or your own (docs/custom-data.md)"
-        raise InputError(path, "COCO's JSON", "--skeleton FILE.yaml with it", advice)
+def _from_coco(data: dict[str, Any], path: Path, skeleton: Skeleton) -> People:
     images, box_N4, keypoints_NJ3, more = parse_coco(data, path, skeleton)
     people = _from_labels(Labels(images, box_N4, keypoints_NJ3, skeleton), path.parent, "auto")
     return people._replace(**more)

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from common.errors import InputError
 from common.files import json_numbers, read_json
-from configs.skeleton import Skeleton
+from configs.skeleton import Skeleton, parse_skeleton, shipped_skeleton
 
 Floats = npt.NDArray[np.float64]
 
@@ -120,6 +120,34 @@ def _categories(raw: Any, path: Path, skeleton: Skeleton) -> list[Any] | None:
     where, theirs = f"{path}: categories", f"the joints {named[0]['keypoints']!r}"
     expected = f"those of the skeleton {skeleton.name}, in its order: {', '.join(names)}"
     raise InputError(where, theirs, expected, "use this file's names in the skeleton's YAML")
+
+
+def skeleton_of(data: dict[str, Any], path: Path) -> Skeleton:
+    """The joints that the file names, as in configs/skeletons if they are there.
+
+    Otherwise with the file's limbs, without flip pairs and with a length of 0.4 x the box. Raises
+    InputError.
+    """
+    where, advice = f"{path}: categories", "give --skeleton FILE.yaml (docs/custom-data.md)"
+    named = [each for each in _dicts(data.get("categories", []), where) if each.get("keypoints")]
+    if not named or not isinstance(named[0]["keypoints"], list):
+        raise InputError(where, "no names of joints", "a category with `keypoints`", advice)
+    names = named[0]["keypoints"]
+    if shipped := shipped_skeleton(names):
+        return shipped
+    limbs = [pair for pair in named[0].get("skeleton") or [] if _is_limb(pair, len(names))]
+    raw = {"name": named[0].get("name"), "joints": names, "flip_pairs": [], "mirror": False}
+    raw["limbs"] = [[names[a - 1], names[b - 1]] for a, b in limbs]
+    try:
+        return parse_skeleton({**raw, "normalize": {"box": 0.4}})
+    except ValueError as error:
+        raise InputError(where, str(error), "names and limbs of joints", advice) from error
+
+
+def _is_limb(pair: Any, joints: int) -> bool:
+    """Whether a value is a list of two numbers of joints, which count from 1."""
+    is_pair = isinstance(pair, list) and len(pair) == 2
+    return is_pair and all(type(joint) is int and 1 <= joint <= joints for joint in pair)
 
 
 def _why_left_out(entry: dict[str, Any], categories: list[Any] | None, where: str) -> str:

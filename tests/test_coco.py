@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import noise_picture, pack_arguments, random_people, write_h5, write_jpeg
+from conftest import ROOT, noise_picture, pack_arguments, random_people, write_h5, write_jpeg
 from helpers import change_manifest, make_trainer, steps, tiny_config
 
 import evaluate
 from common.errors import InputError
-from configs.skeleton import Length, Skeleton, default_groups, unnamed
+from configs.skeleton import Length, Skeleton, default_groups, load_skeleton, unnamed
 from evaluation.predictions import as_coco, read_predictions
 from model import checkpoint
 from pipelines.annotations import People, read_annotations
@@ -175,6 +175,14 @@ def test_shards_hold_the_joints_and_ids_of_the_json(figures: Path) -> None:
         np.testing.assert_allclose(people.normalize, [0.4 * 81] * 3, rtol=1e-6)
 
 
+def test_packing_writes_the_joints_that_a_file_names(figures: Path, capsys: Any) -> None:
+    make_shards.main(pack_arguments(figures / "set", figures / "named"))
+    skeleton = ShardSet(figures / "named" / "valid").manifest.skeleton
+    assert load_skeleton(figures / "named" / "skeleton.yaml") == skeleton
+    assert skeleton.names == NAMES and not skeleton.mirror
+    assert "do not say which joints are left-right pairs" in capsys.readouterr().out
+
+
 def test_one_file_needs_its_split(figures: Path) -> None:
     file = (figures / "set" / "annot" / "train.json").rename(figures / "people.json")
     with pytest.raises(InputError, match="one file for two splits"):
@@ -244,9 +252,28 @@ def test_bad_coco_ends_in_one_error(data: dict, message: str, tmp_path: Path) ->
     assert str(tmp_path / "a.json") in caught.value.where
 
 
-def test_coco_without_a_skeleton_or_a_length_says_what_to_give(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"configs/skeletons/coco\.yaml"):
-        read(tmp_path, coco(entry()), None)
+def test_joints_and_limbs_come_from_the_file_without_a_skeleton(tmp_path: Path) -> None:
+    named = {"id": 3, "name": "figure", "keypoints": list(NAMES), "skeleton": [[1, 2], [2, 5]]}
+    (tmp_path / "a.json").write_text(json.dumps(coco(entry(), categories=[named])))
+    people, skeleton = read_annotations(tmp_path / "a.json", "valid")
+    groups = tuple((name, (j,)) for j, name in enumerate(NAMES))
+    expected = Skeleton("figure", NAMES, (), ((0, 1), (1, 4)), groups, Length((), 0.4), False)
+    assert skeleton == expected and people.normalize[0] == pytest.approx(0.4 * 81)
+    body = load_skeleton(ROOT / "configs" / "skeletons" / "coco.yaml")
+    named = {"id": 3, "name": "person", "keypoints": list(body.names)}
+    person = entry(keypoints=[5, 6, 2] * 17)
+    (tmp_path / "a.json").write_text(json.dumps(coco(person, categories=[named])))
+    assert read_annotations(tmp_path / "a.json", "valid")[1] == body
+
+
+@pytest.mark.parametrize("keypoints", [None, [], 3, ["a", "a"], [["a"]], [None]])
+def test_a_file_that_does_not_name_its_joints_needs_a_skeleton(keypoints, tmp_path: Path) -> None:
+    data = coco(entry(), categories=[{"id": 3, "name": "figure", "keypoints": keypoints}])
+    with pytest.raises(InputError, match="--skeleton"):
+        read(tmp_path, data, None)
+
+
+def test_coco_without_a_length_says_what_to_give(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="`normalize`"):
         read(tmp_path, coco(entry()), FIGURE._replace(length=None))
 
@@ -296,7 +323,7 @@ def test_evaluate_takes_the_joints_of_its_checkpoint_or_of_the_yaml(
     with_names = evaluated(named)
     assert "hand" in with_names and "pooled 5 (<)" in with_names
     assert [r["image_id"] for r in json.loads((tmp_path / "r.json").read_text())] == [77, 5, 77]
-    with pytest.raises(InputError, match="--skeleton"):
-        evaluated(nameless)
+    without = evaluated(nameless)  # the file has names, but no pairs to swap in a flip test
+    assert "no flip test" in without and "left_hand" in without
     given = evaluated(nameless, "--skeleton", figures / "figure.yaml")
     assert given.splitlines()[2:] == with_names.splitlines()[2:]  # all but the checkpoint's name

@@ -24,7 +24,7 @@ from common.cli import Parser, at_least
 from common.errors import InputError, run_main
 from common.files import write_atomic
 from common.system import usable_cores
-from configs.skeleton import Skeleton, skeleton_yaml
+from configs.skeleton import MPII, Skeleton, skeleton_yaml
 from pipelines.annotations import Boxes, People, has_both_splits, scored_text
 from pipelines.augment import PRESETS
 from pipelines.crop_packing import crop_rule
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     start = time.monotonic()
     options = parse_options(argv)
     manifests = pack(options)
-    if manifests and find_labels(options.annotations) and not options.skeleton:
+    if manifests and manifests[0].skeleton != MPII and not options.skeleton:
         folder = Path() if options.url else options.output
         write_skeleton(folder / "skeleton.yaml", manifests[0].skeleton)
     if manifests:
@@ -71,7 +71,8 @@ def make_parser() -> Parser:
         "or one such file, or mpii_annotations.json(.gz), a DeepLabCut project, Lightning Pose's "
         "CSV, or YOLO-pose's data.yaml")
     add("--skeleton", type=Path, metavar="YAML",
-        help="the joints, for COCO's layout and for all h5 files but MPII's (docs/custom-data.md)")
+        help="the joints, for h5 files of others than MPII's, or to change those that a file names "
+        "(docs/custom-data.md)")
     add("--images", type=Path, metavar="FOLDER",
         help=f"folder of the pictures (default: {DATA / 'images'}; for labels of DeepLabCut, "
         "Lightning Pose and YOLO-pose, the folder to which their names are relative)")
