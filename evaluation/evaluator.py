@@ -205,7 +205,6 @@ def make_job(options: Namespace) -> EvaluationJob:
     loaders: tuple[LoaderName, ...] = (options.loader,)
     if options.compare_loaders:
         loaders = ("opencv", "dali")
-    trained_loader = trained.run.loader if trained.run else None
     flip = config.eval.flip if options.flip is None else options.flip
     return EvaluationJob(
         trained,
@@ -213,8 +212,7 @@ def make_job(options: Namespace) -> EvaluationJob:
         dataset,
         flip and dataset.skeleton.mirror,
         loaders,
-        differences(trained_crop, crop, trained_loader, loaders)
-        + packing_difference(Path(config.data.shards) / "train", dataset.source),
+        differences(trained, trained_crop, crop, loaders, dataset.source),
     )
 
 
@@ -231,29 +229,23 @@ def _open_dataset(options: Namespace, config: Config, trained: Skeleton) -> Eval
     return open_pictures_dataset(annotations, images, skeleton if skeleton.has_names else None)
 
 
-def packing_difference(trained: Path, source: Source) -> list[str]:
-    """A sentence if the training shards exist here and have a different packing."""
-    here = source.manifest.packing if isinstance(source, ShardSet) else "original"
-    there = read_manifest(trained).packing if (trained / MANIFEST).is_file() else here
-    text = f"trained on --packing {there}, evaluated on {here}: pictures are resampled differently"
-    return [] if there == here else [text]
-
-
 def differences(
-    trained_crop: str, crop: str, trained_loader: str | None, loaders: tuple[LoaderName, ...]
+    trained: Checkpoint, old_crop: str, crop: str, loaders: tuple[LoaderName, ...], source: Source
 ) -> list[str]:
     """One sentence for each difference between these crops and those of training."""
-    remarks = []
-    if crop != trained_crop:
-        remarks.append(f"trained on {trained_crop} crops, evaluated on {crop} ones (--crop)")
-    if trained_loader and trained_loader not in loaders:
-        remarks.append(
-            f"trained on crops of {trained_loader}, evaluated on those of {loaders[0]}; "
-            "--compare-loaders prints the gap"
-        )
-    if crop == "princeton" and "dali" in loaders:
-        remarks.append("dali resamples princeton's box once, princeton-vl's code twice")
-    return remarks
+    loader, train = trained.run and trained.run.loader, Path(trained.config.data.shards) / "train"
+    packing = source.manifest.packing if isinstance(source, ShardSet) else "original"
+    old_packing = read_manifest(train).packing if (train / MANIFEST).is_file() else packing
+    sentences = {
+        f"trained on {old_crop} crops, evaluated on {crop} ones (--crop)": crop != old_crop,
+        f"trained on crops of {loader}, evaluated on those of {loaders[0]}; --compare-loaders "
+        "prints the gap": loader and loader not in loaders,
+        "dali resamples princeton's box once, princeton-vl's code twice": crop == "princeton"
+        and "dali" in loaders,
+        f"trained on --packing {old_packing}, evaluated on {packing}: pictures are resampled "
+        "differently": old_packing != packing,
+    }
+    return [sentence for sentence, is_true in sentences.items() if is_true]
 
 
 def run_job(

@@ -132,22 +132,18 @@ def skeleton_of(data: dict[str, Any], path: Path) -> Skeleton:
     named = [each for each in _dicts(data.get("categories", []), where) if each.get("keypoints")]
     if not named or not isinstance(named[0]["keypoints"], list):
         raise InputError(where, "no names of joints", "a category with `keypoints`", advice)
-    names = named[0]["keypoints"]
-    if shipped := shipped_skeleton(names):
-        return shipped
-    limbs = [pair for pair in named[0].get("skeleton") or [] if _is_limb(pair, len(names))]
+    names, pairs = named[0]["keypoints"], named[0].get("skeleton")
+    number = {str(j): name for j, name in enumerate(names, start=1)}
     raw = {"name": named[0].get("name"), "joints": names, "flip_pairs": [], "mirror": False}
-    raw["limbs"] = [[names[a - 1], names[b - 1]] for a, b in limbs]
+    raw["limbs"] = [
+        [number.get(str(joint)) for joint in pair]
+        for pair in (pairs if isinstance(pairs, list) else [])
+        if isinstance(pair, list)
+    ]
     try:
-        return parse_skeleton({**raw, "normalize": {"box": 0.4}})
+        return shipped_skeleton(names) or parse_skeleton({**raw, "normalize": {"box": 0.4}})
     except ValueError as error:
         raise InputError(where, str(error), "names and limbs of joints", advice) from error
-
-
-def _is_limb(pair: Any, joints: int) -> bool:
-    """Whether a value is a list of two numbers of joints, which count from 1."""
-    is_pair = isinstance(pair, list) and len(pair) == 2
-    return is_pair and all(type(joint) is int and 1 <= joint <= joints for joint in pair)
 
 
 def _why_left_out(entry: dict[str, Any], categories: list[Any] | None, where: str) -> str:

@@ -266,9 +266,16 @@ def test_joints_and_limbs_come_from_the_file_without_a_skeleton(tmp_path: Path) 
     assert read_annotations(tmp_path / "a.json", "valid")[1] == body
 
 
-@pytest.mark.parametrize("keypoints", [None, [], 3, ["a", "a"], [["a"]], [None]])
-def test_a_file_that_does_not_name_its_joints_needs_a_skeleton(keypoints, tmp_path: Path) -> None:
-    data = coco(entry(), categories=[{"id": 3, "name": "figure", "keypoints": keypoints}])
+@pytest.mark.parametrize(
+    ("keypoints", "limbs"),
+    [(None, []), ([], []), (3, []), (["a", "a"], []), ([["a"]], []), ([None], []),
+     (["a", "b"], [[0, 1]]), (["a", "b"], [[1, []]])],
+)  # fmt: skip
+def test_a_file_that_does_not_name_its_joints_needs_a_skeleton(
+    keypoints, limbs, tmp_path: Path
+) -> None:
+    named = {"id": 3, "name": "figure", "keypoints": keypoints, "skeleton": limbs}
+    data = coco(entry(), categories=[named])
     with pytest.raises(InputError, match="--skeleton"):
         read(tmp_path, data, None)
 
