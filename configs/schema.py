@@ -271,7 +271,7 @@ def add_config_options(parser: ArgumentParser) -> None:
 def parse_config(parser: ArgumentParser, arguments: list[str]) -> tuple[Config, dict[str, Any]]:
     """The Config and the parser's other values. Raises InputError. `--help` prints and exits."""
     known = [option for action in parser._actions for option in action.option_strings]
-    check_options(arguments, known, "train.py --help")
+    check_options(arguments, known, f"{parser.prog} --help")
     for word, following in itertools.pairwise([*arguments, ""]):
         if word.split("=")[0] == "--config":
             path = word.removeprefix("--config=") if "=" in word else following

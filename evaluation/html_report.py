@@ -48,11 +48,16 @@ def html_report(
     reference: ReferenceRun | None,
     data: ReportData,
     people_per_gallery: int,
+    first_galleries: dict[str, list[int]] | None = None,
 ) -> str:
-    """The page. facts, results: as in --json. Galleries: the worst, the median, the best people."""
+    """The page. facts, results: as in --json. Galleries: the worst, the median, the best people.
+
+    first_galleries: rows by name, shown before these and in their order.
+    """
     skeleton, first = data.skeleton, next(iter(results.values()))
     errors = pckh.normalized_errors(data.keypoints_NJ2, data.people)
-    galleries = choose_people(errors, people_per_gallery)
+    first_galleries = first_galleries or {}
+    galleries = first_galleries | choose_people(errors, people_per_gallery)
     rows = sorted({row for gallery in galleries.values() for row in gallery})
     pictures = encode_pictures(data, rows)
     content = {
@@ -69,6 +74,7 @@ def html_report(
         },
         "tile_px": visualize.TILE_PX,
         "galleries": galleries,
+        "first_galleries": list(first_galleries),
         "people": {
             row: {**_person(data, errors, row), "jpeg": jpeg}
             for row, jpeg in zip(rows, pictures, strict=True)

@@ -2,12 +2,12 @@
 "use strict";
 
 const data = JSON.parse(document.getElementById("data").textContent);
-const { facts, results, other, skeleton, galleries, people } = data;
+const { facts, results, other, skeleton, galleries, people, first_galleries: given } = data;
 const names = Object.keys(results);
 const own = results[names[0]];
 const metric = own.metric;
 const length = own.length ? "of the length" : "of the head’s length";
-const state = { joints: null, label: "", gallery: "worst", level: "0.5" };
+const state = { joints: null, label: "", gallery: given[0] ?? "worst", level: "0.5" };
 let closeup = -1; // index in the gallery of the enlarged person
 
 const $ = (id) => document.getElementById(id);
@@ -415,7 +415,7 @@ function shownPeople() {
   const chosen = state.gallery === "joint"
     ? [...new Set(state.joints.flatMap((j) => galleries[j]))] : galleries[state.gallery];
   const rows = chosen.filter((row) => errorOf(people[row]) != null);
-  return rows.sort((a, b) => errorOf(people[b]) - errorOf(people[a]) || a - b);
+  return given.includes(state.gallery) ? rows : rows.sort((a, b) => errorOf(people[b]) - errorOf(people[a]) || a - b);
 }
 
 function drawPeople() {
@@ -577,8 +577,8 @@ function listen() {
   $("threshold").oninput = drawCurves;
   for (const layer of ["found", "truth"])
     $(`show-${layer}`).onchange = () => document.body.classList.toggle(`no-${layer}`, !$(`show-${layer}`).checked);
-  choices($("gallery"), "gallery", [["worst", "Worst"], ["median", "Median"], ["best", "Best"], ["joint", "Worst of a joint"]],
-    "worst", (value) => { state.gallery = value; drawPeople(); });
+  choices($("gallery"), "gallery", [...given.map((name) => [name, name]), ["worst", "Worst"], ["median", "Median"], ["best", "Best"], ["joint", "Worst of a joint"]],
+    state.gallery, (value) => { state.gallery = value; drawPeople(); });
   choices($("level"), "level", [["0.5", "0.5"], ["0.1", "0.1"]], "0.5", (value) => { state.level = value; drawBars(); });
   $("tiles").onkeydown = moveInTiles;
   document.addEventListener("keydown", onKey);

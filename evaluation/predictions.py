@@ -34,6 +34,8 @@ class FilePredictions(NamedTuple):
     scores_N: Floats | None
     """Of the people; None if the file has none."""
     truth: People | None
+    scores_NJ: Floats | None = None
+    """Of the joints; None if the file has none."""
 
 
 def has_shape(value: Any, shape: Any) -> bool:
@@ -87,7 +89,8 @@ def _read_json(path: Path, people: People) -> FilePredictions:
     except (ValueError, OverflowError) as error:
         raise _mismatch(path, people, f"keypoints that are not x, y, score ({error})") from error
     order = np.argsort(rows)
-    return FilePredictions(keypoints[order, :, :2], scores[order], None)
+    joints = keypoints[order]
+    return FilePredictions(joints[..., :2], scores[order], None, joints[..., 2])
 
 
 def _rows(entries: Entries, people: People) -> list[int]:

@@ -50,6 +50,7 @@ ELSEWHERE = {
     r"python benchmarks/throughput\.py": "tests/test_throughput.py",
     r"python -m pytest": "make test",
     r".*s3://": "tests/test_remote_shards.py",
+    r"python tools/find_label_errors\.py": "tests/test_label_errors.py",
     r"python evaluate\.py .*--calibrate": "tests/test_calibration.py",
 }
 NOT_RUN = {
