@@ -7,6 +7,7 @@ joints and paste a 9 x 9 Gaussian for each in Python loops; collate by torch. Tr
 """
 
 from collections.abc import Iterator
+from functools import partial
 
 import cv2
 import numpy as np
@@ -19,7 +20,7 @@ from configs.skeleton import MPII, PIXELS_PER_SCALE
 from pipelines import princeton
 from pipelines.augment import PRESETS, Draw, draw, draw_rng
 from pipelines.geometry import STRIDE
-from pipelines.opencv_loader import endless_batches
+from pipelines.opencv_loader import endless_batches, shuffled_keys
 from pipelines.shard_format import unpack_records
 from pipelines.shards import ShardSet
 
@@ -105,7 +106,7 @@ def princeton_batches(
 
     Workers are not forked from this process: they would inherit its malloc settings.
     """
-    sampler = endless_batches(len(shards), batch_size, 0, 0, 1)
+    sampler = endless_batches(partial(shuffled_keys, shards, 0, 0), batch_size, 0, 1)
     return iter(
         DataLoader(
             PrincetonPeople(shards, input_px),

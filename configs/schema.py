@@ -44,9 +44,9 @@ def _number(default: Any, **limits: float) -> Any:
 class DataConfig:
     """Where the people come from and how they are loaded."""
 
-    shards: str = "data/shards/mpii"
+    shards: dict[str, float] | str = "data/shards/mpii"
     """Folder with the splits train and valid, made by tools/make_shards.py, or s3://, gs://,
-    https:// (docs/remote-shards.md)."""
+    https:// (docs/remote-shards.md). Several folders: {FOLDER: WEIGHT, ...} (docs/training.md)."""
     cache_dir: str = ""
     """Cache folder for object storage; empty: stacked-hourglass in $XDG_CACHE_HOME or ~/.cache."""
     cache_gb: float = _number(50.0, above=0)
@@ -71,6 +71,11 @@ class DataConfig:
     """If a training picture cannot be decoded: end the run, or use a neighbour instead."""
     max_bad_samples: int = _number(20, least=0)
     """With `skip`, more damaged pictures than this end the run."""
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The location of each data set, and how often an epoch takes its people."""
+        return {self.shards: 1.0} if isinstance(self.shards, str) else self.shards
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -360,6 +365,10 @@ def check_values(config: Config) -> None:
                 compare, words = _LIMITS[limit]
                 holds = value == "auto" or all(compare(number, bound) for number in numbers)
                 _require(holds, name, value, words.format(bound))
+    weights = config.data.weights.values()
+    _require(
+        min(weights, default=0) > 0, "data.shards", weights, "a weight above 0 for each folder"
+    )
     model, name, unit = config.model, config.train.name, 4 * 2**config.model.depth
     for channels in (model.width, *model.stem):
         _require(channels % 2 == 0, "model.width and model.stem", channels, "even numbers")

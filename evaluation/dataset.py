@@ -10,6 +10,7 @@ from common.cli import info
 from common.errors import InputError
 from configs.skeleton import Skeleton, require_same_joints
 from pipelines.annotations import People, read_annotations
+from pipelines.joined_shards import with_joints_of
 from pipelines.opencv_loader import LooseImages, Source
 from pipelines.shard_format import MANIFEST
 from pipelines.shards import ShardSet
@@ -37,11 +38,14 @@ def open_pictures_dataset(
     return EvaluationDataset(people, source, samples, skeleton, None, str(annotations))
 
 
-def open_shards_dataset(folder: Path) -> EvaluationDataset:
-    """People of a split, or of the split `valid` in a folder of splits. Raises InputError."""
+def open_shards_dataset(folder: Path, trained: Skeleton) -> EvaluationDataset:
+    """People of a split, or of the split `valid` in a folder of splits. Raises InputError.
+
+    trained: the network's joints. It may have more than the people, who then have no others marked.
+    """
     if not (folder / MANIFEST).is_file() and (folder / "valid").is_dir():
         folder /= "valid"
-    shards = ShardSet(folder)
+    shards = with_joints_of(ShardSet(folder), trained)
     people, samples = shards.people()
     train = _training_people(folder.parent / "train", shards)
     return EvaluationDataset(
@@ -54,7 +58,7 @@ def _training_people(folder: Path, evaluated: ShardSet) -> People | None:
     if not (folder / MANIFEST).is_file():
         return None
     try:
-        train = ShardSet(folder)
+        train = with_joints_of(ShardSet(folder), evaluated.manifest.skeleton)
         people = train.people()[0]
     except InputError as error:
         info(f"the training split is damaged: {error.where}: {error.found}")

@@ -220,8 +220,11 @@ def _open_dataset(options: Namespace, config: Config, trained: Skeleton) -> Eval
     annotations, images = options.annotations, options.images
     if not annotations and not images:
         data = config.data
-        location = options.shards or data.shards
-        return open_shards_dataset(local_folder(location, data.cache_dir, data.cache_gb))
+        if len(data.weights) > 1 and not options.shards:
+            raise _wrong("no --shards", f"one of {', '.join(data.weights)}")
+        location = options.shards or next(iter(data.weights))
+        folder = local_folder(location, data.cache_dir, data.cache_gb)
+        return open_shards_dataset(folder, trained)
     if not annotations or not images or options.shards:
         given = [f"--{n}" for n in ("annotations", "images", "shards") if getattr(options, n)]
         raise _wrong(" and ".join(given), "--annotations with --images, or only --shards")
@@ -233,17 +236,18 @@ def differences(
     trained: Checkpoint, old_crop: str, crop: str, loaders: tuple[LoaderName, ...], source: Source
 ) -> list[str]:
     """One sentence for each difference between these crops and those of training."""
-    loader, train = trained.run and trained.run.loader, Path(trained.config.data.shards) / "train"
+    loader = trained.run and trained.run.loader
+    folders = [Path(location) / "train" for location in trained.config.data.weights]
     packing = source.manifest.packing if isinstance(source, ShardSet) else "original"
-    old_packing = read_manifest(train).packing if (train / MANIFEST).is_file() else packing
+    old = {read_manifest(each).packing for each in folders if (each / MANIFEST).is_file()}
     sentences = {
         f"trained on {old_crop} crops, evaluated on {crop} ones (--crop)": crop != old_crop,
         f"trained on crops of {loader}, evaluated on those of {loaders[0]}; --compare-loaders "
         "prints the gap": loader and loader not in loaders,
         "dali resamples princeton's box once, princeton-vl's code twice": crop == "princeton"
         and "dali" in loaders,
-        f"trained on --packing {old_packing}, evaluated on {packing}: pictures are resampled "
-        "differently": old_packing != packing,
+        f"trained on --packing {' and '.join(sorted(old))}, evaluated on {packing}: pictures are "
+        "resampled differently": old and packing not in old,
     }
     return [sentence for sentence, is_true in sentences.items() if is_true]
 

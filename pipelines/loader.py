@@ -27,7 +27,7 @@ from pipelines.opencv_loader import (
     batches_in_order,
     endless_batches,
     load_crops,
-    mix_shards,
+    shuffled_keys,
 )
 from pipelines.shard_cache import Key, ShardCache
 from pipelines.shard_format import unpack_records
@@ -57,15 +57,9 @@ class TrainLoader:
     def __init__(self, shards: ShardSet, spec: LoaderSpec, first_step: int = 0):
         """first_step: number of batches to skip. Raises InputError."""
         self.shards = shards
-        mix = functools.partial(mix_shards, shards.shard_of_sample, spec.shard_window)
+        keys_of_epoch = functools.partial(shuffled_keys, shards, spec.seed, spec.shard_window)
         batches = endless_batches(
-            len(shards),
-            spec.batch_size,
-            spec.seed,
-            spec.rank,
-            spec.world_size,
-            first_step,
-            mix if spec.shard_window else None,
+            keys_of_epoch, spec.batch_size, spec.rank, spec.world_size, first_step
         )
         self._crops = _crops(shards, batches, spec, range(len(shards)))
 

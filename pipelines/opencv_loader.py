@@ -305,32 +305,40 @@ def jittered(raw: RawBatch) -> JitteredBatch:
 
 
 def endless_batches(
-    people: int,
+    keys_of_epoch: Callable[[int], npt.NDArray[np.int64]],
     batch_size: int,
-    seed: int,
     rank: int,
     world_size: int,
     first_step: int = 0,
-    mix: Callable[[np.random.Generator], npt.NDArray[np.int64]] | None = None,
 ) -> Iterator[list[Key]]:
     """Endless batches of keys for one rank, starting at any step. batch_size: people per rank.
 
-    All ranks share one endless sequence of shuffled epochs; step t of rank r takes batch_size keys
-    from position (t x world_size + r) x batch_size on. The sequence depends only on the seed and
-    the global batch size, so the step is enough to resume it. mix: draws the order of an epoch; by
-    default all people are shuffled together.
+    All ranks share one endless sequence of epochs; step t of rank r takes batch_size keys from
+    position (t x world_size + r) x batch_size on. The sequence depends only on the epochs and the
+    global batch size, so the step is enough to resume it. keys_of_epoch: (N, 2) keys of an epoch in
+    their order, as `shuffled_keys`.
     """
-    epoch, order = -1, np.empty(0, dtype=np.int64)
+    epoch, keys_N2 = 0, keys_of_epoch(0)
+    people = len(keys_N2)
     for step in itertools.count(first_step):
         start = (step * world_size + rank) * batch_size
-        batch = []
+        batch: list[Key] = []
         for position in range(start, start + batch_size):
             if position // people != epoch:
                 epoch = position // people
-                rng = np.random.default_rng([seed, epoch])
-                order = mix(rng) if mix else rng.permutation(people)
-            batch.append((int(order[position % people]), epoch))
+                keys_N2 = keys_of_epoch(epoch)
+            sample, own_epoch = keys_N2[position % people].tolist()
+            batch.append((sample, own_epoch))
         yield batch
+
+
+def shuffled_keys(shards: ShardSet, seed: int, window: int, epoch: int) -> npt.NDArray[np.int64]:
+    """(N, 2) the keys of an epoch in random order. window: see `mix_shards`; 0 mixes all."""
+    keys_N2 = shards.keys_of_epoch(seed, epoch)
+    rng = np.random.default_rng([seed, epoch])
+    if window:
+        return keys_N2[mix_shards(shards.shard_of_sample[keys_N2[:, 0]], window, rng)]
+    return keys_N2[rng.permutation(len(keys_N2))]
 
 
 def mix_shards(

@@ -34,6 +34,8 @@ COLUMNS: dict[str, Any] = {
 """Index of each field in a record."""
 HEADER_LENGTH = 13
 IDENTITY_AFFINE: tuple[float, ...] = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
+IGNORED = (0.0, 0.0, 0.0, 1.0)
+"""x, y, marked, visible of a joint that is neither trained nor scored."""
 _MAX_COORDINATE = 131_072.0
 """px; larger than any picture."""
 

@@ -88,6 +88,9 @@ class ShardSet:
         self._facts: list[dict[str, Any]] | None = None
         self._files: dict[int, io.FileIO] = {}
 
+        self.samples_of_set = {self.location: range(len(self))}
+        """The samples of each data set; JoinedShards have several."""
+
     def __len__(self) -> int:
         return self.manifest.people
 
@@ -174,6 +177,10 @@ class ShardSet:
         """Shard, number and key of a sample, for messages."""
         tar = self.tars[self.shard_of_sample[sample]]
         return f"{tar}: sample {self.origin(sample)} (key {self.keys[sample]})"
+
+    def keys_of_epoch(self, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+        """(N, 2) the people that an epoch takes, and the pass over them that each belongs to."""
+        return np.column_stack([np.arange(len(self)), np.full(len(self), epoch)])
 
     def samples_of(self, shard: int) -> list[int]:
         """The samples of one tar, in its order."""

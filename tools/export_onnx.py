@@ -106,7 +106,7 @@ def export_onnx(options: argparse.Namespace, loaded: Checkpoint) -> None:
     estimator = PoseEstimator.from_checkpoint(loaded, device="cpu")
     codec, joints = estimator.codec, estimator.skeleton.joint_count
     network = LastStack(estimator.network, codec, options.flip)
-    valid = Path(loaded.config.data.shards) / "valid"
+    valid = Path(next(iter(loaded.config.data.weights))) / "valid"
     images, what = images_to_check(options.check, valid, estimator)
     with tempfile.TemporaryDirectory() as folder:
         temporary = Path(folder) / "network.onnx"

@@ -40,6 +40,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Predict all people by networks that do not know them, rank them, write the files."""
     words = sys.argv[1:] if arguments is None else arguments
     config, options = parse_config(make_parser(), words)
+    if not isinstance(config.data.shards, str):
+        raise InputError("data.shards", f"{config.data.shards}", "one data set", "give each alone")
     output, shards = Path(options["output"]), ShardSet(Path(config.data.shards) / "train")
     people, samples = shards.people()
     skeleton, path = shards.manifest.skeleton, options["predictions"]

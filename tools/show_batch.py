@@ -49,7 +49,8 @@ def main(argv: list[str] | None = None) -> None:
     if options.config:
         config = config_from_dict(load_yaml(options.config), options.config)
     data, heat = config.data, config.heatmaps
-    folder = local_folder(options.shards or data.shards, data.cache_dir, data.cache_gb)
+    location = options.shards or next(iter(data.weights))
+    folder = local_folder(location, data.cache_dir, data.cache_gb)
     shards = ShardSet(folder if (folder / MANIFEST).is_file() else folder / options.split)
     skeleton = shards.manifest.skeleton
     preset, input_px = options.preset or data.preset, options.input_px or data.input_px
@@ -95,7 +96,11 @@ def make_parser() -> Parser:
         epilog="example: python tools/show_batch.py --config configs/2hg.yaml --output batch.png",
     )
     add = parser.add_argument_group("what to show").add_argument
-    add("--shards", metavar="DIR", help="folder or URL of splits, or a split (default: config's)")
+    add(
+        "--shards",
+        metavar="DIR",
+        help="folder or URL of splits, or a split (default: config's)",
+    )
     add("--split", choices=("train", "valid"), default="train", help="default: %(default)s")
     add("--people", type=at_least(1), default=12, help="number of people (default: %(default)s)")
     add("--seed", type=at_least(0), default=0, help="of order and draws (default: %(default)s)")

@@ -49,6 +49,7 @@ from pipelines.augment import preset_of, without_augmentation
 from pipelines.bad_samples import BadSamples, SkippingLoader
 from pipelines.codec import codec_of
 from pipelines.crop_packing import require_preset_fits
+from pipelines.joined_shards import JoinedShards, union_skeleton
 from pipelines.loader import Loader, LoaderSpec, choose_loader, train_loader
 from pipelines.shard_cache import local_folder
 from pipelines.shard_format import people_sha256
@@ -122,6 +123,8 @@ class Trainer:
         config = self.config
         self.thread_tuner = ThreadTuner(dist, config.train.threads, self.workers)
         self.people_sha256 = people_sha256(self.shards.records())  # raises if they are damaged
+        if isinstance(self.shards, JoinedShards):
+            self.people_sha256 += f" {self.shards.weights}"
         self.codec = codec_of(config.data, config.heatmaps, self.shards.manifest.skeleton)
         # Before the network is built: tars of object storage are fetched meanwhile.
         self.loader = self._make_loader(checkpoint.step if checkpoint else 0)
@@ -434,6 +437,7 @@ class Trainer:
             "auc": result["auc"] or 0.0,
             "peak": result["peak"],
             "validation_share": self.time.shares()["validation_share"],
+            **{f"pckh@0.5_pooled/{name}": value for name, value in result["sets"].items()},
         }
         self.progress.validation_due = False
         self._complete_checkpoint(is_best)
@@ -444,6 +448,8 @@ class Trainer:
             f"{scored_text(result['people_scored'], result['people'])}"
             f"{' (best so far)' if is_best else ''}"
         )
+        for name, value in result["sets"].items():
+            self.log.info(f"step {step}: {100 * value:.2f} % on {name}")
         if warning := self.learning.of_validation(step, pooled, result["peak"]):
             self.log.info(f"step {step}: {warning}")
         if self.dist.is_first:
@@ -523,7 +529,17 @@ class Trainer:
 
 def open_shards(config: Config) -> tuple[ShardSet, ShardSet]:
     """The training and validation splits. Raises InputError unless they fit the config."""
-    folder = local_folder(config.data.shards, config.data.cache_dir, config.data.cache_gb)
+    opened = {location: _open_data_set(config, location) for location in config.data.weights}
+    if isinstance(config.data.shards, str):
+        return opened[config.data.shards]
+    skeleton = union_skeleton({name: each.manifest.skeleton for name, (each, _) in opened.items()})
+    weights = list(config.data.shards.values())
+    train, valid = ({name: splits[i] for name, splits in opened.items()} for i in (0, 1))
+    return JoinedShards(train, skeleton, weights), JoinedShards(valid, skeleton, weights)
+
+
+def _open_data_set(config: Config, location: str) -> tuple[ShardSet, ShardSet]:
+    folder = local_folder(location, config.data.cache_dir, config.data.cache_gb)
     train, valid = ShardSet(folder / "train"), ShardSet(folder / "valid")
     if train.cache and valid.cache:
         why = "a validation reads all of its split"

@@ -22,10 +22,13 @@ class Validator:
     """Predicts the people of the validation split on all ranks."""
 
     def __init__(self, shards: ShardSet, codec: Codec, config: Config, dist: DistributedContext):
-        """shards: the validation split, of which eval.people are used."""
+        """shards: the validation split, of which eval.people are used, of each data set."""
         self.shards, self.codec, self.config, self.dist = shards, codec, config, dist
         people, samples = shards.people()
-        chosen = np.arange(people.count)[: config.eval.people or None]
+        self.sets = {name: np.isin(samples, own) for name, own in shards.samples_of_set.items()}
+        rows = [np.flatnonzero(own)[: config.eval.people or None] for own in self.sets.values()]
+        chosen = np.concatenate(rows)
+        self.sets = {name: own[chosen] for name, own in self.sets.items()}
         self.people, self.samples = people.select(chosen), samples[chosen]
         joints = codec.skeleton.joint_count
         self.found = Predictions(np.zeros((0, joints, 2)), np.zeros((0, joints)))
@@ -37,7 +40,8 @@ class Validator:
         progress: Callable[[Iterable[RawBatch]], Iterable[RawBatch]] = iter,
         should_stop: Callable[[], bool] | None = None,
     ) -> dict[str, Any]:
-        """Returns pckh.summary, and `peak`, the mean height of the heatmaps' peaks.
+        """Returns pckh.summary; `sets`, the pooled PCK@0.5 of each of several data sets; and
+        `peak`, the mean height of the heatmaps' peaks.
 
         Arguments and StoppedError as for predict_distributed.
         """
@@ -55,7 +59,13 @@ class Validator:
             should_stop=should_stop,
         )
         result = pckh.summary(self.found.keypoints_NJ2, self.people, self.codec.skeleton)
-        return {**result, "peak": float(self.found.scores_NJ.mean())}
+        errors_NJ = pckh.normalized_errors(self.found.keypoints_NJ2, self.people)
+        rates = {
+            name: np.nan_to_num(pckh.score(errors_NJ[own], self.codec.skeleton, 0.5).pooled)
+            for name, own in self.sets.items()
+        }
+        sets = rates if len(rates) > 1 else {}
+        return {**result, "peak": float(self.found.scores_NJ.mean()), "sets": sets}
 
     def picture(self) -> npt.NDArray[np.uint8]:
         """(H, W, 3) RGB: the last predictions for a few people, always the same people."""
