@@ -4,8 +4,7 @@ import argparse
 import difflib
 import shutil
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn, TypeVar
 
@@ -73,7 +72,7 @@ def add_device_options(group: argparse._ArgumentGroup) -> None:
 
 
 SECONDS_BETWEEN_LINES = 15.0
-"""Interval of progress lines if stderr is not a terminal; shorter work prints none."""
+"""Interval of progress in a log file; shorter work shows none there."""
 
 T = TypeVar("T")
 
@@ -81,47 +80,23 @@ T = TypeVar("T")
 @contextmanager
 def progress_bar(what: str, total: int | None, unit: str) -> Iterator[Callable[[int], object]]:
     """Yields a function that adds to the count. total: None if unknown. unit: a plural."""
-    if not sys.stderr.isatty():
-        yield _line_printer(what, total, unit)
-        return
-    # Leave room for the ^C that a terminal echoes: it must not wrap the bar into a second line.
-    columns = shutil.get_terminal_size().columns - 3
-    with tqdm(desc=what, total=total, unit=f" {unit}", ncols=columns) as bar:
+    with _bar(None, what, total, unit) as bar:
         yield bar.update
-
-
-def _line_printer(what: str, total: int | None, unit: str) -> Callable[[int], object]:
-    """A function that adds to the count, and prints a line every SECONDS_BETWEEN_LINES."""
-    done, began = 0, time.monotonic()
-    printed = began
-
-    def advance(more: int) -> None:
-        nonlocal done, printed
-        done, now = done + more, time.monotonic()
-        if now - printed < SECONDS_BETWEEN_LINES:
-            return
-        printed, line = now, f"{what}: {done:,} {unit}"
-        if total is not None:
-            left = (now - began) * max(0, total - done) / max(1, done)
-            line = f"{what}: {done:,} of {total:,} {unit}, {tqdm.format_interval(left)} left"
-        print(line, file=sys.stderr, flush=True)
-
-    return advance
 
 
 def progress(
     items: Iterable[T], what: str, unit: str, total: int | None = None, shown: bool = True
 ) -> Iterator[T]:
     """Yield the items and show progress. total: by default len(items). shown: False hides it."""
-    if not shown:
-        yield from items
-        return
-    if total is None and isinstance(items, Sized):
-        total = len(items)
-    with progress_bar(what, total, unit) as advance:
-        for item in items:
-            yield item
-            advance(1)
+    return iter(_bar(items, what, total, unit, disable=not shown))
+
+
+def _bar(items: Any, what: str, total: int | None, unit: str, disable: bool = False) -> tqdm:
+    # Leave room for the ^C that a terminal echoes: it must not wrap the bar into a second line.
+    columns = shutil.get_terminal_size().columns - 3
+    times = () if sys.stderr.isatty() else ("mininterval", "maxinterval", "delay")
+    how: dict[str, Any] = dict.fromkeys(times, SECONDS_BETWEEN_LINES)
+    return tqdm(items, what, total, unit=f" {unit}", ncols=columns, disable=disable, **how)
 
 
 def info(text: str) -> None:
