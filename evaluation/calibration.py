@@ -36,27 +36,20 @@ def calibrate(found: Predictions, people: People) -> tuple[Calibration, dict[str
     if known.sum() < _FEWEST:
         few, enough = f"{known.sum()} joints that count", f"{_FEWEST} or more"
         raise InputError("--calibrate", few, enough, "evaluate on more people")
-    after_NJ, expected_NJ = np.empty_like(errors_NJ), np.empty_like(errors_NJ)
+    after_NJ = np.empty_like(errors_NJ)
     for fold in np.array_split(np.arange(people.count), _FOLDS):
         rest = np.setdiff1d(np.arange(people.count), fold)
         table = fit(found.scores_NJ[rest], errors_NJ[rest], distances_NJ[rest])
         after_NJ[fold] = table.probabilities(found.scores_NJ[fold])
-        expected_NJ[fold] = table.errors(found.scores_NJ[fold])
     correct = errors_NJ[known] < 0.5
     before, after = np.clip(found.scores_NJ[known], 0, 1), after_NJ[known]
-    facts = {
+    facts: dict[str, Any] = {
         "folds": _FOLDS,
         "people": int(known.any(axis=1).sum()),
-        "joints": int(known.sum()),
-        "calibration_error": {
-            "before": calibration_error(before, correct),
-            "after": calibration_error(after, correct),
-        },
-        "mean_distance": float(distances_NJ[known].mean()),
-        "mean_expected_distance": float(expected_NJ[known].mean()),
         "coverage": _COVERAGES.round(2).tolist(),
-        "risk": {"before": risks(before, correct), "after": risks(after, correct)},
     }
+    for name, measure in (("calibration_error", calibration_error), ("risk", risks)):
+        facts[name] = {"before": measure(before, correct), "after": measure(after, correct)}
     return fit(found.scores_NJ, errors_NJ, distances_NJ), facts
 
 
@@ -68,9 +61,9 @@ def fit(scores_NJ: Floats, errors_NJ: Floats, distances_NJ: Floats) -> Calibrati
     """
     known_NJ = np.isfinite(errors_NJ)
     tables = []
-    for j, known_N in enumerate(known_NJ.T):
-        of_joint_NJ = known_NJ & (np.arange(known_NJ.shape[1]) == j)
-        mask = of_joint_NJ if known_N.sum() >= _FEWEST else known_NJ
+    for j, count in enumerate(known_NJ.sum(axis=0)):
+        is_joint_J = np.arange(known_NJ.shape[1]) == j
+        mask = known_NJ & is_joint_J if count >= _FEWEST else known_NJ
         tables.append(_fit_one(scores_NJ[mask], errors_NJ[mask] < 0.5, distances_NJ[mask]))
     return Calibration(*map(np.stack, zip(*tables, strict=True)))
 
@@ -78,29 +71,28 @@ def fit(scores_NJ: Floats, errors_NJ: Floats, distances_NJ: Floats) -> Calibrati
 def _fit_one(scores_M: Floats, correct_M: npt.NDArray, distances_M: Floats) -> tuple[Floats, ...]:
     """Peaks, probabilities and distances: means of bins of equally many joints, made monotone."""
     bins = np.array_split(np.argsort(scores_M, kind="stable"), _KNOTS)
-    sizes = np.array([len(rows) for rows in bins])
     _, group_M, counts = np.unique(scores_M, return_inverse=True, return_counts=True)
     peaks, correct, distances = (
         # Of equal scores the mean is used, because bins may divide them.
         np.array([(np.bincount(group_M, values) / counts)[group_M][rows].mean() for rows in bins])
         for values in (scores_M, correct_M, distances_M)
     )
-    return peaks, isotonic(correct, sizes), -isotonic(-distances, sizes)
+    return peaks, isotonic(correct), -isotonic(-distances)
 
 
-def isotonic(values_K: Floats, weights_K: Floats) -> Floats:
-    """The rising sequence with the least weighted squared distance from the values.
+def isotonic(values_K: Floats) -> Floats:
+    """The rising sequence with the least squared distance from the values.
 
     The max-min formula (Robertson, Wright, Dykstra: Order Restricted Statistical Inference, 1988,
     theorem 1.4.4): the k-th element is the largest, over i <= k, of the least mean of i..j, j >= k.
     """
-    sums, totals = (np.append(0.0, np.cumsum(x)) for x in (values_K * weights_K, weights_K))
-    k = np.arange(len(values_K))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        means = (sums[None, 1:] - sums[:-1, None]) / (totals[None, 1:] - totals[:-1, None])
-    means = np.where(k[:, None] <= k, means, np.inf)  # [i, j]: the mean of i..j
-    least = np.minimum.accumulate(means[:, ::-1], axis=1)[:, ::-1]  # over ends j >= k
-    return np.where(k[:, None] <= k, least, -np.inf).max(axis=0)
+    all_k = range(len(values_K))
+    return np.array(
+        [
+            max(min(values_K[i : j + 1].mean() for j in all_k[k:]) for i in all_k[: k + 1])
+            for k in all_k
+        ]
+    )
 
 
 def calibration_error(probability_M: Floats, correct_M: npt.NDArray) -> float:

@@ -29,8 +29,12 @@ class Suspicions(NamedTuple):
 
     ratios_NK: Floats
     """Log-likelihood ratios of KINDS, nats."""
+    kind_N: npt.NDArray[np.int64]
+    """The kind with the largest ratio."""
     joint_N: npt.NDArray[np.int64]
     """The most suspicious joint."""
+    order: list[int]
+    """The people, the most suspicious first."""
 
 
 def suspicions(found: Predictions, people: People, skeleton: Skeleton) -> Suspicions:
@@ -51,7 +55,9 @@ def suspicions(found: Predictions, people: People, skeleton: Skeleton) -> Suspic
     # One joint rather than none, all or exchanged ones; another person rather than exchanged ones.
     one_N = worst_N - np.maximum(0, np.maximum(person_N - worst_N, swap_N))
     other_N = person_N - np.maximum(0, swap_N)
-    return Suspicions(np.stack([swap_N, one_N, other_N], axis=1), joint_N)
+    ratios_NK = np.stack([swap_N, one_N, other_N], axis=1)
+    order = np.argsort(-ratios_NK.max(axis=1), kind="stable").tolist()
+    return Suspicions(ratios_NK, ratios_NK.argmax(axis=1), joint_N, order)
 
 
 def _elsewhere(distances_NJ: Floats, right_NJ: Floats) -> Floats:

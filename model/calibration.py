@@ -1,6 +1,6 @@
 """What the height of a heatmap's peak means: a table that `evaluate.py --calibrate` measures."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -28,15 +28,6 @@ class Calibration(NamedTuple):
     def errors(self, scores_NJ: Floats) -> Floats:
         """(N, J) expected distances of these heights of peaks, in sides of the box."""
         return _interpolate(scores_NJ, self.peaks_JK, self.errors_JK)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Lists of numbers, for checkpoints and the metadata of exported networks."""
-        return {name: table.tolist() for name, table in self._asdict().items()}
-
-
-def calibration_from_dict(raw: dict[str, Any]) -> Calibration:
-    """The Calibration of the dict that `as_dict` returned."""
-    return Calibration(**{name: np.array(table) for name, table in raw.items()})
 
 
 def _interpolate(x_NJ: Floats, knots_JK: Floats, values_JK: Floats) -> Floats:

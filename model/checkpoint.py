@@ -18,6 +18,7 @@ from pathlib import Path
 from pickle import UnpicklingError  # only the exception
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -34,7 +35,7 @@ from configs.schema import (
     without_removed,
 )
 from configs.skeleton import Skeleton, skeleton_from_dict
-from model.calibration import Calibration, calibration_from_dict
+from model.calibration import Calibration
 from model.export import OnnxNetwork, read_export
 from model.foreign_checkpoints import (
     PRINCETON_MODEL,
@@ -124,13 +125,14 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
 
 def header(checkpoint: Checkpoint) -> dict[str, Any]:
     """The plain values that both checkpoint files and exported networks hold."""
+    tables = checkpoint.calibration
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "config": as_dict(checkpoint.config),
         "skeleton": checkpoint.skeleton.as_dict(),
         "step": checkpoint.step,
-        "calibration": checkpoint.calibration and checkpoint.calibration.as_dict(),
+        "calibration": tables and {name: t.tolist() for name, t in tables._asdict().items()},
     }
 
 
@@ -248,6 +250,7 @@ def _from_ours(raw: Any, path: Path) -> Checkpoint:
     config = config_from_dict(without_removed(raw["config"]), f"{path}: config")
     check_values(config)
     run = {f.name: raw[f.name] for f in fields(RunState) if f.name in raw}
+    tables = raw.get("calibration")
     weights, averaged, optimizer = raw["model"], raw.get("ema", {}), raw.get("optimizer")
     if raw["format_version"] == _WITH_BIASES:
         optimizer = optimizer and without_bias_moments(optimizer, weights)
@@ -262,7 +265,7 @@ def _from_ours(raw: Any, path: Path) -> Checkpoint:
         optimizer=optimizer,
         run=RunState(**run) if run else None,
         is_onnx=path.suffix == ".onnx",
-        calibration=calibration_from_dict(tables) if (tables := raw.get("calibration")) else None,
+        calibration=tables and Calibration(*map(np.array, tables.values())),
     )
 
 

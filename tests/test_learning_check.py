@@ -29,7 +29,7 @@ def check_of(blind_pck: float, steps: int) -> LearningCheck:
     [
         (0.115, 800, DEMO, ""),
         (0.115, 800, DEMO_EXCHANGED, "labels and pictures belong together"),
-        (0.115, 600, DEMO_FAST, "a tenth of optim.lr"),
+        (0.115, 600, DEMO_FAST, "divide optim.lr by ten"),
         (0.042, 10_000, LSPET, ""),
         (0.042, 10_000, LSPET_EXCHANGED, "labels and pictures belong together"),
         (0.042, 10_000, LSPET_FAST, "almost only zeros"),

@@ -16,7 +16,6 @@ import tempfile
 from dataclasses import replace
 
 import numpy as np
-import numpy.typing as npt
 from jsonargparse import ArgumentParser
 
 from common.cli import info
@@ -24,16 +23,17 @@ from common.distributed import init_distributed
 from common.errors import InputError, run_main
 from common.files import write_atomic
 from configs.schema import Config, add_config_options, parse_config
-from configs.skeleton import Skeleton
 from evaluation import pckh
 from evaluation.html_report import ReportData, html_report
 from evaluation.inference import Predictions
 from evaluation.label_errors import KINDS, Suspicions, suspicions
 from evaluation.predictions import as_entries, read_predictions
-from pipelines.annotations import People
 from pipelines.shard_format import unpack_records, write_manifest
 from pipelines.shards import ShardSet
 from training.trainer import Trainer
+
+PEOPLE = 24
+"""In each gallery of the page."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -56,12 +56,15 @@ def main(arguments: list[str] | None = None) -> None:
         entries = json.dumps(as_entries(people, *found))
         write_atomic(output / "predictions.json", entries.encode())
     ranked = suspicions(found, people, skeleton)
-    row_N = unpack_records(shards.records()).row_N[samples].astype(int)
-    write_atomic(output / "label_errors.csv", table(ranked, people, row_N, skeleton).encode())
+    write_table(output / "label_errors.csv", ranked, shards)
     results = {"networks of other people": pckh.summary(found.keypoints_NJ2, people, skeleton)}
     data = ReportData(people, found.keypoints_NJ2, skeleton, shards, samples)
-    count = options["people"]
-    page = html_report(facts, results, None, data, count, galleries(ranked, count))
+    suspects = [row for row in ranked.order if ranked.ratios_NK[row].max() > 0]
+    galleries = {
+        kind: [row for row in suspects if ranked.kind_N[row] == number][:PEOPLE]
+        for number, kind in enumerate(KINDS)
+    }
+    page = html_report(facts, results, None, data, PEOPLE, galleries)
     write_atomic(output / "index.html", page.encode())
     print(f"wrote label_errors.csv and index.html in {output}")
 
@@ -79,7 +82,6 @@ def make_parser() -> ArgumentParser:
     add("--output", required=True, help="folder of the results and of the folds' runs")
     add("--folds", type=int, default=3, help="networks to train, each without a part of the people")
     add("--predictions", help="predictions of the split by a network that did not train on it")
-    add("--people", type=int, default=24, help="people in each gallery of the page")
     add_config_options(parser)
     return parser
 
@@ -131,31 +133,19 @@ def link_fold(shards: ShardSet, fold: int, folds: int, folder: Path) -> None:
         write_manifest(folder / split, replace(manifest, people_file_sha256=None))
 
 
-def table(
-    ranked: Suspicions, people: People, row_N: npt.NDArray[np.int64], skeleton: Skeleton
-) -> str:
+def write_table(path: Path, ranked: Suspicions, shards: ShardSet) -> None:
     """The CSV of all people, the most suspicious first. row: in the annotation's split."""
+    people, samples = shards.people()
+    row_N = unpack_records(shards.records()).row_N[samples].astype(int)
     text = io.StringIO()
     writer = csv.writer(text)
-    columns = ["image", "row", "person", "suspicion", "kind", "joint"]
-    writer.writerow([*columns, *KINDS])
-    kind_N = ranked.ratios_NK.argmax(axis=1)
-    for row in np.argsort(-ranked.ratios_NK.max(axis=1), kind="stable").tolist():
-        ratios = [f"{ratio:.2f}" for ratio in ranked.ratios_NK[row]]
-        kind, joint = kind_N[row], skeleton.names[ranked.joint_N[row]]
-        where = [people.images[row], row_N[row], people.person[row]]
+    writer.writerow(["image", "row", "person", "suspicion", "kind", "joint", *KINDS])
+    for n in ranked.order:
+        kind, joint = ranked.kind_N[n], shards.manifest.skeleton.names[ranked.joint_N[n]]
+        ratios = [f"{ratio:.2f}" for ratio in ranked.ratios_NK[n]]
+        where = [people.images[n], row_N[n], people.person[n]]
         writer.writerow([*where, ratios[kind], KINDS[kind], joint, *ratios])
-    return text.getvalue()
-
-
-def galleries(ranked: Suspicions, count: int) -> dict[str, list[int]]:
-    """Rows of the most suspicious people of each kind, each in the gallery of its first kind."""
-    kind_N, suspicion_N = ranked.ratios_NK.argmax(axis=1), ranked.ratios_NK.max(axis=1)
-    order = np.argsort(-suspicion_N, kind="stable")
-    return {
-        name: order[(kind_N[order] == kind) & (suspicion_N[order] > 0)][:count].tolist()
-        for kind, name in enumerate(KINDS)
-    }
+    write_atomic(path, text.getvalue().encode())
 
 
 if __name__ == "__main__":

@@ -27,14 +27,13 @@ class LearningCheck:
 
     def __init__(self, people: People, steps: int):
         """people: of the validation. steps: of the whole run."""
-        errors = pckh.normalized_errors(pckh.mean_pose(people, people), people)
-        known = errors[np.isfinite(errors)]
-        self.blind_pck = float((known < 0.5).mean()) if known.size else math.nan
+        errors_NJ = pckh.normalized_errors(pckh.mean_pose(people, people), people)
+        counts = max(1, np.isfinite(errors_NJ).sum())
+        self.blind_pck = float((errors_NJ < 0.5).sum() / counts)
         """PCK@0.5 of the mean pose, which needs no picture."""
         offset_NJ = np.abs(people.joints - people.center[:, None]).max(axis=2)
-        half_NJ = PIXELS_PER_SCALE * people.scale[:, None] / 2
-        is_inside = (offset_NJ <= half_NJ)[people.marked]
-        self.inside = float(is_inside.mean()) if is_inside.size else math.nan
+        is_inside_NJ = offset_NJ <= PIXELS_PER_SCALE * people.scale[:, None] / 2
+        self.inside = float(is_inside_NJ[people.marked].mean())
         """Share of the marked joints that are inside of their person's box."""
         self._from_step = min(FROM_STEP, steps // 2)
         self._last_pck, self._lowest_loss = 0.0, math.inf
@@ -42,13 +41,11 @@ class LearningCheck:
 
     def of_labels(self) -> list[str]:
         """A warning before the first step, if there is one."""
-        if not self.inside < _LEAST_INSIDE:
-            return []
-        return [
+        text = (
             f"WARNING: only {100 * self.inside:.0f} % of the validation's joints are inside of "
-            "their person's box, and only these can be learned; look at tools/show_batch.py, and "
-            "check the units of center and scale (docs/conventions.md)"
-        ]
+            "their person's box; check the units of center and scale, and tools/show_batch.py"
+        )
+        return [text] if self.inside < _LEAST_INSIDE else []
 
     def of_loss(self, loss: float, steps: int) -> str:
         """A warning after these steps with this mean loss; empty if there is none."""
@@ -57,12 +54,11 @@ class LearningCheck:
             return ""
         mean, lowest, self._losses = float(np.mean(self._losses)), self._lowest_loss, []
         self._lowest_loss = min(mean, lowest)
-        if not mean > _LARGEST_RISE * lowest:
-            return ""
-        return (
+        text = (
             f"WARNING: the loss has risen to {mean:.5f}, {mean / lowest:.1f} times its lowest "
             "mean; the learning rate is probably too high: lower optim.lr, or set optim.clip_norm 1"
         )
+        return text if mean > _LARGEST_RISE * lowest else ""
 
     def of_validation(self, step: int, pck: float, peak: float) -> str:
         """The same for a validation. pck: pooled, at 0.5. peak: mean height of the peaks."""
@@ -70,16 +66,12 @@ class LearningCheck:
         if step < self._from_step:
             return ""
         if not peak >= _ZEROS_PEAK:
-            return (
-                "WARNING: the network predicts almost only zeros; if this stays, lower optim.lr or "
-                "raise heatmaps.sigma"
-            )
+            advice = "if this stays, lower optim.lr or raise heatmaps.sigma"
+            return f"WARNING: the network predicts almost only zeros; {advice}"
         few = self.blind_pck + min(self.blind_pck, (1 - self.blind_pck) / 4)
-        if not (pck < few and pck < _LEAST_GROWTH * last):
-            return ""
-        return (
-            f"WARNING: the network has hardly learned to use the pictures: {100 * pck:.1f} % of "
-            f"the joints are found, {100 * self.blind_pck:.1f} % by the mean pose without a "
-            "picture; check that labels and pictures belong together (validation.jpg, "
-            "tools/show_batch.py), or try a tenth of optim.lr"
+        text = (
+            f"WARNING: the network hardly uses the pictures: it finds {100 * pck:.1f} % of the "
+            f"joints, the mean pose {100 * self.blind_pck:.1f} % without a picture; check that "
+            "labels and pictures belong together (tools/show_batch.py), or divide optim.lr by ten"
         )
+        return text if pck < min(few, _LEAST_GROWTH * last) else ""
