@@ -6,7 +6,7 @@
 # make docs-check runs every command of the documentation that no other test runs, on tiny made data
 # make fuzz       10,000 damaged files for every reader (FUZZ=1000 for fewer)
 # make soak       half an hour of training with a fault every minute (SOAK='--minutes 5' for less)
-# make bench      loaders, heatmaps and training step on this machine
+# make bench      loaders and training steps on this machine
 # make bench-gpu PYTHON=python3 OUT=runs/gpu
 #                 the same on a GPU in nine minutes, with a Python that is already there; its JSON goes to OUT
 #

@@ -1,11 +1,10 @@
-"""Benchmarks of computation: heatmaps, training steps without and with loaders."""
+"""Benchmarks of training steps, without and with loaders."""
 
 from collections.abc import Callable
 from functools import partial
 from itertools import product
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -19,45 +18,18 @@ from benchmarks.loader_suites import (
     start_loader,
     stream_cases,
 )
-from benchmarks.princeton_baseline import princeton_step, render_by_loop
+from benchmarks.princeton_baseline import princeton_step
 from benchmarks.timing import Case
 from common.distributed import choose_dtype
-from configs.schema import LoaderName, RuleName
+from configs.schema import LoaderName
 from configs.skeleton import MPII
 from model.hourglass import StackedHourglass, compile_residuals, fuse_residuals
 from model.loss import stack_losses
-from pipelines import heatmaps
 from pipelines.geometry import STRIDE
 from training.step_graph import record_cuda_graph
 
 LEAST_STEPS = 150
 """Minimum number of steps with a loader; fewer would measure its prefetched batches."""
-
-
-def heatmaps_group(options: Options, batch_size: int) -> list[Case]:
-    """Targets of a batch: a loop over joints in numpy, and the batched routine."""
-    act_as_training(options)
-    heat_px, device = options.input_px // STRIDE, options.device
-    joints = np.random.default_rng(0).uniform(-5, heat_px + 5, (batch_size, MPII.joint_count, 2))
-    on_device = torch.from_numpy(joints).float().to(device)
-    has_target = torch.ones(joints.shape[:2], dtype=torch.bool, device=device)
-    repeats = 20 if device.type == "cpu" else 500
-
-    def loop() -> int:
-        for person in joints:
-            render_by_loop(person, heat_px)
-        return batch_size
-
-    def batched(rule: RuleName) -> int:
-        for _ in range(repeats):
-            heatmaps.render(on_device, has_target, heat_px, rule, 1.0)
-        return repeats * batch_size
-
-    return [
-        Case("numpy, a loop over joints (princeton)", loop),
-        Case(f"torch on {device.type}, princeton", partial(batched, "princeton")),
-        Case(f"torch on {device.type}, exact", partial(batched, "exact")),
-    ]
 
 
 class Variant(NamedTuple):

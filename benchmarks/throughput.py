@@ -30,7 +30,7 @@ from common.system import usable_cores
 from pipelines.loader import dali_is_installed
 from pipelines.shard_format import PICTURE_EXTENSIONS
 
-SUITES = ("operators", "loader", "workers", "step", "training", "heatmaps")
+SUITES = ("operators", "loader", "workers", "step", "training")
 LIMIT_S = {"step": 240.0, "accuracy": 600.0}
 """Time limit of a group in a child process; 180 s for other suites."""
 
@@ -109,7 +109,6 @@ def groups_to_run(args: argparse.Namespace, options: Options) -> dict[str, Group
         groups[f"step, {stacks} stacks, batch {n}"] = group
     for n in steps:
         groups[f"training, batch {n}"] = partial(step_suites.training_group, options, n)
-    groups["heatmaps"] = partial(step_suites.heatmaps_group, options, batches[-1])
     for way in accuracy_suite.WAYS:
         groups[f"accuracy, {way}"] = partial(
             accuracy_suite.accuracy_group, options, way, batches[-1]

@@ -100,7 +100,7 @@ def test_rounds_before_a_failure_are_kept():
     assert [row["name"] for row in rows] == ["a", "b"] and list(failed) == ["b"]
 
 
-def test_the_loop_that_heatmaps_are_measured_against_makes_the_same_maps():
+def test_the_loop_of_the_baseline_makes_the_same_heatmaps():
     joints = np.random.default_rng(0).uniform(1, 63, (16, 2))
     batched = render(
         torch.from_numpy(joints)[None].float(), torch.ones(1, 16), 64, "princeton", 1.0
@@ -193,13 +193,18 @@ def test_time_to_the_same_pck_is_interpolated_up_to_what_both_reach(slower):
 
 
 def test_a_quick_run_writes_json_and_what_the_budget_left_out(tmp_path, capsys):
-    words = f"{TINY} --suites heatmaps --json {tmp_path}/r.json"
+    words = f"{TINY} --suites step --json {tmp_path}/r.json"
     assert throughput.main(words.split()) == 0
     report = json.loads((tmp_path / "r.json").read_text())
     assert report == json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert len(report["heatmaps"]) == 3 and report["world"]["torch"] == torch.__version__
-    assert throughput.main(f"{TINY} --suites heatmaps --budget 0".split()) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["not_measured"] == ["heatmaps"]
+    assert (
+        len(report["step, 2 stacks, batch 2"]) == 2
+        and report["world"]["torch"] == torch.__version__
+    )
+    assert throughput.main(f"{TINY} --suites step --budget 0".split()) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["not_measured"] == [
+        "step, 2 stacks, batch 2"
+    ]
 
 
 @pytest.mark.slow
