@@ -5,8 +5,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of configs/
 
-import argparse
-
 from common.cli import Parser
 from common.errors import InputError, run_main
 from model.checkpoint import load_checkpoint, save_checkpoint, to_princeton, write_archive
@@ -34,8 +32,7 @@ def make_parser() -> Parser:
     parser = Parser(
         prog="convert_checkpoint.py",
         description="Convert a checkpoint of any readable kind.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example:\n  python tools/convert_checkpoint.py checkpoint.pt mine.pt --to native",
+        epilog="example: python tools/convert_checkpoint.py checkpoint.pt mine.pt --to native",
     )
     parser.add_argument("source", metavar="IN", type=Path, help="a checkpoint")
     parser.add_argument("target", metavar="OUT", type=Path, help="a new file")

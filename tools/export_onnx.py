@@ -73,8 +73,7 @@ def make_parser() -> Parser:
         prog="export_onnx.py",
         description="Write a trained network as ONNX or safetensors; predict.py and evaluate.py "
         "read both.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example:\n  python tools/export_onnx.py runs/2hg/best.pt --onnx 2hg.onnx --flip",
+        epilog="example: python tools/export_onnx.py runs/2hg/best.pt --onnx 2hg.onnx --flip",
     )
     add = parser.add_argument
     add("checkpoint", type=Path, help="a checkpoint of train.py or of other code")
