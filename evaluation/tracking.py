@@ -113,8 +113,8 @@ class Tracker:
         return self.tracks
 
     def identities(self) -> set[int]:
-        """The people who are not lost."""
-        return {track.identity for track in self.tracks if track.square}
+        """The people who are followed into the next frame."""
+        return {track.identity for track in self.tracks if self.follow and track.square}
 
     def update(self, track: Track, keypoints_J2: Floats, scores_J: Floats) -> Floats:
         """Take the joints (px) that were found in the track's square; returns them smoothed."""

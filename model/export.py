@@ -107,4 +107,5 @@ def _imported(module: str, path: Path) -> Any:
 
 
 def _unusable(path: Path, found: str) -> InputError:
-    return InputError(path, found, "a file that tools/export_onnx.py wrote", "export it again")
+    expected = "a file of tools/export_onnx.py, or an ONNX detector (docs/predict.md)"
+    return InputError(path, found, expected, "export it again")

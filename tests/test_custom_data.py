@@ -1,5 +1,6 @@
 """docs/custom-data.md, run as it is written, on the five joints that it draws."""
 
+import csv
 import json
 import os
 import re
@@ -7,40 +8,45 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from conftest import ROOT
 
 from pipelines.shards import ShardSet
 
-PAGE = (ROOT / "docs" / "custom-data.md").read_text()
+PAGE, MOUSE = (ROOT / "docs" / "custom-data.md").read_text().split("\n## From DeepLabCut's folder")
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FILE = re.compile(r"[Ss]ave this as `([\w.]+)`")
 
 
-def bash(command: str, folder: Path) -> str:
+def bash(command: str, folder: Path, seconds: int = 240) -> str:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", command],
-        cwd=folder, capture_output=True, text=True, timeout=240, check=False,
+        cwd=folder, capture_output=True, text=True, timeout=seconds, check=False,
         env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
+def prepare(page: str, folder: Path) -> list[str]:
+    """Save the files that a page shows; returns its commands."""
+    for name in ("tools", "train.py", "evaluate.py"):
+        (folder / name).symlink_to(ROOT / name)
+    for named in FILE.finditer(page):
+        block = BLOCK.search(page, named.end())
+        assert block and block[1] in ("python", "yaml")
+        (folder / named[1]).write_text(block[2])
+    return [block[2] for block in BLOCK.finditer(page) if block[1] == "bash"]
+
+
 @pytest.fixture(scope="module")
 def followed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """The folder in which the page was followed, and what each of its commands printed."""
     folder = tmp_path_factory.mktemp("figures")
-    for name in ("tools", "train.py", "evaluate.py"):
-        (folder / name).symlink_to(ROOT / name)
-    for named in FILE.finditer(PAGE):
-        block = BLOCK.search(PAGE, named.end())
-        assert block and block[1] in ("python", "yaml")
-        (folder / named[1]).write_text(block[2])
-    commands = [block[2] for block in BLOCK.finditer(PAGE) if block[1] == "bash"]
-    return folder, [bash(command, folder) for command in commands]
+    return folder, [bash(command, folder) for command in prepare(PAGE, folder)]
 
 
 @pytest.mark.slow
@@ -69,3 +75,23 @@ def test_its_shards_and_results_hold_the_joints_and_ids_of_its_json(followed):
         assert people.person.tolist() == [a["id"] for a in truth["annotations"]]
     results = json.loads((folder / "results.json").read_text())
     assert [r["image_id"] for r in results] == [a["image_id"] for a in truth["annotations"]]
+
+
+@pytest.mark.slow
+def test_the_mouse_of_deeplabcuts_folder_is_tracked_through_its_film(shared, tmp_path):
+    """Training takes three minutes on two cores; the film is of another mouse, without labels."""
+    (tmp_path / "openfield").symlink_to(shared / "data" / "dlc_openfield")
+    for command in prepare(MOUSE, tmp_path):
+        bash(command, tmp_path, seconds=1800)
+    network = json.loads((tmp_path / "mouse.json").read_text())["network"]
+    assert network["joints_counted"] == 48 and network["pckh"]["0.5"]["pooled"] > 0.8
+    rows = list(csv.reader((tmp_path / "mouse.csv").open()))
+    assert rows[1][1::3] == ["snout", "leftear", "rightear", "tailbase"] and len(rows) == 3 + 2330
+    joints = np.array([[float(cell or "nan") for cell in row[1:]] for row in rows[3:]])
+    xy, likelihood = joints.reshape(-1, 4, 3)[..., :2], joints.reshape(-1, 4, 3)[..., 2]
+    is_found = (likelihood > 0.2).mean(axis=1) >= 0.5
+    assert is_found.mean() > 0.9
+    length = np.linalg.norm(xy[:, 0] - xy[:, 3], axis=1)[is_found]
+    assert 90 < np.median(length) < 140  # the labelled mouse measures 102 to 143 px
+    film = cv2.VideoCapture(str(tmp_path / "mouse.mp4"))
+    assert film.get(cv2.CAP_PROP_FRAME_COUNT) == 2330

@@ -312,6 +312,16 @@ def test_unsure_joints_are_not_drawn(estimator):
     assert image.any()
 
 
+def test_a_small_subject_in_a_whole_picture_has_thin_lines(estimator):
+    """Joints 30 px apart in a square of 600 px: lines of 1 px, dots of 3 px."""
+    image = np.zeros((600, 600, 3), np.uint8)
+    grid = np.stack(np.meshgrid(np.arange(300, 331, 10), np.arange(300, 331, 10)), -1)
+    keypoints = [[*place, 1.0] for place in grid.reshape(-1, 2).tolist()]
+    predict.draw(image, [{"scale": 3.0, "keypoints": keypoints}], estimator.skeleton, 0.2)
+    y, x = np.nonzero(image.any(axis=-1))
+    assert min(x.min(), y.min()) >= 297 and max(x.max(), y.max()) <= 333
+
+
 @pytest.fixture(scope="module")
 def movie(tmp_path_factory) -> Path:
     """An AVI of 11 frames, 96 x 64 px, 12 a second."""

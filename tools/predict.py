@@ -366,7 +366,8 @@ def find_people(
     group: list[Frame] = []
     for frame in frames:
         group.append(frame)
-        if sum(len(frame.subjects) for frame in group) >= batch_size:
+        # A frame without people counts too, because the group holds its picture.
+        if sum(max(1, len(frame.subjects)) for frame in group) >= batch_size:
             yield from predict_group(estimator, group)
             group = []
     yield from predict_group(estimator, group)
@@ -469,8 +470,7 @@ def people_source(
         listed[person.frame].append(person.square)
 
     def given(number: int, image: Image) -> list[Square]:
-        followed = tracker.identities() if options.track else ()
-        lost = [square for i, square in enumerate(always) if i not in followed]
+        lost = [square for i, square in enumerate(always) if i not in tracker.identities()]
         whole = whole_picture(image.shape[1], image.shape[0])
         return [square or whole for square in (listed[number] if people else lost)]
 
