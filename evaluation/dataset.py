@@ -6,9 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from common.cli import info
-from common.errors import InputError
-from configs.skeleton import Skeleton, require_same_joints
+from configs.skeleton import Skeleton
 from pipelines.annotations import People, read_annotations
 from pipelines.joined_shards import with_joints_of
 from pipelines.opencv_loader import LooseImages, Source
@@ -24,8 +22,6 @@ class EvaluationDataset(NamedTuple):
     samples: npt.NDArray[np.int64]
     """(N,) each person's number in the source."""
     skeleton: Skeleton
-    train: People | None
-    """People of the training split beside it, for the mean pose; None without one."""
     name: str
 
 
@@ -35,7 +31,7 @@ def open_pictures_dataset(
     """An annotation file and its pictures. joints: of the file; None: MPII's. Raises InputError."""
     people, skeleton = read_annotations(annotations, "valid", joints, images)
     source, samples = LooseImages(people, images), np.arange(people.count)
-    return EvaluationDataset(people, source, samples, skeleton, None, str(annotations))
+    return EvaluationDataset(people, source, samples, skeleton, str(annotations))
 
 
 def open_shards_dataset(folder: Path, trained: Skeleton) -> EvaluationDataset:
@@ -47,23 +43,4 @@ def open_shards_dataset(folder: Path, trained: Skeleton) -> EvaluationDataset:
         folder /= "valid"
     shards = with_joints_of(ShardSet(folder), trained)
     people, samples = shards.people()
-    train = _training_people(folder.parent / "train", shards)
-    return EvaluationDataset(
-        people, shards, samples, shards.manifest.skeleton, train, shards.location
-    )
-
-
-def _training_people(folder: Path, evaluated: ShardSet) -> People | None:
-    """The people of a training split; None if it is missing or damaged."""
-    if not (folder / MANIFEST).is_file():
-        return None
-    try:
-        train = with_joints_of(ShardSet(folder), evaluated.manifest.skeleton)
-        people = train.people()[0]
-    except InputError as error:
-        info(f"the training split is damaged: {error.where}: {error.found}")
-        return None
-    require_same_joints(
-        train.manifest.skeleton, evaluated.manifest.skeleton, folder, evaluated.folder
-    )
-    return people
+    return EvaluationDataset(people, shards, samples, shards.manifest.skeleton, shards.location)

@@ -135,7 +135,7 @@ def evaluate_checkpoint(options: Namespace, dist: DistributedContext) -> Evaluat
     if options.calibrate and job.trained.is_onnx:
         advice = "calibrate the checkpoint that it was made from, and export that again"
         raise InputError(job.trained.path, "an ONNX file", "a checkpoint to calibrate", advice)
-    people, source, samples, skeleton, train, name = job.dataset
+    people, source, samples, skeleton, name = job.dataset
     release = predictions.read_release(options.release, people) if options.release else None
     reference = read_reference(options.compare, skeleton) if options.compare else None
     found = run_job(job, dist, batch_size=options.batch_size, workers=options.workers)
@@ -158,10 +158,7 @@ def evaluate_checkpoint(options: Namespace, dist: DistributedContext) -> Evaluat
         )
         for loader, (keypoints, scores) in found.items()
     }
-    if train:
-        results["mean pose"] = summary(pckh.mean_pose(train, people), people, skeleton)
-    elif dist.is_first:
-        info("no mean pose: it needs the training shards in the same folder as the validation's")
+    results["mean pose"] = summary(pckh.mean_pose(people), people, skeleton)
     flip = "flip test" if job.flip else "no flip test"
     title = [f"{job.trained.path} (step {job.trained.step}) on {name}, {flip}"]
     if job.codec.preset.princeton_crop:

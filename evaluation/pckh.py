@@ -228,14 +228,13 @@ def json_values(value: Any) -> Any:
     return None if value != value else value
 
 
-def mean_pose(train: People, valid: People) -> Floats:
-    """(N, J, 2) image px: the mean pose of `train` as the prediction for each person of `valid`.
+def mean_pose(people: People) -> Floats:
+    """(N, J, 2) image px: for each person the mean pose of the others, in the person's box.
 
-    The mean is over marked joints, relative to each person's box.
+    The mean is over marked joints, relative to each box. Needs no picture.
     """
-    box_train = PIXELS_PER_SCALE * train.scale[:, None, None]
-    in_box = (train.joints - train.center[:, None]) / box_train
-    weight = train.marked[..., None]
-    pose = (in_box * weight).sum(axis=0) / np.maximum(weight.sum(axis=0), 1)
-    box_valid = PIXELS_PER_SCALE * valid.scale[:, None, None]
-    return valid.center[:, None] + pose * box_valid
+    box = PIXELS_PER_SCALE * people.scale[:, None, None]
+    weight = people.marked[..., None]
+    in_box = (people.joints - people.center[:, None]) / box * weight
+    pose = (in_box.sum(axis=0) - in_box) / np.maximum(weight.sum(axis=0) - weight, 1)
+    return people.center[:, None] + pose * box

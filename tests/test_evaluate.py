@@ -240,15 +240,6 @@ def test_evaluate_takes_the_newest_run_and_writes_what_was_asked_for(trained, tm
     assert predictions(tmp_path / "p.json").shape == (5, 16, 3)
 
 
-def test_a_damaged_training_split_costs_the_mean_pose_alone(trained, tiny_shards, tmp_path, capsys):
-    shutil.copytree(tiny_shards, tmp_path / "shards")
-    os.truncate(tmp_path / "shards" / "train" / "00000.tar", 3000)
-    run("--checkpoint", trained / "best.pt", "--shards", tmp_path / "shards")
-    out, err = capsys.readouterr()
-    assert "network @0.5" in out and "mean pose" not in out
-    assert "the training split is damaged" in err and err.count("no mean pose") == 1
-
-
 def test_files_are_written_before_the_table_is_printed(trained, tmp_path, monkeypatch):
     """So that `evaluate.py ... | head -1` writes them; and a run's folder means its best.pt."""
 
@@ -365,12 +356,6 @@ def test_the_table_of_98_joints_fits_on_a_line():
     table = report.results_table({"network": pckh.summary(joints, people_at(joints), face)}, face)
     assert max(map(len, table.splitlines())) <= 100
     assert "98 groups of joints are listed with --per-joint" in table
-
-
-def test_evaluation_of_loose_pictures_says_why_there_is_no_mean_pose(trained, tiny_set, capsys):
-    pictures = ("--annotations", tiny_set / "annot" / "valid.h5", "--images", tiny_set / "images")
-    run("--checkpoint", trained, *pictures)
-    assert "no mean pose: it needs the training shards" in capsys.readouterr().err
 
 
 def documented(heading: str) -> set[str]:

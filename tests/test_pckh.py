@@ -122,21 +122,21 @@ def test_what_never_counts_is_null_in_json_and_a_dash_in_print():
     assert "-" in report.results_table({"nobody": nobody}, MPII)
 
 
-def test_the_mean_pose_is_the_mean_over_marked_joints_in_the_box():
-    joints = np.full((2, 16, 2), 100.0)
+def test_the_mean_pose_is_the_mean_over_the_others_marked_joints_in_the_box():
+    joints = np.full((3, 16, 2), 100.0)  # in the middle of boxes of 200 px
     joints[0] += 20
-    train = people_at(joints)
-    train.marked[1, 5] = False
-    valid = people_at(joints[:1])._replace(center=np.array([[0.0, 0.0]]), scale=np.array([2.0]))
-    pose = pckh.mean_pose(train, valid)[0]
+    people = people_at(joints)
+    people.marked[1, 5] = False
+    people.center[2], people.scale[2] = 0.0, 2.0
+    pose = pckh.mean_pose(people)[2]
     np.testing.assert_allclose(pose[0], [20, 20])  # mean 10 px in a box of half the size
     np.testing.assert_allclose(pose[5], [40, 40])  # the first person's alone
+    np.testing.assert_allclose(pckh.mean_pose(people.select([2])), 0)  # of nobody: the middle
 
 
 def test_the_mean_pose_scores_0_042_on_the_real_photographs(shared):
-    data = shared / "data" / "lspet" / "annot"
-    train, valid = (read_annotations(data, split)[0] for split in ("train", "valid"))
-    errors = pckh.normalized_errors(pckh.mean_pose(train, valid), valid)
+    valid = read_annotations(shared / "data" / "lspet" / "annot", "valid")[0]
+    errors = pckh.normalized_errors(pckh.mean_pose(valid), valid)
     assert pckh.score(errors, MPII, 0.5).pooled == pytest.approx(0.042, abs=0.001)
 
 

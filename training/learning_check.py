@@ -27,7 +27,7 @@ class LearningCheck:
 
     def __init__(self, people: People, steps: int):
         """people: of the validation. steps: of the whole run."""
-        errors_NJ = pckh.normalized_errors(pckh.mean_pose(people, people), people)
+        errors_NJ = pckh.normalized_errors(pckh.mean_pose(people), people)
         counts = max(1, np.isfinite(errors_NJ).sum())
         self.blind_pck = float((errors_NJ < 0.5).sum() / counts)
         """PCK@0.5 of the mean pose, which needs no picture."""
