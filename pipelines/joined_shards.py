@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import InputError
-from configs.skeleton import Skeleton, side_of
+from configs.skeleton import Length, Skeleton, side_of
 from pipelines.shard_format import COLUMNS, HEADER_LENGTH, IGNORED, record_length
 from pipelines.shards import ShardSet
 
@@ -49,10 +49,10 @@ def union_skeleton(skeletons: dict[str, Skeleton]) -> Skeleton:
                 expected = f"{first[partner]}, as in another data set"
                 raise InputError(name, found, expected, "correct flip_pairs and pack it again")
     place = {joint: number for number, joint in enumerate(first)}
-    limbs, groups = dict[frozenset[int], tuple[int, int]](), dict[str, tuple[int, ...]]()
+    limbs, groups = list[tuple[int, int]](), dict[str, tuple[int, ...]]()
     for skeleton in skeletons.values():
         own = [place[joint] for joint in joints_of(skeleton)]
-        limbs |= {frozenset((own[a], own[b])): (own[a], own[b]) for a, b in skeleton.limbs}
+        limbs += [(own[a], own[b]) for a, b in skeleton.limbs]
         for group, members in skeleton.groups:
             more = [own[joint] for joint in members]
             groups[group] = tuple(dict.fromkeys([*groups.get(group, ()), *more]))
@@ -61,10 +61,10 @@ def union_skeleton(skeletons: dict[str, Skeleton]) -> Skeleton:
         name="+".join(dict.fromkeys(skeleton.name for skeleton in skeletons.values())),
         names=tuple(first.values()),
         flip_pairs=tuple((place[a], place[b]) for a, b in partners.items() if place[a] < place[b]),
-        limbs=tuple(limbs.values()),
+        limbs=tuple(dict.fromkeys(limbs)),
         groups=tuple(groups.items()),
-        # Records have each person's length; this one only names the metric.
-        length=next((each.length for each in skeletons.values() if each.length), None),
+        # Records have each person's length; this one only makes the metric's name PCK.
+        length=Length((), 1.0) if any(each.length for each in skeletons.values()) else None,
         mirror=all(skeleton.mirror for skeleton in skeletons.values()),
         # Records have the ignored joints of data sets that ignore what is not marked.
         unmarked=rules.pop() if len(rules) == 1 else "empty" if "empty" in rules else None,
@@ -72,7 +72,7 @@ def union_skeleton(skeletons: dict[str, Skeleton]) -> Skeleton:
 
 
 class JoinedShards(ShardSet):
-    """Splits of local folders as one. Its samples are those of the splits, one after another."""
+    """Several splits as one. Its samples are those of the splits, one after another."""
 
     def __init__(
         self, splits: dict[str, ShardSet], skeleton: Skeleton, weights: Sequence[float] = (1.0,)
@@ -84,7 +84,7 @@ class JoinedShards(ShardSet):
         self.__dict__.update(next(iter(splits.values())).__dict__)
         self.weights, parts = weights, list(splits.values())
         for name, split in splits.items():
-            if split.cache or split.is_raw != self.is_raw:
+            if (split.cache and len(parts) > 1) or split.is_raw != self.is_raw:
                 expected = "folders, all with raw or all with JPEG shards, if there are several"
                 found = "object storage" if split.cache else f"--packing {split.manifest.packing}"
                 raise InputError(name, found, expected, "copy it to a folder, or pack it again")
@@ -157,4 +157,6 @@ def with_joints_of(split: ShardSet, skeleton: Skeleton) -> ShardSet:
         return split
     # The union checks the pairs.
     union_skeleton({str(split.folder): own, "the network's joints": skeleton})
-    return JoinedShards({str(split.folder): split}, skeleton._replace(length=own.length))
+    places = [joints_of(skeleton).index(joint) for joint in joints_of(own)]
+    length = own.length and own.length._replace(joints=tuple(places[j] for j in own.length.joints))
+    return JoinedShards({str(split.folder): split}, skeleton._replace(length=length))

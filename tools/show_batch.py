@@ -96,11 +96,7 @@ def make_parser() -> Parser:
         epilog="example: python tools/show_batch.py --config configs/2hg.yaml --output batch.png",
     )
     add = parser.add_argument_group("what to show").add_argument
-    add(
-        "--shards",
-        metavar="DIR",
-        help="folder or URL of splits, or a split (default: config's)",
-    )
+    add("--shards", metavar="DIR", help="folder or URL of splits, or a split (default: config's)")
     add("--split", choices=("train", "valid"), default="train", help="default: %(default)s")
     add("--people", type=at_least(1), default=12, help="number of people (default: %(default)s)")
     add("--seed", type=at_least(0), default=0, help="of order and draws (default: %(default)s)")
