@@ -118,12 +118,17 @@ def ways(folder: Path, boxes_F4: np.ndarray, rng: np.random.Generator) -> dict[s
     }
 
 
-def main() -> None:
-    """Draw the films, predict them, print a table."""
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", required=True, help="trained on synthetic people")
-    parser.add_argument("--films", type=int, default=3)
-    options = parser.parse_args()
+    parser.add_argument("--films", type=int, default=2)
+    return parser
+
+
+def main() -> None:
+    """Draw the films, predict them, print a table."""
+    options = make_parser().parse_args()
     rows: dict[str, list[dict[str, float]]] = {}
     for seed in range(options.films):
         points_FP3 = bodies(np.random.default_rng(seed))

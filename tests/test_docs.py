@@ -44,7 +44,7 @@ FOLDERS = "configs|pipelines|model|evaluation|training|tools|benchmarks|tests|do
 ELSEWHERE = {
     r"make (demo|test|test-slow)$": ".ci/run",
     r"make (docs-check|lint)$": "make test",
-    r"(python|tar|evaluate).*(figures|data/people|data/shards/people)": "tests/test_custom_data.py",
+    r"(python|tar|evaluate).*(figures|data/people|data/shards/people|mouse)": "tests/test_custom_data.py",
     r"torchrun .*evaluate\.py": "tests/test_evaluate.py",
     r"torchrun .*train\.py": "tests/test_training.py",
     r"python benchmarks/throughput\.py": "tests/test_throughput.py",
@@ -62,7 +62,7 @@ NOT_RUN = {
     r"torchrun .*(--nnodes|--max-restarts)": "several machines (see the page)",
     r".*--webcam": "there is no camera",
     r"python tests/check_refactor\.py": "it needs two checkouts",
-    r"python tests/measure_remote_shards\.py": "it takes minutes",
+    r"python tests/measure_(remote_shards|film)\.py": "it takes minutes",
     r"(evaluate|train)\.py --[\w-]+$": "half a command, named in a sentence",
 }
 OF_OTHERS = {"--nproc-per-node", "--nnodes", "--max-restarts", "--signals-to-handle", "--signal"}
