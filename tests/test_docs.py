@@ -44,7 +44,7 @@ FOLDERS = "configs|pipelines|model|evaluation|training|tools|benchmarks|tests|do
 ELSEWHERE = {
     r"make (demo|test|test-slow)$": ".ci/run",
     r"make (docs-check|lint)$": "make test",
-    r"(python|tar|evaluate).*(figures|data/people|data/shards/people|mouse)": "tests/test_custom_data.py",
+    r"(python|tar|evaluate).*(figures|data/(shards/)?people|mouse)": "tests/test_custom_data.py",
     r"torchrun .*evaluate\.py": "tests/test_evaluate.py",
     r"torchrun .*train\.py": "tests/test_training.py",
     r"python benchmarks/throughput\.py": "tests/test_throughput.py",
