@@ -174,8 +174,6 @@ class TrainConfig:
     """Record the step as one CUDA graph; needs one GPU, bf16 or fp32, Adam, no accumulation."""
     fused_kernels: bool = False
     """Train residual blocks of up to 256 channels with Triton kernels; not yet run on a GPU."""
-    fuse_targets: bool = False
-    """Render target heatmaps inside a compiled loss, without storing them."""
     profile_steps: int = _number(0, least=0)
     """Profile this many of the first steps into trace.json; 0: no profile."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
@@ -231,7 +229,7 @@ _FREE = (
     "train.max_minutes train.hang_minutes train.verify_every train.device train.threads "
     "train.log_every train.keep_last train.save_minutes train.tracker train.profile_steps"
 )
-REMOVED = frozenset({"data.shuffle_buffer", "data.cache_mb"})
+REMOVED = frozenset({"data.shuffle_buffer", "data.cache_mb", "train.fuse_targets"})
 """Settings of older code. Checkpoints may contain them, YAML files may not."""
 FIXED_ON_RESUME = frozenset(_FIXED.split())
 """Settings that a resumed run may not change."""
@@ -348,7 +346,7 @@ def check_keys(raw: dict[str, Any], where: str) -> None:
 
 
 def _unknown(where: str, name: object, known: list[str]) -> InputError:
-    removed = "remove this line: both loaders shuffle all people" if name in REMOVED else ""
+    removed = "remove this line (CHANGELOG.md)" if name in REMOVED else ""
     advice = removed or did_you_mean(str(name), known) or f"known are {', '.join(known)}"
     return InputError(where, f"unknown setting {name}", "a setting of configs/schema.py", advice)
 

@@ -3,9 +3,6 @@
 import torch
 from torch import Tensor
 
-from configs.schema import RuleName
-from pipelines import heatmaps
-
 
 def stack_losses(
     heat_NSJHW: Tensor, target_NJHW: Tensor, counts_NJ: Tensor, foreground: float = 0.0
@@ -25,24 +22,6 @@ def stack_losses(
         error_NSJHW = error_NSJHW * (1 + foreground * target_N1JHW)
     error_NSJ, weight_N1J = error_NSJHW.mean(dim=(3, 4)), counts_NJ[:, None].float()
     return (error_NSJ * weight_N1J).sum(dim=(0, 2)) / weight_N1J.sum().clamp_min(1)
-
-
-def stack_losses_of_joints(
-    heat_NSJHW: Tensor,
-    joints_NJ2: Tensor,
-    has_target_NJ: Tensor,
-    counts_NJ: Tensor,
-    rule: RuleName,
-    sigma: float,
-    foreground: float = 0.0,
-) -> Tensor:
-    """`stack_losses` with targets that are rendered inside.
-
-    joints_NJ2: heatmap px. sigma: as heatmaps.render takes it. Under torch.compile the pixels of a
-    target are fused into the subtraction, and neither pass writes them to memory.
-    """
-    target_NJHW = heatmaps.render(joints_NJ2, has_target_NJ, heat_NSJHW.shape[-1], rule, sigma)
-    return stack_losses(heat_NSJHW, target_NJHW, counts_NJ, foreground)
 
 
 def peak_height(heat_NJHW: Tensor, has_target_NJ: Tensor) -> Tensor:

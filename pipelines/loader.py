@@ -38,7 +38,7 @@ class Batch(NamedTuple):
     """One training batch on the device. Axes: docs/conventions.md."""
 
     images_N3HW: torch.Tensor  # float32 RGB in 0..1, channels-last in memory
-    heat_NJHW: torch.Tensor  # float32 targets; (N, J, 0, 0) if the loss renders them
+    heat_NJHW: torch.Tensor  # float32 targets
     joints_NJ2: torch.Tensor  # float32, heatmap px
     has_target_NJ: torch.Tensor  # bool, joints that have a target
     ignored_NJ: torch.Tensor  # bool, joints that the loss leaves out, whatever loss.unmarked says
@@ -155,10 +155,10 @@ def dali_is_installed() -> bool:
     return bool(importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.dali"))
 
 
-def make_batch(raw: RawBatch, codec: Codec, device: torch.device, *, render: bool = True) -> Batch:
+def make_batch(raw: RawBatch, codec: Codec, device: torch.device) -> Batch:
     """Move a RawBatch to the device, jitter its colours, transform joints, render the heatmaps.
 
-    Does not wait for a GPU. render: False leaves the heatmaps to the loss.
+    Does not wait for a GPU.
     """
     draws = raw.draws_ND.to(device, non_blocking=True)
     records = unpack_records(raw.records_NR.to(device, non_blocking=True))
@@ -167,9 +167,7 @@ def make_batch(raw: RawBatch, codec: Codec, device: torch.device, *, render: boo
         images = jitter(images, draws)
     matrices = raw.input_from_image_N23.to(device, non_blocking=True)
     joints, has_target = codec.heat_joints(records, matrices, draws)
-    heat = (
-        codec.render(joints, has_target) if render else joints.new_empty((*has_target.shape, 0, 0))
-    )
+    heat = codec.render(joints, has_target)
     ignored = codec.ignored_joints(records, draws)
     return Batch(images, heat, joints, has_target, ignored, records.row_N.long())
 

@@ -19,8 +19,7 @@ from common.distributed import DistributedContext, choose_dtype
 from common.errors import InputError
 from configs.skeleton import MPII
 from model.hourglass import StackedHourglass, compile_residuals
-from model.loss import stack_losses, stack_losses_of_joints
-from pipelines import heatmaps
+from model.loss import stack_losses
 from pipelines.augment import Draw
 from pipelines.loader import make_batch
 from pipelines.opencv_loader import RawBatch
@@ -307,35 +306,6 @@ def test_a_cuda_graph_is_refused_where_it_does_not_work(sections, dist, found, t
     with pytest.raises(InputError) as caught:
         step_graph.require_graph_possible(tiny_config(tiny_shards, **sections), dist)
     assert caught.value.found == found
-
-
-@pytest.mark.slow
-@COMPILER
-def test_a_compiled_loss_that_renders_its_targets_gives_the_plain_losses_and_gradients():
-    """Joints inside, at the border and far outside."""
-    generator = torch.Generator().manual_seed(3)
-    joints = torch.rand(4, 16, 2, generator=generator) * 24 - 4
-    drawn = torch.rand(4, 16, generator=generator) > 0.2
-    first = torch.randn(4, 2, 16, 16, 16, requires_grad=True)
-    second = first.detach().clone().requires_grad_()
-    target = heatmaps.render(joints, drawn, 16, "exact", 4.0)
-    assert target.max() > 0.9
-    expected = stack_losses(first, target, drawn, 20.0)
-    found = torch.compile(stack_losses_of_joints)(second, joints, drawn, drawn, "exact", 4.0, 20.0)
-    for losses in (expected, found):
-        losses.mean().backward()
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(second.grad, first.grad, rtol=1e-6, atol=1e-6)
-
-
-def test_a_run_with_targets_in_its_loss_makes_the_same_steps(tiny_shards, tmp_path, monkeypatch):
-    """The way through the run; compiled or not is another test's matter."""
-    monkeypatch.setattr(torch, "compile", lambda function: function)
-    losses = [
-        steps(make_trainer(tiny_config(tiny_shards, train={"fuse_targets": on}), tmp_path / n), 3)
-        for n, on in (("plain", False), ("fused", True))
-    ]
-    assert losses[0] == losses[1]
 
 
 @pytest.mark.parametrize("count", [7, 2])

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from common.errors import InputError
 from configs.schema import Config, OptimConfig
 from model.checkpoint import Checkpoint, load_weights, require_fit
 from model.hourglass import compile_residuals, fuse_residuals
-from model.loss import stack_losses, stack_losses_of_joints
+from model.loss import stack_losses
 from pipelines.codec import Codec
 from pipelines.loader import Batch, Loader, make_batch
 from pipelines.opencv_loader import RawBatch
@@ -115,9 +115,6 @@ class TrainStep:
         if config.train.cuda_graph:
             require_graph_possible(config, dist)
         self._graph: StepGraph | None = None
-        self._fused_losses: Callable[..., Tensor] | None = None
-        if config.train.fuse_targets:
-            self._fused_losses = torch.compile(stack_losses_of_joints)
 
     def load_state(self, checkpoint: Checkpoint) -> None:
         """Restore weights, optimizer, averaged weights and scaler. Raises InputError."""
@@ -170,8 +167,7 @@ class TrainStep:
         """Forward, backward and update. checked_step: the step's number if it is verified."""
         accumulate, batches = self.config.optim.accumulate, list[Batch]()
         for part, raw in enumerate(raws):
-            render = not self.config.train.fuse_targets
-            batch = make_batch(raw, self.codec, self.dist.device, render=render)
+            batch = make_batch(raw, self.codec, self.dist.device)
             if checked_step is not None:
                 batches.append(batch)
             reduce = part == accumulate - 1 and checked_step is None
@@ -212,14 +208,8 @@ class TrainStep:
 
     def _losses(self, heat_NSJHW: Tensor, batch: Batch) -> Tensor:
         unmarked = self.codec.skeleton.unmarked or self.config.loss.unmarked
-        has_target_NJ, foreground = batch.has_target_NJ, self.config.loss.foreground
-        counts_NJ = ~batch.ignored_NJ if unmarked == "empty" else has_target_NJ
-        if self._fused_losses:
-            rule, sigma = self.codec.rule, self.codec.sigma
-            return self._fused_losses(
-                heat_NSJHW, batch.joints_NJ2, has_target_NJ, counts_NJ, rule, sigma, foreground
-            )
-        return stack_losses(heat_NSJHW, batch.heat_NJHW, counts_NJ, foreground)
+        counts_NJ = ~batch.ignored_NJ if unmarked == "empty" else batch.has_target_NJ
+        return stack_losses(heat_NSJHW, batch.heat_NJHW, counts_NJ, self.config.loss.foreground)
 
     def _apply_gradients(self, losses_are_finite: Tensor) -> Tensor:
         """Clip and update. Returns whether the step was skipped because of non-finite gradients.
