@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, get_args
 
 import cv2
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from common.cli import info, progress
@@ -22,7 +23,6 @@ from configs.schema import Config, LoaderName, RuleName
 from configs.skeleton import Skeleton, load_skeleton, require_same_joints
 from evaluation import inference, oks, pckh, predictions, report
 from evaluation.calibration import calibrate
-from evaluation.dataset import EvaluationDataset, open_pictures_dataset, open_shards_dataset
 from evaluation.html_report import ReportData, html_report
 from evaluation.inference import Predictions
 from evaluation.pckh import Floats
@@ -31,10 +31,22 @@ from evaluation.visualize import draw_people
 from model.checkpoint import BEST, Checkpoint, evaluation_network, load_checkpoint, save_checkpoint
 from pipelines.annotations import People, read_annotations
 from pipelines.codec import Codec, codec_of
+from pipelines.joined_shards import with_joints_of
 from pipelines.opencv_loader import LooseImages, Source
 from pipelines.shard_cache import local_folder
 from pipelines.shard_format import MANIFEST, read_manifest
 from pipelines.shards import ShardSet
+
+
+class EvaluationDataset(NamedTuple):
+    """People with pictures, in the annotation's order."""
+
+    people: People
+    source: Source
+    samples: npt.NDArray[np.int64]
+    """(N,) each person's number in the source."""
+    skeleton: Skeleton
+    name: str
 
 
 class EvaluationJob(NamedTuple):
@@ -214,6 +226,7 @@ def make_job(options: Namespace) -> EvaluationJob:
 
 
 def _open_dataset(options: Namespace, config: Config, trained: Skeleton) -> EvaluationDataset:
+    """A split of shards, or an annotation file and its pictures. Raises InputError."""
     annotations, images = options.annotations, options.images
     if not annotations and not images:
         data = config.data
@@ -221,12 +234,20 @@ def _open_dataset(options: Namespace, config: Config, trained: Skeleton) -> Eval
             raise _wrong("no --shards", f"one of {', '.join(data.weights)}")
         location = options.shards or next(iter(data.weights))
         folder = local_folder(location, data.cache_dir, data.cache_gb)
-        return open_shards_dataset(folder, trained)
+        if not (folder / MANIFEST).is_file() and (folder / "valid").is_dir():
+            folder /= "valid"
+        # The network may have more joints than the people, who then have no others marked.
+        shards = with_joints_of(ShardSet(folder), trained)
+        people, samples = shards.people()
+        return EvaluationDataset(people, shards, samples, shards.manifest.skeleton, shards.location)
     if not annotations or not images or options.shards:
         given = [f"--{n}" for n in ("annotations", "images", "shards") if getattr(options, n)]
         raise _wrong(" and ".join(given), "--annotations with --images, or only --shards")
-    skeleton = load_skeleton(options.skeleton) if options.skeleton else trained
-    return open_pictures_dataset(annotations, images, skeleton if skeleton.has_names else None)
+    joints = load_skeleton(options.skeleton) if options.skeleton else trained
+    known = joints if joints.has_names else None
+    people, skeleton = read_annotations(annotations, "valid", known, images)
+    source, samples = LooseImages(people, images), np.arange(people.count)
+    return EvaluationDataset(people, source, samples, skeleton, str(annotations))
 
 
 def differences(
