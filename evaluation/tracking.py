@@ -3,7 +3,6 @@
 Decision 027 says why these rules; docs/predict.md has their numbers.
 """
 
-import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -63,21 +62,21 @@ class Track:
         self.identity, self.smooth = identity, smooth
         self.square: Square | None = None
         """Where the person is looked for; None: the person is lost."""
-        self.joints_J2: Floats | None = None
+        self.joints_J2: Floats = np.full((1, 2), np.nan)
         """Where the joints are, px; NaN if a joint has not been found yet."""
 
     def next_square(self, keypoints_J2: Floats, scores_J: Floats) -> Square | None:
-        """The square about the joints that were found now (px); None if half of them are not fair.
+        """The square about the joints found now (px); None, lost, if fewer than half are fair.
 
         A joint that is not fair moves as the others do on average: the square does not shrink.
         """
         is_fair_J = scores_J >= FAIR
         if is_fair_J.mean() < 0.5:
             return None
-        last_J2 = np.full_like(keypoints_J2, np.nan) if self.joints_J2 is None else self.joints_J2
-        moved_K2 = (keypoints_J2 - last_J2)[is_fair_J & ~np.isnan(last_J2[:, 0])]
-        move_2 = moved_K2.mean(axis=0) if len(moved_K2) else 0.0
-        self.joints_J2 = np.where(is_fair_J[:, None], keypoints_J2, last_J2 + move_2)
+        moves_J2 = keypoints_J2 - self.joints_J2
+        moves_K2 = moves_J2[is_fair_J & ~np.isnan(moves_J2[:, 0])]
+        mean_2 = moves_K2.mean(axis=0) if len(moves_K2) else 0.0
+        self.joints_J2 = np.where(is_fair_J[:, None], keypoints_J2, self.joints_J2 + mean_2)
         return square_of_joints(self.joints_J2[~np.isnan(self.joints_J2[:, 0])])
 
 
@@ -105,7 +104,7 @@ class Tracker:
         for i, square in enumerate(given):
             if i not in owners:
                 used = {track.identity for track in tracks}
-                free = next(n for n in itertools.count() if n not in used)
+                free = min(set(range(len(used) + 1)) - used)
                 owners[i] = Track(free, self.new_filter())
                 tracks.append(owners[i])
             owners[i].square = square

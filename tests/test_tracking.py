@@ -19,9 +19,9 @@ from tools import predict
 SURE_4 = np.ones(4)
 
 
-def corners(x: float, y: float, side: float = 40.0) -> np.ndarray:
-    """Four joints: the corners of a box of this side, whose middle is (x, y)."""
-    return np.array([[x - side, y - side], [x + side, y - side], [x, y + side], [x, y]]) / 1.0
+def joints_about(x: float, y: float) -> np.ndarray:
+    """Four joints in a box of 81 x 81 px, whose middle is (x, y)."""
+    return np.array([[x - 40.0, y - 40], [x + 40, y - 40], [x, y + 40], [x, y]])
 
 
 def test_a_jump_is_smoothed_as_worked_by_hand():
@@ -67,8 +67,8 @@ def test_iou_of_squares_as_worked_by_hand():
 def test_a_joint_that_is_not_found_moves_as_the_others():
     """Its arbitrary place does not count, and the square does not shrink to the other joints."""
     track = Track(0, None)
-    first = track.next_square(corners(100, 100), SURE_4)
-    moved = corners(103, 98)
+    first = track.next_square(joints_about(100, 100), SURE_4)
+    moved = joints_about(103, 98)
     moved[2] = 500, 500
     square = track.next_square(moved, np.array([1, 1, 0.1, 1]))
     assert square == pytest.approx((first.x + 3, first.y - 2, first.scale))
@@ -77,9 +77,9 @@ def test_a_joint_that_is_not_found_moves_as_the_others():
     assert track.next_square(moved, np.array([1, 0.1, 0.1, 0.1])) is None
     track = Track(0, None)
     again = track.next_square(
-        corners(30, 30), np.array([1, 1, 0, 0])
+        joints_about(30, 30), np.array([1, 1, 0, 0])
     )  # nothing is known of the others
-    assert again == pytest.approx(square_of_joints(corners(30, 30)[:2]))
+    assert again == pytest.approx(square_of_joints(joints_about(30, 30)[:2]))
 
 
 def test_a_person_is_looked_for_about_the_last_joints_until_lost():
@@ -87,12 +87,12 @@ def test_a_person_is_looked_for_about_the_last_joints_until_lost():
     tracker = Tracker(True, lambda: None)
     (track,) = tracker.look([start])
     assert track.square == start
-    tracker.update(track, corners(120, 90), SURE_4)
+    tracker.update(track, joints_about(120, 90), SURE_4)
     assert tracker.look([]) == [track]
-    assert track.square == square_of_joints(corners(120, 90))
-    tracker.update(track, corners(121, 90), SURE_4)
-    assert track.square == square_of_joints(corners(120, 90))  # one pixel does not move it
-    tracker.update(track, corners(121, 90), 0.1 * SURE_4)
+    assert track.square == square_of_joints(joints_about(120, 90))
+    tracker.update(track, joints_about(121, 90), SURE_4)
+    assert track.square == square_of_joints(joints_about(120, 90))  # one pixel does not move it
+    tracker.update(track, joints_about(121, 90), 0.1 * SURE_4)
     assert tracker.identities() == set()
     assert tracker.look([]) == []
 
@@ -100,7 +100,7 @@ def test_a_person_is_looked_for_about_the_last_joints_until_lost():
 def found_at(tracker: Tracker, places: dict[int, float], score: float = 1.0) -> None:
     """Give each identity its joints at (x, 100)."""
     for track in tracker.tracks:
-        tracker.update(track, corners(places[track.identity], 100), score * SURE_4)
+        tracker.update(track, joints_about(places[track.identity], 100), score * SURE_4)
 
 
 def squares(tracks: list[Track]) -> dict[int, float]:
@@ -122,8 +122,8 @@ def test_detections_keep_the_identities_of_the_people_whom_they_overlap():
 def test_a_new_person_gets_the_lowest_free_identity():
     tracker = Tracker(True, lambda: None)
     one, two = tracker.look([Square(100, 100, 0.5), Square(180, 100, 0.5)])
-    tracker.update(one, corners(100, 100), 0 * SURE_4)
-    tracker.update(two, corners(180, 100), SURE_4)
+    tracker.update(one, joints_about(100, 100), 0 * SURE_4)
+    tracker.update(two, joints_about(180, 100), SURE_4)
     assert [t.identity for t in tracker.look([Square(400, 100, 0.5), Square(600, 100, 0.5)])] == [
         0, 1, 2
     ]  # fmt: skip
@@ -139,7 +139,7 @@ def test_two_tracks_of_the_same_person_become_one():
 def test_without_following_only_the_given_people_are_looked_for():
     tracker = Tracker(False, lambda: None)
     (track,) = tracker.look([Square(100, 100, 0.5)])
-    tracker.update(track, corners(300, 300), SURE_4)
+    tracker.update(track, joints_about(300, 300), SURE_4)
     assert tracker.look([Square(105, 100, 0.5)]) == [track] and track.square.x == 105
     assert tracker.look([]) == []
 
@@ -147,7 +147,7 @@ def test_without_following_only_the_given_people_are_looked_for():
 def test_smoothing_begins_anew_when_a_person_is_lost():
     tracker = Tracker(False, lambda: OneEuroFilter(1.0, 0.0, 30))
     (track,) = tracker.look([Square(100, 100, 0.5)])
-    first, later = corners(100, 100), corners(110, 100)
+    first, later = joints_about(100, 100), joints_about(110, 100)
     np.testing.assert_array_equal(tracker.update(track, first, SURE_4), first)
     assert (tracker.update(track, later, SURE_4) < later)[:, 0].all()
     np.testing.assert_array_equal(tracker.update(track, later, 0 * SURE_4), later)
