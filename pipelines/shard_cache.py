@@ -206,7 +206,8 @@ class ShardCache:
             with suppress(FileNotFoundError):
                 file = path.open("rb", buffering=0)
                 fcntl.flock(file, fcntl.LOCK_SH)
-                if _is_at(file, path):  # else it was removed before the lock
+                # A tar may be removed, and even fetched again, before the lock.
+                if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                     os.utime(file.fileno())
                     return file
             self._fetch(shard)
@@ -300,14 +301,6 @@ class ShardCache:
 def _lock_of(part: Path) -> Path:
     """The file that is locked while a tar is fetched. part: path of the unfinished tar."""
     return part.with_name(f"{part.name.split('.')[0]}.lock")
-
-
-def _is_at(file: io.IOBase, path: Path) -> bool:
-    """Whether the path still refers to this open file."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 class ReadAhead:
