@@ -285,9 +285,8 @@ def run_job(
     people = job.dataset.people.count
     share = -(-people // dist.world_size)
     if batch_size is None:
-        batch_size, rates = inference.choose_batch_size(
-            network, job.codec, share, flip=job.flip, device=dist.device, dtype=dist.dtype
-        )
+        seconds = partial(inference.batch_seconds, network, job.codec, job.flip, dist)
+        batch_size, rates = inference.choose_batch_size(seconds, share)
         if dist.is_first and rates:
             tried = ", ".join(f"{size}: {rate:,.0f}" for size, rate in rates.items())
             info(f"batches of {batch_size} are fastest (people/s by size: {tried})")

@@ -149,47 +149,35 @@ def _stoppable(
 
 
 @torch.no_grad()
-def choose_batch_size(
-    model: nn.Module,
-    codec: Codec,
-    people: int,
-    *,
-    flip: bool,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> tuple[int, dict[int, float]]:
-    """The fastest batch size of 1, 2, 4, ..., and the people/s of each size tried.
+def batch_seconds(
+    model: nn.Module, codec: Codec, flip: bool, dist: DistributedContext, size: int
+) -> float:
+    """Predicts a batch of noise of this size, and returns its time."""
+    images = torch.rand(size, 3, codec.input_px, codec.input_px, device=dist.device)
+    images = images.contiguous(memory_format=torch.channels_last)
+    start = time.perf_counter()
+    with torch.autocast(dist.device.type, dist.dtype, enabled=dist.dtype != torch.float32):
+        heat = last_heatmaps(model, images, codec, flip)
+    codec.decode(heat)[0].cpu()
+    return time.perf_counter() - start
 
-    people: number of people to predict. On a CPU a small network can be slower in large batches,
-    whose tensors do not fit the cache.
+
+def choose_batch_size(seconds: Callable[[int], float], people: int) -> tuple[int, dict[int, float]]:
+    """The size of 1, 2, 4, ... with the most people/s, and the people/s of each size tried.
+
+    seconds: runs a batch of a size and returns its time. people: to predict. On a CPU a small
+    network can be slower in large batches, whose tensors do not fit the cache. A first batch, not
+    counted, warms up. The best of three batches counts, so a pause of the machine does no harm. No
+    batch is started that would end after _SECONDS_TO_CHOOSE; the search also ends when memory runs
+    out.
     """
     if people <= MEASURE_ABOVE:
         return min(people, 8), {}
-
-    def seconds(size: int) -> float:
-        images = torch.rand(size, 3, codec.input_px, codec.input_px, device=device)
-        images = images.contiguous(memory_format=torch.channels_last)
-        start = time.perf_counter()
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            heat = last_heatmaps(model, images, codec, flip)
-        codec.decode(heat)[0].cpu()
-        return time.perf_counter() - start
-
-    return fastest_size(seconds, people // _MIN_BATCHES)
-
-
-def fastest_size(seconds: Callable[[int], float], largest: int) -> tuple[int, dict[int, float]]:
-    """The size of 1, 2, 4, ... with the most people/s, and the people/s of each size tried.
-
-    seconds: runs a batch of a size and returns its time. A first batch, not counted, warms up. The
-    best of three batches counts, so a pause of the machine does no harm. No batch is started that
-    would end after _SECONDS_TO_CHOOSE; the search also ends when memory runs out.
-    """
     rates: dict[int, float] = {}
     spent = 0.0
     with suppress(torch.OutOfMemoryError):
         seconds(1)
-        for size in (s for s in _SIZES if s <= largest for _ in range(3)):
+        for size in (s for s in _SIZES if s * _MIN_BATCHES <= people for _ in range(3)):
             if spent + size / max(rates.values(), default=math.inf) > _SECONDS_TO_CHOOSE:
                 break
             took = seconds(size)

@@ -191,7 +191,7 @@ def test_the_fastest_batch_size_is_found_in_four_seconds_or_one_batch(
     rates, pauses, fastest, tried
 ):
     machine = Machine(rates, pauses)
-    size, found = inference.fastest_size(machine, 128)
+    size, found = inference.choose_batch_size(machine, 128 * 16)
     assert size == fastest and found == pytest.approx({size: rates[size] for size in tried})
     warm_up = 1 / rates.get(1, 1.0)
     assert machine.spent - warm_up <= max(4.0, warm_up)
@@ -199,7 +199,7 @@ def test_the_fastest_batch_size_is_found_in_four_seconds_or_one_batch(
 
 def test_for_a_few_people_no_batch_size_is_measured():
     for people, size in ((5, 5), (16, 8), (inference.MEASURE_ABOVE, 8)):
-        assert inference.choose_batch_size(None, make_codec(), people, **PLAIN) == (size, {})
+        assert inference.choose_batch_size(pytest.fail, people) == (size, {})
 
 
 # The program
