@@ -399,7 +399,7 @@ function drawRisk() {
     `(${calibration.folds}-fold cross-validation over ${count(calibration.people)} people).`;
   chart($("risk"), [{ kind: "thin", xs: coverage, ys: risk.before }, { kind: "own", xs: coverage, ys: risk.after }], {
     x: [0, 1], y: [0, 1], xTicks: [0, 0.25, 0.5, 0.75, 1], yTicks: [0, 0.25, 0.5, 0.75, 1],
-    xText: (c) => `${100 * c} %`, yText: (r) => String(100 * r), yTitle: "% wrong, over the share of joints that are kept",
+    xText: (c) => String(100 * c), yText: (r) => String(100 * r), yTitle: "% wrong, over the % of joints that are kept",
   });
 }
 

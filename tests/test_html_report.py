@@ -368,3 +368,30 @@ def test_galleries_hold_the_worst_the_median_and_the_best():
     assert chosen["median"] == [4, 0]
     assert chosen["0"] == [3, 0, 4, 1] and chosen["1"] == [4, 0, 1, 5]
     assert html_report.choose_people(np.ones((9, 133)), 2)["132"] == []  # no room for so many
+
+
+def test_the_risk_curve_and_given_galleries_are_shown(tmp_path, browser):
+    people = people_at(np.random.default_rng(0).uniform(20, 180, (4, 16, 2)))
+    coverage = [i / 100 for i in range(1, 101)]
+    calibration = {
+        "folds": 5, "people": 4, "coverage": coverage,
+        "calibration_error": {"before": 0.25, "after": 0.0123},
+        "risk": {"before": coverage, "after": [c / 2 for c in coverage]},
+    }  # fmt: skip
+    found = people.joints + np.arange(4)[:, None, None]
+    results = {"network": evaluator.summary(found, people, MPII)}
+    data = html_report.ReportData(people, found, MPII, None, np.arange(4))
+    page, galleries = tmp_path / "page.html", {"exchanged": [1, 3, 0]}
+    facts = {"calibration": calibration}
+    page.write_text(html_report.html_report(facts, results, None, data, 2, galleries), "utf-8")
+    browser.show(page, *WIDE)
+    assert shown_rows(browser) == [1, 3, 0]
+    assert texts(browser, "#gallery label")[:2] == ["exchanged", "Worst"]
+    click(browser, "#gallery input[value=worst]")
+    assert shown_rows(browser) == [3, 2]
+    (note,) = texts(browser, "#calibration-note")
+    assert "0.0123" in note and "0.2500" in note
+    paths = "[...document.querySelectorAll('#risk path')].map(p => p.getBBox().height)"
+    thin, own = browser.ask(paths)
+    assert thin == pytest.approx(2 * own, rel=0.01) and own > 50
+    assert complaints(browser) == []
