@@ -18,14 +18,12 @@ import tempfile
 import time
 from collections import Counter
 
-import numpy as np
-
 from common.cli import Parser, at_least
 from common.errors import InputError, run_main
 from common.files import write_atomic
 from common.system import usable_cores
 from configs.skeleton import MPII, Skeleton, skeleton_yaml
-from pipelines.annotations import Boxes, People, has_both_splits, scored_text
+from pipelines.annotations import Boxes, has_both_splits, scored_text
 from pipelines.augment import PRESETS
 from pipelines.crop_packing import crop_rule
 from pipelines.jpeg import QUALITY
@@ -211,24 +209,13 @@ def summary(folder: Path) -> str:
     lines += [f"             {count:,} x {reason}" for reason, count in reasons]
     if assumed := shards.manifest.skeleton.assumed_left:
         lines.append(f"  left       {', '.join(assumed)} (assumed: the first of each flip pair)")
-    lines += ["", *joint_lines(people, shards.manifest.skeleton)]
+    marked, visible = people.marked, (people.visible & people.marked).sum()
+    of_these = visible / max(marked.sum(), 1)
+    lines.append(f"  joints     {marked.mean():.1%} marked, {of_these:.1%} of these visible")
+    names = shards.manifest.skeleton.names
+    if never := [name for j, name in enumerate(names) if not marked[:, j].any()]:
+        lines.append(f"             never marked: {', '.join(never)}")
     return "\n".join(lines)
-
-
-def joint_lines(people: People, skeleton: Skeleton) -> list[str]:
-    """One line per joint: the share of people with it marked, and of those, visible."""
-    names = [*skeleton.names, "all joints"]
-    width = max(map(len, names))
-    marked = people.marked.sum(axis=0)
-    visible = (people.visible & people.marked).sum(axis=0)
-    lines = [f"  {'joint':<{width}}    marked  visible of marked"]
-    rows = zip(
-        names,
-        [*marked / people.count, people.marked.mean()],
-        [*visible / np.maximum(marked, 1), visible.sum() / max(marked.sum(), 1)],
-        strict=True,
-    )
-    return lines + [f"  {name:<{width}}  {m:>8.1%}  {v:>8.1%}" for name, m, v in rows]
 
 
 if __name__ == "__main__":
