@@ -100,6 +100,8 @@ class ModelConfig:
     """How many times an hourglass halves the resolution."""
     stem: tuple[int, int, int] = _number((64, 128, 128), least=2, most=8192)
     """Channels after the first convolution and the first two residual blocks."""
+    head_scale: float = _number(1.0, least=0)
+    """Factor on the initial weights and biases of the heads (docs/recipes.md)."""
     checkpoint_activations: bool = False
     """Activation checkpointing in the hourglasses: less memory, slower."""
     input_mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
@@ -225,9 +227,10 @@ _FIXED = (
 )
 _FREE = (
     "data.shards data.cache_dir data.cache_gb data.workers data.worker_kind data.loader "
-    "model.checkpoint_activations train.name train.out train.steps train.steps_per_epoch "
-    "train.max_minutes train.hang_minutes train.verify_every train.device train.threads "
-    "train.log_every train.keep_last train.save_minutes train.tracker train.profile_steps"
+    "model.checkpoint_activations model.head_scale train.name train.out train.steps "
+    "train.steps_per_epoch train.max_minutes train.hang_minutes train.verify_every train.device "
+    "train.threads train.log_every train.keep_last train.save_minutes train.tracker "
+    "train.profile_steps"
 )
 REMOVED = frozenset({"data.shuffle_buffer", "data.cache_mb", "train.fuse_targets"})
 """Settings of older code. Checkpoints may contain them, YAML files may not."""

@@ -153,7 +153,7 @@ class StackedHourglass(nn.Module):
     @classmethod
     def of(cls, model: ModelConfig, joints: int) -> "StackedHourglass":
         """The network of these settings, with fresh weights."""
-        return cls(
+        network = cls(
             model.stacks,
             model.width,
             joints,
@@ -162,6 +162,10 @@ class StackedHourglass(nn.Module):
             model.input_mean,
             model.checkpoint_activations,
         )
+        with torch.no_grad():
+            for parameter in network.heads.parameters():
+                parameter.mul_(model.head_scale)
+        return network
 
     def forward(self, images_N3HW: Tensor) -> Tensor:
         """RGB in 0..1 -> heatmaps of every stack, (N, S, J, H/4, W/4); the last is the result."""

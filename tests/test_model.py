@@ -6,6 +6,7 @@ import torch
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
+from configs.schema import ModelConfig
 from model import checkpoint
 from model.hourglass import AddUpsampled, StackedHourglass
 from model.loss import pck, peak_height, stack_losses
@@ -68,6 +69,18 @@ def test_adding_an_upsampled_map_equals_torchs_interpolation_bit_for_bit(dtype, 
     gradients = [torch.autograd.grad(y, inputs, weights) for y in (found, expected)]
     for a, b in zip(*gradients, strict=True):
         assert torch.equal(a, b) and a.is_contiguous(memory_format=layout)
+
+
+def test_head_scale_multiplies_the_heatmaps_of_a_fresh_network():
+    """Of the first stack, whose input does not depend on heatmaps."""
+    found = []
+    for scale in (1.0, 0.25):
+        torch.manual_seed(0)
+        model = ModelConfig(stacks=2, width=16, depth=1, stem=(8, 8, 8), head_scale=scale)
+        network = StackedHourglass.of(model, 4)
+        found.append(network.eval()(torch.ones(1, 3, 16, 16)))
+    assert found[0].abs().min() > 0
+    torch.testing.assert_close(found[1][:, 0], found[0][:, 0] / 4)
 
 
 def test_the_loss_of_a_stack_is_the_mean_over_joints_and_pixels():
