@@ -144,15 +144,9 @@ def read_reference(path: Path, skeleton: Skeleton) -> ReferenceRun:
     if result["joint_names"] != names:
         joints = ", ".join(map(str, result["joint_names"][:4]))
         raise InputError(path, f"joints {joints}, ...", expected, advice)
-    return ReferenceRun(_run_name(content, path), result)
-
-
-def _run_name(content: dict[str, Any], path: Path) -> str:
-    step, data = content.get("step"), content.get("data")
-    source = content.get("checkpoint") or content.get("predictions_file")
-    parts = [source, isinstance(step, int) and f"step {step:,}", data and f"on {data}"]
-    name = ", ".join(str(part) for part in parts if part)
-    return f"{name} ({path})" if name else str(path)
+    facts = ("checkpoint", "predictions_file", "step", "data")
+    name = ", ".join(f"{key} {content[key]}" for key in facts if key in content)
+    return ReferenceRun(f"{name} ({path})", result)
 
 
 def data_mismatch(own: Summary, reference: Summary) -> str | None:

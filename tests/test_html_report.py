@@ -303,7 +303,8 @@ def test_a_reference_on_other_data_has_a_warning(same, report, tiny_set, tmp_pat
     words = ["--predictions", folder / "own_found.json", "--annotations", valid, "--compare", other]
     evaluate.main(list(map(str, [*words, "--report", tmp_path / "p.html"])))
     browser.show(tmp_path / "p.html", *WIDE)
-    assert f"{folder / 'other_found.json'}, on {valid} ({other})" in texts(browser, "#facts dd")
+    name = f"predictions_file {folder / 'other_found.json'}, data {valid} ({other})"
+    assert name in texts(browser, "#facts dd")
     assert ("other pictures" in texts(browser, "#warning")[0]) == (not same)
     assert browser.ask("document.getElementById('warning').offsetHeight > 0") == (not same)
     assert browser.ask("document.images.length") == 0

@@ -236,7 +236,8 @@ def test_a_reference_on_another_split_is_named_with_a_warning(tiny_set, tmp_path
         capsys.readouterr()
         score(valid, tmp_path / "own.json", "--compare", other)
         lines = capsys.readouterr().out.split("the other run: ")[1].splitlines()
-        assert lines[0] == f"{other.with_suffix('.found.json')}, on {path} ({other})"
+        found = other.with_suffix(".found.json")
+        assert lines[0] == f"predictions_file {found}, data {path} ({other})"
         if path == valid:
             assert lines[1].startswith("gap, predictions minus the other run")
         else:
