@@ -6,12 +6,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of configs/
 
 import argparse
+import functools
 import itertools
 import json
 import os
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -33,6 +33,7 @@ from evaluation.visualize import draw_skeleton
 from pipelines.annotations import stays_inside
 from pipelines.boxes import MARGIN, Person, Square, read_people, square_about, whole_picture
 from pipelines.opencv_loader import Item
+from pipelines.workers import in_threads
 
 PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 PICTURES |= {".gif", ".avif"}
@@ -269,15 +270,14 @@ def add_overlays(options: Options, pictures: list[Picture]) -> list[Picture]:
     out: Path | None = options.overlay
     if out is None:
         return pictures
+    names = [p.people[0][1].image if options.people else p.path.name for p in pictures]
+    paths = [out / name for name in names]
     names_file = out.suffix.lower() in PICTURES | VIDEOS or (out.suffix and len(pictures) == 1)
-    if out.is_file() or (names_file and not out.is_dir()):
+    if names_file and not out.is_dir():
         if len(pictures) > 1 or out.suffix.lower() not in PICTURES:
             found = f"one file of kind {out.suffix!r}, for {len(pictures)} pictures"
             raise InputError(out, found, "a .png or .jpg for one, else a folder", "rename it")
         paths = [out]
-    else:
-        names = [p.people[0][1].image if options.people else p.path.name for p in pictures]
-        paths = [out / name for name in names]
     paths = [p if p.suffix.lower() in PICTURES else p.with_suffix(".png") for p in paths]
     if len(set(paths)) < len(paths):
         raise InputError(out, "pictures of the same name", "different ones", "use separate runs")
@@ -296,7 +296,8 @@ def predict_pictures(
     bad: list[Path] = []
     total = sum(len(picture.people) for picture in pictures)
     with progress_bar("predict", total, "people") as advance:
-        frames = read_ahead(options, estimator, pictures)
+        read = functools.partial(read_frame, options, estimator)
+        frames = in_threads(read, pictures, options.workers, pin=False)
         for (picture, subjects, _), found in find_people(estimator, frames, estimator.batch_size):
             assert isinstance(picture, Picture)
             if not subjects:
@@ -313,20 +314,6 @@ def predict_pictures(
         raise InputError(bad[0], problem, "pictures that OpenCV reads", "replace them")
     if bad:
         print(f"left out: {len(bad):,} of {len(pictures):,} pictures", file=sys.stderr)
-
-
-def read_ahead(
-    options: Options, estimator: PoseEstimator, pictures: list[Picture]
-) -> Iterator[Frame]:
-    """The pictures in order, read and cropped in threads, a few ahead."""
-    waiting: deque[Future[Frame]] = deque()
-    with ThreadPoolExecutor(options.workers) as pool:
-        for picture in pictures:
-            waiting.append(pool.submit(read_frame, options, estimator, picture))
-            if len(waiting) > 2 * options.workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
 
 
 def read_frame(options: Options, estimator: PoseEstimator, picture: Picture) -> Frame:
