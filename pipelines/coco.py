@@ -17,8 +17,6 @@ Floats = npt.NDArray[np.float64]
 
 _FIX = "correct it in the program that wrote the file"
 _CROWD, _NO_JOINT = "crowds", "without a marked joint"
-
-
 Region = list[float]
 """x, y, width, height, area (0 if unknown), iscrowd of an annotation that COCO's metric ignores."""
 

@@ -44,7 +44,7 @@ class Codec:
 
         Left and right joints are swapped in mirrored crops.
         """
-        flip_indices = self._flip_indices(draws_ND.device)
+        flip_indices = constant_on_device(self.skeleton.flip_indices, torch.int64, draws_ND.device)
         if self._is_princeton:
             return princeton.heat_joints(records, draws_ND, flip_indices, self.input_px)
         flip_N = draws_ND[:, 2] > 0
@@ -52,11 +52,9 @@ class Codec:
 
     def ignored_joints(self, records: Records, draws_ND: torch.Tensor) -> torch.Tensor:
         """(N, J) bool: which joints of the crops the loss leaves out (`Records.ignored_NJ`)."""
-        ignored, flip_indices = records.ignored_NJ, self._flip_indices(draws_ND.device)
+        flip_indices = constant_on_device(self.skeleton.flip_indices, torch.int64, draws_ND.device)
+        ignored = records.ignored_NJ
         return torch.where(draws_ND[:, 2:3] > 0, ignored[:, flip_indices], ignored)
-
-    def _flip_indices(self, device: torch.device) -> torch.Tensor:
-        return constant_on_device(self.skeleton.flip_indices, torch.int64, device)
 
     def render(self, joints_NJ2: torch.Tensor, has_target_NJ: torch.Tensor) -> torch.Tensor:
         """(N, J, H, W) float32 target heatmaps. joints_NJ2: heatmap px."""

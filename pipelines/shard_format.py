@@ -297,10 +297,9 @@ def is_person(facts: Any) -> bool:
     """Whether a JSON value has a safe picture name and the numbers of picture and person."""
     if not isinstance(facts, dict):
         return False
-    values = [facts.get(name) for name in ("image", "index", "person")]
-    if type(facts.get("area", 0.0)) is not float or type(facts.get("ignored", [])) is not list:
-        return False
-    return list(map(type, values)) == [str, int, int] and safe_name(facts["image"])
+    facts = {"area": 0.0, "ignored": [], **facts}
+    kinds = [type(facts.get(name)) for name in ("image", "index", "person", "area", "ignored")]
+    return kinds == [str, int, int, float, list] and safe_name(facts["image"])
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
