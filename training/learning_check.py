@@ -66,7 +66,7 @@ class LearningCheck:
         if step < self._from_step:
             return ""
         if not peak >= _ZEROS_PEAK:
-            advice = "if this stays, lower optim.lr or raise heatmaps.sigma"
+            advice = "if this stays, lower optim.lr or set model.head_scale 0.1"
             return f"WARNING: the network predicts almost only zeros; {advice}"
         few = self.blind_pck + min(self.blind_pck, (1 - self.blind_pck) / 4)
         text = (
