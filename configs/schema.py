@@ -113,7 +113,8 @@ class LossConfig:
     """Details of the loss."""
 
     unmarked: Literal["empty", "ignore"] = "empty"
-    """Joints without annotation: train them as empty heatmaps, or leave them out of the loss."""
+    """Joints without annotation: train them as empty heatmaps, or leave them out of the loss. Used
+    if the data set's skeleton does not set its own `unmarked`."""
     foreground: float = _number(0.0, least=0)
     """A pixel's squared error is multiplied by 1 + foreground x its target (docs/recipes.md)."""
 

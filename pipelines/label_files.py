@@ -126,11 +126,10 @@ def _h5_rows(data: bytes) -> list[list[str]]:
             values = own_dataset(file, f"{key}/block0_values")[()]
             columns = _pandas_levels(file, f"{key}/block0_items")
             images = _pandas_levels(file, f"{key}/axis1")
-    names = _HEADER if len(columns) == len(_HEADER) else [n for n in _HEADER if n != "individuals"]
+    names = [_HEADER[0], *_HEADER[1 - len(columns) :]]  # of three levels without individuals
     blank = [""] * (len(images) - 1)
     header = [[name, *blank, *row] for name, row in zip(names, columns, strict=True)]
-    rows = zip(zip(*images, strict=True), values.tolist(), strict=True)
-    return header + [[*path, *map(str, numbers)] for path, numbers in rows]
+    return header + np.column_stack([*images, values.astype(str)]).tolist()
 
 
 def own_dataset(file: h5py.File, name: str) -> h5py.Dataset:
@@ -147,13 +146,12 @@ def _pandas_levels(file: h5py.File, name: str) -> list[Any]:
     """The levels of an index, each with a value for each row or column."""
     if name in file:
         return [np.char.decode(own_dataset(file, name)[()])]
-    levels: list[Any] = []
-    while f"{name}_level{len(levels)}" in file:
-        values, rows = (
-            own_dataset(file, f"{name}_{part}{len(levels)}")[()] for part in ("level", "label")
-        )
-        levels.append(np.char.decode(values)[rows])
-    return levels
+    count = sum(f"{name}_level{i}" in file for i in range(len(_HEADER)))
+    values, rows = (
+        [own_dataset(file, f"{name}_{part}{i}")[()] for i in range(count)]
+        for part in ("level", "label")
+    )
+    return [np.char.decode(v)[r] for v, r in zip(values, rows, strict=True)]
 
 
 def _pickled_strings(data: bytes) -> list[str]:
