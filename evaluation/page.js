@@ -459,7 +459,7 @@ function figure(box, person) {
   for (const [a, b] of skeleton.limbs) segment(found, person.found[a], person.found[b], `${limbSide(a, b)} ${picked(a, b) ? "" : "dim"}`);
   skeleton.names.forEach((_, j) => {
     const shade = picked(j) ? "" : "dim";
-    if (person.marked[j]) spot(truth, person.truth[j], 3.2, `${person.visible[j] ? "" : "hidden"} ${shade}`);
+    if (person.marked[j]) spot(truth, person.truth[j], 3.2, `${skeleton.sides[j]} ${person.visible[j] ? "" : "hidden"} ${shade}`);
     spot(found, person.found[j], 3.4, `${skeleton.sides[j]} ${shade}`);
   });
   for (const j of state.joints ?? []) {
