@@ -275,7 +275,7 @@ def run_job(
 ) -> dict[LoaderName, Predictions]:
     """The predictions through each loader, in the annotation's order.
 
-    batch_size: None measures the fastest. workers: None takes those of training.
+    batch_size, workers: None takes those of training.
     """
     wanted = job.trained.config.data.workers if workers is None else workers
     workers = loader_workers(wanted, dist.device)
@@ -284,13 +284,7 @@ def run_job(
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     people = job.dataset.people.count
     share = -(-people // dist.world_size)
-    if batch_size is None:
-        seconds = partial(inference.batch_seconds, network, job.codec, job.flip, dist)
-        batch_size, rates = inference.choose_batch_size(seconds, share)
-        if dist.is_first and rates:
-            tried = ", ".join(f"{size}: {rate:,.0f}" for size, rate in rates.items())
-            info(f"batches of {batch_size} are fastest (people/s by size: {tried})")
-    size = min(batch_size, share)
+    size = min(batch_size or job.trained.config.eval.batch_size, share)
     if dist.is_first:
         info(f"predicting {people:,} people, {size} at a time ...")
     bar = partial(progress, unit="batches", total=-(-share // size), shown=dist.is_first)

@@ -2,9 +2,7 @@
 
 import itertools
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
@@ -23,15 +21,6 @@ from pipelines.geometry import input_from_image
 from pipelines.loader import RawBatch, evaluation_batches, images_on_device
 from pipelines.opencv_loader import Source
 from pipelines.shard_format import record_of, unpack_records
-
-MEASURE_ABOVE = 128
-"""Up to this number of people the batch size is 8 without a measurement."""
-_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
-_MIN_BATCHES = 16
-"""Sizes that give fewer batches are not tried, because trying them would take too long."""
-_SECONDS_TO_CHOOSE = 4.0
-_MIN_GAIN = 1.05
-"""A larger batch must be faster by this factor, because it needs more memory."""
 
 
 class Predictions(NamedTuple):
@@ -146,45 +135,6 @@ def _stoppable(
         if any_rank(should_stop(), dist):
             raise StoppedError
         yield from itertools.islice(iterator, 1)
-
-
-@torch.no_grad()
-def batch_seconds(
-    model: nn.Module, codec: Codec, flip: bool, dist: DistributedContext, size: int
-) -> float:
-    """Predicts a batch of noise of this size, and returns its time."""
-    images = torch.rand(size, 3, codec.input_px, codec.input_px, device=dist.device)
-    images = images.contiguous(memory_format=torch.channels_last)
-    start = time.perf_counter()
-    with torch.autocast(dist.device.type, dist.dtype, enabled=dist.dtype != torch.float32):
-        heat = last_heatmaps(model, images, codec, flip)
-    codec.decode(heat)[0].cpu()
-    return time.perf_counter() - start
-
-
-def choose_batch_size(seconds: Callable[[int], float], people: int) -> tuple[int, dict[int, float]]:
-    """The size of 1, 2, 4, ... with the most people/s, and the people/s of each size tried.
-
-    seconds: runs a batch of a size and returns its time. people: to predict. On a CPU a small
-    network can be slower in large batches, whose tensors do not fit the cache. A first batch, not
-    counted, warms up. The best of three batches counts, so a pause of the machine does no harm. No
-    batch is started that would end after _SECONDS_TO_CHOOSE; the search also ends when memory runs
-    out.
-    """
-    if people <= MEASURE_ABOVE:
-        return min(people, 8), {}
-    rates: dict[int, float] = {}
-    spent = 0.0
-    with suppress(torch.OutOfMemoryError):
-        seconds(1)
-        for size in (s for s in _SIZES if s * _MIN_BATCHES <= people for _ in range(3)):
-            if spent + size / max(rates.values(), default=math.inf) > _SECONDS_TO_CHOOSE:
-                break
-            took = seconds(size)
-            spent += took
-            rates[size] = max(rates.get(size, 0.0), size / took)
-    best = max(rates.values(), default=0.0)
-    return min((size for size in rates if rates[size] * _MIN_GAIN >= best), default=1), rates
 
 
 def oracle_keypoints(

@@ -82,7 +82,7 @@ def training_cases(before: Path, configs: Path) -> dict[str, list[str]]:
 def checkpoint_cases(demo: Path, golden: Path, data: Path) -> dict[str, list[str]]:
     """Evaluation and conversion of two checkpoints, where they are at hand."""
     cases = {}
-    # A fixed batch size: the default is measured, and other sizes round differently.
+    # A fixed batch size, because other sizes round differently.
     evaluate = f"evaluate.py --batch-size 8 --workers 1 --device cpu {RESULTS} --checkpoint "
     convert = "tools/convert_checkpoint.py {} {{out}}/{}.pt --to {}"
     for path in (demo, golden):

@@ -153,55 +153,6 @@ def test_both_loaders_average_pictures_in_the_same_way(tiny_set):
     assert gap.abs().mean() <= 0.5 and gap.abs().quantile(0.999) <= 6
 
 
-# The batch size
-
-
-class Machine:
-    """Batches whose times are given: people/s by size, and pauses by number of the batch."""
-
-    def __init__(self, rates: dict[int, float], pauses: dict[int, float]):
-        self.rates, self.pauses, self.batches, self.spent = rates, pauses, 0, 0.0
-
-    def __call__(self, size: int) -> float:
-        if size not in self.rates:
-            raise torch.OutOfMemoryError
-        took = size / self.rates[size] + self.pauses.get(self.batches, 0.0)
-        self.batches += 1
-        self.spent += took
-        return took
-
-
-RATES = {1: 100.0, 2: 150.0, 4: 230.0, 8: 400.0, 16: 410.0, 32: 700.0, 64: 720.0, 128: 600.0}
-
-
-@pytest.mark.parametrize(
-    ("rates", "pauses", "fastest", "tried"),
-    [
-        (RATES, {}, 32, list(RATES)),  # 64 is hardly faster; 16 was a dip
-        (RATES, {6: 0.5, 7: 0.3}, 32, list(RATES)),
-        ({1: 10.0, 2: 19.0, 4: 30.0}, {}, 4, [1, 2, 4]),  # 8 does not fit in memory
-        ({}, {}, 1, []),
-        # Large networks on a CPU, where larger batches gain nothing: the time is limited.
-        (dict.fromkeys(RATES, 60.0), {}, 1, [1, 2, 4, 8, 16, 32]),
-        (dict.fromkeys(RATES, 3.0), {}, 1, [1, 2]),
-        (dict.fromkeys(RATES, 0.2), {}, 1, [1]),
-    ],
-)
-def test_the_fastest_batch_size_is_found_in_four_seconds_or_one_batch(
-    rates, pauses, fastest, tried
-):
-    machine = Machine(rates, pauses)
-    size, found = inference.choose_batch_size(machine, 128 * 16)
-    assert size == fastest and found == pytest.approx({size: rates[size] for size in tried})
-    warm_up = 1 / rates.get(1, 1.0)
-    assert machine.spent - warm_up <= max(4.0, warm_up)
-
-
-def test_for_a_few_people_no_batch_size_is_measured():
-    for people, size in ((5, 5), (16, 8), (inference.MEASURE_ABOVE, 8)):
-        assert inference.choose_batch_size(pytest.fail, people) == (size, {})
-
-
 # The program
 
 
