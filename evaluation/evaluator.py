@@ -275,7 +275,8 @@ def run_job(
 ) -> dict[LoaderName, Predictions]:
     """The predictions through each loader, in the annotation's order.
 
-    batch_size, workers: None takes those of training.
+    batch_size: None takes 8 on a CPU, whose caches hold it, and that of training on a GPU.
+    workers: None takes those of training.
     """
     wanted = job.trained.config.data.workers if workers is None else workers
     workers = loader_workers(wanted, dist.device)
@@ -284,7 +285,8 @@ def run_job(
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     people = job.dataset.people.count
     share = -(-people // dist.world_size)
-    size = min(batch_size or job.trained.config.eval.batch_size, share)
+    default = 8 if dist.device.type == "cpu" else job.trained.config.eval.batch_size
+    size = min(batch_size or default, share)
     if dist.is_first:
         info(f"predicting {people:,} people, {size} at a time ...")
     bar = partial(progress, unit="batches", total=-(-share // size), shown=dist.is_first)
