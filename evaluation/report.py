@@ -80,14 +80,11 @@ def counts_text(result: Summary) -> str:
 
 
 def calibration_text(facts: dict[str, Any]) -> str:
-    """The expected calibration error before and after, and the risk at two coverages."""
+    """The expected calibration error before and after."""
     before, after = (facts["calibration_error"][when] for when in ("before", "after"))
-    half, full = (facts["risk"]["after"][facts["coverage"].index(share)] for share in (0.5, 1.0))
     return (
         f"expected calibration error {before:.4f}, with the table {after:.4f} "
-        f"({facts['folds']}-fold cross-validation over {facts['people']:,} people)\n"
-        f"joints with an error of 0.5 or more: {_percent(half, ' %')} of the half with the "
-        f"highest probabilities, {_percent(full, ' %')} of all"
+        f"({facts['folds']}-fold cross-validation over {facts['people']:,} people)"
     )
 
 

@@ -75,8 +75,6 @@ def make_parser() -> ArgumentParser:
         prog="find_label_errors.py",
         exit_on_error=False,
         description="Ranks people of the split `train` by how suspicious their annotation is.",
-        epilog="example: python tools/find_label_errors.py --config configs/lspet_small.yaml "
-        "--output label_errors",
     )
     add = parser.add_argument
     add("--output", required=True, help="folder of the results and of the folds' runs")

@@ -4,8 +4,6 @@ The thresholds separate good runs from runs with a rate that is too high, with s
 on a plateau of zeros (docs/experiments.md).
 """
 
-import math
-
 import numpy as np
 
 from configs.skeleton import PIXELS_PER_SCALE
@@ -17,8 +15,6 @@ FROM_STEP = 1_000
 _ZEROS_PEAK = 0.05
 """Mean peak of the heatmaps below which the network predicts only zeros."""
 _LEAST_GROWTH = 1.1
-_LARGEST_RISE = 1.5
-_STEPS_OF_A_MEAN = 100
 _LEAST_INSIDE = 0.5
 
 
@@ -36,8 +32,7 @@ class LearningCheck:
         self.inside = float(is_inside_NJ[people.marked].mean())
         """Share of the marked joints that are inside of their person's box."""
         self._from_step = min(FROM_STEP, steps // 2)
-        self._last_pck, self._lowest_loss = 0.0, math.inf
-        self._losses: list[float] = []
+        self._last_pck = 0.0
 
     def of_labels(self) -> list[str]:
         """A warning before the first step, if there is one."""
@@ -47,21 +42,8 @@ class LearningCheck:
         )
         return [text] if self.inside < _LEAST_INSIDE else []
 
-    def of_loss(self, loss: float, steps: int) -> str:
-        """A warning after these steps with this mean loss; empty if there is none."""
-        self._losses += [loss] * (steps if math.isfinite(loss) else 0)
-        if len(self._losses) < _STEPS_OF_A_MEAN:
-            return ""
-        mean, lowest, self._losses = float(np.mean(self._losses)), self._lowest_loss, []
-        self._lowest_loss = min(mean, lowest)
-        text = (
-            f"WARNING: the loss has risen to {mean:.5f}, {mean / lowest:.1f} times its lowest "
-            "mean; the learning rate is probably too high: lower optim.lr, or set optim.clip_norm 1"
-        )
-        return text if mean > _LARGEST_RISE * lowest else ""
-
     def of_validation(self, step: int, pck: float, peak: float) -> str:
-        """The same for a validation. pck: pooled, at 0.5. peak: mean height of the peaks."""
+        """A warning after a validation, or "". pck: pooled, at 0.5. peak: mean of the heatmaps'."""
         last, self._last_pck = self._last_pck, pck
         if step < self._from_step:
             return ""
@@ -74,4 +56,4 @@ class LearningCheck:
             f"joints, the mean pose {100 * self.blind_pck:.1f} % without a picture; check that "
             "labels and pictures belong together (tools/show_batch.py), or divide optim.lr by ten"
         )
-        return text if pck < min(few, _LEAST_GROWTH * last) else ""
+        return text if pck < few and pck <= _LEAST_GROWTH * last else ""

@@ -370,8 +370,6 @@ class Trainer:
             **self.time.shares(),
         }
         self.log.log_training(step, values)
-        if warning := self.learning.of_loss(values["loss"], len(totals.skipped)):
-            self.log.info(f"step {step}: {warning}")
         self._warn_of_time_limit(seconds / max(1, len(totals.skipped)))
         self.monitor.check(step, totals, self.log, dist)
         if self.bad_samples:
