@@ -116,7 +116,7 @@ def read_people(
 def _from_detection(row: dict[str, Any], coco: ImageIndex | None, in_video: bool) -> dict[str, Any]:
     """A detection in COCO's result format with the names of a people file. Raises ValueError."""
     if in_video:
-        return {"frame": row.get("image_id"), "box": row["bbox"], "score": row.get("score")}
+        return {"frame": row.get("image_id"), "box": row["bbox"] or [], "score": row.get("score")}
     if coco is None:
         raise ValueError("a COCO detection, but no --annotations FILE with the pictures' names")
     image_id = row.get("image_id")

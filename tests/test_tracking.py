@@ -76,9 +76,8 @@ def test_a_joint_that_is_not_found_moves_as_the_others():
     assert only_two == pytest.approx(square)
     assert track.next_square(moved, np.array([1, 0.1, 0.1, 0.1])) is None
     track = Track(0, None)
-    again = track.next_square(
-        joints_about(30, 30), np.array([1, 1, 0, 0])
-    )  # nothing is known of the others
+    # Nothing is known of the others yet.
+    again = track.next_square(joints_about(30, 30), np.array([1, 1, 0, 0]))
     assert again == pytest.approx(square_of_joints(joints_about(30, 30)[:2]))
 
 
@@ -152,6 +151,16 @@ def test_smoothing_begins_anew_when_a_person_is_lost():
     assert (tracker.update(track, later, SURE_4) < later)[:, 0].all()
     np.testing.assert_array_equal(tracker.update(track, later, 0 * SURE_4), later)
     np.testing.assert_array_equal(tracker.update(track, later, SURE_4), later)
+
+
+def test_joints_beyond_the_picture_do_not_keep_a_person():
+    """Else the square would leave the picture too."""
+    tracker = Tracker(True, lambda: None)
+    (track,) = tracker.look([Square(50, 50, 0.5)])
+    keypoints = [[120.0, 50.0, 1.0], [-1.0, 50.0, 1.0], [50.0, 99.5, 1.0], [50.0, 99.0, 1.0]]
+    person = {"width": 100, "height": 100, "keypoints": keypoints}
+    predict.smooth_joints(person, track, tracker)
+    assert track.square is None and person["keypoints"] == keypoints
 
 
 def test_the_csv_is_deeplabcuts():
