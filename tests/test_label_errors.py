@@ -80,8 +80,12 @@ def test_the_folds_share_no_person(tiny_shards, tmp_path):
     assert [len(valid) for valid in seen] == [7, 5] and not seen[0] & seen[1]
 
 
-def test_more_folds_than_tars_are_refused(tiny_shards, tmp_path):
+def test_more_folds_than_tars_and_several_data_sets_are_refused(tiny_shards, tmp_path):
     with pytest.raises(InputError, match="smaller --people-per-shard"):
         run(tiny_shards, tmp_path, "--folds", 4)
+    config = tmp_path / "two.yaml"
+    config.write_text(f"data: {{shards: {{{tiny_shards}: 1, {tmp_path}: 2}}}}\n")
+    with pytest.raises(InputError, match="one data set"):
+        find_label_errors.main(["--config", str(config), "--output", str(tmp_path)])
     with pytest.raises(InputError, match=r"required: output"):
         find_label_errors.main(["--folds", "3"])
