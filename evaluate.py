@@ -89,7 +89,7 @@ def _add_how(how: argparse._ArgumentGroup) -> None:
     how.add_argument("--loader", choices=("opencv", "dali"), default="opencv", help=text)
     text = "evaluate with both loaders, and print the gap"
     how.add_argument("--compare-loaders", action="store_true", help=text)
-    text = "people per batch; default: 8 on a CPU, as in training on a GPU"
+    text = "people per batch; default: 8 on a CPU, the run's eval.batch_size on a GPU"
     how.add_argument("--batch-size", type=at_least(1), help=text)
     text = "threads of OpenCV, or DALI's threads; default: as in training"
     how.add_argument("--workers", type=at_least(0), help=text)
