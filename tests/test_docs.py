@@ -50,6 +50,7 @@ ELSEWHERE = {
     r"python benchmarks/throughput\.py": "tests/test_throughput.py",
     r"python -m pytest": "make test",
     r".*s3://": "tests/test_remote_shards.py",
+    r"python train\.py .*coco: 0\.5": "tests/test_joined_shards.py",
     r"python tools/find_label_errors\.py": "tests/test_label_errors.py",
     r"python evaluate\.py .*--calibrate": "tests/test_calibration.py",
 }
@@ -78,6 +79,8 @@ PLACEHOLDERS = {
     "evaluate.py --checkpoint runs/2hg/best.pt": "evaluate.py --checkpoint runs/made/best.pt",
     "--checkpoint CKPT": "--checkpoint runs/made/best.pt",
     "--shards DIR": "--shards data/shards/mpii/valid",
+    "--shards FOLDER": "--shards data/shards/mpii/valid",
+    "--shards lspet": "--shards data/shards/mpii/valid",
     "--images DIR": "--images data/mpii/images",
     "--annotations A": "--annotations data/mpii/annot",
     "--images I": "--images data/mpii/images",
