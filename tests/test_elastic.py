@@ -247,12 +247,16 @@ def test_a_stopped_rank_is_named_and_the_run_restarts_from_its_last_checkpoint(
     assert re.search(r"rank 1: (step|the checkpoint of step) \d+, and its process does not", text)
 
 
-def test_a_run_continues_in_mid_epoch_with_two_four_and_one_ranks(tiny_shards, tmp_path):
+@pytest.mark.parametrize("loader", ["opencv", "dali"])
+def test_a_run_continues_in_mid_epoch_with_two_four_and_one_ranks(loader, tiny_shards, tmp_path):
     """Batches of one size, accumulated or on several ranks, put the same people through batch norm
     together, so losses differ by rounding alone."""
+    if loader == "dali":
+        pytest.importorskip("nvidia.dali")
     log, more = (
         tmp_path / "log",
-        "--optim.accumulate 4 --data.batch_size 2 --train.steps_per_epoch 4",
+        "--optim.accumulate 4 --data.batch_size 2 --train.steps_per_epoch 4 "
+        f"--data.loader {loader}",
     )
     run_to_end(log, *words(tiny_shards, tmp_path, "quiet", 9, more))
     run_to_end(log, *words(tiny_shards, tmp_path, "run", 3, more))
