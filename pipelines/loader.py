@@ -29,7 +29,7 @@ from pipelines.opencv_loader import (
     load_crops,
     shuffled_keys,
 )
-from pipelines.shard_cache import Key, ShardCache
+from pipelines.shard_cache import Key
 from pipelines.shard_format import unpack_records
 from pipelines.shards import ShardSet
 
@@ -81,7 +81,9 @@ def train_loader(shards: ShardSet, spec: LoaderSpec, first_step: int = 0) -> Loa
     """
     require_preset_fits(shards.manifest, spec.preset, shards.folder)
     if shards.cache:
-        require_cache(shards.cache, spec)
+        tars = spec.shard_window + 1 if spec.shard_window else len(shards.tars)
+        why = f"data.shard_window {spec.shard_window} (0: all) says how many tars are mixed"
+        shards.cache.require_capacity(tars, why)
     return TrainLoader(shards, spec, first_step)
 
 
@@ -96,14 +98,6 @@ def _crops(
     dataset = CropDataset(source, spec.preset, spec.input_px, spec.seed, spec.jitter_in_workers)
     pin = spec.device.type == "cuda"
     return load_crops(dataset, batches, spec.workers, pin, spec.worker_kind)
-
-
-def require_cache(cache: ShardCache, spec: LoaderSpec) -> None:
-    """Raise InputError unless the cache can hold the tars that the loader reads at a time."""
-    if spec.shard_window:
-        cache.require_capacity(spec.shard_window + 1, f"a data.shard_window of {spec.shard_window}")
-    else:
-        cache.require_capacity(len(cache.shards), "data.shard_window 0 mixes people of all tars")
 
 
 def evaluation_batches(
