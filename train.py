@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
             lambda: lock_and_find_start(folder, options["resume"], restarted), dist
         )
         if dist.is_first:
-            print(f"reading {config.data.shards} ...", file=sys.stderr, flush=True)
+            print(f"reading {', '.join(config.data.weights)} ...", file=sys.stderr, flush=True)
         trainer = Trainer(config, dist, folder, load_resumable(Path(start)) if start else None)
         if options["init_from"] and not start:
             fresh = trainer.init_from(load_checkpoint(Path(options["init_from"])))

@@ -90,7 +90,7 @@ PLACEHOLDERS = {
     "--predictions FILE": "--predictions predictions.json",
     "IN OUT": "runs/made/best.pt out.pt",
     "export_onnx.py PATH": "export_onnx.py runs/made/best.pt",
-    'data/shards/coco: 0.5}"': 'data/shards/mpii-crops: 0.5}}"',
+    'data/shards/coco: 0.5}"': 'data/shards/mpii-crops: 0.5}}" --data.preset hrnet',
     "--box X Y W H": "--box 20 20 60 60",
 }
 MODEL = {"stacks": 1, "width": 16, "depth": 4, "stem": [64, 128, 128]}
