@@ -79,8 +79,6 @@ PLACEHOLDERS = {
     "evaluate.py --checkpoint runs/2hg/best.pt": "evaluate.py --checkpoint runs/made/best.pt",
     "--checkpoint CKPT": "--checkpoint runs/made/best.pt",
     "--shards DIR": "--shards data/shards/mpii/valid",
-    "--shards FOLDER": "--shards data/shards/mpii/valid",
-    "--shards lspet": "--shards data/shards/mpii/valid",
     "--images DIR": "--images data/mpii/images",
     "--annotations A": "--annotations data/mpii/annot",
     "--images I": "--images data/mpii/images",
