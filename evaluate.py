@@ -12,12 +12,12 @@ from common.errors import run_main
 from evaluation import evaluator
 
 INPUTS = {
-    "--checkpoint": "ours, princeton-vl's, or the folder of a run; default: the newest best.pt",
+    "--checkpoint": "a checkpoint, also princeton-vl's, or a run's folder; default: the newest",
     "--shards": "a split, or the folder of splits, or the URL of either; default: as in training",
     "--annotations": "MPII's .h5 or .json(.gz), or COCO's, with pictures in a folder",
     "--skeleton": "YAML of its joints; default: the checkpoint's, or MPII's",
     "--images": "the folder of its pictures; with --predictions only used by --report",
-    "--predictions": "score this file (our .json, COCO results, .mat) against --annotations",
+    "--predictions": "score a file of predictions (JSON, COCO results, .mat) with --annotations",
 }
 OUTPUTS = {
     "--json": "all numbers",

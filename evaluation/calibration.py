@@ -27,7 +27,7 @@ def calibrate(found: Predictions, people: People) -> tuple[Calibration, dict[str
     """The table for these people, and how good such tables are, by cross-validation.
 
     Each of the five folds is calibrated with the other four. Folds are runs of people in the
-    annotation's order, so that people of one picture or film are mostly in the same fold. Raises
+    annotation's order, so that people of one picture or video are mostly in the same fold. Raises
     InputError if too few joints count.
     """
     errors_NJ = pckh.normalized_errors(found.keypoints_NJ2, people)

@@ -1,4 +1,4 @@
-"""Follows people through a film: where to look in the next frame, and smoother joints.
+"""Follows people through a video: where to look in the next frame, and smoother joints.
 
 Decision 027 says why these rules; docs/predict.md has their numbers.
 """
@@ -11,7 +11,7 @@ from configs.skeleton import PIXELS_PER_SCALE
 from evaluation.pckh import Floats
 from pipelines.boxes import MARGIN, Square, square_about
 
-FAIR = 0.2
+MIN_JOINT_SCORE = 0.2
 """A joint with a lower score does not count: for the next square, and in a person's score."""
 SAME_PERSON = 0.3
 """Least IoU of a detection and the track that it continues."""
@@ -66,22 +66,22 @@ class Track:
         """Where the joints are, px; NaN if a joint has not been found yet."""
 
     def next_square(self, keypoints_J2: Floats, scores_J: Floats) -> Square | None:
-        """The square about the joints found now (px); None, lost, if fewer than half are fair.
+        """The square about the joints found now (px); None if fewer than half were.
 
-        A joint that is not fair moves as the others do on average: the square does not shrink.
+        A joint that was not found moves as the others do on average.
         """
-        is_fair_J = scores_J >= FAIR
-        if is_fair_J.mean() < 0.5:
+        is_found_J = scores_J >= MIN_JOINT_SCORE
+        if is_found_J.mean() < 0.5:
             return None
         moves_J2 = keypoints_J2 - self.joints_J2
-        moves_K2 = moves_J2[is_fair_J & ~np.isnan(moves_J2[:, 0])]
+        moves_K2 = moves_J2[is_found_J & ~np.isnan(moves_J2[:, 0])]
         mean_2 = moves_K2.mean(axis=0) if len(moves_K2) else 0.0
-        self.joints_J2 = np.where(is_fair_J[:, None], keypoints_J2, self.joints_J2 + mean_2)
+        self.joints_J2 = np.where(is_found_J[:, None], keypoints_J2, self.joints_J2 + mean_2)
         return square_of_joints(self.joints_J2[~np.isnan(self.joints_J2[:, 0])])
 
 
 class Tracker:
-    """The tracks of a film; one that is lost ends, and a new one gets the lowest free identity."""
+    """The tracks of a video; one that is lost ends, and a new one gets the lowest free identity."""
 
     def __init__(self, follow: bool, new_filter: Callable[[], OneEuroFilter | None]):
         """follow: look about the last joints; otherwise only where people are given."""

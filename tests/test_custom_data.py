@@ -78,8 +78,8 @@ def test_its_shards_and_results_hold_the_joints_and_ids_of_its_json(followed):
 
 
 @pytest.mark.slow
-def test_the_mouse_of_deeplabcuts_folder_is_tracked_through_its_film(shared, tmp_path):
-    """Training takes three minutes on two cores; the film is of another mouse, without labels."""
+def test_the_mouse_of_deeplabcuts_folder_is_tracked_through_its_video(shared, tmp_path):
+    """Training takes three minutes on two cores; the video is of another mouse, without labels."""
     (tmp_path / "openfield").symlink_to(shared / "data" / "dlc_openfield")
     for command in prepare(MOUSE, tmp_path):
         bash(command, tmp_path, seconds=1800)
@@ -93,5 +93,5 @@ def test_the_mouse_of_deeplabcuts_folder_is_tracked_through_its_film(shared, tmp
     assert is_found.mean() > 0.9
     length = np.linalg.norm(xy[:, 0] - xy[:, 3], axis=1)[is_found]
     assert 90 < np.median(length) < 140  # the labelled mouse measures 102 to 143 px
-    film = cv2.VideoCapture(str(tmp_path / "mouse.mp4"))
-    assert film.get(cv2.CAP_PROP_FRAME_COUNT) == 2330
+    video = cv2.VideoCapture(str(tmp_path / "mouse.mp4"))
+    assert video.get(cv2.CAP_PROP_FRAME_COUNT) == 2330

@@ -63,7 +63,7 @@ NOT_RUN = {
     r"torchrun .*(--nnodes|--max-restarts)": "several machines (see the page)",
     r".*--webcam": "there is no camera",
     r"python tests/check_refactor\.py": "it needs two checkouts",
-    r"python tests/measure_(remote_shards|film)\.py": "it takes minutes",
+    r"python tests/measure_(remote_shards|video)\.py": "it takes minutes",
     r"(evaluate|train)\.py --[\w-]+$": "half a command, named in a sentence",
 }
 OF_OTHERS = {"--nproc-per-node", "--nnodes", "--max-restarts", "--signals-to-handle", "--signal"}
@@ -285,7 +285,7 @@ def sandbox(tiny_set: Path, tiny_shards: Path, tmp_path: Path) -> Path:
 
 
 def write_photographs(folder: Path, picture: Path) -> None:
-    """A photograph, a folder of them with its people, and a film."""
+    """A photograph, a folder of them with its people, and a video."""
     (folder / "data" / "synthetic" / "images").mkdir(parents=True)
     (folder / "photos").mkdir()
     for name in ("photo.jpg", "photos/a.jpg"):
@@ -293,17 +293,17 @@ def write_photographs(folder: Path, picture: Path) -> None:
     large = cv2.resize(cv2.imread(str(picture)), (640, 640))  # the README's box is inside
     cv2.imwrite(str(folder / "data/synthetic/images/100000076.jpg"), large)
     (folder / "people.csv").write_text("image,x,y,width,height\na.jpg,20,20,60,60\n")
-    (folder / "film.csv").write_text("frame,x,y,width,height\n1,5,5,30,40\n1,20,5,30,40\n")
+    (folder / "video.csv").write_text("frame,x,y,width,height\n1,5,5,30,40\n1,20,5,30,40\n")
     names = {"images": [{"id": 1, "file_name": "a.jpg"}]}
     (folder / "coco.json").write_text(json.dumps(names))
     detection = {"image_id": 1, "category_id": 1, "bbox": [20, 20, 60, 60], "score": 0.9}
     (folder / "detections.json").write_text(json.dumps([detection]))
-    film = cv2.VideoWriter(
-        str(folder / "film.mp4"), cv2.VideoWriter.fourcc(*"mp4v"), 10.0, (64, 48)
+    video = cv2.VideoWriter(
+        str(folder / "video.mp4"), cv2.VideoWriter.fourcc(*"mp4v"), 10.0, (64, 48)
     )
     for _ in range(2):
-        film.write(np.zeros((48, 64, 3), np.uint8))
-    film.release()
+        video.write(np.zeros((48, 64, 3), np.uint8))
+    video.release()
 
 
 def write_checkpoints(folder: Path) -> None:

@@ -30,18 +30,18 @@ def test_made_errors_of_each_kind_come_first_in_their_kind():
     keypoints = truth + rng.uniform(-7, 7, truth.shape)
     keypoints[is_far] = rng.uniform(10, 190, (is_far.sum(), 2))
     labels = truth.copy()
-    exchanged, one, other = np.arange(10), np.arange(10, 20), np.arange(20, 30)
-    labels[exchanged] = truth[exchanged][:, list(MPII.flip_indices)]
+    swapped, one, other = np.arange(10), np.arange(10, 20), np.arange(20, 30)
+    labels[swapped] = truth[swapped][:, list(MPII.flip_indices)]
     labels[one, 3] = (truth[one, 3] + 100 - 10) % 180 + 10  # 80 px or more away on both axes
     labels[other] = truth[other + 100]
     found = Predictions(keypoints, np.where(is_far, 0.3, 0.7) + rng.normal(0, 0.05, is_far.shape))
-    ranked = label_errors.suspicions(found, people_at(labels), MPII)
+    ranked = label_errors.label_errors_of(found, people_at(labels), MPII)
     first = np.argsort(-ranked.ratios_NK, axis=0)
-    assert set(first[:10, 0]) == set(exchanged) and set(first[:10, 2]) == set(other)
+    assert set(first[:10, 0]) == set(swapped) and set(first[:10, 2]) == set(other)
     assert set(first[:7, 1]) < set(one)  # for two of them the prediction of joint 3 is far as well
     assert (ranked.joint_N[one] == 3).all() and is_far[one, 3].sum() == 2
-    assert (ranked.kind_N[exchanged] == 0).all() and (ranked.kind_N[other] == 2).all()
-    assert set(ranked.order[:20]) == {*exchanged, *other}
+    assert (ranked.kind_N[swapped] == 0).all() and (ranked.kind_N[other] == 2).all()
+    assert set(ranked.order[:20]) == {*swapped, *other}
 
 
 def run(shards: Path, output: Path, *more: object) -> list[dict[str, str]]:
@@ -57,9 +57,9 @@ def test_every_person_is_predicted_by_a_network_of_the_other_tars(tiny_shards, t
     people = ShardSet(tiny_shards / "train").people()[0]
     assert sorted(int(line["row"]) for line in lines) == list(range(12))
     assert all(line["image"] == people.images[int(line["row"])] for line in lines)
-    ratios = [float(line["suspicion"]) for line in lines]
+    ratios = [float(line["score"]) for line in lines]
     assert ratios == sorted(ratios, reverse=True)
-    assert all(line[line["kind"]] == line["suspicion"] for line in lines)
+    assert all(line[line["kind"]] == line["score"] for line in lines)
     folds = [(tmp_path / "a" / f"fold_{i}" / "metrics.jsonl").read_text() for i in range(3)]
     assert all('"kind": "valid"' in log for log in folds)
     assert len(json.loads((tmp_path / "a" / "predictions.json").read_text())) == 12

@@ -18,14 +18,14 @@ LSPET_EXCHANGED = [(300, 0.047, 0.115), (600, 0.062, 0.142), (900, 0.068, 0.156)
 LSPET_FAST = [(300, 0.0, 0.039), (600, 0.0, 0.039), (900, 0.001, 0.040), (1200, 0.001, 0.040)]
 
 
-def check_of(blind_pck: float, steps: int) -> LearningCheck:
+def check_of(mean_pose_pck: float, steps: int) -> LearningCheck:
     check = LearningCheck(people_at(np.full((2, 1, 2), 100.0)), steps)
-    check.blind_pck = blind_pck
+    check.mean_pose_pck = mean_pose_pck
     return check
 
 
 @pytest.mark.parametrize(
-    "blind_pck, steps, series, words",
+    "mean_pose_pck, steps, series, words",
     [
         (0.115, 800, DEMO, ""),
         (0.115, 800, DEMO_EXCHANGED, "labels and pictures belong together"),
@@ -37,9 +37,9 @@ def check_of(blind_pck: float, steps: int) -> LearningCheck:
         (0.8, 2_000, [(1_000, 0.88, 0.5), (2_000, 0.88, 0.5)], ""),  # aligned faces
     ],
 )
-def test_the_last_validation_of_a_bad_run_warns_and_no_other(blind_pck, steps, series, words):
-    check = check_of(blind_pck, steps)
-    *before, last = [check.of_validation(*each) for each in series]
+def test_the_last_validation_of_a_bad_run_warns_and_no_other(mean_pose_pck, steps, series, words):
+    check = check_of(mean_pose_pck, steps)
+    *before, last = [check.check_validation(*each) for each in series]
     assert before == [""] * (len(series) - 1)
     assert words in last and bool(words) == bool(last)
 
@@ -48,21 +48,21 @@ def test_the_mean_pose_and_the_joints_inside_of_the_boxes_are_counted():
     """Boxes from 0 to 200 px. Half of the joints of each of the 4 people are the same; the others
     are 40 px from their mean, which is 4 lengths; 5 of the 8 are outside."""
     joints = np.array([[[50, 50], [x, 100]] for x in (10, 90, 10, 90)], dtype=float)
-    assert LearningCheck(people_at(joints), 100).blind_pck == 0.5
+    assert LearningCheck(people_at(joints), 100).mean_pose_pck == 0.5
     joints[:, 1, 1] = 300
     joints[0, 0, 0] = -1
     check = LearningCheck(people_at(joints), 100)
     assert check.inside == 3 / 8
-    assert "only 38 % of the validation's joints" in check.of_labels()[0]
-    assert LearningCheck(people_at(np.full((2, 1, 2), 200.0)), 100).of_labels() == []
+    assert "only 38 % of the validation's joints" in check.check_labels()[0]
+    assert LearningCheck(people_at(np.full((2, 1, 2), 200.0)), 100).check_labels() == []
 
 
 def test_a_real_run_that_hardly_uses_the_pictures_is_told(tiny_shards, tmp_path, capsys):
     """Pictures of noise; two validations, so that the second can show that nothing grows."""
     options = {"steps": 8, "steps_per_epoch": 4}
     trainer = make_trainer(tiny_config(tiny_shards, train=options), tmp_path)
-    assert trainer.learning.blind_pck < 0.2
-    trainer.learning.blind_pck = 0.2
+    assert trainer.learning.mean_pose_pck < 0.2
+    trainer.learning.mean_pose_pck = 0.2
     trainer.train()
     told = [line for line in capsys.readouterr().err.splitlines() if "hardly uses" in line]
     assert len(told) >= 1 and told[-1].startswith("step 8: WARNING")

@@ -1,4 +1,4 @@
-"""People followed through films, smoothed joints, ONNX detectors, and DeepLabCut's columns."""
+"""People followed through videos, smoothed joints, ONNX detectors, and DeepLabCut's columns."""
 
 import json
 from pathlib import Path
@@ -227,7 +227,7 @@ def test_a_detector_of_another_layout_is_refused(tmp_path):
         detect(np.zeros((50, 100, 3), np.uint8))
 
 
-# Films: a white spot moves on black. The network is replaced by one that finds the spot.
+# Videos: a white spot moves on black. The network is replaced by one that finds the spot.
 
 
 @pytest.fixture(scope="module")
@@ -253,12 +253,12 @@ def find_the_spot(self: PoseEstimator, crops: list) -> Poses:
 
 
 @pytest.fixture
-def film(checkpoint, tmp_path, monkeypatch):
-    """Write a film of spots and predict it: returns the entries. spots: for each frame."""
+def video(checkpoint, tmp_path, monkeypatch):
+    """Write a video of spots and predict it: returns the entries. spots: for each frame."""
     monkeypatch.setattr(PoseEstimator, "predict", find_the_spot)
 
     def run(spots: list[list[tuple[int, int]]], *words: object) -> list[dict]:
-        code, path = cv2.VideoWriter.fourcc(*"MJPG"), tmp_path / "film.avi"
+        code, path = cv2.VideoWriter.fourcc(*"MJPG"), tmp_path / "video.avi"
         writer = cv2.VideoWriter(str(path), code, 30.0, (320, 240))
         for places in spots:
             image = np.zeros((240, 320, 3), np.uint8)
@@ -282,43 +282,45 @@ WALK = [[(60 + 6 * n, 100)] for n in range(30)]
 BOX = ("--box", 40, 80, 41, 41)
 
 
-def test_a_person_is_followed_from_a_box_in_the_first_frame(film, tmp_path):
-    entries = film(WALK, *BOX, "--save-csv", tmp_path / "joints.csv")
+def test_a_person_is_followed_from_a_box_in_the_first_frame(video, tmp_path):
+    entries = video(WALK, *BOX, "--save-csv", tmp_path / "joints.csv")
     assert [(e["frame"], e["person"]) for e in entries] == [(n, 0) for n in range(30)]
     np.testing.assert_allclose(middles(entries), [spot[0] for spot in WALK], atol=0.5)
     assert max(e["scale"] for e in entries) < 0.3  # never the whole picture
     lines = (tmp_path / "joints.csv").read_text().splitlines()
     assert len(lines) == 33 and lines[-1].startswith("29,")
-    entries = film(WALK, *BOX, "--no-track")
+    entries = video(WALK, *BOX, "--no-track")
     assert [max(s for _, _, s in e["keypoints"]) for e in entries][:2] == [1, 1]
     assert sum(max(s for _, _, s in e["keypoints"]) for e in entries) < 10
 
 
-def test_a_lost_person_is_found_again_in_the_whole_picture(film):
+def test_a_lost_person_is_found_again_in_the_whole_picture(video):
     """The spot is gone in frames 10 and 11, and jumps."""
     spots = WALK[:10] + [[], []] + [[(30, 200)]] * 3
-    entries = film(spots)
+    entries = video(spots)
     whole = [n for n, e in enumerate(entries) if e["scale"] == 320 / 200]
     assert whole == [0, 11, 12]  # frame 10 is looked at where frame 9 had the spot
     np.testing.assert_allclose(middles(entries)[12:], [[30, 200]] * 3, atol=0.5)
 
 
-def test_the_finder_looks_at_the_whole_picture_in_place_of_the_network(film, checkpoint):
-    entries = film([*WALK[:10], [], *WALK[:3]], "--finder", checkpoint)
+def test_the_finder_looks_at_the_whole_picture_in_place_of_the_network(video, checkpoint):
+    entries = video([*WALK[:10], [], *WALK[:3]], "--finder", checkpoint)
     whole = [n for n, e in enumerate(entries) if e["scale"] == 320 / 200]
     assert whole == []
     np.testing.assert_allclose(middles(entries)[[0, 11]], [[60, 100]] * 2, atol=0.5)
 
 
-def test_smoothing_delays_the_joints_and_the_square_follows_the_unsmoothed(film):
-    plain, smooth = (middles(film(WALK, *BOX, *words)) for words in ((), ("--smooth", 1)))
+def test_smoothing_delays_the_joints_and_the_square_follows_the_unsmoothed(video):
+    plain, smooth = (middles(video(WALK, *BOX, *words)) for words in ((), ("--smooth", 1)))
     delay = (plain - smooth)[5:, 0]
     assert delay.min() > 0 and delay.max() < 6
-    slower = middles(film(WALK, *BOX, "--smooth", 1, "--beta", 0))
+    slower = middles(video(WALK, *BOX, "--smooth", 1, "--beta", 0))
     assert (plain - slower)[-1, 0] > 3 * delay[-1]
 
 
-def test_coco_detections_of_frames_keep_their_identities_and_weak_ones_are_left_out(film, tmp_path):
+def test_coco_detections_of_frames_keep_their_identities_and_weak_ones_are_left_out(
+    video, tmp_path
+):
     spots = [[(60 + 4 * n, 60), (200 - 4 * n, 180)] for n in range(8)]
     rows = [
         {"image_id": n, "category_id": 1, "bbox": [x - 10, y - 10, 21, 21], "score": score}
@@ -327,7 +329,7 @@ def test_coco_detections_of_frames_keep_their_identities_and_weak_ones_are_left_
     ]
     rows.append({"image_id": 2, "category_id": 1, "bbox": [0, 0, 9, 9], "score": 0.2})
     (tmp_path / "d.json").write_text(json.dumps(rows))
-    entries = film(spots, "--people", tmp_path / "d.json", "--save-coco", tmp_path / "c.json")
+    entries = video(spots, "--people", tmp_path / "d.json", "--save-coco", tmp_path / "c.json")
     assert len(entries) == 16
     found = {
         (e["frame"], e["person"]): middle
@@ -338,11 +340,11 @@ def test_coco_detections_of_frames_keep_their_identities_and_weak_ones_are_left_
         np.testing.assert_allclose(found[n, 1], one, atol=0.5)
     coco = json.loads((tmp_path / "c.json").read_text())
     assert [result["image_id"] for result in coco] == [n for n in range(8) for _ in range(2)]
-    assert len(film(spots, "--people", tmp_path / "d.json", "--no-track")) == 4
+    assert len(video(spots, "--people", tmp_path / "d.json", "--no-track")) == 4
 
 
-def test_a_film_takes_its_people_from_a_detector(film, tmp_path):
+def test_a_video_takes_its_people_from_a_detector(video, tmp_path):
     path = write_detector(tmp_path / "d.onnx", [[10, 14, 14, 18, 1, 0]])  # the spot at (60, 80)
-    entries = film([[(60, 80)]] * 3, "--detector", path, "--min-box-score", 0)
+    entries = video([[(60, 80)]] * 3, "--detector", path, "--min-box-score", 0)
     assert [(e["frame"], e["person"]) for e in entries] == [(0, 0), (1, 0), (2, 0)]
     assert entries[1]["center"] == [59.5, 79.5] and entries[1]["scale"] == 1.25 * 20 / 200

@@ -151,6 +151,7 @@ def test_the_newest_checkpoints_and_the_best_are_kept(tiny_shards, tmp_path, mon
             "people": 5,
             "people_scored": 5,
             "joints_counted": 70,
+            "sets": {},
         },
     )
     monkeypatch.setattr(MetricsLogger, "log_pictures", lambda *_: None)

@@ -145,7 +145,7 @@ def test_a_jpeg_of_a_thousand_scans_is_refused_before_it_is_decoded(
 
 
 def test_scans_after_one_with_the_whole_picture_do_not_count(jpeg):
-    """libjpeg reads no further: a film behind a telephone's photograph does no harm."""
+    """libjpeg reads no further: a video behind a telephone's photograph does no harm."""
     after = jpeg[:-2] + jpeg[jpeg.find(b"\xff\xda") : -2] * 200 + b"\xff\xd9"
     assert decode(after, "").shape == decode(jpeg + b"\xff\xda" * 200, "").shape == (90, 160, 3)
 

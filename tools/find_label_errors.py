@@ -1,7 +1,7 @@
 """Ranks the people of a training split by how much their annotation disagrees with predictions.
 
 The predictions are those of networks that did not train on the person (k-fold cross-validation), or
-a file. Writes label_errors.csv, index.html with the most suspicious people, and predictions.json.
+a file. Writes label_errors.csv, index.html with the most likely wrong people, and predictions.json.
 """
 
 import sys
@@ -26,7 +26,7 @@ from configs.schema import Config, add_config_options, parse_config
 from evaluation import pckh
 from evaluation.html_report import ReportData, html_report
 from evaluation.inference import Predictions
-from evaluation.label_errors import KINDS, Suspicions, suspicions
+from evaluation.label_errors import KINDS, LabelErrors, label_errors_of
 from evaluation.predictions import as_entries, read_predictions
 from pipelines.shard_format import unpack_records, write_manifest
 from pipelines.shards import ShardSet
@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
         found = predict_folds(config, shards, options["folds"], output)
         entries = json.dumps(as_entries(people, *found))
         write_atomic(output / "predictions.json", entries.encode())
-    ranked = suspicions(found, people, skeleton)
+    ranked = label_errors_of(found, people, skeleton)
     write_table(output / "label_errors.csv", ranked, shards)
     results = {"networks of other people": pckh.summary(found.keypoints_NJ2, people, skeleton)}
     data = ReportData(people, found.keypoints_NJ2, skeleton, shards, samples)
@@ -74,7 +74,7 @@ def make_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="find_label_errors.py",
         exit_on_error=False,
-        description="Ranks people of the split `train` by how suspicious their annotation is.",
+        description="Ranks people of the split `train` by how likely a wrong annotation is.",
     )
     add = parser.add_argument
     add("--output", required=True, help="folder of the results and of the folds' runs")
@@ -131,13 +131,13 @@ def link_fold(shards: ShardSet, fold: int, folds: int, folder: Path) -> None:
         write_manifest(folder / split, replace(manifest, people_file_sha256=None))
 
 
-def write_table(path: Path, ranked: Suspicions, shards: ShardSet) -> None:
-    """The CSV of all people, the most suspicious first. row: in the annotation's split."""
+def write_table(path: Path, ranked: LabelErrors, shards: ShardSet) -> None:
+    """The CSV of all people, the most likely wrong first. row: in the annotation's split."""
     people, samples = shards.people()
     row_N = unpack_records(shards.records()).row_N[samples].astype(int)
     text = io.StringIO()
     writer = csv.writer(text)
-    writer.writerow(["image", "row", "person", "suspicion", "kind", "joint", *KINDS])
+    writer.writerow(["image", "row", "person", "score", "kind", "joint", *KINDS])
     for n in ranked.order:
         kind, joint = ranked.kind_N[n], shards.manifest.skeleton.names[ranked.joint_N[n]]
         ratios = [f"{ratio:.2f}" for ratio in ranked.ratios_NK[n]]

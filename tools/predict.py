@@ -27,7 +27,7 @@ from configs.skeleton import PIXELS_PER_SCALE, Skeleton
 from evaluation.detector import Detector
 from evaluation.estimator import PoseEstimator, read_picture
 from evaluation.predictions import deeplabcut_table
-from evaluation.tracking import FAIR, OneEuroFilter, Track, Tracker, square_of_joints
+from evaluation.tracking import MIN_JOINT_SCORE, OneEuroFilter, Track, Tracker, square_of_joints
 from evaluation.video import CODECS, frame_rate, open_video, read_frames, write_video
 from evaluation.visualize import draw_skeleton
 from pipelines.annotations import stays_inside
@@ -44,7 +44,7 @@ MAX_FRAMES = 8
 LINE_SHARE = 1 / 128
 """Width of a drawn limb / side of the square about the drawn joints."""
 MIN_BOX_SCORE = 0.3
-"""Detections in films with a lower score are left out by default."""
+"""Detections in videos with a lower score are left out by default."""
 
 Image = npt.NDArray[np.uint8]
 Options = argparse.Namespace
@@ -70,7 +70,7 @@ class Frame(NamedTuple):
     """A picture is read again to draw on it, which saves memory. Frames are (H, W, 3) BGR."""
     subjects: list[Subject]
     tracks: Sequence[Track] = ()
-    """Of a film's people, in the same order."""
+    """Of a video's people, in the same order."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -124,7 +124,7 @@ def make_parser() -> Parser:
     add("--ignore-exif", action="store_true", help="do not turn pictures upright")
     add("--skip-bad", action="store_true", help="report unreadable pictures and continue")
     _add_position_options(parser)
-    _add_film_options(parser)
+    _add_video_options(parser)
     group = parser.add_argument_group("network")
     add = group.add_argument
     add("--checkpoint", required=True, help="a checkpoint, .safetensors or .onnx")
@@ -138,10 +138,10 @@ def make_parser() -> Parser:
     add("--save-coco", type=Path, metavar="OUT", help="COCO keypoint results")
     overlay_help = "drawn skeletons: a picture for one, .avi or .mp4 for a video, else a folder"
     add("--overlay", type=Path, metavar="OUT", help=overlay_help)
-    csv_help = "a film's joints in the columns of DeepLabCut"
+    csv_help = "a video's joints in the columns of DeepLabCut"
     add("--save-csv", type=Path, metavar="OUT", help=csv_help)
     score_help = "draw joints whose score is at least this high (default: %(default)s)"
-    add("--min-score", type=float, default=FAIR, help=score_help)
+    add("--min-score", type=float, default=MIN_JOINT_SCORE, help=score_help)
     return parser
 
 
@@ -159,9 +159,9 @@ def _add_position_options(parser: Parser) -> None:
     # fmt: on
     people_help = ".csv or .json of people in the pictures of one folder, or in a video's frames"
     add("--people", type=Path, metavar="FILE", help=people_help)
-    detector_help = "of a film's people: an ONNX file of the layout in docs/predict.md"
+    detector_help = "of a video's people: an ONNX file of the layout in docs/predict.md"
     add("--detector", type=Path, metavar="FILE", help=detector_help)
-    finder_help = "of a film: a network trained on whole pictures, which finds whoever is lost"
+    finder_help = "of a video: a network trained on whole pictures, which finds whoever is lost"
     add("--finder", metavar="CHECKPOINT", help=finder_help)
     add = group.add_argument
     names_help = "COCO's annotation file with the pictures' names, if --people are COCO results"
@@ -170,12 +170,12 @@ def _add_position_options(parser: Parser) -> None:
     add("--scale", type=float, action="append", default=[], help=scale_help)
     margin_help = "side of the network's square / longer side of the box (default: %(default)s)"
     add("--margin", type=float, default=MARGIN, help=margin_help)
-    least_help = "leave out boxes with a lower score (default: 0.3 in films, else none)"
+    least_help = "leave out boxes with a lower score (default: 0.3 in videos, else none)"
     add("--min-box-score", type=float, metavar="S", help=least_help)
 
 
-def _add_film_options(parser: Parser) -> None:
-    add = parser.add_argument_group("films").add_argument
+def _add_video_options(parser: Parser) -> None:
+    add = parser.add_argument_group("videos").add_argument
     track_help = "look for people about their last joints; --no-track: only at the given places"
     add("--track", action=argparse.BooleanOptionalAction, default=True, help=track_help)
     smooth_help = "One Euro filter with this cutoff for joints at rest, such as 1"
@@ -376,7 +376,7 @@ def predict_group(
         yield frame, [{**facts, **next(results)} for facts, _ in frame.subjects]
 
 
-# Film
+# Video
 
 
 def predict_video(
@@ -395,7 +395,7 @@ def predict_video(
     capture = open_video(source, name)
     smooth = options.smooth and (options.smooth, options.beta, frame_rate(capture))
     tracker = Tracker(options.track, lambda: OneEuroFilter(*smooth) if smooth else None)
-    frames = film_frames(options, estimator, tracker, read_frames(capture, name), name, people)
+    frames = video_frames(options, estimator, tracker, read_frames(capture, name), name, people)
     batch_size = 1 if is_live or options.track else min(estimator.batch_size, MAX_FRAMES)
     count = max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))
     overlay = write_video(options.overlay, capture) if options.overlay else nullcontext()
@@ -423,7 +423,7 @@ def predict_video(
         raise InputError(options.people, found_late, f"frames 0 to {len(results) - 1}", advice)
 
 
-def film_frames(
+def video_frames(
     options: Options,
     estimator: PoseEstimator,
     tracker: Tracker,
@@ -467,7 +467,7 @@ def people_source(
 def find_one(finder: PoseEstimator, image_HW3: Image) -> list[Square]:
     """The square about the person that a network for whole pictures finds; [] if it finds none."""
     poses = finder(image_HW3)
-    square = square_of_joints(poses.keypoints_NJ2[poses.scores_NJ >= FAIR])
+    square = square_of_joints(poses.keypoints_NJ2[poses.scores_NJ >= MIN_JOINT_SCORE])
     return [square] if square else []
 
 
@@ -535,7 +535,7 @@ def as_coco(person: Result) -> Result:
     scores = [score for _, _, score in keypoints]
     total = sum(scores) / len(scores)
     if "box_score" in person:
-        sure = [score for score in scores if score > FAIR]
+        sure = [score for score in scores if score > MIN_JOINT_SCORE]
         total = person["box_score"] * sum(sure) / max(1, len(sure))
     return {
         "image_id": person.get("image_id", person.get("frame", person["row"])),

@@ -25,7 +25,7 @@ class LearningCheck:
         """people: of the validation. steps: of the whole run."""
         errors_NJ = pckh.normalized_errors(pckh.mean_pose(people), people)
         counts = max(1, np.isfinite(errors_NJ).sum())
-        self.blind_pck = float((errors_NJ < 0.5).sum() / counts)
+        self.mean_pose_pck = float((errors_NJ < 0.5).sum() / counts)
         """PCK@0.5 of the mean pose, which needs no picture."""
         offset_NJ = np.abs(people.joints - people.center[:, None]).max(axis=2)
         is_inside_NJ = offset_NJ <= PIXELS_PER_SCALE * people.scale[:, None] / 2
@@ -34,7 +34,7 @@ class LearningCheck:
         self._from_step = min(FROM_STEP, steps // 2)
         self._last_pck = 0.0
 
-    def of_labels(self) -> list[str]:
+    def check_labels(self) -> list[str]:
         """A warning before the first step, if there is one."""
         text = (
             f"WARNING: only {100 * self.inside:.0f} % of the validation's joints are inside of "
@@ -42,7 +42,7 @@ class LearningCheck:
         )
         return [text] if self.inside < _LEAST_INSIDE else []
 
-    def of_validation(self, step: int, pck: float, peak: float) -> str:
+    def check_validation(self, step: int, pck: float, peak: float) -> str:
         """A warning after a validation, or "". pck: pooled, at 0.5. peak: mean of the heatmaps'."""
         last, self._last_pck = self._last_pck, pck
         if step < self._from_step:
@@ -50,10 +50,10 @@ class LearningCheck:
         if not peak >= _ZEROS_PEAK:
             advice = "if this stays, lower optim.lr or set model.head_scale 0.1"
             return f"WARNING: the network predicts almost only zeros; {advice}"
-        few = self.blind_pck + min(self.blind_pck, (1 - self.blind_pck) / 4)
+        few = self.mean_pose_pck + min(self.mean_pose_pck, (1 - self.mean_pose_pck) / 4)
         text = (
             f"WARNING: the network hardly uses the pictures: it finds {100 * pck:.1f} % of the "
-            f"joints, the mean pose {100 * self.blind_pck:.1f} % without a picture; check that "
+            f"joints, the mean pose {100 * self.mean_pose_pck:.1f} % without a picture; check that "
             "labels and pictures belong together (tools/show_batch.py), or divide optim.lr by ten"
         )
         return text if pck < few and pck <= _LEAST_GROWTH * last else ""

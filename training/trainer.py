@@ -130,7 +130,7 @@ class Trainer:
         self.loader = self._make_loader(checkpoint.step if checkpoint else 0)
         self.validator = Validator(valid, self.codec, config, dist)
         self.learning = LearningCheck(self.validator.people, config.train.steps)
-        self.remarks += self.learning.of_labels()
+        self.remarks += self.learning.check_labels()
         seed_everything(config.train.seed, 0)  # the same weights on every rank
         network = build_network(config, self.codec.skeleton.joint_count).to(dist.device)
         self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -448,7 +448,7 @@ class Trainer:
         )
         for name, value in result["sets"].items():
             self.log.info(f"step {step}: {100 * value:.2f} % on {name}")
-        if warning := self.learning.of_validation(step, pooled, result["peak"]):
+        if warning := self.learning.check_validation(step, pooled, result["peak"]):
             self.log.info(f"step {step}: {warning}")
         if self.dist.is_first:
             with self.time.measure("validation_share"):

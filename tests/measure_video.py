@@ -1,9 +1,9 @@
-"""Measures tracking and smoothing on made films of moving people, whose joints are known.
+"""Measures tracking and smoothing on synthetic videos of moving people, whose joints are known.
 
-    python tests/measure_film.py --checkpoint runs/demo/best.pt
+    python tests/measure_video.py --checkpoint runs/demo/best.pt
 
-In a film of 10 s a figure of pipelines/synthetic.py moves and rests in turn, on a still background
-with noise. `tools/predict.py` finds its joints in several ways. Columns, means over the films:
+In a video of 10 s a figure of pipelines/synthetic.py moves and rests in turn, on a still background
+with noise. `tools/predict.py` finds its joints in several ways. Columns, means over the videos:
 joints that are wrong by more than half the head's length, which do not count in the others; mean
 error; jitter, the root mean square of the error's change from frame to frame, at rest and in
 motion; lag, the delay that explains most of the error in motion, by least squares.
@@ -29,7 +29,7 @@ from tools import predict
 
 SIZE_WH, RATE = (640, 480), 30.0
 MOVE, REST, MOVES = 20, 10, 10
-"""Frames of a movement and of the rest after it; movements in a film."""
+"""Frames of a movement and of the rest after it; movements in a video."""
 
 
 def key_pose(rng: np.random.Generator) -> np.ndarray:
@@ -54,7 +54,7 @@ def bodies(rng: np.random.Generator) -> np.ndarray:
     return np.array([(1 - s) * a + s * b for a, b in itertools.pairwise(poses) for s in share])
 
 
-def write_film(path: Path, points_FP3: np.ndarray, seed: int) -> None:
+def write_video(path: Path, points_FP3: np.ndarray, seed: int) -> None:
     """Draw the figure in the same colours in every frame, with new noise."""
     rng = np.random.default_rng(seed)
     empty = np.full((*SIZE_WH[::-1], 3), rng.uniform(60, 200, 3), np.uint8)
@@ -77,7 +77,7 @@ def boxes_of(points_FP3: np.ndarray) -> np.ndarray:
 
 
 def measures(found_FJ3: np.ndarray, points_FP3: np.ndarray) -> dict[str, float]:
-    """The numbers of one film, px and ms."""
+    """The numbers of one video, px and ms."""
     truth = points_FP3[:, : synthetic.JOINTS, :2]
     error = found_FJ3[..., :2] - truth
     px = np.linalg.norm(error, axis=-1)
@@ -122,21 +122,21 @@ def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", required=True, help="trained on synthetic people")
-    parser.add_argument("--films", type=int, default=2)
+    parser.add_argument("--videos", type=int, default=2)
     return parser
 
 
 def main() -> None:
-    """Draw the films, predict them, print a table."""
+    """Draw the videos, predict them, print a table."""
     options = make_parser().parse_args()
     rows: dict[str, list[dict[str, float]]] = {}
-    for seed in range(options.films):
+    for seed in range(options.videos):
         points_FP3 = bodies(np.random.default_rng(seed))
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            write_film(folder / "film.avi", points_FP3, seed)
+            write_video(folder / "video.avi", points_FP3, seed)
             for way, words in ways(folder, boxes_of(points_FP3), np.random.default_rng(1)).items():
-                line = ["--checkpoint", options.checkpoint, str(folder / "film.avi"), *words]
+                line = ["--checkpoint", options.checkpoint, str(folder / "video.avi"), *words]
                 with contextlib.redirect_stderr(io.StringIO()):
                     predict.main([*line, "--save-predictions", str(folder / "p.json")])
                 entries = json.loads((folder / "p.json").read_text())
@@ -144,8 +144,8 @@ def main() -> None:
                 rows.setdefault(way, []).append(measures(found_FJ3, points_FP3))
     columns = list(rows["tracked and smoothed"][0])
     print(f"{'':32}" + "".join(f"{column:>22}" for column in columns))
-    for way, films in rows.items():
-        print(f"{way:32}" + "".join(f"{np.mean([f[c] for f in films]):22.2f}" for c in columns))
+    for way, videos in rows.items():
+        print(f"{way:32}" + "".join(f"{np.mean([f[c] for f in videos]):22.2f}" for c in columns))
 
 
 if __name__ == "__main__":
