@@ -367,10 +367,13 @@ def check_values(config: Config) -> None:
                 compare, words = _LIMITS[limit]
                 holds = value == "auto" or all(compare(number, bound) for number in numbers)
                 _require(holds, name, value, words.format(bound))
-    weights = config.data.weights.values()
-    _require(
-        min(weights, default=0) > 0, "data.shards", weights, "a weight above 0 for each folder"
-    )
+    weights = config.data.weights
+    is_text = any(location.startswith(("{", "[")) for location in weights)
+    _require(not is_text, "data.shards", weights, "a location, or {FOLDER: WEIGHT, ...}")
+    are_positive = all(weight > 0 for weight in weights.values())
+    _require(bool(weights) and are_positive, "data.shards", weights, "weights above 0")
+    folders = {location.rstrip("/") for location in weights}
+    _require(len(folders) == len(weights), "data.shards", weights, "each folder once")
     model, name, unit = config.model, config.train.name, 4 * 2**config.model.depth
     for channels in (model.width, *model.stem):
         _require(channels % 2 == 0, "model.width and model.stem", channels, "even numbers")

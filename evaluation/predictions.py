@@ -188,7 +188,7 @@ def deeplabcut_table(entries: Entries, joints: Sequence[str], scorer: str, frame
     entries: with `frame`, `person` and `keypoints`. Several people have the row `individuals`, and
     a person who is not in a frame has empty cells there.
     """
-    people = sorted({entry["person"] for entry in entries})
+    people = sorted({entry["person"] for entry in entries}) or [0]
     columns = [(f"individual{p}", j, c) for p in people for j in joints for c in _COORDINATES]
     individuals, bodyparts, coords = zip(*columns, strict=True)
     header = [["scorer", *[scorer] * len(columns)], ["individuals", *individuals]]
@@ -198,7 +198,7 @@ def deeplabcut_table(entries: Entries, joints: Sequence[str], scorer: str, frame
         ["coords", *coords],
     ]
     cells = {(e["frame"], e["person"]): np.ravel(e["keypoints"]).round(4).tolist() for e in entries}
-    absent = [""] * (len(columns) // max(1, len(people)))
+    absent = [""] * (len(columns) // len(people))
     rows = [[n, *(v for p in people for v in cells.get((n, p), absent))] for n in range(frames)]
     file = io.StringIO()
     csv.writer(file, lineterminator="\n").writerows([*header, *rows])

@@ -36,8 +36,10 @@ def results_table(results: dict[str, Summary], skeleton: Skeleton) -> str:
     groups = [name for name, _ in skeleton.groups]
     if len(groups) > _MOST_COLUMNS:
         groups = []
-    grouped = len({joint for _, joints in skeleton.groups for joint in joints})
-    columns = [*groups, f"pooled {skeleton.joint_count} (<)", f"mean {grouped} (<)"]
+    first = next(iter(results.values()))
+    counted = {joint for joint, count in enumerate(first["joint_counts"]) if count}
+    grouped = len({joint for _, joints in skeleton.groups for joint in joints} & counted)
+    columns = [*groups, f"pooled {len(counted)} (<)", f"mean {grouped} (<)"]
     columns += [f"weighted {grouped} (<=)", "AUC"]
     rows = []
     for name, result in results.items():
@@ -55,7 +57,7 @@ def results_table(results: dict[str, Summary], skeleton: Skeleton) -> str:
 def oks_table(results: dict[str, Summary]) -> str:
     """COCO's AP and AR in per cent, one line per result. results: by name."""
     if not any(result["oks"] for result in results.values()):
-        return "No AP: the annotation does not give everybody's area (`area` in COCO's file)."
+        return "No AP: it needs everybody's area (`area` in COCO's file) and the skeleton's sigmas."
     rows = [(name, list(map(_percent, result["oks"].values()))) for name, result in results.items()]
     return "COCO's AP and AR in %\n\n" + _table(oks.NAMES, rows)
 

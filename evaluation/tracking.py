@@ -17,6 +17,8 @@ SAME_PERSON = 0.3
 """Least IoU of a detection and the track that it continues."""
 STILL = 0.9
 """Up to this IoU with the new square a track's square stays, because joints jitter as it moves."""
+SMALLEST_PX = 16.0
+"""Smallest side of a square; joints in a smaller one have fallen onto one point."""
 DUPLICATE = 0.7
 """Two tracks whose squares have this IoU follow the same person."""
 
@@ -66,9 +68,10 @@ class Track:
         """Where the joints are, px; NaN if a joint has not been found yet."""
 
     def next_square(self, keypoints_J2: Floats, scores_J: Floats) -> Square | None:
-        """The square about the joints found now (px); None if fewer than half were.
+        """The square about the joints found now (px).
 
-        A joint that was not found moves as the others do on average.
+        None if fewer than half were, or if they are at one place. A joint that was not found moves
+        as the others do on average.
         """
         is_found_J = scores_J >= MIN_JOINT_SCORE
         if is_found_J.mean() < 0.5:
@@ -77,7 +80,8 @@ class Track:
         moves_K2 = moves_J2[is_found_J & ~np.isnan(moves_J2[:, 0])]
         mean_2 = moves_K2.mean(axis=0) if len(moves_K2) else 0.0
         self.joints_J2 = np.where(is_found_J[:, None], keypoints_J2, self.joints_J2 + mean_2)
-        return square_of_joints(self.joints_J2[~np.isnan(self.joints_J2[:, 0])])
+        square = square_of_joints(self.joints_J2[~np.isnan(self.joints_J2[:, 0])])
+        return square if square and PIXELS_PER_SCALE * square.scale >= SMALLEST_PX else None
 
 
 class Tracker:

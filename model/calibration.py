@@ -11,7 +11,8 @@ Floats = npt.NDArray[np.float64]
 class Calibration(NamedTuple):
     """Monotone maps of each joint's peak, linear between K knots and constant outside of them.
 
-    They hold for the settings of the evaluation that measured them (flip test, crops).
+    Below the lowest knot the probability falls to 0 at a peak of 0. The maps hold for
+    the settings of the evaluation that measured them (flip test, crops).
     """
 
     peaks_JK: Floats
@@ -23,7 +24,11 @@ class Calibration(NamedTuple):
 
     def probabilities(self, scores_NJ: Floats) -> Floats:
         """(N, J) probabilities of these heights of peaks."""
-        return _interpolate(scores_NJ, self.peaks_JK, self.probabilities_JK)
+        knots_JK, values_JK = (
+            np.insert(np.maximum(table_JK, 0.0), 0, 0.0, axis=1)
+            for table_JK in (self.peaks_JK, self.probabilities_JK)
+        )
+        return _interpolate(scores_NJ, knots_JK, values_JK)
 
     def errors(self, scores_NJ: Floats) -> Floats:
         """(N, J) expected distances of these heights of peaks, in sides of the box."""

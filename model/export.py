@@ -75,7 +75,8 @@ def open_session(path: Path) -> Any:
     try:
         return onnxruntime.InferenceSession(str(path), providers=providers)
     except _onnxruntime_errors() as error:
-        raise _unusable(path, f"not readable as ONNX ({str(error)[:120]})") from error
+        problem = f"not readable as ONNX ({str(error)[:120]})" if path.exists() else "no such file"
+        raise _unusable(path, problem) from error
 
 
 def _onnxruntime_errors() -> tuple[type[Exception], ...]:

@@ -134,7 +134,7 @@ def skeleton_of(data: dict[str, Any], path: Path) -> Skeleton:
     number = {str(j): name for j, name in enumerate(names, start=1)}
     raw = {"name": named[0].get("name"), "joints": names, "flip_pairs": [], "mirror": False}
     raw["limbs"] = [
-        [number.get(str(joint)) for joint in pair]
+        [number.get(str(joint), joint) for joint in pair]
         for pair in (pairs if isinstance(pairs, list) else [])
         if isinstance(pair, list)
     ]

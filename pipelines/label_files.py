@@ -145,13 +145,13 @@ def own_dataset(file: h5py.File, name: str) -> h5py.Dataset:
 def _pandas_levels(file: h5py.File, name: str) -> list[Any]:
     """The levels of an index, each with a value for each row or column."""
     if name in file:
-        return [np.char.decode(own_dataset(file, name)[()])]
+        return [np.char.decode(own_dataset(file, name)[()]).tolist()]
     count = sum(f"{name}_level{i}" in file for i in range(len(_HEADER)))
     values, rows = (
         [own_dataset(file, f"{name}_{part}{i}")[()] for i in range(count)]
         for part in ("level", "label")
     )
-    return [np.char.decode(v)[r] for v, r in zip(values, rows, strict=True)]
+    return [np.char.decode(v)[r].tolist() for v, r in zip(values, rows, strict=True)]
 
 
 def _pickled_strings(data: bytes) -> list[str]:

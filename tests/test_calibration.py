@@ -67,6 +67,7 @@ def test_probabilities_and_expected_errors_follow_the_law_that_made_the_errors()
     assert np.abs(table.probabilities(found.scores_NJ) - truth_N2)[inner].max() < 0.06
     expected = (1 - truth_N2) * 10 / 200
     assert np.abs(table.errors(found.scores_NJ) - expected)[inner].max() < 0.06 * 10 / 200
+    assert (table.probabilities(np.zeros((1, 2))) == 0).all()
     assert (np.diff(table.probabilities_JK) >= 0).all() and (np.diff(table.errors_JK) <= 0).all()
     # E|peak - peak^2| = 1/6 and E|peak - peak / 2| = 1/4 of the two joints, mixed in the bins.
     assert facts["calibration_error"]["before"] == pytest.approx((1 / 6 + 1 / 4) / 2, abs=0.02)
@@ -137,7 +138,8 @@ def test_prediction_interpolates_in_the_table(kind, calibrated, tiny_set, tmp_pa
     found, errors = joints_of(path, picture, tmp_path / "b.json")
     assert no_errors is None and np.array_equal(plain[:, :2], found[:, :2])
     tables = load_checkpoint(calibrated / "calibrated.pt").calibration
-    expected = [np.interp(*each) for each in zip(plain[:, 2], *tables[:2], strict=True)]
+    zero = [np.insert(table, 0, 0, axis=1) for table in tables[:2]]  # a peak of 0 is no joint
+    expected = [np.interp(*each) for each in zip(plain[:, 2], *zero, strict=True)]
     np.testing.assert_allclose(found[:, 2], expected, atol=1e-6)
     expected = [np.interp(s, x, 320 * y) for s, x, y in zip(plain[:, 2], *tables[::2], strict=True)]
     np.testing.assert_allclose(errors, expected, rtol=1e-6)

@@ -328,7 +328,7 @@ def test_evaluate_takes_the_joints_of_its_checkpoint_or_of_the_yaml(
         return capsys.readouterr().out
 
     with_names = evaluated(named)
-    assert "hand" in with_names and "pooled 5 (<)" in with_names
+    assert "hand" in with_names and "pooled 4 (<)" in with_names
     assert [r["image_id"] for r in json.loads((tmp_path / "r.json").read_text())] == [77, 5, 77]
     without = evaluated(nameless)  # the file has names, but no pairs to swap in a flip test
     assert "no flip test" in without and "left_hand" in without

@@ -104,6 +104,9 @@ def test_an_unknown_option_is_an_error_that_suggests_the_nearest():
         ("model.width", "7", "even numbers"),
         ("train.steps", "1.5", "int"),
         ("train.name", "../x", "a folder name"),
+        ("data.shards", "{a: 1, b: 0}", "weights above 0"),
+        ("data.shards", "{a: 1, a/: 2}", "each folder once"),
+        ("data.shards", "{a 1, b: 2}", "{FOLDER: WEIGHT, ...}"),
     ],
 )
 def test_a_wrong_value_is_an_error_with_the_setting_and_what_fits(name, value, expected):

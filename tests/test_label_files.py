@@ -104,7 +104,9 @@ def test_the_fixed_layout_of_pandas_is_read(tmp_path):
         file["keypoints/block0_values"] = np.array([[1.0, 2, 3, 4, 5, 6]])
     (tmp_path / "csv").mkdir()
     expected = read_table(table(tmp_path / "csv", TWO_ANIMALS, "CollectedData_Ann.csv"))
-    assert_same_labels(read_table(tmp_path / "CollectedData_Ann.h5"), expected)
+    found = read_table(tmp_path / "CollectedData_Ann.h5")
+    assert_same_labels(found, expected)
+    assert {type(name) for name in found.skeleton.names} == {str}  # YAML cannot hold numpy's
 
 
 class _Runs:

@@ -283,7 +283,7 @@ def test_a_run_does_not_go_on_with_other_people(tiny_set, tiny_shards, tmp_path)
     assert make_shards.main(pack_arguments(tiny_set, tmp_path / "crops", "--packing", "crop")) == 0
     make_trainer(tiny_config(tmp_path / "crops"), tmp_path / "run", saved)
     run = dataclasses.replace(saved.run, people_sha256="0" * 64)
-    with pytest.raises(InputError, match=r"12 people, not the 12 of .*last\.pt") as caught:
+    with pytest.raises(InputError, match=r"weights than those of .*last\.pt") as caught:
         make_trainer(
             tiny_config(tiny_shards), tmp_path / "run", dataclasses.replace(saved, run=run)
         )

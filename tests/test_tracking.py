@@ -96,6 +96,13 @@ def test_a_person_is_looked_for_about_the_last_joints_until_lost():
     assert tracker.look([]) == []
 
 
+def test_a_person_whose_joints_fall_onto_one_place_is_lost():
+    tracker = Tracker(True, lambda: None)
+    (track,) = tracker.look([Square(100, 100, 1.0)])
+    tracker.update(track, 100 + np.array([[0, 0], [3, 0], [0, 3], [3, 3.0]]), SURE_4)
+    assert tracker.identities() == set()
+
+
 def found_at(tracker: Tracker, places: dict[int, float], score: float = 1.0) -> None:
     """Give each identity its joints at (x, 100)."""
     for track in tracker.tracks:
@@ -348,3 +355,21 @@ def test_a_video_takes_its_people_from_a_detector(video, tmp_path):
     entries = video([[(60, 80)]] * 3, "--detector", path, "--min-box-score", 0)
     assert [(e["frame"], e["person"]) for e in entries] == [(0, 0), (1, 0), (2, 0)]
     assert entries[1]["center"] == [59.5, 79.5] and entries[1]["scale"] == 1.25 * 20 / 200
+
+
+def test_a_video_in_which_nobody_is_found_gives_empty_files(video, tmp_path, capsys):
+    path, table = (
+        write_detector(tmp_path / "d.onnx", [[10, 14, 14, 18, 0.1, 0]]),
+        tmp_path / "x.csv",
+    )
+    table.write_text("of an earlier run")
+    assert video([[(60, 80)]] * 3, "--detector", path, "--save-csv", table) == []
+    assert "nobody was found in 3 frames" in capsys.readouterr().err
+    header, cells = 3, 16 * 3 * ","
+    assert table.read_text().splitlines()[header:] == [f"{n}{cells}" for n in range(3)]
+
+
+@pytest.mark.parametrize("options", [("--smooth", "-1"), ("--smooth", "nan"), ("--beta", "-5")])
+def test_a_filter_without_a_positive_frequency_is_refused(video, options):
+    with pytest.raises(InputError, match="not positive"):
+        video([[(60, 80)]], *options)

@@ -198,6 +198,8 @@ def video_source(options: Options) -> Path | int | None:
         or (sources and len(options.input) > len(videos)),
         "--center and --scale not together": len(options.center) != len(options.scale),
         "a --box or --margin without a size": is_flat,
+        "a --smooth that is not positive, or a negative --beta": not (options.smooth or 1) > 0
+        or not options.beta >= 0,
         "--people with a webcam": options.people and options.webcam is not None,
         "--people without the one folder of its pictures": options.people
         and not sources
@@ -507,8 +509,10 @@ def write_results(options: Options, skeleton: Skeleton, results: list[list[Resul
     results: the people of each picture or frame.
     """
     people = sorted(itertools.chain(*results), key=lambda person: person["row"])
-    if not people:
+    if not results:  # an error came first
         return
+    if not people:
+        print(f"nobody was found in {len(results)} frames", file=sys.stderr)
     coco = [as_coco(person) for person in people]
     for path, entries in ((options.save_predictions, people), (options.save_coco, coco)):
         if path:

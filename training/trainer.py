@@ -167,9 +167,9 @@ class Trainer:
         require_same_joints(checkpoint.skeleton, self.codec.skeleton, path, self.shards.folder)
         require_same_size(checkpoint, self.config)
         if run and run.people_sha256 not in (None, self.people_sha256):
-            found = f"{len(self.shards):,} people, not the {run.people:,} of {path}"
+            found = f"other people or weights than those of {path} ({run.people:,} people)"
             advice = "give their shards, or begin a new run with --init_from"
-            raise InputError(self.shards.folder, found, "the same people in the same order", advice)
+            raise InputError(self.shards.folder, found, "the same people", advice)
         if checkpoint.step > steps:
             found, advice = (
                 f"{checkpoint.step} done in {path}",
