@@ -73,6 +73,8 @@ class People(NamedTuple):
     """(N,) px^2 of the person, for OKS; None if the source does not give all."""
     ignored: npt.NDArray[np.object_] | None = None
     """(N,) lists of `coco.Region`: the picture's people who are not scored; None as for `area`."""
+    size: npt.NDArray[np.int64] | None = None
+    """(N, 2) width and height of the picture, px, by COCO's file; 0 or None if unknown."""
 
     @property
     def count(self) -> int:  # type: ignore[override]

@@ -28,8 +28,8 @@ def parse_coco(
 
     Returns N file names, (N, 4) boxes x, y, width, height (image px, from the corner of the
     picture), (N, J, 3) keypoints x, y, v (v is 0 for not marked, where x and y become 0; 1 hidden;
-    2 visible), and the columns index, person, area and ignored of People. Raises InputError. Prints
-    how many annotations were left out.
+    2 visible), and the columns index, person, size, area and ignored of People. Raises InputError.
+    Prints how many annotations were left out.
     """
     names = _image_names(data["images"], path)
     categories = _categories(data.get("categories", []), path, skeleton)
@@ -55,7 +55,10 @@ def parse_coco(
         raise InputError(path, found, "a different id for each annotation", _FIX)
     boxes = np.array([row[1] for row in kept]).reshape(-1, 4)
     keypoints = np.array([row[2] for row in kept]).reshape(-1, skeleton.joint_count, 3)
+    sizes = {each["id"]: [each.get("width"), each.get("height")] for each in data["images"]}
+    size = [[n if type(n) is int else 0 for n in sizes[image]] for image in ids[:, 0].tolist()]
     more: dict[str, Any] = {"index": ids[:, 0], "person": ids[:, 1]}
+    more["size"] = np.array(size, dtype=np.int64).reshape(-1, 2)
     if all(row[3] is not None for row in kept):
         more["area"] = np.array([row[3] for row in kept], dtype=np.float64)
         more["ignored"] = object_array([regions[str(image)] for image in ids[:, 0].tolist()])

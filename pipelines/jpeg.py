@@ -1,10 +1,10 @@
 """Checks JPEGs for packing: they must be complete, and every decoder must give the same picture.
 
 Other kinds of pictures (PNG, WebP, BMP, TIFF; grey and CMYK JPEGs, which OpenCV, nvJPEG and libjpeg
-convert to RGB differently) are decoded by OpenCV and stored as RGB JPEGs of QUALITY. Besides
-missing and damaged files, these are refused:
-- an EXIF orientation of 2 to 8: annotations were made on the stored pixels, and decoders disagree
-  on whether to rotate them;
+convert to RGB differently) are decoded by OpenCV and stored as RGB JPEGs of QUALITY. So are JPEGs
+with an EXIF orientation of 5 to 8 if the annotation's size of the picture tells whether its pixels
+were labelled as stored or turned. Besides missing and damaged files, these are refused:
+- other JPEGs with an EXIF orientation of 2 to 8, because decoders disagree on whether to turn them;
 - lossless, hierarchical and arithmetic-coded JPEGs, which the GPU decoder does not read.
 Some damage leaves a valid JPEG and is not detected.
 """
@@ -35,6 +35,7 @@ QUALITY = 95
 """JPEG quality of stored crops and of converted pictures."""
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 _SIGNATURES = {b"\x89PNG": "PNG", b"RIFF": "WebP", b"BM": "BMP", b"II*\0": "TIFF", b"MM\0*": "TIFF"}
+_TURNED, _AS_STORED = "JPEG turned by its EXIF", "JPEG labelled before the turn of its EXIF"
 _COMPONENTS = {1: "grey JPEG", 4: "CMYK JPEG"}
 _MAX_SCANS = 100
 """Each scan makes the decoder process the whole picture; photographs have about 10."""
@@ -101,8 +102,11 @@ def find_picture(folder: Path, name: str) -> Path:
     return next((each for each in (path, *others) if each.is_file()), path)
 
 
-def check_picture(folder: Path, name: str) -> Picture:
-    """Read and check one picture, which must lie in the folder."""
+def check_picture(folder: Path, name: str, labelled_size: tuple[int, int] = (0, 0)) -> Picture:
+    """Read and check one picture, which must lie in the folder.
+
+    labelled_size: width and height, px, in the annotation file; 0: unknown.
+    """
     path = find_picture(folder, name)
     sha256, converted, fault = "", "", ""
     size = mtime = width = height = 0
@@ -112,8 +116,8 @@ def check_picture(folder: Path, name: str) -> Picture:
         if not path.resolve().is_relative_to(folder.resolve()):
             raise PictureError("a link that leads out of the folder of pictures")
         data = path.read_bytes()
-        converted = kind_to_convert(data)
-        width, height = check_jpeg(convert(data) if converted else data)
+        converted = _kind_by_exif(data, labelled_size) or kind_to_convert(data)
+        width, height = check_jpeg(convert(data, converted) if converted else data)
         sha256 = hashlib.sha256(data).hexdigest()
     except PictureError as error:
         fault = str(error)
@@ -132,28 +136,46 @@ def kind_to_convert(data: bytes) -> str:
     return next((kind for start, kind in _SIGNATURES.items() if data.startswith(start)), "")
 
 
-def convert(data: bytes) -> bytes:
-    """An RGB JPEG of the picture as decoded by OpenCV; alpha is dropped. Raises PictureError."""
+def _kind_by_exif(data: bytes, labelled_size: tuple[int, int]) -> str:
+    """How a JPEG with an EXIF orientation was labelled; empty without one. Raises PictureError."""
+    orientation = _exif_orientation(data)
+    if not 2 <= orientation <= 8:
+        return ""
+    width, height, _ = _claims(data)
+    if orientation >= 5 and width != height:  # the turn exchanges width and height
+        if labelled_size == (height, width):
+            return _TURNED
+        if labelled_size == (width, height):
+            return _AS_STORED
+    raise PictureError(f"EXIF orientation {orientation}, and no size that tells what was labelled")
+
+
+def convert(data: bytes, kind: str = "") -> bytes:
+    """An RGB JPEG of the picture as decoded by OpenCV; alpha is dropped. Raises PictureError.
+
+    kind: Picture.converted.
+    """
     if data[:2] == b"\xff\xd8":
-        _check_header(data, components=tuple(_COMPONENTS))
-    image = _decoded(data)
+        _check_header(data, components=(3, *_COMPONENTS))
+    image = _decoded(data, turned=kind == _TURNED)
     return cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])[1].tobytes()
 
 
 def check_jpeg(data: bytes) -> tuple[int, int]:
     """Width and height, px, of a JPEG that may be packed. Decodes it; raises PictureError."""
     _check_header(data, components=(3,))
+    _kind_by_exif(data, (0, 0))
     image = _decoded(data)
     return image.shape[1], image.shape[0]
 
 
-def _decoded(data: bytes) -> npt.NDArray[np.uint8]:
-    """(H, W, 3) BGR of an undamaged picture, EXIF orientation ignored. Raises PictureError."""
+def _decoded(data: bytes, turned: bool = False) -> npt.NDArray[np.uint8]:
+    """(H, W, 3) BGR of an undamaged picture. Raises PictureError. turned: as its EXIF says."""
     try:
         require_sane_size(data, "")
     except InputError as error:
         raise PictureError(error.found) from error
-    flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+    flags = cv2.IMREAD_COLOR | (0 if turned else cv2.IMREAD_IGNORE_ORIENTATION)
     with _stderr_captured() as messages:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
         messages.seek(0)
@@ -180,9 +202,6 @@ def _check_header(data: bytes, components: tuple[int, ...]) -> None:
         raise PictureError(f"{frame.bits} bits a channel")
     if frame.components not in components:
         raise PictureError(f"{frame.components} components")
-    orientation = _exif_orientation(data)
-    if 2 <= orientation <= 8:
-        raise PictureError(f"EXIF orientation {orientation}")
 
 
 def _exif_orientation(data: bytes) -> int:

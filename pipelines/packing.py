@@ -328,7 +328,12 @@ def check_pictures(
     if not any(find_picture(options.images, name).is_file() for name in names):
         found = f"none of the {len(names):,} pictures, such as {names[0]}"
         raise InputError(options.images, found, "the pictures", "name their folder with --images")
-    results = map_tasks(partial(check_picture, options.images), names)
+    sizes: dict[str, tuple[int, int]] = {}
+    for people in (job.people for job in jobs):
+        if people.size is not None:
+            sizes |= zip(people.images, map(tuple, people.size.tolist()), strict=True)
+    labelled = [sizes.get(name, (0, 0)) for name in names]
+    results = map_tasks(partial(check_picture, options.images), names, labelled)
     checked = dict(zip(names, progress(results, "checking", "pictures", len(names)), strict=True))
     _report_bad_pictures(options, checked)
     kinds = Counter(p.converted for p in checked.values() if p.converted and not p.fault)
@@ -505,7 +510,7 @@ def load_picture(sample: Sample, options: PackingOptions) -> bytes:
     if (len(jpeg), stat.st_mtime_ns) != (sample.picture.bytes, sample.picture.mtime_ns):
         raise InputError(path, "changed since it was checked", "the same picture", _RUN_AGAIN)
     if sample.picture.converted:
-        jpeg = convert(jpeg)
+        jpeg = convert(jpeg, sample.picture.converted)
     if options.crop and sample.region:
         return stored_crop(jpeg, sample.region, options.packing, options.crop.quality)
     return jpeg

@@ -11,7 +11,7 @@ from conftest import noise_picture
 from helpers import exif, with_segment
 from PIL import Image
 
-from pipelines.jpeg import PictureError, check_jpeg, convert, kind_to_convert
+from pipelines.jpeg import PictureError, check_jpeg, check_picture, convert, kind_to_convert
 
 
 def jpeg(*options: int, size: tuple[int, int] = (160, 120), seed: int = 5) -> bytes:
@@ -68,15 +68,12 @@ def test_pngs_of_every_kind_keep_their_colours(data: bytes, expected: np.ndarray
     assert difference.mean() < 2 and np.percentile(difference, 99) <= 12  # a JPEG of quality 95
 
 
-def test_cmyk_becomes_rgb_and_a_turned_grey_picture_is_refused() -> None:
+def test_cmyk_becomes_rgb() -> None:
     buffer = io.BytesIO()
     Image.new("CMYK", (60, 40), (255, 0, 0, 0)).save(buffer, "JPEG")
     assert kind_to_convert(buffer.getvalue()) == "CMYK JPEG"
     stored = cv2.imdecode(np.frombuffer(convert(buffer.getvalue()), np.uint8), cv2.IMREAD_COLOR)
     assert stored.mean(axis=(0, 1))[2] < 60 < 200 < stored.mean(axis=(0, 1))[0]  # cyan: no red
-    grey = jpeg_of(noise_picture(np.random.default_rng(1), 60, 40)[..., 0])
-    with pytest.raises(PictureError, match="EXIF orientation 6"):
-        convert(with_segment(grey, exif(6)))
 
 
 def jpeg_of(image: np.ndarray) -> bytes:
@@ -147,11 +144,27 @@ def test_scan_that_ends_early_is_refused_silently(capfd: pytest.CaptureFixture[s
 def test_exif_that_rotates_the_picture_is_refused(order: str) -> None:
     for orientation in (2, 3, 6, 8):
         data = with_segment(jpeg(), exif(orientation, order))
-        assert reason_of(data) == f"EXIF orientation {orientation}"
+        assert reason_of(data).startswith(f"EXIF orientation {orientation}, and no size")
     # OpenCV reads the same tag, and rotates the picture when it may.
     assert cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR).shape[:2] == (160, 120)
     for orientation in (0, 1, 9):
         assert check_jpeg(with_segment(jpeg(), exif(orientation, order))) == (160, 120)
+
+
+def test_a_picture_with_exif_is_packed_in_the_size_that_was_labelled(tmp_path: Path) -> None:
+    """Orientation 6: a viewer turns the 160 x 120 pixels clockwise by a quarter."""
+    (tmp_path / "a.jpg").write_bytes(with_segment(jpeg(), exif(6)))
+    stored = cv2.imdecode(np.frombuffer(jpeg(), np.uint8), cv2.IMREAD_COLOR).astype(int)
+    expected = {(160, 120): stored, (120, 160): np.rot90(stored, -1)}
+    for size, pixels in expected.items():
+        picture = check_picture(tmp_path, "a.jpg", size)
+        assert (picture.width, picture.height) == size and not picture.fault
+        data = convert((tmp_path / "a.jpg").read_bytes(), picture.converted)
+        found = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+        assert np.abs(found - pixels).mean() < 4  # a JPEG of quality 95; another turn gives 80
+        assert check_jpeg(data) == size
+    for size in ((0, 0), (80, 60)):
+        assert "no size that tells" in check_picture(tmp_path, "a.jpg", size).fault
 
 
 @pytest.mark.parametrize("body", [b"", b"Exif\0\0", b"Exif\0\0II*\0\x08\0\0\0\xff\xff"])
