@@ -42,12 +42,12 @@ function drawResult() {
   const half = own.pckh["0.5"];
   const joints = own.joint_counts.filter((number) => number).length;
   const source = facts.checkpoint ?? facts.predictions_file ?? names[0];
-  const galleriesOfErrors = given.length ? "Annotations that are probably wrong: the first galleries under People. " : "";
+  if (given.length) $("result").before($("people"));
   document.title = `${given.length ? "Label errors" : `${percent(half.pooled)} % ${metric}@0.5`} · ${source}`;
   $("metric").textContent = `${metric}@0.5, pooled over ${joints} joints`;
   $("headline").textContent = percent(half.pooled);
   $("definition").textContent =
-    galleriesOfErrors + `of ${count(own.joints_counted)} annotated joints of ${data.scored} were found: ` +
+    `of ${count(own.joints_counted)} annotated joints of ${data.scored} were found: ` +
     `the prediction is less than half ${own.length ? "the length" : "the head’s length"} from ` +
     `the annotation.` + (own.length ? ` The length is ${own.length}.` : "") +
     (own.joints_counted ? ` The mean distance is ${own.pixels.mean.toFixed(2)} px of the picture, the median ${own.pixels.median.toFixed(2)} px.` : "") +
