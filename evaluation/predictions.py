@@ -86,8 +86,8 @@ def _read_json(path: Path, people: People) -> FilePredictions:
         keypoints = values.reshape(*people.joints.shape[:2], 3)
         own = zip(entries, keypoints[..., 2].mean(axis=1), strict=True)
         scores = np.array([entry.get("score", mean) for entry, mean in own], dtype=np.float64)
-    except (ValueError, OverflowError) as error:
-        raise _mismatch(path, people, f"keypoints that are not x, y, score ({error})") from error
+    except (TypeError, ValueError, OverflowError) as error:
+        raise _mismatch(path, people, f"keypoints or a score of other values ({error})") from error
     order = np.argsort(rows)
     joints = keypoints[order]
     return FilePredictions(joints[..., :2], scores[order], None, joints[..., 2])

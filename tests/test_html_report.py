@@ -322,7 +322,7 @@ def test_the_metric_has_its_name_and_people_without_a_length_are_dashes(
     page = write_page(tmp_path, people, people.joints, skeleton, "network")
     browser.show(page, *WIDE)
     text = browser.ask("document.title + document.body.innerText")
-    assert f"{metric}@0.5, pooled over 16 joints" in text
+    assert f"{metric}@0.5, pooled over 0 joints" in text
     assert metric == "PCKh" or "PCKh" not in text
     assert texts(browser, "#headline") == ["–"] and texts(browser, ".tile") == []
     assert complaints(browser) == []
