@@ -81,6 +81,7 @@ class JoinedShards(ShardSet):
 
         weights: how often the people of each split are taken in an epoch.
         """
+        # What is not set below, such as the packing, is that of the first split.
         self.__dict__.update(next(iter(splits.values())).__dict__)
         self.weights, parts = weights, list(splits.values())
         for name, split in splits.items():
