@@ -254,6 +254,7 @@ def _graph(
     picture, matrix, *parts = fn.external_source(
         source=_inputs(feed, fed, count),
         num_outputs=count,
+        no_copy=True,  # a Feed lives until its crops are returned
         dtype=[types.UINT8, types.FLOAT, types.INT32][:count],
         ndim=[1, 2, 1][:count],
     )
