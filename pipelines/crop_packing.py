@@ -56,7 +56,7 @@ def crop_extent(preset: Preset) -> float:
 def crop_rule(preset: str, person_px: int, quality: int) -> CropRule:
     """The CropRule for a preset's largest crops."""
     extent = crop_extent(PRESETS[preset])
-    return CropRule(preset=preset, reach=extent, person_px=person_px, quality=quality)
+    return CropRule(preset=preset, extent=extent, person_px=person_px, quality=quality)
 
 
 def crop_region(
@@ -68,7 +68,7 @@ def crop_region(
     """
     box_px = PIXELS_PER_SCALE * scale
     shrink = max(1.0, box_px / rule.person_px)
-    half = box_px * rule.reach / 2 + _MARGIN_PX * shrink
+    half = box_px * rule.extent / 2 + _MARGIN_PX * shrink
     x, y = np.asarray(center, dtype=np.float64) + 0.5  # from the picture's edge
     left, right = _clip(x - half, x + half, image_width)
     top, bottom = _clip(y - half, y + half, image_height)
@@ -112,12 +112,12 @@ def stored_crop(jpeg: bytes, region: Region, packing: str, quality: int) -> byte
 def require_preset_fits(manifest: Manifest, preset: Preset, where: object) -> None:
     """Raise InputError unless the shards contain all pixels that the preset can read."""
     rule, extent = manifest.crop, crop_extent(preset)
-    if rule and (preset.princeton_crop or extent > rule.reach + 1e-6):
-        found = f"crops of {rule.reach:.3f} x the box, for the preset {rule.preset}"
+    if rule and (preset.princeton_crop or extent > rule.extent + 1e-6):
+        found = f"crops of {rule.extent:.3f} x the box, for the preset {rule.preset}"
         expected = f"crops of {extent:.3f} x the box"
         if preset.princeton_crop:
             expected = "original pictures, for princeton's crop"
         advice = (
-            "take another data.preset, --packing original, or --packing crop or raw with --reach"
+            "take another data.preset, --packing original, or --packing crop or raw with --preset"
         )
         raise InputError(where, found, expected, advice)

@@ -218,7 +218,7 @@ class CropRule:
 
     preset: str
     """The preset whose largest crop is stored."""
-    reach: float
+    extent: float
     """Side of the stored region / side of the person's box."""
     person_px: int
     """Maximum side of a person's box, stored px."""

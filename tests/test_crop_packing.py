@@ -21,7 +21,7 @@ from pipelines.shard_format import CropRule, Records, read_manifest, unpack_reco
 from pipelines.shards import ShardSet
 from tools.make_shards import main
 
-RULE = CropRule(preset="hrnet", reach=1.25 * math.sqrt(2), person_px=96, quality=95)
+RULE = CropRule(preset="hrnet", extent=1.25 * math.sqrt(2), person_px=96, quality=95)
 WIDTH, HEIGHT = 640, 360
 # Where boxes lie: in the middle, over each border, over a corner, larger than the picture, tiny.
 CENTERS_AND_SIDES = [
@@ -107,7 +107,7 @@ def test_stored_people_are_small_enough_and_never_enlarged(x, y, side):
     assert side / a <= RULE.person_px and side / d <= RULE.person_px and min(a, d) >= 1
     # As fine as promised, but for rounding to whole stored pixels.
     assert a <= max(1, side / RULE.person_px) * (1 + 1 / part.width)
-    reached = RULE.reach * side / 2
+    reached = RULE.extent * side / 2
     assert part.left <= max(0, x - reached) and part.right >= min(WIDTH, x + reached)
     assert part.top <= max(0, y - reached) and part.bottom >= min(HEIGHT, y + reached)
 
@@ -137,8 +137,8 @@ def test_crops_equal_those_of_the_whole_picture_at_the_strongest_draws(x, y, sid
 
 
 def test_a_region_too_small_for_the_draws_would_show():
-    """The comparison above can fail: with a reach of 1 a turned crop has black corners."""
-    small = CropRule(preset="none", reach=1.0, person_px=96, quality=95)
+    """The comparison above can fail: with an extent of 1 a turned crop has black corners."""
+    small = CropRule(preset="none", extent=1.0, person_px=96, quality=95)
     part = crop_region((300.3, 170.8), 1.0, WIDTH, HEIGHT, small)
     stored = resize_region(smooth_picture(), part)
     crop, _ = crop_person(
@@ -187,7 +187,7 @@ def test_the_manifest_says_what_was_stored(crop_shards, tiny_shards):
     assert manifest.packing == "crop" and manifest.format_version == 1
     rule = manifest.crop
     assert rule is not None and (rule.preset, rule.person_px, rule.quality) == ("hrnet", 64, 95)
-    assert rule.reach == pytest.approx(1.25 * 2**0.5)
+    assert rule.extent == pytest.approx(1.25 * 2**0.5)
     assert read_manifest(tiny_shards / "train").crop is None
 
 

@@ -40,9 +40,9 @@ def real_shards(request, shared, tmp_path_factory) -> ShardSet:
 
     data, output = shared / "data" / "mpii_sample", tmp_path_factory.mktemp("real") / "shards"
     words = f"--annotations {data / 'annot' / 'valid.h5'} --images {data / 'images'}"
-    words += f" --packing {request.param} --reach newell --person-px 288"
+    words += f" --packing {request.param} --preset newell --person-px 288"
     if request.param == "original":
-        words = words.split(" --reach")[0]
+        words = words.split(" --preset")[0]
     assert main(f"{words} --output {output} --splits valid --workers 1".split()) == 0
     return ShardSet(output / "valid")
 
@@ -54,7 +54,7 @@ def raw_split(tiny_set, tmp_path_factory) -> ShardSet:
 
     output = tmp_path_factory.mktemp("raw") / "tiny"
     arguments = pack_arguments(tiny_set, output, "--packing", "raw", "--person-px", 64)
-    assert main([*arguments, "--reach", "newell"]) == 0
+    assert main([*arguments, "--preset", "newell"]) == 0
     return ShardSet(output / "train")
 
 

@@ -93,7 +93,7 @@ def make_parser() -> Parser:
     add("--packing", choices=list(PICTURE_EXTENSIONS), default="original",
         help="original: the JPEG files unchanged; crop: the region that augmentation can sample, "
         "scaled down; raw: as crop, without compression (docs/conventions.md)")
-    add("--reach", choices=CROP_PRESETS, default="hrnet",
+    add("--preset", choices=CROP_PRESETS, default="hrnet",
         help="crop, raw: the training's data.preset; of several, the one with the largest crops")
     add("--person-px", type=at_least(16), default=288,
         help="crop, raw: maximum side of a person's box, px; data.input_px x 1.125 is enough")
@@ -104,7 +104,7 @@ def make_parser() -> Parser:
 def parse_options(argv: list[str] | None) -> PackingOptions:
     """The command line, with absolute paths. Raises InputError."""
     given = vars(make_parser().parse_args(argv))
-    preset, person_px = given.pop("reach"), given.pop("person_px")
+    preset, person_px = given.pop("preset"), given.pop("person_px")
     quality = QUALITY if given["packing"] == "crop" else 0
     is_crop = given["packing"] != "original"
     given["crop"] = crop_rule(preset, person_px, quality) if is_crop else None
