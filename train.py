@@ -1,7 +1,6 @@
 """Train a stacked hourglass network: python (or torchrun) train.py --config configs/2hg.yaml"""
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +28,11 @@ from training.trainer import Trainer
 
 LOCK_WAIT_S = 60
 """Seconds that a resumed run waits for another process that still trains it."""
-PROFILED_STEPS = 5
-"""Number of steps that --profile profiles."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Read the settings, join the ranks, check or reopen the run's folder, train."""
     config, options = parse_config(make_parser(), sys.argv[1:] if arguments is None else arguments)
-    if options["profile"]:
-        config = replace(config, train=replace(config.train, profile_steps=PROFILED_STEPS))
     require_tracker(config.train.tracker)
     if options["resume"] not in (None, AUTO) and options["init_from"]:
         raise InputError("command line", "--resume and --init_from", "one of them", "leave one out")
@@ -98,12 +93,6 @@ def make_parser() -> ArgumentParser:
     parser.add_argument(
         "--init_from",
         help="start a new run with only the weights of this checkpoint",
-    )
-    parser.add_argument(
-        "--profile",
-        action="store_true",
-        help=f"the same as --train.profile_steps {PROFILED_STEPS}: write trace.json and a table of "
-        "operators",
     )
     add_config_options(parser)
     return parser

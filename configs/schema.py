@@ -233,8 +233,6 @@ _FREE = (
     "train.threads train.log_every train.keep_last train.save_minutes train.tracker "
     "train.profile_steps"
 )
-REMOVED = frozenset({"data.shuffle_buffer", "data.cache_mb", "train.fuse_targets"})
-"""Settings of older code. Checkpoints may contain them, YAML files may not."""
 FIXED_ON_RESUME = frozenset(_FIXED.split())
 """Settings that a resumed run may not change."""
 FREE_ON_RESUME = frozenset(_FREE.split())
@@ -256,14 +254,6 @@ def as_dict(config: Config) -> dict[str, Any]:
     return {
         section: {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
         for section, values in sections.items()
-    }
-
-
-def without_removed(raw: dict[str, Any]) -> dict[str, Any]:
-    """The nested dicts of a checkpoint without the settings in REMOVED."""
-    return {
-        section: {k: v for k, v in values.items() if f"{section}.{k}" not in REMOVED}
-        for section, values in raw.items()
     }
 
 
@@ -350,8 +340,7 @@ def check_keys(raw: dict[str, Any], where: str) -> None:
 
 
 def _unknown(where: str, name: object, known: list[str]) -> InputError:
-    removed = "remove this line (CHANGELOG.md)" if name in REMOVED else ""
-    advice = removed or did_you_mean(str(name), known) or f"known are {', '.join(known)}"
+    advice = did_you_mean(str(name), known) or f"known are {', '.join(known)}"
     return InputError(where, f"unknown setting {name}", "a setting of configs/schema.py", advice)
 
 

@@ -116,22 +116,17 @@ class Skeleton(NamedTuple):
 
     def as_dict(self) -> dict[str, Any]:
         """Lists, strings and numbers only, for manifests and checkpoints."""
-        raw = self._asdict()
-        for key in ("mirror", "sigmas", *_CHOICES):  # absent in files of early versions
-            if raw[key] == self._field_defaults[key]:
-                del raw[key]
-        return json.loads(json.dumps(raw))
+        return json.loads(json.dumps(self._asdict()))
 
 
 def skeleton_from_dict(raw: dict[str, Any]) -> Skeleton:
     """The Skeleton of the dict that `as_dict` returned."""
     pairs, limbs = (tuple(map(tuple, raw[key])) for key in ("flip_pairs", "limbs"))
     groups = tuple((name, tuple(joints)) for name, joints in raw["groups"])
-    length = raw.get("length")  # absent in files of early versions
-    rule = Length(tuple(length[0]), length[1]) if length else None
-    later = {key: raw[key] for key in ("mirror", *_CHOICES) if key in raw}
-    later["sigmas"] = tuple(raw.get("sigmas", ()))
-    return Skeleton(raw["name"], tuple(raw["names"]), pairs, limbs, groups, rule, **later)
+    length = raw["length"] and Length(tuple(raw["length"][0]), raw["length"][1])
+    names, sigmas = tuple(raw["names"]), tuple(raw["sigmas"])
+    rules = {key: raw[key] for key in ("mirror", *_CHOICES)}
+    return Skeleton(raw["name"], names, pairs, limbs, groups, length, sigmas=sigmas, **rules)
 
 
 def unnamed(joints: int) -> Skeleton:

@@ -102,7 +102,6 @@ def _rows(entries: Entries, people: People) -> list[int]:
     pictures, persons = people.index.tolist(), people.person.tolist()
     candidates: list[tuple[tuple[str, ...], Iterable[tuple[Any, ...]]]] = [
         (("row", "image"), enumerate(people.images)),
-        (("index", "image"), enumerate(people.images)),  # as earlier versions named the row
         (("image_id", "annotation_id"), zip(pictures, persons, strict=True)),
         (("image_id",), zip(pictures, strict=True)),
         (("image_id",), zip(range(people.count), strict=True)),

@@ -13,7 +13,7 @@ import struct
 import zipfile
 import zlib
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from pickle import UnpicklingError  # only the exception
 from typing import Any
@@ -32,24 +32,19 @@ from configs.schema import (
     check_values,
     config_from_dict,
     flat,
-    without_removed,
 )
 from configs.skeleton import Skeleton, skeleton_from_dict
 from model.calibration import Calibration
 from model.export import OnnxNetwork, read_export
 from model.foreign_checkpoints import (
     PRINCETON_MODEL,
-    fold_biases,
     princeton_contents,
     read_foreign,
-    without_bias_moments,
 )
 from model.hourglass import StackedHourglass
 
 FORMAT = "stacked-hourglass-checkpoint"
 FORMAT_VERSION = 3
-_WITH_BIASES = 1
-"""The format version in which networks had biases before batch norms."""
 LAST, BEST = "last.pt", "best.pt"
 
 _CHECKSUM_TAG = b"sha256:"
@@ -72,18 +67,15 @@ class RunState:
     """As chosen, never "auto"."""
     rng: list[Tensor]
     """uint8, torch's random state of each rank."""
-    # The defaults are for files of older versions.
-    loader_states: list[Tensor] = field(default_factory=list)
-    """In files up to version 2; not empty tensors if DALI chose the order of people."""
-    people_sha256: str | None = None
-    people_a_step: int | None = None
+    people_sha256: str
+    people_a_step: int
     """The global batch size."""
-    best: float = -1.0
+    best: float
     """The best pooled PCKh of a validation, -1 before the first."""
-    seconds: float = 0.0
+    seconds: float
     """Time spent in training."""
-    validation_due: bool = False
-    scaler: dict[str, Any] = field(default_factory=dict)
+    validation_due: bool
+    scaler: dict[str, Any]
     """State of torch.amp.GradScaler; empty without fp16."""
 
 
@@ -243,26 +235,22 @@ def _sha256(path: Path, size: int) -> bytes:
 
 def _from_ours(raw: Any, path: Path) -> Checkpoint:
     """The Checkpoint of a file that this project wrote. Raises InputError."""
-    known = [(FORMAT, version) for version in range(_WITH_BIASES, FORMAT_VERSION + 1)]
+    expected = FORMAT, FORMAT_VERSION
     found = (raw.get("format"), raw.get("format_version")) if isinstance(raw, dict) else type(raw)
-    if found not in known:
-        raise InputError(path, f"format {found}", f"format {known[-1]}", "give another checkpoint")
-    config = config_from_dict(without_removed(raw["config"]), f"{path}: config")
+    if found != expected:
+        raise InputError(path, f"format {found}", f"format {expected}", "give another checkpoint")
+    config = config_from_dict(raw["config"], f"{path}: config")
     check_values(config)
     run = {f.name: raw[f.name] for f in fields(RunState) if f.name in raw}
     tables = raw.get("calibration")
-    weights, averaged, optimizer = raw["model"], raw.get("ema", {}), raw.get("optimizer")
-    if raw["format_version"] == _WITH_BIASES:
-        optimizer = optimizer and without_bias_moments(optimizer, weights)
-        weights, averaged = fold_biases(weights), fold_biases(averaged)
     return Checkpoint(
         path=path,
         config=config,
         skeleton=skeleton_from_dict(raw["skeleton"]),
         step=raw["step"],
-        weights=weights,
-        averaged=averaged,
-        optimizer=optimizer,
+        weights=raw["model"],
+        averaged=raw["ema"],
+        optimizer=raw.get("optimizer"),
         run=RunState(**run) if run else None,
         is_onnx=path.suffix == ".onnx",
         calibration=tables and Calibration(*map(np.array, tables.values())),
@@ -275,7 +263,7 @@ def _from_foreign(raw: Any, path: Path) -> Checkpoint | None:
     if found is None:
         return None
     with torch.device("meta"):  # only shapes, whatever size the file claims
-        network = build_network(found.config, found.skeleton.joint_count)
+        network = StackedHourglass.of(found.config.model, found.skeleton.joint_count)
     require_fit(network, found.weights, path)
     return Checkpoint(path=path, averaged={}, run=None, **found._asdict())
 
@@ -298,11 +286,6 @@ def to_princeton(checkpoint: Checkpoint) -> dict[str, Any]:
 # Networks
 
 
-def build_network(config: Config, joints: int) -> nn.Module:
-    """The network of a config, with fresh weights."""
-    return StackedHourglass.of(config.model, joints)
-
-
 def evaluation_network(checkpoint: Checkpoint) -> nn.Module:
     """`trained_network`, or the graph of an ONNX file, which is called the same way."""
     if checkpoint.is_onnx:
@@ -313,10 +296,10 @@ def evaluation_network(checkpoint: Checkpoint) -> nn.Module:
 def trained_network(checkpoint: Checkpoint) -> nn.Module:
     """The network in eval mode, with the averaged weights if there are any."""
     weights = checkpoint.averaged or checkpoint.weights
-    joints = checkpoint.skeleton.joint_count
+    model, joints = checkpoint.config.model, checkpoint.skeleton.joint_count
     with torch.device("meta"):  # takes no memory, whatever the config says
-        require_fit(build_network(checkpoint.config, joints), weights, checkpoint.path)
-    network = build_network(checkpoint.config, joints)
+        require_fit(StackedHourglass.of(model, joints), weights, checkpoint.path)
+    network = StackedHourglass.of(model, joints)
     network.load_state_dict(weights)
     return network.eval()
 

@@ -34,8 +34,6 @@ PRINCETON_MODEL = {"stem": (64, 128, 128), "depth": 4, "input_mean": (0.0, 0.0, 
 _PREFIX = "model.module."
 """Prefix of every key in princeton's checkpoints."""
 
-_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-
 Renames = tuple[tuple[str, str], ...]
 """Pairs of a regular expression on our names and its replacement, applied in order."""
 
@@ -202,15 +200,6 @@ def fold_biases(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         if mean != bias and mean in weights and weights[mean].shape == weights[bias].shape:
             folded[mean] = weights[mean] - folded.pop(bias)
     return folded
-
-
-def without_bias_moments(optimizer: dict[str, Any], weights: dict[str, Tensor]) -> dict[str, Any]:
-    """An optimizer's state without the biases that `fold_biases` drops from `weights`."""
-    parameters = [name for name in weights if not name.endswith(_STATISTICS)]
-    kept = [n for n, name in enumerate(parameters) if name == _renamed(name, _BIAS_TO_MEAN)]
-    moments, (group,) = optimizer["state"], optimizer["param_groups"]
-    state = {new: moments[old] for new, old in enumerate(kept) if old in moments}
-    return {"state": state, "param_groups": [{**group, "params": list(range(len(kept)))}]}
 
 
 def _to_bearpaw(depth: int) -> Renames:

@@ -89,7 +89,7 @@ class JoinedShards(ShardSet):
                 expected = "folders, all with raw or all with JPEG shards, if there are several"
                 found = "object storage" if split.cache else f"--packing {split.manifest.packing}"
                 raise InputError(name, found, expected, "copy it to a folder, or pack it again")
-        self._files, self._facts = {}, None
+        self._files = {}
         ends = np.cumsum([len(split) for split in parts]).tolist()
         self.samples_of_set = {
             name: range(end - len(split), end)
@@ -110,12 +110,9 @@ class JoinedShards(ShardSet):
         self.keys = [key for split in parts for key in split.keys]
         self._ranges_NC2 = np.concatenate([split._ranges_NC2 for split in parts])
         self._origin_N = np.arange(ends[-1])
+        # Rows of the annotations count on from set to set.
         self._records = _joined_records(parts, skeleton)
-
-    def records(self) -> npt.NDArray[np.float32]:
-        """As of ShardSet, already checked. Rows of the annotations count on from set to set."""
-        assert self._records is not None
-        return self._records
+        self._facts = [facts for split in parts for facts in split._facts]
 
     def keys_of_epoch(self, seed: int, epoch: int) -> npt.NDArray[np.int64]:
         """As of ShardSet. Each set has passes of its own, which the epochs cut into pieces."""

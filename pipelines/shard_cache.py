@@ -98,8 +98,7 @@ def _fetch_small_files(folder: Path, url: str, manifest: bytes) -> None:
         where = f"{url}/{MANIFEST}"
         raise InputError(where, error.found, error.expected, error.next_step) from error
     digests = {shard.index: shard.index_sha256 for shard in facts.shards}
-    if facts.people_file_sha256:
-        digests[PEOPLE] = facts.people_file_sha256
+    digests[PEOPLE] = facts.people_file_sha256
 
     def fetch_one(name: str) -> None:
         object_storage.fetch(f"{url}/{name}", folder / name)

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import InputError
-from common.files import read_json, write_atomic
+from common.files import LARGEST_JSON, parse_json, read_bytes, read_json, write_atomic
 from configs.skeleton import PIXELS_PER_SCALE, Skeleton, skeleton_from_dict
 from pipelines.annotations import People, safe_name
 from pipelines.i420 import byte_count
@@ -45,10 +45,10 @@ LARGEST = {"f32": 1 << 20, "jpg": 256 << 20, "i420": 256 << 20, "json": 4 << 20}
 """Maximum bytes of each."""
 INDEX_VERSION = "v1.2"
 FORMAT = "stacked-hourglass-shards"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 PEOPLE = "people.json"
-"""Records and pictures' names of a split, so that object storage need not be read for them."""
+"""Records and pictures' names of a split, so that the tars need not be read for them."""
 SPLITS = ("train", "valid")
 PACK_AGAIN = "pack the data again with tools/make_shards.py into a new folder"
 _MAX_MANIFEST = 64 << 20
@@ -249,8 +249,8 @@ class Manifest:
     left_out: list[str] = field(default_factory=list)
     """People whose pictures could not be packed."""
     command: str = ""
-    people_file_sha256: str | None = None
-    """SHA-256 of people.json; None in splits written before 2026-11-26."""
+    people_file_sha256: str
+    """SHA-256 of people.json."""
     format: str = FORMAT
     format_version: int = FORMAT_VERSION
 
@@ -281,7 +281,10 @@ def read_people_file(
     """(N, record_length) records, and the facts of each person. Raises InputError."""
     path = folder / PEOPLE
     try:
-        facts = read_json(path)
+        data = read_bytes(path, LARGEST_JSON)
+        if hashlib.sha256(data).hexdigest() != manifest.people_file_sha256:
+            raise ValueError("its SHA-256 is not the one in the manifest")
+        facts = parse_json(data)
         values = np.frombuffer(base64.b64decode(facts.pop("records")), dtype="<f4")
         records_NR = values.reshape(manifest.people, record_length(manifest.joints))
         rows = [dict(zip(facts, row, strict=True)) for row in zip(*facts.values(), strict=True)]
@@ -334,9 +337,7 @@ def _manifest(raw: Any) -> Manifest:
     if raw["packing"] not in tuple(PICTURE_EXTENSIONS):
         raise ValueError(f"packing {raw['packing']!r:.50}")
     skeleton = skeleton_from_dict(raw["skeleton"])
-    crop = _parse(CropRule, raw["crop"]) if raw.get("crop") else None
-    # The first versions had no crop and no people.json.
-    raw = {"people_file_sha256": None, **raw}
+    crop = _parse(CropRule, raw["crop"]) if raw["crop"] else None
     manifest = _parse(Manifest, {**raw, "shards": shards, "skeleton": skeleton, "crop": crop})
     if sum(shard.people for shard in shards) != manifest.people:
         raise ValueError("the shards' people do not add up to the total")

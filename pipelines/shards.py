@@ -1,9 +1,9 @@
 """Random access to a split of shards.
 
-A split is a folder of NNNNN.tar, each with its wds2idx index NNNNN.idx, and one manifest.json. A
-sample is one person with three components, in this order:
+A split is a folder of NNNNN.tar, each with its wds2idx index NNNNN.idx, one manifest.json, and one
+people.json with all records. A sample is one person with three components, in this order:
 
-    <key>.f32   little-endian float32 record (pipelines/shard_format.py), which DALI reads directly
+    <key>.f32   the record (pipelines/shard_format.py), for other readers of WebDataset tars
     <key>.jpg   the picture; <key>.i420 in raw shards (pipelines/i420.py)
     <key>.json  the same values in readable form, and the name of the picture
 """
@@ -22,11 +22,10 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import InputError
-from common.files import parse_json, read_bytes
+from common.files import read_bytes
 from pipelines.annotations import People
 from pipelines.coco import object_array
 from pipelines.i420 import Planes, planes_of
-from pipelines.jpeg import require_sane_size
 from pipelines.shard_cache import ORIGIN, Key, ReadAhead, ShardCache
 from pipelines.shard_format import (
     COLUMNS,
@@ -35,7 +34,6 @@ from pipelines.shard_format import (
     PACK_AGAIN,
     Shard,
     components,
-    is_person,
     read_manifest,
     read_people_file,
     record_faults,
@@ -44,8 +42,6 @@ from pipelines.shard_format import (
 )
 
 _MAX_INDEX = 256 << 20  # bytes
-_JPEG_HEADER_BYTES = 4096
-"""Enough to find the size, except in pictures with a thumbnail or a colour profile."""
 _RANGE = r"(\d{1,15}) (\d{1,15})"
 
 
@@ -85,7 +81,7 @@ class ShardSet:
             raise InputError(self.folder, f"the key {key} twice", "each key once", PACK_AGAIN)
         self._origin_N = np.arange(len(self))
         self._records: npt.NDArray[np.float32] | None = None
-        self._facts: list[dict[str, Any]] | None = None
+        self._facts: list[dict[str, Any]] = []
         self._files: dict[int, io.FileIO] = {}
 
         self.samples_of_set = {self.location: range(len(self))}
@@ -112,21 +108,18 @@ class ShardSet:
         return planes_of(self.component(sample, "i420"), width, height)
 
     def record(self, sample: int) -> npt.NDArray[np.float32]:
-        """(record_length,) the record of one person; from memory once `records` has read it."""
-        if self._records is not None:
-            return self._records[sample]
-        return np.frombuffer(self.component(sample, "f32"), dtype="<f4")
+        """(record_length,) the record of one person. Raises InputError."""
+        return self.records()[sample]
 
     def records(self) -> npt.NDArray[np.float32]:
         """(N, record_length) all records, in the order of the samples; checked, read-only.
 
-        Raises InputError for impossible values, for JPEGs that claim to be huge, and for raw
-        pictures of another size.
+        Reads people.json once. Raises InputError for impossible values, and for raw pictures of
+        another size.
         """
-        if self.cache and self.manifest.people_file_sha256:
-            records, self._facts = read_people_file(self.folder, self.manifest)
-        else:
-            records = np.stack([self._checked_record(sample) for sample in range(len(self))])
+        if self._records is not None:
+            return self._records
+        records, self._facts = read_people_file(self.folder, self.manifest)
         faults = record_faults(records, self.manifest, picture_bytes_N=self._ranges_NC2[:, 1, 1])
         for fault, is_bad in faults.items():
             if is_bad.any():
@@ -137,23 +130,14 @@ class ShardSet:
         self._records = records
         return records
 
-    def metadata(self, sample: int) -> dict[str, Any]:
-        """The JSON of one person, or only its `image`, `index` and `person`. Raises InputError."""
-        if self._facts:
-            return self._facts[self.origin(sample)]
-        try:
-            facts = parse_json(self.component(sample, "json"))
-            if not is_person(facts):
-                raise ValueError(f"no image, index or person: {facts!r:.300}")
-        except ValueError as error:
-            found, expected = f"damaged JSON ({error})", "the JSON of a person"
-            raise InputError(self.where(sample), found, expected, PACK_AGAIN) from error
-        return facts
+    def image_name(self, sample: int) -> str:
+        """The name of one person's picture in the annotation file. Raises InputError."""
+        self.records()
+        return self._facts[self.origin(sample)]["image"]
 
     def people(self) -> tuple[People, npt.NDArray[np.int64]]:
         """All people in the order of the annotation file, and the sample of each, (N,)."""
-        fields = unpack_records(self.records())
-        facts = [self.metadata(sample) for sample in range(len(self))]
+        fields, facts = unpack_records(self.records()), self._facts
         people = People(
             images=tuple(fact["image"] for fact in facts),
             index=np.array([fact["index"] for fact in facts]),
@@ -219,7 +203,7 @@ class ShardSet:
         changed._origin_N = origin_N
         changed.keys = [self.keys[sample] for sample in origin_N]
         changed._ranges_NC2 = self._ranges_NC2[origin_N]
-        changed._records = None if self._records is None else self._records[origin_N]
+        changed._records = self.records()[origin_N]
         return changed
 
     def _read_index(self, shard: Shard) -> tuple[list[str], npt.NDArray[np.int64]]:
@@ -279,18 +263,6 @@ class ShardSet:
         if file is None:  # setdefault: threads that open it at the same time use one file
             file = self._files.setdefault(shard, self.tars[shard].open("rb", buffering=0))
         return file
-
-    def _checked_record(self, sample: int) -> npt.NDArray[np.float32]:
-        """The record, after a check of the JPEG's header, which is read with it."""
-        if self.is_raw:
-            return self.record(sample)
-        record, picture = self.byte_range(sample, "f32"), self.byte_range(sample, "jpg")
-        header = min(picture.size, _JPEG_HEADER_BYTES)
-        data = self._read(sample, record.offset, picture.offset + header - record.offset)
-        jpeg = data[-header:]
-        if not require_sane_size(jpeg, self.where(sample)):
-            require_sane_size(self.jpeg(sample), self.where(sample))
-        return np.frombuffer(data[: record.size], dtype="<f4")
 
 
 def read_ahead(

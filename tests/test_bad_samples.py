@@ -159,20 +159,6 @@ def test_a_picture_damaged_in_mid_run_is_replaced_from_then_on(
     assert count_replaced(split, {6: 8, 7: 8}, pairs[second:]) >= 2
 
 
-@pytest.mark.parametrize("name", LOADERS)
-def test_a_record_damaged_in_mid_run_changes_nothing(name, tiny_shards, tmp_path):
-    """All records were read at the start."""
-    folder = Path(shutil.copytree(tiny_shards / "train", tmp_path / "train"))
-    whole = make(name)(ShardSet(tiny_shards / "train"), 0)
-    data = ShardSet(folder)
-    data.records()
-    loader = make(name)(data, 0)
-    loader.next(), whole.next()
-    damage_later(folder, 6, "f32")
-    for _ in range(9):
-        assert all(map(torch.equal, loader.next(), whole.next()))
-
-
 def test_a_picture_in_a_bad_sector_is_replaced(tiny_shards, tmp_path, monkeypatch):
     split, pread = ShardSet(tiny_shards / "train"), os.pread
     place = split.byte_range(6, "jpg")

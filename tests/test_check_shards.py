@@ -3,10 +3,9 @@
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 from conftest import pack_arguments
-from helpers import change_manifest, overwrite, update_sha256
+from helpers import change_manifest, change_record, overwrite, update_sha256
 
 from pipelines.shard_format import file_sha256
 from tools import make_shards
@@ -86,25 +85,20 @@ def test_damaged_files_are_named_and_exit_with_1(packed, expected, capsys):
     assert code == 1 and any(expected in line for line in lines), lines
 
 
-@pytest.mark.parametrize(
-    ("component", "data", "expected"),
-    [
-        ("f32", np.float32([2, 90, 90, -1]).tobytes(), "1 record(s) with a scale out of range"),
-        ("json", b"[", "damaged JSON"),
-        ("jpg", b"\x13" * 50, "picture: not a JPEG"),
-    ],
-)
-def test_damaged_people_are_named_by_shard_and_key(packed, component, data, expected, capsys):
-    overwrite(packed, 6, component, data)
+def test_damaged_people_are_named_by_shard_and_key(packed, capsys):
+    change_record(packed, 2, 3, -1)
+    overwrite(packed, 6, "jpg", b"\x13" * 50)
     code, lines = check(packed, capsys, "--decode")
     where = f"{packed / '00001.tar'}: "
     assert code == 1 and f"{where}its SHA-256 is not the one in the manifest" in lines
-    assert any(x.startswith(f"{where}sample 6 (key 000000006): {expected}") for x in lines)
+    scale = f"{packed / '00000.tar'}: sample 2 (key 000000002): 1 record(s) with a scale out"
+    picture = f"{where}sample 6 (key 000000006): picture: not a JPEG"
+    assert all(any(line.startswith(x) for line in lines) for x in (scale, picture)), lines
 
 
 @pytest.mark.slow
 def test_workers_find_the_same_as_one_process(packed, capsys):
-    overwrite(packed, 6, "json", b"[")
+    change_record(packed, 6, 3, -1)
     overwrite(packed, 2, "jpg", b"\x13" * 50)
     found = check(packed, capsys, "--decode")
-    assert len(found[1]) >= 5 and found == check(packed, capsys, "--decode", "--workers", 2)
+    assert len(found[1]) >= 4 and found == check(packed, capsys, "--decode", "--workers", 2)

@@ -31,6 +31,7 @@ from configs.skeleton import MPII
 from evaluation import pckh
 from evaluation.predictions import as_entries
 from model import checkpoint
+from model.hourglass import StackedHourglass
 from pipelines.shards import ShardSet
 
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
@@ -61,7 +62,6 @@ NOT_RUN = {
     r"python test\.py -c pose|python train\.py -[ec] NAME": "commands of princeton-vl's code",
     r"git (clone|config)": "it is about the reader's own copy",
     r"torchrun .*(--nnodes|--max-restarts)": "several machines (see the page)",
-    r".*--webcam": "there is no camera",
     r"python tests/check_refactor\.py": "it needs two checkouts",
     r"python tests/measure_(remote_shards|video)\.py": "it takes minutes",
     r"(evaluate|train)\.py --[\w-]+$": "half a command, named in a sentence",
@@ -97,7 +97,7 @@ SMALL = {
     "--model.width 16 --model.depth 4 --model.stem [64,128,128] --train.steps 2 --train.device cpu",
     "evaluate.py": "--batch-size 4 --workers 0 --device cpu",
     "tools/make_shards.py": "--workers 1",
-    "tools/show_batch.py": "--people 2 --input-px 64",
+    "tools/show_batch.py": "--people 2 --data.input_px 64",
 }
 
 
@@ -314,7 +314,7 @@ def write_checkpoints(folder: Path) -> None:
          "model": MODEL},
         "test",
     )  # fmt: skip
-    network = checkpoint.build_network(config, MPII.joint_count)
+    network = StackedHourglass.of(config.model, MPII.joint_count)
     optimizer = torch.optim.Adam(network.parameters())
     sum(p.sum() for p in network.parameters()).backward()
     optimizer.step()

@@ -122,17 +122,17 @@ def test_a_checkpoint_never_runs_code(tmp_path):
 
 def test_weights_of_another_size_are_named_and_other_joints_start_fresh(tiny_shards, tmp_path):
     from configs.skeleton import unnamed
-    from model.checkpoint import build_network
+    from model.hourglass import StackedHourglass
 
     config = tiny_config(tiny_shards, model={"stacks": 2})
     make_trainer(config, tmp_path).save(["last.pt"])
     loaded = load_checkpoint(tmp_path / "last.pt")
-    network = build_network(config, joints=5)
+    network = StackedHourglass.of(config.model, 5)
     heads = [f"heads.{stack}.{name}" for stack in (0, 1) for name in ("weight", "bias")]
     fresh = init_weights(network, unnamed(5), loaded)
     assert fresh == [*heads, "merge_heatmaps.0.weight"]
     assert torch.equal(network.stem.conv[0].weight, loaded.weights["stem.conv.0.weight"])
-    wider = build_network(tiny_config(tiny_shards, model={"stacks": 2, "width": 32}), 16)
+    wider = StackedHourglass(2, 32, 16, depth=2, stem=(8, 16, 16))
     with pytest.raises(InputError, match=r"stem\.residual3\.conv1\.weight is \(8, 16, 1, 1\)"):
         load_weights(wider, loaded.weights, loaded.path)
 

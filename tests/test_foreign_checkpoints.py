@@ -1,11 +1,7 @@
-"""Weights of bearpaw/anibali, against a plain-torch network of that layout; of our version 1."""
-
-from pathlib import Path
-from typing import NamedTuple
+"""Weights of bearpaw/anibali, against a plain-torch network of that layout."""
 
 import pytest
 import torch
-from helpers import give_biases, make_trainer, steps, tiny_config
 from torch import nn
 from torch.nn import functional
 
@@ -13,7 +9,6 @@ from common.errors import InputError
 from configs.skeleton import MPII
 from model import checkpoint
 from model.foreign_checkpoints import INPUT_MEAN
-from model.hourglass import StackedHourglass
 
 
 class Bottleneck(nn.Module):
@@ -124,51 +119,3 @@ def test_networks_of_several_residuals_a_place_are_refused(plain, tmp_path):
     torch.save({"state_dict": tensors}, tmp_path / "b.pt")
     with pytest.raises(InputError, match=r"layer1\.1\.conv1\.weight"):
         checkpoint.load_checkpoint(tmp_path / "b.pt")
-
-
-class First(NamedTuple):
-    """A checkpoint of version 1, whose network had biases before batch norms."""
-
-    path: Path
-    network: StackedHourglass
-    """The averaged weights."""
-    moments: dict[str, torch.Tensor]
-    """exp_avg of each parameter by name."""
-
-
-@pytest.fixture
-def first(tiny_shards, tmp_path) -> First:
-    config = tiny_config(tiny_shards, optim={"ema_decay": 0.9})
-    make_trainer(config, tmp_path / "run").save(["last.pt"])
-    raw = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
-    networks = [give_biases(StackedHourglass.of(config.model, 16)) for _ in range(2)]
-    for network in networks:
-        network.train()(torch.rand(4, 3, 64, 64))  # statistics that contain the biases
-    adam = torch.optim.Adam(networks[0].parameters())
-    networks[0](torch.rand(4, 3, 64, 64)).square().mean().backward()
-    adam.step()
-    raw |= {"format_version": 1, "optimizer": adam.state_dict()}
-    raw |= {"model": networks[0].state_dict(), "ema": networks[1].state_dict()}
-    torch.save(raw, tmp_path / "run" / "last.pt")
-    moments = {n: adam.state[p]["exp_avg"] for n, p in networks[0].named_parameters()}
-    return First(tmp_path / "run" / "last.pt", networks[1].eval(), moments)
-
-
-@torch.no_grad()
-def test_our_first_checkpoints_with_biases_give_the_same_heatmaps(first):
-    images = torch.rand(2, 3, 64, 64)
-    mine = checkpoint.trained_network(checkpoint.load_checkpoint(first.path))
-    assert len(mine.state_dict()) == len(first.network.state_dict()) - 24
-    torch.testing.assert_close(mine(images), first.network(images), atol=1e-5, rtol=1e-5)
-
-
-def test_a_run_with_biases_continues_with_the_moments_of_all_other_parameters(
-    first, tiny_shards, tmp_path
-):
-    config = tiny_config(tiny_shards, optim={"ema_decay": 0.9})
-    trainer = make_trainer(config, tmp_path / "run", first.path)
-    optimizer, parameters = trainer.train_step.optimizer, dict(trainer.network.named_parameters())
-    assert len(parameters) == len(first.moments) - 24
-    for name, parameter in parameters.items():
-        assert torch.equal(optimizer.state[parameter]["exp_avg"], first.moments[name]), name
-    assert all(0 < loss < 10 for loss in steps(trainer, 1))

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 from conftest import noise_picture, pack_arguments
-from helpers import make_spec, overwrite, update_sha256
+from helpers import change_record, make_spec
 from PIL import Image
 
 from common.errors import InputError
@@ -158,10 +158,8 @@ def damaged(raw_shards, tmp_path):
 
 
 def test_a_record_of_another_size_than_its_picture_is_damaged(damaged, capsys):
-    record = ShardSet(damaged).record(6).copy()
-    record[COLUMNS["size"]] -= (0, 1)
-    overwrite(damaged, 6, "f32", record.tobytes())
-    update_sha256(damaged)
+    width, height = ShardSet(damaged).record(6)[COLUMNS["size"]]
+    change_record(damaged, 6, COLUMNS["size"], (width, height - 1))
     with pytest.raises(InputError, match=r"1 record.* not the raw picture's") as caught:
         ShardSet(damaged).records()
     assert "key 000000006" in caught.value.where

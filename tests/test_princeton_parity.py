@@ -268,7 +268,7 @@ def test_one_step_of_adam_from_the_checkpoint_equals_plain_torch(golden_path, cr
     (((heat - target[:, None]) ** 2).mean(dim=(2, 3, 4)).mean()).backward()
     adam.step()
 
-    mine = checkpoint.build_network(config, 16).double()
+    mine = StackedHourglass.of(config.model, 16).double()
     mine.load_state_dict(loaded.weights)
     step = TrainStep(mine.train(), codec_of(config.data, config.heatmaps, MPII), config, CPU)
     # A fresh copy: torch's optimizers work on the very tensors that they are given.

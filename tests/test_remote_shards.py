@@ -1,7 +1,6 @@
 """Shards in object storage: an S3 server that can be slow and fail, and what is read from it."""
 
 import json
-import shutil
 import subprocess
 import sys
 import threading
@@ -382,7 +381,7 @@ def test_training_evaluation_and_tools_read_object_storage(packed, s3, tmp_path,
     assert {facts.pop("data") for facts in found} == {str(packed / "valid"), f"{URL}/valid"}
     assert found[0] == found[1] and "mean pose" in json.dumps(found[0])
     output = tmp_path / "batch.png"
-    show_batch.main(["--shards", URL, "--people", "3", "--output", str(output)])
+    show_batch.main(["--data.shards", URL, "--people", "3", "--output", str(output)])
     assert output.stat().st_size > 1000
     # Nothing that was written contains the key.
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -441,21 +440,6 @@ def test_missing_package_is_named(monkeypatch, tmp_path):
     with pytest.raises(InputError) as caught:
         local_folder(URL, str(tmp_path), 1)
     assert "pip install stacked-hourglass-trainer[cloud]" in caught.value.next_step
-
-
-def test_split_without_people_file_is_read_from_its_tars(packed, s3, tmp_path):
-    old = Path(shutil.copytree(packed / "valid", tmp_path / "valid"))
-    facts = json.loads((old / MANIFEST).read_text())
-    del facts["people_file_sha256"]
-    (old / MANIFEST).write_text(json.dumps(facts))
-    (old / PEOPLE).unlink()
-    for path in old.iterdir():
-        object_storage.store(path, f"s3://{BUCKET}/old/valid/{path.name}")
-    remote = open_split(packed, split="valid", url=f"s3://{BUCKET}/old")
-    ours, order = remote.people()
-    theirs, expected = ShardSet(old).people()
-    assert np.array_equal(order, expected) and ours.images == theirs.images
-    assert np.array_equal(ours.joints, theirs.joints)
 
 
 @pytest.mark.slow

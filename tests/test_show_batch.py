@@ -25,8 +25,8 @@ def call(*words: object) -> None:
 @pytest.mark.parametrize("preset", ["princeton", "newell"])
 def test_a_sheet_is_written(preset, tiny_shards, tmp_path, capsys):
     output = tmp_path / "deep" / "sheet.png"
-    words = ["--shards", tiny_shards, "--people", 5, "--input-px", 64, "--output", output]
-    call(*words, "--preset", preset)
+    words = ["--data.shards", tiny_shards, "--people", 5, "--data.input_px", 64, "--output", output]
+    call(*words, "--data.preset", preset)
     sheet = cv2.imread(str(output))
     assert min(sheet.shape[:2]) > 500 and sheet.std() > 30
     assert capsys.readouterr().out == f"wrote {output}\n"
@@ -35,7 +35,7 @@ def test_a_sheet_is_written(preset, tiny_shards, tmp_path, capsys):
 @pytest.mark.parametrize("preset", ["hrnet", "princeton"])
 def test_both_loaders_are_compared_on_the_same_draws(preset, tiny_shards, tmp_path, capsys):
     pytest.importorskip("nvidia.dali")
-    words = ["--shards", tiny_shards, "--people", 3, "--preset", preset, "--loader", "both"]
+    words = ["--data.shards", tiny_shards, "--people", 3, "--data.preset", preset, "--both_loaders"]
     call(*words, "--output", tmp_path / "both.png")
     printed = float(capsys.readouterr().out.split("colours: ")[1].split()[0])
     split = ShardSet(tiny_shards / "train")
@@ -73,9 +73,9 @@ def test_a_joint_is_drawn_at_its_place_in_the_colour_of_its_side(joint, color):
 
 
 @pytest.mark.parametrize(
-    "words", ["--output x.jpg", "--input-px 100", "--people 0", "--config nowhere.yaml"]
+    "words", ["--output x.jpg", "--data.input_px 100", "--people 0", "--config nowhere.yaml"]
 )
 def test_a_wrong_option_is_named(words, tiny_shards):
     option, value = words.split()
-    with pytest.raises(InputError, match=rf"{option}|{value}"):
-        call("--shards", tiny_shards, option, value)
+    with pytest.raises(InputError, match=rf"{option.strip('-')}|{value}"):
+        call("--data.shards", tiny_shards, option, value)

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import noise_picture
-from helpers import make_spec, make_trainer, overwrite, tiny_config
+from helpers import make_spec, make_trainer, tiny_config
 from PIL import Image
 
 from common.errors import InputError
@@ -148,13 +148,6 @@ def test_scans_after_one_with_the_whole_picture_do_not_count(jpeg):
     """libjpeg reads no further: a video behind a telephone's photograph does no harm."""
     after = jpeg[:-2] + jpeg[jpeg.find(b"\xff\xda") : -2] * 200 + b"\xff\xd9"
     assert decode(after, "").shape == decode(jpeg + b"\xff\xda" * 200, "").shape == (90, 160, 3)
-
-
-def test_shards_with_a_huge_picture_are_refused_at_the_start(tiny_shards, tmp_path):
-    copy = Path(shutil.copytree(tiny_shards / "train", tmp_path / "train"))
-    overwrite(copy, 6, "jpg", claiming(ShardSet(copy).jpeg(6), 65_500, 65_500))
-    with pytest.raises(InputError, match=r"sample 6(.|\n)*65500 x 65500"):
-        ShardSet(copy).records()
 
 
 @pytest.mark.parametrize("bomb", [progressive_bomb, lambda jpeg: claiming(jpeg, 65500, 65500)])

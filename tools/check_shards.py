@@ -1,7 +1,7 @@
 """Verifies packed shards, byte by byte: python tools/check_shards.py data/shards/mpii --decode
 
-Checks the SHA-256 of every file, indices against the tars' headers, and records and JSON as at the
-start of a run. Exit codes: 0 intact, 1 damaged, 2 bad options.
+Checks the SHA-256 of every file, indices against the tars' headers, and records as at the start of
+a run. Exit codes: 0 intact, 1 damaged, 2 bad options.
 """
 
 import sys
@@ -23,7 +23,7 @@ from pipelines.jpeg import PictureError, check_jpeg
 from pipelines.object_storage import StorageError
 from pipelines.packing import index_text, worker_pool
 from pipelines.shard_cache import ORIGIN, ShardCache, local_folder
-from pipelines.shard_format import MANIFEST, PEOPLE, Manifest, file_sha256, read_manifest
+from pipelines.shard_format import MANIFEST, Manifest, file_sha256, read_manifest
 from pipelines.shards import ShardSet
 
 EXIT_DAMAGED = 1
@@ -102,8 +102,6 @@ def split_faults(
     Pictures are decoded only if all indices can be read.
     """
     faults, pictures = [], None
-    if manifest.people_file_sha256:
-        faults += file_faults(folder / PEOPLE, manifest.people_file_sha256)
     try:
         shards = ShardSet(folder)
         pictures = shards if decode and not shards.is_raw else None

@@ -28,7 +28,7 @@ from evaluation.html_report import ReportData, html_report
 from evaluation.inference import Predictions
 from evaluation.label_errors import KINDS, LabelErrors, label_errors_of
 from evaluation.predictions import as_entries, read_predictions
-from pipelines.shard_format import unpack_records, write_manifest
+from pipelines.shard_format import unpack_records, write_manifest, write_people_file
 from pipelines.shards import ShardSet
 from training.trainer import Trainer
 
@@ -117,18 +117,18 @@ def predict_folds(config: Config, shards: ShardSet, folds: int, output: Path) ->
 
 def link_fold(shards: ShardSet, fold: int, folds: int, folder: Path) -> None:
     """Write splits of links to the tars: every folds-th tar in `valid`, the others in `train`."""
-    for split in ("train", "valid"):
-        chosen = [
-            shard
-            for number, shard in enumerate(shards.manifest.shards)
-            if (number % folds == fold) == (split == "valid")
-        ]
+    people, order = shards.people()
+    row_of_sample, shard_of_sample = np.argsort(order), shards.shard_of_sample
+    is_valid = shard_of_sample % folds == fold
+    for split, is_own in (("train", ~is_valid), ("valid", is_valid)):
+        own = people.select(row_of_sample[is_own])
+        chosen = [shards.manifest.shards[number] for number in np.unique(shard_of_sample[is_own])]
         (folder / split).mkdir()
         for name in (name for shard in chosen for name in (shard.tar, shard.index)):
             (folder / split / name).symlink_to((shards.folder / name).resolve())
-        people = sum(shard.people for shard in chosen)
-        manifest = replace(shards.manifest, split=split, shards=tuple(chosen), people=people)
-        write_manifest(folder / split, replace(manifest, people_file_sha256=None))
+        digest = write_people_file(folder / split, shards.records()[is_own], own)
+        manifest = replace(shards.manifest, split=split, shards=tuple(chosen), people=own.count)
+        write_manifest(folder / split, replace(manifest, people_file_sha256=digest))
 
 
 def write_table(path: Path, ranked: LabelErrors, shards: ShardSet) -> None:

@@ -14,67 +14,62 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 import torch
+from jsonargparse import ArgumentParser
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from common.cli import Parser, at_least, info, progress
+from common.cli import at_least, info, progress
 from common.distributed import choose_device
 from common.errors import InputError, run_main
-from configs.schema import Config, LoaderName, config_from_dict, load_yaml
+from configs.schema import LoaderName, add_config_options, parse_config
 from configs.skeleton import Skeleton
 from evaluation.visualize import LEFT_BGR, MIDDLE_BGR, RIGHT_BGR, TILE_PX, color_of, draw_skeleton
 from pipelines import geometry, heatmaps
-from pipelines.augment import PRESETS, Draw
+from pipelines.augment import Draw
 from pipelines.codec import Codec, codec_of
-from pipelines.loader import Batch, LoaderSpec, RawBatch, make_batch, train_loader
+from pipelines.loader import Batch, LoaderSpec, choose_loader, make_batch, train_loader
+from pipelines.opencv_loader import RawBatch
 from pipelines.shard_cache import local_folder
-from pipelines.shard_format import MANIFEST
 from pipelines.shards import ShardSet
 
 SHEET_ASPECT = 4 / 3  # width over height, approximately: what fits a screen
 CPU = torch.device("cpu")
-LOADERS: tuple[LoaderName, LoaderName] = ("opencv", "dali")
+LOADERS: tuple[LoaderName, ...] = ("opencv", "dali")
 
 Picture = npt.NDArray[np.uint8]
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Make a batch by each loader, draw it, write the picture. Raises InputError."""
-    options = make_parser().parse_args(argv)
-    output = Path(options.output)
+    words = sys.argv[1:] if arguments is None else arguments
+    config, options = parse_config(make_parser(), words)
+    output, people = Path(options["output"]), options["people"]
     if output.suffix.lower() != ".png" or output.is_dir():
         raise InputError(output, "not a .png", "a file name that ends in .png", "give another")
-    config = Config()
-    if options.config:
-        config = config_from_dict(load_yaml(options.config), options.config)
-    data, heat = config.data, config.heatmaps
-    location = options.shards or next(iter(data.weights))
-    folder = local_folder(location, data.cache_dir, data.cache_gb)
-    shards = ShardSet(folder if (folder / MANIFEST).is_file() else folder / options.split)
+    data, device = config.data, choose_device(config.train.device)
+    folder = local_folder(next(iter(data.weights)), data.cache_dir, data.cache_gb)
+    shards = ShardSet(folder / options["split"])
     skeleton = shards.manifest.skeleton
-    preset, input_px = options.preset or data.preset, options.input_px or data.input_px
-    data = replace(data, preset=preset, input_px=input_px, mirror=data.mirror and skeleton.mirror)
-    codec = codec_of(data, replace(heat, sigma=options.sigma or heat.sigma), skeleton)
-    if input_px % 64:
-        raise InputError("--input-px", f"{input_px}", "a multiple of 64", "give 64, 128, 256, ...")
-    names: tuple[LoaderName, ...] = LOADERS if options.loader == "both" else (options.loader,)
+    data = replace(data, mirror=data.mirror and skeleton.mirror)
+    codec = codec_of(data, config.heatmaps, skeleton)
+    names = LOADERS if options["both_loaders"] else (choose_loader(data.loader, device),)
     spec = LoaderSpec(
         loader=names[0],
-        device=choose_device(options.device),
+        device=device,
         preset=codec.preset,
         input_px=codec.input_px,
-        batch_size=options.people,
+        batch_size=people,
         workers=0,
         shard_window=data.shard_window,
-        seed=options.seed,
+        seed=config.train.seed,
     )
-    info(f"cropping {options.people:,} people ...")
+    info(f"cropping {people:,} people ...")
     loaders = [train_loader(shards, replace(spec, loader=name)) for name in names]
     raws = [RawBatch(*(part.cpu() for part in loader.next())) for loader in loaders]
     batches = {name: make_batch(raw, codec, CPU) for name, raw in zip(names, raws, strict=True)}
     grey = None
-    if options.loader == "both":
+    if len(raws) == 2:
         first, second = (raw.images_NHW3.float() for raw in raws)
         grey = (second - first).abs().numpy()
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -88,29 +83,21 @@ def main(argv: list[str] | None = None) -> None:
     print(f"wrote {output}")
 
 
-def make_parser() -> Parser:
-    """The command line."""
-    parser = Parser(
+def make_parser() -> ArgumentParser:
+    """The command line: that of train.py, and what to draw."""
+    parser = ArgumentParser(
         prog="show_batch.py",
+        exit_on_error=False,
         description="Draws augmented crops with their joints and heatmaps as one PNG.",
         epilog="example: python tools/show_batch.py --config configs/2hg.yaml --output batch.png",
     )
-    add = parser.add_argument_group("what to show").add_argument
-    add("--shards", metavar="DIR", help="folder or URL of splits, or a split (default: config's)")
-    add("--split", choices=("train", "valid"), default="train", help="default: %(default)s")
-    add("--people", type=at_least(1), default=12, help="number of people (default: %(default)s)")
-    add("--seed", type=at_least(0), default=0, help="of order and draws (default: %(default)s)")
-    add = parser.add_argument_group("how it is made").add_argument
-    add("--config", metavar="FILE", help="YAML file of settings (default: the schema's)")
-    add("--preset", choices=tuple(PRESETS), help="augmentation (default: the config's)")
-    both = "both: the same augmentation by each, and the difference (default: %(default)s)"
-    add("--loader", choices=(*LOADERS, "both"), default="opencv", help=both)
-    add("--sigma", type=float, help="heatmap px at 64 x 64 (default: the config's)")
-    add("--input-px", type=at_least(64), help="side of the crop, px (default: the config's)")
-    device = "device of DALI (default: %(default)s)"
-    add("--device", choices=("auto", "cuda", "cpu"), default="cpu", help=device)
-    add = parser.add_argument_group("what to write").add_argument
-    add("--output", metavar="PNG", default="batch.png", help="default: %(default)s")
+    add = parser.add_argument
+    add("--output", default="batch.png", help="the PNG to write")
+    add("--people", type=at_least(1), default=12, help="number of people")
+    add("--split", choices=("train", "valid"), default="train", help="of the shards")
+    both = "the same augmentation by both loaders, and the difference"
+    add("--both_loaders", action="store_true", help=both)
+    add_config_options(parser)
     return parser
 
 

@@ -80,7 +80,7 @@ class NonFiniteMonitor:
         for batch in batches:
             samples = [sample_of_row[row] for row in batch["rows"]]
             batch["people"] = [
-                f"{self.shards.metadata(sample)['image']} ({self.shards.where(sample)})"
+                f"{self.shards.image_name(sample)} ({self.shards.where(sample)})"
                 for sample in samples
             ]
         batches.sort(key=lambda batch: batch["step"])

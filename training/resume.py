@@ -66,8 +66,7 @@ def fit_to_ranks(
     if not checkpoint.run:  # of other code
         return config, []
     saved, before = checkpoint.config, checkpoint.run.ranks
-    people = checkpoint.run.people_a_step or global_batch_size(saved, before)
-    compared = config
+    people, compared = checkpoint.run.people_a_step, config
     if before != world_size and global_batch_size(config, world_size) == people:
         # The user's settings already divide this global batch among the ranks.
         compared = _with_sizes(config, saved.data.batch_size, saved.optim.accumulate)

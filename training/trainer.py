@@ -39,11 +39,11 @@ from evaluation.inference import StoppedError
 from model.checkpoint import (
     Checkpoint,
     RunState,
-    build_network,
     foreign_remarks,
     init_weights,
     require_same_size,
 )
+from model.hourglass import StackedHourglass
 from pipelines.annotations import scored_text
 from pipelines.augment import preset_of, without_augmentation
 from pipelines.bad_samples import BadSamples, SkippingLoader
@@ -132,7 +132,7 @@ class Trainer:
         self.learning = LearningCheck(self.validator.people, config.train.steps)
         self.remarks += self.learning.check_labels()
         seed_everything(config.train.seed, 0)  # the same weights on every rank
-        network = build_network(config, self.codec.skeleton.joint_count).to(dist.device)
+        network = StackedHourglass.of(config.model, self.codec.skeleton.joint_count).to(dist.device)
         self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         seed_everything(config.train.seed, dist.rank + 1)
         self.train_step = TrainStep(self.network, self.codec, config, dist)
@@ -166,7 +166,7 @@ class Trainer:
         path, run, steps = checkpoint.path, checkpoint.run, self.config.train.steps
         require_same_joints(checkpoint.skeleton, self.codec.skeleton, path, self.shards.folder)
         require_same_size(checkpoint, self.config)
-        if run and run.people_sha256 not in (None, self.people_sha256):
+        if run and run.people_sha256 != self.people_sha256:
             found = f"other people or weights than those of {path} ({run.people:,} people)"
             advice = "give their shards, or begin a new run with --init_from"
             raise InputError(self.shards.folder, found, "the same people", advice)
@@ -193,8 +193,6 @@ class Trainer:
             self._read_validation()
         if run.ranks == self.dist.world_size:
             torch.set_rng_state(run.rng[self.dist.rank])
-        if any(state.numel() for state in run.loader_states):
-            self.remarks.append("older code, with DALI, had another order of people and draws")
 
     def _read_validation(self) -> None:
         """Take the result of the validation that is due from the log, if it was finished."""
