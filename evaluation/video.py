@@ -15,11 +15,11 @@ CODECS = {".avi": "MJPG", ".mp4": "mp4v"}
 DEFAULT_FRAMES_PER_SECOND = 25.0
 
 
-def open_video(source: Path | int, name: str) -> cv2.VideoCapture:
-    """A video file or the camera of that number. name: for messages. Raises InputError."""
+def open_video(source: Path | int) -> cv2.VideoCapture:
+    """A video file or the camera of that number. Raises InputError."""
     capture = cv2.VideoCapture(source if isinstance(source, int) else str(source))
     if not capture.isOpened():
-        raise InputError(name, "cannot be opened", "a video or camera for OpenCV", "check it")
+        raise InputError(source, "cannot be opened", "a video or camera for OpenCV", "check it")
     return capture
 
 

@@ -58,6 +58,7 @@ ELSEWHERE = {
 NOT_RUN = {
     r"pip |python3 -m venv|make install|pre-commit": "it installs packages from the network",
     r"make (test-gpu|bench|fuzz|soak)": "it needs a GPU, or takes minutes to hours",
+    r".*--webcam": "there is no camera",
     r"mogrify": "a program of others, for pictures that are refused",
     r"python test\.py -c pose|python train\.py -[ec] NAME": "commands of princeton-vl's code",
     r"git (clone|config)": "it is about the reader's own copy",

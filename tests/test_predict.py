@@ -466,7 +466,6 @@ def test_bad_input_ends_in_one_clear_error(run, tiny_set, movie, tmp_path, monke
         ([picture, picture, "--overlay", tmp_path / "o.jpg"], "2 pictures"),
         ([picture, picture, "--overlay", tmp_path / "o"], "of the same name"),
         ([picture, "--save-coco", people / "c.json"], "in a file"),
-        (["--webcam", 0], "--overlay"),
     ]
     for words, expected in cases:
         with pytest.raises(SystemExit) as left:

@@ -9,7 +9,6 @@ import argparse
 import functools
 import itertools
 import json
-import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -120,7 +119,7 @@ def make_parser() -> Parser:
     )
     add = parser.add_argument_group("input").add_argument
     add("input", nargs="*", type=Path, help="pictures, folders of pictures, or one video")
-    add("--webcam", type=int, metavar="N", help="camera number, from 0")
+    add("--webcam", type=int, metavar="N", help="camera number, from 0, instead of a video")
     add("--ignore-exif", action="store_true", help="do not turn pictures upright")
     add("--skip-bad", action="store_true", help="report unreadable pictures and continue")
     _add_position_options(parser)
@@ -189,36 +188,29 @@ def _add_video_options(parser: Parser) -> None:
 
 def video_source(options: Options) -> Path | int | None:
     """The video or camera number; None for pictures. Raises InputError for a mixture of them."""
-    videos = [path for path in options.input if path.suffix.lower() in VIDEOS]
-    sources = [*videos, *([] if options.webcam is None else [options.webcam])]
+    cameras = [] if options.webcam is None else [options.webcam]
+    videos = [path for path in options.input if path.suffix.lower() in VIDEOS] + cameras
     is_flat = not min([options.margin, *(side for box in options.box for side in box[2:])]) > 0
     mistakes = {
-        "no input": not options.input and not sources,
-        "a video or webcam, and something else": len(sources) > 1
-        or (sources and len(options.input) > len(videos)),
+        "no input": not options.input and not cameras,
+        "a video or webcam, and something else": videos and len(options.input + cameras) > 1,
         "--center and --scale not together": len(options.center) != len(options.scale),
         "a --box or --margin without a size": is_flat,
         "a --smooth that is not positive, or a negative --beta": not (options.smooth or 1) > 0
         or not options.beta >= 0,
-        "--people with a webcam": options.people and options.webcam is not None,
         "--people without the one folder of its pictures": options.people
-        and not sources
+        and not videos
         and not (len(options.input) == 1 and options.input[0].is_dir()),
         "--annotations without --people": options.annotations and not options.people,
-        "--detector, --finder or --save-csv without a video": not sources
+        "--detector, --finder or --save-csv without a video": not videos
         and (options.detector or options.finder or options.save_csv),
     }
     for found, is_made in mistakes.items():
         if is_made:
             raise InputError("command line", found, "options that go together", "see --help")
-    if sources and options.overlay and options.overlay.suffix.lower() not in CODECS:
+    if videos and options.overlay and options.overlay.suffix.lower() not in CODECS:
         raise InputError(options.overlay, "not a video", " or ".join(CODECS), "rename the overlay")
-    if options.webcam is not None and not options.overlay:
-        has_display = sys.platform != "linux" or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()
-        if not has_display or "GUI:                           NONE" in cv2.getBuildInformation():
-            found = "no display, or opencv-python-headless"
-            raise InputError("--webcam", found, "a window", "give --overlay OUT.avi")
-    return sources[0] if sources else None
+    return videos[0] if videos else None
 
 
 def list_pictures(options: Options, people: list[Person]) -> list[Picture]:
@@ -392,13 +384,12 @@ def predict_video(
 
     people: from --people. Raises InputError.
     """
-    is_live = isinstance(source, int)
-    name = f"webcam {source}" if is_live else str(source)
-    capture = open_video(source, name)
+    capture = open_video(source)
     smooth = options.smooth and (options.smooth, options.beta, frame_rate(capture))
     tracker = Tracker(options.track, lambda: OneEuroFilter(*smooth) if smooth else None)
+    name = str(source)
     frames = video_frames(options, estimator, tracker, read_frames(capture, name), name, people)
-    batch_size = 1 if is_live or options.track else min(estimator.batch_size, MAX_FRAMES)
+    batch_size = 1 if options.track else min(estimator.batch_size, MAX_FRAMES)
     count = max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))
     overlay = write_video(options.overlay, capture) if options.overlay else nullcontext()
     with overlay as writer, progress_bar("predict", count or None, "frames") as advance:
@@ -407,16 +398,10 @@ def predict_video(
             assert isinstance(image, np.ndarray)
             for person, track in zip(found, tracks, strict=True):
                 smooth_joints(person, track, tracker)
-            if writer or is_live:
-                draw(image, found, estimator.skeleton, options.min_score)
             if writer:
+                draw(image, found, estimator.skeleton, options.min_score)
                 writer.write(image)
-            elif is_live:
-                cv2.imshow("joints (q quits)", image)
-                if cv2.waitKey(1) & 0xFF == ord("q"):
-                    return
-            if not is_live or outputs(options):
-                results.append(found)
+            results.append(found)
             advance(1)
     late = [person.frame for person in people if person.frame >= len(results)]
     if late:
