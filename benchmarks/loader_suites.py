@@ -26,9 +26,9 @@ from pipelines.loader import (
     Batch,
     LoaderSpec,
     RawBatch,
+    TrainLoader,
     dali_is_installed,
     make_batch,
-    train_loader,
 )
 from pipelines.packing import PackingOptions, pack
 from pipelines.shard_format import PICTURE_EXTENSIONS
@@ -167,7 +167,7 @@ def start_loader(
     options: Options, batch_size: int, shards: ShardSet, preset: Preset, loader: LoaderName
 ) -> Callable[[], Batch]:
     """A loader of this project; returns a function that makes its next batch on the device."""
-    batches = train_loader(shards, options.loader_spec(loader, preset, batch_size))
+    batches = TrainLoader(shards, options.loader_spec(loader, preset, batch_size))
     codec = Codec(preset=preset, rule="exact", sigma=1.0, input_px=options.input_px, skeleton=MPII)
     return lambda: make_batch(batches.next(), codec, options.device)
 
@@ -259,4 +259,4 @@ def start_without_pictures(
         mock.patch.object(fn, "warp_affine", lambda image, *, matrix, **_: matrix),
     ):
         spec = options.loader_spec("dali", preset, batch_size)
-        return train_loader(options.shards("original"), spec).next
+        return TrainLoader(options.shards("original"), spec).next

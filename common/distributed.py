@@ -11,7 +11,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ from torch.distributed import DistStoreError, PrefixStore, TCPStore
 
 from common.errors import InputError
 from common.system import keep_freed_memory, usable_cores
+
+T = TypeVar("T")
 
 WARM_UP_STEPS, ROUNDS, STEPS_PER_ROUND = 4, 2, 4
 """In each round each thread count runs STEPS_PER_ROUND steps; the first is not counted."""
@@ -101,18 +103,12 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
 
 
-def set_cpu_threads(device: torch.device, workers: int) -> None:
-    """On a CPU, use one torch thread for each core that no worker process needs.
+def free_threads(workers: int) -> int:
+    """One for each core that no worker needs; at most torch's present count, at least 1.
 
     The threads of one step wait for each other, so a core shared with a busy process halves the
     speed of all: 38 people/s with two threads beside a busy process on two cores, 96 with one.
     """
-    if device.type == "cpu":
-        torch.set_num_threads(free_threads(workers))
-
-
-def free_threads(workers: int) -> int:
-    """One for each core that no worker process needs; at most torch's present count, at least 1."""
     return max(1, min(torch.get_num_threads(), cores_per_rank() - workers))
 
 
@@ -148,13 +144,11 @@ class ThreadTuner:
         self._measured: dict[int, float] = {}
         """Seconds per step by thread count, as long as the larger count is in use."""
         self._recent: list[float] = []
-        if dist.device.type == "cpu" and threads:
-            torch.set_num_threads(threads)
+        if dist.device.type != "cpu":
             return
-        set_cpu_threads(dist.device, workers)
+        torch.set_num_threads(threads or free_threads(workers))
         counts = [max(1, cores_per_rank() - max(1, workers)), cores_per_rank()]
-        fixed = dist.device.type != "cpu" or "OMP_NUM_THREADS" in os.environ
-        if fixed or counts[0] == counts[1]:
+        if threads or "OMP_NUM_THREADS" in os.environ or counts[0] == counts[1]:
             return
         torch.set_num_threads(counts[0])
         self._seconds: dict[int, list[float]] = {count: [] for count in counts}
@@ -234,11 +228,11 @@ def any_rank(flag: bool, dist: DistributedContext) -> bool:
     return bool(max_over_ranks(int(flag), dist))
 
 
-def gather_bytes(data: bytes, dist: DistributedContext) -> list[bytes]:
-    """Every rank's bytes, ordered by rank, on every rank."""
-    gathered = [data] * dist.world_size
+def gather(value: T, dist: DistributedContext) -> list[T]:
+    """Every rank's value, ordered by rank, on every rank."""
+    gathered = [value] * dist.world_size
     if dist.world_size > 1:
-        torch.distributed.all_gather_object(gathered, data)
+        torch.distributed.all_gather_object(gathered, value)
     return gathered
 
 

@@ -7,6 +7,7 @@ An unknown setting is an error that suggests the nearest known one. jsonargparse
 import dataclasses
 import functools
 import itertools
+import json
 import operator
 import re
 from collections.abc import Callable
@@ -240,21 +241,17 @@ FREE_ON_RESUME = frozenset(_FREE.split())
 
 
 def flat(raw: dict[str, Any]) -> dict[str, Any]:
-    """Nested sections as one dict with dotted names, in the order of the schema."""
+    """Nested sections as one dict with dotted names."""
     return {
-        f"{section}.{name}": raw.get(section, {}).get(name, default)
-        for section, fields in as_dict(Config()).items()
-        for name, default in fields.items()
+        f"{section}.{name}": value
+        for section, values in raw.items()
+        for name, value in values.items()
     }
 
 
 def as_dict(config: Config) -> dict[str, Any]:
     """Nested dicts of plain values, tuples as lists, for YAML and checkpoints."""
-    sections = dataclasses.asdict(config)
-    return {
-        section: {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
-        for section, values in sections.items()
-    }
+    return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def add_config_options(parser: ArgumentParser) -> None:
@@ -326,7 +323,7 @@ def load_yaml(path: str) -> dict[str, Any]:
 
 def check_keys(raw: dict[str, Any], where: str) -> None:
     """Raise InputError at the first unknown section or setting, with the most similar known one."""
-    known = flat({})
+    known = flat(as_dict(Config()))
     for section, settings in raw.items():
         if section not in _SECTIONS:
             raise _unknown(where, section, _SECTIONS)
@@ -369,9 +366,7 @@ def check_values(config: Config) -> None:
     px, fits = config.data.input_px, config.data.input_px % unit == 0
     _require(fits, "data.input_px", px, f"a multiple of {unit}, which is 4 x 2^model.depth")
     is_plain = Path(name).name == name and name not in ("", ".", "..")
-    _require(
-        is_plain, "train.name", name, "a folder name without a path; the path goes into train.out"
-    )
+    _require(is_plain, "train.name", name, "a folder name; train.out takes the path")
 
 
 def _require(holds: bool, name: str, found: object, expected: str) -> None:

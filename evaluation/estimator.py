@@ -86,7 +86,7 @@ class PoseEstimator:
         flip, batch_size: None uses the checkpoint's settings of `eval`, without the flip test if it
         does not say which joints are left and right. threads: None leaves as many cores free as
         training had workers, as evaluate.py does, because a core that torch shares with a busy
-        process slows all threads (`set_cpu_threads`). Raises InputError.
+        process slows all threads (`free_threads`). Raises InputError.
         """
         loaded = source
         if not isinstance(loaded, Checkpoint):
@@ -215,8 +215,7 @@ def read_picture(picture: Picture, upright: bool = True) -> npt.NDArray[np.uint8
 
 def _file_content(path: Path) -> bytes:
     if not path.is_file():
-        found = "a folder" if path.is_dir() else "no such file"
-        raise InputError(path, found, "a picture", "give its path")
+        raise InputError(path, "no such file", "a picture", "give its path")
     size = path.stat().st_size
     if size > _MAX_BYTES:
         raise InputError(path, f"{size:,} bytes", f"{_MAX_BYTES:,} at most", "make it smaller")
@@ -267,8 +266,7 @@ def _squares(
 def _from_boxes(boxes: Any, margin: float) -> list[Square]:
     rows = _numbers("boxes", boxes, "x, y, width, height, px", 4)
     if not (rows[:, 2:] > 0).all():
-        found = f"a side of {rows[:, 2:].min():g} px"
-        raise InputError("boxes", found, "sizes above 0", "correct it")
+        raise InputError("boxes", f"{rows[:, 2:].min():g} px", "sizes above 0", "correct it")
     return [square_about(row, margin) for row in rows.tolist()]
 
 

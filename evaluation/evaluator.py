@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from common.cli import info, progress
-from common.distributed import DistributedContext, loader_workers, set_cpu_threads
+from common.distributed import DistributedContext, free_threads, loader_workers
 from common.errors import InputError
 from common.files import write_atomic
 from configs.schema import Config, LoaderName, RuleName
@@ -280,7 +280,8 @@ def run_job(
     """
     wanted = job.trained.config.data.workers if workers is None else workers
     workers = loader_workers(wanted, dist.device)
-    set_cpu_threads(dist.device, workers)
+    if dist.device.type == "cpu":
+        torch.set_num_threads(free_threads(workers))
     network = evaluation_network(job.trained).to(dist.device)
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     people = job.dataset.people.count

@@ -36,11 +36,7 @@ from configs.schema import (
 from configs.skeleton import Skeleton, skeleton_from_dict
 from model.calibration import Calibration
 from model.export import OnnxNetwork, read_export
-from model.foreign_checkpoints import (
-    PRINCETON_MODEL,
-    princeton_contents,
-    read_foreign,
-)
+from model.foreign_checkpoints import PRINCETON_MODEL, princeton_contents, read_foreign
 from model.hourglass import StackedHourglass
 
 FORMAT = "stacked-hourglass-checkpoint"

@@ -11,14 +11,13 @@ from contextlib import suppress
 from pathlib import Path
 
 from common.errors import InputError
-from common.files import parse_json, read_bytes, write_atomic
+from common.files import write_atomic
 from pipelines.jpeg import BadSamplesError
 from pipelines.loader import Loader, RawBatch
 from pipelines.shards import ShardSet
 
 FILE_NAME = "bad_samples.jsonl"
 """In the run's folder; one line for each person that is left out."""
-_LARGEST_LIST = 16 << 20
 
 
 class BadSamples:
@@ -46,16 +45,12 @@ class BadSamples:
             self._write(self.faults)
         self._check(len(self.faults))
 
-    def report(self) -> bytes:
-        """This rank's faults, for `merge`."""
-        return json.dumps(self.faults).encode()
-
-    def merge(self, reports: list[bytes]) -> list[str]:
-        """Combine the reports of all ranks, write the file; returns a message per new person.
+    def merge(self, faults_of_ranks: list[dict[int, str]]) -> list[str]:
+        """Combine the faults of all ranks, write the file; returns a message per new person.
 
         Raises InputError above the limit, on every rank.
         """
-        known = {int(s): text for part in reports for s, text in json.loads(part).items()}
+        known = {s: text for faults in faults_of_ranks for s, text in faults.items()}
         known |= self.faults
         new = sorted(known.keys() - self._reported)
         self._reported = set(known)
@@ -70,9 +65,7 @@ class BadSamples:
     def _check(self, count: int) -> None:
         if count > self.limit:
             found, expected = f"{count} people with damaged pictures", f"at most {self.limit}"
-            advice = (
-                "restore the shards (tools/check_shards.py --decode), remove this list, --resume"
-            )
+            advice = "restore the shards (tools/check_shards.py), remove this list, --resume"
             raise InputError(self.path, found, f"{expected} (data.max_bad_samples)", advice)
 
     def _write(self, faults: dict[int, str]) -> None:
@@ -87,22 +80,13 @@ class BadSamples:
 
     def _read(self) -> dict[int, str]:
         """The faults in the file; entries that do not fit these shards are ignored."""
-        if not self.path.is_file():
-            return {}
-        faults = {}
-        try:
-            for line in read_bytes(self.path, _LARGEST_LIST).splitlines():
-                entry = parse_json(line)
-                if not isinstance(entry, dict) or not isinstance(entry.get("sample"), int):
-                    raise ValueError(f"{line[:100]!r}")
-                sample = entry["sample"]
-                if 0 <= sample < len(self.shards) and self.shards.keys[sample] == entry.get("key"):
-                    faults[sample] = str(entry.get("fault"))
-        except ValueError as error:
-            expected = "a JSON object in each line, for a person that is left out"
-            advice = "remove the file; training will find the people again"
-            raise InputError(self.path, f"damaged ({error})", expected, advice) from error
-        return faults
+        lines = self.path.read_text().splitlines() if self.path.is_file() else []
+        keys = dict(enumerate(self.shards.keys))
+        return {
+            entry["sample"]: entry["fault"]
+            for entry in map(json.loads, lines)
+            if keys.get(entry["sample"]) == entry["key"]
+        }
 
 
 class SkippingLoader:

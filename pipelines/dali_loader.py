@@ -95,8 +95,7 @@ class DaliCrops(Iterator[RawBatch]):
             self.pipeline.build()
         except RuntimeError as error:
             _raise_if_out_of_memory(self.pipeline, error)
-            found = f"DALI cannot build the pipeline: {_reason(error)}"
-            advice = "use --data.loader opencv"
+            found, advice = f"no pipeline: {_reason(error)}", "use --data.loader opencv"
             raise InputError("DALI", found, "a working DALI", advice) from error
 
     def __next__(self) -> RawBatch:

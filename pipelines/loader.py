@@ -52,10 +52,19 @@ class Loader(Protocol):
 
 
 class TrainLoader:
-    """Augmented batches of one rank, starting at any step."""
+    """Augmented batches of one rank, starting at any step.
+
+    The people, their order and their draws are the same with OpenCV and DALI.
+    """
 
     def __init__(self, shards: ShardSet, spec: LoaderSpec, first_step: int = 0):
-        """first_step: number of batches to skip. Raises InputError."""
+        """first_step: number of batches to skip. Raises InputError if the preset needs more than
+        the shards hold, or the cache is too small for the order."""
+        require_preset_fits(shards.manifest, spec.preset, shards.folder)
+        if shards.cache:
+            tars = spec.shard_window + 1 if spec.shard_window else len(shards.tars)
+            why = f"data.shard_window {spec.shard_window} (0: all) says how many tars are mixed"
+            shards.cache.require_capacity(tars, why)
         self.shards = shards
         keys_of_epoch = functools.partial(shuffled_keys, shards, spec.seed, spec.shard_window)
         batches = endless_batches(
@@ -71,20 +80,6 @@ class TrainLoader:
             # A damaged replacement is reported under its own number.
             error.faults = {self.shards.origin(s): text for s, text in error.faults.items()}
             raise
-
-
-def train_loader(shards: ShardSet, spec: LoaderSpec, first_step: int = 0) -> Loader:
-    """The loader of augmented crops, starting at batch first_step.
-
-    The people, their order and their draws are the same with OpenCV and DALI. Raises InputError if
-    the preset needs more than the shards hold, or the cache is too small for the order.
-    """
-    require_preset_fits(shards.manifest, spec.preset, shards.folder)
-    if shards.cache:
-        tars = spec.shard_window + 1 if spec.shard_window else len(shards.tars)
-        why = f"data.shard_window {spec.shard_window} (0: all) says how many tars are mixed"
-        shards.cache.require_capacity(tars, why)
-    return TrainLoader(shards, spec, first_step)
 
 
 def _crops(

@@ -166,10 +166,6 @@ class ShardSet:
         """(N, 2) the people that an epoch takes, and the pass over them that each belongs to."""
         return np.column_stack([np.arange(len(self)), np.full(len(self), epoch)])
 
-    def samples_of(self, shard: int) -> list[int]:
-        """The samples of one tar, in its order."""
-        return np.flatnonzero(self.shard_of_sample == shard).tolist()
-
     def origin(self, sample: int) -> int:
         """The sample whose data are returned for this one: itself, or its replacement."""
         return int(self._origin_N[sample])
@@ -181,8 +177,17 @@ class ShardSet:
 
     def component(self, sample: int, extension: str) -> bytes:
         """The bytes of one component. Raises InputError."""
-        position = self.byte_range(sample, extension)
-        return self._read(sample, position.offset, position.size)
+        _, offset, size = self.byte_range(sample, extension)
+        try:
+            file = self._file(int(self.shard_of_sample[sample]))  # this reference keeps it open
+            data = os.pread(file.fileno(), size, offset)
+        except OSError as error:
+            found = f"not readable ({error.strerror})"
+            raise InputError(self.where(sample), found, "a readable tar", PACK_AGAIN) from error
+        if len(data) != size:
+            found = f"{len(data)} of {size} bytes at offset {offset}: the tar was cut off"
+            raise InputError(self.where(sample), found, "the whole tar", PACK_AGAIN)
+        return data
 
     def with_replacements(self, bad: set[int]) -> "ShardSet":
         """The same split, but each of these samples is replaced by the next good one of its tar.
@@ -241,19 +246,6 @@ class ShardSet:
             where = self.folder / shard.index
             raise InputError(where, found, expected, PACK_AGAIN) from error
         return [sample[3] for sample in samples], ranges
-
-    def _read(self, sample: int, offset: int, size: int) -> bytes:
-        shard = int(self.shard_of_sample[sample])
-        try:
-            file = self._file(shard)  # this reference keeps it open
-            data = os.pread(file.fileno(), size, offset)
-        except OSError as error:
-            found = f"not readable ({error.strerror})"
-            raise InputError(self.where(sample), found, "a readable tar", PACK_AGAIN) from error
-        if len(data) != size:
-            found = f"{len(data)} of {size} bytes at offset {offset}: the tar was cut off"
-            raise InputError(self.where(sample), found, "the whole tar", PACK_AGAIN)
-        return data
 
     def _file(self, shard: int) -> io.FileIO:
         """An opened tar. Raises OSError, and StorageError of one in object storage."""

@@ -25,7 +25,7 @@ from pipelines.annotations import People
 from pipelines.augment import PRESETS, Draw, Preset
 from pipelines.codec import Codec
 from pipelines.geometry import transform
-from pipelines.loader import Batch, LoaderSpec, RawBatch, train_loader
+from pipelines.loader import Batch, LoaderSpec, RawBatch, TrainLoader
 from pipelines.opencv_loader import collate, crop_sample
 from pipelines.shard_format import MANIFEST, PEOPLE, file_sha256, unpack_records
 from pipelines.shards import ShardSet
@@ -81,7 +81,7 @@ def assert_loaders_agree(split: ShardSet, spec: LoaderSpec, steps: int) -> RawBa
 
     Grey levels differ by 0.5 on average and 6 at the 99.9th percentile, joints by 0.01 px.
     """
-    loader, grey, pixels = train_loader(split, spec), [], []
+    loader, grey, pixels = TrainLoader(split, spec), [], []
     for _ in range(steps):
         raw = RawBatch(*(tensor.cpu() for tensor in loader.next()))
         twin = repeat_draws(split, raw, spec.preset)

@@ -29,7 +29,7 @@ from common.distributed import init_distributed
 from configs.schema import as_dict, config_from_dict, load_yaml
 from pipelines import object_storage
 from pipelines.augment import preset_of
-from pipelines.loader import LoaderSpec, train_loader
+from pipelines.loader import LoaderSpec, TrainLoader
 from pipelines.shard_cache import local_folder
 from pipelines.shards import ShardSet
 from tools import make_shards, make_synthetic
@@ -106,7 +106,7 @@ def first_batches(folder: Path, url: str, cache_gb: float, rounds: int) -> list[
             for path in shards.folder.glob("*.tar"):
                 path.unlink()
             began = time.perf_counter()
-            batches = train_loader(ShardSet(shards.folder), spec)
+            batches = TrainLoader(ShardSet(shards.folder), spec)
             batches.next()
             row[loader] = time.perf_counter() - began
             for _ in itertools.repeat(None, 2):  # time of a batch itself, all being there

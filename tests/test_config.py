@@ -62,7 +62,7 @@ def test_a_saved_config_repeats_itself(tmp_path):
 
 
 def test_what_may_change_on_resume_are_settings_and_no_setting_is_both():
-    assert flat({}).keys() >= FIXED_ON_RESUME | FREE_ON_RESUME
+    assert flat(as_dict(Config())).keys() >= FIXED_ON_RESUME | FREE_ON_RESUME
     assert not FIXED_ON_RESUME & FREE_ON_RESUME
 
 

@@ -15,7 +15,7 @@ from common.errors import InputError
 from pipelines import geometry
 from pipelines.augment import PRESETS, Distribution, Draw, Preset, draw
 from pipelines.crop_packing import Region, crop_extent, crop_region, resize_region, stored_crop
-from pipelines.loader import evaluation_batches, train_loader
+from pipelines.loader import TrainLoader, evaluation_batches
 from pipelines.opencv_loader import crop_person, decode
 from pipelines.shard_format import CropRule, Records, read_manifest, unpack_records
 from pipelines.shards import ShardSet
@@ -250,7 +250,7 @@ def test_every_loader_refuses_larger_crops_than_are_stored(crop_shards, loader):
     mild = PRESETS["mild"]
     far = Preset(Distribution("uniform", 1, 1.8), False, mild.rotation_deg, 0, 0, "none")
     with pytest.raises(InputError, match=r"1\.800 x"):
-        train_loader(ShardSet(crop_shards / "train"), make_spec(far, loader))
+        TrainLoader(ShardSet(crop_shards / "train"), make_spec(far, loader))
 
 
 @pytest.mark.parametrize("name", ["hrnet", "mild", "none"])

@@ -20,7 +20,7 @@ from common.errors import InputError
 from pipelines import geometry, princeton
 from pipelines.augment import PRESETS, Draw
 from pipelines.jpeg import BadSamplesError
-from pipelines.loader import RawBatch, evaluation_batches, images_on_device, train_loader
+from pipelines.loader import RawBatch, TrainLoader, evaluation_batches, images_on_device
 from pipelines.opencv_loader import decode
 from pipelines.shard_format import unpack_records
 from pipelines.shards import ShardSet
@@ -89,7 +89,7 @@ def test_a_rotated_flipped_half_outside_case_agrees(split):
 def test_dali_makes_princetons_box_and_matrix_in_one_resampling(device, split):
     """Against OpenCV's single warp of the same zero-padded box; DALI resamples once only."""
     spec = make_spec("princeton", input_px=128, batch_size=12, device=torch.device(device))
-    raw = RawBatch(*(tensor.cpu() for tensor in train_loader(split, spec).next()))
+    raw = RawBatch(*(tensor.cpu() for tensor in TrainLoader(split, spec).next()))
     for person in range(12):
         sample = sample_of_row(split, raw.records_NR[person, 0])
         fields = unpack_records(split.record(sample)[None])
@@ -145,7 +145,7 @@ def test_dali_evaluates_raw_pictures_as_opencv_does(device, raw_split):
 def test_dali_has_the_people_order_and_draws_of_opencv_at_any_step(shards, how, step, request):
     split, preset = request.getfixturevalue(shards), "newell" if shards == "raw_split" else "hrnet"
     specs = [make_spec(preset, loader, batch_size=5, seed=3, **how) for loader in LOADERS]
-    dali, opencv = (train_loader(split, spec, step) for spec in specs)
+    dali, opencv = (TrainLoader(split, spec, step) for spec in specs)
     for _ in range(4):
         (image, *facts), (expected, *others) = dali.next(), opencv.next()
         assert all(map(torch.equal, facts, others))
@@ -172,7 +172,7 @@ def refuse(*_):
 def test_dali_gives_one_error_if_memory_for_crops_is_missing(split, monkeypatch):
     """Crops of 300 TB, which no machine can allocate. No picture is suspected."""
     monkeypatch.setattr(dali_loader, "_faults", lambda *_: pytest.fail("a culprit is searched"))
-    loader = train_loader(split, make_spec("hrnet", input_px=10_000_000))
+    loader = TrainLoader(split, make_spec("hrnet", input_px=10_000_000))
     with pytest.raises(InputError, match=r"not enough memory \(std::bad_alloc\)") as caught:
         loader.next()
     assert "data.batch_size" in caught.value.next_step
@@ -199,12 +199,12 @@ def test_a_full_gpu_gives_one_error_of_dali(split):
     held = torch.empty(free_bytes - (1 << 30), dtype=torch.uint8, device="cuda")
     spec = make_spec("hrnet", input_px=2048, batch_size=256, device=torch.device("cuda"))
     with pytest.raises(InputError, match=r"not enough memory .* MB are free"):
-        train_loader(split, spec).next()
+        TrainLoader(split, spec).next()
     del held
 
 
 def test_dali_names_the_tar_and_sample_of_a_picture_that_does_not_decode(tiny_shards, tmp_path):
     folder = damage_picture(tiny_shards / "valid", tmp_path / "bad", sample=2)
-    loader = train_loader(ShardSet(folder), make_spec("none", batch_size=5))
+    loader = TrainLoader(ShardSet(folder), make_spec("none", batch_size=5))
     with pytest.raises(InputError, match=r"00000\.tar: sample 2"):
         loader.next()

@@ -17,7 +17,7 @@ from evaluation.visualize import person_tile
 from pipelines import geometry, i420
 from pipelines.augment import PRESETS, draw, draw_rng
 from pipelines.jpeg import BadSamplesError
-from pipelines.loader import train_loader
+from pipelines.loader import TrainLoader
 from pipelines.opencv_loader import crop_sample, decode
 from pipelines.shard_format import COLUMNS
 from pipelines.shards import ShardSet
@@ -175,15 +175,15 @@ def test_training_names_the_person_at_a_cut_and_replaces_it_by_a_neighbour(damag
     os.truncate(place.tar, place.offset + place.size - 1)
     spec = make_spec("hrnet", "opencv", batch_size=12, workers=0)
     with pytest.raises(BadSamplesError, match="the tar was cut off") as caught:
-        train_loader(split, spec).next()
+        TrainLoader(split, spec).next()
     assert list(caught.value.faults) == [4]
     patched = split.with_replacements({4})
     assert patched.planes(4).y_HW.tobytes() == split.planes(0).y_HW.tobytes()
-    assert len(train_loader(patched, spec).next().records_NR) == 12
+    assert len(TrainLoader(patched, spec).next().records_NR) == 12
 
 
 def test_princetons_crop_and_larger_crops_are_refused(raw_shards):
     for preset, needed in (("princeton", "original pictures"), ("newell", "crops of 2.000 x")):
         with pytest.raises(InputError) as caught:
-            train_loader(ShardSet(raw_shards / "train"), make_spec(preset, "opencv"))
+            TrainLoader(ShardSet(raw_shards / "train"), make_spec(preset, "opencv"))
         assert needed in caught.value.expected and "--packing crop or raw" in caught.value.next_step

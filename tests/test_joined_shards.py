@@ -18,7 +18,7 @@ from configs.schema import check_values
 from configs.skeleton import MPII, Skeleton
 from model.checkpoint import load_checkpoint
 from pipelines.joined_shards import JoinedShards, union_skeleton, with_joints_of
-from pipelines.loader import train_loader
+from pipelines.loader import TrainLoader
 from pipelines.shard_format import unpack_records
 from pipelines.shards import ShardSet
 from tools import make_shards
@@ -122,9 +122,9 @@ def test_batches_continue_from_any_step(joined, loader, window):
     if loader == "dali":
         pytest.importorskip("nvidia.dali")
     spec = make_spec("hrnet", loader, shard_window=window, workers=0)
-    whole = train_loader(joined, spec)
+    whole = TrainLoader(joined, spec)
     batches = [whole.next() for _ in range(12)]
-    resumed = train_loader(joined, spec, 9)
+    resumed = TrainLoader(joined, spec, 9)
     for batch in batches[9:]:
         assert all(map(torch.equal, batch, resumed.next()))
 

@@ -22,7 +22,7 @@ from configs.skeleton import MPII
 from pipelines import geometry, princeton
 from pipelines.annotations import read_annotations
 from pipelines.augment import PRESETS, Draw, draw, draws_array
-from pipelines.loader import choose_loader, make_batch, train_loader
+from pipelines.loader import TrainLoader, choose_loader, make_batch
 from pipelines.opencv_loader import (
     CropDataset,
     JitteredBatch,
@@ -167,7 +167,7 @@ def test_workers_change_nothing(kind, tiny_shards):
 def test_colours_jittered_by_workers_are_those_of_the_training_thread(preset, tiny_shards):
     split, codec = ShardSet(tiny_shards / "train"), make_codec(preset)
     loaders = [
-        train_loader(split, make_spec(preset, "opencv", workers=1, jitter_in_workers=early))
+        TrainLoader(split, make_spec(preset, "opencv", workers=1, jitter_in_workers=early))
         for early in (False, True)
     ]
     for _ in range(6):

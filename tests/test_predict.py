@@ -214,7 +214,7 @@ def test_a_files_bytes_and_a_pillow_image_are_the_same_picture_as_the_file(estim
         ({"pictures": np.zeros((9, 9, 3))}, "float64"),
         ({"pictures": np.zeros((9, 9, 4), np.uint8)}, r"\(9, 9, 4\)"),
         ({"pictures": "nowhere.jpg"}, "no such file"),
-        ({"pictures": "."}, "a folder"),
+        ({"pictures": "."}, "no such file"),
         ({"pictures": np.zeros((9, 9), np.uint8), "boxes": [[1, 1, 0, 3]]}, "above 0"),
         ({"pictures": [np.zeros((9, 9), np.uint8)] * 2, "boxes": [[1, 2, 3, 4]]}, "1 for 2"),
         ({"pictures": np.zeros((9, 9), np.uint8), "centers": [[1, 2]]}, "incomplete one"),

@@ -26,7 +26,7 @@ import evaluate
 import train
 from common.errors import InputError
 from pipelines import object_storage, shard_cache
-from pipelines.loader import train_loader
+from pipelines.loader import TrainLoader
 from pipelines.object_storage import StorageError
 from pipelines.opencv_loader import RawBatch, mix_shards
 from pipelines.shard_cache import local_folder
@@ -165,13 +165,13 @@ def test_mixed_shards_have_each_person_once_and_read_few_shards_at_a_time():
 )
 def test_batches_are_those_of_a_folder_and_the_cache_keeps_its_limit(packed, s3, loader, how, tars):
     remote, spec = open_split(packed, tars), make_spec("hrnet", loader, **how)
-    one, other = train_loader(ShardSet(packed / "train"), spec), train_loader(remote, spec)
+    one, other = TrainLoader(ShardSet(packed / "train"), spec), TrainLoader(remote, spec)
     for _ in range(10):
         assert are_equal(one.next(), other.next())
         with remote.cache._locked():  # or a tar is counted, removed, and the next one counted too
             assert 0 < bytes_in(remote.folder) <= remote.cache.limit
-    one = train_loader(ShardSet(packed / "train"), spec, 10)
-    other = train_loader(remote, spec, 10)
+    one = TrainLoader(ShardSet(packed / "train"), spec, 10)
+    other = TrainLoader(remote, spec, 10)
     for _ in range(5):
         assert are_equal(one.next(), other.next())
     fetched = s3.gets(".tar")
@@ -182,7 +182,7 @@ def test_batches_are_those_of_a_folder_and_the_cache_keeps_its_limit(packed, s3,
 def test_tars_are_fetched_in_the_order_of_reading_and_the_first_one_alone(packed, s3):
     s3.latency_s = 0.05
     remote = open_split(packed, 5)
-    loader = train_loader(remote, make_spec("none", "opencv", shard_window=1, batch_size=2))
+    loader = TrainLoader(remote, make_spec("none", "opencv", shard_window=1, batch_size=2))
     rows = [loader.next().records_NR[:, 0].tolist() for _ in range(6)]
     row_N = remote.records()[:, 0].tolist()
     read = list(dict.fromkeys(row_N.index(row) // 2 for people in rows for row in people))
@@ -218,7 +218,7 @@ def test_missing_object_is_named(packed, s3):
 def test_denied_access_ends_a_loader_with_an_error_that_names_the_shard(packed, s3, loader):
     s3.faults["00001.tar"] = ["403"] * 20
     spec = make_spec("hrnet", loader)
-    batches = train_loader(open_split(packed), spec)
+    batches = TrainLoader(open_split(packed), spec)
     with pytest.raises(StorageError, match="access denied") as caught:
         for _ in range(4):
             batches.next()
@@ -357,7 +357,7 @@ print(sum(len(split.jpeg(i)) for i in range(12)), flush=True)
 @pytest.mark.parametrize("loader", ["opencv", "dali"])
 def test_cache_that_is_too_small_for_the_order_is_refused(packed, s3, loader):
     with pytest.raises(InputError, match=r"data\.shard_window 0") as caught:
-        train_loader(open_split(packed, 4), make_spec("none", loader))
+        TrainLoader(open_split(packed, 4), make_spec("none", loader))
     assert "data.cache_gb" in caught.value.where
 
 

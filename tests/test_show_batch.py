@@ -10,7 +10,7 @@ from common.errors import InputError
 from configs.skeleton import MPII
 from evaluation.visualize import LEFT_BGR, MIDDLE_BGR, RIGHT_BGR
 from pipelines.augment import PRESETS
-from pipelines.loader import Batch, train_loader
+from pipelines.loader import Batch, TrainLoader
 from pipelines.shards import ShardSet
 from tools import show_batch
 
@@ -39,7 +39,7 @@ def test_both_loaders_are_compared_on_the_same_draws(preset, tiny_shards, tmp_pa
     call(*words, "--output", tmp_path / "both.png")
     printed = float(capsys.readouterr().out.split("colours: ")[1].split()[0])
     split = ShardSet(tiny_shards / "train")
-    raw = train_loader(split, make_spec(preset, input_px=256, batch_size=3)).next()
+    raw = TrainLoader(split, make_spec(preset, input_px=256, batch_size=3)).next()
     twin = repeat_draws(split, raw, PRESETS[preset])
     expected = (twin.images_NHW3.float() - raw.images_NHW3).abs().mean().item()
     assert printed == pytest.approx(expected, abs=1e-4)

@@ -435,7 +435,6 @@ def test_the_faster_number_of_threads_is_measured_used_and_stored(
     threads, clock = [3], [0.0]
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(distributed, "cores_per_rank", lambda: 4)
-    monkeypatch.setattr(distributed, "set_cpu_threads", lambda *_: None)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads[-1])
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     options = {"steps": 30, "steps_per_epoch": 30, "threads": 0}

@@ -17,7 +17,7 @@ import torch
 from conftest import ROOT, may_mount
 from helpers import make_spec
 
-from pipelines.loader import train_loader
+from pipelines.loader import TrainLoader
 from pipelines.shards import ShardSet
 from pipelines.workers import STOP_SIGNALS, THREADS_AHEAD, in_threads
 
@@ -56,8 +56,8 @@ def test_an_error_in_a_thread_is_raised_instead_of_its_batch_and_ends_the_others
 
 def test_workers_ignore_stop_signals_but_for_a_sigterm_of_their_parent(tiny_shards):
     split = ShardSet(tiny_shards / "train")
-    alone = train_loader(split, make_spec("hrnet", "opencv", workers=0))
-    helped = train_loader(split, make_spec("hrnet", "opencv", workers=2, worker_kind="processes"))
+    alone = TrainLoader(split, make_spec("hrnet", "opencv", workers=0))
+    helped = TrainLoader(split, make_spec("hrnet", "opencv", workers=2, worker_kind="processes"))
     before = set(multiprocessing.active_children())
     assert all(map(torch.equal, alone.next(), helped.next()))
     workers = set(multiprocessing.active_children()) - before
@@ -80,10 +80,10 @@ def test_too_little_shared_memory_is_one_clear_error(tiny_shards):
 from pathlib import Path
 from common.errors import run_main
 from helpers import make_spec
-from pipelines.loader import train_loader
+from pipelines.loader import TrainLoader
 from pipelines.shards import ShardSet
 spec = make_spec("hrnet", "opencv", workers=2, worker_kind="processes", batch_size=32, input_px=256)
-run_main(train_loader(ShardSet(Path("{tiny_shards}/train")), spec).next)
+run_main(TrainLoader(ShardSet(Path("{tiny_shards}/train")), spec).next)
 """
     mount = "mount -t tmpfs -o size=2m x /dev/shm && exec"
     command = f"{mount} {sys.executable} -c {shlex.quote(code)}"
@@ -113,7 +113,7 @@ def test_a_worker_never_destroys_what_it_inherits(tiny_shards, tmp_path):
                 log.touch()
 
     spec = make_spec("hrnet", "opencv", workers=1, worker_kind="processes")
-    loader = train_loader(ShardSet(tiny_shards / "train"), spec)
+    loader = TrainLoader(ShardSet(tiny_shards / "train"), spec)
     thresholds = gc.get_threshold()
     os.register_at_fork(after_in_child=lambda: gc.set_threshold(1) if armed else None)
     gc.set_threshold(1_000_000)

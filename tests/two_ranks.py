@@ -15,7 +15,7 @@ from helpers import leaves, make_trainer, poison, step, tiny_config
 
 from common.distributed import (
     DistributedContext,
-    gather_bytes,
+    gather,
     init_distributed,
     shutdown_distributed,
 )
@@ -31,7 +31,7 @@ def main() -> None:
         loader: differences(loader, shards, folder / loader, dist) for loader in ("opencv", "dali")
     }
     mine = b"x" * 5 if dist.rank else b""
-    found["gathered"] = [len(part) for part in gather_bytes(mine, dist)]
+    found["gathered"] = [len(part) for part in gather(mine, dist)]
     plain = dist._replace(dtype=torch.float32)
     for loader in ("opencv", "dali"):
         found[f"{loader} goes on"] = on_two_ranks(loader, shards, folder / f"{loader}2", plain)

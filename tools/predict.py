@@ -331,10 +331,8 @@ def crop_person(
     height, width = image_HW3.shape[:2]
     square = person.square or whole_picture(width, height)
     facts = {"image": person.image, **facts, "width": width, "height": height}
-    if person.image_id is not None:
-        facts["image_id"] = person.image_id
-    if person.score is not None:
-        facts["box_score"] = person.score
+    optional = {"image_id": person.image_id, "box_score": person.score}
+    facts |= {name: value for name, value in optional.items() if value is not None}
     facts |= {"center": [square.x, square.y], "scale": square.scale}
     where = f"{person.image}: person {facts['row']}"
     return facts, estimator.crop(image_HW3, square, where)

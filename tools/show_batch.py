@@ -28,7 +28,7 @@ from evaluation.visualize import LEFT_BGR, MIDDLE_BGR, RIGHT_BGR, TILE_PX, color
 from pipelines import geometry, heatmaps
 from pipelines.augment import Draw
 from pipelines.codec import Codec, codec_of
-from pipelines.loader import Batch, LoaderSpec, choose_loader, make_batch, train_loader
+from pipelines.loader import Batch, LoaderSpec, TrainLoader, choose_loader, make_batch
 from pipelines.opencv_loader import RawBatch
 from pipelines.shard_cache import local_folder
 from pipelines.shards import ShardSet
@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> None:
         seed=config.train.seed,
     )
     info(f"cropping {people:,} people ...")
-    loaders = [train_loader(shards, replace(spec, loader=name)) for name in names]
+    loaders = [TrainLoader(shards, replace(spec, loader=name)) for name in names]
     raws = [RawBatch(*(part.cpu() for part in loader.next())) for loader in loaders]
     batches = {name: make_batch(raw, codec, CPU) for name, raw in zip(names, raws, strict=True)}
     grey = None

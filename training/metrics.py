@@ -227,7 +227,7 @@ class MetricsLogger:
         parts = [f"step {self._step:,}/{train.steps:,}", f"{tqdm.format_interval(seconds)} {end}"]
         if "loss" not in values:
             return parts
-        memory = "GPU peak" if self._device.type == "cuda" else "RSS"
+        memory = "GPU peak" if self._device.type == "cuda" else "RSS peak"
         return [
             *parts,
             f"loss {values['loss']:.5f}",
@@ -346,8 +346,7 @@ def open_tracker(config: Config, folder: Path) -> Any:
 def require_tracker(name: TrackerName) -> None:
     """Raise InputError, with the command that installs it, if the package is missing."""
     if name != "none" and importlib.util.find_spec(name) is None:
-        advice = f"pip install {name}, or set it to none"
-        raise InputError("train.tracker", name, "an installed package", advice)
+        raise InputError("train.tracker", name, "an installed package", f"pip install {name}")
 
 
 def keep_lines_until(path: Path, step: int) -> None:
@@ -374,12 +373,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def memory_mb(device: torch.device) -> float:
-    """torch's peak GPU memory, or the current resident memory; in 10^6 bytes."""
+    """The peak of torch's GPU memory, or of the resident memory; in 10^6 bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
-    statm = Path("/proc/self/statm")  # only on Linux
-    pages = int(statm.read_text().split()[1]) if statm.exists() else 0
-    return pages * resource.getpagesize() / 1e6
+    unit = 1024 if sys.platform == "linux" else 1
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
 def draw_curves(entries: list[dict[str, Any]], metric: str) -> npt.NDArray[np.uint8]:

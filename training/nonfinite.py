@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from common.distributed import DistributedContext, gather_bytes
+from common.distributed import DistributedContext, gather
 from common.errors import InputError
 from pipelines.shard_format import unpack_records
 from pipelines.shards import ShardSet
@@ -67,14 +67,14 @@ class NonFiniteMonitor:
         self, first_step: int, totals: Totals, log: MetricsLogger, dist: DistributedContext
     ) -> None:
         """A line in skipped_batches.jsonl for each batch of a skipped step, of all ranks."""
-        own = [
+        own: list[dict[str, Any]] = [
             {"step": first_step + step, "rank": dist.rank, "loss_is_finite": finite, "rows": rows}
             for step, rows, finite in totals.skipped_batches()
         ]
-        parts = gather_bytes(json.dumps(own).encode(), dist)
+        parts = gather(own, dist)
         if not dist.is_first:
             return
-        batches: list[dict[str, Any]] = [batch for part in parts for batch in json.loads(part)]
+        batches = [batch for part in parts for batch in part]
         row_N = unpack_records(self.shards.records()).row_N
         sample_of_row = {int(row): sample for sample, row in enumerate(row_N)}
         for batch in batches:

@@ -24,7 +24,7 @@ from common.distributed import (
     any_rank,
     barrier,
     from_first_rank,
-    gather_bytes,
+    gather,
     launched_by_torchrun,
     loader_workers,
     max_over_ranks,
@@ -36,13 +36,7 @@ from common.files import write_atomic
 from configs.schema import Config, save_yaml
 from configs.skeleton import require_same_joints
 from evaluation.inference import StoppedError
-from model.checkpoint import (
-    Checkpoint,
-    RunState,
-    foreign_remarks,
-    init_weights,
-    require_same_size,
-)
+from model.checkpoint import Checkpoint, RunState, foreign_remarks, init_weights, require_same_size
 from model.hourglass import StackedHourglass
 from pipelines.annotations import scored_text
 from pipelines.augment import preset_of, without_augmentation
@@ -50,16 +44,11 @@ from pipelines.bad_samples import BadSamples, SkippingLoader
 from pipelines.codec import codec_of
 from pipelines.crop_packing import require_preset_fits
 from pipelines.joined_shards import JoinedShards, union_skeleton
-from pipelines.loader import Loader, LoaderSpec, choose_loader, train_loader
+from pipelines.loader import Loader, LoaderSpec, TrainLoader, choose_loader
 from pipelines.shard_cache import local_folder
 from pipelines.shard_format import people_sha256
 from pipelines.shards import ShardSet
-from training.checkpoint_manager import (
-    BEST,
-    LAST,
-    RESUME_ME,
-    CheckpointManager,
-)
+from training.checkpoint_manager import BEST, LAST, RESUME_ME, CheckpointManager
 from training.learning_check import LearningCheck
 from training.metrics import MetricsLogger, TimeShares, Totals, keep_lines_until, logged_pck
 from training.nonfinite import SKIPPED, NonFiniteMonitor
@@ -171,10 +160,8 @@ class Trainer:
             advice = "give their shards, or begin a new run with --init_from"
             raise InputError(self.shards.folder, found, "the same people", advice)
         if checkpoint.step > steps:
-            found, advice = (
-                f"{checkpoint.step} done in {path}",
-                f"--train.steps {checkpoint.step + steps} for as many more",
-            )
+            found = f"{checkpoint.step} done in {path}"
+            advice = f"--train.steps {checkpoint.step + steps} for as many more"
             raise InputError(f"train.steps {steps}", found, "a total that includes these", advice)
         self.train_step.load_state(checkpoint)
         self.progress.step = checkpoint.step
@@ -201,16 +188,12 @@ class Trainer:
             self.progress.validation_due = False
             self.progress.best = max(self.progress.best, pck)
 
-    @property
-    def loader_name(self) -> str:
-        """As chosen, never "auto"."""
-        return choose_loader(self.config.data.loader, self.dist.device)
-
     def _make_loader(self, step: int) -> Loader:
         """The loader of the batches after this step."""
         data = self.config.data
+        self.loader_name = choose_loader(data.loader, self.dist.device)
         spec = LoaderSpec(
-            loader=data.loader,
+            loader=self.loader_name,
             device=self.dist.device,
             preset=self.codec.preset,
             input_px=data.input_px,
@@ -227,11 +210,11 @@ class Trainer:
         first_batch = step * self.config.optim.accumulate
         self.bad_samples: BadSamples | None = None
         if data.on_bad_sample == "stop":
-            return train_loader(self.shards, spec, first_batch)
+            return TrainLoader(self.shards, spec, first_batch)
         limit, rank = data.max_bad_samples, self.dist.rank
         self.bad_samples = BadSamples(self.shards, self.folder, limit, rank)
         return SkippingLoader(
-            lambda shards, batch: train_loader(shards, spec, batch), self.bad_samples, first_batch
+            lambda shards, batch: TrainLoader(shards, spec, batch), self.bad_samples, first_batch
         )
 
     # Training
@@ -371,7 +354,7 @@ class Trainer:
         self._warn_of_time_limit(seconds / max(1, len(totals.skipped)))
         self.monitor.check(step, totals, self.log, dist)
         if self.bad_samples:
-            for line in self.bad_samples.merge(gather_bytes(self.bad_samples.report(), dist)):
+            for line in self.bad_samples.merge(gather(self.bad_samples.faults, dist)):
                 self.log.info(f"step {step}: {line}")
 
     def _warn_of_time_limit(self, seconds_per_step: float) -> None:
@@ -488,7 +471,7 @@ class Trainer:
         """
         with self.time.measure("save_share"):
             self._wait_for_checkpoint()
-            rng = gather_bytes(torch.get_rng_state().numpy().tobytes(), self.dist)
+            rng = gather(torch.get_rng_state(), self.dist)
             if self.dist.is_first:
                 self.checkpoints.save(self._checkpoint(rng), names)
         self._saved_at = time.perf_counter()
@@ -497,7 +480,7 @@ class Trainer:
         self.watchdog.progress(f"the checkpoint of step {self.progress.step}")
         self.checkpoints.wait()
 
-    def _checkpoint(self, rng: list[bytes]) -> Checkpoint:
+    def _checkpoint(self, rng: list[torch.Tensor]) -> Checkpoint:
         """Everything needed to resume the run. rng: torch's random state of each rank."""
         counters = asdict(self.progress)
         step = counters.pop("step")
@@ -509,7 +492,7 @@ class Trainer:
             ranks=self.dist.world_size,
             people_a_step=global_batch_size(self.config, self.dist.world_size),
             loader=self.loader_name,
-            rng=[torch.tensor(bytearray(data), dtype=torch.uint8) for data in rng],
+            rng=rng,
         )
         return Checkpoint(
             path=self.folder / LAST,

@@ -30,8 +30,7 @@ class Validator:
         chosen = np.concatenate(rows)
         self.sets = {name: own[chosen] for name, own in self.sets.items()}
         self.people, self.samples = people.select(chosen), samples[chosen]
-        joints = codec.skeleton.joint_count
-        self.found = Predictions(np.zeros((0, joints, 2)), np.zeros((0, joints)))
+        self.found: Predictions
         """Of the last validation."""
 
     def run(
