@@ -269,7 +269,8 @@ def parse_config(parser: ArgumentParser, arguments: list[str]) -> tuple[Config, 
     for word, following in itertools.pairwise([*arguments, ""]):
         if word.split("=")[0] == "--config":
             path = word.removeprefix("--config=") if "=" in word else following
-            check_keys(load_yaml(path), path)
+            keys = "sections such as `optim:` (configs/ has examples)"
+            check_keys(read_yaml(Path(path), keys), path)
     others = vars(_instantiate(parser, lambda: parser.parse_args(arguments), "settings"))
     others.pop("config", None)
     config = Config(**{section: others.pop(section) for section in _SECTIONS})
@@ -282,7 +283,9 @@ def config_from_dict(raw: dict[str, Any], where: str) -> Config:
     check_keys(raw, where)
     parser = _sections_parser()
     values = _instantiate(parser, lambda: parser.parse_object(raw), where)
-    return Config(**{section: getattr(values, section) for section in _SECTIONS})
+    config = Config(**{section: getattr(values, section) for section in _SECTIONS})
+    check_values(config)
+    return config
 
 
 def _instantiate(parser: ArgumentParser, parse: Callable[[], Namespace], where: str) -> Namespace:
@@ -314,11 +317,6 @@ def _sections_parser() -> ArgumentParser:
 def save_yaml(config: Config, path: Path) -> None:
     """Write every field, so that the file is enough to repeat the run."""
     write_atomic(path, yaml.safe_dump(as_dict(config), sort_keys=False).encode())
-
-
-def load_yaml(path: str) -> dict[str, Any]:
-    """A YAML file of settings as nested dicts. Raises InputError."""
-    return read_yaml(Path(path), "sections such as `optim:` (configs/ has examples)")
 
 
 def check_keys(raw: dict[str, Any], where: str) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 from common.distributed import choose_device, choose_dtype, free_threads, loader_workers
 from common.errors import InputError
 from configs.skeleton import PIXELS_PER_SCALE, Skeleton
-from evaluation.inference import Predictions, predict
+from evaluation.inference import predict
 from model.calibration import Calibration
 from model.checkpoint import Checkpoint, evaluation_network, load_checkpoint
 from pipelines.augment import Draw, without_augmentation
@@ -62,7 +62,7 @@ class PoseEstimator:
     batch_size: int
     """People per batch."""
     threads: int
-    """torch's thread count during a prediction on a CPU; the caller's count is restored."""
+    """torch's thread count during a prediction; the caller's count is restored."""
     calibration: Calibration | None = None
 
     @property
@@ -128,7 +128,7 @@ class PoseEstimator:
         is_one = isinstance(pictures, _PICTURES) or not isinstance(pictures, Sequence)
         listed: Any = [pictures] if is_one else pictures
         wanted = _squares(boxes, centers, scales, margin, None if is_one else len(listed))
-        predictions, crops = [self.predict([])], list[Item]()
+        predictions, crops = list[Poses](), list[Item]()
         for number, (picture, squares) in enumerate(zip(listed, wanted, strict=True)):
             image = read_picture(picture)
             for person, square in enumerate(squares):
@@ -160,28 +160,19 @@ class PoseEstimator:
 
     def predict(self, crops: list[Item]) -> Poses:
         """The joints in crops that `crop` made, in the same order; runs in batches."""
-        keypoints_NJ2, scores_NJ = self._predict(crops)
+        size, previous = self.batch_size, torch.get_num_threads()
+        batches = [collate(crops[i : i + size]) for i in range(0, len(crops), size)]
+        how: Any = {"flip": self.flip, "device": self.device, "dtype": self.dtype}
+        torch.set_num_threads(self.threads)
+        try:
+            keypoints_NJ2, scores_NJ = predict(self.network, batches, self.codec, **how)
+        finally:
+            torch.set_num_threads(previous)
         if self.calibration is None:
             return Poses(keypoints_NJ2, scores_NJ, np.full_like(scores_NJ, np.nan))
         scale_N = np.array([record[COLUMNS["scale"]] for *_, record in crops])
         errors_NJ = self.calibration.errors(scores_NJ) * PIXELS_PER_SCALE * scale_N[:, None]
         return Poses(keypoints_NJ2, self.calibration.probabilities(scores_NJ), errors_NJ)
-
-    def _predict(self, crops: list[Item]) -> Predictions:
-        if not crops:
-            joints = self.skeleton.joint_count
-            return Predictions(np.empty((0, joints, 2)), np.empty((0, joints)))
-        size = self.batch_size
-        batches = [collate(crops[i : i + size]) for i in range(0, len(crops), size)]
-        how: Any = {"flip": self.flip, "device": self.device, "dtype": self.dtype}
-        if self.device.type != "cpu":
-            return predict(self.network, batches, self.codec, **how)
-        previous = torch.get_num_threads()
-        torch.set_num_threads(self.threads)
-        try:
-            return predict(self.network, batches, self.codec, **how)
-        finally:
-            torch.set_num_threads(previous)
 
 
 def read_picture(picture: Picture, upright: bool = True) -> npt.NDArray[np.uint8]:

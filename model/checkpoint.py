@@ -29,7 +29,6 @@ from configs.schema import (
     FREE_ON_RESUME,
     Config,
     as_dict,
-    check_values,
     config_from_dict,
     flat,
 )
@@ -57,8 +56,6 @@ class RunState:
     """The state of a training run besides weights and optimizer."""
 
     ranks: int
-    people: int
-    """Number of people in the training split."""
     loader: str
     """As chosen, never "auto"."""
     rng: list[Tensor]
@@ -235,13 +232,11 @@ def _from_ours(raw: Any, path: Path) -> Checkpoint:
     found = (raw.get("format"), raw.get("format_version")) if isinstance(raw, dict) else type(raw)
     if found != expected:
         raise InputError(path, f"format {found}", f"format {expected}", "give another checkpoint")
-    config = config_from_dict(raw["config"], f"{path}: config")
-    check_values(config)
     run = {f.name: raw[f.name] for f in fields(RunState) if f.name in raw}
     tables = raw.get("calibration")
     return Checkpoint(
         path=path,
-        config=config,
+        config=config_from_dict(raw["config"], f"{path}: config"),
         skeleton=skeleton_from_dict(raw["skeleton"]),
         step=raw["step"],
         weights=raw["model"],

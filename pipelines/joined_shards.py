@@ -112,7 +112,8 @@ class JoinedShards(ShardSet):
         self._origin_N = np.arange(ends[-1])
         # Rows of the annotations count on from set to set.
         self._records = _joined_records(parts, skeleton)
-        self._facts = [facts for split in parts for facts in split._facts]
+        names = set.intersection(*(set(split._columns) for split in parts))
+        self._columns = {n: [x for split in parts for x in split._columns[n]] for n in names}
 
     def keys_of_epoch(self, seed: int, epoch: int) -> npt.NDArray[np.int64]:
         """As of ShardSet. Each set has passes of its own, which the epochs cut into pieces."""

@@ -277,32 +277,24 @@ def write_people_file(folder: Path, records_NR: npt.NDArray[np.float32], people:
 
 def read_people_file(
     folder: Path, manifest: "Manifest"
-) -> tuple[npt.NDArray[np.float32], list[dict[str, Any]]]:
-    """(N, record_length) records, and the facts of each person. Raises InputError."""
+) -> tuple[npt.NDArray[np.float32], dict[str, list[Any]]]:
+    """(N, record_length) records, and the other columns by name. Raises InputError."""
     path = folder / PEOPLE
     try:
         data = read_bytes(path, LARGEST_JSON)
         if hashlib.sha256(data).hexdigest() != manifest.people_file_sha256:
             raise ValueError("its SHA-256 is not the one in the manifest")
-        facts = parse_json(data)
-        values = np.frombuffer(base64.b64decode(facts.pop("records")), dtype="<f4")
+        columns = parse_json(data)
+        values = np.frombuffer(base64.b64decode(columns.pop("records")), dtype="<f4")
         records_NR = values.reshape(manifest.people, record_length(manifest.joints))
-        rows = [dict(zip(facts, row, strict=True)) for row in zip(*facts.values(), strict=True)]
-        if len(rows) != manifest.people or not all(map(is_person, rows)):
+        lengths = {len(column) for column in columns.values()}
+        is_whole = columns.keys() >= {"image", "index", "person"} and lengths == {manifest.people}
+        if not (is_whole and all(map(safe_name, columns["image"]))):
             raise ValueError("its people do not match the manifest")
     except (OSError, ValueError, KeyError) as error:
         found = f"damaged ({error})"
         raise InputError(path, found, f"{manifest.people:,} people", PACK_AGAIN) from error
-    return records_NR, rows
-
-
-def is_person(facts: Any) -> bool:
-    """Whether a JSON value has a safe picture name and the numbers of picture and person."""
-    if not isinstance(facts, dict):
-        return False
-    facts = {"area": 0.0, "ignored": [], **facts}
-    kinds = [type(facts.get(name)) for name in ("image", "index", "person", "area", "ignored")]
-    return kinds == [str, int, int, float, list] and safe_name(facts["image"])
+    return records_NR, columns
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -81,7 +81,8 @@ class ShardSet:
             raise InputError(self.folder, f"the key {key} twice", "each key once", PACK_AGAIN)
         self._origin_N = np.arange(len(self))
         self._records: npt.NDArray[np.float32] | None = None
-        self._facts: list[dict[str, Any]] = []
+        self._columns: dict[str, list[Any]] = {}
+        """Of people.json: image, index, person and, from COCO's files, area and ignored."""
         self._files: dict[int, io.FileIO] = {}
 
         self.samples_of_set = {self.location: range(len(self))}
@@ -119,7 +120,7 @@ class ShardSet:
         """
         if self._records is not None:
             return self._records
-        records, self._facts = read_people_file(self.folder, self.manifest)
+        records, self._columns = read_people_file(self.folder, self.manifest)
         faults = record_faults(records, self.manifest, picture_bytes_N=self._ranges_NC2[:, 1, 1])
         for fault, is_bad in faults.items():
             if is_bad.any():
@@ -133,15 +134,15 @@ class ShardSet:
     def image_name(self, sample: int) -> str:
         """The name of one person's picture in the annotation file. Raises InputError."""
         self.records()
-        return self._facts[self.origin(sample)]["image"]
+        return self._columns["image"][self.origin(sample)]
 
     def people(self) -> tuple[People, npt.NDArray[np.int64]]:
         """All people in the order of the annotation file, and the sample of each, (N,)."""
-        fields, facts = unpack_records(self.records()), self._facts
+        fields, columns = unpack_records(self.records()), self._columns
         people = People(
-            images=tuple(fact["image"] for fact in facts),
-            index=np.array([fact["index"] for fact in facts]),
-            person=np.array([fact["person"] for fact in facts]),
+            images=tuple(columns["image"]),
+            index=np.array(columns["index"]),
+            person=np.array(columns["person"]),
             center=fields.center_N2.astype(np.float64),
             scale=fields.scale_N.astype(np.float64),
             normalize=fields.normalize_N.astype(np.float64),
@@ -149,10 +150,9 @@ class ShardSet:
             marked=fields.marked_NJ,
             visible=fields.visible_NJ,
         )
-        if all("area" in fact for fact in facts):
+        if "area" in columns:
             people = people._replace(
-                area=np.array([fact["area"] for fact in facts], dtype=np.float64),
-                ignored=object_array([fact.get("ignored", []) for fact in facts]),
+                area=np.array(columns["area"]), ignored=object_array(columns["ignored"])
             )
         order = np.argsort(fields.row_N, kind="stable")
         return people.select(order), order

@@ -22,11 +22,12 @@ from statistics import median
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+import yaml
 from helpers import make_trainer, steps
 from s3_server import BUCKET, CREDENTIALS, s3_server
 
 from common.distributed import init_distributed
-from configs.schema import as_dict, config_from_dict, load_yaml
+from configs.schema import as_dict, config_from_dict
 from pipelines import object_storage
 from pipelines.augment import preset_of
 from pipelines.loader import LoaderSpec, TrainLoader
@@ -62,7 +63,7 @@ def rates(folder: Path, url: str, cache_gb: float, rounds: int) -> list[dict[str
     for number in range(rounds):
         trainers = {}
         for name, location in (("folder", folder), ("url", url)):
-            raw = load_yaml(str(ROOT / "configs" / "demo.yaml"))
+            raw = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
             raw["data"] |= {"shards": str(location), "shard_window": WINDOW, "cache_gb": cache_gb}
             raw["data"]["cache_dir"] = str(folder.parent / f"cache{number}")
             raw["train"] |= {"threads": 1}
@@ -84,7 +85,7 @@ def rates(folder: Path, url: str, cache_gb: float, rounds: int) -> list[dict[str
 def first_batches(folder: Path, url: str, cache_gb: float, rounds: int) -> list[dict[str, float]]:
     """Seconds to the first batch from an opened split with an empty cache, and of one transfer."""
     found = []
-    config = config_from_dict(load_yaml(str(ROOT / "configs" / "demo.yaml")), "demo")
+    config = config_from_dict(yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text()), "demo")
     for number in range(rounds):
         cache = str(folder / f"first{number}")
         began = time.perf_counter()

@@ -65,7 +65,7 @@ DAMAGES = {
     "00001.tar: missing": lambda folder: (folder / "00001.tar").unlink(),
     "00002.idx: missing": lambda folder: (folder / "00002.idx").unlink(),
     "manifest.json: a damaged": lambda folder: (folder / "manifest.json").write_text("{"),
-    "the key 000000000 twice": take_another_index,
+    "00001.idx: not the index": take_another_index,
     "size that the manif": lambda folder: change_manifest(folder, lambda x: x.update(max_width=9)),
 }
 

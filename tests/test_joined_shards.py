@@ -14,7 +14,6 @@ from two_ranks import rows_of
 import evaluate
 import train
 from common.errors import InputError
-from configs.schema import check_values
 from configs.skeleton import MPII, Skeleton
 from model.checkpoint import load_checkpoint
 from pipelines.joined_shards import JoinedShards, union_skeleton, with_joints_of
@@ -175,4 +174,4 @@ def test_a_set_with_joints_of_the_network_is_mapped_and_another_is_not(knees, ti
 
 def test_weights_above_zero_are_needed(tiny_shards):
     with pytest.raises(InputError, match=r"data\.shards"):
-        check_values(tiny_config(tiny_shards, data={"shards": {str(tiny_shards): 0.0}}))
+        tiny_config(tiny_shards, data={"shards": {str(tiny_shards): 0.0}})

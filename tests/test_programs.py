@@ -8,8 +8,9 @@ from test_architecture import module, programs
 from common.cli import Parser
 from common.errors import InputError
 
-PROGRAMS = sorted({*map(module, programs())} - {"train", "tools.find_label_errors"})
-"""These two have a parser of jsonargparse; tests/test_config.py tests it."""
+OF_JSONARGPARSE = {"train", "tools.find_label_errors", "tools.show_batch"}
+PROGRAMS = sorted({*map(module, programs())} - OF_JSONARGPARSE)
+"""The others have a parser of jsonargparse; tests/test_config.py tests it."""
 
 
 def parser_of(name: str) -> Parser:

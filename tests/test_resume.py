@@ -310,7 +310,6 @@ def saved_checkpoint(config: Config, ranks: int, step: int, path: Path = LAST) -
     people = global_batch_size(config, ranks)
     run = RunState(
         ranks=ranks,
-        people=12,
         loader="opencv",
         rng=[],
         people_sha256="",

@@ -156,7 +156,7 @@ class Trainer:
         require_same_joints(checkpoint.skeleton, self.codec.skeleton, path, self.shards.folder)
         require_same_size(checkpoint, self.config)
         if run and run.people_sha256 != self.people_sha256:
-            found = f"other people or weights than those of {path} ({run.people:,} people)"
+            found = f"other people or weights than those of {path}"
             advice = "give their shards, or begin a new run with --init_from"
             raise InputError(self.shards.folder, found, "the same people", advice)
         if checkpoint.step > steps:
@@ -487,7 +487,6 @@ class Trainer:
         run = RunState(
             **counters,
             scaler=self.train_step.scaler.state_dict(),
-            people=len(self.shards),
             people_sha256=self.people_sha256,
             ranks=self.dist.world_size,
             people_a_step=global_batch_size(self.config, self.dist.world_size),
