@@ -22,11 +22,10 @@ def call(*words: object) -> None:
     show_batch.main([str(word) for word in words])
 
 
-@pytest.mark.parametrize("preset", ["princeton", "newell"])
-def test_a_sheet_is_written(preset, tiny_shards, tmp_path, capsys):
+def test_a_sheet_is_written(tiny_shards, tmp_path, capsys):
     output = tmp_path / "deep" / "sheet.png"
     words = ["--data.shards", tiny_shards, "--people", 5, "--data.input_px", 64, "--output", output]
-    call(*words, "--data.preset", preset)
+    call(*words, "--data.preset", "newell")
     sheet = cv2.imread(str(output))
     assert min(sheet.shape[:2]) > 500 and sheet.std() > 30
     assert capsys.readouterr().out == f"wrote {output}\n"
