@@ -1,7 +1,7 @@
 """Reads annotation files into People: the only place that handles pixel base and missing joints.
 
 Reads the h5 files of princeton-vl (train.h5, valid.h5), mpii_annotations.json(.gz), COCO's JSON
-(coco.py), and labels of DeepLabCut, Lightning Pose and YOLO-pose (label_files.py).
+(coco.py), and labels of DeepLabCut, Lightning Pose and YOLO-pose (label_files.py): a Format each.
 Raises InputError for a bad file.
 """
 
@@ -9,6 +9,7 @@ import gzip
 import re
 import sys
 import zlib
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -29,19 +30,25 @@ from configs.skeleton import (
 )
 from pipelines.boxes import read_people, square_about, whole_picture
 from pipelines.coco import Floats, parse_coco, skeleton_of
+from pipelines.jpeg import read_header
 from pipelines.label_files import (
+    PROJECT,
     Labels,
-    find_labels,
+    deeplabcut_files,
+    is_table,
     is_yolo,
-    label_files,
     own_dataset,
-    picture_size,
-    pictures_folder,
-    read_labels,
+    read_deeplabcut,
+    read_table,
+    read_yolo,
+    yolo_files,
+    yolo_root,
 )
 
 Boxes = Literal["auto", "keypoints", "picture"] | Path
 """How people in label files get boxes (`_from_labels`); a path: a file for `boxes.read_people`."""
+Exif = Literal["auto", "turned", "stored"]
+"""How pictures with an EXIF orientation were labelled (`_with_pictures`)."""
 
 _SUFFIXES = (".h5", ".json", ".json.gz")
 _FROM_PRINCETON = "an annotation file of princeton-vl/pytorch_stacked_hourglass (data/MPII/annot)"
@@ -73,8 +80,10 @@ class People(NamedTuple):
     """(N,) px^2 of the person, for OKS; None if the source does not give all."""
     ignored: npt.NDArray[np.object_] | None = None
     """(N,) lists of `coco.Region`: the picture's people who are not scored; None as for `area`."""
-    size: npt.NDArray[np.int64] | None = None
-    """(N, 2) width and height of the picture, px, by COCO's file; 0 or None if unknown."""
+    size: Any = None
+    """(N, 2) width and height of the picture as it was labelled, px; 0 or None if unknown."""
+    turned: Any = None
+    """(N,) if EXIF turns the picture: 1 labelled as turned, 0 as stored, -1 in neither size."""
 
     @property
     def count(self) -> int:  # type: ignore[override]
@@ -99,60 +108,98 @@ def scored_text(scored: int, people: int) -> str:
     return f"{people:,} people" if scored == people else f"{scored:,} of {people:,} people"
 
 
+class Format(NamedTuple):
+    """How annotations of one kind are recognised and read, given their main file."""
+
+    what: str  # the main file, for messages
+    fits: Callable[[Path], bool]  # whether a look at a file finds this format
+    read: Callable[[Path, str, Skeleton | None], "Labels | People"]  # the people of a split
+    files: Callable[[Path], list[Path]] = lambda file: [file]  # all that contain annotations
+    pictures: Callable[[Path], Path | None] = lambda file: None  # folder that names are relative to
+    has_splits: bool = False  # whether one file describes both
+    has_videos: bool = False  # whether the pictures of a folder are frames of a video
+
+
+def find_annotations(path: Path, split: str, name: str = "auto") -> tuple[Path, Format]:
+    """The main file of a split's annotations, and their format. Raises InputError.
+
+    path: this file or its folder. name: of FORMATS; "auto": the first that fits the file.
+    """
+    file = split_file(path, split)
+    fitting = [each for each in FORMATS if FORMATS[each].fits(file)]
+    chosen = fitting[0] if name == "auto" and fitting else name
+    if chosen not in (fitting or FORMATS):
+        found = f"what looks like {fitting[0]}" if fitting else "a file of an unknown kind"
+        known = [name] if fitting else FORMATS
+        expected = "; ".join(f"{each}: {FORMATS[each].what}" for each in known)
+        raise InputError(file, found, expected, "give its --format to tools/make_shards.py")
+    return file, FORMATS[chosen]
+
+
 def read_annotations(
     path: Path,
     split: str,
     skeleton: Skeleton | None = None,
     images: Path | None = None,
     boxes: Boxes = "auto",
+    name: str = "auto",
+    exif: Exif = "auto",
 ) -> tuple[People, Skeleton]:
     """People of one split ("train" or "valid") and their joints. Raises InputError.
 
-    path: an h5 file, COCO's JSON, an mpii_annotations.json(.gz), which holds both splits, a folder
-    of such files named after their splits, or label files (label_files.py). skeleton: the file's
-    joints, by default those that the file names, or MPII's; its length, if it has one, replaces the
-    file's. images: the folder of pictures, for the settings of `_with_settings` and, as boxes, for
-    label files.
+    path, name: as `find_annotations` takes them. skeleton: the file's joints, by default those that
+    the file names, or MPII's; its length, if it has one, replaces the file's. images: the folder of
+    pictures, for their sizes. exif: see `_with_pictures`.
     """
-    joints = skeleton or MPII
-    if label_file := find_labels(path):
-        images, labels = images or pictures_folder(label_file), read_labels(label_file, split)
-        joints = skeleton or labels.skeleton
-        if joints.names != labels.skeleton.names:
-            found, expected = (", ".join(each.names) for each in (joints, labels.skeleton))
-            raise InputError("--skeleton", found, f"{expected}, as in {path}", "correct its joints")
-        people = _from_labels(labels, images, boxes)
-    elif (path := split_file(path, split)).name.endswith((".json", ".json.gz")):
-        data = _load_json(path)
-        if isinstance(data, dict):
-            joints = skeleton or skeleton_of(data, path)
-            people = _from_coco(data, path, joints)
-        else:
-            people = _from_mpii_json(data, path, split, joints)
+    path, kind = find_annotations(path, split, name)
+    found, images = kind.read(path, split, skeleton), images or kind.pictures(path)
+    if isinstance(found, Labels):
+        joints = skeleton or found.skeleton
+        if joints.names != found.skeleton.names:
+            named, expected = (", ".join(each.names) for each in (joints, found.skeleton))
+            raise InputError("--skeleton", named, f"{expected}, as in {path}", "correct its joints")
+        people = _from_labels(found, images, boxes, exif)
     else:
-        people = _from_h5(path, joints)
+        joints, people = skeleton or MPII, found
+        people = _with_pictures(people, images, exif) if images else people
     if joints.length or np.isnan(people.normalize).all():
         people = people._replace(normalize=normalizing_length(people, joints, path))
     _check(people, path)
-    return _with_settings(people, joints, images), joints
+    return _with_settings(people, joints), joints
 
 
-def _with_settings(people: People, skeleton: Skeleton, images: Path | None) -> People:
-    """Apply the skeleton's `hidden`, `outside` and `unmarked`.
+def _with_pictures(people: People, folder: Path, exif: Exif) -> People:
+    """Set `size` and `turned` by the rule of docs/conventions.md. People.size: in the labels."""
+    header = {name: read_header(folder / name) for name in set(people.images)}
+    headers_N3 = np.array([header[name] for name in people.images], dtype=np.int64).reshape(-1, 3)
+    stored_N2 = headers_N3[:, :2]
+    turned_N2 = np.where(headers_N3[:, 2:] >= 5, stored_N2[:, ::-1], stored_N2)
+    label_N2 = 0 * stored_N2 if people.size is None else people.size
+    is_turned_N, is_stored_N = ((label_N2 == px_N2).all(axis=1) for px_N2 in (turned_N2, stored_N2))
+    others = exif != "stored"
+    if exif == "auto":
+        told_N = is_turned_N[is_turned_N != is_stored_N]
+        outside = [(people.joints > px[:, None] - 0.5).sum() for px in (turned_N2, stored_N2)]
+        others = told_N.mean() >= 0.5 if len(told_N) else outside[0] <= outside[1]
+    turned_N = np.where(is_turned_N == is_stored_N, others, is_turned_N).astype(np.int8)
+    turned_N[(label_N2 > 0).all(axis=1) & ~is_turned_N & ~is_stored_N] = -1
+    size_N2 = np.where(turned_N[:, None] == 1, turned_N2, stored_N2)
+    return people._replace(size=size_N2, turned=turned_N)
 
-    Ignored joints become visible, but not marked (shard_format.py). images: the folder of pictures,
-    for their sizes. Raises InputError.
+
+def _with_settings(people: People, skeleton: Skeleton) -> People:
+    """Apply the skeleton's `hidden`, `outside` and `unmarked`. Raises InputError.
+
+    Ignored joints become visible, but not marked (shard_format.py).
     """
     marked, visible = people.marked, people.visible
     ignored_NJ = marked & ~visible & (skeleton.hidden == "ignore")
     ignored_NJ |= ~marked & (skeleton.unmarked == "ignore")
     if skeleton.outside != "use":
-        if images is None:
+        if people.turned is None:
             found, why = f"outside: {skeleton.outside}", "the folder of pictures, for their sizes"
             raise InputError(skeleton.name, found, why, "give it with --images")
-        size = {name: picture_size(images / name) for name in set(people.images)}
-        size_N12 = np.array([size[name] for name in people.images])[:, None]
-        is_inside = (people.joints >= -0.5) & (people.joints <= size_N12 - 0.5)
+        is_inside = (people.joints >= -0.5) & (people.joints <= people.size[:, None] - 0.5)
         outside_NJ = marked & ~is_inside.all(axis=-1)
         marked = marked & ~outside_NJ
         ignored_NJ |= outside_NJ & (skeleton.outside == "ignore")
@@ -161,7 +208,8 @@ def _with_settings(people: People, skeleton: Skeleton, images: Path | None) -> P
 
 
 def split_file(path: Path, split: str) -> Path:
-    """The path itself, or the file of the split if it is a folder. Raises InputError."""
+    """The path itself or, of a folder, the file of its project or split. Raises InputError."""
+    path = next((path / name for name in (PROJECT, "data.yaml") if (path / name).is_file()), path)
     files = [path / f"{split}{suffix}" for suffix in _SUFFIXES] if path.is_dir() else [path]
     found = [file for file in files if file.is_file()]
     if len(found) > 1:
@@ -174,31 +222,22 @@ def split_file(path: Path, split: str) -> Path:
     return found[0]
 
 
-def annotation_files(path: Path, split: str) -> list[Path]:
-    """The files with the annotations of a split. Raises InputError."""
-    labels = find_labels(path)
-    return label_files(labels) if labels else [split_file(path, split)]
-
-
-def has_both_splits(path: Path) -> bool:
-    """Whether a file or folder holds both splits.
-
-    Folders, MPII's JSON (a list) and YOLO-pose do; h5 files, COCO's JSON (a dict), DeepLabCut's
-    projects and tables do not.
-    """
-    if labels := find_labels(path):
-        return is_yolo(labels)
-    if path.is_dir():
-        return True
+def _json_type(path: Path) -> type | None:
+    """dict or list, as a JSON file begins; None for other names."""
     opener, start = gzip.open if path.name.endswith(".gz") else open, b""
     with suppress(OSError, EOFError, zlib.error), opener(path, "rb") as file:
         start = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
-    return path.name.endswith((".json", ".json.gz")) and not start.startswith(b"{")
+    is_json = path.name.endswith((".json", ".json.gz"))
+    return (dict if start.startswith(b"{") else list) if is_json else None
 
 
-def _from_h5(path: Path, skeleton: Skeleton) -> People:
+def _is_h5(path: Path) -> bool:
+    return path.suffix == ".h5" and not path.match("CollectedData*")
+
+
+def _read_h5(path: Path, split: str, skeleton: Skeleton | None) -> People:
     try:
-        columns = _h5_columns(path, skeleton.joint_count)
+        columns = _h5_columns(path, (skeleton or MPII).joint_count)
     except (OSError, RuntimeError, KeyError, ValueError) as error:
         found = f"not a readable HDF5 file of people ({str(error)[:120]})"
         advice = "fetch the file again; joints other than MPII's need --skeleton FILE.yaml"
@@ -247,14 +286,14 @@ def _whole_numbers(values: Floats, where: str) -> npt.NDArray[np.int64]:
     return values.astype(np.int64)
 
 
-def _load_json(path: Path) -> list[Any] | dict[str, Any]:
+def _load_json(path: Path, kind: type) -> Any:
     """MPII's list of people or COCO's dict."""
     opener = gzip.open if path.name.endswith(".gz") else open
     try:
         with opener(path, "rb") as file:
             data = parse_json(bounded(file.read(LARGEST_JSON + 1), LARGEST_JSON))
         is_coco = isinstance(data, dict) and {"images", "annotations"} <= data.keys()
-        if not data or not (is_coco or isinstance(data, list)):
+        if not data or not isinstance(data, kind) or not (is_coco or kind is list):
             raise ValueError(f"a JSON {type(data).__name__}")
     except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         expected = "a JSON list of people, or COCO's dict of images and annotations"
@@ -263,10 +302,10 @@ def _load_json(path: Path) -> list[Any] | dict[str, Any]:
     return data
 
 
-def _from_mpii_json(entries: list[Any], path: Path, split: str, skeleton: Skeleton) -> People:
+def _read_mpii(path: Path, split: str, skeleton: Skeleton | None) -> People:
     """MPII's own scale and centre, enlarged here as in the h5 files."""
-    images, numbers, joints = [], [], []
-    for number, entry in enumerate(entries):
+    images, numbers, joints, joint_count = [], [], [], (skeleton or MPII).joint_count
+    for number, entry in enumerate(_load_json(path, list)):
         where = f"{path}: entry {number}"
         if not isinstance(entry, dict) or not isinstance(entry.get("img_paths"), str):
             raise InputError(where, str(entry)[:100], "a dict with img_paths", "correct the file")
@@ -274,11 +313,11 @@ def _from_mpii_json(entries: list[Any], path: Path, split: str, skeleton: Skelet
             continue
         entry = {"annolist_index": -1, "people_index": -1, **entry}
         images.append(entry["img_paths"])
-        joints.append(json_numbers(entry, "joint_self", (skeleton.joint_count, 3), where))
+        joints.append(json_numbers(entry, "joint_self", (joint_count, 3), where))
         keys = ("annolist_index", "people_index", "scale_provided")
         center = json_numbers(entry, "objpos", (2,), where)
         numbers.append([*(json_numbers(entry, key, (), where) for key in keys), *center])
-    joints_NJ3 = np.array(joints).reshape(-1, skeleton.joint_count, 3)
+    joints_NJ3 = np.array(joints).reshape(-1, joint_count, 3)
     index, person, raw_scale, x, y = np.array(numbers, dtype=np.float64).reshape(-1, 5).T
     marked = joints_NJ3[..., 0] != 0
     return People(
@@ -294,55 +333,58 @@ def _from_mpii_json(entries: list[Any], path: Path, split: str, skeleton: Skelet
     )
 
 
-def _from_coco(data: dict[str, Any], path: Path, skeleton: Skeleton) -> People:
-    images, box_N4, keypoints_NJ3, more = parse_coco(data, path, skeleton)
-    people = _from_labels(Labels(images, box_N4, keypoints_NJ3, skeleton), path.parent, "auto")
-    return people._replace(**more)
+def _read_coco(path: Path, split: str, skeleton: Skeleton | None) -> Labels:
+    data = _load_json(path, dict)
+    joints = skeleton or skeleton_of(data, path)
+    images, box_N4, keypoints_NJ3, columns = parse_coco(data, path, joints)
+    return Labels(images, box_N4, keypoints_NJ3, joints, columns=columns)
 
 
-def _from_labels(labels: Labels, images: Path, boxes: Boxes) -> People:
+def _from_labels(labels: Labels, images: Path | None, boxes: Boxes, exif: Exif) -> People:
     """The people of label files.
 
     boxes: "auto" uses the file's boxes, or the whole picture if it has none; "picture" the whole
     picture; "keypoints" the box around the marked joints; a path the boxes in that file. People
     without a marked joint or a box with an area are not used, and counted on stderr.
     """
-    squares_N3 = np.array(_squares(labels, images, boxes), dtype=np.float64).reshape(-1, 3)
-    v_NJ = labels.keypoints_NJ3[..., 2]
-    is_kept = (v_NJ > 0).any(axis=1) & (squares_N3[:, 2] > 0)
-    if not is_kept.all():
-        count = (~is_kept).sum()
-        print(f"labels not used: {count:,} without a marked joint or a box", file=sys.stderr)
-    unknown = np.full(len(labels.images), -1)
+    v_NJ, unknown = labels.keypoints_NJ3[..., 2], np.full(len(labels.images), -1)
     people = People(
         images=labels.images,
-        index=unknown,
-        person=unknown,
-        center=squares_N3[:, :2],
-        scale=squares_N3[:, 2],
-        normalize=np.nan * squares_N3[:, 2],
+        center=labels.box_N4[:, :2],
+        scale=labels.box_N4[:, 2],
+        normalize=np.nan * unknown,
         joints=labels.keypoints_NJ3[..., :2],
         marked=v_NJ > 0,
         # A file without a 2 does not say which joints are hidden.
         visible=v_NJ > (1 if (v_NJ == 2).any() else 0),
+        **{"index": unknown, "person": unknown, **labels.columns},
     )
+    people = _with_pictures(people, images, exif) if images else people
+    box_N4 = labels.box_N4
+    if labels.is_relative:
+        box_N4 = box_N4 * np.tile(people.size, 2)
+        people = people._replace(joints=people.joints * people.size[:, None])
+    squares_N3 = np.array(_squares(people, box_N4, boxes), dtype=np.float64).reshape(-1, 3)
+    is_kept = people.marked.any(axis=1) & (squares_N3[:, 2] > 0)
+    if not is_kept.all():
+        count = (~is_kept).sum()
+        print(f"labels not used: {count:,} without a marked joint or a box", file=sys.stderr)
+    people = people._replace(center=squares_N3[:, :2], scale=squares_N3[:, 2])
     return people.select(np.flatnonzero(is_kept))
 
 
-def _squares(labels: Labels, images: Path, boxes: Boxes) -> list[tuple[float, ...]]:
+def _squares(people: People, box_N4: Floats, boxes: Boxes) -> list[tuple[float, ...]]:
     """x, y and scale of each person; the scale is 0 or less if it has no box."""
     if isinstance(boxes, Path):
         given = {person.image: person.square for person in read_people(boxes)}
-        return [given.get(image) or (0, 0, 0) for image in labels.images]
-    if boxes == "picture" or (boxes == "auto" and np.isnan(labels.box_N4).all()):
-        whole = {name: whole_picture(*picture_size(images / name)) for name in set(labels.images)}
-        return [whole[name] for name in labels.images]
+        return [given.get(image) or (0, 0, 0) for image in people.images]
+    if boxes == "picture" or (boxes == "auto" and np.isnan(box_N4).all()):
+        return [whole_picture(*size) for size in people.size.tolist()]
     # Box corners are counted from the picture's corner; square_about counts from pixel centres.
-    box_N4 = labels.box_N4
     if boxes == "keypoints":
-        xy_NJ2, is_marked = labels.keypoints_NJ3[..., :2], labels.keypoints_NJ3[..., 2:] > 0
-        low = xy_NJ2.min(axis=1, where=is_marked, initial=np.inf)
-        high = xy_NJ2.max(axis=1, where=is_marked, initial=-np.inf)
+        is_marked = people.marked[..., None]
+        low = people.joints.min(axis=1, where=is_marked, initial=np.inf)
+        high = people.joints.max(axis=1, where=is_marked, initial=-np.inf)
         box_N4 = np.concatenate([low + 0.5, high - low], axis=1)
     return [square_about(box) for box in box_N4.tolist()]
 
@@ -398,3 +440,29 @@ def _check(people: People, path: Path) -> None:
     if faults:
         expected = "finite numbers, scale above 0, names inside the folder of pictures"
         raise InputError(path, "; ".join(faults), expected, "correct them (rows count from 0)")
+
+
+FORMATS = {
+    "yolo": Format("data.yaml with kpt_shape", is_yolo, read_yolo, yolo_files, yolo_root, True),
+    "coco": Format("a JSON dict", lambda file: _json_type(file) is dict, _read_coco),
+    "mpii": Format(
+        "a JSON list", lambda file: _json_type(file) is list, _read_mpii, has_splits=True
+    ),
+    "h5": Format("an .h5 file as docs/custom-data.md describes it", _is_h5, _read_h5),
+    "deeplabcut": Format(
+        "a project's config.yaml, or its table, .csv or .h5",
+        lambda file: is_table(file) or file.name == PROJECT,
+        read_deeplabcut,
+        deeplabcut_files,
+        lambda file: file.parent,
+        has_videos=True,
+    ),
+    "lightning-pose": Format(
+        "a .csv table",
+        lambda file: file.suffix == ".csv",
+        read_table,
+        pictures=lambda file: file.parent,
+        has_videos=True,
+    ),
+}
+"""The formats by name. Of several that fit a file, the first is taken."""

@@ -2,11 +2,10 @@
 
 Other kinds of pictures (PNG, WebP, BMP, TIFF; grey and CMYK JPEGs, which OpenCV, nvJPEG and libjpeg
 convert to RGB differently) are decoded by OpenCV and stored as RGB JPEGs of QUALITY. So are JPEGs
-with an EXIF orientation of 5 to 8 if the annotation's size of the picture tells whether its pixels
-were labelled as stored or turned. Besides missing and damaged files, these are refused:
-- other JPEGs with an EXIF orientation of 2 to 8, because decoders disagree on whether to turn them;
-- lossless, hierarchical and arithmetic-coded JPEGs, which the GPU decoder does not read.
-Some damage leaves a valid JPEG and is not detected.
+with an EXIF orientation of 2 to 8, as they were labelled, turned or as stored, because decoders
+disagree on whether to turn them. Besides missing and damaged files, these are refused: lossless,
+hierarchical and arithmetic-coded JPEGs, which the GPU decoder does not read. Some damage leaves a
+valid JPEG and is not detected.
 """
 
 import hashlib
@@ -35,7 +34,7 @@ QUALITY = 95
 """JPEG quality of stored crops and of converted pictures."""
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 _SIGNATURES = {b"\x89PNG": "PNG", b"RIFF": "WebP", b"BM": "BMP", b"II*\0": "TIFF", b"MM\0*": "TIFF"}
-_TURNED, _AS_STORED = "JPEG turned by its EXIF", "JPEG labelled before the turn of its EXIF"
+EXIF_KINDS = ("JPEG kept as stored, against its EXIF", "JPEG turned as its EXIF says")
 _COMPONENTS = {1: "grey JPEG", 4: "CMYK JPEG"}
 _MAX_SCANS = 100
 """Each scan makes the decoder process the whole picture; photographs have about 10."""
@@ -102,11 +101,18 @@ def find_picture(folder: Path, name: str) -> Path:
     return next((each for each in (path, *others) if each.is_file()), path)
 
 
-def check_picture(folder: Path, name: str, labelled_size: tuple[int, int] = (0, 0)) -> Picture:
-    """Read and check one picture, which must lie in the folder.
+def read_header(path: Path) -> tuple[int, int, int]:
+    """Width, height (px, as stored) and EXIF orientation of a picture; 1, 1, 1 if unreadable."""
+    path = find_picture(path.parent, path.name)
+    try:
+        with Image.open(path) as picture:
+            return *picture.size, _exif_orientation(path)
+    except (OSError, Image.DecompressionBombError):
+        return 1, 1, 1
 
-    labelled_size: width and height, px, in the annotation file; 0: unknown.
-    """
+
+def check_picture(folder: Path, name: str, turned: int) -> Picture:
+    """Read and check one picture, which must lie in the folder. turned: as People.turned."""
     path = find_picture(folder, name)
     sha256, converted, fault = "", "", ""
     size = mtime = width = height = 0
@@ -116,7 +122,7 @@ def check_picture(folder: Path, name: str, labelled_size: tuple[int, int] = (0, 
         if not path.resolve().is_relative_to(folder.resolve()):
             raise PictureError("a link that leads out of the folder of pictures")
         data = path.read_bytes()
-        converted = _kind_by_exif(data, labelled_size) or kind_to_convert(data)
+        converted = _kind_by_exif(data, turned) or kind_to_convert(data)
         width, height = check_jpeg(convert(data, converted) if converted else data)
         sha256 = hashlib.sha256(data).hexdigest()
     except PictureError as error:
@@ -136,18 +142,14 @@ def kind_to_convert(data: bytes) -> str:
     return next((kind for start, kind in _SIGNATURES.items() if data.startswith(start)), "")
 
 
-def _kind_by_exif(data: bytes, labelled_size: tuple[int, int]) -> str:
-    """How a JPEG with an EXIF orientation was labelled; empty without one. Raises PictureError."""
-    orientation = _exif_orientation(data)
+def _kind_by_exif(data: bytes, turned: int) -> str:
+    """How a JPEG with an EXIF orientation is converted; empty without one. Raises PictureError."""
+    orientation = _exif_orientation(io.BytesIO(data)) if b"Exif\0\0" in data else 1
     if not 2 <= orientation <= 8:
         return ""
-    width, height, _ = _claims(data)
-    if orientation >= 5 and width != height:  # the turn exchanges width and height
-        if labelled_size == (height, width):
-            return _TURNED
-        if labelled_size == (width, height):
-            return _AS_STORED
-    raise PictureError(f"EXIF orientation {orientation}, and no size that tells what was labelled")
+    if turned < 0:
+        raise PictureError(f"EXIF orientation {orientation}, and labels for another size")
+    return EXIF_KINDS[turned]
 
 
 def convert(data: bytes, kind: str = "") -> bytes:
@@ -157,14 +159,15 @@ def convert(data: bytes, kind: str = "") -> bytes:
     """
     if data[:2] == b"\xff\xd8":
         _check_header(data, components=(3, *_COMPONENTS))
-    image = _decoded(data, turned=kind == _TURNED)
+    image = _decoded(data, turned=kind == EXIF_KINDS[1])
     return cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])[1].tobytes()
 
 
 def check_jpeg(data: bytes) -> tuple[int, int]:
     """Width and height, px, of a JPEG that may be packed. Decodes it; raises PictureError."""
     _check_header(data, components=(3,))
-    _kind_by_exif(data, (0, 0))
+    if _kind_by_exif(data, turned=0):
+        raise PictureError("an EXIF orientation")
     image = _decoded(data)
     return image.shape[1], image.shape[0]
 
@@ -204,14 +207,12 @@ def _check_header(data: bytes, components: tuple[int, ...]) -> None:
         raise PictureError(f"{frame.components} components")
 
 
-def _exif_orientation(data: bytes) -> int:
-    """The EXIF orientation; 1 (as stored) if none can be read."""
-    if b"Exif\0\0" not in data:
-        return 1
+def _exif_orientation(file: Path | IO[bytes]) -> int:
+    """The EXIF orientation of a JPEG; 1 (as stored) if none can be read, and of other pictures."""
     exif = Image.Exif()
     with suppress(OSError, SyntaxError, ValueError, struct.error), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        exif.load(JpegImageFile(io.BytesIO(data)).info.get("exif", b""))
+        exif.load(JpegImageFile(file).info.get("exif", b""))
         return int(exif.get(ExifTags.Base.Orientation, 1))
     return 1
 

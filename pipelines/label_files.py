@@ -9,27 +9,26 @@ import csv
 import io
 import math
 import pickletools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
-from PIL import ExifTags, Image
 
 from common.errors import InputError
 from common.files import read_bytes, read_yaml
 from configs.skeleton import Length, Pairs, Skeleton, default_groups
 from pipelines.coco import Floats
-from pipelines.jpeg import find_picture
 
 _LARGEST = 256 << 20
 """Maximum bytes of a table or a dataset: a table of 100,000 pictures and 20 joints has 60 million,
 MPII's largest dataset, of 25,000 people, 6 million."""
 _HEADER = ("scorer", "individuals", "bodyparts", "coords")
 _TABLE = "a table with the rows scorer, bodyparts, coords and one row for each picture"
+PROJECT = "config.yaml"
+"""The file of a DeepLabCut project, and of some YOLO-pose data sets."""
 _YOLO_KEYS = "kpt_shape [joints, 2 or 3], train and val"
-_DEEPLABCUT = "config.yaml"
 PICTURE_LENGTH = Length((), 0.1)
 """Where boxes are whole pictures, in which a person or animal is smaller."""
 BOX_LENGTH = Length((), 0.4)
@@ -47,54 +46,18 @@ class Labels(NamedTuple):
     keypoints_NJ3: Floats
     """x, y (image px) and v: 0 not marked, 1 hidden, 2 visible."""
     skeleton: Skeleton
+    is_relative: bool = False
+    """Whether px above means shares of the picture's width and height."""
+    columns: Mapping[str, Any] = {}
+    """Further columns of People."""
 
 
-def find_labels(path: Path) -> Path | None:
-    """The table, DeepLabCut's config.yaml or YOLO's data.yaml; None for MPII's and COCO's files.
-
-    path: this file, or the folder of the project or data set.
-    """
-    for name in (_DEEPLABCUT, "data.yaml"):
-        if (path / name).is_file():
-            return path / name
-    is_h5_table = path.match("CollectedData*.h5")
-    return path if path.suffix in (".csv", ".yaml", ".yml") or is_h5_table else None
+def is_table(file: Path) -> bool:
+    """Whether a file is named as a table of DeepLabCut or Lightning Pose."""
+    return file.suffix in (".csv", ".h5")
 
 
-def is_yolo(labels: Path) -> bool:
-    """Whether a file of `find_labels` describes a YOLO-pose data set, which has splits."""
-    if labels.name == _DEEPLABCUT:
-        return "kpt_shape" in read_yaml(labels, _YOLO_KEYS)
-    return not _is_table(labels)
-
-
-def _is_table(labels: Path) -> bool:
-    return labels.suffix in (".csv", ".h5")
-
-
-def read_labels(labels: Path, split: str) -> Labels:
-    """The labels of a file of `find_labels`. Raises InputError.
-
-    split: "train" or "valid"; used for YOLO-pose only, because the other formats have no splits.
-    """
-    if is_yolo(labels):
-        return read_yolo(labels, split)
-    return read_table(labels) if _is_table(labels) else read_deeplabcut(labels)
-
-
-def label_files(labels: Path) -> list[Path]:
-    """The files that contain the labels, all splits of YOLO-pose included."""
-    if is_yolo(labels):
-        return [labels, *sorted(pictures_folder(labels).rglob("labels/**/*.txt"))]
-    return [labels] if _is_table(labels) else [labels, *_tables(labels.parent)]
-
-
-def pictures_folder(labels: Path) -> Path:
-    """The folder to which the picture names in the labels are relative."""
-    return _yolo_root(labels, read_yaml(labels, _YOLO_KEYS)) if is_yolo(labels) else labels.parent
-
-
-def read_table(path: Path) -> Labels:
+def read_table(path: Path, *_: object) -> Labels:
     """The labels of one table. Raises InputError."""
     try:
         data = read_bytes(path, _LARGEST)
@@ -199,10 +162,12 @@ def _cells(row: list[str], column: int) -> tuple[float, float] | None:
     return None if math.isnan(x) or math.isnan(y) else (x, y)
 
 
-def read_deeplabcut(config_yaml: Path) -> Labels:
-    """All labels of a DeepLabCut project, given its config.yaml. Raises InputError."""
-    project, config = config_yaml.parent, read_yaml(config_yaml, "a DeepLabCut project")
-    tables = _tables(project)
+def read_deeplabcut(file: Path, *_: object) -> Labels:
+    """The labels of a table, or all of a project, given its config.yaml. Raises InputError."""
+    if is_table(file):
+        return read_table(file)
+    project, config = file.parent, read_yaml(file, "a DeepLabCut project")
+    tables = deeplabcut_files(file)[1:]
     if not tables:
         where, expected = project / "labeled-data", "VIDEO/CollectedData_SCORER.csv or .h5"
         raise InputError(where, "no such file", expected, "save the labels in DeepLabCut again")
@@ -225,43 +190,51 @@ def read_deeplabcut(config_yaml: Path) -> Labels:
     )
 
 
-def _tables(project: Path) -> list[Path]:
-    """A table for each video and scorer, the .csv if there is one."""
-    found = project.glob("labeled-data/*/CollectedData_*.*")
-    tables = {path.with_suffix(""): path for path in sorted(found, reverse=True) if _is_table(path)}
-    return sorted(tables.values())
+def deeplabcut_files(file: Path) -> list[Path]:
+    """The file itself and, of a project, a table for each video and scorer, the .csv if there."""
+    found = [] if is_table(file) else file.parent.glob("labeled-data/*/CollectedData_*.*")
+    tables = {path.with_suffix(""): path for path in sorted(found, reverse=True) if is_table(path)}
+    return [file, *sorted(tables.values())]
 
 
-def read_yolo(data_yaml: Path, split: str) -> Labels:
+def read_yolo(data_yaml: Path, split: str, *_: object) -> Labels:
     """The labels of one split ("train" or "valid") of a YOLO-pose data set. Raises InputError.
 
     data_yaml: the data set's description, with kpt_shape. Names are relative to its `path`.
     """
-    config = read_yaml(data_yaml, _YOLO_KEYS)
-    root, shape = _yolo_root(data_yaml, config), config.get("kpt_shape")
-    pictures = config.get("train" if split == "train" else "val")
+    config, root = read_yaml(data_yaml, _YOLO_KEYS), yolo_root(data_yaml)
+    shape, pictures = config.get("kpt_shape"), config.get("train" if split == "train" else "val")
     if not isinstance(shape, list) or len(shape) != 2 or shape[1] not in (2, 3) or not pictures:
         raise InputError(data_yaml, f"kpt_shape {shape!r}, {split}: {pictures!r}", _YOLO_KEYS, _FIX)
     images, boxes, keypoints = [], [], []
     for picture in _yolo_pictures(root, pictures):
-        rows = _yolo_rows(_yolo_label_file(picture), *shape)
-        width, height = picture_size(picture) if rows else (0, 0)
-        for box_4, keypoints_J3 in rows:
+        for box_4, keypoints_J3 in _yolo_rows(_yolo_label_file(picture), *shape):
             images.append(picture.relative_to(root).as_posix())
-            size = np.array([width, height])
-            middle, sides = box_4[:2] * size, box_4[2:] * size
-            boxes.append([*(middle - sides / 2), *sides])
-            keypoints.append(keypoints_J3 * [width, height, 1])
+            boxes.append([*(box_4[:2] - box_4[2:] / 2), *box_4[2:]])
+            keypoints.append(keypoints_J3)
     return Labels(
         tuple(images),
         np.array(boxes).reshape(-1, 4),
         np.array(keypoints).reshape(-1, shape[0], 3),
         _yolo_skeleton(data_yaml, config, shape[0]),
+        is_relative=True,
     )
 
 
-def _yolo_root(data_yaml: Path, config: dict[str, Any]) -> Path:
-    return (data_yaml.parent / str(config.get("path") or ".")).resolve()
+def yolo_root(data_yaml: Path) -> Path:
+    """The folder to which the names in the file are relative. Raises InputError."""
+    return (data_yaml.parent / str(read_yaml(data_yaml, _YOLO_KEYS).get("path") or ".")).resolve()
+
+
+def is_yolo(file: Path) -> bool:
+    """Whether a file describes a YOLO-pose data set. Raises InputError."""
+    is_named = file.suffix in (".yaml", ".yml")
+    return is_named and (file.name != PROJECT or "kpt_shape" in read_yaml(file, _YOLO_KEYS))
+
+
+def yolo_files(data_yaml: Path) -> list[Path]:
+    """The file itself and the labels of all splits."""
+    return [data_yaml, *sorted(yolo_root(data_yaml).rglob("labels/**/*.txt"))]
 
 
 def _yolo_pictures(root: Path, given: Any) -> Iterable[Path]:
@@ -329,17 +302,3 @@ def skeleton_of_names(
     """
     groups, mirror = default_groups(joints, flip_pairs or ()), flip_pairs is not None
     return Skeleton(name, joints, flip_pairs or (), limbs, groups, length, mirror)
-
-
-def picture_size(path: Path) -> tuple[int, int]:
-    """Width and height of the upright picture in px, from its header.
-
-    1 px for a picture that cannot be read; packing lists it among the bad ones.
-    """
-    try:
-        with Image.open(find_picture(path.parent, path.name)) as picture:
-            is_turned = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-            width, height = picture.size
-            return (height, width) if is_turned else (width, height)
-    except (OSError, Image.DecompressionBombError):
-        return 1, 1

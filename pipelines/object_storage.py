@@ -24,6 +24,8 @@ ATTEMPTS = 7
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 15.0
 """Pauses double from attempt to attempt; their sum is about 31 s."""
 CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 5, 20
+PARTS, SMALLEST_PART, LARGEST_PART = 4, 512 << 10, 16 << 20
+"""Parts of an object that are requested at the same time, and their bytes."""
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 
 T = TypeVar("T")
@@ -62,11 +64,28 @@ def read(url: str) -> bytes:
         return (Path(folder) / "object").read_bytes()
 
 
-def fetch(url: str, path: Path) -> None:
-    """Write an object to a local file. Raises StorageError, and OSError if the disk is full."""
+def fetch(url: str, path: Path, size: int = 0) -> None:
+    """Write an object to a local file. Raises StorageError, and OSError if the disk is full.
+
+    size: bytes of the object, if known; a large one is fetched from S3 in parts.
+    """
+    if url.startswith("s3:") and size >= PARTS * SMALLEST_PART:
+        return _repeat(url, lambda files: _fetch_parts(files, url, path, size))
     # gcsfs would need permission to list, and repeat each of its six attempts six times.
     one_request = {"concurrency": 1} if url.startswith("gs:") else {}
     _repeat(url, lambda files: files.get_file(url, str(path), **one_request))
+
+
+def _fetch_parts(files: Any, url: str, path: Path, size: int) -> None:
+    """Write an object to a local file, PARTS requests at a time. Raises what the server causes."""
+    edges = [*range(0, size, min(-(-size // PARTS), LARGEST_PART)), size]
+    with path.open("wb") as file:
+        for first in range(0, len(edges) - 1, PARTS):
+            few = edges[first : first + PARTS + 1]
+            for part in files.cat_ranges([url] * (len(few) - 1), few[:-1], few[1:]):
+                if isinstance(part, Exception):
+                    raise part
+                file.write(part)
 
 
 def store(path: Path, url: str) -> None:

@@ -34,13 +34,11 @@ from common.cli import progress, progress_bar
 from common.errors import InputError
 from common.files import write_atomic
 from common.system import keep_freed_memory
-from configs.skeleton import MPII, Skeleton, load_skeleton
+from configs.skeleton import Skeleton, load_skeleton
 from pipelines import object_storage
-from pipelines.annotations import Boxes, People, annotation_files, read_annotations
+from pipelines.annotations import Boxes, Exif, People, find_annotations, read_annotations
 from pipelines.crop_packing import Region, crop_region, stored_crop
-from pipelines.i420 import byte_count
-from pipelines.jpeg import QUALITY, Picture, check_picture, convert, find_picture
-from pipelines.label_files import find_labels, is_yolo
+from pipelines.jpeg import EXIF_KINDS, QUALITY, Picture, check_picture, convert, find_picture
 from pipelines.shard_format import (
     FORMAT_VERSION,
     IDENTITY_AFFINE,
@@ -62,10 +60,9 @@ from pipelines.shard_format import (
 
 _BAD_SHOWN = 10
 _RUN_AGAIN = "run the same command again; it continues where it stopped"
-_TAR_BYTES, _FILE_BYTES = 10_240, 1024
-"""Size of an empty tar, and the most that tar adds to the content of each file."""
-_BYTES_PER_PIXEL = 0.6
-"""Upper estimate for a crop's JPEG; photographs have about 0.3."""
+_EXIF_RULE = """  Pictures with an EXIF orientation: width and height in the labels decide; without
+  them the orientation with fewer joints outside of the pictures; else turned. If
+  tools/show_batch.py shows wrong joints in them, pack again with --exif stored or --exif turned."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +78,12 @@ class PackingOptions:
     people_per_shard: int = 512
     workers: int = 1
     """Worker processes; 0 and 1 use this process only."""
+    format: str = "auto"
+    """Of the annotations, as `find_annotations` takes it."""
     boxes: Boxes = "auto"
     """How people in label files get boxes."""
+    exif: Exif = "auto"
+    """How pictures with an EXIF orientation were labelled."""
     valid_fraction: float | None = None
     """Share of the pictures that becomes `valid`; None if the annotations have splits."""
     seed: int = 0
@@ -157,16 +158,18 @@ def read_jobs(options: PackingOptions) -> list[SplitJob]:
     jobs = []
     given = load_skeleton(options.skeleton) if options.skeleton else None
     read, find_groups = cache(read_annotations), cache(picture_groups)
+    how = options.images, options.boxes, options.format, options.exif
     for split in options.splits:
         # With a fraction, one file is read for both splits, and what it lacks is counted once.
         part = options.splits[0] if options.valid_fraction else split
-        people, skeleton = read(options.annotations, part, given, options.images, options.boxes)
+        people, skeleton = read(options.annotations, part, given, *how)
+        file, kind = find_annotations(options.annotations, part, options.format)
         if options.valid_fraction:
-            groups = find_groups(people.images, options.annotations)
+            groups = find_groups(people.images) if kind.has_videos else people.images
             people = people.select(
                 rows_of_split(groups, split, options.valid_fraction, options.seed)
             )
-        files = annotation_files(options.annotations, split)
+        files = kind.files(file)
         digest = file_sha256(files[0])
         if len(files) > 1:
             digest = hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest()
@@ -175,15 +178,11 @@ def read_jobs(options: PackingOptions) -> list[SplitJob]:
     return jobs
 
 
-def picture_groups(images: Sequence[str], annotations: Path) -> Sequence[str]:
-    """The group of each picture: its video, or itself. A group must not be divided between splits.
+def picture_groups(images: Sequence[str]) -> Sequence[str]:
+    """The group of each frame, which must not be divided between splits: its video, or itself.
 
-    In labels of DeepLabCut and Lightning Pose, the pictures of a video are in one folder. If there
-    is only one video, each picture is a group.
+    The frames of a video are in one folder. If there is only one video, each frame is a group.
     """
-    labels = find_labels(annotations)
-    if labels is None or is_yolo(labels):
-        return images
     videos = [PurePosixPath(image).parent.as_posix() for image in images]
     if len(set(videos)) > 1:
         return videos
@@ -212,14 +211,8 @@ def fingerprint(options: PackingOptions, job: SplitJob, left_out: list[str]) -> 
     """SHA-256 of everything that determines a split's content; `plan` in the manifest."""
     facts: list[Any] = [FORMAT_VERSION, options.packing, options.people_per_shard, options.seed]
     facts += [job.split, job.source["sha256"], job.source["images"], left_out]
-    if options.crop:
-        facts.append(asdict(options.crop))
-    if options.valid_fraction:
-        facts.append(options.valid_fraction)
-    if options.boxes != "auto":
-        facts.append(str(options.boxes))
-    if job.skeleton != MPII:  # absent in plans of the first version
-        facts.append(job.skeleton.as_dict())
+    facts += [options.valid_fraction, str(options.boxes), options.exif, job.skeleton.as_dict()]
+    facts.append(options.crop and asdict(options.crop))
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
@@ -267,11 +260,6 @@ def already_packed(options: PackingOptions, job: SplitJob) -> bool:
 @contextmanager
 def locked(options: PackingOptions) -> Iterator[None]:
     """Create the folder of unfinished work and lock it for this process; remove it if empty."""
-    for path in (options.output, options.partial):
-        folder = next(each for each in (path, *path.parents) if each.exists())
-        if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
-            expected = "a folder that this user may write to"
-            raise InputError(folder, "not writable", expected, "choose another --output")
     options.partial.mkdir(parents=True, exist_ok=True)
     lock = os.open(options.partial, os.O_RDONLY)
     try:
@@ -328,18 +316,18 @@ def check_pictures(
     if not any(find_picture(options.images, name).is_file() for name in names):
         found = f"none of the {len(names):,} pictures, such as {names[0]}"
         raise InputError(options.images, found, "the pictures", "name their folder with --images")
-    sizes: dict[str, tuple[int, int]] = {}
+    turned: dict[str, int] = {}
     for people in (job.people for job in jobs):
-        if people.size is not None:
-            sizes |= zip(people.images, map(tuple, people.size.tolist()), strict=True)
-    labelled = [sizes.get(name, (0, 0)) for name in names]
-    results = map_tasks(partial(check_picture, options.images), names, labelled)
+        turned |= zip(people.images, people.turned.tolist(), strict=True)
+    results = map_tasks(partial(check_picture, options.images), names, map(turned.get, names))
     checked = dict(zip(names, progress(results, "checking", "pictures", len(names)), strict=True))
     _report_bad_pictures(options, checked)
     kinds = Counter(p.converted for p in checked.values() if p.converted and not p.fault)
     if kinds:
         counts = ", ".join(f"{count:,} x {kind}" for kind, count in kinds.most_common())
         print(f"converted to RGB JPEGs of quality {QUALITY}: {counts}")
+    if kinds.keys() & {*EXIF_KINDS}:
+        print(_EXIF_RULE)
     _warn_of_shared_pictures(jobs, checked)
     for job in jobs:
         if all(checked[name].fault for name in job.people.images):
@@ -370,7 +358,7 @@ def _report_bad_pictures(options: PackingOptions, checked: dict[str, Picture]) -
         print(f"... and {len(bad) - _BAD_SHOWN:,} more", file=sys.stderr)
     if bad and not options.skip_bad:
         found = f"{len(bad):,} bad of {len(checked):,} pictures"
-        expected = "complete pictures, stored upright (pipelines/jpeg.py lists what is refused)"
+        expected = "complete pictures (pipelines/jpeg.py lists what is refused)"
         advice = "replace them, or leave the people out with --skip-bad"
         raise InputError(options.images, found, expected, advice)
 
@@ -395,7 +383,6 @@ def pack_split(
     inputs = plan + json.dumps([sample.picture for sample in samples])
     folder = options.partial / f"{job.split}-{hashlib.sha256(inputs.encode()).hexdigest()[:16]}"
     folder.mkdir(exist_ok=True)
-    check_space(options, folder, samples)
     size = options.people_per_shard
     parts = [samples[start : start + size] for start in range(0, len(samples), size)]
     packed = map_tasks(partial(pack_shard, options, folder), range(len(parts)), parts)
@@ -457,24 +444,6 @@ def prepare_sample(
     record = record_of(people, row, width, height, affine).astype("<f4").tobytes()
     text = person_json(people, row, job.skeleton, width, height, affine)
     return Sample(key, record, text, picture, region, width, height)
-
-
-def check_space(options: PackingOptions, folder: Path, samples: list[Sample]) -> None:
-    """Raise InputError unless the disk has space for the shards that are not written yet."""
-    need = -sum(tar.stat().st_size for tar in folder.glob("*.tar"))
-    need += (len(samples) // options.people_per_shard + 1) * _TAR_BYTES
-    for sample in samples:
-        picture = sample.picture.bytes
-        if options.packing == "raw":
-            picture = byte_count(sample.width, sample.height)
-        elif sample.region or sample.picture.converted:
-            picture = int(_BYTES_PER_PIXEL * sample.width * sample.height) + _FILE_BYTES
-        need += len(sample.record) + len(sample.text) + picture + 3 * _FILE_BYTES
-    free = shutil.disk_usage(folder).free
-    if need > free:
-        expected = f"{need / 1e6:,.1f} MB for the shards"
-        advice = "free some space, or choose an --output on another disk"
-        raise InputError(options.output, f"{free / 1e6:,.1f} MB free", expected, advice)
 
 
 def pack_shard(options: PackingOptions, folder: Path, number: int, samples: list[Sample]) -> Shard:

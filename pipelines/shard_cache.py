@@ -229,7 +229,7 @@ class ShardCache:
         """Write a tar to a file and check it; removes unused tars on a full disk."""
         while True:
             try:
-                object_storage.fetch(url, part)
+                object_storage.fetch(url, part, shard.bytes)
                 break
             except OSError as error:
                 with self._locked():

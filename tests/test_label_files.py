@@ -14,7 +14,7 @@ from helpers import make_trainer, tiny_config
 from common.errors import InputError
 from configs.skeleton import load_skeleton, skeleton_yaml
 from pipelines.annotations import read_annotations
-from pipelines.label_files import Labels, read_deeplabcut, read_labels, read_table
+from pipelines.label_files import Labels, read_deeplabcut, read_table, read_yolo
 from pipelines.packing import picture_groups, rows_of_split
 from pipelines.shards import ShardSet
 from tools import make_shards
@@ -147,11 +147,14 @@ def yolo(tmp_path: Path) -> Path:
 def test_yolo_coordinates_are_converted_to_pixels(yolo):
     # DeepLabCut's file has this name too, but no kpt_shape.
     config = (yolo / "data.yaml").rename(yolo / "config.yaml")
-    labels = read_labels(config, "train")
-    assert labels.images == ("images/train/a.jpg",)
-    np.testing.assert_allclose(labels.box_N4, [[60, 10, 80, 80]])
-    np.testing.assert_allclose(labels.keypoints_NJ3, [[(50, 50, 2), (150, 50, 1)]])
-    assert labels.skeleton.flip_pairs == ((0, 1),) and labels.skeleton.mirror
+    people, skeleton = read_annotations(config, "train")
+    assert people.images == ("images/train/a.jpg",)
+    # The box is 80 x 80 px at (60, 10) from the corner.
+    np.testing.assert_allclose(people.center, [[99.5, 49.5]])
+    np.testing.assert_allclose(people.scale, 1.25 * 80 / 200)
+    np.testing.assert_allclose(people.joints, [[(50, 50), (150, 50)]])
+    assert people.marked.all() and people.visible.tolist() == [[True, False]]
+    assert skeleton.flip_pairs == ((0, 1),) and skeleton.mirror
     people, _ = read_annotations(config, "valid")
     assert people.images == ("images/val/c.jpg",) * 2
     assert people.marked.tolist() == [[False, True]] * 2
@@ -163,7 +166,7 @@ def test_yolo_coordinates_are_converted_to_pixels(yolo):
 def test_a_yolo_row_of_another_length_is_named(yolo):
     (yolo / "labels" / "train" / "a.txt").write_text("0 0.5 0.5 1 1\n")
     with pytest.raises(InputError, match=r"a\.txt: line 1"):
-        read_labels(yolo / "data.yaml", "train")
+        read_yolo(yolo / "data.yaml", "train")
 
 
 def test_boxes_are_the_picture_the_keypoints_or_a_file(tmp_path):
@@ -189,12 +192,11 @@ def test_boxes_are_the_picture_the_keypoints_or_a_file(tmp_path):
 
 def test_a_video_is_never_divided_among_the_splits():
     videos = [f"labeled-data/v{n // 10}/{n}.png" for n in range(100)]
-    groups = picture_groups(videos, Path("CollectedData.csv"))
+    groups = picture_groups(videos)
     train, valid = (set(rows_of_split(groups, split, 0.2, 1)) for split in ("train", "valid"))
     assert train | valid == set(range(100)) and not train & valid
     assert {n // 10 for n in valid} == {n // 10 for n in valid} - {n // 10 for n in train}
     assert len(valid) == 20
-    assert picture_groups(videos, Path("coco.json")) == videos
 
 
 def test_labels_without_pairs_are_packed_with_a_skeleton_file_and_trained_without_mirroring(
@@ -229,7 +231,7 @@ def test_the_written_skeleton_has_the_projects_joints_and_limbs(tmp_path):
     table(tmp_path / "labeled-data" / "v1", ONE_ANIMAL, "CollectedData_Ann.csv")
     facts = {"Task": "mice", "scorer": "Ann", "skeleton": [["snout", "tail"], ["snout", "ear"]]}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(facts))
-    labels = read_labels(tmp_path / "config.yaml", "train")
+    labels = read_deeplabcut(tmp_path / "config.yaml")
     assert labels.skeleton.limbs == ((0, 1),) and labels.skeleton.name == "mice"
     (tmp_path / "skeleton.yaml").write_text(skeleton_yaml(labels.skeleton))
     assert load_skeleton(tmp_path / "skeleton.yaml") == labels.skeleton

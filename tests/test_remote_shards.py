@@ -191,6 +191,29 @@ def test_tars_are_fetched_in_the_order_of_reading_and_the_first_one_alone(packed
     assert tars[0] == read[0] and set(tars[:3]) == set(read[:3])
 
 
+@pytest.mark.parametrize("fault", ["", "cut", "503"])
+def test_a_large_tar_is_fetched_in_parts_four_at_a_time(packed, s3, monkeypatch, fault):
+    tar = (packed / "train" / "00003.tar").read_bytes()
+    monkeypatch.setattr(object_storage, "SMALLEST_PART", 100)
+    monkeypatch.setattr(object_storage, "LARGEST_PART", len(tar) // 6)  # and a rest
+    s3.faults["00003.tar"] = [fault] if fault else []
+    assert open_split(packed).cache.file(3).read() == tar
+    assert len(s3.gets("00003.tar")) == 7 + (4 if fault else 0)
+
+
+def test_parts_of_an_object_of_another_size_are_refused(packed, s3, monkeypatch):
+    monkeypatch.setattr(object_storage, "SMALLEST_PART", 100)
+    try:
+        for size, found in ((50, "range"), (1 << 20, "SHA-256")):
+            (packed / "other").write_bytes(bytes(size))
+            object_storage.store(packed / "other", url_of(5))
+            with pytest.raises(StorageError, match=found) as caught:
+                open_split(packed).jpeg(11)
+            assert caught.value.where == url_of(5)
+    finally:
+        object_storage.store(packed / "train" / "00005.tar", url_of(5))
+
+
 # Faults
 
 

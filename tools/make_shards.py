@@ -17,17 +17,17 @@ import shutil
 import tempfile
 import time
 from collections import Counter
+from typing import get_args
 
 from common.cli import Parser, at_least
 from common.errors import InputError, run_main
 from common.files import write_atomic
 from common.system import usable_cores
 from configs.skeleton import MPII, Skeleton, skeleton_yaml
-from pipelines.annotations import Boxes, has_both_splits, scored_text
+from pipelines.annotations import FORMATS, Boxes, Exif, find_annotations, scored_text
 from pipelines.augment import PRESETS
 from pipelines.crop_packing import crop_rule
 from pipelines.jpeg import QUALITY
-from pipelines.label_files import find_labels, pictures_folder
 from pipelines.object_storage import is_url, require_no_secret
 from pipelines.packing import SPLITS, PackingOptions, pack
 from pipelines.shard_format import PICTURE_EXTENSIONS, Manifest
@@ -68,6 +68,8 @@ def make_parser() -> Parser:
         help="folder of train.h5 and valid.h5, or of train.json and valid.json in COCO's layout, "
         "or one such file, or mpii_annotations.json(.gz), a DeepLabCut project, Lightning Pose's "
         "CSV, or YOLO-pose's data.yaml")
+    add("--format", choices=["auto", *FORMATS], default="auto",
+        help="of the annotations; auto: found by a look at the file")
     add("--skeleton", type=Path, metavar="YAML",
         help="the joints, for h5 files of others than MPII's, or to change those that a file names "
         "(docs/custom-data.md)")
@@ -75,9 +77,11 @@ def make_parser() -> Parser:
         help=f"folder of the pictures (default: {DATA / 'images'}; for labels of DeepLabCut, "
         "Lightning Pose and YOLO-pose, the folder to which their names are relative)")
     add("--boxes", type=boxes, default="auto", metavar="{auto,keypoints,picture,FILE}",
-        help="boxes for labels of DeepLabCut, Lightning Pose and YOLO-pose. auto: the labels' own, "
-        "or else the whole picture; keypoints: around the keypoints; picture: the whole picture; "
-        "FILE: a CSV with image, x, y, width, height")
+        help="auto: the labels' boxes, or else the whole picture; keypoints: around the keypoints; "
+        "picture: the whole picture; FILE: a CSV with image, x, y, width, height. Not for mpii, h5")
+    add("--exif", choices=get_args(Exif), default="auto",
+        help="how pictures with an EXIF orientation were labelled: turned, as most programs show "
+        "them, or as stored; auto: as their size in the labels or their joints fit, else turned")
     add("--output", default="data/shards/mpii",
         help="folder of the splits, or s3://bucket/folder, for which $TMPDIR needs room")
     add("--splits", nargs="+", choices=SPLITS, default=list(SPLITS),
@@ -108,22 +112,25 @@ def parse_options(argv: list[str] | None) -> PackingOptions:
     quality = QUALITY if given["packing"] == "crop" else 0
     is_crop = given["packing"] != "original"
     given["crop"] = crop_rule(preset, person_px, quality) if is_crop else None
-    annotations = given["annotations"]
-    if given["images"] is None:
-        labels = find_labels(annotations)
-        given["images"] = pictures_folder(labels) if labels else DATA / "images"
-    if not given["valid_fraction"]:
-        given["splits"] = chosen_splits(annotations, given["splits"])
-    elif has_both_splits(annotations):
+    annotations, asked = given["annotations"], [each for each in SPLITS if each in given["splits"]]
+    advice = HOW_TO_GET_DATA if annotations == DATA / "annot" else "give another path"
+    if not annotations.exists():
+        raise InputError(annotations, "no such file or folder", "the annotations", advice)
+    file, kind = find_annotations(annotations, asked[0], given["format"])
+    given["images"] = given["images"] or kind.pictures(file) or DATA / "images"
+    if not given["images"].is_dir():
+        raise InputError(given["images"], "no such folder", "the pictures (--images)", advice)
+    stem = file.name.split(".")[0]
+    has_splits = kind.has_splits or (annotations.is_dir() and stem in SPLITS)
+    if has_splits and given["valid_fraction"]:
         expected = "one file without splits, because of --valid-fraction"
         raise InputError(annotations, "its own splits", expected, "leave --valid-fraction out")
-    given["splits"] = tuple(sorted(given["splits"]))
-    for name in ("annotations", "images"):
-        path = given[name]
-        if not path.exists():
-            is_default = given["annotations"] == DATA / "annot"
-            advice = HOW_TO_GET_DATA if is_default else f"give its path with --{name}"
-            raise InputError(path, "no such file or folder", f"the {name}", advice)
+    has_one = len(asked) == 2 and not has_splits and not given["valid_fraction"]
+    if has_one and stem not in SPLITS:
+        expected = f"one split, or a file named after it: {' or '.join(SPLITS)}"
+        advice = "give --splits train, --splits valid, or --valid-fraction"
+        raise InputError(file, "one file for two splits", expected, advice)
+    given["splits"] = (stem,) if has_one else tuple(asked)
     if is_url(given["output"]):
         given["url"] = given["output"].rstrip("/")
         require_no_secret(given["url"])
@@ -148,19 +155,6 @@ def boxes(text: str) -> Boxes:
     """An argparse type: a word, or the path of a file."""
     words: dict[str, Boxes] = {word: word for word in ("auto", "keypoints", "picture")}
     return words.get(text, Path(text))
-
-
-def chosen_splits(annotations: Path, asked: list[str]) -> tuple[str, ...]:
-    """The splits to pack; a file with a single split may name it in its file name."""
-    splits = tuple(split for split in SPLITS if split in asked)
-    if not annotations.exists() or has_both_splits(annotations) or len(splits) == 1:
-        return splits
-    stem = annotations.name.split(".")[0]
-    if stem not in SPLITS:
-        expected = f"one split, or a file named after it: {' or '.join(SPLITS)}"
-        advice = "give --splits train, --splits valid, or --valid-fraction"
-        raise InputError(annotations, "one file for two splits", expected, advice)
-    return (stem,)
 
 
 def write_skeleton(path: Path, skeleton: Skeleton) -> None:
