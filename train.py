@@ -17,12 +17,12 @@ from common.distributed import (
     shutdown_distributed,
 )
 from common.errors import EXIT_RESUME, InputError, run_main
+from common.system import optional_module
 from configs.schema import add_config_options, parse_config
 from model.checkpoint import load_checkpoint
 from pipelines.annotations import scored_text
 from pipelines.shard_format import CropRule
 from training.checkpoint_manager import BEST, LAST, RESUME_ME, lock_run_folder
-from training.metrics import require_tracker
 from training.resume import AUTO, find_start, global_batch_size, load_resumable
 from training.trainer import Trainer
 
@@ -33,7 +33,8 @@ LOCK_WAIT_S = 60
 def main(arguments: list[str] | None = None) -> int:
     """Read the settings, join the ranks, check or reopen the run's folder, train."""
     config, options = parse_config(make_parser(), sys.argv[1:] if arguments is None else arguments)
-    require_tracker(config.train.tracker)
+    if config.train.tracker != "none":
+        optional_module(config.train.tracker, "train.tracker")
     if options["resume"] not in (None, AUTO) and options["init_from"]:
         raise InputError("command line", "--resume and --init_from", "one of them", "leave one out")
     try:

@@ -1,8 +1,12 @@
-"""The machine: usable cores, and what malloc does with freed memory."""
+"""The machine: usable cores, what malloc does with freed memory, optional packages."""
 
 import ctypes
+import importlib
 import os
 import sys
+from typing import Any
+
+from common.errors import InputError
 
 
 def keep_freed_memory() -> bool:
@@ -24,3 +28,13 @@ def usable_cores() -> int:
     """Cores that this process may run on."""
     has_affinity = hasattr(os, "sched_getaffinity")  # not on macOS
     return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+
+
+def optional_module(name: str, where: object) -> Any:
+    """A module of a package that may be missing; then raises InputError. where: what needs it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        package = name.split(".")[0]
+        advice = f"pip install {package}"
+        raise InputError(where, f"{package} is not installed", package, advice) from error

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from common.errors import InputError
 from common.files import LARGEST_JSON, read_json, write_atomic
+from common.system import optional_module
 from evaluation.pckh import Floats
 from pipelines.annotations import People
 
@@ -206,7 +207,7 @@ def deeplabcut_table(entries: Entries, joints: Sequence[str], scorer: str, frame
 
 def open_mat(path: Path, names: list[str], expected: str) -> dict[str, Any]:
     """The named variables of a .mat file. Raises InputError; expected: for its message."""
-    scipy_io = _import_scipy_io(path)
+    scipy_io = optional_module("scipy.io", path)
     try:
         if path.stat().st_size > LARGEST_JSON:
             raise ValueError(f"more than {LARGEST_JSON >> 20} MiB")
@@ -221,19 +222,10 @@ def open_mat(path: Path, names: list[str], expected: str) -> dict[str, Any]:
 
 def write_mat(path: Path, variables: dict[str, Any]) -> None:
     """Write a .mat file atomically. Raises InputError without SciPy."""
-    scipy_io = _import_scipy_io(path)
+    scipy_io = optional_module("scipy.io", path)
     file = io.BytesIO()
     scipy_io.savemat(file, variables, long_field_names=True, do_compression=True)
     write_atomic(path, file.getvalue())
-
-
-def _import_scipy_io(path: Path) -> Any:
-    """scipy.io; SciPy is an optional dependency."""
-    try:
-        import scipy.io
-    except ImportError as error:
-        raise InputError(path, "no SciPy", "SciPy, for .mat", "pip install scipy") from error
-    return scipy.io
 
 
 def is_array(value: Any, kinds: str) -> TypeGuard[npt.NDArray[Any]]:

@@ -4,7 +4,6 @@ Their metadata holds the header of a checkpoint (config, skeleton, step) as JSON
 that they are read like checkpoints. Both packages are optional.
 """
 
-import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from common.errors import InputError
 from common.files import parse_json, write_atomic
+from common.system import optional_module
 
 INPUT, OUTPUT = "images", "heatmaps"
 """Names in the graph: (N, 3, S, S) float32 RGB in 0..1, and (N, J, S/4, S/4) of the last stack."""
@@ -64,12 +64,12 @@ def write_safetensors(path: Path, weights: dict[str, Tensor], header: dict[str, 
     """Write weights and a checkpoint's header atomically. Raises InputError without safetensors."""
     tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
     metadata = {"format": "pt", KEY: json.dumps(header)}
-    write_atomic(path, _imported("safetensors.torch", path).save(tensors, metadata))
+    write_atomic(path, optional_module("safetensors.torch", path).save(tensors, metadata))
 
 
 def open_session(path: Path) -> Any:
     """ONNX Runtime's session of a file. Raises InputError."""
-    onnxruntime = _imported("onnxruntime", path)
+    onnxruntime = optional_module("onnxruntime", path)
     wanted = ("CUDAExecutionProvider", "CPUExecutionProvider")
     providers = [name for name in wanted if name in onnxruntime.get_available_providers()]
     try:
@@ -88,23 +88,13 @@ def _onnxruntime_errors() -> tuple[type[Exception], ...]:
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    safetensors = _imported("safetensors", path)
+    safetensors = optional_module("safetensors", path)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return file.metadata() or {}, weights
     except safetensors.SafetensorError as error:
         raise _unusable(path, f"not readable as safetensors ({str(error)[:120]})") from error
-
-
-def _imported(module: str, path: Path) -> Any:
-    """An optional package. Raises InputError if it is not installed."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        package = module.split(".")[0]
-        found, expected = f"{package} is not installed", f"{package}, for {path.suffix} files"
-        raise InputError(path, found, expected, f"pip install {package}") from error
 
 
 def _unusable(path: Path, found: str) -> InputError:

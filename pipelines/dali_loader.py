@@ -111,8 +111,7 @@ class DaliCrops(Iterator[RawBatch]):
             outputs = self.pipeline.run(*stream)
         except RuntimeError as error:  # a damaged picture, or no memory
             _raise_if_out_of_memory(self.pipeline, error)
-            suspects = [sample for feed in self._fed for sample, _ in feed.keys]
-            faults = _faults(self.source, suspects)
+            faults = {} if _is_raw(self.source) else _faults(self._fed)
             if not faults:
                 raise
             first = min(faults)
@@ -215,23 +214,16 @@ def _raise_if_out_of_memory(pipeline: Pipeline, error: Exception) -> None:
     raise InputError(where, found, expected, advice) from error
 
 
-def _faults(source: Source, samples: list[int]) -> dict[int, str]:
-    """Sample -> fault, for the damaged pictures of these samples."""
-    found = {sample: _fault(source, sample) for sample in samples}
-    return {sample: fault for sample, fault in found.items() if fault}
-
-
-def _fault(source: Source, sample: int) -> str:
-    """Why the stored picture cannot be used; empty if it can."""
-    try:
-        picture = _picture(source, sample)
-        if not _is_raw(source):
-            check_jpeg(picture)
-    except PictureError as error:
-        return str(error)
-    except InputError as error:  # not readable
-        return error.found
-    return ""
+def _faults(feeds: Iterable[Feed]) -> dict[int, str]:
+    """Sample -> fault, for the damaged JPEGs of these batches."""
+    faults = {}
+    for feed in feeds:
+        for (sample, _), picture in zip(feed.keys, feed.pictures, strict=True):
+            try:
+                check_jpeg(picture.tobytes())
+            except PictureError as error:
+                faults[sample] = str(error)
+    return faults
 
 
 def _reason(error: Exception) -> str:

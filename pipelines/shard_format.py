@@ -136,14 +136,12 @@ def person_json(
     image_from_stored: tuple[float, ...] = IDENTITY_AFFINE,
 ) -> bytes:
     """The JSON component of a sample: the fields of its record with names, UTF-8."""
+    columns = (people.joints[row], people.marked[row], people.visible[row])
     joints = {
-        name: {
-            "x": float(people.joints[row, j, 0]),
-            "y": float(people.joints[row, j, 1]),
-            "marked": bool(people.marked[row, j]),
-            "visible": bool(people.visible[row, j]),
-        }
-        for j, name in enumerate(skeleton.names)
+        name: {"x": x, "y": y, "marked": marked, "visible": visible}
+        for name, (x, y), marked, visible in zip(
+            skeleton.names, *(column.tolist() for column in columns), strict=True
+        )
     }
     facts = {
         "image": people.images[row],

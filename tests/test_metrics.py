@@ -10,6 +10,7 @@ from conftest import Stream
 from helpers import CPU, make_trainer, metrics, tiny_config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import train
 from common.errors import InputError
 from training import metrics as log
 from training.metrics import (
@@ -18,7 +19,6 @@ from training.metrics import (
     draw_curves,
     open_tracker,
     read_metrics,
-    require_tracker,
 )
 
 
@@ -162,10 +162,9 @@ def test_a_run_that_is_resumed_keeps_its_identity(tmp_path, monkeypatch, tiny_sh
 
 
 def test_a_missing_tracker_names_the_command_that_installs_it(monkeypatch):
-    monkeypatch.setattr(log.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "trackio", None)
     with pytest.raises(InputError, match="pip install trackio"):
-        require_tracker("trackio")
-    require_tracker("none")
+        train.main(["--train.tracker", "trackio"])
 
 
 def test_the_picture_shows_the_same_people_and_their_prediction(tiny_shards, tmp_path):

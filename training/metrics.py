@@ -1,6 +1,5 @@
 """The log of a run: sums over steps, metrics.jsonl, TensorBoard, a tracker, learning curves."""
 
-import importlib
 import json
 import math
 import resource
@@ -23,9 +22,9 @@ from tqdm import tqdm
 
 from common.cli import SECONDS_BETWEEN_LINES
 from common.distributed import DistributedContext
-from common.errors import InputError
 from common.files import write_atomic
-from configs.schema import Config, TrackerName, as_dict
+from common.system import optional_module
+from configs.schema import Config, as_dict
 from model.loss import pck, peak_height
 from pipelines.codec import Codec
 from pipelines.loader import Batch
@@ -330,8 +329,7 @@ def open_tracker(config: Config, folder: Path) -> Any:
     name = config.train.tracker
     if name == "none":
         return None
-    require_tracker(name)
-    tracker = importlib.import_module(name)
+    tracker = optional_module(name, "train.tracker")
     more = {}
     if name == "wandb":  # identifies a run by its id, trackio by its name
         path = folder / "tracker_id"
@@ -341,12 +339,6 @@ def open_tracker(config: Config, folder: Path) -> Any:
     project, settings = "stacked-hourglass", as_dict(config)
     tracker.init(project=project, name=config.train.name, config=settings, resume="allow", **more)
     return tracker
-
-
-def require_tracker(name: TrackerName) -> None:
-    """Raise InputError, with the command that installs it, if the package is missing."""
-    if name != "none" and importlib.util.find_spec(name) is None:
-        raise InputError("train.tracker", name, "an installed package", f"pip install {name}")
 
 
 def keep_lines_until(path: Path, step: int) -> None:
