@@ -132,7 +132,7 @@ def find_annotations(path: Path, split: str, name: str = "auto") -> tuple[Path, 
         found = f"what looks like {fitting[0]}" if fitting else "a file of an unknown kind"
         known = [name] if fitting else FORMATS
         expected = "; ".join(f"{each}: {FORMATS[each].what}" for each in known)
-        raise InputError(file, found, expected, "give its --format to tools/make_shards.py")
+        raise InputError(file, found, expected, "give the right --format (tools/make_shards.py)")
     return file, FORMATS[chosen]
 
 
@@ -240,7 +240,7 @@ def _read_h5(path: Path, split: str, skeleton: Skeleton | None) -> People:
         columns = _h5_columns(path, (skeleton or MPII).joint_count)
     except (OSError, RuntimeError, KeyError, ValueError) as error:
         found = f"not a readable HDF5 file of people ({str(error)[:120]})"
-        advice = "fetch the file again; joints other than MPII's need --skeleton FILE.yaml"
+        advice = "give --skeleton FILE.yaml for other joints than MPII's, or another --format"
         raise InputError(path, found, _FROM_PRINCETON, advice) from error
     unknown = np.full(len(columns["imgname"]), -1.0)
     return People(

@@ -84,7 +84,7 @@ def _h5_rows(data: bytes) -> list[list[str]]:
             table = own_dataset(file, f"{key}/table")
             values, images = table["values_block_0"], [np.char.decode(table["index"])]
             strings = _pickled_strings(table.attrs["values_block_0_kind"])
-            columns = [*np.reshape(strings, (values.shape[1], -1)).T]
+            columns = np.reshape(strings, (values.shape[1], -1)).T.tolist()
         else:
             values = own_dataset(file, f"{key}/block0_values")[()]
             columns = _pandas_levels(file, f"{key}/block0_items")

@@ -13,7 +13,7 @@ from helpers import make_trainer, tiny_config
 
 from common.errors import InputError
 from configs.skeleton import load_skeleton, skeleton_yaml
-from pipelines.annotations import read_annotations
+from pipelines.annotations import FORMATS, find_annotations, read_annotations
 from pipelines.label_files import Labels, read_deeplabcut, read_table, read_yolo
 from pipelines.packing import picture_groups, rows_of_split
 from pipelines.shards import ShardSet
@@ -83,6 +83,7 @@ def test_an_h5_file_without_its_csv_has_the_same_labels(shared, tmp_path):
         shutil.copy(project / name, tmp_path / name)
     found, expected = (read_deeplabcut(each / "config.yaml") for each in (tmp_path, project))
     assert_same_labels(found, expected)
+    assert {type(name) for name in found.skeleton.names} == {str}  # YAML cannot hold numpy's
     shutil.copy(
         project / "labeled-data/m4s1/CollectedData_Pranav.csv", tmp_path / "labeled-data/m4s1"
     )
@@ -255,3 +256,50 @@ def test_bad_pictures_and_labels_of_a_table_are_counted_once(tmp_path, capsys):
     printed = capsys.readouterr().err
     for once in ("all pictures are of one video", "labels not used: 1 without a marked joint"):
         assert printed.count(once) == 2  # in each of the two runs
+
+
+CONTENT = {
+    "coco.json": (b'{"images": []', ["coco"]),
+    "mpii.json": (b" [{}", ["mpii"]),
+    "people.h5": (b"", ["h5", "deeplabcut"]),
+    "CollectedData_Ann.h5": (b"", ["deeplabcut"]),
+    "CollectedData.csv": (b"", ["deeplabcut", "lightning-pose"]),
+    "data.yaml": (b"kpt_shape: [2, 3]", ["yolo"]),
+    "config.yaml": (b"Task: mice", ["deeplabcut"]),
+    "labels.txt": (b"", []),
+}
+
+
+@pytest.mark.parametrize("name", CONTENT)
+def test_a_look_at_the_file_finds_its_format_and_others_are_refused(tmp_path, name):
+    content, fitting = CONTENT[name]
+    (tmp_path / name).write_bytes(content)
+    for given in ("auto", *FORMATS):
+        may_be = given in fitting or (not fitting and given != "auto")
+        if may_be or (given == "auto" and fitting):
+            file, kind = find_annotations(tmp_path / name, "train", given)
+            assert file == tmp_path / name
+            assert kind is FORMATS[fitting[0] if given == "auto" else given]
+            continue
+        with pytest.raises(InputError) as caught:
+            find_annotations(tmp_path / name, "train", given)
+        assert caught.value.where == str(tmp_path / name) and "--format" in caught.value.next_step
+        assert (fitting or ["unknown"])[0] in caught.value.found
+        assert FORMATS[given if fitting else "coco"].what in caught.value.expected
+
+
+def test_a_file_whose_name_says_nothing_is_packed_with_its_format(tmp_path):
+    for n in range(2):
+        (tmp_path / f"labeled-data/v{n}").mkdir(parents=True)
+        image = noise_picture(np.random.default_rng(n), 64, 64)
+        write_jpeg(tmp_path / f"labeled-data/v{n}/a.jpg", image)
+    rows = "".join(f"labeled-data/v{n}/a.jpg,{20 + n},20,40,{30 + n}\n" for n in range(2))
+    path = table(tmp_path, "".join(ONE_ANIMAL.splitlines(keepends=True)[:3]) + rows, "labels")
+    words = ["--annotations", path, "--valid-fraction", 0.5, "--output", tmp_path / "shards"]
+    words = [*map(str, words), "--workers", "0"]
+    with pytest.raises(InputError, match="unknown kind"):
+        make_shards.main(words)
+    make_shards.main([*words, "--format", "lightning-pose"])
+    assert ShardSet(tmp_path / "shards" / "valid").manifest.skeleton.names == ("snout", "tail")
+    with pytest.raises(InputError, match="not readable as JSON"):
+        make_shards.main([*words, "--format", "coco", "--images", str(tmp_path)])
