@@ -21,7 +21,7 @@ Groups = tuple[tuple[str, tuple[int, ...]], ...]
 Side = Literal["left", "right", "middle"]
 
 _CHOICES = {
-    "hidden": ("use", "ignore"),
+    "occluded": ("use", "ignore"),
     "outside": ("use", "ignore", "unmarked"),
     "unmarked": ("empty", "ignore"),
 }
@@ -60,8 +60,8 @@ class Skeleton(NamedTuple):
     """Whether pictures may be mirrored. False if the left-right pairs are not known."""
     sigmas: tuple[float, ...] = ()
     """Standard deviation of each joint's annotation / sqrt(person's area), for OKS; or none."""
-    hidden: Literal["use", "ignore"] = "use"
-    """Whether joints that are marked as hidden are trained and scored."""
+    occluded: Literal["use", "ignore"] = "use"
+    """Whether joints that are marked as occluded are trained and scored."""
     outside: Literal["use", "ignore", "unmarked"] = "use"
     """The same for joints marked outside of the picture; they may also count as not marked."""
     unmarked: Literal["empty", "ignore"] | None = None

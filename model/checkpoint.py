@@ -39,7 +39,7 @@ from model.foreign_checkpoints import PRINCETON_MODEL, princeton_contents, read_
 from model.hourglass import StackedHourglass
 
 FORMAT = "stacked-hourglass-checkpoint"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 LAST, BEST = "last.pt", "best.pt"
 
 _CHECKSUM_TAG = b"sha256:"

@@ -188,12 +188,12 @@ def _with_pictures(people: People, folder: Path, exif: Exif) -> People:
 
 
 def _with_settings(people: People, skeleton: Skeleton) -> People:
-    """Apply the skeleton's `hidden`, `outside` and `unmarked`. Raises InputError.
+    """Apply the skeleton's `occluded`, `outside` and `unmarked`. Raises InputError.
 
     Ignored joints become visible, but not marked (shard_format.py).
     """
     marked, visible = people.marked, people.visible
-    ignored_NJ = marked & ~visible & (skeleton.hidden == "ignore")
+    ignored_NJ = marked & ~visible & (skeleton.occluded == "ignore")
     ignored_NJ |= ~marked & (skeleton.unmarked == "ignore")
     if skeleton.outside != "use":
         if people.turned is None:
@@ -355,7 +355,7 @@ def _from_labels(labels: Labels, images: Path | None, boxes: Boxes, exif: Exif) 
         normalize=np.nan * unknown,
         joints=labels.keypoints_NJ3[..., :2],
         marked=v_NJ > 0,
-        # A file without a 2 does not say which joints are hidden.
+        # A file without a 2 does not say which joints are occluded.
         visible=v_NJ > (1 if (v_NJ == 2).any() else 0),
         **{"index": unknown, "person": unknown, **labels.columns},
     )

@@ -27,9 +27,9 @@ def parse_coco(
     """N people with the skeleton's joints, in the order of the file.
 
     Returns N file names, (N, 4) boxes x, y, width, height (image px, from the corner of the
-    picture), (N, J, 3) keypoints x, y, v (v is 0 for not marked, where x and y become 0; 1 hidden;
-    2 visible), and the columns index, person, size, area and ignored of People. Raises InputError.
-    Prints how many annotations were left out.
+    picture), (N, J, 3) keypoints x, y, v (v is 0 for not marked, where x and y become 0, 1
+    occluded, 2 visible), and the columns index, person, size, area and ignored of People. Prints
+    how many annotations were left out. Raises InputError.
     """
     names = _image_names(data["images"], path)
     categories = _categories(data.get("categories", []), path, skeleton)

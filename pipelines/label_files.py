@@ -44,7 +44,7 @@ class Labels(NamedTuple):
     box_N4: Floats
     """x, y, width, height, image px from the picture's corner; NaN if the file has no box."""
     keypoints_NJ3: Floats
-    """x, y (image px) and v: 0 not marked, 1 hidden, 2 visible."""
+    """x, y (image px) and v: 0 not marked, 1 occluded, 2 visible."""
     skeleton: Skeleton
     is_relative: bool = False
     """Whether px above means shares of the picture's width and height."""

@@ -31,7 +31,7 @@ flip_pairs: [[left_hand, right_hand], [left_foot, right_foot]]
 limbs: []
 normalize: {box: 0.4}
 """
-# Five joints of a person in a picture of 200 x 150 px; the right hand is hidden, the left foot
+# Five joints of a person in a picture of 200 x 150 px; the right hand is occluded, the left foot
 # not in the annotation, though the file says something about where it is.
 KEYPOINTS = [60, 30, 2, 90, 70, 2, 31, 72, 1, 7, 8, 0, 50, 110, 2]
 
@@ -78,8 +78,8 @@ def test_marked_joints_count_as_visible_if_no_joint_has_v_2(tmp_path: Path) -> N
     assert people.visible[0].tolist() == [True, True, False, True, True]
 
 
-# In a picture of 200 x 150 px: the head visible, the left hand hidden, the right hand visible half
-# a pixel outside, the left foot not marked, the right foot hidden outside.
+# In a picture of 200 x 150 px: the head visible, the left hand occluded, the right hand visible
+# half a pixel outside, the left foot not marked, the right foot occluded outside.
 OUTSIDE = [60, 30, 2, 90, 70, 1, 200, 72, 2, 0, 0, 0, 50, -1, 1]
 
 
@@ -87,11 +87,11 @@ OUTSIDE = [60, 30, 2, 90, 70, 1, 200, 72, 2, 0, 0, 0, 50, -1, 1]
     ("settings", "marked", "ignored"),
     [
         ({}, [1, 1, 1, 0, 1], [0, 0, 0, 0, 0]),
-        ({"hidden": "ignore"}, [1, 0, 1, 0, 0], [0, 1, 0, 0, 1]),
+        ({"occluded": "ignore"}, [1, 0, 1, 0, 0], [0, 1, 0, 0, 1]),
         ({"outside": "ignore"}, [1, 1, 0, 0, 0], [0, 0, 1, 0, 1]),
         ({"outside": "unmarked"}, [1, 1, 0, 0, 0], [0, 0, 0, 0, 0]),
         ({"unmarked": "ignore"}, [1, 1, 1, 0, 1], [0, 0, 0, 1, 0]),
-        ({"outside": "unmarked", "hidden": "ignore"}, [1, 0, 0, 0, 0], [0, 1, 0, 0, 1]),
+        ({"outside": "unmarked", "occluded": "ignore"}, [1, 0, 0, 0, 0], [0, 1, 0, 0, 1]),
     ],
 )
 def test_hidden_outside_and_unmarked_joints_are_treated_as_the_skeleton_says(

@@ -42,7 +42,7 @@ def test_names_become_indices(tmp_path: Path) -> None:
     assert dog.length == Length((0, 3), 0.5)
     assert dog.sides == ("middle", "left", "right", "middle", "left", "right")
     assert length_in_words(dog) == "0.5 x the distance of nose and tail"
-    rules = {"hidden": "ignore", "outside": "unmarked", "unmarked": "empty", "sigmas": [0.1] * 6}
+    rules = {"occluded": "ignore", "outside": "unmarked", "unmarked": "empty", "sigmas": [0.1] * 6}
     for skeleton in (dog, load(tmp_path, mirror=False, **rules)):
         assert skeleton_from_dict(yaml.safe_load(yaml.safe_dump(skeleton.as_dict()))) == skeleton
 
@@ -113,7 +113,7 @@ def test_joints_are_compared_by_name_or_where_there_are_none_by_number(tmp_path:
         ({"normalize": {"box": 1, "between": ["nose", "tail"]}}, "{box: FACTOR} or"),
         ({"normalize": {"box": float("inf")}}, "FACTOR above 0"),
         ({"name": 3}, "in quotes"),
-        ({"hidden": "no"}, "hidden: unknown 'no'; known are use, ignore"),
+        ({"occluded": "no"}, "occluded: unknown 'no'; known are use, ignore"),
         ({"sigmas": [0.1] * 5}, "not a list of 6 numbers"),
         ({"sigmas": [0.1] * 5 + [0.0]}, "not a list of 6 numbers"),
     ],
