@@ -12,7 +12,7 @@ from common.errors import run_main
 from evaluation import evaluator
 
 INPUTS = {
-    "--checkpoint": "a checkpoint, also princeton-vl's, or a run's folder; default: the newest",
+    "--checkpoint": "a checkpoint, also princeton-vl's, or a run's folder; default: newest in runs",
     "--shards": "a split, or the folder of splits, or the URL of either; default: as in training",
     "--annotations": "MPII's .h5 or .json(.gz), or COCO's, with pictures in a folder",
     "--skeleton": "YAML of its joints; default: the checkpoint's, or MPII's",
@@ -60,8 +60,6 @@ def make_parser() -> Parser:
     for name, text in INPUTS.items():
         kind = str if name == "--shards" else Path  # it may be a URL
         what.add_argument(name, type=kind, metavar="PATH", help=text)
-    text = "folder of runs (default: %(default)s)"
-    what.add_argument("--runs", type=Path, default=Path("runs"), metavar="PATH", help=text)
     text = "truth for --predictions: the file's own if it has one (default), or --annotations"
     what.add_argument("--ground-truth", choices=("file", "annotations"), default="file", help=text)
     text = "score perfect heatmaps of --annotations with each heatmap rule: upper bounds"

@@ -191,18 +191,17 @@ def summary(
     return {**pckh.summary(keypoints_NJ2, people, skeleton), "oks": precision}
 
 
-def newest_checkpoint(runs: Path) -> Path:
-    """The best.pt that was written last. Raises InputError if no run has one."""
-    found = sorted(runs.glob(f"*/{BEST}"), key=lambda path: path.stat().st_mtime)
+def newest_checkpoint() -> Path:
+    """The best.pt in runs/ that was written last. Raises InputError if there is none."""
+    found = sorted(Path("runs").glob(f"*/{BEST}"), key=lambda path: path.stat().st_mtime)
     if not found:
-        expected = f"*/{BEST}, which the first validation of train.py writes"
-        raise InputError(runs, "no such file", expected, "train, or give --checkpoint PATH")
+        raise InputError(f"runs/*/{BEST}", "no such file", "a run", "give --checkpoint PATH")
     return found[-1]
 
 
 def make_job(options: Namespace) -> EvaluationJob:
     """Load the checkpoint and open the data. Raises InputError."""
-    path = options.checkpoint or newest_checkpoint(options.runs)
+    path = options.checkpoint or newest_checkpoint()
     trained = load_checkpoint(path, onnx=True)
     config = trained.config
     dataset = _open_dataset(options, config, trained.skeleton)

@@ -159,7 +159,7 @@ def test_both_loaders_average_pictures_in_the_same_way(tiny_set):
 @pytest.fixture(scope="module")
 def trained(tiny_shards, tmp_path_factory) -> Path:
     """A run with best.pt, barely trained."""
-    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    folder = tmp_path_factory.mktemp("work") / "runs" / "tiny"
     run = make_trainer(tiny_config(tiny_shards), folder)
     steps(run, 2)
     run.save(["best.pt"])
@@ -175,9 +175,12 @@ def predictions(path: Path) -> np.ndarray:
     return np.array([entry["keypoints"] for entry in json.loads(path.read_text())])
 
 
-def test_evaluate_takes_the_newest_run_and_writes_what_was_asked_for(trained, tmp_path, capsys):
-    run("--runs", trained.parent, "--json", tmp_path / "n.json", "--save-predictions",
-        tmp_path / "p.json", "--picture", tmp_path / "s.png")  # fmt: skip
+def test_evaluate_takes_the_newest_run_and_writes_what_was_asked_for(
+    trained, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(trained.parents[1])
+    run("--json", tmp_path / "n.json", "--save-predictions", tmp_path / "p.json",
+        "--picture", tmp_path / "s.png")  # fmt: skip
     printed = capsys.readouterr().out
     assert "mean pose @0.5" in printed and "flip test" in printed
     for label in ("head", "ankle", "pooled 16 (<)", "mean 14 (<)", "weighted 14 (<=)", "AUC"):
@@ -389,9 +392,10 @@ def test_a_picture_damaged_after_packing_is_named(trained, tiny_shards, tmp_path
         run("--checkpoint", trained, "--shards", bad)
 
 
-def test_without_a_validated_run_a_checkpoint_is_asked_for(trained, tmp_path):
+def test_without_a_validated_run_a_checkpoint_is_asked_for(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     folder = tmp_path / "runs" / "stopped"
     folder.mkdir(parents=True)
     shutil.copy(trained / "best.pt", folder / "last.pt")
     with pytest.raises(InputError, match="--checkpoint PATH"):
-        run("--runs", tmp_path / "runs")
+        run()
