@@ -38,6 +38,7 @@ from configs.skeleton import Skeleton, load_skeleton
 from pipelines import object_storage
 from pipelines.annotations import Boxes, Exif, People, find_annotations, read_annotations
 from pipelines.crop_packing import Region, crop_region, stored_crop
+from pipelines.i420 import byte_count
 from pipelines.jpeg import EXIF_KINDS, QUALITY, Picture, check_picture, convert, find_picture
 from pipelines.shard_format import (
     FORMAT_VERSION,
@@ -60,6 +61,10 @@ from pipelines.shard_format import (
 
 _BAD_SHOWN = 10
 _RUN_AGAIN = "run the same command again; it continues where it stopped"
+_TAR_BYTES, _FILE_BYTES = 10_240, 1024
+"""Size of an empty tar, and the most that tar adds to the content of each file."""
+_BYTES_PER_PIXEL = 0.6
+"""Upper estimate for a crop's JPEG; photographs have about 0.3."""
 _EXIF_RULE = """  Pictures with an EXIF orientation: width and height in the labels decide; without
   them the orientation with fewer joints outside of the pictures; else turned. If
   tools/show_batch.py shows wrong joints in them, pack again with --exif stored or --exif turned."""
@@ -383,6 +388,7 @@ def pack_split(
     inputs = plan + json.dumps([sample.picture for sample in samples])
     folder = options.partial / f"{job.split}-{hashlib.sha256(inputs.encode()).hexdigest()[:16]}"
     folder.mkdir(exist_ok=True)
+    check_space(options, folder, samples)
     size = options.people_per_shard
     parts = [samples[start : start + size] for start in range(0, len(samples), size)]
     packed = map_tasks(partial(pack_shard, options, folder), range(len(parts)), parts)
@@ -444,6 +450,24 @@ def prepare_sample(
     record = record_of(people, row, width, height, affine).astype("<f4").tobytes()
     text = person_json(people, row, job.skeleton, width, height, affine)
     return Sample(key, record, text, picture, region, width, height)
+
+
+def check_space(options: PackingOptions, folder: Path, samples: list[Sample]) -> None:
+    """Raise InputError unless the disk has space for the shards that are not written yet."""
+    need = -sum(tar.stat().st_size for tar in folder.glob("*.tar"))
+    need += (len(samples) // options.people_per_shard + 1) * _TAR_BYTES
+    for sample in samples:
+        picture = sample.picture.bytes
+        if options.packing == "raw":
+            picture = byte_count(sample.width, sample.height)
+        elif sample.region or sample.picture.converted:
+            picture = int(_BYTES_PER_PIXEL * sample.width * sample.height) + _FILE_BYTES
+        need += len(sample.record) + len(sample.text) + picture + 3 * _FILE_BYTES
+    free = shutil.disk_usage(folder).free
+    if need > free:
+        expected = f"{need / 1e6:,.1f} MB for the shards"
+        advice = "free some space, or choose an --output on another disk"
+        raise InputError(options.output, f"{free / 1e6:,.1f} MB free", expected, advice)
 
 
 def pack_shard(options: PackingOptions, folder: Path, number: int, samples: list[Sample]) -> Shard:

@@ -438,6 +438,32 @@ def test_two_runs_do_not_share_an_output(tiny_set: Path, tmp_path: Path) -> None
 # The disk
 
 
+def test_full_disk_is_an_error_before_any_shard_is_written(tiny_set, tmp_path, monkeypatch) -> None:
+    need = sum(path.stat().st_size for path in (tiny_set / "images").iterdir())
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=need))
+    error = error_of(pack_arguments(tiny_set, tmp_path / "out"))
+    assert error.found == "0.2 MB free" and error.expected.endswith("MB for the shards")
+    assert not (tmp_path / "out").exists() and not list(tmp_path.rglob("*.tar"))
+
+
+@pytest.mark.parametrize("more", [[], ["crop"], ["raw"]])
+def test_estimate_of_the_disk_is_above_the_need_but_not_far(
+    tiny_set, tmp_path, monkeypatch, more
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    packing = ["--packing", *more, "--person-px", 48] if more else []
+    arguments = pack_arguments(tiny_set, tmp_path / "out", "--splits", "train", *packing)
+    main(pack_arguments(tiny_set, tmp_path / "whole", "--splits", "train", *packing))
+    used = sum(len(data) for data in files(tmp_path / "whole").values())
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=used))
+    assert "MB for the shards" in error_of(arguments).expected
+    # At most a crop's quality a person and a tar's end a shard above it.
+    most = used + 12 * (6000 if more == ["crop"] else 2048) + 3 * 20_480
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=most))
+    assert main(arguments) == 0
+
+
 def test_packing_continues_after_a_full_disk(tiny_set, tmp_path, monkeypatch) -> None:
     def fail(*_: Any) -> None:
         raise OSError(28, "No space left on device", str(tmp_path / "x.tar"))
