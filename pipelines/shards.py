@@ -16,7 +16,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -43,14 +43,6 @@ from pipelines.shard_format import (
 
 _MAX_INDEX = 256 << 20  # bytes
 _RANGE = r"(\d{1,15}) (\d{1,15})"
-
-
-class ByteRange(NamedTuple):
-    """Position of a component of a sample in its tar, bytes."""
-
-    tar: Path
-    offset: int
-    size: int
 
 
 class ShardSet:
@@ -170,14 +162,9 @@ class ShardSet:
         """The sample whose data are returned for this one: itself, or its replacement."""
         return int(self._origin_N[sample])
 
-    def byte_range(self, sample: int, extension: str) -> ByteRange:
-        """The position of a component in its tar. extension: one of `components`."""
-        offset, size = self._ranges_NC2[sample, self.components.index(extension)].tolist()
-        return ByteRange(self.tars[self.shard_of_sample[sample]], offset, size)
-
     def component(self, sample: int, extension: str) -> bytes:
-        """The bytes of one component. Raises InputError."""
-        _, offset, size = self.byte_range(sample, extension)
+        """The bytes of one of `components` of a sample. Raises InputError."""
+        offset, size = self._ranges_NC2[sample, self.components.index(extension)].tolist()
         try:
             file = self._file(int(self.shard_of_sample[sample]))  # this reference keeps it open
             data = os.pread(file.fileno(), size, offset)

@@ -8,9 +8,10 @@ import os
 import shlex
 import shutil
 import struct
+import tarfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -101,9 +102,24 @@ def change_manifest(split: Path, change: Callable[[dict[str, Any]], Any]) -> Non
     (split / MANIFEST).write_text(json.dumps(raw))
 
 
+class Place(NamedTuple):
+    """Where a packed person's component is, in bytes."""
+
+    tar: Path
+    offset: int
+    size: int
+
+
+def place_of(split: ShardSet, sample: int, component: str) -> Place:
+    tar = split.tars[split.shard_of_sample[sample]]
+    with tarfile.open(tar) as archive:
+        member = archive.getmember(f"{split.keys[sample]}.{component}")
+    return Place(tar, member.offset_data, member.size)
+
+
 def overwrite(split: Path, sample: int, component: str, data: bytes) -> None:
     """Write over the start of a packed person's component, in the tar itself."""
-    place = ShardSet(split).byte_range(sample, component)
+    place = place_of(ShardSet(split), sample, component)
     with place.tar.open("r+b", buffering=0) as file:
         file.seek(place.offset)
         file.write(data)
@@ -140,7 +156,7 @@ def update_sha256(split: Path) -> None:
 def damage_picture(split: Path, copy: Path, sample: int) -> Path:
     """Copy a split and overwrite one picture; the manifest's checksums are updated."""
     shutil.copytree(split, copy)
-    overwrite(copy, sample, "jpg", b"\x13" * ShardSet(copy).byte_range(sample, "jpg").size)
+    overwrite(copy, sample, "jpg", b"\x13" * place_of(ShardSet(copy), sample, "jpg").size)
     update_sha256(copy)
     return copy
 

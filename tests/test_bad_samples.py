@@ -17,6 +17,7 @@ from helpers import (
     make_spec,
     make_trainer,
     overwrite,
+    place_of,
     sample_of_row,
     steps,
     tiny_config,
@@ -40,24 +41,24 @@ def skip_without_dali(request) -> None:
         pytest.importorskip("nvidia.dali")
 
 
-def damage(split: Path, sample: int, component: str = "jpg", fault: bytes = b"\x13") -> None:
-    """Overwrite all of a picture or a record in its tar."""
-    size = ShardSet(split).byte_range(sample, component).size
-    overwrite(split, sample, component, fault * (size // len(fault)))
+def damage(split: Path, sample: int, fault: bytes = b"\x13") -> None:
+    """Overwrite all of a picture in its tar."""
+    size = place_of(ShardSet(split), sample, "jpg").size
+    overwrite(split, sample, "jpg", fault * (size // len(fault)))
 
 
 def damaged(split: Path, copy: Path, *samples: int, fault: bytes = b"\x13") -> Path:
     """A copy of a split in which these pictures are overwritten."""
     shutil.copytree(split, copy)
     for sample in samples:
-        damage(copy, sample, fault=fault)
+        damage(copy, sample, fault)
     return copy
 
 
-def damage_later(split: Path, sample: int, component: str = "jpg") -> None:
+def damage_later(split: Path, sample: int) -> None:
     """The same in mid-run, after all batches that are made ahead, so that none sees half of it."""
     time.sleep(0.3)
-    damage(split, sample, component)
+    damage(split, sample)
 
 
 def make(name: str, workers: int = 0):
@@ -161,7 +162,7 @@ def test_a_picture_damaged_in_mid_run_is_replaced_from_then_on(
 
 def test_a_picture_in_a_bad_sector_is_replaced(tiny_shards, tmp_path, monkeypatch):
     split, pread = ShardSet(tiny_shards / "train"), os.pread
-    place = split.byte_range(6, "jpg")
+    place = place_of(split, 6, "jpg")
 
     def failing_pread(file: int, count: int, offset: int) -> bytes:
         if os.readlink(f"/proc/self/fd/{file}") == str(place.tar) and offset == place.offset:
@@ -184,7 +185,7 @@ def test_of_a_tar_truncated_in_mid_run_only_the_lost_people_are_replaced(
     data.records()
     loader = skip(data, tmp_path / "run", name, workers, limit=2)
     loader.next()
-    place = data.byte_range(8, "jpg")
+    place = place_of(data, 8, "jpg")
     os.truncate(place.tar, place.offset + place.size // 2)
     read(loader, 18)
     assert set(loader.bad_samples.faults) == {8, 9}

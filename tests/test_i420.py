@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 from conftest import noise_picture, pack_arguments
-from helpers import change_record, make_spec
+from helpers import change_record, make_spec, place_of
 from PIL import Image
 
 from common.errors import InputError
@@ -171,7 +171,7 @@ def test_a_record_of_another_size_than_its_picture_is_damaged(damaged, capsys):
 def test_training_names_the_person_at_a_cut_and_replaces_it_by_a_neighbour(damaged):
     split = ShardSet(damaged)
     split.records()
-    place = split.byte_range(4, "i420")
+    place = place_of(split, 4, "i420")
     os.truncate(place.tar, place.offset + place.size - 1)
     spec = make_spec("hrnet", "opencv", batch_size=12, workers=0)
     with pytest.raises(BadSamplesError, match="the tar was cut off") as caught:
