@@ -23,7 +23,7 @@ from benchmarks.timing import Case
 from common.distributed import choose_dtype
 from configs.schema import LoaderName
 from configs.skeleton import MPII
-from model.hourglass import StackedHourglass, compile_residuals, fuse_residuals
+from model.hourglass import StackedHourglass, compile_residuals, fuse_network
 from model.loss import stack_losses
 from pipelines.geometry import STRIDE
 from training.step_graph import record_cuda_graph
@@ -52,7 +52,7 @@ def variants_of(device: torch.device) -> list[Variant]:
     if device.type == "cpu":
         return [theirs, ours]
     compiled = ours._replace(name=f"{ours.name}, compiled", change=compile_residuals)
-    fuse = partial(fuse_residuals, device=device, dtype=dtype)
+    fuse = partial(fuse_network, device=device, dtype=dtype)
     kernels = ours._replace(name=f"{ours.name}, fused kernels", change=fuse)
     plain = [ours, compiled, kernels]
     graphed = [v._replace(name=f"{v.name}, CUDA graph", graphed=True) for v in plain]

@@ -40,9 +40,6 @@ class Residual(nn.Module):
     before a batch norm have no bias, because the norm would subtract it.
     """
 
-    fused: Callable[["Residual", Tensor], Tensor] | None = None
-    """If set, computes `forward` in training (`fuse_residuals`)."""
-
     def __init__(self, inputs: int, outputs: int):
         super().__init__()
         inside = outputs // 2
@@ -55,8 +52,6 @@ class Residual(nn.Module):
         self.skip = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.fused and self.training:
-            return self.fused(self, x)
         y = self.conv1(functional.relu(self.norm1(x)))
         y = self.conv2(functional.relu(self.norm2(y)))
         y = self.conv3(functional.relu(self.norm3(y)))
@@ -117,6 +112,8 @@ class StackedHourglass(nn.Module):
     """`stacks` hourglasses, each of which refines the heatmaps of the one before."""
 
     input_mean: Tensor | None
+    fused: Callable[["StackedHourglass", Tensor], list[Tensor]] | None = None
+    """If set, computes the heatmaps of every stack in training (`fuse_network`)."""
 
     def __init__(
         self,
@@ -153,15 +150,8 @@ class StackedHourglass(nn.Module):
     @classmethod
     def of(cls, model: ModelConfig, joints: int) -> "StackedHourglass":
         """The network of these settings, with fresh weights."""
-        network = cls(
-            model.stacks,
-            model.width,
-            joints,
-            model.depth,
-            model.stem,
-            model.input_mean,
-            model.checkpoint_activations,
-        )
+        sizes = model.stacks, model.width, joints, model.depth, model.stem
+        network = cls(*sizes, model.input_mean, model.checkpoint_activations)
         with torch.no_grad():
             for parameter in network.heads.parameters():
                 parameter.mul_(model.head_scale)
@@ -173,10 +163,12 @@ class StackedHourglass(nn.Module):
             torch._foreach_add_([norm.num_batches_tracked for norm in self._norms], 1)
         if self.input_mean is not None:
             images_N3HW = images_N3HW - self.input_mean
+        if self.fused and self.training:
+            return torch.stack(self.fused(self, images_N3HW), dim=1)
         x = self.stem(images_N3HW)
         outputs = []
         for stack in range(self.stacks):
-            features = self._features(stack, x)
+            features = self.recomputed(self._features, stack, x)
             heat = self.heads[stack](features)
             outputs.append(heat)
             if stack < self.stacks - 1:
@@ -184,15 +176,20 @@ class StackedHourglass(nn.Module):
         return torch.stack(outputs, dim=1)
 
     def _features(self, stack: int, x: Tensor) -> Tensor:
-        hourglass, features = self.hourglasses[stack], self.features[stack]
+        return self.features[stack](self.hourglasses[stack](x))
+
+    def recomputed(self, function: Callable[..., Tensor], stack: int, *inputs: object) -> Tensor:
+        """function(stack, *inputs), computed again for the gradient if checkpoint_activations."""
         if not (self.checkpoint_activations and self.training and torch.is_grad_enabled()):
-            return features(hourglass(x))
+            return function(stack, *inputs)
+        modules = self.hourglasses[stack], self.features[stack]
         return checkpoint(
-            lambda x: features(hourglass(x)),
-            x,
+            function,
+            stack,
+            *inputs,
             use_reentrant=False,
             preserve_rng_state=False,
-            context_fn=lambda: (nullcontext(), _keep_statistics(hourglass, features)),
+            context_fn=lambda: (nullcontext(), _keep_statistics(*modules)),
         )
 
 
@@ -208,36 +205,27 @@ def _keep_statistics(*modules: nn.Module) -> Iterator[None]:
             torch._foreach_copy_(buffers, before)
 
 
-def fuse_residuals(network: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Make residual blocks train with the kernels of model/fused_residual.py. Raises InputError.
+def fuse_network(network: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Train with model/fused_kernels.py. dtype: of activations. Raises InputError."""
+    assert isinstance(network, StackedHourglass)
+    triton = "with" if importlib.util.find_spec("triton") else "without"
+    widest = max(each.out_channels for each in network.modules() if isinstance(each, nn.Conv2d))
+    if device.type != "cuda" or dtype == torch.float32 or triton == "without" or widest > 256:
+        found = f"device {device.type}, {dtype}, {triton} triton, {widest} channels"
+        expected = "a GPU, bf16 or fp16, the package triton, at most 256 channels"
+        advice = "set it to false, or see train.device, train.precision and model.width"
+        raise InputError("train.fused_kernels: true", found, expected, advice)
+    from model.fused_kernels import fused_network  # imports triton
 
-    dtype: the activations' type. Blocks with too many channels for the kernels keep the plain code.
-    """
-    has_triton = importlib.util.find_spec("triton") is not None
-    if device.type != "cuda" or dtype == torch.float32 or not has_triton:
-        raise InputError(
-            "train.fused_kernels: true",
-            f"device {device.type}, {dtype}, triton {'' if has_triton else 'not '}installed",
-            "a GPU, bf16 or fp16, and the package triton",
-            "set it to false, or see train.device and train.precision",
-        )
-    from model.fused_residual import MOST_CHANNELS, fused_residual  # imports triton
-
-    for block in network.modules():
-        if isinstance(block, Residual):
-            channels = max(block.norm1.num_features, block.conv3.out_channels)
-            block.fused = fused_residual if channels <= MOST_CHANNELS else None
+    network.fused = fused_network
 
 
 def compile_residuals(network: nn.Module, backend: str = "inductor") -> None:
     """Compile each residual block by itself: blocks of one shape share a graph.
 
-    Blocks with Triton kernels (`fuse_residuals`) are left out. A network without residual blocks is
-    compiled as a whole.
+    A network without residual blocks is compiled as a whole.
     """
     torch._dynamo.config.recompile_limit = 64  # graphs of one function, one for each shape
-    modules = list(network.modules())
-    blocks = [module for module in modules if isinstance(module, Residual)]
-    for part in blocks or modules[:1]:
-        if not getattr(part, "fused", None):
-            part.compile(backend=backend, dynamic=False)
+    blocks: list[nn.Module] = [each for each in network.modules() if isinstance(each, Residual)]
+    for part in blocks or [network]:
+        part.compile(backend=backend, dynamic=False)

@@ -1,8 +1,8 @@
-"""Compiles the kernels of residual blocks for compute capability 9.0 on a machine without a GPU.
+"""Compiles the kernels of a network for compute capability 9.0 on a machine without a GPU.
 
-usage: python tests/compile_kernels.py FOLDER SIDE INPUTS,OUTPUTS ...
-SIDE: height and width of the feature maps. FOLDER: for temporary files. Nothing is computed. Prints
-a JSON object for each compiled kernel, with its resources as cuobjdump reports them.
+usage: python tests/compile_kernels.py FOLDER SIDE WIDTH,STEM,STEM,STEM ...
+SIDE: of the picture, in pixels. FOLDER: for temporary files. Nothing is computed. Prints a JSON
+ object for each compiled kernel, with its resources as cuobjdump reports them.
 """
 
 import json
@@ -17,8 +17,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from model.fused_residual import fused_residual
-from model.hourglass import Residual
+from model.fused_kernels import fused_network
+from model.hourglass import StackedHourglass
 
 BINARIES = Path(triton.__file__).parent / "backends/nvidia/bin"
 launch = JITFunction.run
@@ -56,11 +56,11 @@ def main() -> None:
     JITFunction.run = compile_only
     side = int(sys.argv[2])
     for shape in sys.argv[3:]:
-        inputs, outputs = map(int, shape.split(","))
-        x = torch.zeros(2, inputs, side, side, dtype=torch.bfloat16, requires_grad=True)
-        with torch.autocast("cpu", torch.bfloat16):  # for the 3x3 and the skip convolution
-            y = fused_residual(Residual(inputs, outputs), x)
-        y.backward(torch.zeros_like(y))
+        width, *stem = map(int, shape.split(","))
+        network = StackedHourglass(2, width, 16, 1, stem).to(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16):  # for cuDNN's convolutions
+            heatmaps = fused_network(network, torch.zeros(2, 3, side, side))
+        torch.stack(heatmaps).sum().backward()
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from common.distributed import DistributedContext, sum_over_ranks
 from common.errors import InputError
 from configs.schema import Config, OptimConfig
 from model.checkpoint import Checkpoint, load_weights, require_fit
-from model.hourglass import compile_residuals, fuse_residuals
+from model.hourglass import compile_residuals, fuse_network
 from model.loss import stack_losses
 from pipelines.codec import Codec
 from pipelines.loader import Batch, Loader, make_batch
@@ -109,7 +109,7 @@ class TrainStep:
             ids = [dist.device.index] if dist.device.type == "cuda" else None
             self.forward = DistributedDataParallel(network, ids, gradient_as_bucket_view=True)
         if config.train.fused_kernels:
-            fuse_residuals(network, dist.device, dist.dtype)
+            fuse_network(network, dist.device, dist.dtype)
         if config.train.compile:
             compile_residuals(network)
         if config.train.cuda_graph:

@@ -1,0 +1,389 @@
+"""Triton kernels for `StackedHourglass` in training: the same function, less memory traffic.
+
+A kernel computes a batch norm, the following ReLU and 1x1 convolution in one pass over memory, and
+the statistics of its output for the next batch norm. The normalised activations are not stored; the
+backward kernels recompute them. A channels-last (N, C, H, W) tensor is a row-major (M, C) matrix
+with M = N * H * W. Axes: M row (a pixel of a person), Q row at half the height and width, I input
+channel, O output channel, C channel, P program.
+
+In the kernels z = scale * x + shift is the batch norm of x, with scale = gamma / std and
+shift = beta - scale * mean; a = relu(z); y = a @ weight.T + bias + skip. `dz` is the gradient of
+the loss with respect to z, and so on. The gradient of a batch norm is that of Ioffe and Szegedy
+(2015), section 3: dx = scale * (dz - mean(dz) - xhat * mean(dz * xhat)), xhat = (x - mean) / std.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+from triton.language import constexpr
+
+from model.hourglass import BatchNorm, Hourglass
+
+BLOCK_M = constexpr(64)
+"""Rows in a program's tile."""
+Map = tuple[Tensor, Tensor | None]
+"""A feature map, and its statistics if they are known."""
+FORWARD, BACKWARD = constexpr(2**15), constexpr(2**14)
+"""Most weights of a program: a bf16 tile in shared memory; a float32 gradient in registers."""
+PROGRAMS = constexpr(264)
+"""Maximum number of programs: two for each of the 132 multiprocessors of an H100 or H200."""
+LEAST_ROWS = 512
+"""Minimum rows of a program that sums gradients; below, most traffic would be these sums."""
+
+
+@triton.constexpr_function
+def _block(channels: int) -> int:
+    """The next power of two, at least 16, which tl.dot needs."""
+    return max(16, 1 << (channels - 1).bit_length())
+
+
+@triton.constexpr_function
+def _part(channels: int, others: int, most: int) -> int:
+    """Channels per block: a tile of weights (channels, others) then has at most `most` elements."""
+    return min(_block(channels), 128, most // _block(others))
+
+
+# Parts of kernels
+
+
+@triton.jit
+def _tile(matrix, rows, columns, M, C: constexpr):
+    """Pointers to some rows and columns of an (M, C) matrix, and whether each exists."""
+    pointers = matrix + tl.cast(rows, tl.int64)[:, None] * C + columns[None, :]
+    return pointers, (rows < M)[:, None] & (columns < C)[None, :]
+
+
+@triton.jit
+def _load(matrix, rows, columns, M, C: constexpr):
+    """A tile; 0 where the matrix has no value."""
+    pointers, exists = _tile(matrix, rows, columns, M, C)
+    return tl.load(pointers, exists, other=0.0)
+
+
+@triton.jit
+def _store(matrix, values, rows, columns, M, C: constexpr):
+    pointers, exists = _tile(matrix, rows, columns, M, C)
+    tl.store(pointers, values.to(matrix.dtype.element_ty), exists)
+
+
+@triton.jit
+def _load_line(table, line: constexpr, channels, C: constexpr):
+    """Some channels of one line of a (lines, C) table, as a row of a tile; 0 beyond C."""
+    return tl.load(table + line * C + channels, channels < C, other=0.0)[None, :]
+
+
+@triton.jit
+def _store_pair(table_2C, first, second, channels, C: constexpr):
+    tl.store(table_2C + channels, first, channels < C)
+    tl.store(table_2C + C + channels, second, channels < C)
+
+
+@triton.jit
+def _half(rows, W):
+    """Rows of a map of half the height and width. W: width."""
+    return rows // (2 * W) * (W // 2) + rows % W // 2
+
+
+@triton.jit
+def _add_statistics(mean, squares, count, tile, rows, M):
+    """Extend the mean and the sum of squared deviations of `count` rows by a tile's rows.
+
+    A tile's deviations are from its own mean; Chan, Golub and LeVeque (1979) merge them.
+    """
+    exists = (rows < M)[:, None]
+    added = tl.sum((rows < M).to(tl.float32), 0)
+    tile_mean = tl.sum(tl.where(exists, tile, 0.0), 0) / added
+    deviation = tl.where(exists, tile - tile_mean[None, :], 0.0)
+    share, change = added / (count + added), tile_mean - mean
+    squares += tl.sum(deviation * deviation, 0) + change * change * count * share
+    return mean + change * share, squares, count + added
+
+
+# Kernels. Program (i, j) has block i of the channels, and every P-th tile of rows from tile j on.
+
+
+@triton.jit
+def _normalisation(statistics_P3C, tensors, M, P, eps, momentum, C: constexpr):
+    """Merge the statistics of P programs into mean, 1 / std, scale and shift; update the running
+    mean and variance."""
+    gamma_C, beta_C, mean_C, var_C, norm_4C = tensors
+    channels = tl.program_id(0) * 16 + tl.arange(0, 16)
+    exists, programs = channels < C, tl.arange(0, triton.next_power_of_2(PROGRAMS))
+    means = _load(statistics_P3C, programs * 3, channels, 3 * P, C)
+    squares = _load(statistics_P3C, programs * 3 + 1, channels, 3 * P, C)
+    counts = _load(statistics_P3C, programs * 3 + 2, channels, 3 * P, C)
+    mean = tl.sum(means * counts, 0) / M
+    deviations = means - mean[None, :]
+    square = tl.sum(squares + deviations * deviations * counts, 0)
+    inverse_std = 1 / tl.sqrt(square / M + eps)
+    scale = tl.load(gamma_C + channels, exists, other=0.0) * inverse_std
+    shift = tl.load(beta_C + channels, exists, other=0.0) - scale * mean
+    _store_pair(norm_4C, mean, inverse_std, channels, C)
+    _store_pair(norm_4C + 2 * C, scale, shift, channels, C)
+    old_mean = tl.load(mean_C + channels, exists, other=0.0)
+    old_var = tl.load(var_C + channels, exists, other=0.0)
+    unbiased = square / tl.maximum(M - 1, 1)
+    tl.store(mean_C + channels, old_mean + momentum * (mean - old_mean), exists)
+    tl.store(var_C + channels, old_var + momentum * (unbiased - old_var), exists)
+
+
+@triton.jit
+def _norm_relu_conv(tensors, M, W, IN: constexpr, OUT: constexpr):
+    """y = conv(relu(norm(x))) + skip + upsampled low, and its statistics. W: width of y.
+
+    Parts that are None are left out, as is the storing of y. With `which`, x is the maximum of
+    2 x 2 pixels of a larger map, and `which` (0 to 3) of them it is.
+    """
+    x_MI, norm_4I, weight_OI, bias_O, skip_MO, low_QO, which_MI, y_MO, stats_P3O = tensors
+    BLOCK_OUT: constexpr = _part(OUT, IN, FORWARD)
+    outputs = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    inputs = outputs
+    dtype: constexpr = x_MI.dtype.element_ty
+    if weight_OI is not None:
+        inputs = tl.arange(0, _block(IN))
+        weight = tl.trans(_load(weight_OI, outputs, inputs, OUT, IN).to(dtype))
+    if norm_4I is not None:
+        scale, shift = _load_line(norm_4I, 2, inputs, IN), _load_line(norm_4I, 3, inputs, IN)
+    mean, squares = tl.zeros([BLOCK_OUT], tl.float32), tl.zeros([BLOCK_OUT], tl.float32)
+    count = 0.0
+    step = tl.num_programs(1) * BLOCK_M
+    for row in tl.range(tl.program_id(1) * BLOCK_M, M, step, num_stages=3):
+        rows = row + tl.arange(0, BLOCK_M)
+        if which_MI is None:
+            y = _load(x_MI, rows, inputs, M, IN).to(tl.float32)
+        else:
+            corner = rows // W * 4 * W + rows % W * 2
+            y = _load(x_MI, corner, inputs, 4 * M, IN).to(tl.float32)
+            which = tl.zeros_like(y)
+            for pixel in tl.static_range(1, 4):
+                other = corner + pixel // 2 * 2 * W + pixel % 2
+                x = _load(x_MI, other, inputs, 4 * M, IN).to(tl.float32)
+                which = tl.where(x > y, pixel, which)
+                y = tl.maximum(x, y)
+            _store(which_MI, which, rows, inputs, M, IN)
+        if norm_4I is not None:
+            y = tl.maximum(y * scale + shift, 0.0)
+        if weight_OI is not None:
+            y = tl.dot(y.to(dtype), weight)
+        if bias_O is not None:
+            y += _load_line(bias_O, 0, outputs, OUT)
+        if skip_MO is not None:
+            y += _load(skip_MO, rows, outputs, M, OUT).to(tl.float32)
+        if low_QO is not None:
+            y += _load(low_QO, _half(rows, W), outputs, M // 4, OUT).to(tl.float32)
+        if y_MO is not None:
+            _store(y_MO, y, rows, outputs, M, OUT)
+        stored = y.to(dtype).to(tl.float32)
+        mean, squares, count = _add_statistics(mean, squares, count, stored, rows, M)
+    stats = stats_P3O + tl.program_id(1) * 3 * OUT
+    _store_pair(stats, mean, squares, outputs, OUT)
+    tl.store(stats + 2 * OUT + outputs, count, outputs < OUT)
+
+
+@triton.jit
+def _gradients(tensors, sums_PS, results, M, W, IN: constexpr, OUT: constexpr, S: constexpr):
+    """Without results, sums over a program's rows: dz (the gradient of beta) and dz * xhat (that
+    of gamma), each (I,), and the gradients of bias (O,) and weight (O, I), in this order. With
+    them, the gradient of x, given the sums over all rows."""
+    dy_MO, weight_OI, bias_O, x_MI, norm_4I = tensors
+    BLOCK_IN: constexpr = _part(IN, OUT, BACKWARD)
+    inputs = tl.program_id(0) * BLOCK_IN + tl.arange(0, BLOCK_IN)
+    outputs = inputs
+    mean, inverse_std = _load_line(norm_4I, 0, inputs, IN), _load_line(norm_4I, 1, inputs, IN)
+    scale, shift = _load_line(norm_4I, 2, inputs, IN), _load_line(norm_4I, 3, inputs, IN)
+    if results is not None:
+        dskip_MI, dpooled_QI, which_QI, dx_MI = results
+        dz_mean = _load_line(sums_PS, 0, inputs, IN) / M
+        product_mean = _load_line(sums_PS, 1, inputs, IN) / M
+    dbeta, dgamma = tl.zeros([BLOCK_IN], tl.float32), tl.zeros([BLOCK_IN], tl.float32)
+    if weight_OI is not None:
+        outputs = tl.arange(0, _block(OUT))
+        weight = _load(weight_OI, outputs, inputs, OUT, IN).to(x_MI.dtype.element_ty)
+        dweight = tl.zeros([_block(OUT), BLOCK_IN], tl.float32)
+        dbias = tl.zeros([_block(OUT)], tl.float32)
+    step = tl.num_programs(1) * BLOCK_M
+    for row in tl.range(tl.program_id(1) * BLOCK_M, M, step, num_stages=3):
+        rows = row + tl.arange(0, BLOCK_M)
+        x = _load(x_MI, rows, inputs, M, IN).to(tl.float32)
+        z, xhat = x * scale + shift, (x - mean) * inverse_std
+        dy = _load(dy_MO, rows, outputs, M, OUT)
+        da = dy.to(tl.float32) if weight_OI is None else tl.dot(dy, weight)
+        dz = tl.where(z > 0, da, 0.0)
+        if results is not None:
+            dx = scale * (dz - dz_mean - xhat * product_mean)
+            if dskip_MI is not None:
+                dx += _load(dskip_MI, rows, inputs, M, IN).to(tl.float32)
+            if dpooled_QI is not None:
+                dpooled = _load(dpooled_QI, _half(rows, W), inputs, M // 4, IN).to(tl.float32)
+                which = _load(which_QI, _half(rows, W), inputs, M // 4, IN)
+                pixel = rows // W % 2 * 2 + rows % 2
+                dx += tl.where(which == pixel[:, None], dpooled, 0.0)
+            _store(dx_MI, dx, rows, inputs, M, IN)
+        else:
+            dbeta += tl.sum(dz, 0)
+            dgamma += tl.sum(dz * xhat, 0)
+            if weight_OI is not None:
+                dweight = tl.dot(tl.trans(dy), tl.maximum(z, 0.0).to(dy.dtype), dweight)
+            if bias_O is not None:
+                dbias += tl.sum(dy.to(tl.float32), 0)
+    if results is None:
+        sums = sums_PS + tl.program_id(1) * S
+        _store_pair(sums, dbeta, dgamma, inputs, IN)
+        if bias_O is not None:
+            tl.store(sums + 2 * IN + outputs, dbias, outputs < OUT)
+        if weight_OI is not None:
+            _store(sums + S - OUT * IN, dweight, outputs, inputs, OUT, IN)
+
+
+# Launches
+
+
+def _matrix(x: Tensor | None) -> Any:
+    """(M, C) view of a channels-last (N, C, H, W) tensor; a copy if it is not channels-last."""
+    return (
+        None if x is None else x.detach().permute(0, 2, 3, 1).reshape(-1, x.shape[1]).contiguous()
+    )
+
+
+def _programs(rows: int, least: int = BLOCK_M.value, blocks: int = 1) -> int:
+    """For each of some blocks of channels, with at least `least` rows a program."""
+    return min(PROGRAMS.value // blocks, triton.cdiv(rows, least))
+
+
+def _launch(x_MI: Tensor, rows: int, width: int, outputs: int, *tensors: Tensor | None) -> Tensor:
+    """Run `_norm_relu_conv`; returns its statistics. tensors: its own from norm to y."""
+    statistics_P3O = x_MI.new_empty(_programs(rows), 3, outputs, dtype=torch.float32)
+    arguments = (x_MI, *tensors, statistics_P3O), rows, width, x_MI.shape[1], outputs
+    blocks = triton.cdiv(outputs, _part(outputs, x_MI.shape[1], FORWARD))
+    _norm_relu_conv[blocks, len(statistics_P3O)](*arguments, num_warps=8)
+    return statistics_P3O
+
+
+def _norm_table(norm: BatchNorm, x: Tensor, statistics_P3C: Tensor | None) -> Tensor:
+    """mean, 1 / std, scale and shift, (4, C); updates the norm's running statistics."""
+    x_MC = _matrix(x)
+    rows, channels = x_MC.shape
+    if statistics_P3C is None:
+        statistics_P3C = _launch(x_MC, rows, x.shape[3], channels, *[None] * 7)
+    norm_4C = statistics_P3C.new_empty(4, channels)
+    tensors = norm.weight, norm.bias, norm.running_mean, norm.running_var, norm_4C
+    values = rows, len(statistics_P3C), norm.eps, norm.momentum, channels
+    _normalisation[(triton.cdiv(channels, 16),)](statistics_P3C, tensors, *values)
+    return norm_4C
+
+
+class _NormReluConv(torch.autograd.Function):
+    """conv(relu(norm(x))) + skip + upsampled low; parts that are None are left out."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, pool: bool, norm_4I: Tensor, x: Tensor, gamma: Tensor, beta: Tensor, *others: Any
+    ) -> tuple[Tensor | None, ...]:
+        """others: weight, bias, skip, low. Returns y and its statistics, x, and if `pool`,
+        max_pool2d(x, 2) and its statistics. The gradients of all of them are added in one pass.
+        """
+        x_MI, (weight, bias, skip, low) = _matrix(x), (*others, None, None, None, None)[:4]
+        people, inputs, height, width = x.shape
+        outputs, rows = inputs if weight is None else len(weight), len(x_MI)
+        y_NHWO = x_MI.new_empty(people, height, width, outputs)
+        tensors = norm_4I, weight, bias, _matrix(skip), _matrix(low), None, y_NHWO
+        statistics = _launch(x_MI, rows, width, outputs, *tensors)
+        pooled, which = list[Tensor](), None
+        if pool:
+            pooled_NHWI = x_MI.new_empty(people, height // 2, width // 2, inputs)
+            which = torch.empty_like(pooled_NHWI, dtype=torch.uint8)
+            arguments = x_MI, rows // 4, width // 2, inputs, *[None] * 5, which, pooled_NHWI
+            pooled = [pooled_NHWI.permute(0, 3, 1, 2), _launch(*arguments)]
+        ctx.mark_non_differentiable(statistics, *pooled[1:])
+        ctx.save_for_backward(x, norm_4I, weight, bias, which)
+        ctx.set_materialize_grads(False)
+        return y_NHWO.permute(0, 3, 1, 2), statistics, x, *pooled
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, _: None, *added: Tensor | None) -> tuple[Any, ...]:
+        """One gradient for each argument of `forward`. added: of x and what follows it."""
+        x, norm_4I, weight, bias, which = ctx.saved_tensors
+        dskip, dpooled = map(_matrix, (*added, None)[:2])
+        dy_MO, x_MI = _matrix(dy), _matrix(x)
+        rows, inputs, outputs = len(x_MI), x.shape[1], dy.shape[1]
+        parts = [inputs, inputs, *(0 if each is None else each.numel() for each in (bias, weight))]
+        blocks = triton.cdiv(inputs, _part(inputs, outputs, BACKWARD))
+        sums_PS = norm_4I.new_empty(_programs(rows, LEAST_ROWS, blocks), sum(parts))
+        tensors = dy_MO, weight, bias, x_MI, norm_4I
+        sizes = rows, x.shape[3], inputs, outputs, sum(parts)
+        _gradients[blocks, len(sums_PS)](tensors, sums_PS, None, *sizes, num_warps=8)
+        sums_S, dx_NHWI = sums_PS.sum(0), x.new_empty(len(x), *x.shape[2:], inputs)
+        results = dskip, dpooled, which, dx_NHWI
+        _gradients[blocks, _programs(rows)](tensors, sums_S, results, *sizes, num_warps=8)
+        dbeta, dgamma, dbias, dweight = sums_S.split(parts)
+        # DDP expects the weight's strides, even for dimensions of size 1.
+        dweight = None if weight is None else dweight.as_strided(weight.shape, weight.stride())
+        has_low = any(ctx.needs_input_grad[8:])
+        dlow = functional.avg_pool2d(dy, 2, divisor_override=1) if has_low else None
+        gradients = dx_NHWI.permute(0, 3, 1, 2), dgamma, dbeta, dweight, dbias, dy, dlow
+        pairs = zip((None, None, *gradients), ctx.needs_input_grad, strict=False)
+        return tuple(gradient if is_needed else None for gradient, is_needed in pairs)
+
+
+# The network
+
+
+def _norm_relu(norm: BatchNorm, x: Map, *others: Tensor | None, pool: bool = False) -> Any:
+    """`_NormReluConv` of a norm."""
+    return _NormReluConv.apply(pool, _norm_table(norm, *x), x[0], norm.weight, norm.bias, *others)
+
+
+def fused_residual(residual: Any, x: Map, low_from: Callable[[Map], Map] | None = None) -> Map:
+    """`residual(x)`. low_from: computes, from x pooled, a map that is added upsampled."""
+    norm1, weight = residual.norm1, residual.conv1.weight
+    y, statistics, skip, *pooled = _norm_relu(norm1, x, weight, pool=low_from is not None)
+    low = low_from(pooled)[0] if low_from else None
+    y = residual.conv2(_norm_relu(residual.norm2, (y, statistics))[0])
+    bias = residual.conv3.bias
+    if isinstance(residual.skip, nn.Conv2d):  # the sum of both biases is added once
+        bias, skip = bias + residual.skip.bias, functional.conv2d(skip, residual.skip.weight)
+    return _norm_relu(residual.norm3, (y, None), residual.conv3.weight, bias, skip, low)[:2]
+
+
+def _hourglass(hourglass: Any, x: Map) -> Map:
+    inside = _hourglass if isinstance(hourglass.inner, Hourglass) else fused_residual
+    down, up = partial(fused_residual, hourglass.down), partial(fused_residual, hourglass.up)
+    inner = partial(inside, hourglass.inner)
+    return fused_residual(hourglass.across, x, lambda pooled: up(inner(down(pooled))))
+
+
+def _features(network: Any, stack: int, x: Map) -> Tensor:
+    """A stack's features before their batch norm."""
+    residual, (conv, _, _) = network.features[stack]
+    return conv(fused_residual(residual, _hourglass(network.hourglasses[stack], x))[0])
+
+
+def fused_network(network: Any, images_N3HW: Tensor) -> list[Tensor]:
+    """The heatmaps of every stack of a StackedHourglass in training."""
+    (conv, norm, _), residual1, pool, residual2, residual3 = network.stem
+    x = fused_residual(residual1, _norm_relu(norm, (conv(images_N3HW), None))[:2])
+    x = fused_residual(residual3, fused_residual(residual2, (pool(x[0]), None)))
+    heatmaps = []
+    for stack, head in enumerate(network.heads):
+        features = network.recomputed(partial(_features, network), stack, x)
+        norm = network.features[stack][1][1]
+        apply = partial(_NormReluConv.apply, False, _norm_table(norm, features, None))
+        affine = norm.weight, norm.bias
+        heat, _, features = apply(features, *affine, head.weight, head.bias)
+        heatmaps.append(heat)
+        if stack < network.stacks - 1:
+            # merge_features(f) + merge_heatmaps(head(f)) is one convolution of f.
+            merge, from_heat = network.merge_features[stack], network.merge_heatmaps[stack]
+            heat_weight = from_heat.weight.flatten(1)
+            weight = merge.weight + (heat_weight @ head.weight.flatten(1))[..., None, None]
+            bias = merge.bias + from_heat.bias + heat_weight @ head.bias
+            x = apply(features, *affine, weight, bias, x[0])[:2]
+    return heatmaps
