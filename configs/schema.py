@@ -177,7 +177,7 @@ class TrainConfig:
     cuda_graph: bool = False
     """Record the step as one CUDA graph; needs one GPU, bf16 or fp32, Adam, no accumulation."""
     fused_kernels: bool = False
-    """Train residual blocks of up to 256 channels with Triton kernels; not yet run on a GPU."""
+    """Train networks of up to 256 channels with Triton kernels; not yet run on a GPU."""
     profile_steps: int = _number(0, least=0)
     """Profile this many of the first steps into trace.json; 0: no profile."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
