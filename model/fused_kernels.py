@@ -382,8 +382,8 @@ def fused_network(network: Any, images_N3HW: Tensor) -> list[Tensor]:
         if stack < network.stacks - 1:
             # merge_features(f) + merge_heatmaps(head(f)) is one convolution of f.
             merge, from_heat = network.merge_features[stack], network.merge_heatmaps[stack]
-            heat_weight = from_heat.weight.flatten(1)
-            weight = merge.weight + (heat_weight @ head.weight.flatten(1))[..., None, None]
-            bias = merge.bias + from_heat.bias + heat_weight @ head.bias
+            through_heat = functional.conv2d(head.weight.transpose(0, 1), from_heat.weight)
+            weight = merge.weight + through_heat.transpose(0, 1).contiguous()
+            bias = merge.bias + from_heat(head.bias[None, :, None, None]).flatten()
             x = apply(features, *affine, weight, bias, x[0])[:2]
     return heatmaps

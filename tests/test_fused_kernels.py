@@ -202,6 +202,8 @@ def test_a_network_trains_as_without_the_kernels(shape, side, checkpoint_activat
         # Biases before a batch norm have no gradient but rounding errors.
         error = (found[name] - expected).double().norm()
         assert error <= 1e-3 * expected.double().norm() + 1e-6, name
+    for name, parameter in network.named_parameters():  # DDP would copy and warn
+        assert found[name].stride() == parameter.stride(), name
 
 
 @interpreted
