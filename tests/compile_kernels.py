@@ -2,7 +2,7 @@
 
 usage: python tests/compile_kernels.py FOLDER SIDE WIDTH,STEM,STEM,STEM ...
 SIDE: of the picture, in pixels. FOLDER: for temporary files. Nothing is computed. Prints a JSON
- object for each compiled kernel, with its resources as cuobjdump reports them.
+object for each compiled kernel, with its resources as cuobjdump reports them.
 """
 
 import json
