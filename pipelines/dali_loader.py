@@ -27,6 +27,7 @@ from pipelines.opencv_loader import (
     RawBatch,
     Source,
     bad_samples_named,
+    crop_affines,
     draws_of,
     halves_large_pictures,
     image_from_stored,
@@ -161,17 +162,14 @@ def _affines(
 
     drawn: fields (N,), or numbers.
     """
-    center_N2, scale_N = records.center_N2.astype(np.float64), records.scale_N.astype(np.float64)
+    matrix = crop_affines(records, drawn, spec.preset, spec.input_px)
     if spec.preset.princeton_crop:
+        center_N2, scale_N = (v.astype(np.float64) for v in (records.center_N2, records.scale_N))
         upper_left, end = princeton.box_corners(center_N2, scale_N, spec.input_px)
         part_N4 = np.concatenate([upper_left, np.maximum(end - upper_left, 1)], axis=1)
-        matrix = princeton.input_from_image(center_N2, scale_N, drawn, spec.input_px)
         image_from_part = geometry.translation(*upper_left.T)
     else:
         part_N4 = np.pad(records.size_N2, ((0, 0), (2, 0)))
-        matrix = geometry.input_from_image(
-            center_N2, scale_N, spec.input_px, drawn.scale, drawn.rotation_deg, drawn.flip
-        )
         image_from_part = image_from_stored(records)
     warp = matrix @ image_from_part
     halvings_N = geometry.halvings(geometry.shrink_of(warp))

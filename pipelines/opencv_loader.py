@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import cv2
 import numpy as np
@@ -153,25 +153,42 @@ def crop_person(
     augmentation, as in evaluation and prediction, a picture that would be shrunk more than twice is
     halved first.
     """
-    center = record.center_N2[0].astype(np.float64)
-    scale = float(record.scale_N[0])
+    matrix = crop_affines(record, drawn, preset, input_px)
+    warp = matrix @ image_from_stored(record)
+    crop = _crop_pixels(image, record, warp[0], drawn, preset, input_px)
+    return crop, matrix[0, :2].astype(np.float32)
+
+
+def crop_affines(records: Records, drawn: Draw, preset: Preset, input_px: int) -> geometry.Matrix:
+    """(N, 3, 3) affines of the crops, image px -> input px. drawn: fields (N,), or numbers."""
+    center_N2, scale_N = records.center_N2.astype(np.float64), records.scale_N.astype(np.float64)
+    if preset.princeton_crop:
+        return princeton.input_from_image(center_N2, scale_N, drawn, input_px)
+    return geometry.input_from_image(center_N2, scale_N, input_px, *drawn[:3])
+
+
+def _crop_pixels(
+    image: npt.NDArray[np.uint8] | Planes,
+    record: Records,
+    warp: geometry.Matrix,
+    drawn: Draw,
+    preset: Preset,
+    input_px: int,
+) -> npt.NDArray:
+    """The crop of `crop_person`. warp: affine, stored px -> input px."""
     if preset.princeton_crop:
         assert not isinstance(image, Planes), "require_preset_fits refuses it"
-        crop = princeton.crop(image, center, scale, input_px)
+        center = record.center_N2[0].astype(np.float64)
+        crop = princeton.crop(image, center, float(record.scale_N[0]), input_px)
         # As in its test code, there is no second resampling without augmentation.
         if drawn != Draw():
             crop = princeton.augment(crop, drawn)
-        matrix = princeton.input_from_image(center, scale, drawn, input_px)
-        return crop[..., ::-1].astype(np.float32), matrix[:2].astype(np.float32)
-    matrix = geometry.input_from_image(
-        center, scale, input_px, drawn.scale, drawn.rotation_deg, bool(drawn.flip)
-    )
-    warp = matrix @ image_from_stored(record)[0]
+        return crop[..., ::-1].astype(np.float32)
     if isinstance(image, Planes):
-        return warp_to_rgb(image, warp, input_px), matrix[:2].astype(np.float32)
+        return warp_to_rgb(image, warp, input_px)
     if halves_large_pictures(preset):
         image, warp = _halved(image, warp)
-    return _warp_to_rgb(image, warp[:2], input_px), matrix[:2].astype(np.float32)
+    return _warp_to_rgb(image, warp[:2], input_px)
 
 
 def halves_large_pictures(preset: Preset) -> bool:
@@ -224,20 +241,6 @@ def stored_picture(source: Source, sample: int) -> npt.NDArray[np.uint8] | Plane
     return decode(source.jpeg(sample), source.where(sample))
 
 
-def crop_sample(
-    source: Source,
-    sample: int,
-    drawn: Draw,
-    preset: Preset,
-    input_px: int,
-) -> Item:
-    """Read, decode and crop one person. Raises InputError."""
-    record = source.record(sample)
-    image = stored_picture(source, sample)
-    crop, matrix = crop_person(image, unpack_records(record[None]), drawn, preset, input_px)
-    return crop, matrix, drawn, record
-
-
 class CropDataset:
     """Maps keys to crops. The draw depends only on the seed and the key."""
 
@@ -255,15 +258,27 @@ class CropDataset:
 
     def batch(self, keys: list[Key]) -> RawBatch:
         """Crop the people of a batch. Raises BadSamplesError."""
-        draws = map(Draw._make, draws_of(self.preset, self.seed, keys).tolist())
-        raw = collate(
-            self._crop(sample, drawn) for (sample, _), drawn in zip(keys, draws, strict=True)
+        draws_ND = draws_of(self.preset, self.seed, keys)
+        records_NR = np.stack([self.source.record(sample) for sample, _ in keys])
+        fields = unpack_records(records_NR)
+        # All at once: one by one, affines take 0.03 ms a person and hold the interpreter's lock.
+        matrices_N33 = crop_affines(fields, Draw(*draws_ND.T), self.preset, self.input_px)
+        people = zip(
+            keys,
+            records_NR,
+            matrices_N33 @ image_from_stored(fields),
+            draws_ND.tolist(),
+            strict=True,
         )
+        crops = [self._crop(key[0], *person) for key, *person in people]
+        facts = matrices_N33[:, :2].astype(np.float32), draws_ND.astype(np.float32), records_NR
+        raw = RawBatch(*map(torch.from_numpy, (np.stack(crops), *facts)))
         return jittered(raw) if self.jitter else raw
 
-    def _crop(self, sample: int, drawn: Draw) -> Item:
+    def _crop(self, sample: int, record: Any, warp: Any, drawn: list[float]) -> npt.NDArray:
         with bad_samples_named(self.source, sample):
-            return crop_sample(self.source, sample, drawn, self.preset, self.input_px)
+            image, fields = stored_picture(self.source, sample), unpack_records(record[None])
+            return _crop_pixels(image, fields, warp, Draw(*drawn), self.preset, self.input_px)
 
 
 def draws_of(preset: Preset, seed: int, keys: list[Key]) -> npt.NDArray[np.float64]:

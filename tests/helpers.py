@@ -27,7 +27,7 @@ from pipelines.augment import PRESETS, Draw, Preset
 from pipelines.codec import Codec
 from pipelines.geometry import transform
 from pipelines.loader import Batch, LoaderSpec, RawBatch, TrainLoader
-from pipelines.opencv_loader import collate, crop_sample
+from pipelines.opencv_loader import Item, Source, collate, crop_person, stored_picture
 from pipelines.shard_format import MANIFEST, PEOPLE, file_sha256, unpack_records
 from pipelines.shards import ShardSet
 from training import train_step
@@ -68,6 +68,13 @@ def make_spec(preset: str | Preset, loader: Any = "dali", **changes: Any) -> Loa
 def sample_of_row(split: ShardSet, row: float) -> int:
     """The sample of a row of the annotation."""
     return int(np.flatnonzero(unpack_records(split.records()).row_N == float(row))[0])
+
+
+def crop_sample(source: Source, sample: int, drawn: Draw, preset: Preset, input_px: int) -> Item:
+    """Read, decode and crop one person."""
+    record, image = source.record(sample), stored_picture(source, sample)
+    crop, matrix = crop_person(image, unpack_records(record[None]), drawn, preset, input_px)
+    return crop, matrix, drawn, record
 
 
 def repeat_draws(shards: ShardSet, raw: RawBatch, preset: Preset) -> RawBatch:

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 from conftest import noise_picture, pack_arguments
-from helpers import change_record, make_spec, place_of
+from helpers import change_record, crop_sample, make_spec, place_of
 from PIL import Image
 
 from common.errors import InputError
@@ -18,7 +18,7 @@ from pipelines import geometry, i420
 from pipelines.augment import PRESETS, draw, draw_rng
 from pipelines.jpeg import BadSamplesError
 from pipelines.loader import TrainLoader
-from pipelines.opencv_loader import crop_sample, decode
+from pipelines.opencv_loader import decode
 from pipelines.shard_format import COLUMNS
 from pipelines.shards import ShardSet
 from tools import check_shards

@@ -11,6 +11,7 @@ from helpers import (
     AFFINE_PRESETS,
     OTHER_LOADERS,
     assert_loaders_agree,
+    crop_sample,
     damage_picture,
     make_codec,
     make_spec,
@@ -21,7 +22,7 @@ from configs.schema import WorkerKind
 from configs.skeleton import MPII
 from pipelines import geometry, princeton
 from pipelines.annotations import read_annotations
-from pipelines.augment import PRESETS, Draw, draw, draws_array
+from pipelines.augment import PRESETS, Draw, draw, draw_rng, draws_array
 from pipelines.loader import TrainLoader, choose_loader, make_batch
 from pipelines.opencv_loader import (
     CropDataset,
@@ -29,6 +30,7 @@ from pipelines.opencv_loader import (
     LooseImages,
     RawBatch,
     batches_in_order,
+    collate,
     crop_person,
     endless_batches,
     load_crops,
@@ -176,6 +178,16 @@ def test_colours_jittered_by_workers_are_those_of_the_training_thread(preset, ti
         one, other = (make_batch(raw, codec, CPU) for raw in raws)
         assert one.images_N3HW.stride() == other.images_N3HW.stride()
         assert all(map(torch.equal, one, other))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_batch_has_the_crops_of_its_people_one_by_one(preset, tiny_shards):
+    split, keys = ShardSet(tiny_shards / "train"), [(n, n % 3) for n in range(12)]
+    raw = CropDataset(split, PRESETS[preset], 64, seed=2).batch(keys)
+    draws = [draw(PRESETS[preset], draw_rng(2, epoch, sample)) for sample, epoch in keys]
+    people = zip(keys, draws, strict=True)
+    one_by_one = [crop_sample(split, key[0], d, PRESETS[preset], 64) for key, d in people]
+    assert all(map(torch.equal, raw, collate(one_by_one)))
 
 
 def test_a_warp_of_four_channels_is_that_of_three(tiny_shards):
