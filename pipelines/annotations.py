@@ -218,7 +218,8 @@ def split_file(path: Path, split: str) -> Path:
     if not found:
         expected = f"{_FROM_PRINCETON}, mpii_annotations.json, or COCO's JSON"
         advice = "give the file or its folder with --annotations (make_shards.py: or one --splits)"
-        raise InputError(files[0], "no such file", expected, advice)
+        names = ", ".join(file.name for file in files)
+        raise InputError(path, f"no {names}" if path.is_dir() else "no such file", expected, advice)
     return found[0]
 
 
@@ -294,10 +295,11 @@ def _load_json(path: Path, kind: type) -> Any:
             data = parse_json(bounded(file.read(LARGEST_JSON + 1), LARGEST_JSON))
         is_coco = isinstance(data, dict) and {"images", "annotations"} <= data.keys()
         if not data or not isinstance(data, kind) or not (is_coco or kind is list):
-            raise ValueError(f"a JSON {type(data).__name__}")
+            keys = f" with {', '.join(map(str, data))}"[:80] if isinstance(data, dict) else ""
+            raise ValueError(f"a JSON {type(data).__name__}{keys}")
     except (ValueError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         expected = "a JSON list of people, or COCO's dict of images and annotations"
-        found = f"not readable as JSON ({error})"
+        found = f"not usable ({error})"
         raise InputError(path, found, expected, "correct the file") from error
     return data
 

@@ -126,8 +126,8 @@ def _categories(raw: Any, path: Path, skeleton: Skeleton) -> list[Any] | None:
 def skeleton_of(data: dict[str, Any], path: Path) -> Skeleton:
     """The joints that the file names, as in configs/skeletons if they are there.
 
-    Otherwise with the file's limbs, without flip pairs and with a length of 0.4 x the box. Raises
-    InputError.
+    Otherwise with the file's limbs if all are pairs of its joints, without flip pairs and with a
+    length of 0.4 x the box. Raises InputError.
     """
     where, advice = f"{path}: categories", "give --skeleton FILE.yaml (docs/custom-data.md)"
     named = [each for each in _dicts(data.get("categories", []), where) if each.get("keypoints")]
@@ -136,11 +136,10 @@ def skeleton_of(data: dict[str, Any], path: Path) -> Skeleton:
     names, pairs = named[0]["keypoints"], named[0].get("skeleton")
     number = {str(j): name for j, name in enumerate(names, start=1)}
     raw = {"name": named[0].get("name"), "joints": names, "flip_pairs": [], "mirror": False}
-    raw["limbs"] = [
-        [number.get(str(joint), joint) for joint in pair]
-        for pair in (pairs if isinstance(pairs, list) else [])
-        if isinstance(pair, list)
-    ]
+    lists = [each for each in (pairs if isinstance(pairs, list) else []) if isinstance(each, list)]
+    limbs = [[number.get(str(joint), joint) for joint in each] for each in lists]
+    # Limbs are only drawn. Those of CrowdPose are COCO's, not of its own joints.
+    raw["limbs"] = limbs if all(joint in names for limb in limbs for joint in limb) else []
     try:
         return shipped_skeleton(names) or parse_skeleton({**raw, "normalize": {"box": 0.4}})
     except ValueError as error:

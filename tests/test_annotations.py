@@ -150,7 +150,8 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
     assert error_of(tmp_path / "nothing.h5").found == "no such file"
     with pytest.raises(InputError) as caught:
         read_annotations(tmp_path, "train")
-    assert caught.value.where == str(tmp_path / "train.h5")
+    assert caught.value.where == str(tmp_path)
+    assert caught.value.found == "no train.h5, train.json, train.json.gz"
 
 
 def test_two_files_for_one_split_are_refused(tmp_path: Path) -> None:
@@ -255,7 +256,7 @@ def test_damaged_gzip_is_one_error(tmp_path: Path) -> None:
     for number, data in enumerate([b"not gzip", whole[:-20], whole[:40], flipped]):
         path = tmp_path / f"{number}.json.gz"
         path.write_bytes(data)
-        assert "not readable as JSON" in error_of(path).found
+        assert "not usable" in error_of(path).found
 
 
 @pytest.mark.parametrize(

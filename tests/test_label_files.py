@@ -301,5 +301,5 @@ def test_a_file_whose_name_says_nothing_is_packed_with_its_format(tmp_path):
         make_shards.main(words)
     make_shards.main([*words, "--format", "lightning-pose"])
     assert ShardSet(tmp_path / "shards" / "valid").manifest.skeleton.names == ("snout", "tail")
-    with pytest.raises(InputError, match="not readable as JSON"):
+    with pytest.raises(InputError, match="not usable"):
         make_shards.main([*words, "--format", "coco", "--images", str(tmp_path)])

@@ -113,13 +113,14 @@ def parse_options(argv: list[str] | None) -> PackingOptions:
     is_crop = given["packing"] != "original"
     given["crop"] = crop_rule(preset, person_px, quality) if is_crop else None
     annotations, asked = given["annotations"], [each for each in SPLITS if each in given["splits"]]
-    advice = HOW_TO_GET_DATA if annotations == DATA / "annot" else "give another path"
     if not annotations.exists():
+        advice = HOW_TO_GET_DATA if annotations == DATA / "annot" else "give another path"
         raise InputError(annotations, "no such file or folder", "the annotations", advice)
     file, kind = find_annotations(annotations, asked[0], given["format"])
     given["images"] = given["images"] or kind.pictures(file) or DATA / "images"
     if not given["images"].is_dir():
-        raise InputError(given["images"], "no such folder", "the pictures (--images)", advice)
+        advice = HOW_TO_GET_DATA if annotations == DATA / "annot" else "give it with --images"
+        raise InputError(given["images"], "no such folder", "the folder of pictures", advice)
     stem = file.name.split(".")[0]
     has_splits = kind.has_splits or (annotations.is_dir() and stem in SPLITS)
     if has_splits and given["valid_fraction"]:
@@ -179,8 +180,9 @@ def print_summary(options: PackingOptions, manifests: list[Manifest], seconds: f
         print("next: pack the split valid too (--splits valid), or share one file with both splits")
         print("      (--valid-fraction 0.1 into another --output)")
     elif "train" in options.splits:
-        preset = f" --data.preset {options.crop.preset}" if options.crop else ""
-        print(f"next: python train.py --config configs/2hg.yaml --data.shards {location}{preset}")
+        print(f"next: python train.py --config configs/2hg.yaml --data.shards {location}", end="")
+        crop = options.crop
+        print(f" --data.preset {crop.preset} --heatmaps.rule exact" if crop else "")
         print("      (the recipe for MPII on a GPU; configs/ has smaller ones)")
     else:
         print(f"next: python evaluate.py --checkpoint PATH --shards {location}")
