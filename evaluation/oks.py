@@ -8,8 +8,6 @@ from contextlib import redirect_stdout
 from typing import Any
 
 import numpy as np
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
 from configs.skeleton import BOX_SCALE, PIXELS_PER_SCALE, Skeleton
 from evaluation.pckh import Floats
@@ -31,6 +29,10 @@ def average_precision(
     """
     if people.area is None or not skeleton.sigmas:
         return None
+    # Not at the top: without this package, training and data without areas still work.
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
     scores_N1 = np.ones((people.count, 1)) if scores_N is None else scores_N[:, None]
     scores_NJ = np.broadcast_to(scores_N1, people.marked.shape)
     truth = COCO()
