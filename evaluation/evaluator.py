@@ -244,7 +244,11 @@ def _open_dataset(options: Namespace, config: Config, trained: Skeleton) -> Eval
         raise _wrong(" and ".join(given), "--annotations with --images, or only --shards")
     joints = load_skeleton(options.skeleton) if options.skeleton else trained
     known = joints if joints.has_names else None
-    people, skeleton = read_annotations(annotations, "valid", known, images)
+    people, skeleton = read_annotations(annotations, "valid", known, images, exif="stored")
+    if (people.turned == 1).any():
+        found = "labels of pictures as their EXIF turns them"
+        advice = "pack them with tools/make_shards.py, and evaluate with --shards"
+        raise InputError(annotations, found, "labels of pictures as they are stored", advice)
     source, samples = LooseImages(people, images), np.arange(people.count)
     return EvaluationDataset(people, source, samples, skeleton, str(annotations))
 

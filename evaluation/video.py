@@ -19,7 +19,8 @@ def open_video(source: Path | int) -> cv2.VideoCapture:
     """A video file or the camera of that number. Raises InputError."""
     capture = cv2.VideoCapture(source if isinstance(source, int) else str(source))
     if not capture.isOpened():
-        raise InputError(source, "cannot be opened", "a video or camera for OpenCV", "check it")
+        where = f"--webcam {source}" if isinstance(source, int) else source
+        raise InputError(where, "cannot be opened", "a video or camera for OpenCV", "check it")
     return capture
 
 

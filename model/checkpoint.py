@@ -254,7 +254,7 @@ def _from_foreign(raw: Any, path: Path) -> Checkpoint | None:
     if found is None:
         return None
     with torch.device("meta"):  # only shapes, whatever size the file claims
-        network = StackedHourglass.of(found.config.model, found.skeleton.joint_count)
+        network = build_network(found.config, found.skeleton.joint_count)
     require_fit(network, found.weights, path)
     return Checkpoint(path=path, averaged={}, run=None, **found._asdict())
 
@@ -277,6 +277,11 @@ def to_princeton(checkpoint: Checkpoint) -> dict[str, Any]:
 # Networks
 
 
+def build_network(config: Config, joints: int) -> nn.Module:
+    """The network of a config, with fresh weights."""
+    return StackedHourglass.of(config.model, joints)
+
+
 def evaluation_network(checkpoint: Checkpoint) -> nn.Module:
     """`trained_network`, or the graph of an ONNX file, which is called the same way."""
     if checkpoint.is_onnx:
@@ -287,10 +292,10 @@ def evaluation_network(checkpoint: Checkpoint) -> nn.Module:
 def trained_network(checkpoint: Checkpoint) -> nn.Module:
     """The network in eval mode, with the averaged weights if there are any."""
     weights = checkpoint.averaged or checkpoint.weights
-    model, joints = checkpoint.config.model, checkpoint.skeleton.joint_count
+    joints = checkpoint.skeleton.joint_count
     with torch.device("meta"):  # takes no memory, whatever the config says
-        require_fit(StackedHourglass.of(model, joints), weights, checkpoint.path)
-    network = StackedHourglass.of(model, joints)
+        require_fit(build_network(checkpoint.config, joints), weights, checkpoint.path)
+    network = build_network(checkpoint.config, joints)
     network.load_state_dict(weights)
     return network.eval()
 

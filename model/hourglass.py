@@ -207,7 +207,9 @@ def _keep_statistics(*modules: nn.Module) -> Iterator[None]:
 
 def fuse_network(network: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     """Train with model/fused_kernels.py. dtype: of activations. Raises InputError."""
-    assert isinstance(network, StackedHourglass)
+    if not isinstance(network, StackedHourglass):
+        expected, advice = "a StackedHourglass", "set it to false"
+        raise InputError("train.fused_kernels: true", type(network).__name__, expected, advice)
     triton = "with" if importlib.util.find_spec("triton") else "without"
     widest = max(each.out_channels for each in network.modules() if isinstance(each, nn.Conv2d))
     if device.type != "cuda" or dtype == torch.float32 or triton == "without" or widest > 256:

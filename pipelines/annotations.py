@@ -83,7 +83,8 @@ class People(NamedTuple):
     size: Any = None
     """(N, 2) width and height of the picture as it was labelled, px; 0 or None if unknown."""
     turned: Any = None
-    """(N,) if EXIF turns the picture: 1 labelled as turned, 0 as stored, -1 in neither size."""
+    """(N,) 1 labelled as EXIF turns the picture, 0 as stored, -1 in neither size; without meaning
+    for pictures without an EXIF orientation."""
 
     @property
     def count(self) -> int:  # type: ignore[override]
@@ -129,7 +130,7 @@ def find_annotations(path: Path, split: str, name: str = "auto") -> tuple[Path, 
     fitting = [each for each in FORMATS if FORMATS[each].fits(file)]
     chosen = fitting[0] if name == "auto" and fitting else name
     if chosen not in (fitting or FORMATS):
-        found = f"what looks like {fitting[0]}" if fitting else "a file of an unknown kind"
+        found = f"a file in the format {fitting[0]}" if fitting else "a file of an unknown kind"
         known = [name] if fitting else FORMATS
         expected = "; ".join(f"{each}: {FORMATS[each].what}" for each in known)
         raise InputError(file, found, expected, "give the right --format (tools/make_shards.py)")
@@ -159,6 +160,9 @@ def read_annotations(
             named, expected = (", ".join(each.names) for each in (joints, found.skeleton))
             raise InputError("--skeleton", named, f"{expected}, as in {path}", "correct its joints")
         people = _from_labels(found, images, boxes, exif)
+    elif boxes != "auto":
+        expected = "auto, because these annotations have boxes"
+        raise InputError("--boxes", str(boxes), expected, "leave it out")
     else:
         joints, people = skeleton or MPII, found
         people = _with_pictures(people, images, exif) if images else people
@@ -170,8 +174,9 @@ def read_annotations(
 
 def _with_pictures(people: People, folder: Path, exif: Exif) -> People:
     """Set `size` and `turned` by the rule of docs/conventions.md. People.size: in the labels."""
-    header = {name: read_header(folder / name) for name in set(people.images)}
-    headers_N3 = np.array([header[name] for name in people.images], dtype=np.int64).reshape(-1, 3)
+    names = [name for name in set(people.images) if stays_inside(folder, name)]
+    header = {name: read_header(folder / name) for name in names}
+    headers_N3 = np.array([header.get(name, (1, 1, 1)) for name in people.images]).reshape(-1, 3)
     stored_N2 = headers_N3[:, :2]
     turned_N2 = np.where(headers_N3[:, 2:] >= 5, stored_N2[:, ::-1], stored_N2)
     label_N2 = 0 * stored_N2 if people.size is None else people.size

@@ -56,7 +56,10 @@ def parse_coco(
     boxes = np.array([row[1] for row in kept]).reshape(-1, 4)
     keypoints = np.array([row[2] for row in kept]).reshape(-1, skeleton.joint_count, 3)
     sizes = {each["id"]: [each.get("width"), each.get("height")] for each in data["images"]}
-    size = [[n if type(n) is int else 0 for n in sizes[image]] for image in ids[:, 0].tolist()]
+    size = [
+        [n if type(n) is int and 0 < n < 1 << 31 else 0 for n in sizes[image]]
+        for image in ids[:, 0].tolist()
+    ]
     more: dict[str, Any] = {"index": ids[:, 0], "person": ids[:, 1]}
     more["size"] = np.array(size, dtype=np.int64).reshape(-1, 2)
     if all(row[3] is not None for row in kept):

@@ -77,6 +77,8 @@ class DaliCrops(Iterator[RawBatch]):
         ahead = read_ahead(source, batches, behind=THREADS_AHEAD)
         self._fed = deque[Feed]()
         """The batches that DALI has begun and not returned."""
+        self._returned: Feed | None = None
+        """The batch returned last: its bytes may still be on their way to the GPU."""
         cuda = spec.device.type == "cuda"
         self.pipeline = pipeline_def(_graph)(
             batch_size=spec.batch_size,
@@ -122,7 +124,8 @@ class DaliCrops(Iterator[RawBatch]):
             raise BadSamplesError.of(faults, where, found) from error
         planes = [torch.from_dlpack(output.as_tensor()) for output in outputs]
         images = planes_to_rgb(*planes) if planes[1:] else planes[0]
-        facts = self._fed.popleft().facts
+        self._returned = self._fed.popleft()
+        facts = self._returned.facts
         if stream:
             facts = tuple(tensor.pin_memory() for tensor in facts)
         return RawBatch(images, *facts)
@@ -243,7 +246,7 @@ def _graph(
     picture, matrix, *parts = fn.external_source(
         source=_inputs(feed, fed, count),
         num_outputs=count,
-        no_copy=True,  # a Feed lives until its crops are returned
+        no_copy=True,  # a Feed lives until the next crops are returned
         dtype=[types.UINT8, types.FLOAT, types.INT32][:count],
         ndim=[1, 2, 1][:count],
     )

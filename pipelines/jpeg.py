@@ -103,9 +103,9 @@ def find_picture(folder: Path, name: str) -> Path:
 
 def read_header(path: Path) -> tuple[int, int, int]:
     """Width, height (px, as stored) and EXIF orientation of a picture; 1, 1, 1 if unreadable."""
-    path = find_picture(path.parent, path.name)
     try:
-        with Image.open(path) as picture:
+        path = find_picture(path.parent, path.name)
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as picture:
             return *picture.size, _exif_orientation(path)
     except (OSError, Image.DecompressionBombError):
         return 1, 1, 1
@@ -113,10 +113,10 @@ def read_header(path: Path) -> tuple[int, int, int]:
 
 def check_picture(folder: Path, name: str, turned: int) -> Picture:
     """Read and check one picture, which must lie in the folder. turned: as People.turned."""
-    path = find_picture(folder, name)
-    sha256, converted, fault = "", "", ""
+    path, sha256, converted, fault = folder / name, "", "", ""
     size = mtime = width = height = 0
     try:
+        path = find_picture(folder, name)
         stat = path.stat()
         size, mtime = stat.st_size, stat.st_mtime_ns
         if not path.resolve().is_relative_to(folder.resolve()):

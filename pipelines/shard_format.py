@@ -283,16 +283,29 @@ def read_people_file(
         if hashlib.sha256(data).hexdigest() != manifest.people_file_sha256:
             raise ValueError("its SHA-256 is not the one in the manifest")
         columns = parse_json(data)
+        if not _are_columns(columns, manifest.people):
+            raise ValueError("its people do not match the manifest")
         values = np.frombuffer(base64.b64decode(columns.pop("records")), dtype="<f4")
         records_NR = values.reshape(manifest.people, record_length(manifest.joints))
-        lengths = {len(column) for column in columns.values()}
-        is_whole = columns.keys() >= {"image", "index", "person"} and lengths == {manifest.people}
-        if not (is_whole and all(map(safe_name, columns["image"]))):
-            raise ValueError("its people do not match the manifest")
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError) as error:
         found = f"damaged ({error})"
         raise InputError(path, found, f"{manifest.people:,} people", PACK_AGAIN) from error
     return records_NR, columns
+
+
+def _are_columns(raw: Any, people: int) -> bool:
+    """Whether a JSON value is what `write_people_file` writes for so many people."""
+    types = {"image": str, "index": int, "person": int, "area": float, "ignored": list}
+    if not isinstance(raw, dict) or not isinstance(raw.get("records"), str):
+        return False
+    columns = {name: values for name, values in raw.items() if name != "records"}
+    return columns.keys() in (types.keys(), types.keys() - {"area", "ignored"}) and all(
+        isinstance(values, list)
+        and len(values) == people
+        and all(type(value) is types[name] for value in values)
+        and (name != "image" or all(map(safe_name, values)))
+        for name, values in columns.items()
+    )
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import exif, with_segment
+from helpers import exif, make_trainer, tiny_config, with_segment
 from PIL import Image, ImageOps
 
+import evaluate
+from common.errors import InputError
+from configs.skeleton import MPII
 from pipelines.annotations import read_annotations
 from pipelines.shards import ShardSet
 from tools import make_shards
@@ -107,6 +110,33 @@ def test_sizes_in_the_labels_decide_before_joints_and_option(tmp_path):
     expected = [1, 0, 1, -1]  # -1: another picture was labelled
     assert turned_of(tmp_path / "train.json") == [*expected, 1]  # as most of the others
     assert turned_of(tmp_path / "train.json", exif="stored") == [*expected, 0]
+
+
+def test_turned_labels_of_pictures_outside_of_shards_are_refused(tmp_path, tiny_shards):
+    """The network would read these pictures as stored."""
+    make_trainer(tiny_config(tiny_shards), tmp_path).save(["a.pt"])
+    (tmp_path / "a.jpg").write_bytes(picture(6, (9, 9), (WIDTH, HEIGHT)))
+    person = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 1, 9, 9]}
+    facts = {
+        "images": [{"id": 1, "file_name": "a.jpg", "width": HEIGHT, "height": WIDTH}],
+        "annotations": [{**person, "keypoints": [5, 5, 2] * 16}],
+        "categories": [{"id": 1, "name": "person", "keypoints": list(MPII.names)}],
+    }
+    (tmp_path / "valid.json").write_text(json.dumps(facts))
+    words = ["--checkpoint", tmp_path / "a.pt", "--annotations", tmp_path, "--images", tmp_path]
+    with pytest.raises(InputError, match="their EXIF turns them"):
+        evaluate.main([*map(str, words), "--workers", "0", "--device", "cpu"])
+
+
+@pytest.mark.parametrize("name", ["a\0.jpg", "x" * 300, "y" * 252 + ".jpg", "../x.jpg"])
+def test_names_of_pictures_are_checked_before_they_are_opened(tmp_path, name):
+    facts = {"images": [{"id": 1, "file_name": name, "width": 10**30, "height": 5}]}
+    person = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 1, 9, 9]}
+    facts["annotations"] = [{**person, "keypoints": [5, 5, 2]}]
+    facts["categories"] = [{"id": 1, "name": "dot", "keypoints": ["dot"]}]
+    (tmp_path / "train.json").write_text(json.dumps(facts))
+    with pytest.raises(InputError, match="leaves the folder"):
+        read_annotations(tmp_path / "train.json", "train", images=tmp_path)
 
 
 def test_labels_that_are_shares_of_the_picture_are_of_the_turned_one(tmp_path):

@@ -461,7 +461,7 @@ def test_bad_input_ends_in_one_clear_error(run, tiny_set, movie, tmp_path, monke
         ([picture, "--people", people], "without the one folder"),
         ([tmp_path, "--people", people], "secret.jpg"),
         ([tmp_path / "cut.avi"], "cannot be opened"),
-        (["--webcam", 99], "99\n  found:    cannot be opened"),
+        (["--webcam", 99], "--webcam 99\n  found:    cannot be opened"),
         ([movie, "--overlay", tmp_path / "o.gif"], "not a video"),
         ([movie, "--overlay", movie], "the input itself"),
         ([picture, picture, "--overlay", tmp_path / "o.jpg"], "2 pictures"),

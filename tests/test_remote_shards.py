@@ -89,12 +89,12 @@ def read_pictures(split: ShardSet) -> list[bytes]:
 
 
 def bytes_in(folder: Path) -> int:
-    """The size of all tars, while other threads may remove some."""
-    size = 0
+    """The size of all tars, while other threads may remove or rename some."""
+    sizes = {}
     for path in folder.glob("*.tar*"):
         with suppress(FileNotFoundError):
-            size += path.stat().st_size
-    return size
+            sizes[path.name.partition(".")[0]] = path.stat().st_size
+    return sum(sizes.values())
 
 
 def are_equal(one: RawBatch, other: RawBatch) -> bool:

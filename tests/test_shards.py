@@ -276,6 +276,11 @@ def test_record_out_of_range_is_named_by_shard_and_key(packed, field, value, fou
         lambda facts: facts["person"].pop(),
         lambda facts: facts["image"].__setitem__(3, "../a.jpg"),
         lambda facts: facts.update(records="AAAA"),
+        lambda facts: facts.update(records=4),
+        lambda facts: facts["image"].__setitem__(0, 5),
+        lambda facts: facts.update(image="a" * len(facts["image"])),
+        lambda facts: facts.update(index=3),
+        lambda facts: facts["person"].__setitem__(0, "x"),
     ],
 )
 def test_impossible_people_file_is_refused(packed: Path, change: Callable[[dict], Any]) -> None:

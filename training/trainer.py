@@ -36,8 +36,14 @@ from common.files import write_atomic
 from configs.schema import Config, save_yaml
 from configs.skeleton import require_same_joints
 from evaluation.inference import StoppedError
-from model.checkpoint import Checkpoint, RunState, foreign_remarks, init_weights, require_same_size
-from model.hourglass import StackedHourglass
+from model.checkpoint import (
+    Checkpoint,
+    RunState,
+    build_network,
+    foreign_remarks,
+    init_weights,
+    require_same_size,
+)
 from pipelines.annotations import scored_text
 from pipelines.augment import preset_of, without_augmentation
 from pipelines.bad_samples import BadSamples, SkippingLoader
@@ -121,7 +127,7 @@ class Trainer:
         self.learning = LearningCheck(self.validator.people, config.train.steps)
         self.remarks += self.learning.check_labels()
         seed_everything(config.train.seed, 0)  # the same weights on every rank
-        network = StackedHourglass.of(config.model, self.codec.skeleton.joint_count).to(dist.device)
+        network = build_network(config, self.codec.skeleton.joint_count).to(dist.device)
         self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         seed_everything(config.train.seed, dist.rank + 1)
         self.train_step = TrainStep(self.network, self.codec, config, dist)
