@@ -79,14 +79,22 @@ class BadSamples:
             self._written = set(faults)
 
     def _read(self) -> dict[int, str]:
-        """The faults in the file; entries that do not fit these shards are ignored."""
+        """The faults in the file; entries that do not fit these shards are ignored.
+
+        Raises InputError for a damaged file.
+        """
         lines = self.path.read_text().splitlines() if self.path.is_file() else []
         keys = dict(enumerate(self.shards.keys))
-        return {
-            entry["sample"]: entry["fault"]
-            for entry in map(json.loads, lines)
-            if keys.get(entry["sample"]) == entry["key"]
-        }
+        try:
+            return {
+                entry["sample"]: entry["fault"]
+                for entry in map(json.loads, lines)
+                if keys.get(entry["sample"]) == entry["key"]
+            }
+        except (ValueError, KeyError, TypeError) as error:
+            expected = "a JSON object in each line, for a person that is left out"
+            advice = "remove the file; training will find the people again"
+            raise InputError(self.path, f"damaged ({error})", expected, advice) from error
 
 
 class SkippingLoader:

@@ -31,8 +31,11 @@ def profiled_steps(
     def write(profiler: profile) -> None:
         written.append(TRACE)
         info(profiler.key_averages().table(sort_by=column, row_limit=TABLE_ROWS))
-        profiler.export_chrome_trace(str(folder / TRACE))
-        info(f"wrote {folder / TRACE}")
+        try:
+            profiler.export_chrome_trace(str(folder / TRACE))
+            info(f"wrote {folder / TRACE}")
+        except OSError as error:
+            info(f"{folder / TRACE} cannot be written: {error}; training continues")
 
     with profile(
         activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda"),
