@@ -189,17 +189,17 @@ def _norm_relu_conv(tensors, M, W, IN: constexpr, OUT: constexpr):
 
 @triton.jit
 def _gradients(tensors, sums_PS, results, M, W, IN: constexpr, OUT: constexpr, S: constexpr):
-    """Without results, sums over a program's rows: dz (the gradient of beta) and dz * xhat (that
-    of gamma), each (I,), and the gradients of bias (O,) and weight (O, I), in this order. With
-    them, the gradient of x, given the sums over all rows."""
+    """Without dx, sums over a program's rows: dz (the gradient of beta) and dz * xhat (that of
+    gamma), each (I,), and the gradients of bias (O,) and weight (O, I), in this order. With dx,
+    the gradient of x, given the sums over all rows."""
     dy_MO, weight_OI, bias_O, x_MI, norm_4I = tensors
+    dskip_MI, dpooled_QI, which_QI, dx_MI = results
     BLOCK_IN: constexpr = _part(IN, OUT, BACKWARD)
     inputs = tl.program_id(0) * BLOCK_IN + tl.arange(0, BLOCK_IN)
     outputs = inputs
     mean, inverse_std = _load_line(norm_4I, 0, inputs, IN), _load_line(norm_4I, 1, inputs, IN)
     scale, shift = _load_line(norm_4I, 2, inputs, IN), _load_line(norm_4I, 3, inputs, IN)
-    if results is not None:
-        dskip_MI, dpooled_QI, which_QI, dx_MI = results
+    if dx_MI is not None:
         dz_mean = _load_line(sums_PS, 0, inputs, IN) / M
         product_mean = _load_line(sums_PS, 1, inputs, IN) / M
     dbeta, dgamma = tl.zeros([BLOCK_IN], tl.float32), tl.zeros([BLOCK_IN], tl.float32)
@@ -216,7 +216,7 @@ def _gradients(tensors, sums_PS, results, M, W, IN: constexpr, OUT: constexpr, S
         dy = _load(dy_MO, rows, outputs, M, OUT)
         da = dy.to(tl.float32) if weight_OI is None else tl.dot(dy, weight)
         dz = tl.where(z > 0, da, 0.0)
-        if results is not None:
+        if dx_MI is not None:
             dx = scale * (dz - dz_mean - xhat * product_mean)
             if dskip_MI is not None:
                 dx += _load(dskip_MI, rows, inputs, M, IN).to(tl.float32)
@@ -233,7 +233,7 @@ def _gradients(tensors, sums_PS, results, M, W, IN: constexpr, OUT: constexpr, S
                 dweight = tl.dot(tl.trans(dy), tl.maximum(z, 0.0).to(dy.dtype), dweight)
             if bias_O is not None:
                 dbias += tl.sum(dy.to(tl.float32), 0)
-    if results is None:
+    if dx_MI is None:
         sums = sums_PS + tl.program_id(1) * S
         _store_pair(sums, dbeta, dgamma, inputs, IN)
         if bias_O is not None:
@@ -319,7 +319,7 @@ class _NormReluConv(torch.autograd.Function):
         sums_PS = norm_4I.new_empty(_programs(rows, LEAST_ROWS, blocks), sum(parts))
         tensors = dy_MO, weight, bias, x_MI, norm_4I
         sizes = rows, x.shape[3], inputs, outputs, sum(parts)
-        _gradients[blocks, len(sums_PS)](tensors, sums_PS, None, *sizes, num_warps=8)
+        _gradients[blocks, len(sums_PS)](tensors, sums_PS, (None,) * 4, *sizes, num_warps=8)
         sums_S, dx_NHWI = sums_PS.sum(0), x.new_empty(len(x), *x.shape[2:], inputs)
         results = dskip, dpooled, which, dx_NHWI
         _gradients[blocks, _programs(rows)](tensors, sums_S, results, *sizes, num_warps=8)
