@@ -116,7 +116,9 @@ def print_settings(trainer: Trainer) -> None:
         "steps": f"{train.steps:,}, {train.steps_per_epoch:,} an epoch, "
         f"from {trainer.progress.step:,}",
         "loader": f"{trainer.loader_name}, {trainer.workers} worker(s)",
-        "device": f"{dist.device}, {str(dist.dtype).removeprefix('torch.')}",
+        "device": f"{dist.device}, {str(dist.dtype).removeprefix('torch.')}"
+        + ", a CUDA graph" * trainer.train_step.uses_graph
+        + ", fused kernels" * trainer.train_step.uses_kernels,
     }
     for name, fact in facts.items():
         print(f"{name:>8}: {fact}", flush=True)

@@ -52,8 +52,7 @@ def variants_of(device: torch.device) -> list[Variant]:
     if device.type == "cpu":
         return [theirs, ours]
     compiled = ours._replace(name=f"{ours.name}, compiled", change=compile_residuals)
-    fuse = partial(fuse_network, device=device, dtype=dtype)
-    kernels = ours._replace(name=f"{ours.name}, fused kernels", change=fuse)
+    kernels = ours._replace(name=f"{ours.name}, fused kernels", change=fuse_network)
     plain = [ours, compiled, kernels]
     graphed = [v._replace(name=f"{v.name}, CUDA graph", graphed=True) for v in plain]
     return [theirs, *plain, *graphed]
@@ -70,8 +69,7 @@ def training_step(variant: Variant, stacks: int, options: Options) -> Callable[.
     )
 
     def step(images_N3HW: Tensor, heat_NJHW: Tensor, has_target_NJ: Tensor) -> None:
-        # As each train.py sets it: cuDNN times its algorithms for princeton-vl.
-        torch.backends.cudnn.benchmark = variant.is_princeton
+        torch.backends.cudnn.benchmark = True  # as each train.py sets it
         if variant.is_princeton:
             princeton_step(network, optimizer, images_N3HW.permute(0, 2, 3, 1), heat_NJHW)
             return
@@ -83,6 +81,14 @@ def training_step(variant: Variant, stacks: int, options: Options) -> Callable[.
         optimizer.zero_grad(set_to_none=True)
 
     return step
+
+
+def build_step(
+    variant: Variant, stacks: int, options: Options, batch_size: int
+) -> Callable[..., object]:
+    """`training_step`, recorded as a CUDA graph if the variant says so."""
+    step = training_step(variant, stacks, options)
+    return recorded(step, random_batch(batch_size, options)) if variant.graphed else step
 
 
 def recorded(step: Callable[..., object], buffers: tuple[Tensor, ...]) -> Callable[..., object]:
@@ -128,9 +134,7 @@ def step_group(
 
         def prepare() -> None:
             if not built:
-                step = training_step(variant, stacks, options)
-                buffers = random_batch(batch_size, options)
-                built.append(recorded(step, buffers) if variant.graphed else step)
+                built.append(build_step(variant, stacks, options, batch_size))
 
         def run() -> int:
             for _ in range(repeats):
@@ -156,10 +160,10 @@ def flop_of_a_person(stacks: int, options: Options) -> int:
 
 
 def training_group(options: Options, batch_size: int) -> list[Case]:
-    """Steps of 2 stacks with each loader; 1 - ratio is the share of the time lost to data."""
+    """train.py's steps of 2 stacks with each loader; 1 - ratio is the time lost to data."""
     act_as_training(options)
-    variant = Variant("ours", choose_dtype("auto", options.device))
-    step, ready = training_step(variant, 2, options), random_batch(batch_size, options)
+    variant = variants_of(options.device)[-1]
+    step, ready = build_step(variant, 2, options, batch_size), random_batch(batch_size, options)
 
     def start(packing: str, loader: LoaderName) -> Callable[[], None]:
         next_batch = start_loader(options, batch_size, options.shards(packing), HRNET, loader)

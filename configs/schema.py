@@ -174,10 +174,10 @@ class TrainConfig:
     """Autocast type; auto: bf16 if the device has it, else fp16 on a GPU and fp32 on a CPU."""
     compile: bool = False
     """Compile the residual blocks with torch.compile."""
-    cuda_graph: bool = False
+    cuda_graph: bool | Literal["auto"] = "auto"
     """Record the step as one CUDA graph; needs one GPU, bf16 or fp32, Adam, no accumulation."""
-    fused_kernels: bool = False
-    """Train networks of up to 256 channels with Triton kernels; not yet run on a GPU."""
+    fused_kernels: bool | Literal["auto"] = "auto"
+    """Train networks of up to 256 channels with Triton kernels; auto: in a CUDA graph."""
     profile_steps: int = _number(0, least=0)
     """Profile this many of the first steps into trace.json; 0: no profile."""
     device: Literal["auto", "cuda", "cpu"] = "auto"

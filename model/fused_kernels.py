@@ -14,7 +14,7 @@ the loss with respect to z, and so on. The gradient of a batch norm is that of I
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -26,12 +26,8 @@ from triton.language import constexpr
 
 from model.hourglass import BatchNorm, Hourglass
 
-BLOCK_M = constexpr(64)
-"""Rows in a program's tile."""
 Map = tuple[Tensor, Tensor | None]
 """A feature map, and its statistics if they are known."""
-FORWARD, BACKWARD = constexpr(2**15), constexpr(2**14)
-"""Most weights of a program: a bf16 tile in shared memory; a float32 gradient in registers."""
 PROGRAMS = constexpr(264)
 """Maximum number of programs: two for each of the 132 multiprocessors of an H100 or H200."""
 LEAST_ROWS = 512
@@ -42,12 +38,6 @@ LEAST_ROWS = 512
 def _block(channels: int) -> int:
     """The next power of two, at least 16, which tl.dot needs."""
     return max(16, 1 << (channels - 1).bit_length())
-
-
-@triton.constexpr_function
-def _part(channels: int, others: int, most: int) -> int:
-    """Channels per block: a tile of weights (channels, others) then has at most `most` elements."""
-    return min(_block(channels), 128, most // _block(others))
 
 
 # Parts of kernels
@@ -86,24 +76,27 @@ def _store_pair(table_2C, first, second, channels, C: constexpr):
 
 
 @triton.jit
+def _corner(rows, W):
+    """The first of 2 x 2 rows of a map of twice the height and width. W: width."""
+    return rows // W * 4 * W + rows % W * 2
+
+
+@triton.jit
 def _half(rows, W):
     """Rows of a map of half the height and width. W: width."""
     return rows // (2 * W) * (W // 2) + rows % W // 2
 
 
 @triton.jit
-def _add_statistics(mean, squares, count, tile, rows, M):
-    """Extend the mean and the sum of squared deviations of `count` rows by a tile's rows.
+def _merge(means, squares, counts):
+    """Mean, sum of squared deviations from it, and count of the groups along axis 0.
 
-    A tile's deviations are from its own mean; Chan, Golub and LeVeque (1979) merge them.
+    squares: of each group, from its own mean. Chan, Golub and LeVeque (1979).
     """
-    exists = (rows < M)[:, None]
-    added = tl.sum((rows < M).to(tl.float32), 0)
-    tile_mean = tl.sum(tl.where(exists, tile, 0.0), 0) / added
-    deviation = tl.where(exists, tile - tile_mean[None, :], 0.0)
-    share, change = added / (count + added), tile_mean - mean
-    squares += tl.sum(deviation * deviation, 0) + change * change * count * share
-    return mean + change * share, squares, count + added
+    count = tl.sum(counts, 0)
+    mean = tl.sum(means * counts, 0) / tl.maximum(count, 1.0)
+    deviations = means - mean[None, :]
+    return mean, tl.sum(squares + deviations * deviations * counts, 0), count
 
 
 # Kernels. Program (i, j) has block i of the channels, and every P-th tile of rows from tile j on.
@@ -119,9 +112,7 @@ def _normalisation(statistics_P3C, tensors, M, P, eps, momentum, C: constexpr):
     means = _load(statistics_P3C, programs * 3, channels, 3 * P, C)
     squares = _load(statistics_P3C, programs * 3 + 1, channels, 3 * P, C)
     counts = _load(statistics_P3C, programs * 3 + 2, channels, 3 * P, C)
-    mean = tl.sum(means * counts, 0) / M
-    deviations = means - mean[None, :]
-    square = tl.sum(squares + deviations * deviations * counts, 0)
+    mean, square, _ = _merge(means, squares, counts)
     inverse_std = 1 / tl.sqrt(square / M + eps)
     scale = tl.load(gamma_C + channels, exists, other=0.0) * inverse_std
     shift = tl.load(beta_C + channels, exists, other=0.0) - scale * mean
@@ -135,14 +126,22 @@ def _normalisation(statistics_P3C, tensors, M, P, eps, momentum, C: constexpr):
 
 
 @triton.jit
-def _norm_relu_conv(tensors, M, W, IN: constexpr, OUT: constexpr):
+def _norm_relu_conv(
+    tensors,
+    M,
+    W,
+    IN: constexpr,
+    OUT: constexpr,
+    BLOCK_M: constexpr,
+    BLOCK_OUT: constexpr,
+    STAGES: constexpr,
+):
     """y = conv(relu(norm(x))) + skip + upsampled low, and its statistics. W: width of y.
 
     Parts that are None are left out, as is the storing of y. With `which`, x is the maximum of
     2 x 2 pixels of a larger map, and `which` (0 to 3) of them it is.
     """
     x_MI, norm_4I, weight_OI, bias_O, skip_MO, low_QO, which_MI, y_MO, stats_P3O = tensors
-    BLOCK_OUT: constexpr = _part(OUT, IN, FORWARD)
     outputs = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     inputs = outputs
     dtype: constexpr = x_MI.dtype.element_ty
@@ -151,15 +150,16 @@ def _norm_relu_conv(tensors, M, W, IN: constexpr, OUT: constexpr):
         weight = tl.trans(_load(weight_OI, outputs, inputs, OUT, IN).to(dtype))
     if norm_4I is not None:
         scale, shift = _load_line(norm_4I, 2, inputs, IN), _load_line(norm_4I, 3, inputs, IN)
-    mean, squares = tl.zeros([BLOCK_OUT], tl.float32), tl.zeros([BLOCK_OUT], tl.float32)
-    count = 0.0
-    step = tl.num_programs(1) * BLOCK_M
-    for row in tl.range(tl.program_id(1) * BLOCK_M, M, step, num_stages=3):
+    # Statistics of each place in the tiles; sums over a tile's rows would cost more.
+    means = tl.zeros([BLOCK_M, BLOCK_OUT], tl.float32)
+    squares, number = tl.zeros_like(means), 0.0
+    first, step = tl.program_id(1) * BLOCK_M, tl.num_programs(1) * BLOCK_M
+    for row in tl.range(first, M, step, num_stages=STAGES):
         rows = row + tl.arange(0, BLOCK_M)
         if which_MI is None:
             y = _load(x_MI, rows, inputs, M, IN).to(tl.float32)
         else:
-            corner = rows // W * 4 * W + rows % W * 2
+            corner = _corner(rows, W)
             y = _load(x_MI, corner, inputs, 4 * M, IN).to(tl.float32)
             which = tl.zeros_like(y)
             for pixel in tl.static_range(1, 4):
@@ -181,20 +181,36 @@ def _norm_relu_conv(tensors, M, W, IN: constexpr, OUT: constexpr):
         if y_MO is not None:
             _store(y_MO, y, rows, outputs, M, OUT)
         stored = y.to(dtype).to(tl.float32)
-        mean, squares, count = _add_statistics(mean, squares, count, stored, rows, M)
+        number += 1.0  # Welford (1962)
+        deviations = tl.where((rows < M)[:, None], stored - means, 0.0)
+        means += deviations * (1 / number)
+        squares += deviations * (stored - means)
+    counts = (M - first - tl.arange(0, BLOCK_M) + step - 1) // step
+    mean, square, count = _merge(means, squares, counts.to(tl.float32)[:, None])
     stats = stats_P3O + tl.program_id(1) * 3 * OUT
-    _store_pair(stats, mean, squares, outputs, OUT)
-    tl.store(stats + 2 * OUT + outputs, count, outputs < OUT)
+    _store_pair(stats, mean, square, outputs, OUT)
+    tl.store(stats + 2 * OUT + outputs, tl.zeros_like(mean) + count, outputs < OUT)
 
 
 @triton.jit
-def _gradients(tensors, sums_PS, results, M, W, IN: constexpr, OUT: constexpr, S: constexpr):
+def _gradients(
+    tensors,
+    sums_PS,
+    results,
+    M,
+    W,
+    IN: constexpr,
+    OUT: constexpr,
+    S: constexpr,
+    BLOCK_M: constexpr,
+    BLOCK_IN: constexpr,
+    STAGES: constexpr,
+):
     """Without dx, sums over a program's rows: dz (the gradient of beta) and dz * xhat (that of
     gamma), each (I,), and the gradients of bias (O,) and weight (O, I), in this order. With dx,
     the gradient of x, given the sums over all rows."""
     dy_MO, weight_OI, bias_O, x_MI, norm_4I = tensors
     dskip_MI, dpooled_QI, which_QI, dx_MI = results
-    BLOCK_IN: constexpr = _part(IN, OUT, BACKWARD)
     inputs = tl.program_id(0) * BLOCK_IN + tl.arange(0, BLOCK_IN)
     outputs = inputs
     mean, inverse_std = _load_line(norm_4I, 0, inputs, IN), _load_line(norm_4I, 1, inputs, IN)
@@ -202,14 +218,17 @@ def _gradients(tensors, sums_PS, results, M, W, IN: constexpr, OUT: constexpr, S
     if dx_MI is not None:
         dz_mean = _load_line(sums_PS, 0, inputs, IN) / M
         product_mean = _load_line(sums_PS, 1, inputs, IN) / M
-    dbeta, dgamma = tl.zeros([BLOCK_IN], tl.float32), tl.zeros([BLOCK_IN], tl.float32)
+    # Of each place in the tiles; sums over a tile's rows would cost more.
+    dbeta = tl.zeros([BLOCK_M, BLOCK_IN], tl.float32)
+    dgamma = tl.zeros_like(dbeta)
     if weight_OI is not None:
         outputs = tl.arange(0, _block(OUT))
         weight = _load(weight_OI, outputs, inputs, OUT, IN).to(x_MI.dtype.element_ty)
         dweight = tl.zeros([_block(OUT), BLOCK_IN], tl.float32)
-        dbias = tl.zeros([_block(OUT)], tl.float32)
-    step = tl.num_programs(1) * BLOCK_M
-    for row in tl.range(tl.program_id(1) * BLOCK_M, M, step, num_stages=3):
+        dbias = tl.zeros([16, _block(OUT)], tl.float32)
+        ones = tl.full([16, BLOCK_M], 1.0, x_MI.dtype.element_ty)
+    first, step = tl.program_id(1) * BLOCK_M, tl.num_programs(1) * BLOCK_M
+    for row in tl.range(first, M, step, num_stages=STAGES):
         rows = row + tl.arange(0, BLOCK_M)
         x = _load(x_MI, rows, inputs, M, IN).to(tl.float32)
         z, xhat = x * scale + shift, (x - mean) * inverse_std
@@ -227,19 +246,40 @@ def _gradients(tensors, sums_PS, results, M, W, IN: constexpr, OUT: constexpr, S
                 dx += tl.where(which == pixel[:, None], dpooled, 0.0)
             _store(dx_MI, dx, rows, inputs, M, IN)
         else:
-            dbeta += tl.sum(dz, 0)
-            dgamma += tl.sum(dz * xhat, 0)
+            dbeta += dz
+            dgamma += dz * xhat
             if weight_OI is not None:
                 dweight = tl.dot(tl.trans(dy), tl.maximum(z, 0.0).to(dy.dtype), dweight)
             if bias_O is not None:
-                dbias += tl.sum(dy.to(tl.float32), 0)
+                dbias = tl.dot(ones, dy, dbias)
     if dx_MI is None:
         sums = sums_PS + tl.program_id(1) * S
-        _store_pair(sums, dbeta, dgamma, inputs, IN)
-        if bias_O is not None:
-            tl.store(sums + 2 * IN + outputs, dbias, outputs < OUT)
+        _store_pair(sums, tl.sum(dbeta, 0), tl.sum(dgamma, 0), inputs, IN)
+        if bias_O is not None:  # the 16 lines of dbias are equal
+            tl.store(sums + 2 * IN + outputs, tl.sum(dbias, 0) / 16, outputs < OUT)
         if weight_OI is not None:
             _store(sums + S - OUT * IN, dweight, outputs, inputs, OUT, IN)
+
+
+@triton.jit
+def _upsampling_gradient(dy_MC, dlow_QC, Q, W, C: constexpr):
+    """dlow: sums of 2 x 2 pixels of dy. W: width of dlow."""
+    rows, channels = tl.program_id(0) * 32 + tl.arange(0, 32), tl.arange(0, _block(C))
+    dlow = _load(dy_MC, _corner(rows, W), channels, 4 * Q, C).to(tl.float32)
+    for pixel in tl.static_range(1, 4):
+        other = _corner(rows, W) + pixel // 2 * 2 * W + pixel % 2
+        dlow += _load(dy_MC, other, channels, 4 * Q, C).to(tl.float32)
+    _store(dlow_QC, dlow, rows, channels, Q, C)
+
+
+@triton.jit
+def _max_pool_gradient(dpooled_QC, which_QC, dx_MC, M, W, C: constexpr):
+    """W: width of dx."""
+    rows, channels = tl.program_id(0) * 64 + tl.arange(0, 64), tl.arange(0, _block(C))
+    dpooled = _load(dpooled_QC, _half(rows, W), channels, M // 4, C)
+    which = _load(which_QC, _half(rows, W), channels, M // 4, C)
+    pixel = rows // W % 2 * 2 + rows % 2
+    _store(dx_MC, tl.where(which == pixel[:, None], dpooled, 0.0), rows, channels, M, C)
 
 
 # Launches
@@ -252,18 +292,51 @@ def _matrix(x: Tensor | None) -> Any:
     )
 
 
-def _programs(rows: int, least: int = BLOCK_M.value, blocks: int = 1) -> int:
+class Tile(NamedTuple):
+    """What a program works on at a time, and how."""
+
+    rows: int
+    channels: int
+    stages: int
+    """Tiles that are loaded ahead, and the one in work."""
+    warps: int
+
+
+def forward_tile(inputs: int, outputs: int) -> Tile:
+    """Of `_norm_relu_conv`. inputs: 1 without a convolution."""
+    channels = min(_block(outputs), 128, 2**15 // _block(inputs))
+    return Tile(64, channels, 3, 8)
+
+
+def backward_tile(inputs: int, outputs: int, is_sum: bool) -> Tile:
+    """Of `_gradients`. outputs: 1 without a convolution."""
+    channels = min(_block(inputs), 128, 2**14 // _block(outputs))
+    return Tile(64, channels, 3, 8)
+
+
+def _programs(rows: int, least: int, blocks: int = 1) -> int:
     """For each of some blocks of channels, with at least `least` rows a program."""
     return min(PROGRAMS.value // blocks, triton.cdiv(rows, least))
 
 
 def _launch(x_MI: Tensor, rows: int, width: int, outputs: int, *tensors: Tensor | None) -> Tensor:
     """Run `_norm_relu_conv`; returns its statistics. tensors: its own from norm to y."""
-    statistics_P3O = x_MI.new_empty(_programs(rows), 3, outputs, dtype=torch.float32)
+    has_conv = tensors[1] is not None
+    tile = forward_tile(x_MI.shape[1] if has_conv else 1, outputs)
+    blocks, programs = triton.cdiv(outputs, tile.channels), _programs(rows, tile.rows)
+    statistics_P3O = x_MI.new_empty(programs, 3, outputs, dtype=torch.float32)
     arguments = (x_MI, *tensors, statistics_P3O), rows, width, x_MI.shape[1], outputs
-    blocks = triton.cdiv(outputs, _part(outputs, x_MI.shape[1], FORWARD))
-    _norm_relu_conv[blocks, len(statistics_P3O)](*arguments, num_warps=8)
+    _norm_relu_conv[blocks, programs](*arguments, *tile[:3], num_warps=tile.warps)
     return statistics_P3O
+
+
+def _max_pool(x_MI: Tensor, people: int, height: int, width: int) -> tuple[Tensor, ...]:
+    """max_pool2d(x, 2), its statistics, and which of the 2 x 2 pixels it is. x: (N, H, W, I)."""
+    pooled_NHWI = x_MI.new_empty(people, height // 2, width // 2, x_MI.shape[1])
+    which = torch.empty_like(pooled_NHWI, dtype=torch.uint8)
+    sizes = len(x_MI) // 4, width // 2, x_MI.shape[1]
+    statistics = _launch(x_MI, *sizes, *[None] * 5, which, pooled_NHWI)
+    return pooled_NHWI.permute(0, 3, 1, 2), statistics, which
 
 
 def _norm_table(norm: BatchNorm, x: Tensor, statistics_P3C: Tensor | None) -> Tensor:
@@ -297,10 +370,7 @@ class _NormReluConv(torch.autograd.Function):
         statistics = _launch(x_MI, rows, width, outputs, *tensors)
         pooled, which = list[Tensor](), None
         if pool:
-            pooled_NHWI = x_MI.new_empty(people, height // 2, width // 2, inputs)
-            which = torch.empty_like(pooled_NHWI, dtype=torch.uint8)
-            arguments = x_MI, rows // 4, width // 2, inputs, *[None] * 5, which, pooled_NHWI
-            pooled = [pooled_NHWI.permute(0, 3, 1, 2), _launch(*arguments)]
+            *pooled, which = _max_pool(x_MI, people, height, width)
         ctx.mark_non_differentiable(statistics, *pooled[1:])
         ctx.save_for_backward(x, norm_4I, weight, bias, which)
         ctx.set_materialize_grads(False)
@@ -315,22 +385,53 @@ class _NormReluConv(torch.autograd.Function):
         dy_MO, x_MI = _matrix(dy), _matrix(x)
         rows, inputs, outputs = len(x_MI), x.shape[1], dy.shape[1]
         parts = [inputs, inputs, *(0 if each is None else each.numel() for each in (bias, weight))]
-        blocks = triton.cdiv(inputs, _part(inputs, outputs, BACKWARD))
-        sums_PS = norm_4I.new_empty(_programs(rows, LEAST_ROWS, blocks), sum(parts))
         tensors = dy_MO, weight, bias, x_MI, norm_4I
         sizes = rows, x.shape[3], inputs, outputs, sum(parts)
-        _gradients[blocks, len(sums_PS)](tensors, sums_PS, (None,) * 4, *sizes, num_warps=8)
+
+        tile = backward_tile(inputs, 1 if weight is None else outputs, is_sum=True)
+        blocks = triton.cdiv(inputs, tile.channels)
+        sums_PS = norm_4I.new_empty(_programs(rows, LEAST_ROWS, blocks), sum(parts))
+        arguments = tensors, sums_PS, (None,) * 4, *sizes, *tile[:3]
+        _gradients[blocks, len(sums_PS)](*arguments, num_warps=tile.warps)
         sums_S, dx_NHWI = sums_PS.sum(0), x.new_empty(len(x), *x.shape[2:], inputs)
-        results = dskip, dpooled, which, dx_NHWI
-        _gradients[blocks, _programs(rows)](tensors, sums_S, results, *sizes, num_warps=8)
+        tile = backward_tile(inputs, 1 if weight is None else outputs, is_sum=False)
+        blocks = triton.cdiv(inputs, tile.channels)
+        arguments = tensors, sums_S, (dskip, dpooled, which, dx_NHWI), *sizes, *tile[:3]
+        _gradients[blocks, _programs(rows, tile.rows)](*arguments, num_warps=tile.warps)
         dbeta, dgamma, dbias, dweight = sums_S.split(parts)
         # DDP expects the weight's strides, even for dimensions of size 1.
         dweight = None if weight is None else dweight.as_strided(weight.shape, weight.stride())
-        has_low = any(ctx.needs_input_grad[8:])
-        dlow = functional.avg_pool2d(dy, 2, divisor_override=1) if has_low else None
+        dlow = None
+        if any(ctx.needs_input_grad[8:]):
+            dlow = dy.new_empty(len(dy), dy.shape[2] // 2, dy.shape[3] // 2, outputs)
+            grid = (triton.cdiv(rows // 4, 32),)
+            _upsampling_gradient[grid](dy_MO, dlow, rows // 4, dlow.shape[2], outputs)
+            dlow = dlow.permute(0, 3, 1, 2)
         gradients = dx_NHWI.permute(0, 3, 1, 2), dgamma, dbeta, dweight, dbias, dy, dlow
         pairs = zip((None, None, *gradients), ctx.needs_input_grad, strict=False)
         return tuple(gradient if is_needed else None for gradient, is_needed in pairs)
+
+
+class _MaxPool(torch.autograd.Function):
+    """max_pool2d(x, 2) and its statistics."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        pooled, statistics, which = _max_pool(_matrix(x), len(x), *x.shape[2:])
+        ctx.mark_non_differentiable(statistics)
+        ctx.save_for_backward(which)
+        return pooled, statistics
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dpooled: Tensor, _: None) -> Tensor:
+        (which,) = ctx.saved_tensors
+        people, height, width, channels = which.shape
+        dx = dpooled.new_empty(people, 2 * height, 2 * width, channels)
+        rows = 4 * people * height * width
+        arguments = _matrix(dpooled), which, dx, rows, 2 * width, channels
+        _max_pool_gradient[(triton.cdiv(rows, 64),)](*arguments)
+        return dx.permute(0, 3, 1, 2)
 
 
 # The network
@@ -368,9 +469,9 @@ def _features(network: Any, stack: int, x: Map) -> Tensor:
 
 def fused_network(network: Any, images_N3HW: Tensor) -> list[Tensor]:
     """The heatmaps of every stack of a StackedHourglass in training."""
-    (conv, norm, _), residual1, pool, residual2, residual3 = network.stem
+    (conv, norm, _), residual1, _, residual2, residual3 = network.stem
     x = fused_residual(residual1, _norm_relu(norm, (conv(images_N3HW), None))[:2])
-    x = fused_residual(residual3, fused_residual(residual2, (pool(x[0]), None)))
+    x = fused_residual(residual3, fused_residual(residual2, _MaxPool.apply(x[0])))
     heatmaps = []
     for stack, head in enumerate(network.heads):
         features = network.recomputed(partial(_features, network), stack, x)

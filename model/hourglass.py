@@ -16,7 +16,6 @@ from torch.autograd.function import FunctionCtx
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from common.errors import InputError
 from configs.schema import ModelConfig
 
 
@@ -205,21 +204,24 @@ def _keep_statistics(*modules: nn.Module) -> Iterator[None]:
             torch._foreach_copy_(buffers, before)
 
 
-def fuse_network(network: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Train with model/fused_kernels.py. dtype: of activations. Raises InputError."""
-    if not isinstance(network, StackedHourglass):
-        expected, advice = "a StackedHourglass", "set it to false"
-        raise InputError("train.fused_kernels: true", type(network).__name__, expected, advice)
-    triton = "with" if importlib.util.find_spec("triton") else "without"
+def kernel_obstacles(network: nn.Module, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Why train.fused_kernels does not work. dtype: of activations."""
     widest = max(each.out_channels for each in network.modules() if isinstance(each, nn.Conv2d))
-    if device.type != "cuda" or dtype == torch.float32 or triton == "without" or widest > 256:
-        found = f"device {device.type}, {dtype}, {triton} triton, {widest} channels"
-        expected = "a GPU, bf16 or fp16, the package triton, at most 256 channels"
-        advice = "set it to false, or see train.device, train.precision and model.width"
-        raise InputError("train.fused_kernels: true", found, expected, advice)
+    unsupported = {
+        f"the network {type(network).__name__}": not isinstance(network, StackedHourglass),
+        f"device {device.type}": device.type != "cuda",
+        "float32": dtype == torch.float32,
+        f"{widest} channels": widest > 256,
+        "no package triton": importlib.util.find_spec("triton") is None,
+    }
+    return [setting for setting, is_set in unsupported.items() if is_set]
+
+
+def fuse_network(network: nn.Module) -> None:
+    """Train a StackedHourglass with model/fused_kernels.py."""
     from model.fused_kernels import fused_network  # imports triton
 
-    network.fused = fused_network
+    network.fused = fused_network  # type: ignore[assignment]
 
 
 def compile_residuals(network: nn.Module, backend: str = "inductor") -> None:

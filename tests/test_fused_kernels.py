@@ -17,12 +17,11 @@ import yaml
 from conftest import ROOT
 from torch import Tensor, nn
 
-from common.errors import InputError
 from configs.schema import config_from_dict
 from model.hourglass import (
     Residual,
     StackedHourglass,
-    fuse_network,
+    kernel_obstacles,
 )
 from model.loss import stack_losses
 
@@ -230,13 +229,17 @@ def test_evaluation_uses_the_plain_network():
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "width"), [("cpu", BF16, 8), ("cuda", FP32, 8), ("cuda", BF16, 258)]
+    ("device", "dtype", "width", "found"),
+    [
+        ("cpu", BF16, 8, ["device cpu"]),
+        ("cuda", FP32, 8, ["float32"]),
+        ("cuda", BF16, 258, ["258 channels"]),
+        ("cuda", BF16, 8, []),
+    ],
 )
-def test_the_kernels_are_refused_where_they_cannot_run(device, dtype, width):
+def test_the_kernels_are_refused_where_they_cannot_run(device, dtype, width, found):
     network = StackedHourglass(1, width, 3, 1, (4, 8, 8))
-    with pytest.raises(InputError, match=r"train\.fused_kernels: true"):
-        fuse_network(network, torch.device(device), dtype)
-    assert network.fused is None
+    assert kernel_obstacles(network, torch.device(device), dtype) == found
 
 
 def networks_of_configs() -> list[tuple[int, ...]]:

@@ -5,7 +5,6 @@ import json
 import math
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,6 +26,7 @@ from pipelines.shard_format import HEADER_LENGTH
 from training import step_graph
 from training.metrics import Totals
 from training.profiler import TRACE
+from training.train_step import choose_fast_step
 
 META = torch.device("meta")
 COMPILER = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
@@ -248,8 +248,7 @@ def graph_and_eager_runs(
         data = {"worker_kind": "processes"}  # batches without jittered colours, as on a GPU
         config = tiny_config(tiny_shards, data=data, optim={"ema_decay": 0.9}, train=train)
         trainer = make_trainer(config, folder / str(graphed), dist=graph_on)
-        config = replace(config, train=replace(config.train, cuda_graph=graphed))
-        trainer.train_step.config = config  # behind the check, which refuses a CPU
+        trainer.train_step.uses_graph = graphed  # behind the check, which refuses a CPU
         trainer.loader = WithNan(trainer.loader)
         losses.append(steps(trainer, 2))
         bad = step(trainer)
@@ -303,9 +302,28 @@ def test_a_cuda_graph_gives_the_losses_of_separate_kernels(compiled, tiny_shards
     ],
 )  # fmt: skip
 def test_a_cuda_graph_is_refused_where_it_does_not_work(sections, dist, found, tiny_shards):
+    sections["train"] = sections.get("train", {}) | {"cuda_graph": True}
+    network = torch.nn.Conv2d(3, 3, 1)
     with pytest.raises(InputError) as caught:
-        step_graph.require_graph_possible(tiny_config(tiny_shards, **sections), dist)
-    assert caught.value.found == found
+        choose_fast_step(network, tiny_config(tiny_shards, **sections), dist)
+    assert (caught.value.where, caught.value.found) == ("train.cuda_graph: true", found)
+
+
+@pytest.mark.parametrize(
+    ("device", "world_size", "train", "used"),
+    [
+        ("cuda", 1, {}, (True, True)),
+        ("cuda", 1, {"cuda_graph": False}, (False, False)),
+        ("cuda", 1, {"fused_kernels": False}, (True, False)),
+        ("cuda", 1, {"compile": True}, (True, False)),
+        ("cuda", 2, {}, (False, False)),
+        ("cuda", 2, {"fused_kernels": True}, (False, True)),
+        ("cpu", 1, {}, (False, False)),
+    ],
+)
+def test_the_fast_step_is_chosen_where_it_works(device, world_size, train, used, tiny_shards):
+    dist = DistributedContext(0, world_size, torch.device(device), torch.bfloat16)
+    assert choose_fast_step(network(3), tiny_config(tiny_shards, train=train), dist) == used
 
 
 @pytest.mark.parametrize("count", [7, 2])

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from common.distributed import DistributedContext
-from common.errors import InputError
 from configs.schema import Config
 from pipelines.augment import Draw
 from pipelines.opencv_loader import RawBatch
@@ -17,8 +16,8 @@ WARM_UP_STEPS = 3
 """Steps before the recording, which compile, choose algorithms and create the optimizer's state."""
 
 
-def require_graph_possible(config: Config, dist: DistributedContext) -> None:
-    """Raise InputError for settings with which train.cuda_graph does not work."""
+def graph_obstacles(config: Config, dist: DistributedContext) -> list[str]:
+    """The settings with which train.cuda_graph does not work."""
     unsupported = {
         "a CPU": dist.device.type == "cpu",
         f"{dist.world_size} ranks": dist.world_size > 1,
@@ -27,10 +26,7 @@ def require_graph_possible(config: Config, dist: DistributedContext) -> None:
         f"optim.accumulate {config.optim.accumulate}": config.optim.accumulate > 1,
         f"train.verify_every {config.train.verify_every}": config.train.verify_every > 0,
     }
-    found = [setting for setting, is_set in unsupported.items() if is_set]
-    if found:
-        expected = "one GPU, bf16 or fp32, Adam, one batch a step, no verification"
-        raise InputError("train.cuda_graph: true", ", ".join(found), expected, "set it to false")
+    return [setting for setting, is_set in unsupported.items() if is_set]
 
 
 def empty_batch(config: Config, joints: int, device: torch.device) -> RawBatch:

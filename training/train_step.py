@@ -15,14 +15,14 @@ from common.distributed import DistributedContext, sum_over_ranks
 from common.errors import InputError
 from configs.schema import Config, OptimConfig
 from model.checkpoint import Checkpoint, load_weights, require_fit
-from model.hourglass import compile_residuals, fuse_network
+from model.hourglass import compile_residuals, fuse_network, kernel_obstacles
 from model.loss import stack_losses
 from pipelines.codec import Codec
 from pipelines.loader import Batch, Loader, make_batch
 from pipelines.opencv_loader import RawBatch
 from training.gradient_check import check_gradients
 from training.metrics import Totals
-from training.step_graph import StepGraph, empty_batch, require_graph_possible
+from training.step_graph import StepGraph, empty_batch, graph_obstacles
 
 MOMENTS = {"adam": ("exp_avg", "exp_avg_sq"), "rmsprop": ("square_avg",)}
 """State of each optimizer for a parameter, in the parameter's shape."""
@@ -68,6 +68,33 @@ def load_optimizer_state(
             moments[moment] = torch.empty_like(parameter).copy_(moments[moment])
 
 
+def choose_fast_step(
+    network: nn.Module, config: Config, dist: DistributedContext
+) -> tuple[bool, bool]:
+    """Whether to use train.cuda_graph and train.fused_kernels. Raises InputError.
+
+    "auto": where they work; kernels only in a graph, because their launches take the host longer.
+    """
+    train, expected = (
+        config.train,
+        {
+            "cuda_graph": "one GPU, bf16 or fp32, Adam, one batch a step, no verification",
+            "fused_kernels": "a GPU, bf16 or fp16, the package triton, at most 256 channels",
+        },
+    )
+    obstacles = {
+        "cuda_graph": graph_obstacles(config, dist),
+        "fused_kernels": kernel_obstacles(network, dist.device, dist.dtype),
+    }
+    for name, found in obstacles.items():
+        if getattr(train, name) is True and found:
+            where, advice = f"train.{name}: true", "set it to auto"
+            raise InputError(where, ", ".join(found), expected[name], advice)
+    graph = train.cuda_graph is True or (train.cuda_graph == "auto" and not obstacles["cuda_graph"])
+    works = graph and not train.compile and not obstacles["fused_kernels"]
+    return graph, train.fused_kernels is True or (train.fused_kernels == "auto" and works)
+
+
 class AveragedModel(swa_utils.AveragedModel):
     """Exponential moving average of a network's weights and batch-norm statistics."""
 
@@ -108,12 +135,12 @@ class TrainStep:
         if dist.world_size > 1:
             ids = [dist.device.index] if dist.device.type == "cuda" else None
             self.forward = DistributedDataParallel(network, ids, gradient_as_bucket_view=True)
-        if config.train.fused_kernels:
-            fuse_network(network, dist.device, dist.dtype)
+        self.uses_graph, self.uses_kernels = choose_fast_step(network, config, dist)
+        if self.uses_kernels:
+            fuse_network(network)
         if config.train.compile:
             compile_residuals(network)
-        if config.train.cuda_graph:
-            require_graph_possible(config, dist)
+        torch.backends.cudnn.benchmark = True  # cuDNN times its algorithms
         self._graph: StepGraph | None = None
 
     def load_state(self, checkpoint: Checkpoint) -> None:
@@ -144,7 +171,7 @@ class TrainStep:
         rate = learning_rate(optim, step, train.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        if train.cuda_graph:
+        if self.uses_graph:
             self._graph = self._graph or self._record()  # before the loader uses the GPU
             self._graph.run(_next_batch(loader, totals), rate, totals)
         else:
