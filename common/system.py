@@ -1,9 +1,12 @@
-"""The machine: usable cores, what malloc does with freed memory, optional packages."""
+"""The machine: usable cores, malloc, a C compiler, optional packages."""
 
 import ctypes
 import importlib
 import os
+import shutil
 import sys
+import sysconfig
+from pathlib import Path
 from typing import Any
 
 from common.errors import InputError
@@ -28,6 +31,13 @@ def usable_cores() -> int:
     """Cores that this process may run on."""
     has_affinity = hasattr(os, "sched_getaffinity")  # not on macOS
     return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+
+
+def has_c_compiler() -> bool:
+    """Whether Triton can build its launchers: they are C, and include Python.h."""
+    compilers = (os.environ.get("CC") or "gcc", "clang")
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    return header.exists() and any(map(shutil.which, compilers))
 
 
 def optional_module(name: str, where: object) -> Any:

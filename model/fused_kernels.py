@@ -28,8 +28,8 @@ from model.hourglass import BatchNorm, Hourglass
 
 Map = tuple[Tensor, Tensor | None]
 """A feature map, and its statistics if they are known."""
-PROGRAMS = constexpr(264)
-"""Maximum number of programs: two for each of the 132 multiprocessors of an H100 or H200."""
+MULTIPROCESSORS = constexpr(132)
+"""Of an H100 or H200. Each has 8 warps to do, of one or two programs."""
 LEAST_ROWS = 512
 """Minimum rows of a program that sums gradients; below, most traffic would be these sums."""
 
@@ -108,7 +108,7 @@ def _normalisation(statistics_P3C, tensors, M, P, eps, momentum, C: constexpr):
     mean and variance."""
     gamma_C, beta_C, mean_C, var_C, norm_4C = tensors
     channels = tl.program_id(0) * 16 + tl.arange(0, 16)
-    exists, programs = channels < C, tl.arange(0, triton.next_power_of_2(PROGRAMS))
+    exists, programs = channels < C, tl.arange(0, triton.next_power_of_2(2 * MULTIPROCESSORS))
     means = _load(statistics_P3C, programs * 3, channels, 3 * P, C)
     squares = _load(statistics_P3C, programs * 3 + 1, channels, 3 * P, C)
     counts = _load(statistics_P3C, programs * 3 + 2, channels, 3 * P, C)
@@ -134,7 +134,6 @@ def _norm_relu_conv(
     OUT: constexpr,
     BLOCK_M: constexpr,
     BLOCK_OUT: constexpr,
-    STAGES: constexpr,
 ):
     """y = conv(relu(norm(x))) + skip + upsampled low, and its statistics. W: width of y.
 
@@ -154,7 +153,7 @@ def _norm_relu_conv(
     means = tl.zeros([BLOCK_M, BLOCK_OUT], tl.float32)
     squares, number = tl.zeros_like(means), 0.0
     first, step = tl.program_id(1) * BLOCK_M, tl.num_programs(1) * BLOCK_M
-    for row in tl.range(first, M, step, num_stages=STAGES):
+    for row in tl.range(first, M, step, num_stages=3):
         rows = row + tl.arange(0, BLOCK_M)
         if which_MI is None:
             y = _load(x_MI, rows, inputs, M, IN).to(tl.float32)
@@ -204,7 +203,6 @@ def _gradients(
     S: constexpr,
     BLOCK_M: constexpr,
     BLOCK_IN: constexpr,
-    STAGES: constexpr,
 ):
     """Without dx, sums over a program's rows: dz (the gradient of beta) and dz * xhat (that of
     gamma), each (I,), and the gradients of bias (O,) and weight (O, I), in this order. With dx,
@@ -225,10 +223,12 @@ def _gradients(
         outputs = tl.arange(0, _block(OUT))
         weight = _load(weight_OI, outputs, inputs, OUT, IN).to(x_MI.dtype.element_ty)
         dweight = tl.zeros([_block(OUT), BLOCK_IN], tl.float32)
-        dbias = tl.zeros([16, _block(OUT)], tl.float32)
-        ones = tl.full([16, BLOCK_M], 1.0, x_MI.dtype.element_ty)
+        # With many outputs by tl.dot, whose 16 lines are equal: places would need registers.
+        LINES: constexpr = 16 if OUT > 32 else BLOCK_M
+        dbias = tl.zeros([LINES, _block(OUT)], tl.float32)
+        ones = tl.full([16, BLOCK_M], 1 / 16, x_MI.dtype.element_ty)
     first, step = tl.program_id(1) * BLOCK_M, tl.num_programs(1) * BLOCK_M
-    for row in tl.range(first, M, step, num_stages=STAGES):
+    for row in tl.range(first, M, step, num_stages=3):
         rows = row + tl.arange(0, BLOCK_M)
         x = _load(x_MI, rows, inputs, M, IN).to(tl.float32)
         z, xhat = x * scale + shift, (x - mean) * inverse_std
@@ -251,12 +251,12 @@ def _gradients(
             if weight_OI is not None:
                 dweight = tl.dot(tl.trans(dy), tl.maximum(z, 0.0).to(dy.dtype), dweight)
             if bias_O is not None:
-                dbias = tl.dot(ones, dy, dbias)
+                dbias = tl.dot(ones, dy, dbias) if OUT > 32 else dbias + dy
     if dx_MI is None:
         sums = sums_PS + tl.program_id(1) * S
         _store_pair(sums, tl.sum(dbeta, 0), tl.sum(dgamma, 0), inputs, IN)
-        if bias_O is not None:  # the 16 lines of dbias are equal
-            tl.store(sums + 2 * IN + outputs, tl.sum(dbias, 0) / 16, outputs < OUT)
+        if bias_O is not None:
+            tl.store(sums + 2 * IN + outputs, tl.sum(dbias, 0), outputs < OUT)
         if weight_OI is not None:
             _store(sums + S - OUT * IN, dweight, outputs, inputs, OUT, IN)
 
@@ -293,40 +293,40 @@ def _matrix(x: Tensor | None) -> Any:
 
 
 class Tile(NamedTuple):
-    """What a program works on at a time, and how."""
+    """What a program works on at a time. The choices below were the fastest of those tried on an H100."""
 
     rows: int
     channels: int
-    stages: int
-    """Tiles that are loaded ahead, and the one in work."""
     warps: int
 
+    def programs(self, rows: int, least_rows: int, blocks: int) -> int:
+        """For each of some blocks of channels, with at least `least_rows` rows a program."""
+        most = MULTIPROCESSORS.value * 8 // self.warps // blocks
+        return max(1, min(most, triton.cdiv(rows, least_rows)))
 
-def forward_tile(inputs: int, outputs: int) -> Tile:
+
+def _forward_tile(inputs: int, outputs: int) -> Tile:
     """Of `_norm_relu_conv`. inputs: 1 without a convolution."""
-    channels = min(_block(outputs), 128, 2**15 // _block(inputs))
-    return Tile(64, channels, 3, 8)
+    channels = min(_block(outputs), 128 if inputs * outputs <= 2**15 else 64)
+    return Tile(64 if outputs <= 64 else 32, channels, 4)
 
 
-def backward_tile(inputs: int, outputs: int, is_sum: bool) -> Tile:
+def _backward_tile(inputs: int, outputs: int, is_sum: bool) -> Tile:
     """Of `_gradients`. outputs: 1 without a convolution."""
-    channels = min(_block(inputs), 128, 2**14 // _block(outputs))
-    return Tile(64, channels, 3, 8)
-
-
-def _programs(rows: int, least: int, blocks: int = 1) -> int:
-    """For each of some blocks of channels, with at least `least` rows a program."""
-    return min(PROGRAMS.value // blocks, triton.cdiv(rows, least))
+    if not is_sum:
+        return Tile(64, min(_block(inputs), 128), 8)
+    return Tile(64, min(_block(inputs), 64), 4 if inputs <= 128 and outputs <= 64 else 8)
 
 
 def _launch(x_MI: Tensor, rows: int, width: int, outputs: int, *tensors: Tensor | None) -> Tensor:
     """Run `_norm_relu_conv`; returns its statistics. tensors: its own from norm to y."""
     has_conv = tensors[1] is not None
-    tile = forward_tile(x_MI.shape[1] if has_conv else 1, outputs)
-    blocks, programs = triton.cdiv(outputs, tile.channels), _programs(rows, tile.rows)
+    tile = _forward_tile(x_MI.shape[1] if has_conv else 1, outputs)
+    blocks = triton.cdiv(outputs, tile.channels)
+    programs = tile.programs(rows, tile.rows, blocks)
     statistics_P3O = x_MI.new_empty(programs, 3, outputs, dtype=torch.float32)
     arguments = (x_MI, *tensors, statistics_P3O), rows, width, x_MI.shape[1], outputs
-    _norm_relu_conv[blocks, programs](*arguments, *tile[:3], num_warps=tile.warps)
+    _norm_relu_conv[blocks, programs](*arguments, *tile[:2], num_warps=tile.warps)
     return statistics_P3O
 
 
@@ -388,16 +388,17 @@ class _NormReluConv(torch.autograd.Function):
         tensors = dy_MO, weight, bias, x_MI, norm_4I
         sizes = rows, x.shape[3], inputs, outputs, sum(parts)
 
-        tile = backward_tile(inputs, 1 if weight is None else outputs, is_sum=True)
+        tile = _backward_tile(inputs, 1 if weight is None else outputs, is_sum=True)
         blocks = triton.cdiv(inputs, tile.channels)
-        sums_PS = norm_4I.new_empty(_programs(rows, LEAST_ROWS, blocks), sum(parts))
-        arguments = tensors, sums_PS, (None,) * 4, *sizes, *tile[:3]
+        sums_PS = norm_4I.new_empty(tile.programs(rows, LEAST_ROWS, blocks), sum(parts))
+        arguments = tensors, sums_PS, (None,) * 4, *sizes, *tile[:2]
         _gradients[blocks, len(sums_PS)](*arguments, num_warps=tile.warps)
         sums_S, dx_NHWI = sums_PS.sum(0), x.new_empty(len(x), *x.shape[2:], inputs)
-        tile = backward_tile(inputs, 1 if weight is None else outputs, is_sum=False)
+        tile = _backward_tile(inputs, 1 if weight is None else outputs, is_sum=False)
         blocks = triton.cdiv(inputs, tile.channels)
-        arguments = tensors, sums_S, (dskip, dpooled, which, dx_NHWI), *sizes, *tile[:3]
-        _gradients[blocks, _programs(rows, tile.rows)](*arguments, num_warps=tile.warps)
+        arguments = tensors, sums_S, (dskip, dpooled, which, dx_NHWI), *sizes, *tile[:2]
+        programs = tile.programs(rows, tile.rows, blocks)
+        _gradients[blocks, programs](*arguments, num_warps=tile.warps)
         dbeta, dgamma, dbias, dweight = sums_S.split(parts)
         # DDP expects the weight's strides, even for dimensions of size 1.
         dweight = None if weight is None else dweight.as_strided(weight.shape, weight.stride())
@@ -461,6 +462,20 @@ def _hourglass(hourglass: Any, x: Map) -> Map:
     return fused_residual(hourglass.across, x, lambda pooled: up(inner(down(pooled))))
 
 
+def _stem(conv: nn.Conv2d, images_N3HW: Tensor) -> Tensor:
+    """The 7x7 convolution of stride 2 as one of 4x4, with 2 x 2 pixels and 4 zeros as channels."""
+    device = images_N3HW.device.type
+    if torch.is_autocast_enabled(device):  # it would cast later, after more bytes were moved
+        images_N3HW = images_N3HW.to(torch.get_autocast_dtype(device))
+    people, _, height, width = images_N3HW.shape
+    images_NHW3 = images_N3HW.permute(0, 2, 3, 1)
+    pixels = images_NHW3.reshape(people, height // 2, 2, width // 2, 2, 3).transpose(2, 3)
+    pixels_NHWC = functional.pad(pixels.flatten(3), (0, 4, 2, 1, 2, 1))
+    weight = functional.pad(conv.weight, (1, 0, 1, 0)).reshape(-1, 3, 4, 2, 4, 2)
+    weight = functional.pad(weight.permute(0, 2, 4, 3, 5, 1).flatten(3), (0, 4))
+    return functional.conv2d(pixels_NHWC.permute(0, 3, 1, 2), weight.permute(0, 3, 1, 2))
+
+
 def _features(network: Any, stack: int, x: Map) -> Tensor:
     """A stack's features before their batch norm."""
     residual, (conv, _, _) = network.features[stack]
@@ -470,7 +485,7 @@ def _features(network: Any, stack: int, x: Map) -> Tensor:
 def fused_network(network: Any, images_N3HW: Tensor) -> list[Tensor]:
     """The heatmaps of every stack of a StackedHourglass in training."""
     (conv, norm, _), residual1, _, residual2, residual3 = network.stem
-    x = fused_residual(residual1, _norm_relu(norm, (conv(images_N3HW), None))[:2])
+    x = fused_residual(residual1, _norm_relu(norm, (_stem(conv, images_N3HW), None))[:2])
     x = fused_residual(residual3, fused_residual(residual2, _MaxPool.apply(x[0])))
     heatmaps = []
     for stack, head in enumerate(network.heads):

@@ -16,7 +16,11 @@ from torch.autograd.function import FunctionCtx
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from common.system import has_c_compiler
 from configs.schema import ModelConfig
+
+KERNEL_BYTES = 212_992
+"""Shared memory that a block of the largest Triton kernel needs; an H100 has 232,448."""
 
 
 class BatchNorm(nn.BatchNorm2d):
@@ -207,13 +211,17 @@ def _keep_statistics(*modules: nn.Module) -> Iterator[None]:
 def kernel_obstacles(network: nn.Module, device: torch.device, dtype: torch.dtype) -> list[str]:
     """Why train.fused_kernels does not work. dtype: of activations."""
     widest = max(each.out_channels for each in network.modules() if isinstance(each, nn.Conv2d))
+    has_triton = importlib.util.find_spec("triton") is not None and has_c_compiler()
     unsupported = {
         f"the network {type(network).__name__}": not isinstance(network, StackedHourglass),
         f"device {device.type}": device.type != "cuda",
         "float32": dtype == torch.float32,
         f"{widest} channels": widest > 256,
-        "no package triton": importlib.util.find_spec("triton") is None,
+        "no package triton, or no C compiler with Python.h for it": not has_triton,
     }
+    if not any(unsupported.values()) and torch.cuda.is_available():
+        shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+        unsupported[f"{shared:,} bytes of shared memory a block"] = shared < KERNEL_BYTES
     return [setting for setting, is_set in unsupported.items() if is_set]
 
 

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from common.distributed import DistributedContext, choose_dtype
 from common.errors import InputError
 from configs.skeleton import MPII
+from model import hourglass
 from model.hourglass import StackedHourglass, compile_residuals
 from model.loss import stack_losses
 from pipelines.augment import Draw
@@ -321,7 +322,11 @@ def test_a_cuda_graph_is_refused_where_it_does_not_work(sections, dist, found, t
         ("cpu", 1, {}, (False, False)),
     ],
 )
-def test_the_fast_step_is_chosen_where_it_works(device, world_size, train, used, tiny_shards):
+def test_the_fast_step_is_chosen_where_it_works(
+    device, world_size, train, used, tiny_shards, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # as if it were an H100
+    monkeypatch.setattr(hourglass, "has_c_compiler", lambda: True)
     dist = DistributedContext(0, world_size, torch.device(device), torch.bfloat16)
     assert choose_fast_step(network(3), tiny_config(tiny_shards, train=train), dist) == used
 
