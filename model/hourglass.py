@@ -8,6 +8,7 @@ import importlib.util
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -220,7 +221,8 @@ def kernel_obstacles(network: nn.Module, device: torch.device, dtype: torch.dtyp
         "no package triton, or no C compiler with Python.h for it": not has_triton,
     }
     if not any(unsupported.values()) and torch.cuda.is_available():
-        shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+        properties: Any = torch.cuda.get_device_properties(device)
+        shared = properties.shared_memory_per_block_optin
         unsupported[f"{shared:,} bytes of shared memory a block"] = shared < KERNEL_BYTES
     return [setting for setting, is_set in unsupported.items() if is_set]
 
