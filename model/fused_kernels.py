@@ -293,7 +293,7 @@ def _matrix(x: Tensor | None) -> Any:
 
 
 class Tile(NamedTuple):
-    """What a program works on at a time. Those below were the fastest that were tried on an H100."""
+    """What a program works on at a time. Those below were the fastest ones tried on an H100."""
 
     rows: int
     channels: int
