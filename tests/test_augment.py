@@ -1,6 +1,7 @@
 """The presets draw what the code they are named after draws, and colour follows OpenCV's HSV."""
 
 import re
+import shutil
 from typing import get_args
 
 import cv2
@@ -10,6 +11,7 @@ import torch
 from conftest import ROOT
 
 from configs.schema import PresetName
+from pipelines import augment
 from pipelines.augment import (
     PRESETS,
     Distribution,
@@ -166,6 +168,21 @@ def test_jitter_on_a_cpu_equals_that_on_a_gpu(name):
     assert (rows[:, 3:] != np.array(Draw()[3:], dtype=np.float32)).any(axis=1).all()
     difference = (jitter(batch, drawn) - color_by_torch(batch, drawn)).abs()
     assert difference.max() < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_compiled_jitter_is_the_same():
+    image, preset = image_of_every_hue(), PRESETS["princeton"]
+    batch = torch.from_numpy(np.stack([image] * 6)).permute(0, 3, 1, 2)
+    drawn = torch.from_numpy(draws_array([draw(preset, draw_rng(0, 0, n)) for n in range(6)]))
+    neutral = torch.tensor(Draw()[3:])
+    plain = augment._color_where_drawn(batch, drawn, neutral)
+    compiled = augment._compiled_color()(batch, drawn, neutral)
+    torch.testing.assert_close(compiled, plain, atol=1e-6, rtol=0)
+    assert compiled.stride() == plain.stride() == batch.stride()
+    mirrored = drawn[:, 2] > 0
+    assert torch.equal(plain[~mirrored], batch[~mirrored]) and mirrored.any()
 
 
 def test_channel_gain_multiplies_and_clips():

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -112,6 +113,29 @@ def test_a_whole_step_of_a_run_reads_no_value(precision, options, tiny_shards, t
     with Watch() as watch:
         trainer.train_step.run(trainer.loader, 1, totals)
     assert not watch.found and len(totals.skipped) == 2
+
+
+def test_time_in_the_loader_is_counted_as_waiting():
+    totals = Totals(CPU.device)
+    for _ in range(2):
+        with totals.waiting():
+            time.sleep(0.02)
+    assert 0.04 <= totals.seconds_waited() < 1
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_only_its_idle_time_is_counted_as_waiting():
+    totals = Totals(torch.device("cuda"))
+    torch.cuda.synchronize()
+    torch.cuda._sleep(10**9)  # at least 0.4 s on the GPU; the host goes on
+    with totals.waiting():
+        time.sleep(0.1)
+    torch.cuda.synchronize()
+    while_busy = totals.seconds_waited()
+    with totals.waiting():
+        time.sleep(0.1)
+    torch.cuda.synchronize()
+    assert while_busy < 0.05 and 0.09 < totals.seconds_waited() - while_busy < 1
 
 
 def test_the_watch_sees_a_value_that_is_read_and_one_that_is_brought():

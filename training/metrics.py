@@ -55,9 +55,29 @@ class Totals:
         """Whether the loss of each batch was finite."""
         self.skipped: list[Tensor] = []
         """Whether each step was skipped."""
-        self.waited = 0.0
-        """Seconds spent waiting for the loader."""
+        self._waits: list[tuple[Any, Any]] = []
+        """Two times each."""
         self.started = time.perf_counter()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the time in this context; on a GPU only while it has finished all earlier work."""
+        before = self._now()
+        yield
+        self._waits.append((before, self._now()))
+
+    def _now(self) -> Any:
+        if self.sums.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds_waited(self) -> float:
+        """Sum of what `waiting` counted. On a GPU, its work must have ended."""
+        if self.sums.device.type == "cuda":
+            return sum(before.elapsed_time(after) for before, after in self._waits) / 1000
+        return sum(after - before for before, after in self._waits)
 
     @torch.no_grad()
     def add(self, losses_S: Tensor, heat_NJHW: Tensor, batch: Batch, codec: Codec) -> None:

@@ -1,7 +1,6 @@
 """The optimizer, its learning rate, averaged weights, and one step, without a host sync."""
 
 import math
-import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -267,7 +266,5 @@ class TrainStep:
 
 
 def _next_batch(loader: Loader, totals: Totals) -> RawBatch:
-    before = time.perf_counter()
-    raw = loader.next()
-    totals.waited += time.perf_counter() - before
-    return raw
+    with totals.waiting():
+        return loader.next()

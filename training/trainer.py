@@ -351,7 +351,7 @@ class Trainer:
         values = dict(zip(Totals.NAMES, means, strict=True)) | {
             "lr": self.train_step.optimizer.param_groups[0]["lr"],
             "people_per_s": people / seconds,
-            "wait_share": totals.waited / seconds,
+            "wait_share": totals.seconds_waited() / seconds,
             "bad_steps": float(torch.stack(totals.skipped).sum()),
             "epoch": step / self.config.train.steps_per_epoch,
             **self.time.shares(),
