@@ -94,4 +94,4 @@ bench: install
 # A plain checkout will do: nothing is installed, and a PYTHONPATH that is set stays.
 bench-gpu:
 	PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) benchmarks/throughput.py --device cuda --budget 9 \
-	  --people 1024 --rounds 3 --json $(OUT)/throughput.json
+	  --suites step training loader --rounds 2 --json $(OUT)/throughput.json

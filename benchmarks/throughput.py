@@ -11,7 +11,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder of configs/
 
 import argparse
-import itertools
 import json
 import tempfile
 import time
@@ -94,25 +93,23 @@ def make_parser() -> Parser:
 
 def groups_to_run(args: argparse.Namespace, options: Options) -> dict[str, Group]:
     """The groups of the suites by their names in the report; a name begins with its suite."""
-    on_gpu, batches = options.device.type == "cuda", args.batch_sizes
-    steps = batches if on_gpu else [min(2, batches[0])]
-    groups: dict[str, Group] = {}
-    if dali_is_installed():
-        for n in batches:
-            groups[f"operators, batch {n}"] = partial(loader_suites.operators_group, options, n)
-    for n in batches:
-        groups[f"loader, batch {n}"] = partial(loader_suites.loader_group, options, n)
-    groups["workers"] = partial(loader_suites.workers_group, options, batches[-1])
-    groups["workers, small"] = partial(loader_suites.small_pictures_group, options, batches[-1])
-    for stacks, n in itertools.product((2, 8) if on_gpu else (2,), steps):
-        group = partial(step_suites.step_group, options, stacks, n)
-        groups[f"step, {stacks} stacks, batch {n}"] = group
-    for n in steps:
+    on_gpu, groups = options.device.type == "cuda", dict[str, Group]()
+    for batch_size in args.batch_sizes:
+        n = batch_size if on_gpu else min(2, batch_size)
+        for stacks in (2, 8) if on_gpu else (2,):
+            group = partial(step_suites.step_group, options, stacks, n)
+            groups[f"step, {stacks} stacks, batch {n}"] = group
         groups[f"training, batch {n}"] = partial(step_suites.training_group, options, n)
+        group = partial(loader_suites.loader_group, options, batch_size)
+        groups[f"loader, batch {batch_size}"] = group
+        if dali_is_installed():
+            group = partial(loader_suites.operators_group, options, batch_size)
+            groups[f"operators, batch {batch_size}"] = group
+    last = args.batch_sizes[-1]
+    groups["workers"] = partial(loader_suites.workers_group, options, last)
+    groups["workers, small"] = partial(loader_suites.small_pictures_group, options, last)
     for way in accuracy_suite.WAYS:
-        groups[f"accuracy, {way}"] = partial(
-            accuracy_suite.accuracy_group, options, way, batches[-1]
-        )
+        groups[f"accuracy, {way}"] = partial(accuracy_suite.accuracy_group, options, way, last)
     return {name: group for name, group in groups.items() if suite_of(name) in args.suites}
 
 
