@@ -193,8 +193,8 @@ def jitter(images_N3HW: torch.Tensor, draws_ND: torch.Tensor) -> torch.Tensor:
             color_by_opencv(image_3HW.permute(1, 2, 0).numpy(), Draw(*draw))
         return result
     neutral = constant_on_device(Draw()[_FIRST_COLOR:], draws_ND.dtype, draws_ND.device)
-    is_compiled = images_N3HW.device.type == "cuda" and has_c_compiler()
-    color = _compiled_color() if is_compiled else _color_where_drawn
+    is_on_gpu = images_N3HW.device.type == "cuda"
+    color = _color_where_drawn_on_gpu() if is_on_gpu else _color_where_drawn
     return color(images_N3HW, draws_ND, neutral)
 
 
@@ -246,8 +246,8 @@ def _color_where_drawn(
 
 
 @functools.cache
-def _compiled_color() -> Callable[..., torch.Tensor]:
-    return torch.compile(_color_where_drawn)
+def _color_where_drawn_on_gpu() -> Callable[..., torch.Tensor]:
+    return torch.compile(_color_where_drawn) if has_c_compiler() else _color_where_drawn
 
 
 def _shift_hsv(

@@ -178,7 +178,7 @@ def test_compiled_jitter_is_the_same():
     drawn = torch.from_numpy(draws_array([draw(preset, draw_rng(0, 0, n)) for n in range(6)]))
     neutral = torch.tensor(Draw()[3:])
     plain = augment._color_where_drawn(batch, drawn, neutral)
-    compiled = augment._compiled_color()(batch, drawn, neutral)
+    compiled = augment._color_where_drawn_on_gpu()(batch, drawn, neutral)
     torch.testing.assert_close(compiled, plain, atol=1e-6, rtol=0)
     assert compiled.stride() == plain.stride() == batch.stride()
     mirrored = drawn[:, 2] > 0
