@@ -146,7 +146,7 @@ def encode_pictures(data: ReportData, rows: list[int]) -> list[str] | list[None]
     if data.source is None:
         return [None] * len(rows)
     tiles = [
-        visualize.person_tile(data.source, int(data.samples[row]), data.people, row)
+        visualize.person_tile(data.source, int(data.samples[row]))
         for row in progress(rows, "pictures of the report", "pictures")
     ]
     encoded: list[str] = []

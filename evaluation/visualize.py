@@ -6,14 +6,14 @@ import numpy.typing as npt
 
 from configs.skeleton import Side, Skeleton
 from pipelines.annotations import People
+from pipelines.augment import PRESETS, Draw
 from pipelines.geometry import input_from_image, transform
-from pipelines.i420 import Planes, to_bgr
-from pipelines.opencv_loader import Source, image_from_stored, stored_picture
+from pipelines.opencv_loader import Source, crop_person, stored_picture
 from pipelines.shard_format import unpack_records
 
 RIGHT_BGR, LEFT_BGR, MIDDLE_BGR = (70, 70, 255), (255, 160, 40), (80, 220, 80)
 TRUTH_BGR = (255, 255, 255)
-TILE_PX = 256
+TILE_PX, COLUMNS = 256, 6
 
 
 def draw_people(
@@ -22,7 +22,6 @@ def draw_people(
     people: People,
     keypoints_NJ2: npt.NDArray[np.float64],
     skeleton: Skeleton,
-    columns: int = 6,
 ) -> npt.NDArray[np.uint8]:
     """A contact sheet (H, W, 3) BGR: a tile per person, predictions over white annotations.
 
@@ -31,28 +30,22 @@ def draw_people(
     all_joints = np.ones(skeleton.joint_count, dtype=bool)
     tiles: list[npt.NDArray] = []
     for row, sample in enumerate(samples):
-        tile = person_tile(source, int(sample), people, row)
+        tile = person_tile(source, int(sample))
         tile_from_image = input_from_image(people.center[row], people.scale[row], TILE_PX)
         truth = transform(tile_from_image, people.joints[row])
         found = transform(tile_from_image, keypoints_NJ2[row])
         draw_skeleton(tile, truth, people.marked[row], skeleton, 2, is_truth=True)
         draw_skeleton(tile, found, all_joints, skeleton, 2)
         tiles.append(np.pad(tile, ((1, 1), (1, 1), (0, 0)), constant_values=255))
-    tiles += [np.full_like(tiles[0], 255)] * (-len(tiles) % columns)
-    return np.vstack([np.hstack(tiles[i : i + columns]) for i in range(0, len(tiles), columns)])
+    tiles += [np.full_like(tiles[0], 255)] * (-len(tiles) % COLUMNS)
+    return np.vstack([np.hstack(tiles[i : i + COLUMNS]) for i in range(0, len(tiles), COLUMNS)])
 
 
-def person_tile(source: Source, sample: int, people: People, row: int) -> npt.NDArray[np.uint8]:
+def person_tile(source: Source, sample: int) -> npt.NDArray[np.uint8]:
     """A person's box as a picture, (TILE_PX, TILE_PX, 3) BGR."""
-    stored = stored_picture(source, sample)
-    image: npt.NDArray = to_bgr(stored) if isinstance(stored, Planes) else stored
-    tile_from_image = input_from_image(people.center[row], people.scale[row], TILE_PX)
-    record = unpack_records(source.record(sample)[None])
-    tile_from_stored = tile_from_image @ image_from_stored(record)[0]
-    shrink = 1 / np.sqrt(np.linalg.det(tile_from_stored[:2, :2]))
-    if shrink > 2:  # otherwise bilinear sampling would alias
-        image = cv2.GaussianBlur(image, (0, 0), shrink / 3)
-    return np.asarray(cv2.warpAffine(image, tile_from_stored[:2], (TILE_PX, TILE_PX)), np.uint8)
+    record, preset = unpack_records(source.record(sample)[None]), PRESETS["none"]
+    crop, _ = crop_person(stored_picture(source, sample), record, Draw(), preset, TILE_PX)
+    return np.ascontiguousarray(crop[..., ::-1])
 
 
 def draw_skeleton(

@@ -54,17 +54,6 @@ def from_bgr(image_HW3: npt.NDArray[np.uint8]) -> bytes:
     return b"".join(plane.tobytes() for plane in planes)
 
 
-def to_bgr(planes: Planes) -> npt.NDArray[np.uint8]:
-    """(H, W, 3) BGR of the whole picture; chroma is interpolated bilinearly."""
-    height, width = planes.y_HW.shape
-    cr_HW, cb_HW = (
-        cv2.resize(plane_hw, None, fx=2, fy=2)[:height, :width]
-        for plane_hw in (planes.cr_hw, planes.cb_hw)
-    )
-    image_HW3 = cv2.cvtColor(cv2.merge([planes.y_HW, cr_HW, cb_HW]), cv2.COLOR_YCrCb2BGR)
-    return np.asarray(image_HW3, np.uint8)
-
-
 def warp_to_rgb(planes: Planes, input_from_stored: Matrix, input_px: int) -> npt.NDArray[np.uint8]:
     """(input_px, input_px, 3) RGB crop, black outside the picture.
 
