@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import cv2
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -21,7 +20,7 @@ from model.checkpoint import Checkpoint, evaluation_network, load_checkpoint
 from pipelines.augment import Draw, without_augmentation
 from pipelines.boxes import MARGIN, Square, check_square, square_about, whole_picture
 from pipelines.codec import Codec, codec_of
-from pipelines.jpeg import require_sane_size
+from pipelines.jpeg import decode
 from pipelines.opencv_loader import Item, collate, crop_person
 from pipelines.shard_format import COLUMNS, IDENTITY_AFFINE, record_length, unpack_records
 
@@ -189,19 +188,9 @@ def read_picture(picture: Picture, upright: bool = True) -> npt.NDArray[np.uint8
     if not isinstance(picture, _PICTURES):
         found, expected = f"a {type(picture).__name__}", "a path, bytes, Pillow image or array"
         raise InputError("picture", found, expected, "give one of these, or a list of them")
-    content = picture if isinstance(picture, bytes) else _file_content(Path(picture))
-    path = "picture" if isinstance(picture, bytes) else picture
-    has_header = require_sane_size(content, path, _MAX_PIXELS)
-    flags = cv2.IMREAD_COLOR | (0 if upright else cv2.IMREAD_IGNORE_ORIENTATION)
-    try:
-        image = cv2.imdecode(np.frombuffer(content, np.uint8), flags) if content else None
-    except cv2.error:  # more pixels than OpenCV reads, in a format whose header Pillow cannot read
-        image = None
-    if image is None:
-        kind = "a damaged picture, such as a truncated one" if has_header else "no picture"
-        found = f"{kind} ({len(content):,} bytes)"
-        raise InputError(path, found, "a file that OpenCV reads", "replace it")
-    return np.asarray(image, dtype=np.uint8)
+    if isinstance(picture, bytes):
+        return decode(picture, "picture", upright, _MAX_PIXELS)
+    return decode(_file_content(Path(picture)), picture, upright, _MAX_PIXELS)
 
 
 def _file_content(path: Path) -> bytes:

@@ -16,6 +16,7 @@ from common.errors import InputError
 from configs.skeleton import PIXELS_PER_SCALE
 from pipelines import i420
 from pipelines.augment import PRESETS, Preset
+from pipelines.jpeg import decode
 from pipelines.shard_format import CropRule, Manifest
 
 _MARGIN_PX = 2
@@ -97,9 +98,7 @@ def stored_crop(jpeg: bytes, region: Region, packing: str, quality: int) -> byte
 
     jpeg: must have passed check_jpeg. Chroma is subsampled, as in photographs.
     """
-    flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
-    image = cv2.imdecode(np.frombuffer(jpeg, np.uint8), flags)
-    assert image is not None, "check_jpeg has decoded it"
+    image = decode(jpeg, "a checked picture")
     if packing == "raw":
         return i420.from_bgr(resize_region(image, region))
     if image.shape[:2] == (region.height, region.width):

@@ -175,18 +175,34 @@ def check_jpeg(data: bytes) -> tuple[int, int]:
 def _decoded(data: bytes, turned: bool = False) -> npt.NDArray[np.uint8]:
     """(H, W, 3) BGR of an undamaged picture. Raises PictureError. turned: as its EXIF says."""
     try:
-        require_sane_size(data, "")
+        with _stderr_captured() as messages:
+            image = decode(data, "", turned)
+            messages.seek(0)
+            warning = _LIBJPEG_WARNING.search(messages.read())
     except InputError as error:
         raise PictureError(error.found) from error
-    flags = cv2.IMREAD_COLOR | (0 if turned else cv2.IMREAD_IGNORE_ORIENTATION)
-    with _stderr_captured() as messages:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-        messages.seek(0)
-        warning = _LIBJPEG_WARNING.search(messages.read())
     if warning:
         raise PictureError(f"damaged ({warning[0].decode(errors='replace')})")
+    return image
+
+
+def decode(
+    data: bytes, where: object, turned: bool = False, limit: int = MAX_PIXELS
+) -> npt.NDArray[np.uint8]:
+    """(H, W, 3) BGR of a picture, as stored or `turned` as its EXIF says. Raises InputError.
+
+    limit: of pixels, before anything is decoded (`require_sane_size`).
+    """
+    has_header = require_sane_size(data, where, limit)
+    flags = cv2.IMREAD_COLOR | (0 if turned else cv2.IMREAD_IGNORE_ORIENTATION)
+    try:
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data else None
+    except cv2.error:  # more pixels than OpenCV reads, in a format whose header Pillow cannot read
+        image = None
     if image is None:
-        raise PictureError("damaged (cannot be decoded)")
+        kind = "a damaged picture, such as a truncated one" if has_header else "no picture"
+        found = f"{kind} ({len(data):,} bytes)"
+        raise InputError(where, found, "a file that OpenCV reads", "replace it")
     return np.asarray(image, np.uint8)
 
 

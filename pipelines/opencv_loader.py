@@ -31,7 +31,7 @@ from pipelines.augment import (
     draws_array,
 )
 from pipelines.i420 import Planes, warp_to_rgb
-from pipelines.jpeg import BadSamplesError, require_sane_size
+from pipelines.jpeg import BadSamplesError, decode
 from pipelines.object_storage import StorageError
 from pipelines.shard_cache import Key, ReadAhead
 from pipelines.shard_format import Records, record_of, unpack_records
@@ -122,21 +122,6 @@ class LooseImages:
     def where(self, sample: int) -> str:
         """The path of the picture."""
         return str(self.folder / self.people.images[sample])
-
-
-def decode(jpeg: bytes, where: str) -> npt.NDArray[np.uint8]:
-    """(H, W, 3) BGR picture as stored, its EXIF orientation ignored. Raises InputError."""
-    has_header = require_sane_size(jpeg, where)
-    flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
-    try:
-        image = cv2.imdecode(np.frombuffer(jpeg, np.uint8), flags) if jpeg else None
-    except cv2.error:
-        image = None
-    if image is None:
-        found = f"{'a damaged' if has_header else 'no'} picture ({len(jpeg):,} bytes)"
-        advice = "replace the picture; if it is in a tar, pack again with tools/make_shards.py"
-        raise InputError(where, found, "a whole picture", advice)
-    return image.astype(np.uint8, copy=False)
 
 
 def crop_person(

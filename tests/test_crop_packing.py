@@ -15,8 +15,9 @@ from common.errors import InputError
 from pipelines import geometry
 from pipelines.augment import PRESETS, Distribution, Draw, Preset, draw
 from pipelines.crop_packing import Region, crop_extent, crop_region, resize_region, stored_crop
+from pipelines.jpeg import decode
 from pipelines.loader import TrainLoader, evaluation_batches
-from pipelines.opencv_loader import crop_person, decode
+from pipelines.opencv_loader import crop_person
 from pipelines.shard_format import CropRule, Records, read_manifest, unpack_records
 from pipelines.shards import ShardSet
 from tools.make_shards import main

@@ -19,9 +19,8 @@ from helpers import (
 from common.errors import InputError
 from pipelines import geometry, princeton
 from pipelines.augment import PRESETS, Draw
-from pipelines.jpeg import BadSamplesError
+from pipelines.jpeg import BadSamplesError, decode
 from pipelines.loader import RawBatch, TrainLoader, evaluation_batches, images_on_device
-from pipelines.opencv_loader import decode
 from pipelines.shard_format import unpack_records
 from pipelines.shards import ShardSet
 

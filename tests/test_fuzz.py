@@ -29,8 +29,7 @@ from evaluation.predictions import as_coco, as_entries, read_predictions, write_
 from model.checkpoint import load_checkpoint, trained_network
 from pipelines.annotations import People, read_annotations
 from pipelines.boxes import read_people
-from pipelines.jpeg import PictureError, check_jpeg
-from pipelines.opencv_loader import decode
+from pipelines.jpeg import PictureError, check_jpeg, decode
 from pipelines.shard_format import MANIFEST
 from pipelines.shards import ShardSet
 from tools import check_shards

@@ -30,8 +30,8 @@ from model import checkpoint
 from pipelines import annotations
 from pipelines.annotations import read_annotations, stays_inside
 from pipelines.boxes import read_people
-from pipelines.jpeg import PictureError, check_jpeg, require_sane_size
-from pipelines.opencv_loader import LooseImages, decode
+from pipelines.jpeg import PictureError, check_jpeg, decode, require_sane_size
+from pipelines.opencv_loader import LooseImages
 from pipelines.shards import ShardSet
 
 MEMORY_LIMIT = 3 << 30
