@@ -8,8 +8,6 @@ every joint differs from its mirror image, so train on these people without mirr
 import colorsys
 import functools
 import json
-import multiprocessing
-import signal
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +19,7 @@ from numpy.random import Generator
 
 from common.cli import progress
 from configs import skeleton
+from pipelines.packing import worker_pool
 
 Array = np.ndarray
 Colour = tuple[float, float, float]
@@ -244,11 +243,9 @@ def draw_data_set(output: Path, options: dict[str, int], workers: int) -> None:
     not depend on the number of workers. The folder is renamed to `output` when it is complete.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
-    start_pool = multiprocessing.get_context("spawn").Pool
     with (
         tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as parent,
-        # Workers leave Ctrl-C to this process.
-        start_pool(workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool,
+        worker_pool(workers) as map_tasks,
     ):
         folder = Path(parent) / "complete"
         (folder / "images").mkdir(parents=True)
@@ -257,7 +254,7 @@ def draw_data_set(output: Path, options: dict[str, int], workers: int) -> None:
             # Every third picture has two people.
             people = np.bincount(np.arange(options[name]) * 3 // 4).tolist()
             draw = functools.partial(draw_picture, folder / "images", options, split)
-            drawn = pool.imap(draw, enumerate(people), chunksize=4)
+            drawn = map_tasks(draw, enumerate(people))
             shown = progress(drawn, f"drawing {name}", "pictures", len(people))
             rows = [person for of_picture in shown for person in of_picture]
             write_annotations(folder / "annot" / f"{name}.h5", rows)
