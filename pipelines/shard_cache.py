@@ -32,6 +32,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import InputError
+from common.files import write_atomic
 from pipelines import object_storage
 from pipelines.object_storage import MissingObjectError, StorageError, is_url
 from pipelines.shard_format import MANIFEST, PEOPLE, SPLITS, Shard, file_sha256, read_manifest
@@ -57,7 +58,8 @@ def local_folder(location: str, cache_dir: str, cache_gb: float) -> Path:
         return Path(location)
     root = cache_root(cache_dir)
     root.mkdir(parents=True, exist_ok=True)
-    _replace(root / "limit", str(int(cache_gb * 1e9)).encode())
+    with _locked(root):
+        write_atomic(root / "limit", str(int(cache_gb * 1e9)).encode())
     base, split = location.rstrip("/"), ""
     if base.rpartition("/")[2] in SPLITS:
         base, _, split = base.rpartition("/")
@@ -120,11 +122,12 @@ def _require_sha256(path: Path, expected: str, url: str) -> None:
         )
 
 
-def _replace(path: Path, data: bytes) -> None:
-    """Write a file atomically, while other processes do the same."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        file.write(data)
-    os.replace(file.name, path)
+@contextmanager
+def _locked(root: Path) -> Iterator[None]:
+    """Let only one process or thread at a time change what is in the cache."""
+    with (root / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 class ShardCache:
@@ -232,7 +235,7 @@ class ShardCache:
                 object_storage.fetch(url, part, shard.bytes)
                 break
             except OSError as error:
-                with self._locked():
+                with _locked(self.root):
                     removed = self._remove_unused(shard.bytes)
                 if not removed:
                     raise StorageError(
@@ -247,7 +250,7 @@ class ShardCache:
         """Wait until the tar fits into the cache's limit, then create the transfer's file."""
         deadline = time.monotonic() + WAIT_FOR_ROOM_S
         while True:
-            with self._locked():
+            with _locked(self.root):
                 used = sum(size for _, size, _ in self._stored())
                 excess = used + shard.bytes - self.limit
                 if excess <= 0 or self._remove_unused(excess) >= excess:
@@ -261,13 +264,6 @@ class ShardCache:
                     f"raise data.cache_gb, or use {self.root} for fewer runs at a time",
                 )
             time.sleep(0.05)
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Let only one process or thread at a time change what is in the cache."""
-        with (self.root / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
 
     def _stored(self) -> list[tuple[int, int, Path]]:
         """Time of the last use, bytes and path of all tars in the cache, also unfinished ones."""

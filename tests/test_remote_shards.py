@@ -168,7 +168,8 @@ def test_batches_are_those_of_a_folder_and_the_cache_keeps_its_limit(packed, s3,
     one, other = TrainLoader(ShardSet(packed / "train"), spec), TrainLoader(remote, spec)
     for _ in range(10):
         assert are_equal(one.next(), other.next())
-        with remote.cache._locked():  # or a tar is counted, removed, and the next one counted too
+        # Or a tar is counted, removed, and the next one counted too.
+        with shard_cache._locked(remote.cache.root):
             assert 0 < bytes_in(remote.folder) <= remote.cache.limit
     one = TrainLoader(ShardSet(packed / "train"), spec, 10)
     other = TrainLoader(remote, spec, 10)
