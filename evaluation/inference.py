@@ -17,9 +17,8 @@ from pipelines import heatmaps
 from pipelines.annotations import People
 from pipelines.augment import Draw, draws_array, preset_of
 from pipelines.codec import Codec
-from pipelines.geometry import input_from_image
 from pipelines.loader import RawBatch, evaluation_batches, images_on_device
-from pipelines.opencv_loader import Source
+from pipelines.opencv_loader import Source, crop_affines
 from pipelines.shard_format import record_of, unpack_records
 
 
@@ -154,9 +153,7 @@ def oracle_keypoints(
     keypoints = []
     for rows in np.array_split(np.arange(people.count), math.ceil(people.count / 256)):
         records = np.stack([record_of(people, row, 0, 0) for row in rows])
-        affines = np.stack(
-            [input_from_image(people.center[r], people.scale[r], input_px)[:2] for r in rows]
-        )
+        affines = crop_affines(unpack_records(records), Draw(), codec.preset, input_px)[:, :2]
         affines_N23, fields = torch.from_numpy(affines), unpack_records(torch.from_numpy(records))
         draws = torch.from_numpy(draws_array([Draw()] * len(rows)))
         joints, _ = codec.heat_joints(fields, affines_N23, draws)

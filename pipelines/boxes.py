@@ -8,6 +8,7 @@ import csv
 import io
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -186,9 +187,7 @@ def _whole(name: str, number: float | None) -> int | None:
 
 def _number(name: str, value: Any) -> float:
     """The number in a cell of a CSV file or in a JSON value. Raises ValueError."""
-    try:
+    with suppress(ValueError):
         if type(value) in (str, int, float) and len(str(value)) <= 300:
             return float(value)
-    except ValueError:
-        pass
     raise ValueError(f"{name} is not a number: {value!r:.50}")

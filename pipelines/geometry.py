@@ -47,13 +47,9 @@ def scaling(x: Number, y: Number) -> Matrix:
 
 def rotation(degrees: Number) -> Matrix:
     """Rotates points about the origin, clockwise on the screen."""
-    matrix, sine, cosine = (
-        identities(degrees),
-        np.sin(np.deg2rad(degrees)),
-        np.cos(np.deg2rad(degrees)),
-    )
-    matrix[..., 0, 0] = matrix[..., 1, 1] = cosine
-    matrix[..., 0, 1], matrix[..., 1, 0] = -sine, sine
+    matrix, angle = identities(degrees), np.deg2rad(degrees)
+    matrix[..., 0, 0] = matrix[..., 1, 1] = np.cos(angle)
+    matrix[..., 0, 1], matrix[..., 1, 0] = -np.sin(angle), np.sin(angle)
     return matrix
 
 

@@ -194,10 +194,7 @@ def video_source(options: Options) -> Path | int | None:
     mistakes = {
         "no input": not options.input and not cameras,
         "a video or webcam, and something else": videos and len(options.input + cameras) > 1,
-        "--webcam without an output": cameras
-        and not (
-            options.overlay or options.save_predictions or options.save_coco or options.save_csv
-        ),
+        "--webcam without an output": cameras and not outputs(options),
         "--center and --scale not together": len(options.center) != len(options.scale),
         "a --box or --margin without a size": is_flat,
         "a --smooth that is not positive, or a negative --beta": not (options.smooth or 1) > 0
