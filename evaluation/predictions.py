@@ -9,7 +9,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -39,20 +39,6 @@ class FilePredictions(NamedTuple):
     """Of the joints; None if the file has none."""
 
 
-def has_shape(value: Any, shape: Any) -> bool:
-    """Whether a parsed JSON value has this shape.
-
-    shape: a type or a tuple of types, [shape of each item], or {key: shape} of required keys.
-    """
-    if isinstance(shape, list):
-        return isinstance(value, list) and all(has_shape(item, shape[0]) for item in value)
-    if isinstance(shape, dict):
-        return isinstance(value, dict) and all(
-            key in value and has_shape(value[key], inner) for key, inner in shape.items()
-        )
-    return isinstance(value, shape)
-
-
 def read_predictions(path: Path, people: People) -> FilePredictions:
     """Predictions for all people of an annotation, in its order. Raises InputError.
 
@@ -77,9 +63,9 @@ def _read_json(path: Path, people: People) -> FilePredictions:
         entries = read_json(path)
     except ValueError as error:
         raise _mismatch(path, people, f"no JSON ({error})") from error
-    shapes = ([{"keypoints": [(int, float)]}], [{"keypoints": [[(int, float)]]}])
-    rows = _rows(entries, people) if any(has_shape(entries, each) for each in shapes) else []
-    if not rows:
+    is_list = isinstance(entries, list) and all(isinstance(entry, dict) for entry in entries)
+    rows = _rows(entries, people) if is_list else []
+    if not rows or not all(isinstance(entry.get("keypoints"), list) for entry in entries):
         need = "row and image, or image_id, and annotation_id where people share a picture"
         raise _mismatch(path, people, f"no list of keypoints, with {need}, for each person")
     try:
@@ -109,7 +95,7 @@ def _rows(entries: Entries, people: People) -> list[int]:
     ]
     for fields, known in candidates:
         rows = {key: row for row, key in enumerate(known)}
-        if has_shape(entries, [dict.fromkeys(fields, (int, str))]):
+        if all(isinstance(entry.get(field), int | str) for entry in entries for field in fields):
             found = [rows.get(tuple(entry[field] for field in fields), -1) for entry in entries]
             if sorted(found) == list(range(people.count)):
                 return found
@@ -131,10 +117,10 @@ def _read_mat(path: Path, people: People) -> FilePredictions:
     mat = open_mat(path, list(shapes), "a .mat of predictions")
 
     def array(name: str) -> Floats:
-        value = mat.get(name)
-        if name == "preds" and is_array(value, "biuf") and value.ndim == 3:
+        value = np.asarray(mat.get(name))  # an object if it is missing or sparse
+        if name == "preds" and value.ndim == 3:
             value = value[..., :2]
-        if not is_array(value, "biuf") or value.shape != shapes[name]:
+        if value.dtype.kind not in "biuf" or value.shape != shapes[name]:
             raise _mismatch(path, people, f"no {name} with numbers of the shape {shapes[name]}")
         return value.astype(np.float64)
 
@@ -190,13 +176,10 @@ def deeplabcut_table(entries: Entries, joints: Sequence[str], scorer: str, frame
     """
     people = sorted({entry["person"] for entry in entries}) or [0]
     columns = [(f"individual{p}", j, c) for p in people for j in joints for c in _COORDINATES]
-    individuals, bodyparts, coords = zip(*columns, strict=True)
-    header = [["scorer", *[scorer] * len(columns)], ["individuals", *individuals]]
-    header = [
-        *header[: 2 if len(people) > 1 else 1],
-        ["bodyparts", *bodyparts],
-        ["coords", *coords],
-    ]
+    levels = zip(("individuals", "bodyparts", "coords"), zip(*columns, strict=True), strict=True)
+    header = [["scorer", *[scorer] * len(columns)], *([name, *level] for name, level in levels)]
+    if len(people) == 1:
+        del header[1]
     cells = {(e["frame"], e["person"]): np.ravel(e["keypoints"]).round(4).tolist() for e in entries}
     absent = [""] * (len(columns) // len(people))
     rows = [[n, *(v for p in people for v in cells.get((n, p), absent))] for n in range(frames)]
@@ -226,14 +209,6 @@ def write_mat(path: Path, variables: dict[str, Any]) -> None:
     file = io.BytesIO()
     scipy_io.savemat(file, variables, long_field_names=True, do_compression=True)
     write_atomic(path, file.getvalue())
-
-
-def is_array(value: Any, kinds: str) -> TypeGuard[npt.NDArray[Any]]:
-    """Whether a variable of a .mat file is an array of these NumPy kinds; False if it is sparse.
-
-    kinds: biuf for numbers, O for cells, V for structs.
-    """
-    return isinstance(value, np.ndarray) and value.dtype.kind in kinds
 
 
 class MpiiRelease(NamedTuple):
@@ -281,7 +256,7 @@ def _read_release(path: Path) -> MpiiRelease:
     mat = open_mat(path, ["RELEASE"], expected)
 
     def array(value: Any, kinds: str) -> npt.NDArray[Any]:
-        if not is_array(value, kinds):
+        if np.asarray(value).dtype.kind not in kinds:
             raise ValueError("a field of another type")
         return value.ravel()
 
