@@ -5,7 +5,6 @@ import difflib
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any, NoReturn, TypeVar
 
 from tqdm import tqdm
@@ -77,21 +76,17 @@ SECONDS_BETWEEN_LINES = 15.0
 T = TypeVar("T")
 
 
-@contextmanager
-def progress_bar(what: str, total: int | None, unit: str) -> Iterator[Callable[[int], object]]:
-    """Yields a function that adds to the count. total: None if unknown. unit: a plural."""
-    with _bar(None, what, total, unit) as bar:
-        yield bar.update
-
-
 def progress(
     items: Iterable[T], what: str, unit: str, total: int | None = None, shown: bool = True
 ) -> Iterator[T]:
     """Yield the items and show progress. total: by default len(items). shown: False hides it."""
-    return iter(_bar(items, what, total, unit, disable=not shown))
+    return iter(progress_bar(what, total, unit, items, disable=not shown))
 
 
-def _bar(items: Any, what: str, total: int | None, unit: str, disable: bool = False) -> tqdm:
+def progress_bar(
+    what: str, total: int | None, unit: str, items: Any = None, disable: bool = False
+) -> tqdm:
+    """A bar that counts items, or calls of its `update`. total: None if unknown. unit: a plural."""
     # Leave room for the ^C that a terminal echoes: it must not wrap the bar into a second line.
     columns = shutil.get_terminal_size().columns - 3
     times = () if sys.stderr.isatty() else ("mininterval", "maxinterval", "delay")

@@ -395,10 +395,10 @@ def pack_split(
     if options.url:
         packed = upload_each(options, job.split, folder, packed)
     shards = []
-    with progress_bar(f"packing {job.split}", len(samples), "people") as advance:
+    with progress_bar(f"packing {job.split}", len(samples), "people") as bar:
         for shard in packed:
             shards.append(shard)
-            advance(shard.people)
+            bar.update(shard.people)
     manifest = Manifest(
         split=job.split,
         packing=options.packing,

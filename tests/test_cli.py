@@ -40,9 +40,9 @@ def test_a_file_gets_the_progress_every_fifteen_seconds_and_at_the_end(watch, cl
 
 def test_without_a_total_the_count_is_shown(watch, clock):
     stderr = watch(terminal=False)
-    with progress_bar("predict", None, "frames") as advance:
+    with progress_bar("predict", None, "frames") as bar:
         clock[0] += 20
-        advance(1300)
+        bar.update(1300)
     assert stderr.getvalue().startswith("\rpredict: 1300 frames [00:20, 65.00 frames/s]")
 
 

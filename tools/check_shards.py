@@ -110,10 +110,10 @@ def split_faults(
     except InputError as error:
         faults.append(f"{error.where}: {error.found}")
     check_one = partial(shard_faults, folder, manifest, pictures)
-    with progress_bar(f"checking {folder.name}", manifest.people, "people") as advance:
+    with progress_bar(f"checking {folder.name}", manifest.people, "people") as bar:
         for number, found in enumerate(map_tasks(check_one, range(len(manifest.shards)))):
             faults += found
-            advance(manifest.shards[number].people)
+            bar.update(manifest.shards[number].people)
     return faults
 
 

@@ -290,7 +290,7 @@ def predict_pictures(
     """Append the people of each picture to the results, and write overlays. Raises InputError."""
     bad: list[Path] = []
     total = sum(len(picture.people) for picture in pictures)
-    with progress_bar("predict", total, "people") as advance:
+    with progress_bar("predict", total, "people") as bar:
         read = functools.partial(read_frame, options, estimator)
         frames = in_threads(read, pictures, options.workers, pin=False)
         for (picture, subjects, _), found in find_people(estimator, frames, estimator.batch_size):
@@ -303,7 +303,7 @@ def predict_pictures(
                 _, data = cv2.imencode(picture.overlay.suffix, image)
                 write_atomic(picture.overlay, data.tobytes())
             results.append(found)
-            advance(len(found))
+            bar.update(len(found))
     if len(bad) == len(pictures):
         problem = f"{len(bad)} picture(s), all of them bad (reported above)"
         raise InputError(bad[0], problem, "pictures that OpenCV reads", "replace them")
@@ -391,7 +391,7 @@ def predict_video(
     batch_size = 1 if options.track else min(estimator.batch_size, MAX_FRAMES)
     count = max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))
     overlay = write_video(options.overlay, capture) if options.overlay else nullcontext()
-    with overlay as writer, progress_bar("predict", count or None, "frames") as advance:
+    with overlay as writer, progress_bar("predict", count or None, "frames") as bar:
         # With tracking, a frame is read when the joints of the frame before it are known.
         for (image, _, tracks), found in find_people(estimator, frames, batch_size):
             assert isinstance(image, np.ndarray)
@@ -401,7 +401,7 @@ def predict_video(
                 draw(image, found, estimator.skeleton, options.min_score)
                 writer.write(image)
             results.append(found)
-            advance(1)
+            bar.update(1)
     late = [person.frame for person in people if person.frame >= len(results)]
     if late:
         found_late = f"{len(late)} people after the last frame, such as in frame {max(late)}"
