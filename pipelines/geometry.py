@@ -21,14 +21,11 @@ MAX_HALVINGS = 5
 """Enough for a box of 64 x the input's side."""
 SAME_SHRINK = 1e-4
 """Base-2 logarithms that differ by less are equal, so that rounding does not halve a picture."""
-_IDENTITY = np.eye(3)
 
 
 def identities(like: Number) -> Matrix:
     """(..., 3, 3) identity matrices, one for each number."""
-    matrix = np.empty((*np.shape(like), 3, 3))
-    matrix[...] = _IDENTITY
-    return matrix
+    return np.tile(np.eye(3), (*np.shape(like), 1, 1))
 
 
 def translation(x: Number, y: Number) -> Matrix:

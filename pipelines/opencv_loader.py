@@ -4,6 +4,7 @@ Also defines Source, LoaderSpec and RawBatch, which both loaders use. All random
 so cropping is a pure function.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -226,20 +227,15 @@ def stored_picture(source: Source, sample: int) -> npt.NDArray[np.uint8] | Plane
     return decode(source.jpeg(sample), source.where(sample))
 
 
+@dataclass(frozen=True)
 class CropDataset:
     """Maps keys to crops. The draw depends only on the seed and the key."""
 
-    def __init__(
-        self,
-        source: Source,
-        preset: Preset,
-        input_px: int,
-        seed: int,
-        jitter: bool = False,
-    ):
-        """jitter: `batch` returns JitteredBatches."""
-        self.source, self.preset, self.input_px, self.seed = source, preset, input_px, seed
-        self.jitter = jitter
+    source: Source
+    preset: Preset
+    input_px: int
+    seed: int
+    jitter: bool = False  # `batch` returns JitteredBatches
 
     def batch(self, keys: list[Key]) -> RawBatch:
         """Crop the people of a batch. Raises BadSamplesError."""
@@ -318,18 +314,14 @@ def endless_batches(
     global batch size, so the step is enough to resume it. keys_of_epoch: (N, 2) keys of an epoch in
     their order, as `shuffled_keys`.
     """
-    epoch, keys_N2 = 0, keys_of_epoch(0)
-    people = len(keys_N2)
+    keys_of = functools.lru_cache(maxsize=1)(keys_of_epoch)
+    people = len(keys_of(0))
     for step in itertools.count(first_step):
         start = (step * world_size + rank) * batch_size
-        batch: list[Key] = []
-        for position in range(start, start + batch_size):
-            if position // people != epoch:
-                epoch = position // people
-                keys_N2 = keys_of_epoch(epoch)
-            sample, own_epoch = keys_N2[position % people].tolist()
-            batch.append((sample, own_epoch))
-        yield batch
+        epoch_B, place_B = np.divmod(np.arange(start, start + batch_size), people)
+        epochs = np.unique(epoch_B).tolist()
+        keys_B2 = np.concatenate([keys_of(epoch)[place_B[epoch_B == epoch]] for epoch in epochs])
+        yield [(sample, epoch) for sample, epoch in keys_B2.tolist()]
 
 
 def shuffled_keys(shards: ShardSet, seed: int, window: int, epoch: int) -> npt.NDArray[np.int64]:

@@ -38,7 +38,6 @@ class Watchdog:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Watch inside the block."""
         thread = threading.Thread(target=self._watch, daemon=True)
         if self._seconds:
             thread.start()
