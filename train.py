@@ -20,6 +20,7 @@ from common.errors import EXIT_RESUME, InputError, run_main
 from common.system import optional_module
 from configs.schema import add_config_options, parse_config
 from model.checkpoint import load_checkpoint
+from model.hourglass import kernel_obstacles
 from pipelines.annotations import scored_text
 from pipelines.shard_format import CropRule
 from training.checkpoint_manager import BEST, LAST, RESUME_ME, lock_run_folder
@@ -118,10 +119,19 @@ def print_settings(trainer: Trainer) -> None:
         "loader": f"{trainer.loader_name}, {trainer.workers} worker(s)",
         "device": f"{dist.device}, {str(dist.dtype).removeprefix('torch.')}"
         + ", a CUDA graph" * trainer.train_step.uses_graph
-        + ", fused kernels" * trainer.train_step.uses_kernels,
+        + describe_kernels(trainer),
     }
     for name, fact in facts.items():
         print(f"{name:>8}: {fact}", flush=True)
+
+
+def describe_kernels(trainer: Trainer) -> str:
+    """Whether the fused kernels are used, and what keeps `auto` from using them in a graph."""
+    step, dist = trainer.train_step, trainer.dist
+    if step.uses_kernels or not step.uses_graph or trainer.config.train.fused_kernels is False:
+        return ", fused kernels" * step.uses_kernels
+    obstacles = kernel_obstacles(trainer.network, dist.device, dist.dtype) or ["train.compile"]
+    return f", no fused kernels ({', '.join(obstacles)})"
 
 
 def describe_pictures(crop: CropRule | None, input_px: int) -> str:

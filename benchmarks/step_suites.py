@@ -23,7 +23,7 @@ from benchmarks.timing import Case
 from common.distributed import choose_dtype
 from configs.schema import LoaderName
 from configs.skeleton import MPII
-from model.hourglass import StackedHourglass, compile_residuals, fuse_network
+from model.hourglass import StackedHourglass, compile_residuals, fuse_network, kernel_obstacles
 from model.loss import stack_losses
 from pipelines.geometry import STRIDE
 from training.step_graph import record_cuda_graph
@@ -44,8 +44,12 @@ class Variant(NamedTuple):
     """Whether the step is recorded as a CUDA graph."""
 
 
-def variants_of(device: torch.device) -> list[Variant]:
-    """Ratios refer to the first. torch.compile is used on a GPU only: it takes minutes."""
+def variants_of(options: Options) -> list[Variant]:
+    """Ratios refer to the first; the last is train.py's default.
+
+    torch.compile is used on a GPU only: it takes minutes.
+    """
+    device = options.device
     dtype = choose_dtype("auto", device)
     theirs = Variant("princeton-vl's: float32 (TF32), Adam", torch.float32, is_princeton=True)
     ours = Variant(f"ours: {str(dtype).removeprefix('torch.')}, fused Adam", dtype)
@@ -53,7 +57,8 @@ def variants_of(device: torch.device) -> list[Variant]:
         return [theirs, ours]
     compiled = ours._replace(name=f"{ours.name}, compiled", change=compile_residuals)
     kernels = ours._replace(name=f"{ours.name}, fused kernels", change=fuse_network)
-    plain = [ours, compiled, kernels]
+    has_kernels = not kernel_obstacles(build_network(1, options), device, dtype)
+    plain = [compiled, ours, *([kernels] if has_kernels else [])]
     graphed = [v._replace(name=f"{v.name}, CUDA graph", graphed=True) for v in plain]
     return [theirs, *plain, *graphed]
 
@@ -148,7 +153,7 @@ def step_group(
 
         return Case(variant.name, run, prepare, finish, tflop)
 
-    return [case(variant) for variant in variants or variants_of(options.device)]
+    return [case(variant) for variant in variants or variants_of(options)]
 
 
 def flop_of_a_person(stacks: int, options: Options) -> int:
@@ -162,7 +167,7 @@ def flop_of_a_person(stacks: int, options: Options) -> int:
 def training_group(options: Options, batch_size: int) -> list[Case]:
     """train.py's steps of 2 stacks with each loader; 1 - ratio is the time lost to data."""
     act_as_training(options)
-    variant = variants_of(options.device)[-1]
+    variant = variants_of(options)[-1]
     step, ready = build_step(variant, 2, options, batch_size), random_batch(batch_size, options)
 
     def start(packing: str, loader: LoaderName) -> Callable[[], None]:

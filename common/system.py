@@ -1,7 +1,7 @@
 """The machine: usable cores, malloc, a C compiler, optional packages."""
 
 import ctypes
-import importlib
+import importlib.util
 import os
 import shutil
 import sys
@@ -33,11 +33,12 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
 
 
-def has_c_compiler() -> bool:
-    """Whether Triton can build its launchers: they are C, and include Python.h."""
-    compilers = (os.environ.get("CC") or "gcc", "clang")
+def triton_works() -> bool:
+    """Whether Triton is installed and finds a C compiler and Python.h, for its launchers."""
+    compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
     header = Path(sysconfig.get_path("include"), "Python.h")
-    return header.exists() and any(map(shutil.which, compilers))
+    is_installed = importlib.util.find_spec("triton") is not None
+    return is_installed and header.exists() and any(map(shutil.which, compilers))
 
 
 def optional_module(name: str, where: object) -> Any:

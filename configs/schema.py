@@ -232,7 +232,7 @@ _FREE = (
     "model.checkpoint_activations model.head_scale train.name train.out train.steps "
     "train.steps_per_epoch train.max_minutes train.hang_minutes train.verify_every train.device "
     "train.threads train.log_every train.keep_last train.save_minutes train.tracker "
-    "train.profile_steps"
+    "train.profile_steps train.compile train.cuda_graph train.fused_kernels"
 )
 FIXED_ON_RESUME = frozenset(_FIXED.split())
 """Settings that a resumed run may not change."""
@@ -293,13 +293,13 @@ def _instantiate(parser: ArgumentParser, parse: Callable[[], Namespace], where: 
         return parser.instantiate(parse())
     except ArgumentError as error:  # its text names the setting
         text = " ".join(str(error).split())
-        match = re.match(r'Parser key "(\w+)\.(\w+)":.* Got value: (.*)', text)
+        match = re.match(r'Parser key "(\w+)\.(\w+)":.* (?:Got|Given) value: (.*)', text)
         if not match:
             raise InputError(where, text[:400], "known settings", "correct it") from error
         section, name, value = match.groups()
         kind = get_type_hints(get_type_hints(Config)[section])[name]
         choices = get_args(kind) if get_origin(kind) is Literal else ()
-        expected = re.sub("<class '|'>", "", str(kind))
+        expected = re.sub(r"<class '|'>|typing\.", "", str(kind))
         if choices:
             expected = f"one of {', '.join(choices)}"
         advice = did_you_mean(value, choices) or "correct it"

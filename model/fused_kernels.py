@@ -29,7 +29,7 @@ from model.hourglass import BatchNorm, Hourglass
 Map = tuple[Tensor, Tensor | None]
 """A feature map, and its statistics if they are known."""
 MULTIPROCESSORS = constexpr(132)
-"""Of an H100 or H200. Each has 8 warps to do, of one or two programs."""
+"""Of an H100 or H200. Each runs 8 warps: one program of 8, or two of 4."""
 LEAST_ROWS = 512
 """Minimum rows of a program that sums gradients; below, most traffic would be these sums."""
 
@@ -85,6 +85,12 @@ def _corner(rows, W):
 def _half(rows, W):
     """Rows of a map of half the height and width. W: width."""
     return rows // (2 * W) * (W // 2) + rows % W // 2
+
+
+@triton.jit
+def _maximum(a, b):
+    """NaN if one is: tl.maximum alone would hide a loss that is not finite."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -149,7 +155,7 @@ def _norm_relu_conv(
         weight = tl.trans(_load(weight_OI, outputs, inputs, OUT, IN).to(dtype))
     if norm_4I is not None:
         scale, shift = _load_line(norm_4I, 2, inputs, IN), _load_line(norm_4I, 3, inputs, IN)
-    # Statistics of each place in the tiles; sums over a tile's rows would cost more.
+    # Statistics of each element of the tile; sums over its rows in each step would cost more.
     means = tl.zeros([BLOCK_M, BLOCK_OUT], tl.float32)
     squares, number = tl.zeros_like(means), 0.0
     first, step = tl.program_id(1) * BLOCK_M, tl.num_programs(1) * BLOCK_M
@@ -165,10 +171,10 @@ def _norm_relu_conv(
                 other = corner + pixel // 2 * 2 * W + pixel % 2
                 x = _load(x_MI, other, inputs, 4 * M, IN).to(tl.float32)
                 which = tl.where(x > y, pixel, which)
-                y = tl.maximum(x, y)
+                y = _maximum(x, y)
             _store(which_MI, which, rows, inputs, M, IN)
         if norm_4I is not None:
-            y = tl.maximum(y * scale + shift, 0.0)
+            y = _maximum(y * scale + shift, 0.0)
         if weight_OI is not None:
             y = tl.dot(y.to(dtype), weight)
         if bias_O is not None:
@@ -216,16 +222,16 @@ def _gradients(
     if dx_MI is not None:
         dz_mean = _load_line(sums_PS, 0, inputs, IN) / M
         product_mean = _load_line(sums_PS, 1, inputs, IN) / M
-    # Of each place in the tiles; sums over a tile's rows would cost more.
+    # Of each element of the tile; sums over its rows in each step would cost more.
     dbeta = tl.zeros([BLOCK_M, BLOCK_IN], tl.float32)
     dgamma = tl.zeros_like(dbeta)
     if weight_OI is not None:
         outputs = tl.arange(0, _block(OUT))
         weight = _load(weight_OI, outputs, inputs, OUT, IN).to(x_MI.dtype.element_ty)
         dweight = tl.zeros([_block(OUT), BLOCK_IN], tl.float32)
-        # With many outputs by tl.dot, whose 16 lines are equal: places would need registers.
-        LINES: constexpr = 16 if OUT > 32 else BLOCK_M
-        dbias = tl.zeros([LINES, _block(OUT)], tl.float32)
+        # With many outputs by tl.dot, whose 16 rows are equal, because it needs fewer registers.
+        BIAS_ROWS: constexpr = 16 if OUT > 64 else BLOCK_M
+        dbias = tl.zeros([BIAS_ROWS, _block(OUT)], tl.float32)
         ones = tl.full([16, BLOCK_M], 1 / 16, x_MI.dtype.element_ty)
     first, step = tl.program_id(1) * BLOCK_M, tl.num_programs(1) * BLOCK_M
     for row in tl.range(first, M, step, num_stages=3):
@@ -249,9 +255,9 @@ def _gradients(
             dbeta += dz
             dgamma += dz * xhat
             if weight_OI is not None:
-                dweight = tl.dot(tl.trans(dy), tl.maximum(z, 0.0).to(dy.dtype), dweight)
+                dweight = tl.dot(tl.trans(dy), _maximum(z, 0.0).to(dy.dtype), dweight)
             if bias_O is not None:
-                dbias = tl.dot(ones, dy, dbias) if OUT > 32 else dbias + dy
+                dbias = tl.dot(ones, dy, dbias) if OUT > 64 else dbias + dy
     if dx_MI is None:
         sums = sums_PS + tl.program_id(1) * S
         _store_pair(sums, tl.sum(dbeta, 0), tl.sum(dgamma, 0), inputs, IN)
@@ -293,7 +299,7 @@ def _matrix(x: Tensor | None) -> Any:
 
 
 class Tile(NamedTuple):
-    """What a program works on at a time. Those below were the fastest ones tried on an H100."""
+    """What a program works on at a time. Those below were chosen by timing on an H100."""
 
     rows: int
     channels: int
@@ -308,13 +314,13 @@ class Tile(NamedTuple):
 def _forward_tile(inputs: int, outputs: int) -> Tile:
     """Of `_norm_relu_conv`. inputs: 1 without a convolution."""
     channels = min(_block(outputs), 128 if inputs * outputs <= 2**15 else 64)
-    return Tile(64 if outputs <= 64 else 32, channels, 4)
+    return Tile(64 if inputs <= 128 and outputs <= 64 else 32, channels, 4)
 
 
-def _backward_tile(inputs: int, outputs: int, is_sum: bool) -> Tile:
+def _backward_tile(inputs: int, outputs: int, is_sum: bool, has_skip: bool = False) -> Tile:
     """Of `_gradients`. outputs: 1 without a convolution."""
-    if not is_sum:
-        return Tile(64, min(_block(inputs), 128), 8)
+    if not is_sum:  # 128 channels and a skip would take more shared memory than there is
+        return Tile(64, min(_block(inputs), 64 if outputs > 128 and has_skip else 128), 8)
     return Tile(64, min(_block(inputs), 64), 4 if inputs <= 128 and outputs <= 64 else 8)
 
 
@@ -388,13 +394,14 @@ class _NormReluConv(torch.autograd.Function):
         tensors = dy_MO, weight, bias, x_MI, norm_4I
         sizes = rows, x.shape[3], inputs, outputs, sum(parts)
 
-        tile = _backward_tile(inputs, 1 if weight is None else outputs, is_sum=True)
+        tile = _backward_tile(inputs, 1 if weight is None else outputs, True)
         blocks = triton.cdiv(inputs, tile.channels)
         sums_PS = norm_4I.new_empty(tile.programs(rows, LEAST_ROWS, blocks), sum(parts))
         arguments = tensors, sums_PS, (None,) * 4, *sizes, *tile[:2]
         _gradients[blocks, len(sums_PS)](*arguments, num_warps=tile.warps)
         sums_S, dx_NHWI = sums_PS.sum(0), x.new_empty(len(x), *x.shape[2:], inputs)
-        tile = _backward_tile(inputs, 1 if weight is None else outputs, is_sum=False)
+        has_skip = dskip is not None
+        tile = _backward_tile(inputs, 1 if weight is None else outputs, False, has_skip)
         blocks = triton.cdiv(inputs, tile.channels)
         arguments = tensors, sums_S, (dskip, dpooled, which, dx_NHWI), *sizes, *tile[:2]
         programs = tile.programs(rows, tile.rows, blocks)

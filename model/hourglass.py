@@ -4,7 +4,6 @@ Any number of stacks, width, depth and joints. Axes: N person, C channel, H row,
 Inputs are RGB in 0..1 whose sides are multiples of 4 x 2^depth.
 """
 
-import importlib.util
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -17,7 +16,7 @@ from torch.autograd.function import FunctionCtx
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from common.system import has_c_compiler
+from common.system import triton_works
 from configs.schema import ModelConfig
 
 KERNEL_BYTES = 212_992
@@ -211,14 +210,14 @@ def _keep_statistics(*modules: nn.Module) -> Iterator[None]:
 
 def kernel_obstacles(network: nn.Module, device: torch.device, dtype: torch.dtype) -> list[str]:
     """Why train.fused_kernels does not work. dtype: of activations."""
-    widest = max(each.out_channels for each in network.modules() if isinstance(each, nn.Conv2d))
-    has_triton = importlib.util.find_spec("triton") is not None and has_c_compiler()
+    convolutions = (each for each in network.modules() if isinstance(each, nn.Conv2d))
+    widest = max((each.out_channels for each in convolutions), default=0)
     unsupported = {
         f"the network {type(network).__name__}": not isinstance(network, StackedHourglass),
         f"device {device.type}": device.type != "cuda",
         "float32": dtype == torch.float32,
         f"{widest} channels": widest > 256,
-        "no package triton, or no C compiler with Python.h for it": not has_triton,
+        "no Triton, or no C compiler with Python.h for it": not triton_works(),
     }
     if not any(unsupported.values()) and torch.cuda.is_available():
         properties: Any = torch.cuda.get_device_properties(device)

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from common.system import has_c_compiler
+from common.system import triton_works
 from configs.schema import PresetName
 
 
@@ -247,7 +247,8 @@ def _color_where_drawn(
 
 @functools.cache
 def _color_where_drawn_on_gpu() -> Callable[..., torch.Tensor]:
-    return torch.compile(_color_where_drawn) if has_c_compiler() else _color_where_drawn
+    can_compile = triton_works() and torch.cuda.get_device_capability() >= (7, 0)
+    return torch.compile(_color_where_drawn) if can_compile else _color_where_drawn
 
 
 def _shift_hsv(

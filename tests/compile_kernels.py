@@ -1,6 +1,6 @@
 """Compiles the kernels of a network for compute capability 9.0 on a machine without a GPU.
 
-usage: python tests/compile_kernels.py FOLDER SIDE WIDTH,STEM,STEM,STEM ...
+usage: python tests/compile_kernels.py FOLDER SIDE JOINTS,WIDTH,STEM,STEM,STEM ...
 SIDE: of the picture, in pixels. FOLDER: for temporary files. Nothing is computed. Prints a JSON
 object for each compiled kernel, with its resources as cuobjdump reports them.
 """
@@ -56,8 +56,8 @@ def main() -> None:
     JITFunction.run = compile_only
     side = int(sys.argv[2])
     for shape in sys.argv[3:]:
-        width, *stem = map(int, shape.split(","))
-        network = StackedHourglass(2, width, 16, 1, stem).to(memory_format=torch.channels_last)
+        joints, width, *stem = map(int, shape.split(","))
+        network = StackedHourglass(2, width, joints, 1, stem).to(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):  # for cuDNN's convolutions
             heatmaps = fused_network(network, torch.zeros(2, 3, side, side))
         torch.stack(heatmaps).sum().backward()

@@ -148,10 +148,12 @@ def test_the_watch_sees_a_value_that_is_read_and_one_that_is_brought():
 @pytest.mark.gpu
 @pytest.mark.parametrize("loader", ["opencv", "dali"])
 @pytest.mark.parametrize("preset", ["princeton", "hrnet"])
-def test_the_host_never_waits_for_the_gpu_in_a_step(loader, preset, tiny_shards, tmp_path):
-    config = tiny_config(
-        tiny_shards, data={"loader": loader, "preset": preset}, optim={"ema_decay": 0.9}
-    )
+@pytest.mark.parametrize("cuda_graph", ["auto", False])
+def test_the_host_never_waits_for_the_gpu_in_a_step(
+    loader, preset, cuda_graph, tiny_shards, tmp_path
+):
+    data, train = {"loader": loader, "preset": preset}, {"cuda_graph": cuda_graph}
+    config = tiny_config(tiny_shards, data=data, train=train, optim={"ema_decay": 0.9})
     dist = DistributedContext(0, 1, torch.device("cuda", 0), torch.bfloat16)
     trainer = make_trainer(config, tmp_path, dist=dist)
     trainer.network.train()
@@ -350,7 +352,7 @@ def test_the_fast_step_is_chosen_where_it_works(
     device, world_size, train, used, tiny_shards, monkeypatch
 ):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # as if it were an H100
-    monkeypatch.setattr(hourglass, "has_c_compiler", lambda: True)
+    monkeypatch.setattr(hourglass, "triton_works", lambda: True)
     dist = DistributedContext(0, world_size, torch.device(device), torch.bfloat16)
     assert choose_fast_step(network(3), tiny_config(tiny_shards, train=train), dist) == used
 

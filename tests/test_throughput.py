@@ -180,7 +180,7 @@ def test_every_variant_of_the_step_runs_on_a_gpu(tmp_path):
     device = torch.device("cuda", 0)
     options = Options(device=device, folder=tmp_path, input_px=128, width=64)
     rows, failed = run_isolated(partial(step_suites.step_group, options, 1, 4), 1, device, 300)
-    assert len(rows) == len(step_suites.variants_of(device)) and not failed
+    assert len(rows) == len(step_suites.variants_of(options)) and not failed
     assert all(row["peak_mb"] > 0 for row in rows)
 
 

@@ -61,7 +61,7 @@ class Totals:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Counts the time in this context; on a GPU only while it has finished all earlier work."""
+        """Counts the time in this context; on a GPU only after its stream's earlier work."""
         before = self._now()
         yield
         self._waits.append((before, self._now()))

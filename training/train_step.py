@@ -74,13 +74,12 @@ def choose_fast_step(
 
     "auto": where they work; kernels only in a graph, because their launches take the host longer.
     """
-    train, expected = (
-        config.train,
-        {
-            "cuda_graph": "one GPU, bf16 or fp32, Adam, one batch a step, no verification",
-            "fused_kernels": "a GPU, bf16 or fp16, the package triton, at most 256 channels",
-        },
-    )
+    train = config.train
+    expected = {
+        "cuda_graph": "one GPU, bf16 or fp32, Adam, one batch a step, no verification",
+        "fused_kernels": "a GPU with the shared memory of an H100, bf16 or fp16, at most 256 "
+        "channels, Triton and a C compiler with Python.h",
+    }
     obstacles = {
         "cuda_graph": graph_obstacles(config, dist),
         "fused_kernels": kernel_obstacles(network, dist.device, dist.dtype),
