@@ -323,9 +323,7 @@ def _write_predictions(options: Namespace, dataset: EvaluationDataset, found: Pr
         predictions.write_mat(options.save_mat, {"preds": keypoints})
         info(f"wrote {options.save_mat}")
     if options.picture:
-        rows = np.linspace(0, people.count - 1, min(options.people, people.count)).astype(int)
-        people, samples = people.select(rows), samples[rows]
-        sheet = draw_people(source, samples, people, keypoints[rows], skeleton)
+        sheet = draw_people(source, samples, people, keypoints, skeleton, options.people)
         _, encoded = cv2.imencode(options.picture.suffix, sheet)
         write_atomic(options.picture, encoded.tobytes())
         info(f"wrote {options.picture}")

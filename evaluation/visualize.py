@@ -22,15 +22,17 @@ def draw_people(
     people: People,
     keypoints_NJ2: npt.NDArray[np.float64],
     skeleton: Skeleton,
+    count: int,
 ) -> npt.NDArray[np.uint8]:
-    """A contact sheet (H, W, 3) BGR: a tile per person, predictions over white annotations.
+    """A contact sheet (H, W, 3) BGR: a tile for each of `count` people, evenly spaced in the order
+    of the arguments; predictions over white annotations.
 
     samples: (N,) numbers in the source; people and keypoints (image px) in the same order.
     """
     all_joints = np.ones(skeleton.joint_count, dtype=bool)
     tiles: list[npt.NDArray] = []
-    for row, sample in enumerate(samples):
-        tile = person_tile(source, int(sample))
+    for row in np.unique(np.linspace(0, people.count - 1, count).astype(int)):
+        tile = person_tile(source, int(samples[row]))
         tile_from_image = input_from_image(people.center[row], people.scale[row], TILE_PX)
         truth = transform(tile_from_image, people.joints[row])
         found = transform(tile_from_image, keypoints_NJ2[row])

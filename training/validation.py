@@ -68,12 +68,7 @@ class Validator:
 
     def picture(self) -> npt.NDArray[np.uint8]:
         """(H, W, 3) RGB: the last predictions for a few people, always the same people."""
-        rows = np.unique(np.linspace(0, len(self.samples) - 1, PICTURE_PEOPLE).astype(int))
-        sheet = visualize.draw_people(
-            self.shards,
-            self.samples[rows],
-            self.people.select(rows),
-            self.found.keypoints_NJ2[rows],
-            self.codec.skeleton,
-        )
-        return sheet[..., ::-1]
+        keypoints_NJ2, skeleton = self.found.keypoints_NJ2, self.codec.skeleton
+        return visualize.draw_people(
+            self.shards, self.samples, self.people, keypoints_NJ2, skeleton, PICTURE_PEOPLE
+        )[..., ::-1]
