@@ -28,22 +28,11 @@ from configs.skeleton import (
     PIXELS_PER_SCALE,
     Skeleton,
 )
+from pipelines import label_files
 from pipelines.boxes import read_people, square_about, whole_picture
 from pipelines.coco import Floats, parse_coco, skeleton_of
 from pipelines.jpeg import read_header
-from pipelines.label_files import (
-    PROJECT,
-    Labels,
-    deeplabcut_files,
-    is_table,
-    is_yolo,
-    own_dataset,
-    read_deeplabcut,
-    read_table,
-    read_yolo,
-    yolo_files,
-    yolo_root,
-)
+from pipelines.label_files import PROJECT, Labels, own_dataset
 
 Boxes = Literal["auto", "keypoints", "picture"] | Path
 """How people in label files get boxes (`_from_labels`); a path: a file for `boxes.read_people`."""
@@ -88,7 +77,6 @@ class People(NamedTuple):
 
     @property
     def count(self) -> int:  # type: ignore[override]
-        """Number of people, N."""
         return len(self.images)
 
     @property
@@ -450,7 +438,14 @@ def _check(people: People, path: Path) -> None:
 
 
 FORMATS = {
-    "yolo": Format("data.yaml with kpt_shape", is_yolo, read_yolo, yolo_files, yolo_root, True),
+    "yolo": Format(
+        "data.yaml with kpt_shape",
+        label_files.is_yolo,
+        label_files.read_yolo,
+        label_files.yolo_files,
+        label_files.yolo_root,
+        has_splits=True,
+    ),
     "coco": Format("a JSON dict", lambda file: _json_type(file) is dict, _read_coco),
     "mpii": Format(
         "a JSON list", lambda file: _json_type(file) is list, _read_mpii, has_splits=True
@@ -458,16 +453,16 @@ FORMATS = {
     "h5": Format("an .h5 file as docs/custom-data.md describes it", _is_h5, _read_h5),
     "deeplabcut": Format(
         "a project's config.yaml, or its table, .csv or .h5",
-        lambda file: is_table(file) or file.name == PROJECT,
-        read_deeplabcut,
-        deeplabcut_files,
+        lambda file: label_files.is_table(file) or file.name == PROJECT,
+        label_files.read_deeplabcut,
+        label_files.deeplabcut_files,
         lambda file: file.parent,
         has_videos=True,
     ),
     "lightning-pose": Format(
         "a .csv table",
         lambda file: file.suffix == ".csv",
-        read_table,
+        label_files.read_table,
         pictures=lambda file: file.parent,
         has_videos=True,
     ),
