@@ -69,7 +69,6 @@ class Skeleton(NamedTuple):
 
     @property
     def joint_count(self) -> int:
-        """Number of joints, J."""
         return len(self.names)
 
     @property
@@ -105,7 +104,6 @@ class Skeleton(NamedTuple):
 
     @property
     def has_names(self) -> bool:
-        """Whether the joints' names are known."""
         return all(self.names)
 
     def same_joints(self, other: "Skeleton") -> bool:

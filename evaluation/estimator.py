@@ -66,7 +66,6 @@ class PoseEstimator:
 
     @property
     def skeleton(self) -> Skeleton:
-        """The joints that are found."""
         return self.codec.skeleton
 
     @classmethod

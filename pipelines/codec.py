@@ -30,7 +30,6 @@ class Codec:
 
     @property
     def heat_px(self) -> int:
-        """Side of a heatmap."""
         return self.input_px // STRIDE
 
     @property

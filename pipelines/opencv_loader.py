@@ -108,7 +108,6 @@ class LooseImages:
             raise InputError(self.folder, found, expected, "give their folder with --images")
 
     def jpeg(self, sample: int) -> bytes:
-        """The file's bytes. Raises InputError."""
         path = self.folder / self.people.images[sample]
         try:
             return path.read_bytes()
@@ -121,7 +120,6 @@ class LooseImages:
         return record_of(self.people, sample, 0, 0)
 
     def where(self, sample: int) -> str:
-        """The path of the picture."""
         return str(self.folder / self.people.images[sample])
 
 

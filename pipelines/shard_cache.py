@@ -141,7 +141,8 @@ class ShardCache:
         self.limit = int((self.root / "limit").read_text())
         self.bytes = sum(shard.bytes for shard in shards)
         self._largest = max(shard.bytes for shard in shards)
-        self._reserved = 0
+        self.reserved = 0
+        """Bytes of the cache that are left to another split."""
         self._files: dict[int, io.FileIO] = {}
         self._lock = threading.Lock()
 
@@ -151,17 +152,13 @@ class ShardCache:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ = {**state, "_lock": threading.Lock()}
 
-    def reserve(self, size: int) -> None:
-        """Leave this number of bytes of the cache to another split."""
-        self._reserved = size
-
     @property
     def capacity(self) -> int:
         """Number of tars of this split that may be in use at a time, at least 1.
 
         If the split does not fit, room for two is left for ranks that are slightly ahead or behind.
         """
-        room = self.limit - self._reserved
+        room = self.limit - self.reserved
         if self.bytes <= room:
             return len(self.shards)
         return max(1, room // self._largest - 2)
@@ -169,7 +166,7 @@ class ShardCache:
     def require_capacity(self, shards: int, why: str) -> None:
         """Raise InputError unless this number of tars may be in use at a time."""
         if self.capacity < min(shards, len(self.shards)):
-            need = min(self.bytes, (shards + 2) * self._largest) + self._reserved
+            need = min(self.bytes, (shards + 2) * self._largest) + self.reserved
             raise InputError(
                 f"data.cache_gb {self.limit / 1e9:g}",
                 f"room for {self.capacity} of the {len(self.shards)} tars of {self.url}",

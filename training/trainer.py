@@ -528,7 +528,7 @@ def _open_data_set(config: Config, location: str) -> tuple[ShardSet, ShardSet]:
     if train.cache and valid.cache:
         why = "a validation reads all of its split"
         valid.cache.require_capacity(len(valid.cache.shards), why)
-        train.cache.reserve(valid.cache.bytes)
+        train.cache.reserved = valid.cache.bytes
     preset = preset_of(config.data.preset, config.data.mirror)
     require_preset_fits(train.manifest, preset, train.folder)
     require_preset_fits(valid.manifest, without_augmentation(preset), valid.folder)
