@@ -14,7 +14,7 @@ EXIT_RESUME = 75
 """A signal ended the run after its checkpoint was written; resume it (EX_TEMPFAIL, sysexits.h)."""
 EXIT_INTERRUPTED = 130
 _USER_CAN_FIX = (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
-_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 
 
 class InputError(Exception):
@@ -52,7 +52,7 @@ def run_main(main: Callable[[], int | None], show: Callable[[str], bool] | None 
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     except OSError as error:
-        if not isinstance(error, _USER_CAN_FIX) and error.errno not in _NO_SPACE:
+        if not isinstance(error, _USER_CAN_FIX) and error.errno not in NO_SPACE:
             raise
         where, found = error.filename or "writing", error.strerror or str(error)
         expected = "a path that this user may use, with space left"

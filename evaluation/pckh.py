@@ -27,9 +27,8 @@ def normalized_errors(keypoints_NJ2: npt.NDArray, people: People) -> Floats:
     """(N, J) distances from the annotation over `normalize`; NaN where a joint does not count."""
     assert keypoints_NJ2.shape == people.joints.shape
     distance = np.linalg.norm(keypoints_NJ2 - people.joints, axis=-1)
-    counts = people.marked & (people.normalize > 0)[:, None]
-    length = np.where(people.normalize > 0, people.normalize, 1.0)[:, None]
-    return np.where(counts, distance / length, np.nan)
+    length_N1 = people.normalize[:, None]
+    return distance / np.where(people.marked & (length_N1 > 0), length_N1, np.nan)
 
 
 def rates(errors_NJ: Floats, threshold: float, inclusive: bool) -> tuple[Floats, npt.NDArray]:

@@ -175,7 +175,7 @@ def _affines(
         part_N4 = np.pad(records.size_N2, ((0, 0), (2, 0)))
         image_from_part = image_from_stored(records)
     warp = matrix @ image_from_part
-    halvings_N = geometry.halvings(geometry.shrink_of(warp))
+    halvings_N = geometry.halvings(warp)
     from_corner = geometry.translation(0.5, 0.5) @ warp @ geometry.translation(-0.5, -0.5)
     return matrix, from_corner, np.column_stack([part_N4, halvings_N])
 

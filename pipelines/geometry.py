@@ -88,18 +88,13 @@ def mirrored(input_from_image: Matrix, flip: npt.ArrayLike, input_px: int) -> Ma
     )
 
 
-def halvings(shrink: npt.ArrayLike) -> npt.NDArray[np.int64]:
-    """How often a picture is halved before the warp. shrink: source px per target px of the warp.
+def halvings(target_from_source: Matrix) -> npt.NDArray[np.int64]:
+    """(...) how often the source is halved before it is warped by an affine (..., 3, 3).
 
     The remaining warp shrinks it at most twice, so that bilinear sampling reads every pixel.
     """
+    shrink = 1 / np.sqrt(np.abs(np.linalg.det(target_from_source[..., :2, :2])))
     return np.clip(np.ceil(np.log2(shrink) - SAME_SHRINK), 1, MAX_HALVINGS + 1).astype(int) - 1
-
-
-def shrink_of(target_from_source: npt.ArrayLike) -> npt.NDArray[np.float64]:
-    """(...) source px per target px along an axis, for affines (..., 2 or 3, 3)."""
-    linear = np.asarray(target_from_source, dtype=np.float64)[..., :2, :2]
-    return 1 / np.sqrt(np.abs(np.linalg.det(linear)))
 
 
 def stored_from_half(width: int, height: int) -> Matrix:

@@ -4,7 +4,6 @@ Credentials and endpoints come from the environment and the user's profile (AWS_
 AWS_ENDPOINT_URL, ...), as in the storage's own tools. A URL must not contain credentials.
 """
 
-import errno
 import itertools
 import logging
 import random
@@ -18,7 +17,7 @@ from urllib.parse import urlsplit
 
 import fsspec
 
-from common.errors import InputError
+from common.errors import NO_SPACE, InputError
 
 ATTEMPTS = 7
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 15.0
@@ -26,7 +25,6 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 15.0
 CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 5, 20
 PARTS, SMALLEST_PART, LARGEST_PART = 4, 512 << 10, 16 << 20
 """Parts of an object that are requested at the same time, and their bytes."""
-_NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 
 T = TypeVar("T")
 
@@ -107,7 +105,7 @@ def _repeat(url: str, action: Callable[[Any], T]) -> T:
         try:
             return action(files)
         except Exception as error:  # from fsspec, aiohttp, botocore, google.auth or the disk
-            if isinstance(error, OSError) and error.errno in _NO_SPACE:
+            if isinstance(error, OSError) and error.errno in NO_SPACE:
                 raise
             kind, found, is_final = _describe(error)
             if is_final or attempt == attempts:

@@ -190,7 +190,7 @@ def _halved(
 
     Bilinear sampling at half the size is the mean of 2 x 2 pixels.
     """
-    for _ in range(int(geometry.halvings(geometry.shrink_of(input_from_stored)))):
+    for _ in range(int(geometry.halvings(input_from_stored))):
         height, width = image_HW3.shape[:2]
         half = cv2.resize(image_HW3, (max(1, width // 2), max(1, height // 2)))
         image_HW3 = np.asarray(half, np.uint8)

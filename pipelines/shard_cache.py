@@ -52,11 +52,12 @@ def local_folder(location: str, cache_dir: str, cache_gb: float) -> Path:
     """The folder with the manifests and indices of a split, or of its splits. Raises InputError.
 
     A local folder is returned unchanged. From a URL, everything but the tars is fetched. cache_dir:
-    empty for the user's default. cache_gb: becomes the limit of that cache.
+    empty for the user's default (XDG specification). cache_gb: becomes the limit of that cache.
     """
     if not is_url(location):
         return Path(location)
-    root = cache_root(cache_dir)
+    users = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    root = Path(cache_dir).expanduser() if cache_dir else users / "stacked-hourglass"
     root.mkdir(parents=True, exist_ok=True)
     with _locked(root):
         write_atomic(root / "limit", str(int(cache_gb * 1e9)).encode())
@@ -81,12 +82,6 @@ def local_folder(location: str, cache_dir: str, cache_gb: float) -> Path:
             with suppress(OSError):  # another process was faster
                 new.rename(folder)
     return folder / split
-
-
-def cache_root(cache_dir: str) -> Path:
-    """The folder of a cache. cache_dir: empty for the user's default (XDG specification)."""
-    users = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(cache_dir).expanduser() if cache_dir else users / "stacked-hourglass"
 
 
 def _fetch_small_files(folder: Path, url: str, manifest: bytes) -> None:
