@@ -178,11 +178,22 @@ def test_compiled_jitter_is_the_same():
     drawn = torch.from_numpy(draws_array([draw(preset, draw_rng(0, 0, n)) for n in range(6)]))
     neutral = torch.tensor(Draw()[3:])
     plain = augment._color_where_drawn(batch, drawn, neutral)
-    compiled = augment._color_where_drawn_on_gpu()(batch, drawn, neutral)
+    compiled = torch.compile(augment._color_where_drawn)(batch, drawn, neutral)
     torch.testing.assert_close(compiled, plain, atol=1e-6, rtol=0)
     assert compiled.stride() == plain.stride() == batch.stride()
     mirrored = drawn[:, 2] > 0
     assert torch.equal(plain[~mirrored], batch[~mirrored]) and mirrored.any()
+
+
+@pytest.mark.parametrize(
+    ("triton", "capability", "is_compiled"),
+    [(True, (9, 0), True), (True, (6, 1), False), (False, (9, 0), False)],
+)
+def test_jitter_is_compiled_where_triton_works(triton, capability, is_compiled, monkeypatch):
+    monkeypatch.setattr(augment, "triton_works", lambda: triton)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    chosen = augment._color_where_drawn_on_gpu.__wrapped__()
+    assert (chosen is not augment._color_where_drawn) == is_compiled
 
 
 def test_channel_gain_multiplies_and_clips():
