@@ -89,8 +89,32 @@ def _half(rows, W):
 
 @triton.jit
 def _maximum(a, b):
-    """NaN if one is: tl.maximum alone would hide a loss that is not finite."""
+    """NaN if a or b is NaN: tl.maximum alone drops NaN, and a bad batch had a finite loss."""
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _pool(x_MC, which_QC, rows, channels, Q, W, C: constexpr):
+    """Maximum of 2 x 2 pixels; stores which of them it is (0 to 3). W: width of the result."""
+    corner = _corner(rows, W)
+    largest = _load(x_MC, corner, channels, 4 * Q, C).to(tl.float32)
+    which = tl.zeros_like(largest)
+    for pixel in tl.static_range(1, 4):
+        other = corner + pixel // 2 * 2 * W + pixel % 2
+        x = _load(x_MC, other, channels, 4 * Q, C).to(tl.float32)
+        which = tl.where(x > largest, pixel, which)
+        largest = _maximum(x, largest)
+    _store(which_QC, which, rows, channels, Q, C)
+    return largest
+
+
+@triton.jit
+def _pool_gradient(dpooled_QC, which_QC, rows, channels, M, W, C: constexpr):
+    """Gradient of the input of `_pool`: 0 but for the largest pixels. W: width of that input."""
+    dpooled = _load(dpooled_QC, _half(rows, W), channels, M // 4, C).to(tl.float32)
+    which = _load(which_QC, _half(rows, W), channels, M // 4, C)
+    pixel = rows // W % 2 * 2 + rows % 2
+    return tl.where(which == pixel[:, None], dpooled, 0.0)
 
 
 @triton.jit
@@ -133,18 +157,12 @@ def _normalisation(statistics_P3C, tensors, M, P, eps, momentum, C: constexpr):
 
 @triton.jit
 def _norm_relu_conv(
-    tensors,
-    M,
-    W,
-    IN: constexpr,
-    OUT: constexpr,
-    BLOCK_M: constexpr,
-    BLOCK_OUT: constexpr,
+    tensors, M, W, IN: constexpr, OUT: constexpr, BLOCK_M: constexpr, BLOCK_OUT: constexpr
 ):
     """y = conv(relu(norm(x))) + skip + upsampled low, and its statistics. W: width of y.
 
-    Parts that are None are left out, as is the storing of y. With `which`, x is the maximum of
-    2 x 2 pixels of a larger map, and `which` (0 to 3) of them it is.
+    Parts that are None are left out; without y, only the statistics are stored. If `which` is
+    given, x is max-pooled first (`_pool`).
     """
     x_MI, norm_4I, weight_OI, bias_O, skip_MO, low_QO, which_MI, y_MO, stats_P3O = tensors
     outputs = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
@@ -164,15 +182,7 @@ def _norm_relu_conv(
         if which_MI is None:
             y = _load(x_MI, rows, inputs, M, IN).to(tl.float32)
         else:
-            corner = _corner(rows, W)
-            y = _load(x_MI, corner, inputs, 4 * M, IN).to(tl.float32)
-            which = tl.zeros_like(y)
-            for pixel in tl.static_range(1, 4):
-                other = corner + pixel // 2 * 2 * W + pixel % 2
-                x = _load(x_MI, other, inputs, 4 * M, IN).to(tl.float32)
-                which = tl.where(x > y, pixel, which)
-                y = _maximum(x, y)
-            _store(which_MI, which, rows, inputs, M, IN)
+            y = _pool(x_MI, which_MI, rows, inputs, M, W, IN)
         if norm_4I is not None:
             y = _maximum(y * scale + shift, 0.0)
         if weight_OI is not None:
@@ -246,10 +256,7 @@ def _gradients(
             if dskip_MI is not None:
                 dx += _load(dskip_MI, rows, inputs, M, IN).to(tl.float32)
             if dpooled_QI is not None:
-                dpooled = _load(dpooled_QI, _half(rows, W), inputs, M // 4, IN).to(tl.float32)
-                which = _load(which_QI, _half(rows, W), inputs, M // 4, IN)
-                pixel = rows // W % 2 * 2 + rows % 2
-                dx += tl.where(which == pixel[:, None], dpooled, 0.0)
+                dx += _pool_gradient(dpooled_QI, which_QI, rows, inputs, M, W, IN)
             _store(dx_MI, dx, rows, inputs, M, IN)
         else:
             dbeta += dz
@@ -282,10 +289,8 @@ def _upsampling_gradient(dy_MC, dlow_QC, Q, W, C: constexpr):
 def _max_pool_gradient(dpooled_QC, which_QC, dx_MC, M, W, C: constexpr):
     """W: width of dx."""
     rows, channels = tl.program_id(0) * 64 + tl.arange(0, 64), tl.arange(0, _block(C))
-    dpooled = _load(dpooled_QC, _half(rows, W), channels, M // 4, C)
-    which = _load(which_QC, _half(rows, W), channels, M // 4, C)
-    pixel = rows // W % 2 * 2 + rows % 2
-    _store(dx_MC, tl.where(which == pixel[:, None], dpooled, 0.0), rows, channels, M, C)
+    dx = _pool_gradient(dpooled_QC, which_QC, rows, channels, M, W, C)
+    _store(dx_MC, dx, rows, channels, M, C)
 
 
 # Launches
@@ -306,7 +311,7 @@ class Tile(NamedTuple):
     warps: int
 
     def programs(self, rows: int, least_rows: int, blocks: int) -> int:
-        """For each of some blocks of channels, with at least `least_rows` rows a program."""
+        """Their number for each block of channels; each has at least `least_rows` rows."""
         most = MULTIPROCESSORS.value * 8 // self.warps // blocks
         return max(1, min(most, triton.cdiv(rows, least_rows)))
 

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from common.system import triton_works
 from configs.schema import ModelConfig
 
-KERNEL_BYTES = 212_992
+KERNEL_SHARED_BYTES = 212_992
 """Shared memory that a block of the largest Triton kernel needs; an H100 has 232,448."""
 
 
@@ -222,7 +222,7 @@ def kernel_obstacles(network: nn.Module, device: torch.device, dtype: torch.dtyp
     if not any(unsupported.values()) and torch.cuda.is_available():
         properties: Any = torch.cuda.get_device_properties(device)
         shared = properties.shared_memory_per_block_optin
-        unsupported[f"{shared:,} bytes of shared memory a block"] = shared < KERNEL_BYTES
+        unsupported[f"{shared:,} bytes of shared memory a block"] = shared < KERNEL_SHARED_BYTES
     return [setting for setting, is_set in unsupported.items() if is_set]
 
 

@@ -56,12 +56,12 @@ class Totals:
         self.skipped: list[Tensor] = []
         """Whether each step was skipped."""
         self._waits: list[tuple[Any, Any]] = []
-        """Two times each."""
+        """Begin and end of each."""
         self.started = time.perf_counter()
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Counts the time in this context; on a GPU only after its stream's earlier work."""
+        """Counts the time in this context; on a GPU, only that in which no earlier step runs."""
         before = self._now()
         yield
         self._waits.append((before, self._now()))
