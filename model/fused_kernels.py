@@ -208,70 +208,101 @@ def _norm_relu_conv(
 
 
 @triton.jit
-def _gradients(
+def _gradient_sums(
     tensors,
     sums_PS,
-    results,
     M,
-    W,
     IN: constexpr,
     OUT: constexpr,
     S: constexpr,
     BLOCK_M: constexpr,
     BLOCK_IN: constexpr,
 ):
-    """Without dx, sums over a program's rows: dz (the gradient of beta) and dz * xhat (that of
-    gamma), each (I,), and the gradients of bias (O,) and weight (O, I), in this order. With dx,
-    the gradient of x, given the sums over all rows."""
+    """Sums over a program's rows: dz (the gradient of beta) and dz * xhat (that of gamma), each
+    (I,), and the gradients of bias (O,) and weight (O, I), in this order.
+
+    With a convolution, dz = dy @ weight where z > 0. So the sums of dz and dz * x, and the weight's
+    gradient, follow from dy.T @ x and dy.T @ 1 where z > 0; no product is needed for each row.
+    """
     dy_MO, weight_OI, bias_O, x_MI, norm_4I = tensors
+    inputs = tl.program_id(0) * BLOCK_IN + tl.arange(0, BLOCK_IN)
+    scale, shift = _load_line(norm_4I, 2, inputs, IN), _load_line(norm_4I, 3, inputs, IN)
+    outputs = inputs if weight_OI is None else tl.arange(0, _block(OUT))
+    if weight_OI is None:  # sums of each element of the tile: over its rows they would cost more
+        sum_1 = tl.zeros([BLOCK_M, BLOCK_IN], tl.float32)
+        sum_x = tl.zeros_like(sum_1)
+    else:
+        pairs = tl.zeros([_block(OUT), 2 * BLOCK_IN], tl.float32)
+    # With many outputs by tl.dot, whose 16 rows are equal, because it needs fewer registers.
+    BIAS_ROWS: constexpr = 16 if OUT > 64 else BLOCK_M
+    dbias = tl.zeros([BIAS_ROWS, _block(OUT)], tl.float32)
+    ones = tl.full([16, BLOCK_M], 1 / 16, x_MI.dtype.element_ty)
+    first, step = tl.program_id(1) * BLOCK_M, tl.num_programs(1) * BLOCK_M
+    for row in tl.range(first, M, step, num_stages=3):
+        rows = row + tl.arange(0, BLOCK_M)
+        x, dy = _load(x_MI, rows, inputs, M, IN), _load(dy_MO, rows, outputs, M, OUT)
+        is_positive = x.to(tl.float32) * scale + shift > 0
+        if weight_OI is None:
+            dz = tl.where(is_positive, dy.to(tl.float32), 0.0)
+            sum_1 += dz
+            sum_x += dz * x.to(tl.float32)
+        else:
+            one = tl.where(is_positive, 1.0, 0.0).to(x.dtype)
+            pair = tl.join(one, tl.where(is_positive, x, 0.0))
+            pairs = tl.dot(tl.trans(dy), tl.reshape(pair, [BLOCK_M, 2 * BLOCK_IN]), pairs)
+        if bias_O is not None:
+            dbias = tl.dot(ones, dy, dbias) if OUT > 64 else dbias + dy
+    sums = sums_PS + tl.program_id(1) * S
+    if bias_O is not None:
+        tl.store(sums + 2 * IN + outputs, tl.sum(dbias, 0), outputs < OUT)
+    if weight_OI is not None:
+        sum_1, sum_x = tl.split(tl.reshape(pairs, [_block(OUT), BLOCK_IN, 2]))
+        dweight = scale * sum_x + shift * sum_1
+        _store(sums + S - OUT * IN, dweight, outputs, inputs, OUT, IN)
+        weight = _load(weight_OI, outputs, inputs, OUT, IN).to(x_MI.dtype.element_ty)
+        sum_1, sum_x = sum_1 * weight, sum_x * weight
+    mean, inverse_std = _load_line(norm_4I, 0, inputs, IN), _load_line(norm_4I, 1, inputs, IN)
+    dbeta, dgamma = tl.sum(sum_1, 0), tl.sum((sum_x - mean * sum_1) * inverse_std, 0)
+    _store_pair(sums, dbeta, dgamma, inputs, IN)
+
+
+@triton.jit
+def _input_gradient(
+    tensors,
+    sums_S,
+    results,
+    M,
+    W,
+    IN: constexpr,
+    OUT: constexpr,
+    BLOCK_M: constexpr,
+    BLOCK_IN: constexpr,
+):
+    """dx, given the sums of `_gradient_sums` over all rows. W: width of x."""
+    dy_MO, weight_OI, _, x_MI, norm_4I = tensors
     dskip_MI, dpooled_QI, which_QI, dx_MI = results
     inputs = tl.program_id(0) * BLOCK_IN + tl.arange(0, BLOCK_IN)
     outputs = inputs
     mean, inverse_std = _load_line(norm_4I, 0, inputs, IN), _load_line(norm_4I, 1, inputs, IN)
     scale, shift = _load_line(norm_4I, 2, inputs, IN), _load_line(norm_4I, 3, inputs, IN)
-    if dx_MI is not None:
-        dz_mean = _load_line(sums_PS, 0, inputs, IN) / M
-        product_mean = _load_line(sums_PS, 1, inputs, IN) / M
-    # Of each element of the tile; sums over its rows in each step would cost more.
-    dbeta = tl.zeros([BLOCK_M, BLOCK_IN], tl.float32)
-    dgamma = tl.zeros_like(dbeta)
+    dz_mean = _load_line(sums_S, 0, inputs, IN) / M
+    product_mean = _load_line(sums_S, 1, inputs, IN) / M
     if weight_OI is not None:
         outputs = tl.arange(0, _block(OUT))
         weight = _load(weight_OI, outputs, inputs, OUT, IN).to(x_MI.dtype.element_ty)
-        dweight = tl.zeros([_block(OUT), BLOCK_IN], tl.float32)
-        # With many outputs by tl.dot, whose 16 rows are equal, because it needs fewer registers.
-        BIAS_ROWS: constexpr = 16 if OUT > 64 else BLOCK_M
-        dbias = tl.zeros([BIAS_ROWS, _block(OUT)], tl.float32)
-        ones = tl.full([16, BLOCK_M], 1 / 16, x_MI.dtype.element_ty)
     first, step = tl.program_id(1) * BLOCK_M, tl.num_programs(1) * BLOCK_M
     for row in tl.range(first, M, step, num_stages=3):
         rows = row + tl.arange(0, BLOCK_M)
         x = _load(x_MI, rows, inputs, M, IN).to(tl.float32)
-        z, xhat = x * scale + shift, (x - mean) * inverse_std
         dy = _load(dy_MO, rows, outputs, M, OUT)
         da = dy.to(tl.float32) if weight_OI is None else tl.dot(dy, weight)
-        dz = tl.where(z > 0, da, 0.0)
-        if dx_MI is not None:
-            dx = scale * (dz - dz_mean - xhat * product_mean)
-            if dskip_MI is not None:
-                dx += _load(dskip_MI, rows, inputs, M, IN).to(tl.float32)
-            if dpooled_QI is not None:
-                dx += _pool_gradient(dpooled_QI, which_QI, rows, inputs, M, W, IN)
-            _store(dx_MI, dx, rows, inputs, M, IN)
-        else:
-            dbeta += dz
-            dgamma += dz * xhat
-            if weight_OI is not None:
-                dweight = tl.dot(tl.trans(dy), _maximum(z, 0.0).to(dy.dtype), dweight)
-            if bias_O is not None:
-                dbias = tl.dot(ones, dy, dbias) if OUT > 64 else dbias + dy
-    if dx_MI is None:
-        sums = sums_PS + tl.program_id(1) * S
-        _store_pair(sums, tl.sum(dbeta, 0), tl.sum(dgamma, 0), inputs, IN)
-        if bias_O is not None:
-            tl.store(sums + 2 * IN + outputs, tl.sum(dbias, 0), outputs < OUT)
-        if weight_OI is not None:
-            _store(sums + S - OUT * IN, dweight, outputs, inputs, OUT, IN)
+        dz = tl.where(x * scale + shift > 0, da, 0.0)
+        dx = scale * (dz - dz_mean - (x - mean) * inverse_std * product_mean)
+        if dskip_MI is not None:
+            dx += _load(dskip_MI, rows, inputs, M, IN).to(tl.float32)
+        if dpooled_QI is not None:
+            dx += _pool_gradient(dpooled_QI, which_QI, rows, inputs, M, W, IN)
+        _store(dx_MI, dx, rows, inputs, M, IN)
 
 
 @triton.jit
@@ -323,10 +354,11 @@ def _forward_tile(inputs: int, outputs: int) -> Tile:
 
 
 def _backward_tile(inputs: int, outputs: int, is_sum: bool, has_skip: bool = False) -> Tile:
-    """Of `_gradients`. outputs: 1 without a convolution."""
+    """Of the gradients' kernels. outputs: 1 without a convolution."""
     if not is_sum:  # 128 channels and a skip would take more shared memory than there is
         return Tile(64, min(_block(inputs), 64 if outputs > 128 and has_skip else 128), 8)
-    return Tile(64, min(_block(inputs), 64), 4 if inputs <= 128 and outputs <= 64 else 8)
+    channels = min(_block(inputs), 128 if 64 < outputs <= 128 else 64)
+    return Tile(64, channels, 4 if inputs <= 128 and outputs <= 64 else 8)
 
 
 def _launch(x_MI: Tensor, rows: int, width: int, outputs: int, *tensors: Tensor | None) -> Tensor:
@@ -397,20 +429,19 @@ class _NormReluConv(torch.autograd.Function):
         rows, inputs, outputs = len(x_MI), x.shape[1], dy.shape[1]
         parts = [inputs, inputs, *(0 if each is None else each.numel() for each in (bias, weight))]
         tensors = dy_MO, weight, bias, x_MI, norm_4I
-        sizes = rows, x.shape[3], inputs, outputs, sum(parts)
-
         tile = _backward_tile(inputs, 1 if weight is None else outputs, True)
         blocks = triton.cdiv(inputs, tile.channels)
         sums_PS = norm_4I.new_empty(tile.programs(rows, LEAST_ROWS, blocks), sum(parts))
-        arguments = tensors, sums_PS, (None,) * 4, *sizes, *tile[:2]
-        _gradients[blocks, len(sums_PS)](*arguments, num_warps=tile.warps)
+        arguments = tensors, sums_PS, rows, inputs, outputs, sum(parts), *tile[:2]
+        _gradient_sums[blocks, len(sums_PS)](*arguments, num_warps=tile.warps)
         sums_S, dx_NHWI = sums_PS.sum(0), x.new_empty(len(x), *x.shape[2:], inputs)
         has_skip = dskip is not None
         tile = _backward_tile(inputs, 1 if weight is None else outputs, False, has_skip)
         blocks = triton.cdiv(inputs, tile.channels)
-        arguments = tensors, sums_S, (dskip, dpooled, which, dx_NHWI), *sizes, *tile[:2]
+        results = dskip, dpooled, which, dx_NHWI
+        arguments = tensors, sums_S, results, rows, x.shape[3], inputs, outputs, *tile[:2]
         programs = tile.programs(rows, tile.rows, blocks)
-        _gradients[blocks, programs](*arguments, num_warps=tile.warps)
+        _input_gradient[blocks, programs](*arguments, num_warps=tile.warps)
         dbeta, dgamma, dbias, dweight = sums_S.split(parts)
         # DDP expects the weight's strides, even for dimensions of size 1.
         dweight = None if weight is None else dweight.as_strided(weight.shape, weight.stride())

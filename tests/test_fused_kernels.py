@@ -338,8 +338,8 @@ def test_the_kernels_of_all_configs_compile_for_sm_90(side, tmp_path):
     found = [json.loads(line) for line in done.stdout.splitlines()]
     print(*found, sep="\n")
     assert {each["name"] for each in found} == {
-        "_normalisation", "_norm_relu_conv", "_gradients", "_upsampling_gradient",
-        "_max_pool_gradient",
+        "_normalisation", "_norm_relu_conv", "_gradient_sums", "_input_gradient",
+        "_upsampling_gradient", "_max_pool_gradient",
     }  # fmt: skip
     for each in found:
         assert (
