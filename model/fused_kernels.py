@@ -28,10 +28,11 @@ from model.hourglass import BatchNorm, Hourglass
 
 Map = tuple[Tensor, Tensor | None]
 """A feature map, and its statistics if they are known."""
+Weights = dict[nn.Conv2d, Tensor]
 MULTIPROCESSORS = constexpr(132)
 """Of an H100 or H200. Each runs 8 warps: one program of 8, or two of 4."""
-LEAST_ROWS = 512
-"""Minimum rows of a program that sums gradients; below, most traffic would be these sums."""
+LEAST_ROWS = 128
+"""Minimum rows of a program that sums gradients; below, adding up these sums would take longer."""
 
 
 @triton.constexpr_function
@@ -353,12 +354,15 @@ def _forward_tile(inputs: int, outputs: int) -> Tile:
     return Tile(64 if inputs <= 128 and outputs <= 64 else 32, channels, 4)
 
 
-def _backward_tile(inputs: int, outputs: int, is_sum: bool, has_skip: bool = False) -> Tile:
-    """Of the gradients' kernels. outputs: 1 without a convolution."""
-    if not is_sum:  # 128 channels and a skip would take more shared memory than there is
-        return Tile(64, min(_block(inputs), 64 if outputs > 128 and has_skip else 128), 8)
+def _sums_tile(inputs: int, outputs: int) -> Tile:
+    """Of `_gradient_sums`. outputs: 1 without a convolution."""
     channels = min(_block(inputs), 128 if 64 < outputs <= 128 else 64)
     return Tile(64, channels, 4 if inputs <= 128 and outputs <= 64 else 8)
+
+
+def _input_tile(inputs: int, outputs: int, has_skip: bool) -> Tile:
+    """Of `_input_gradient`. With a skip, 128 channels would need too much shared memory."""
+    return Tile(64, min(_block(inputs), 64 if outputs > 128 and has_skip else 128), 8)
 
 
 def _launch(x_MI: Tensor, rows: int, width: int, outputs: int, *tensors: Tensor | None) -> Tensor:
@@ -371,6 +375,17 @@ def _launch(x_MI: Tensor, rows: int, width: int, outputs: int, *tensors: Tensor 
     arguments = (x_MI, *tensors, statistics_P3O), rows, width, x_MI.shape[1], outputs
     _norm_relu_conv[blocks, programs](*arguments, *tile[:2], num_warps=tile.warps)
     return statistics_P3O
+
+
+def _sum_gradients(tensors: tuple, rows: int, inputs: int, outputs: int, size: int) -> Tensor:
+    """The sums of `_gradient_sums` over all rows, (S,). size: S."""
+    tile = _sums_tile(inputs, 1 if tensors[1] is None else outputs)
+    blocks = triton.cdiv(inputs, tile.channels)
+    programs = tile.programs(rows, LEAST_ROWS, blocks)
+    sums_PS = tensors[0].new_empty(programs, size, dtype=torch.float32)
+    arguments = tensors, sums_PS, rows, inputs, outputs, size, *tile[:2]
+    _gradient_sums[blocks, programs](*arguments, num_warps=tile.warps)
+    return sums_PS.sum(0)
 
 
 def _max_pool(x_MI: Tensor, people: int, height: int, width: int) -> tuple[Tensor, ...]:
@@ -429,18 +444,13 @@ class _NormReluConv(torch.autograd.Function):
         rows, inputs, outputs = len(x_MI), x.shape[1], dy.shape[1]
         parts = [inputs, inputs, *(0 if each is None else each.numel() for each in (bias, weight))]
         tensors = dy_MO, weight, bias, x_MI, norm_4I
-        tile = _backward_tile(inputs, 1 if weight is None else outputs, True)
+        sums_S = _sum_gradients(tensors, rows, inputs, outputs, sum(parts))
+        dx_NHWI = x.new_empty(len(x), *x.shape[2:], inputs)
+        tile = _input_tile(inputs, 1 if weight is None else outputs, dskip is not None)
         blocks = triton.cdiv(inputs, tile.channels)
-        sums_PS = norm_4I.new_empty(tile.programs(rows, LEAST_ROWS, blocks), sum(parts))
-        arguments = tensors, sums_PS, rows, inputs, outputs, sum(parts), *tile[:2]
-        _gradient_sums[blocks, len(sums_PS)](*arguments, num_warps=tile.warps)
-        sums_S, dx_NHWI = sums_PS.sum(0), x.new_empty(len(x), *x.shape[2:], inputs)
-        has_skip = dskip is not None
-        tile = _backward_tile(inputs, 1 if weight is None else outputs, False, has_skip)
-        blocks = triton.cdiv(inputs, tile.channels)
-        results = dskip, dpooled, which, dx_NHWI
-        arguments = tensors, sums_S, results, rows, x.shape[3], inputs, outputs, *tile[:2]
         programs = tile.programs(rows, tile.rows, blocks)
+        results, sizes = (dskip, dpooled, which, dx_NHWI), (rows, x.shape[3], inputs, outputs)
+        arguments = tensors, sums_S, results, *sizes, *tile[:2]
         _input_gradient[blocks, programs](*arguments, num_warps=tile.warps)
         dbeta, dgamma, dbias, dweight = sums_S.split(parts)
         # DDP expects the weight's strides, even for dimensions of size 1.
@@ -478,7 +488,37 @@ class _MaxPool(torch.autograd.Function):
         return dx.permute(0, 3, 1, 2)
 
 
+class _Cast(torch.autograd.Function):
+    """Tensors in another type, by one kernel for all of them, and so their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.dtype = tensors[0].dtype
+        return _cast(dtype, tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *_cast(ctx.dtype, gradients)
+
+
+def _cast(dtype: torch.dtype, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    copies = tuple(torch.empty_like(each, dtype=dtype) for each in tensors)
+    torch._foreach_copy_(copies, tensors)
+    return copies
+
+
 # The network
+
+
+def cast_weights(network: nn.Module, device: torch.device) -> Weights:
+    """The weights of all convolutions that are not 1x1, in the type in which they compute."""
+    convs = [each for each in network.modules() if isinstance(each, nn.Conv2d)]
+    convs = [each for each in convs if each.kernel_size != (1, 1)]
+    weights = [each.weight for each in convs]
+    if torch.is_autocast_enabled(device.type):
+        weights = _Cast.apply(torch.get_autocast_dtype(device.type), *weights)
+    return dict(zip(convs, weights, strict=True))
 
 
 def _norm_relu(norm: BatchNorm, x: Map, *others: Tensor | None, pool: bool = False) -> Any:
@@ -486,53 +526,60 @@ def _norm_relu(norm: BatchNorm, x: Map, *others: Tensor | None, pool: bool = Fal
     return _NormReluConv.apply(pool, _norm_table(norm, *x), x[0], norm.weight, norm.bias, *others)
 
 
-def fused_residual(residual: Any, x: Map, low_from: Callable[[Map], Map] | None = None) -> Map:
+def fused_residual(
+    residual: Any, weights: Weights, x: Map, low_from: Callable[[Map], Map] | None = None
+) -> Map:
     """`residual(x)`. low_from: computes, from x pooled, a map that is added upsampled."""
     norm1, weight = residual.norm1, residual.conv1.weight
     y, statistics, skip, *pooled = _norm_relu(norm1, x, weight, pool=low_from is not None)
     low = low_from(pooled)[0] if low_from else None
-    y = residual.conv2(_norm_relu(residual.norm2, (y, statistics))[0])
+    z = _norm_relu(residual.norm2, (y, statistics))[0]
+    y = functional.conv2d(z, weights[residual.conv2], padding=1)
     bias = residual.conv3.bias
     if isinstance(residual.skip, nn.Conv2d):  # the sum of both biases is added once
         bias, skip = bias + residual.skip.bias, functional.conv2d(skip, residual.skip.weight)
     return _norm_relu(residual.norm3, (y, None), residual.conv3.weight, bias, skip, low)[:2]
 
 
-def _hourglass(hourglass: Any, x: Map) -> Map:
+def _hourglass(hourglass: Any, weights: Weights, x: Map) -> Map:
     inside = _hourglass if isinstance(hourglass.inner, Hourglass) else fused_residual
-    down, up = partial(fused_residual, hourglass.down), partial(fused_residual, hourglass.up)
-    inner = partial(inside, hourglass.inner)
-    return fused_residual(hourglass.across, x, lambda pooled: up(inner(down(pooled))))
+
+    def low_from(pooled: Map) -> Map:
+        inner = inside(hourglass.inner, weights, fused_residual(hourglass.down, weights, pooled))
+        return fused_residual(hourglass.up, weights, inner)
+
+    return fused_residual(hourglass.across, weights, x, low_from)
 
 
-def _stem(conv: nn.Conv2d, images_N3HW: Tensor) -> Tensor:
+def _stem(weight: Tensor, images_N3HW: Tensor) -> Tensor:
     """The 7x7 convolution of stride 2 as one of 4x4, with 2 x 2 pixels and 4 zeros as channels."""
-    device = images_N3HW.device.type
-    if torch.is_autocast_enabled(device):  # it would cast later, after more bytes were moved
-        images_N3HW = images_N3HW.to(torch.get_autocast_dtype(device))
+    images_N3HW = images_N3HW.to(weight.dtype)
     people, _, height, width = images_N3HW.shape
     images_NHW3 = images_N3HW.permute(0, 2, 3, 1)
     pixels = images_NHW3.reshape(people, height // 2, 2, width // 2, 2, 3).transpose(2, 3)
     pixels_NHWC = functional.pad(pixels.flatten(3), (0, 4, 2, 1, 2, 1))
-    weight = functional.pad(conv.weight, (1, 0, 1, 0)).reshape(-1, 3, 4, 2, 4, 2)
+    weight = functional.pad(weight, (1, 0, 1, 0)).reshape(-1, 3, 4, 2, 4, 2)
     weight = functional.pad(weight.permute(0, 2, 4, 3, 5, 1).flatten(3), (0, 4))
     return functional.conv2d(pixels_NHWC.permute(0, 3, 1, 2), weight.permute(0, 3, 1, 2))
 
 
-def _features(network: Any, stack: int, x: Map) -> Tensor:
+def _features(network: Any, weights: Weights, stack: int, x: Map) -> Tensor:
     """A stack's features before their batch norm."""
     residual, (conv, _, _) = network.features[stack]
-    return conv(fused_residual(residual, _hourglass(network.hourglasses[stack], x))[0])
+    x = _hourglass(network.hourglasses[stack], weights, x)
+    return conv(fused_residual(residual, weights, x)[0])
 
 
 def fused_network(network: Any, images_N3HW: Tensor) -> list[Tensor]:
     """The heatmaps of every stack of a StackedHourglass in training."""
     (conv, norm, _), residual1, _, residual2, residual3 = network.stem
-    x = fused_residual(residual1, _norm_relu(norm, (_stem(conv, images_N3HW), None))[:2])
-    x = fused_residual(residual3, fused_residual(residual2, _MaxPool.apply(x[0])))
+    weights = cast_weights(network, images_N3HW.device)
+    x = _norm_relu(norm, (_stem(weights[conv], images_N3HW), None))[:2]
+    x = _MaxPool.apply(fused_residual(residual1, weights, x)[0])
+    x = fused_residual(residual3, weights, fused_residual(residual2, weights, x))
     heatmaps = []
     for stack, head in enumerate(network.heads):
-        features = network.recomputed(partial(_features, network), stack, x)
+        features = network.recomputed(partial(_features, network, weights), stack, x)
         norm = network.features[stack][1][1]
         apply = partial(_NormReluConv.apply, False, _norm_table(norm, features, None))
         affine = norm.weight, norm.bias

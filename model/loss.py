@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 
 def stack_losses(
@@ -17,7 +18,8 @@ def stack_losses(
     """
     # autocast would otherwise square in float32 but subtract in the network's type.
     target_N1JHW = target_NJHW[:, None].float()
-    error_NSJHW = (heat_NSJHW.float() - target_N1JHW).square()
+    target_NSJHW = target_N1JHW.expand_as(heat_NSJHW)
+    error_NSJHW = functional.mse_loss(heat_NSJHW.float(), target_NSJHW, reduction="none")
     if foreground:
         error_NSJHW = error_NSJHW * (1 + foreground * target_N1JHW)
     error_NSJ, weight_N1J = error_NSJHW.mean(dim=(3, 4)), counts_NJ[:, None].float()

@@ -90,7 +90,11 @@ def results(residual: Residual, x: Tensor, grad: Tensor, fused: bool) -> dict[st
     residual = copy.deepcopy(residual)
     x = x.clone().requires_grad_()
     with torch.autocast(DEVICE.type, BF16, enabled=x.dtype == BF16):
-        y = kernels.fused_residual(residual, (x, None))[0] if fused else residual(x)
+        if fused:
+            weights = kernels.cast_weights(residual, DEVICE)
+            y = kernels.fused_residual(residual, weights, (x, None))[0]
+        else:
+            y = residual(x)
     y.backward(grad)
     gradients = {name: p.grad for name, p in residual.named_parameters()}
     found = {"y": y, "dx": x.grad, **dict(residual.named_buffers()), **gradients}
