@@ -171,7 +171,7 @@ def _norm_relu_conv(
     dtype: constexpr = x_MI.dtype.element_ty
     if weight_OI is not None:
         inputs = tl.arange(0, _block(IN))
-        weight = tl.trans(_load(weight_OI, outputs, inputs, OUT, IN).to(dtype))
+        weight = _load(weight_OI, outputs, inputs, OUT, IN).to(dtype)
     if norm_4I is not None:
         scale, shift = _load_line(norm_4I, 2, inputs, IN), _load_line(norm_4I, 3, inputs, IN)
     # Statistics of each element of the tile; sums over its rows in each step would cost more.
@@ -187,7 +187,8 @@ def _norm_relu_conv(
         if norm_4I is not None:
             y = _maximum(y * scale + shift, 0.0)
         if weight_OI is not None:
-            y = tl.dot(y.to(dtype), weight)
+            # As y @ weight.T, every warp would normalise all rows of x for its own channels.
+            y = tl.trans(tl.dot(weight, tl.trans(y.to(dtype))))
         if bias_O is not None:
             y += _load_line(bias_O, 0, outputs, OUT)
         if skip_MO is not None:
@@ -350,8 +351,9 @@ class Tile(NamedTuple):
 
 def _forward_tile(inputs: int, outputs: int) -> Tile:
     """Of `_norm_relu_conv`. inputs: 1 without a convolution."""
-    channels = min(_block(outputs), 128 if inputs * outputs <= 2**15 else 64)
-    return Tile(64 if inputs <= 128 and outputs <= 64 else 32, channels, 4)
+    if inputs * outputs > 2**15:
+        return Tile(64, 128, 8)
+    return Tile(64 if inputs <= 128 and outputs <= 64 else 32, min(_block(outputs), 128), 4)
 
 
 def _sums_tile(inputs: int, outputs: int) -> Tile:
