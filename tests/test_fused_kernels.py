@@ -178,6 +178,18 @@ def test_the_variance_is_exact_where_the_mean_is_large():
     torch.testing.assert_close(found["norm1.running_var"].double(), expected, rtol=1e-5, atol=0)
 
 
+@interpreted
+def test_gradients_are_exact_where_the_mean_is_large():
+    """They are differences of sums that grow with the mean: here 100 times the deviation."""
+    residual = make_residual(16, 16)
+    x, grad = inputs_of(residual, 2, 9, 9)
+    x = 100 + torch.randn_like(x)
+    exact = results(residual.double(), x.double(), grad.double(), fused=False)
+    found = results(residual.float(), x, grad, fused=True)
+    for name in ("norm1.weight", "norm1.bias", "conv1.weight"):
+        assert relative_error(found[name], exact[name]) < 1e-4, name
+
+
 def make_network(*args: object, **settings: bool) -> StackedHourglass:
     """Random weights, also of batch norms; the upsampled map and the heatmaps matter."""
     torch.manual_seed(0)

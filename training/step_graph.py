@@ -53,6 +53,7 @@ class StepGraph:
         """
         self._step, self._buffers = step, buffers
         self._device = buffers.images_NHW3.device
+        self._copies = torch.cuda.Stream() if self._device.type == "cuda" else None
         self._rate = torch.zeros((), device=self._device)
         (group,) = optimizer.param_groups
         settings = {name: group[name] for name in ("lr", "capturable", "params")}
@@ -75,8 +76,15 @@ class StepGraph:
 
     def run(self, raw: RawBatch, learning_rate: float, totals: Totals) -> None:
         """Do a step on a batch and add its results to `totals`."""
-        for buffer, tensor in zip(self._buffers, raw, strict=True):
-            buffer.copy_(tensor.to(self._device, non_blocking=True))
+        with torch.cuda.stream(self._copies):  # while the step before still runs
+            tensors = [tensor.to(self._device, non_blocking=True) for tensor in raw]
+        if self._copies:
+            stream = torch.cuda.current_stream()
+            stream.wait_stream(self._copies)
+            for tensor in tensors:
+                tensor.record_stream(stream)
+        for buffer, tensor in zip(self._buffers, tensors, strict=True):
+            buffer.copy_(tensor)
         self._rate.fill_(learning_rate)
         self._replay()
         totals.merge(self._results)
