@@ -52,7 +52,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 def make_parser() -> Parser:
     """The command line."""
     parser = Parser(
-        prog="evaluate.py",
         description="Evaluate a trained network by PCKh, on one device or (torchrun) on several.",
         epilog="example: python evaluate.py --checkpoint runs/2hg/best.pt --json pckh.json",
     )

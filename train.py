@@ -79,7 +79,6 @@ def lock_and_find_start(folder: Path, resume: str | None, restarted: bool) -> tu
 def make_parser() -> ArgumentParser:
     """The command line: a config, every field of it, and where to start from."""
     parser = ArgumentParser(
-        prog="train.py",
         exit_on_error=False,
         description="Trains a stacked hourglass network on shards made by tools/make_shards.py.",
         epilog="example: python train.py --config configs/2hg.yaml --optim.lr 5e-4",

@@ -61,7 +61,6 @@ def main(argv: list[str] | None = None) -> int:
 def make_parser() -> Parser:
     """The command line."""
     parser = Parser(
-        prog="throughput.py",
         description="Compares the speed of loaders and training steps with princeton-vl's.",
         epilog="example: python benchmarks/throughput.py --suites loader step --json new.json",
     )

@@ -27,14 +27,14 @@ class Distribution(NamedTuple):
 
 
 class Preset(NamedTuple):
-    """One row of the table of presets."""
+    """One row of the table of presets; by default no augmentation."""
 
-    scale: Distribution  # factor on the side of the box, or its base-2 logarithm
-    scale_is_log2: bool
-    rotation_deg: Distribution
-    rotation_probability: float
-    flip_probability: float
-    color: Literal["none", "hsv_if_flipped", "channel_gain"]
+    scale: Distribution = Distribution("uniform", 1.0, 1.0)  # factor on the box's side, or its log2
+    scale_is_log2: bool = False
+    rotation_deg: Distribution = Distribution("uniform", 0.0, 0.0)
+    rotation_probability: float = 0.0
+    flip_probability: float = 0.0
+    color: Literal["none", "hsv_if_flipped", "channel_gain"] = "none"
     princeton_crop: bool = False  # crop, joints and flip by the rules in pipelines/princeton.py
 
 
@@ -42,7 +42,6 @@ PRESETS: dict[str, Preset] = {
     # princeton-vl/pytorch_stacked_hourglass
     "princeton": Preset(
         scale=Distribution("uniform", 0.75, 1.25),
-        scale_is_log2=False,
         rotation_deg=Distribution("uniform", -30.0, 30.0),
         rotation_probability=1.0,
         flip_probability=0.5,
@@ -61,29 +60,18 @@ PRESETS: dict[str, Preset] = {
     # leoxiaobin/deep-high-resolution-net
     "hrnet": Preset(
         scale=Distribution("normal", 0.75, 1.25, 1.0, 0.25),
-        scale_is_log2=False,
         rotation_deg=Distribution("normal", -60.0, 60.0, 0.0, 30.0),
         rotation_probability=0.6,
         flip_probability=0.5,
-        color="none",
     ),
     # Ours, for short runs of small networks: they have no time to learn large rotations.
     "mild": Preset(
         scale=Distribution("uniform", 0.85, 1.15),
-        scale_is_log2=False,
         rotation_deg=Distribution("uniform", -15.0, 15.0),
         rotation_probability=1.0,
         flip_probability=0.5,
-        color="none",
     ),
-    "none": Preset(
-        scale=Distribution("uniform", 1.0, 1.0),
-        scale_is_log2=False,
-        rotation_deg=Distribution("uniform", 0.0, 0.0),
-        rotation_probability=0.0,
-        flip_probability=0.0,
-        color="none",
-    ),
+    "none": Preset(),
 }
 
 
@@ -95,7 +83,7 @@ def preset_of(name: PresetName, mirror: bool) -> Preset:
 
 def without_augmentation(preset: Preset) -> Preset:
     """No augmentation, but the preset's crop rule, because princeton's crop always differs."""
-    return PRESETS["none"]._replace(princeton_crop=preset.princeton_crop)
+    return Preset(princeton_crop=preset.princeton_crop)
 
 
 # Colour ranges of the two rules that have one (the formulas are in `jitter`).

@@ -73,7 +73,6 @@ def check(location: Path, options: argparse.Namespace) -> int:
 def make_parser() -> Parser:
     """The command line."""
     parser = Parser(
-        prog="check_shards.py",
         description="Verifies packed shards; exit code 0: intact, 1: damaged, 2: bad options.",
         epilog="example: python tools/check_shards.py data/shards/mpii --decode",
     )

@@ -30,7 +30,6 @@ def main(argv: list[str] | None = None) -> None:
 def make_parser() -> Parser:
     """The command line."""
     parser = Parser(
-        prog="convert_checkpoint.py",
         description="Convert a checkpoint of any readable kind.",
         epilog="example: python tools/convert_checkpoint.py checkpoint.pt mine.pt --to native",
     )

@@ -70,7 +70,6 @@ def main(argv: list[str] | None = None) -> None:
 def make_parser() -> Parser:
     """The command line."""
     parser = Parser(
-        prog="export_onnx.py",
         description="Write a trained network as ONNX or safetensors; predict.py and evaluate.py "
         "read both.",
         epilog="example: python tools/export_onnx.py runs/2hg/best.pt --onnx 2hg.onnx --flip",

@@ -72,7 +72,6 @@ def main(arguments: list[str] | None = None) -> None:
 def make_parser() -> ArgumentParser:
     """The command line: that of train.py, and how to find errors."""
     parser = ArgumentParser(
-        prog="find_label_errors.py",
         exit_on_error=False,
         description="Ranks people of the split `train` by how likely a wrong annotation is.",
     )

@@ -57,7 +57,6 @@ def main(argv: list[str] | None = None) -> int:
 def make_parser() -> Parser:
     """The command line."""
     parser = Parser(
-        prog="make_shards.py",
         description="Packs pictures and annotations of people into tar shards for training.",
         epilog="example: python tools/make_shards.py --splits valid --output data/shards/mpii",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

@@ -36,7 +36,6 @@ def main(argv: list[str] | None = None) -> None:
 def make_parser() -> Parser:
     """The command line."""
     parser = Parser(
-        prog="make_synthetic.py",
         description="Draws a synthetic pose data set in MPII's layout, to try things without MPII.",
         epilog="example: python tools/make_synthetic.py --output data/synthetic --max-width 640",
     )

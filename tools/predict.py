@@ -111,7 +111,6 @@ def make_estimator(options: Options, checkpoint: str) -> PoseEstimator:
 def make_parser() -> Parser:
     """The command line."""
     parser = Parser(
-        prog="predict.py",
         description="Find people's joints in pictures, a video or a webcam's frames.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example:\n  python tools/predict.py --checkpoint runs/2hg/best.pt photo.jpg "

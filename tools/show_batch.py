@@ -86,7 +86,6 @@ def main(arguments: list[str] | None = None) -> None:
 def make_parser() -> ArgumentParser:
     """The command line: that of train.py, and what to draw."""
     parser = ArgumentParser(
-        prog="show_batch.py",
         exit_on_error=False,
         description="Draws augmented crops with their joints and heatmaps as one PNG.",
         epilog="example: python tools/show_batch.py --config configs/2hg.yaml --output batch.png",
