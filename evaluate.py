@@ -63,21 +63,7 @@ def make_parser() -> Parser:
     what.add_argument("--ground-truth", choices=("file", "annotations"), default="file", help=text)
     text = "score perfect heatmaps of --annotations with each heatmap rule: upper bounds"
     what.add_argument("--oracle", action="store_true", help=text)
-    _add_how(parser.add_argument_group("how"))
-    out = parser.add_argument_group("what to print and write")
-    out.add_argument("--per-joint", action="store_true", help="print every joint and pair as well")
-    text = "the --json of another run: print the gap, and show it in the report"
-    out.add_argument("--compare", type=Path, metavar="FILE", help=text)
-    for name, text in OUTPUTS.items():
-        out.add_argument(name, type=Path, metavar="OUT", help=text)
-    text = "MPII's annotation file mpii_human_pose_v1_u12_1.mat"
-    out.add_argument("--release", type=Path, metavar="FILE", help=text)
-    text = "people in --picture and in each gallery of --report (default: %(default)s)"
-    out.add_argument("--people", type=at_least(1), default=24, help=text)
-    return parser
-
-
-def _add_how(how: argparse._ArgumentGroup) -> None:
+    how = parser.add_argument_group("how")
     text = "average with the prediction for the mirrored picture; default: as in training"
     how.add_argument("--flip", action=argparse.BooleanOptionalAction, help=text)
     text = "princeton-vl's rounded crop, or one affine; default: as in training"
@@ -91,6 +77,17 @@ def _add_how(how: argparse._ArgumentGroup) -> None:
     text = "threads of OpenCV, or DALI's threads; default: as in training"
     how.add_argument("--workers", type=at_least(0), help=text)
     add_device_options(how)
+    out = parser.add_argument_group("what to print and write")
+    out.add_argument("--per-joint", action="store_true", help="print every joint and pair as well")
+    text = "the --json of another run: print the gap, and show it in the report"
+    out.add_argument("--compare", type=Path, metavar="FILE", help=text)
+    for name, text in OUTPUTS.items():
+        out.add_argument(name, type=Path, metavar="OUT", help=text)
+    text = "MPII's annotation file mpii_human_pose_v1_u12_1.mat"
+    out.add_argument("--release", type=Path, metavar="FILE", help=text)
+    text = "people in --picture and in each gallery of --report (default: %(default)s)"
+    out.add_argument("--people", type=at_least(1), default=24, help=text)
+    return parser
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ class PrincetonPeople(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
         sample, epoch = key
         drawn = draw(PRESETS["princeton"], draw_rng(0, epoch, sample))
-        data = np.frombuffer(self.shards.jpeg(sample), dtype=np.uint8)
+        data = np.frombuffer(self.shards.picture(sample), dtype=np.uint8)
         image = np.asarray(cv2.imdecode(data, cv2.IMREAD_COLOR))[:, :, ::-1]
         center = self.fields.center_N2[sample].astype(np.float64)
         scale = float(self.fields.scale_N[sample])

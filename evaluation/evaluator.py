@@ -23,11 +23,11 @@ from configs.schema import Config, LoaderName, RuleName
 from configs.skeleton import Skeleton, load_skeleton, require_same_joints
 from evaluation import inference, oks, pckh, predictions, report
 from evaluation.calibration import calibrate
-from evaluation.html_report import ReportData, html_report
+from evaluation.html_report import html_report
 from evaluation.inference import Predictions
 from evaluation.pckh import Floats
 from evaluation.report import ReferenceRun, Summary, read_reference
-from evaluation.visualize import draw_people
+from evaluation.visualize import PredictedPeople, draw_people
 from model.checkpoint import BEST, Checkpoint, evaluation_network, load_checkpoint, save_checkpoint
 from pipelines.annotations import People, read_annotations
 from pipelines.codec import Codec, codec_of
@@ -71,7 +71,7 @@ class Evaluation(NamedTuple):
     results: dict[str, Summary]
     """By name; the first is the one that is reported."""
     skeleton: Skeleton
-    data: ReportData | None = None
+    data: PredictedPeople | None = None
     reference: ReferenceRun | None = None
 
 
@@ -131,7 +131,7 @@ def evaluate_file(options: Namespace) -> Evaluation:
     facts = {"predictions_file": str(options.predictions), "data": str(options.annotations)}
     facts["ground_truth"] = "file" if truth else "annotations"
     against = "its own ground truth" if truth else options.annotations
-    data = ReportData(truth or people, keypoints, skeleton, source, samples)
+    data = PredictedPeople(truth or people, keypoints, skeleton, source, samples)
     title = [f"{options.predictions} against {against}"]
     return Evaluation(title, facts, {"predictions": result}, skeleton, data, reference)
 
@@ -158,8 +158,9 @@ def evaluate_checkpoint(options: Namespace, dist: DistributedContext) -> Evaluat
         if dist.is_first:
             save_checkpoint(options.calibrate, replace(job.trained, calibration=table))
             info(f"wrote {options.calibrate}")
+    data = PredictedPeople(people, first.keypoints_NJ2, skeleton, source, samples)
     if dist.is_first:
-        _write_predictions(options, job.dataset, first)
+        _write_predictions(options, data, first.scores_NJ)
     if dist.is_first and release:
         path = options.save_submission
         count = predictions.write_submission(path, release, people, first.keypoints_NJ2)
@@ -179,7 +180,6 @@ def evaluate_checkpoint(options: Namespace, dist: DistributedContext) -> Evaluat
     facts = {"checkpoint": str(job.trained.path), "step": job.trained.step, "data": name}
     facts |= {"flip": job.flip, "loaders": list(job.loaders), "remarks": job.remarks}
     facts |= {"calibration": calibration} if calibration else {}
-    data = ReportData(people, first.keypoints_NJ2, skeleton, source, samples)
     return Evaluation(title, facts, results, skeleton, data, reference)
 
 
@@ -311,20 +311,18 @@ def run_job(
     }
 
 
-def _write_predictions(options: Namespace, dataset: EvaluationDataset, found: Predictions) -> None:
-    (people, source, samples, skeleton, *_), (keypoints, scores) = dataset, found
+def _write_predictions(options: Namespace, data: PredictedPeople, scores_NJ: Floats) -> None:
     for path, entries in (
         (options.save_predictions, predictions.as_entries),
         (options.save_coco, predictions.as_coco),
     ):
         if path:
-            _write(path, json.dumps(entries(people, keypoints, scores)))
+            _write(path, json.dumps(entries(data.people, data.keypoints_NJ2, scores_NJ)))
     if options.save_mat:
-        predictions.write_mat(options.save_mat, {"preds": keypoints})
+        predictions.write_mat(options.save_mat, {"preds": data.keypoints_NJ2})
         info(f"wrote {options.save_mat}")
     if options.picture:
-        sheet = draw_people(source, samples, people, keypoints, skeleton, options.people)
-        _, encoded = cv2.imencode(options.picture.suffix, sheet)
+        _, encoded = cv2.imencode(options.picture.suffix, draw_people(data, options.people))
         write_atomic(options.picture, encoded.tobytes())
         info(f"wrote {options.picture}")
 

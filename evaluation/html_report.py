@@ -6,20 +6,19 @@ from it. Strings of the data reach the page as JSON and are shown as text nodes,
 
 import base64
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
 import cv2
 import jinja2
 import numpy as np
-import numpy.typing as npt
 
 from common.cli import progress
-from configs.skeleton import PIXELS_PER_SCALE, Side, Skeleton
+from configs.skeleton import PIXELS_PER_SCALE, Side
 from evaluation import pckh, visualize
 from evaluation.report import ReferenceRun, Summary, data_mismatch
-from pipelines.annotations import People, scored_text
+from evaluation.visualize import PredictedPeople
+from pipelines.annotations import scored_text
 from pipelines.geometry import input_from_image, transform
-from pipelines.opencv_loader import Source
 
 _JOINT_PEOPLE = 64
 """Maximum of additional people: the worst of each joint, at most _WORST_OF_A_JOINT each."""
@@ -29,24 +28,11 @@ _QUALITIES = (80, 65, 50, 35, 20, 10)
 """JPEG qualities; the first with which all pictures fit into _PICTURE_BYTES (base64) is used."""
 
 
-class ReportData(NamedTuple):
-    """The people of a report, and their predictions."""
-
-    people: People
-    keypoints_NJ2: npt.NDArray[np.float64]
-    """Image px."""
-    skeleton: Skeleton
-    source: Source | None
-    """Source of the pictures; None: only skeletons are shown."""
-    samples: npt.NDArray[np.int64]
-    """(N,) each person's number in the source."""
-
-
 def html_report(
     facts: dict[str, Any],
     results: dict[str, Summary],
     reference: ReferenceRun | None,
-    data: ReportData,
+    data: PredictedPeople,
     people_per_gallery: int,
     first_galleries: dict[str, list[int]] | None = None,
 ) -> str:
@@ -116,7 +102,7 @@ def _worst_first(errors_N: pckh.Floats) -> list[int]:
     return known[np.argsort(-errors_N[known], kind="stable")].tolist()
 
 
-def _person(data: ReportData, errors_NJ: pckh.Floats, row: int) -> dict[str, Any]:
+def _person(data: PredictedPeople, errors_NJ: pckh.Floats, row: int) -> dict[str, Any]:
     """One person as page.js draws it; points in px of the tile."""
     people, tile_px = data.people, visualize.TILE_PX
     side = float(PIXELS_PER_SCALE * people.scale[row])
@@ -141,7 +127,7 @@ def _person(data: ReportData, errors_NJ: pckh.Floats, row: int) -> dict[str, Any
     )
 
 
-def encode_pictures(data: ReportData, rows: list[int]) -> list[str] | list[None]:
+def encode_pictures(data: PredictedPeople, rows: list[int]) -> list[str] | list[None]:
     """Each person's box as a base64 JPEG of the best quality that fits; None without source."""
     if data.source is None:
         return [None] * len(rows)

@@ -1,5 +1,7 @@
 """People drawn on their pictures: the person's right is red, the left blue, the middle green."""
 
+from typing import NamedTuple
+
 import cv2
 import numpy as np
 import numpy.typing as npt
@@ -16,26 +18,31 @@ TRUTH_BGR = (255, 255, 255)
 TILE_PX, COLUMNS = 256, 6
 
 
-def draw_people(
-    source: Source,
-    samples: npt.NDArray[np.int64],
-    people: People,
-    keypoints_NJ2: npt.NDArray[np.float64],
-    skeleton: Skeleton,
-    count: int,
-) -> npt.NDArray[np.uint8]:
-    """A contact sheet (H, W, 3) BGR: a tile for each of `count` people, evenly spaced in the order
-    of the arguments; predictions over white annotations.
+class PredictedPeople(NamedTuple):
+    """N people with pictures, and the predictions for them."""
 
-    samples: (N,) numbers in the source; people and keypoints (image px) in the same order.
-    """
+    people: People
+    keypoints_NJ2: npt.NDArray[np.float64]
+    """Image px."""
+    skeleton: Skeleton
+    source: Source | None
+    """Source of the pictures; None: only skeletons are shown."""
+    samples: npt.NDArray[np.int64]
+    """(N,) each person's number in the source."""
+
+
+def draw_people(data: PredictedPeople, count: int) -> npt.NDArray[np.uint8]:
+    """A contact sheet (H, W, 3) BGR: a tile for each of `count` people, evenly spaced in their
+    order; predictions over white annotations."""
+    people, skeleton = data.people, data.skeleton
     all_joints = np.ones(skeleton.joint_count, dtype=bool)
     tiles: list[npt.NDArray] = []
     for row in np.unique(np.linspace(0, people.count - 1, count).astype(int)):
-        tile = person_tile(source, int(samples[row]))
+        assert data.source is not None
+        tile = person_tile(data.source, int(data.samples[row]))
         tile_from_image = input_from_image(people.center[row], people.scale[row], TILE_PX)
         truth = transform(tile_from_image, people.joints[row])
-        found = transform(tile_from_image, keypoints_NJ2[row])
+        found = transform(tile_from_image, data.keypoints_NJ2[row])
         draw_skeleton(tile, truth, people.marked[row], skeleton, 2, is_truth=True)
         draw_skeleton(tile, found, all_joints, skeleton, 2)
         tiles.append(np.pad(tile, ((1, 1), (1, 1), (0, 0)), constant_values=255))

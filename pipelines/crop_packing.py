@@ -88,8 +88,6 @@ def _clip(start: float, end: float, size: int) -> tuple[int, int]:
 def resize_region(image_HW3: npt.NDArray, region: Region) -> npt.NDArray:
     """(height, width, 3) of the region; each stored pixel is the mean of the area it covers."""
     cut = image_HW3[region.top : region.bottom, region.left : region.right]
-    if cut.shape[:2] == (region.height, region.width):
-        return cut
     return cv2.resize(cut, (region.width, region.height), interpolation=cv2.INTER_AREA)
 
 

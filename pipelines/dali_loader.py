@@ -91,9 +91,6 @@ class DaliCrops(Iterator[RawBatch]):
             raw=_is_raw(source),
             halvings=_most_halvings(source, people, spec),
         )
-        self._build()
-
-    def _build(self) -> None:
         try:
             self.pipeline.build()
         except RuntimeError as error:
@@ -136,7 +133,10 @@ def read_feed(source: Source, spec: LoaderSpec, keys: list[Key]) -> Feed:
     pictures = []
     for sample, _ in keys:
         with bad_samples_named(source, sample):
-            pictures.append(np.frombuffer(_picture(source, sample), dtype=np.uint8))
+            picture = source.picture(sample)
+            if not _is_raw(source):
+                require_sane_size(picture, source.where(sample))
+            pictures.append(np.frombuffer(picture, dtype=np.uint8))
     records_NR = np.stack([source.record(sample) for sample, _ in keys])
     draws_ND = draws_of(spec.preset, spec.seed, keys)
     matrices, from_corner, parts = _affines(unpack_records(records_NR), Draw(*draws_ND.T), spec)
@@ -190,15 +190,6 @@ def _most_halvings(source: Source, people: Iterable[int], spec: LoaderSpec) -> i
 
 def _is_raw(source: Source) -> bool:
     return isinstance(source, ShardSet) and source.is_raw
-
-
-def _picture(source: Source, sample: int) -> bytes:
-    """The stored picture of one person. Raises InputError."""
-    if isinstance(source, ShardSet) and source.is_raw:
-        return source.component(sample, source.components[1])
-    jpeg = source.jpeg(sample)
-    require_sane_size(jpeg, source.where(sample))
-    return jpeg
 
 
 def _raise_if_out_of_memory(pipeline: Pipeline, error: Exception) -> None:

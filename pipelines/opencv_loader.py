@@ -82,7 +82,7 @@ Item = tuple[npt.NDArray, npt.NDArray[np.float32], Draw, npt.NDArray[np.floating
 class Source(Protocol):
     """People with pictures, numbered from 0."""
 
-    def jpeg(self, sample: int) -> bytes:
+    def picture(self, sample: int) -> bytes:
         """The stored picture of one person. Raises InputError if it cannot be read."""
 
     def record(self, sample: int) -> npt.NDArray[np.floating]:
@@ -107,7 +107,7 @@ class LooseImages:
             expected = "the pictures that the annotation file names"
             raise InputError(self.folder, found, expected, "give their folder with --images")
 
-    def jpeg(self, sample: int) -> bytes:
+    def picture(self, sample: int) -> bytes:
         path = self.folder / self.people.images[sample]
         try:
             return path.read_bytes()
@@ -222,7 +222,7 @@ def stored_picture(source: Source, sample: int) -> npt.NDArray[np.uint8] | Plane
     """(H, W, 3) BGR picture of one person, or its planes in raw shards. Raises InputError."""
     if isinstance(source, ShardSet) and source.is_raw:
         return source.planes(sample)
-    return decode(source.jpeg(sample), source.where(sample))
+    return decode(source.picture(sample), source.where(sample))
 
 
 @dataclass(frozen=True)

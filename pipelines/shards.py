@@ -91,14 +91,10 @@ class ShardSet:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": {}}
 
-    def jpeg(self, sample: int) -> bytes:
-        """The picture of one person, as stored."""
-        return self.component(sample, "jpg")
-
     def planes(self, sample: int) -> Planes:
         """The picture of one person in raw shards. Raises InputError."""
         width, height = self.record(sample)[COLUMNS["size"]].astype(int).tolist()
-        return planes_of(self.component(sample, "i420"), width, height)
+        return planes_of(self.picture(sample), width, height)
 
     def record(self, sample: int) -> npt.NDArray[np.float32]:
         """(record_length,) the record of one person. Raises InputError."""
@@ -162,9 +158,9 @@ class ShardSet:
         """The sample whose data are returned for this one: itself, or its replacement."""
         return int(self._origin_N[sample])
 
-    def component(self, sample: int, extension: str) -> bytes:
-        """The bytes of one of `components` of a sample. Raises InputError."""
-        offset, size = self._ranges_NC2[sample, self.components.index(extension)].tolist()
+    def picture(self, sample: int) -> bytes:
+        """The picture of one person, as stored. Raises InputError."""
+        offset, size = self._ranges_NC2[sample, 1].tolist()
         try:
             file = self._file(int(self.shard_of_sample[sample]))  # this reference keeps it open
             data = os.pread(file.fileno(), size, offset)

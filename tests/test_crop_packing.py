@@ -165,7 +165,7 @@ def test_records_of_crops_are_those_of_the_originals_but_for_the_picture(tiny_sh
         assert len(a) > 4
         np.testing.assert_array_equal(np.delete(a, range(5, 13), 1), np.delete(b, range(5, 13), 1))
         for sample in range(len(crops)):
-            stored = decode(crops.jpeg(sample), "stored")
+            stored = decode(crops.picture(sample), "stored")
             assert b[sample, 5:7].tolist() == [stored.shape[1], stored.shape[0]]
             assert original.image_name(sample) == crops.image_name(sample)
         assert crops.manifest.max_width == b[:, 5].max() < a[:, 5].max()
@@ -214,7 +214,7 @@ def test_people_at_the_limits_are_packed_and_cropped(tmp_path):
     means = {}
     for sample in range(count):
         record = unpack_records(split.record(sample)[None])
-        image = decode(split.jpeg(sample), "stored")
+        image = decode(split.picture(sample), "stored")
         crop, _ = crop_person(image, record, Draw(), PRESETS["hrnet"], 64)
         means[int(record.row_N[0])] = crop.mean()
     assert means[0] == 0 and means[1] > 60 and 0 < means[2] < 10 and 20 < means[3] < 60

@@ -96,7 +96,7 @@ def test_dali_makes_princetons_box_and_matrix_in_one_resampling(device, split):
         corner, end = princeton.box_corners(center, scale, 128)
         drawn = Draw(*raw.draws_ND[person].tolist())
         matrix = princeton.input_from_image(center, scale, drawn, 128)
-        image = decode(split.jpeg(sample), "picture")
+        image = decode(split.picture(sample), "picture")
         shifted = geometry.translation(*-corner)[:2].astype(float)
         box = cv2.warpAffine(image, shifted, tuple(int(v) for v in end - corner))
         single = cv2.warpAffine(box, (matrix @ geometry.translation(*corner))[:2], (128, 128))

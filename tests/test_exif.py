@@ -72,9 +72,9 @@ def test_joints_are_packed_where_they_were_labelled(tmp_path, capsys, turned, do
     assert people.count == 8
     for row, sample in enumerate(samples):
         np.testing.assert_allclose(
-            people.joints[row, 0], dot_in(shards.jpeg(sample), False), atol=0.6
+            people.joints[row, 0], dot_in(shards.picture(sample), False), atol=0.6
         )
-        width, height = Image.open(io.BytesIO(shards.jpeg(sample))).size
+        width, height = Image.open(io.BytesIO(shards.picture(sample))).size
         middle = (width - 1) / 2, (height - 1) / 2  # the box is the whole picture
         np.testing.assert_allclose(people.center[row], middle)
     printed = capsys.readouterr().out

@@ -144,7 +144,7 @@ def read_split(path: Path) -> None:
     split = ShardSet(path.parent)
     split.people()
     for sample in range(len(split)):
-        decode(split.jpeg(sample), split.where(sample))
+        decode(split.picture(sample), split.where(sample))
 
 
 def read_config(path: Path) -> None:

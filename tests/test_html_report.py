@@ -69,7 +69,7 @@ def write_page(
     """A report without pictures. text: the name of the result, the checkpoint, the reference."""
     result = evaluator.summary(found, people, skeleton)
     facts, reference = {"checkpoint": text, "remarks": [text]}, ReferenceRun(text, result)
-    data = html_report.ReportData(people, found, skeleton, None, np.arange(people.count))
+    data = html_report.PredictedPeople(people, found, skeleton, None, np.arange(people.count))
     page = html_report.html_report(facts, {text: result}, reference, data, 24)
     (folder / "page.html").write_text(page, "utf-8")
     return folder / "page.html"
@@ -381,7 +381,7 @@ def test_the_risk_curve_and_given_galleries_are_shown(tmp_path, browser):
     }  # fmt: skip
     found = people.joints + np.arange(4)[:, None, None]
     results = {"network": evaluator.summary(found, people, MPII)}
-    data = html_report.ReportData(people, found, MPII, None, np.arange(4))
+    data = html_report.PredictedPeople(people, found, MPII, None, np.arange(4))
     page, galleries = tmp_path / "page.html", {"exchanged": [1, 3, 0]}
     facts = {"calibration": calibration}
     page.write_text(html_report.html_report(facts, results, None, data, 2, galleries), "utf-8")

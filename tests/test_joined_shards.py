@@ -98,7 +98,7 @@ def test_joints_that_a_set_does_not_label_are_ignored_and_pictures_are_its_own(j
     np.testing.assert_array_equal(records.joints_NJ2[12:, places], expected.joints_NJ2)
     np.testing.assert_array_equal(records.marked_NJ[12:, places], expected.marked_NJ)
     assert sorted(records.row_N.tolist()) == list(range(24))
-    assert [joined.jpeg(i) for i in range(12, 24)] == [own.jpeg(i) for i in range(12)]
+    assert [joined.picture(i) for i in range(12, 24)] == [own.picture(i) for i in range(12)]
     people, samples = joined.people()
     assert people.marked[12:, others].sum() == 0 and sorted(samples[12:]) == [*range(12, 24)]
 

@@ -72,8 +72,8 @@ def test_everybody_is_packed_once_with_the_file_and_joints_of_the_annotation(
         for sample, row in enumerate(rows):
             name = file["imgname"][row].decode()
             assert data.image_name(sample) == name
-            assert data.jpeg(sample) == (tiny_set / "images" / name).read_bytes()
-            image = cv2.imdecode(np.frombuffer(data.jpeg(sample), np.uint8), cv2.IMREAD_COLOR)
+            assert data.picture(sample) == (tiny_set / "images" / name).read_bytes()
+            image = cv2.imdecode(np.frombuffer(data.picture(sample), np.uint8), cv2.IMREAD_COLOR)
             assert tuple(data.record(sample)[5:7]) == (image.shape[1], image.shape[0])
             joints = data.record(sample)[13:].reshape(16, 4)
             np.testing.assert_array_equal(joints[:, :2], file["part"][row])
@@ -152,8 +152,8 @@ def test_other_kinds_of_pictures_are_packed_as_rgb_jpegs(own_set, tmp_path, caps
     assert "RGB JPEGs of quality 95: 1 x PNG, 1 x grey JPEG" in capsys.readouterr().out
     data, found = ShardSet(tmp_path / "out" / "train"), {}
     for sample in range(len(data)):
-        found[data.image_name(sample)] = data.jpeg(sample)
-        assert check_jpeg(data.jpeg(sample)) == tuple(data.record(sample)[5:7])
+        found[data.image_name(sample)] = data.picture(sample)
+        assert check_jpeg(data.picture(sample)) == tuple(data.record(sample)[5:7])
     png, grey = (
         cv2.imdecode(np.frombuffer(found[f"{name}.jpg"], np.uint8), cv2.IMREAD_COLOR).astype(float)
         for name in pictures

@@ -85,7 +85,7 @@ def cached(shards: ShardSet) -> list[str]:
 
 
 def read_pictures(split: ShardSet) -> list[bytes]:
-    return [split.jpeg(sample) for sample in range(len(split))]
+    return [split.picture(sample) for sample in range(len(split))]
 
 
 def bytes_in(folder: Path) -> int:
@@ -209,7 +209,7 @@ def test_parts_of_an_object_of_another_size_are_refused(packed, s3, monkeypatch)
             (packed / "other").write_bytes(bytes(size))
             object_storage.store(packed / "other", url_of(5))
             with pytest.raises(StorageError, match=found) as caught:
-                open_split(packed).jpeg(11)
+                open_split(packed).picture(11)
             assert caught.value.where == url_of(5)
     finally:
         object_storage.store(packed / "train" / "00005.tar", url_of(5))
@@ -222,7 +222,7 @@ def test_parts_of_an_object_of_another_size_are_refused(packed, s3, monkeypatch)
 def test_temporary_faults_are_retried(packed, s3, faults):
     s3.faults["00003.tar"] = list(faults)
     remote, local = open_split(packed), ShardSet(packed / "train")
-    assert [remote.jpeg(i) for i in range(12)] == [local.jpeg(i) for i in range(12)]
+    assert [remote.picture(i) for i in range(12)] == [local.picture(i) for i in range(12)]
     assert len(s3.gets("00003.tar")) == len(faults) + 1
 
 
@@ -231,7 +231,7 @@ def test_missing_object_is_named(packed, s3):
     object_storage.remove(url_of(2))
     try:
         with pytest.raises(StorageError, match="no such object") as caught:
-            open_split(packed).jpeg(4)
+            open_split(packed).picture(4)
         assert caught.value.where == url_of(2) and len(s3.gets("00002.tar")) == 2
     finally:
         (packed / "restored").write_bytes(tar)
@@ -255,7 +255,7 @@ def test_wrong_bytes_are_refused_and_never_read(packed, s3):
     remote = open_split(packed)
     try:
         with pytest.raises(StorageError, match="SHA-256") as caught:
-            remote.jpeg(11)
+            remote.picture(11)
         assert caught.value.where == url_of(5) and cached(remote) == []
         assert not list(remote.folder.glob("*.part"))
     finally:
@@ -265,11 +265,11 @@ def test_wrong_bytes_are_refused_and_never_read(packed, s3):
 def test_training_continues_from_the_cache_while_the_server_is_unreachable(packed, s3, monkeypatch):
     monkeypatch.setattr(object_storage, "ATTEMPTS", 2)
     remote = open_split(packed)
-    pictures = [remote.jpeg(i) for i in (0, 1, 4)]
+    pictures = [remote.picture(i) for i in (0, 1, 4)]
     s3.is_dead = True
-    assert [remote.jpeg(i) for i in (0, 1, 4)] == pictures
+    assert [remote.picture(i) for i in (0, 1, 4)] == pictures
     with pytest.raises(StorageError, match="in all attempts") as caught:
-        remote.jpeg(2)
+        remote.picture(2)
     assert caught.value.where == url_of(1)
 
 
@@ -362,7 +362,7 @@ from pipelines.shard_cache import local_folder
 from pipelines.shards import ShardSet
 split = ShardSet(local_folder("{URL}", "{tmp_path}/shared", 1) / "train")
 print("opened", flush=True)
-print(sum(len(split.jpeg(i)) for i in range(12)), flush=True)
+print(sum(len(split.picture(i)) for i in range(12)), flush=True)
 """
     env = {**ENVIRONMENT, **CREDENTIALS, "AWS_ENDPOINT_URL": s3.url}
     runs = [
@@ -372,7 +372,7 @@ print(sum(len(split.jpeg(i)) for i in range(12)), flush=True)
     assert runs[0].stdout.readline() == b"opened\n"
     runs[0].kill()
     local = ShardSet(packed / "train")
-    expected = str(sum(len(local.jpeg(i)) for i in range(12))).encode()
+    expected = str(sum(len(local.picture(i)) for i in range(12))).encode()
     for run in runs[1:]:
         assert run.communicate(timeout=100)[0].split() == [b"opened", expected]
     assert TARS <= len(s3.gets(".tar")) <= TARS + 1  # one may have been cut off by the kill
@@ -439,7 +439,7 @@ def test_https_needs_no_list_of_the_folder(packed, s3, tmp_path):
         threading.Thread(target=web.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{web.server_address[1]}"
         remote, local = open_split(packed, url=url), ShardSet(packed / "train")
-        assert [remote.jpeg(i) for i in range(12)] == [local.jpeg(i) for i in range(12)]
+        assert [remote.picture(i) for i in range(12)] == [local.picture(i) for i in range(12)]
         web.shutdown()
 
 

@@ -85,21 +85,21 @@ def test_webdataset_reads_what_shardset_reads(tiny_shards: Path) -> None:
     assert len(samples) == len(ours) == 12
     for number, sample in enumerate(samples):
         assert sample["__key__"] == f"{number:09d}"
-        assert sample["jpg"] == ours.jpeg(number)
+        assert sample["jpg"] == ours.picture(number)
         assert sample["f32"] == ours.record(number).tobytes()
         assert json.loads(sample["json"])["image"] == ours.image_name(number)
 
 
 def test_random_access_equals_reading_in_order(tiny_shards: Path) -> None:
     data, again = (ShardSet(tiny_shards / "train") for _ in range(2))
-    in_order = [data.jpeg(i) for i in range(len(data))]
-    assert [again.jpeg(i) for i in [11, 0, 7, 7, 5]] == [in_order[i] for i in [11, 0, 7, 7, 5]]
+    in_order = [data.picture(i) for i in range(len(data))]
+    assert [again.picture(i) for i in [11, 0, 7, 7, 5]] == [in_order[i] for i in [11, 0, 7, 7, 5]]
 
 
 def test_shardset_can_be_sent_to_a_process_after_use(tiny_shards: Path) -> None:
     data = ShardSet(tiny_shards / "train")
-    first = data.jpeg(0)
-    assert pickle.loads(pickle.dumps(data)).jpeg(0) == first
+    first = data.picture(0)
+    assert pickle.loads(pickle.dumps(data)).picture(0) == first
 
 
 def test_people_come_back_in_the_annotations_order(tiny_set: Path, tiny_shards: Path) -> None:
@@ -132,7 +132,7 @@ def error_of(folder: Path) -> InputError:
     with pytest.raises(InputError) as caught:
         data = ShardSet(folder)
         for sample in range(len(data)):
-            data.record(sample), data.jpeg(sample)
+            data.record(sample), data.picture(sample)
     assert "pack the data" in caught.value.next_step
     return caught.value
 
@@ -162,7 +162,7 @@ def test_tar_cut_off_while_it_is_read_is_named(packed: Path) -> None:
     data = ShardSet(packed)
     os.truncate(packed / "00001.tar", 2000)
     with pytest.raises(InputError, match="the tar was cut off") as caught:
-        data.jpeg(9)
+        data.picture(9)
     assert str(packed / "00001.tar") in caught.value.where
 
 

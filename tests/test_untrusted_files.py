@@ -156,7 +156,7 @@ def test_dali_never_gets_such_a_picture_in_evaluation(bomb, jpeg, tiny_shards, m
     from pipelines.dali_loader import DaliCrops
 
     source = ShardSet(tiny_shards / "valid")
-    monkeypatch.setattr(source, "jpeg", lambda sample: bomb(jpeg))
+    monkeypatch.setattr(source, "picture", lambda sample: bomb(jpeg))
     loader = DaliCrops(source, [[(0, 0)]], make_spec("none", batch_size=1), [0])
     with pytest.raises(InputError, match=r"over 100 scans|a header that says"):
         list(loader)

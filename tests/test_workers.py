@@ -24,7 +24,7 @@ from pipelines.workers import STOP_SIGNALS, THREADS_AHEAD, in_threads
 
 def test_threads_that_open_a_tar_at_once_share_one_file(tiny_shards, monkeypatch):
     split, opened, real_open = ShardSet(tiny_shards / "train"), [], Path.open
-    expected = ShardSet(tiny_shards / "train").jpeg(0)
+    expected = ShardSet(tiny_shards / "train").picture(0)
 
     def slow_open(path: Path, *args, **kwargs):
         opened.append(path)

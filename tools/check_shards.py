@@ -132,7 +132,7 @@ def shard_faults(
     if pictures:
         for sample in np.flatnonzero(pictures.shard_of_sample == number).tolist():
             try:
-                check_jpeg(pictures.jpeg(sample))
+                check_jpeg(pictures.picture(sample))
             except PictureError as error:
                 faults.append(f"{pictures.where(sample)}: picture: {error}")
     return faults

@@ -24,10 +24,11 @@ from common.errors import InputError, run_main
 from common.files import write_atomic
 from configs.schema import Config, add_config_options, parse_config
 from evaluation import pckh
-from evaluation.html_report import ReportData, html_report
+from evaluation.html_report import html_report
 from evaluation.inference import Predictions
 from evaluation.label_errors import KINDS, LabelErrors, label_errors_of
 from evaluation.predictions import as_entries, read_predictions
+from evaluation.visualize import PredictedPeople
 from pipelines.shard_format import unpack_records, write_manifest, write_people_file
 from pipelines.shards import ShardSet
 from training.trainer import Trainer
@@ -58,7 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
     ranked = label_errors_of(found, people, skeleton)
     write_table(output / "label_errors.csv", ranked, shards)
     results = {"networks of other people": pckh.summary(found.keypoints_NJ2, people, skeleton)}
-    data = ReportData(people, found.keypoints_NJ2, skeleton, shards, samples)
+    data = PredictedPeople(people, found.keypoints_NJ2, skeleton, shards, samples)
     suspects = [row for row in ranked.order if ranked.ratios_NK[row].max() > 0]
     galleries = {
         kind: [row for row in suspects if ranked.kind_N[row] == number][:PEOPLE]

@@ -122,7 +122,13 @@ def make_parser() -> Parser:
     add("--ignore-exif", action="store_true", help="do not turn pictures upright")
     add("--skip-bad", action="store_true", help="report unreadable pictures and continue")
     _add_position_options(parser)
-    _add_video_options(parser)
+    add = parser.add_argument_group("videos").add_argument
+    track_help = "look for people about their last joints; --no-track: only at the given places"
+    add("--track", action=argparse.BooleanOptionalAction, default=True, help=track_help)
+    smooth_help = "One Euro filter with this cutoff for joints at rest, such as 1"
+    add("--smooth", type=float, metavar="HZ", help=smooth_help)
+    beta_help = "cutoff that it adds at a speed of one square per second (default: %(default)s)"
+    add("--beta", type=float, default=30.0, metavar="HZ", help=beta_help)
     group = parser.add_argument_group("network")
     add = group.add_argument
     add("--checkpoint", required=True, help="a checkpoint, .safetensors or .onnx")
@@ -170,16 +176,6 @@ def _add_position_options(parser: Parser) -> None:
     add("--margin", type=float, default=MARGIN, help=margin_help)
     least_help = "leave out boxes with a lower score (default: 0.3 in videos, else none)"
     add("--min-box-score", type=float, metavar="S", help=least_help)
-
-
-def _add_video_options(parser: Parser) -> None:
-    add = parser.add_argument_group("videos").add_argument
-    track_help = "look for people about their last joints; --no-track: only at the given places"
-    add("--track", action=argparse.BooleanOptionalAction, default=True, help=track_help)
-    smooth_help = "One Euro filter with this cutoff for joints at rest, such as 1"
-    add("--smooth", type=float, metavar="HZ", help=smooth_help)
-    beta_help = "cutoff that it adds at a speed of one square per second (default: %(default)s)"
-    add("--beta", type=float, default=30.0, metavar="HZ", help=beta_help)
 
 
 # Checking the command line

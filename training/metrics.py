@@ -230,7 +230,6 @@ class MetricsLogger:
             self._console.close()
             with self._disk_may_fail():
                 self._file.close()
-            with self._disk_may_fail():
                 if self._board:
                     self._board.close()
             if self._tracker:

@@ -176,23 +176,16 @@ class Trainer:
         if not run:
             self.remarks += foreign_remarks(checkpoint, self.config)
             return
-        self.progress = Progress(
-            step=checkpoint.step,
-            best=run.best if is_own else -1.0,
-            seconds=run.seconds,
-            validation_due=run.validation_due,
-        )
-        if is_own and run.validation_due:
-            self._read_validation()
+        self.progress.seconds, self.progress.validation_due = run.seconds, run.validation_due
+        if is_own:
+            self.progress.best = run.best
+        if is_own and run.validation_due:  # the log has its result if it was finished
+            pck = from_first_rank(lambda: logged_pck(self.folder, checkpoint.step), self.dist)
+            if pck is not None:
+                self.progress.validation_due = False
+                self.progress.best = max(run.best, pck)
         if run.ranks == self.dist.world_size:
             torch.set_rng_state(run.rng[self.dist.rank])
-
-    def _read_validation(self) -> None:
-        """Take the result of the validation that is due from the log, if it was finished."""
-        pck = from_first_rank(lambda: logged_pck(self.folder, self.progress.step), self.dist)
-        if pck is not None:
-            self.progress.validation_due = False
-            self.progress.best = max(self.progress.best, pck)
 
     def _make_loader(self, step: int) -> Loader:
         """The loader of the batches after this step."""

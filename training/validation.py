@@ -9,8 +9,9 @@ from torch import nn
 
 from common.distributed import DistributedContext, loader_workers
 from configs.schema import Config
-from evaluation import pckh, visualize
+from evaluation import pckh
 from evaluation.inference import Predictions, predict_distributed
+from evaluation.visualize import PredictedPeople, draw_people
 from pipelines.codec import Codec
 from pipelines.opencv_loader import RawBatch
 from pipelines.shards import ShardSet
@@ -69,6 +70,5 @@ class Validator:
     def picture(self) -> npt.NDArray[np.uint8]:
         """(H, W, 3) RGB: the last predictions for a few people, always the same people."""
         keypoints_NJ2, skeleton = self.found.keypoints_NJ2, self.codec.skeleton
-        return visualize.draw_people(
-            self.shards, self.samples, self.people, keypoints_NJ2, skeleton, PICTURE_PEOPLE
-        )[..., ::-1]
+        data = PredictedPeople(self.people, keypoints_NJ2, skeleton, self.shards, self.samples)
+        return draw_people(data, PICTURE_PEOPLE)[..., ::-1]
