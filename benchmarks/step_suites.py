@@ -21,7 +21,7 @@ from benchmarks.loader_suites import (
 from benchmarks.princeton_baseline import princeton_step
 from benchmarks.timing import Case
 from common.distributed import choose_dtype
-from configs.schema import LoaderName
+from configs.schema import LoaderName, ModelConfig
 from configs.skeleton import MPII
 from model.hourglass import StackedHourglass, compile_residuals, fuse_network, kernel_obstacles
 from model.loss import stack_losses
@@ -112,7 +112,8 @@ def build_network(
     stacks: int, options: Options, layout: torch.memory_format = torch.channels_last
 ) -> StackedHourglass:
     """Random weights on the device."""
-    network = StackedHourglass(stacks, options.width, MPII.joint_count).to(options.device)
+    model = ModelConfig(stacks=stacks, width=options.width)
+    network = StackedHourglass(model, MPII.joint_count).to(options.device)
     return network.to(memory_format=layout)  # type: ignore[call-overload]
 
 

@@ -279,7 +279,7 @@ def to_princeton(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def build_network(config: Config, joints: int) -> nn.Module:
     """The network of a config, with fresh weights."""
-    return StackedHourglass.of(config.model, joints)
+    return StackedHourglass(config.model, joints)
 
 
 def evaluation_network(checkpoint: Checkpoint) -> nn.Module:

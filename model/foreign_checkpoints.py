@@ -135,7 +135,7 @@ def read_foreign(raw: Any, path: Path) -> ForeignCheckpoint | None:
     )
     skeleton = MPII if head[0] == MPII.joint_count else unnamed(head[0])
     with torch.device("meta"):  # only names and shapes
-        network = StackedHourglass.of(model, head[0])
+        network = StackedHourglass(model, head[0])
     renames = _TO_PRINCETON if layout is _PRINCETON else _to_bearpaw(model.depth)
     ours = [*network.state_dict(), *_absent_biases(network)]
     names = {_renamed(name, renames): name for name in ours}

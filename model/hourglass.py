@@ -118,29 +118,21 @@ class StackedHourglass(nn.Module):
     fused: Callable[["StackedHourglass", Tensor], list[Tensor]] | None = None
     """If set, computes the heatmaps of every stack in training (`fuse_network`)."""
 
-    def __init__(
-        self,
-        stacks: int,
-        width: int,
-        joints: int,
-        depth: int = 4,
-        stem: tuple[int, int, int] = (64, 128, 128),
-        input_mean: tuple[float, float, float] = (0.0, 0.0, 0.0),
-        checkpoint_activations: bool = False,
-    ):
-        """width: channels of the hourglasses. joints: heatmaps. stem: channels of `make_stem`.
+    def __init__(self, model: ModelConfig, joints: int):
+        """Fresh weights. joints: heatmaps of each stack.
 
-        input_mean: RGB in 0..1, subtracted from the picture. checkpoint_activations: in training,
-        keep only each stack's input and recompute its activations for the gradient, with the same
-        results.
+        With model.checkpoint_activations, training keeps only each stack's input and recomputes its
+        activations for the gradient, with the same results.
         """
         super().__init__()
-        mean = torch.tensor(input_mean).reshape(1, 3, 1, 1) if any(input_mean) else None
+        stacks, width, mean = model.stacks, model.width, None
+        if any(model.input_mean):
+            mean = torch.tensor(model.input_mean).reshape(1, 3, 1, 1)
         self.register_buffer("input_mean", mean, persistent=False)
-        self.stacks, self.depth = stacks, depth
-        self.checkpoint_activations = checkpoint_activations
-        self.stem = make_stem(width, stem)
-        self.hourglasses = nn.ModuleList(Hourglass(depth, width) for _ in range(stacks))
+        self.stacks, self.depth = stacks, model.depth
+        self.checkpoint_activations = model.checkpoint_activations
+        self.stem = make_stem(width, model.stem)
+        self.hourglasses = nn.ModuleList(Hourglass(model.depth, width) for _ in range(stacks))
         self.features = nn.ModuleList(
             nn.Sequential(Residual(width, width), conv_norm_relu(width, width, 1))
             for _ in range(stacks)
@@ -149,16 +141,9 @@ class StackedHourglass(nn.Module):
         self.merge_features = nn.ModuleList(nn.Conv2d(width, width, 1) for _ in range(stacks - 1))
         self.merge_heatmaps = nn.ModuleList(nn.Conv2d(joints, width, 1) for _ in range(stacks - 1))
         self._norms = [module for module in self.modules() if isinstance(module, BatchNorm)]
-
-    @classmethod
-    def of(cls, model: ModelConfig, joints: int) -> "StackedHourglass":
-        """The network of these settings, with fresh weights."""
-        sizes = model.stacks, model.width, joints, model.depth, model.stem
-        network = cls(*sizes, model.input_mean, model.checkpoint_activations)
         with torch.no_grad():
-            for parameter in network.heads.parameters():
+            for parameter in self.heads.parameters():
                 parameter.mul_(model.head_scale)
-        return network
 
     def forward(self, images_N3HW: Tensor) -> Tensor:
         """RGB in 0..1 -> heatmaps of every stack, (N, S, J, H/4, W/4); the last is the result."""

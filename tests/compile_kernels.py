@@ -17,6 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from configs.schema import ModelConfig
 from model.fused_kernels import fused_network
 from model.hourglass import StackedHourglass
 
@@ -57,7 +58,8 @@ def main() -> None:
     side = int(sys.argv[2])
     for shape in sys.argv[3:]:
         joints, width, *stem = map(int, shape.split(","))
-        network = StackedHourglass(2, width, joints, 1, stem).to(memory_format=torch.channels_last)
+        model = ModelConfig(stacks=2, width=width, depth=1, stem=(*stem,))
+        network = StackedHourglass(model, joints).to(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):  # for cuDNN's convolutions
             heatmaps = fused_network(network, torch.zeros(2, 3, side, side))
         torch.stack(heatmaps).sum().backward()

@@ -18,7 +18,7 @@ import torch
 from conftest import ROOT
 
 from common.distributed import DistributedContext
-from configs.schema import Config, LoaderName, config_from_dict
+from configs.schema import Config, LoaderName, ModelConfig, config_from_dict
 from configs.skeleton import MPII
 from model.checkpoint import load_checkpoint
 from model.hourglass import StackedHourglass
@@ -226,6 +226,15 @@ def make_trainer(
     if isinstance(checkpoint, Path):
         checkpoint = load_checkpoint(checkpoint)
     return Trainer(config, dist, folder, checkpoint)
+
+
+def new_network(
+    stacks: int, width: int, joints: int, depth: int = 4, stem: Any = (64, 128, 128), **more: Any
+) -> StackedHourglass:
+    """A network with random weights. more: other settings of ModelConfig."""
+    return StackedHourglass(
+        ModelConfig(stacks=stacks, width=width, depth=depth, stem=stem, **more), joints
+    )
 
 
 def give_biases(network: StackedHourglass) -> StackedHourglass:

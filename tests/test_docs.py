@@ -315,7 +315,7 @@ def write_checkpoints(folder: Path) -> None:
          "model": MODEL},
         "test",
     )  # fmt: skip
-    network = StackedHourglass.of(config.model, MPII.joint_count)
+    network = StackedHourglass(config.model, MPII.joint_count)
     optimizer = torch.optim.Adam(network.parameters())
     sum(p.sum() for p in network.parameters()).backward()
     optimizer.step()

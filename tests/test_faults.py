@@ -19,6 +19,7 @@ from helpers import (
     leaves,
     make_trainer,
     metrics,
+    new_network,
     step,
     steps,
     tiny_config,
@@ -127,12 +128,12 @@ def test_weights_of_another_size_are_named_and_other_joints_start_fresh(tiny_sha
     config = tiny_config(tiny_shards, model={"stacks": 2})
     make_trainer(config, tmp_path).save(["last.pt"])
     loaded = load_checkpoint(tmp_path / "last.pt")
-    network = StackedHourglass.of(config.model, 5)
+    network = StackedHourglass(config.model, 5)
     heads = [f"heads.{stack}.{name}" for stack in (0, 1) for name in ("weight", "bias")]
     fresh = init_weights(network, unnamed(5), loaded)
     assert fresh == [*heads, "merge_heatmaps.0.weight"]
     assert torch.equal(network.stem.conv[0].weight, loaded.weights["stem.conv.0.weight"])
-    wider = StackedHourglass(2, 32, 16, depth=2, stem=(8, 16, 16))
+    wider = new_network(2, 32, 16, depth=2, stem=(8, 16, 16))
     with pytest.raises(InputError, match=r"stem\.residual3\.conv1\.weight is \(8, 16, 1, 1\)"):
         load_weights(wider, loaded.weights, loaded.path)
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
+from helpers import new_network
 from torch import Tensor, nn
 
 from common import system
@@ -38,7 +39,7 @@ interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="for triton's
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SLOW = pytest.mark.slow
 BF16, FP32 = torch.bfloat16, torch.float32
-OBSTACLES = kernel_obstacles(StackedHourglass(1, 8, 3, 1, (4, 8, 8)), DEVICE, BF16)
+OBSTACLES = kernel_obstacles(new_network(1, 8, 3, 1, (4, 8, 8)), DEVICE, BF16)
 ON_A_LARGE_GPU = pytest.mark.skipif(
     DEVICE.type == "cuda" and bool(OBSTACLES), reason=", ".join(OBSTACLES)
 )
@@ -193,7 +194,7 @@ def test_gradients_are_exact_where_the_mean_is_large():
 def make_network(*args: object, **settings: bool) -> StackedHourglass:
     """Random weights, also of batch norms; the upsampled map and the heatmaps matter."""
     torch.manual_seed(0)
-    network = StackedHourglass(*args, **settings).to(DEVICE, memory_format=torch.channels_last)
+    network = new_network(*args, **settings).to(DEVICE, memory_format=torch.channels_last)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
@@ -259,7 +260,7 @@ def test_a_network_in_bf16_is_as_exact_as_without_the_kernels():
 
 
 def test_evaluation_uses_the_plain_network():
-    network = StackedHourglass(1, 8, 3, 1, (4, 8, 8)).eval()
+    network = new_network(1, 8, 3, 1, (4, 8, 8)).eval()
     images = torch.rand(1, 3, 16, 16)
     expected = network(images)
     network.fused = lambda *_: pytest.fail("the kernels")
@@ -278,12 +279,12 @@ def test_evaluation_uses_the_plain_network():
 def test_the_kernels_are_refused_where_they_cannot_run(device, dtype, width, found, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # as if it were an H100
     monkeypatch.setattr(hourglass, "triton_works", lambda: True)
-    network = StackedHourglass(1, width, 3, 1, (4, 8, 8))
+    network = new_network(1, width, 3, 1, (4, 8, 8))
     assert kernel_obstacles(network, torch.device(device), dtype) == found
 
 
 def test_the_kernels_are_refused_without_a_compiler_or_on_a_small_gpu(monkeypatch):
-    network, device = StackedHourglass(1, 8, 3, 1, (4, 8, 8)), torch.device("cuda")
+    network, device = new_network(1, 8, 3, 1, (4, 8, 8)), torch.device("cuda")
     properties = types.SimpleNamespace(shared_memory_per_block_optin=166_912)  # an A100
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)

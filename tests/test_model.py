@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from helpers import new_network
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -14,7 +15,7 @@ from model.loss import pck, peak_height, stack_losses
 
 @pytest.mark.parametrize(("stacks", "parameters"), [(2, 6_562_144), (8, 25_402_816)])
 def test_live_parameters_at_width_256(stacks, parameters):
-    network = StackedHourglass(stacks, 256, 16)
+    network = new_network(stacks, 256, 16)
     assert sum(p.numel() for p in network.parameters()) == parameters
 
 
@@ -23,19 +24,19 @@ def test_live_parameters_at_width_256(stacks, parameters):
 )
 def test_forward_cost_at_256_px(stacks, gmac):
     with torch.device("meta"):
-        network, image = StackedHourglass(stacks, 256, 16), torch.empty(1, 3, 256, 256)
+        network, image = new_network(stacks, 256, 16), torch.empty(1, 3, 256, 256)
     with FlopCounterMode(display=False) as counter:
         network(image)
     assert counter.get_total_flops() / 2e9 == pytest.approx(gmac, abs=0.001)
 
 
 def test_any_size_gives_heatmaps_of_a_quarter_for_every_stack():
-    network = StackedHourglass(3, 20, 5, depth=2, stem=(8, 12, 14)).eval()
+    network = new_network(3, 20, 5, depth=2, stem=(8, 12, 14)).eval()
     assert network(torch.rand(2, 3, 48, 80)).shape == (2, 3, 5, 12, 20)
 
 
 def test_later_stacks_see_the_heatmaps_of_earlier_ones():
-    network = StackedHourglass(2, 16, 4, depth=1, stem=(8, 8, 8)).eval()
+    network = new_network(2, 16, 4, depth=1, stem=(8, 8, 8)).eval()
     image = torch.rand(1, 3, 32, 32)
     before = network(image)
     torch.nn.init.zeros_(network.heads[0].weight)
@@ -44,9 +45,7 @@ def test_later_stacks_see_the_heatmaps_of_earlier_ones():
 
 
 def test_channels_last_stays_channels_last():
-    network = StackedHourglass(1, 16, 4, depth=1, stem=(8, 8, 8)).to(
-        memory_format=torch.channels_last
-    )
+    network = new_network(1, 16, 4, depth=1, stem=(8, 8, 8)).to(memory_format=torch.channels_last)
     image = torch.rand(2, 32, 32, 3).permute(0, 3, 1, 2)
     with torch.no_grad():
         features = network.hourglasses[0](network.stem(image))
@@ -77,7 +76,7 @@ def test_head_scale_multiplies_the_heatmaps_of_a_fresh_network():
     for scale in (1.0, 0.25):
         torch.manual_seed(0)
         model = ModelConfig(stacks=2, width=16, depth=1, stem=(8, 8, 8), head_scale=scale)
-        network = StackedHourglass.of(model, 4)
+        network = StackedHourglass(model, 4)
         found.append(network.eval()(torch.ones(1, 3, 16, 16)))
     assert found[0].abs().min() > 0
     torch.testing.assert_close(found[1][:, 0], found[0][:, 0] / 4)

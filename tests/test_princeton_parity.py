@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from helpers import CPU, give_biases, make_codec, make_trainer, steps, tiny_config
+from helpers import CPU, give_biases, make_codec, make_trainer, new_network, steps, tiny_config
 from torch.nn import functional
 
 import evaluate
@@ -235,7 +235,7 @@ def live_names(path: Path) -> list[str]:
 def plain_network(path: Path) -> tuple[StackedHourglass, torch.optim.Adam]:
     """Its network with all biases, in torch's own batch norms, and Adam's state, by order alone."""
     raw, live = torch.load(path, weights_only=True), live_names(path)
-    network = give_biases(StackedHourglass(2, 48, 16)).double()
+    network = give_biases(new_network(2, 48, 16)).double()
     own = list(network.state_dict())
     assert len(own) == len(live) == 742 - 58
     network.load_state_dict({n: raw["state_dict"][t] for n, t in zip(own, live, strict=True)})
@@ -268,7 +268,7 @@ def test_one_step_of_adam_from_the_checkpoint_equals_plain_torch(golden_path, cr
     (((heat - target[:, None]) ** 2).mean(dim=(2, 3, 4)).mean()).backward()
     adam.step()
 
-    mine = StackedHourglass.of(config.model, 16).double()
+    mine = StackedHourglass(config.model, 16).double()
     mine.load_state_dict(loaded.weights)
     step = TrainStep(mine.train(), codec_of(config.data, config.heatmaps, MPII), config, CPU)
     # A fresh copy: torch's optimizers work on the very tensors that they are given.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import CPU, make_codec, make_trainer, step, steps, tiny_config
+from helpers import CPU, make_codec, make_trainer, new_network, step, steps, tiny_config
 from torch._dynamo.utils import counters
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -35,7 +35,7 @@ COMPILER = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile nee
 
 
 def network(stacks: int, checkpoint_activations: bool = False, joints: int = 5) -> StackedHourglass:
-    return StackedHourglass(
+    return new_network(
         stacks=stacks,
         width=16,
         joints=joints,
@@ -214,7 +214,7 @@ def test_two_and_eight_stacks_compile_the_same_graphs(checkpointed):
     for stacks in (2, 8):
         torch._dynamo.reset()
         counters.clear()
-        tiny = StackedHourglass(
+        tiny = new_network(
             stacks, 16, 5, depth=4, stem=(8, 12, 14), checkpoint_activations=checkpointed
         )
         compile_residuals(tiny, backend="eager")

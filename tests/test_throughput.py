@@ -10,13 +10,14 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from helpers import new_network
 
 from benchmarks import accuracy_suite, loader_suites, step_suites, throughput
 from benchmarks.loader_suites import Options
 from benchmarks.princeton_baseline import PrincetonPeople, princeton_step, render_by_loop
 from benchmarks.timing import Case, Turn, run_here, run_isolated, summarize, take_turns
 from configs.skeleton import MPII
-from model.hourglass import StackedHourglass, compile_residuals
+from model.hourglass import compile_residuals
 from model.loss import stack_losses
 from pipelines.augment import PRESETS
 from pipelines.codec import Codec
@@ -145,7 +146,7 @@ def test_princetons_loader_makes_what_the_preset_princeton_makes(options):
 
 def test_princetons_step_minimises_the_loss_of_this_project():
     torch.manual_seed(0)
-    network = StackedHourglass(2, 16, 16, 2, (8, 8, 8))
+    network = new_network(2, 16, 16, 2, (8, 8, 8))
     images, heat = torch.rand(2, 64, 64, 3), torch.rand(2, 16, 16, 16)
     expected = stack_losses(network(images.permute(0, 3, 1, 2)), heat, torch.ones(2, 16))
     before = [p.detach().clone() for p in network.parameters()]
