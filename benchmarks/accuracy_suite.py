@@ -5,7 +5,6 @@ augmentation ranges. princeton-vl uses its loader, step, targets and decoding, r
 project uses data.loader auto, one resampling, automatic precision, exact targets and decoding, EMA.
 """
 
-import json
 import time
 from typing import Any
 
@@ -26,6 +25,7 @@ from model.hourglass import StackedHourglass
 from pipelines.augment import PRESETS
 from pipelines.codec import Codec
 from pipelines.shards import ShardSet
+from training.metrics import METRICS, read_metrics
 from training.trainer import Trainer
 
 WAYS = ("princeton-vl's way", "ours")
@@ -54,7 +54,7 @@ def train_ours(options: Options, batch_size: int) -> list[tuple[float, float]]:
     trainer = Trainer(config, dist, folder)
     seconds, last_step, curve = time.perf_counter() - began, 0, list[tuple[float, float]]()
     trainer.train()
-    for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
+    for line in read_metrics(folder / METRICS):
         if line["kind"] == "train":  # its rate leaves out validations
             seconds += (line["step"] - last_step) * batch_size / line["people_per_s"]
             last_step = line["step"]

@@ -21,7 +21,7 @@ from pipelines.augment import Draw, without_augmentation
 from pipelines.boxes import MARGIN, Square, check_square, square_about, whole_picture
 from pipelines.codec import Codec, codec_of
 from pipelines.jpeg import decode
-from pipelines.opencv_loader import Item, collate, crop_person
+from pipelines.opencv_loader import RawBatch, collate, crop_person
 from pipelines.shard_format import COLUMNS, IDENTITY_AFFINE, record_length, unpack_records
 
 Picture = str | Path | bytes | Image.Image | npt.NDArray[np.uint8]
@@ -126,7 +126,7 @@ class PoseEstimator:
         is_one = isinstance(pictures, _PICTURES) or not isinstance(pictures, Sequence)
         listed: Any = [pictures] if is_one else pictures
         wanted = _squares(boxes, centers, scales, margin, None if is_one else len(listed))
-        predictions, crops = list[Poses](), list[Item]()
+        predictions, crops = list[Poses](), list[RawBatch]()
         for number, (picture, squares) in enumerate(zip(listed, wanted, strict=True)):
             image = read_picture(picture)
             for person, square in enumerate(squares):
@@ -137,7 +137,7 @@ class PoseEstimator:
         predictions.append(self.predict(crops))
         return Poses(*map(np.concatenate, zip(*predictions, strict=True)))
 
-    def crop(self, image_HW3: npt.NDArray[np.uint8], square: Square | None, where: str) -> Item:
+    def crop(self, image_HW3: npt.NDArray[np.uint8], square: Square | None, where: str) -> RawBatch:
         """One person for `predict`. image: BGR. square: None is the whole picture.
 
         where: names the picture in the InputError for a square outside it.
@@ -145,18 +145,17 @@ class PoseEstimator:
         height, width = image_HW3.shape[:2]
         square = square or whole_picture(width, height)
         check_square(square, width, height, where)
-        record = np.zeros(record_length(self.skeleton.joint_count))
-        record[COLUMNS["center"]] = square.x, square.y
-        record[COLUMNS["scale"]] = square.scale
-        record[COLUMNS["size"]] = width, height
-        record[COLUMNS["image_from_stored"]] = IDENTITY_AFFINE
+        record_1R = np.zeros((1, record_length(self.skeleton.joint_count)))
+        record_1R[:, COLUMNS["center"]] = square.x, square.y
+        record_1R[:, COLUMNS["scale"]] = square.scale
+        record_1R[:, COLUMNS["size"]] = width, height
+        record_1R[:, COLUMNS["image_from_stored"]] = IDENTITY_AFFINE
         preset, input_px = without_augmentation(self.codec.preset), self.codec.input_px
-        crop, matrix = crop_person(
-            image_HW3, unpack_records(record[None]), Draw(), preset, input_px
-        )
-        return crop, matrix, Draw(), record
+        made = crop_person(image_HW3, unpack_records(record_1R), Draw(), preset, input_px)
+        crop, matrix = (torch.from_numpy(each[None]) for each in made)
+        return RawBatch(crop, matrix, torch.tensor([Draw()]), torch.from_numpy(record_1R))
 
-    def predict(self, crops: list[Item]) -> Poses:
+    def predict(self, crops: list[RawBatch]) -> Poses:
         """The joints in crops that `crop` made, in the same order; runs in batches."""
         size, previous = self.batch_size, torch.get_num_threads()
         batches = [collate(crops[i : i + size]) for i in range(0, len(crops), size)]
@@ -168,7 +167,7 @@ class PoseEstimator:
             torch.set_num_threads(previous)
         if self.calibration is None:
             return Poses(keypoints_NJ2, scores_NJ, np.full_like(scores_NJ, np.nan))
-        scale_N = np.array([record[COLUMNS["scale"]] for *_, record in crops])
+        scale_N = np.array([float(crop.records_NR[0, COLUMNS["scale"]]) for crop in crops])
         errors_NJ = self.calibration.errors(scores_NJ) * PIXELS_PER_SCALE * scale_N[:, None]
         return Poses(keypoints_NJ2, self.calibration.probabilities(scores_NJ), errors_NJ)
 

@@ -333,7 +333,7 @@ def publish(evaluation: Evaluation, options: Namespace) -> None:
     if options.json:
         _write(options.json, json.dumps({**facts, **results}, indent=1))
     if options.report and data:
-        page = html_report(facts, results, reference, data, options.people)
+        page = html_report(facts, results, reference, data, options.people, {})
         _write(report_file(options), page)
     name, first = next(iter(results.items()))
     print("\n" + "\n".join(title))

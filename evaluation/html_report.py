@@ -34,7 +34,7 @@ def html_report(
     reference: ReferenceRun | None,
     data: PredictedPeople,
     people_per_gallery: int,
-    first_galleries: dict[str, list[int]] | None = None,
+    first_galleries: dict[str, list[int]],
 ) -> str:
     """The page. facts, results: as in --json. Galleries: the worst, the median, the best people.
 
@@ -42,7 +42,6 @@ def html_report(
     """
     skeleton, first = data.skeleton, next(iter(results.values()))
     errors = pckh.normalized_errors(data.keypoints_NJ2, data.people)
-    first_galleries = first_galleries or {}
     galleries = first_galleries | choose_people(errors, people_per_gallery)
     rows = sorted({row for gallery in galleries.values() for row in gallery})
     pictures = encode_pictures(data, rows)

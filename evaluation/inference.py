@@ -15,7 +15,7 @@ from configs.schema import LoaderName, RuleName
 from configs.skeleton import Skeleton
 from pipelines import heatmaps
 from pipelines.annotations import People
-from pipelines.augment import Draw, draws_array, preset_of
+from pipelines.augment import Draw, preset_of
 from pipelines.codec import Codec
 from pipelines.loader import RawBatch, evaluation_batches, images_on_device
 from pipelines.opencv_loader import Source, crop_affines
@@ -155,7 +155,7 @@ def oracle_keypoints(
         records = np.stack([record_of(people, row, 0, 0) for row in rows])
         affines = crop_affines(unpack_records(records), Draw(), codec.preset, input_px)[:, :2]
         affines_N23, fields = torch.from_numpy(affines), unpack_records(torch.from_numpy(records))
-        draws = torch.from_numpy(draws_array([Draw()] * len(rows)))
+        draws = torch.tensor([Draw()] * len(rows))
         joints, _ = codec.heat_joints(fields, affines_N23, draws)
         decoded, _ = codec.decode(codec.render(joints, fields.marked_NJ))
         keypoints.append(codec.image_joints(decoded, unpack_records(records), affines_N23))

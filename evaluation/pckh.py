@@ -65,17 +65,16 @@ def score(errors_NJ: Floats, skeleton: Skeleton, threshold: float) -> Score:
     grouped = sorted({joint for _, joints in skeleton.groups for joint in joints})
     return Score(
         pooled=_mean(strict, counts),
-        unweighted=_mean(strict[grouped], (counts[grouped] > 0).astype(float)),
+        unweighted=_mean(strict[grouped]),
         weighted=_mean(loose[grouped], counts[grouped]),
-        groups={
-            name: _mean(loose[list(joints)], (counts[list(joints)] > 0).astype(float))
-            for name, joints in skeleton.groups
-        },
+        groups={name: _mean(loose[list(joints)]) for name, joints in skeleton.groups},
         joints=tuple(strict.tolist()),
     )
 
 
-def _mean(values: Floats, weights: npt.NDArray) -> float:
+def _mean(values: Floats, weights: npt.NDArray | None = None) -> float:
+    """Weighted mean without NaN values; by default all weights are equal."""
+    weights = np.isfinite(values) if weights is None else weights
     total = weights.sum()
     return float(np.nansum(values * weights) / total) if total else float("nan")
 
@@ -106,8 +105,7 @@ def _detail(parts: dict[str, Floats], joints: tuple[int, ...], inclusive: bool) 
     mine = {name: errors[:, list(joints)] for name, errors in parts.items()}
 
     def rate(name: str, threshold: float) -> float:
-        values, counts = rates(mine[name], threshold, inclusive)
-        return _mean(values, (counts > 0).astype(float))
+        return _mean(rates(mine[name], threshold, inclusive)[0])
 
     return {
         "counts": {name: int(np.isfinite(errors).sum()) for name, errors in mine.items()},
@@ -191,8 +189,7 @@ def summary(keypoints_NJ2: npt.NDArray, people: People, skeleton: Skeleton) -> d
         pooled = score(parts[name], skeleton, 0.5).pooled
         values[name] = {"pooled": pooled, "joints_counted": int(np.isfinite(parts[name]).sum())}
     pixels = errors * people.normalize[:, None]
-    mean = _mean(pixels, np.isfinite(pixels))
-    values["pixels"] = {"mean": mean, "median": _quantiles(pixels, [0.5])[0]}
+    values["pixels"] = {"mean": _mean(pixels), "median": _quantiles(pixels, [0.5])[0]}
     values |= {
         "details": details(parts, skeleton),
         "curves": curves(errors, skeleton),

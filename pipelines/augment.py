@@ -159,11 +159,6 @@ def _values(
     return (distribution.mean + distribution.std * numbers).clip(low, high)
 
 
-def draws_array(draws: list[Draw]) -> npt.NDArray[np.float32]:
-    """(N, 10) float32, one row per draw, columns in the order of Draw's fields."""
-    return np.asarray(draws, dtype=np.float32).reshape(len(draws), len(Draw._fields))
-
-
 def jitter(images_N3HW: torch.Tensor, draws_ND: torch.Tensor) -> torch.Tensor:
     """Apply the colour part of the draws to RGB images in 0..1; returns the same shape and range.
 

@@ -34,7 +34,7 @@ from pipelines.opencv_loader import (
 )
 from pipelines.shard_cache import Key
 from pipelines.shard_format import Records, unpack_records
-from pipelines.shards import ShardSet, read_ahead
+from pipelines.shards import read_ahead
 from pipelines.workers import THREADS_AHEAD, in_threads
 
 Node = Any
@@ -88,7 +88,7 @@ class DaliCrops(Iterator[RawBatch]):
             feed=in_threads(read, ahead, 1, pin=False),
             fed=self._fed,
             spec=spec,
-            raw=_is_raw(source),
+            raw=source.is_raw,
             halvings=_most_halvings(source, people, spec),
         )
         try:
@@ -111,7 +111,7 @@ class DaliCrops(Iterator[RawBatch]):
             outputs = self.pipeline.run(*stream)
         except RuntimeError as error:  # a damaged picture, or no memory
             _raise_if_out_of_memory(self.pipeline, error)
-            faults = {} if _is_raw(self.source) else _faults(self._fed)
+            faults = {} if self.source.is_raw else _faults(self._fed)
             if not faults:
                 raise
             first = min(faults)
@@ -134,7 +134,7 @@ def read_feed(source: Source, spec: LoaderSpec, keys: list[Key]) -> Feed:
     for sample, _ in keys:
         with bad_samples_named(source, sample):
             picture = source.picture(sample)
-            if not _is_raw(source):
+            if not source.is_raw:
                 require_sane_size(picture, source.where(sample))
             pictures.append(np.frombuffer(picture, dtype=np.uint8))
     records_NR = np.stack([source.record(sample) for sample, _ in keys])
@@ -182,14 +182,10 @@ def _affines(
 
 def _most_halvings(source: Source, people: Iterable[int], spec: LoaderSpec) -> int:
     """The largest number of halvings among these people, without augmentation."""
-    if _is_raw(source) or not halves_large_pictures(spec.preset):
+    if source.is_raw or not halves_large_pictures(spec.preset):
         return 0
     records = unpack_records(np.stack([source.record(sample) for sample in people]))
     return int(_affines(records, Draw(), spec)[2][:, 4].max())
-
-
-def _is_raw(source: Source) -> bool:
-    return isinstance(source, ShardSet) and source.is_raw
 
 
 def _raise_if_out_of_memory(pipeline: Pipeline, error: Exception) -> None:

@@ -29,13 +29,12 @@ from pipelines.augment import (
     color_by_opencv,
     draw_batch,
     draw_rng,
-    draws_array,
 )
-from pipelines.i420 import Planes, warp_to_rgb
+from pipelines.i420 import Planes, planes_of, warp_to_rgb
 from pipelines.jpeg import BadSamplesError, decode
 from pipelines.object_storage import StorageError
 from pipelines.shard_cache import Key, ReadAhead
-from pipelines.shard_format import Records, record_of, unpack_records
+from pipelines.shard_format import COLUMNS, Records, record_of, unpack_records
 from pipelines.shards import ShardSet, read_ahead
 from pipelines.workers import THREADS_AHEAD, in_processes, in_threads
 
@@ -75,12 +74,11 @@ class LoaderSpec:
     shard_window: int = 0  # shards whose people are mixed; 0: all
 
 
-Item = tuple[npt.NDArray, npt.NDArray[np.float32], Draw, npt.NDArray[np.floating]]
-"""One person: crop, affine, draw, record."""
-
-
 class Source(Protocol):
     """People with pictures, numbered from 0."""
+
+    is_raw: bool
+    """Whether the pictures are raw (pipelines/i420.py)."""
 
     def picture(self, sample: int) -> bytes:
         """The stored picture of one person. Raises InputError if it cannot be read."""
@@ -94,6 +92,8 @@ class Source(Protocol):
 
 class LooseImages:
     """People of an annotation file with their pictures in a folder."""
+
+    is_raw = False
 
     def __init__(self, people: People, folder: Path):
         """Check that every picture is in the folder. Raises InputError."""
@@ -220,8 +220,9 @@ def image_from_stored(records: Records) -> geometry.Matrix:
 
 def stored_picture(source: Source, sample: int) -> npt.NDArray[np.uint8] | Planes:
     """(H, W, 3) BGR picture of one person, or its planes in raw shards. Raises InputError."""
-    if isinstance(source, ShardSet) and source.is_raw:
-        return source.planes(sample)
+    if source.is_raw:
+        width, height = source.record(sample)[COLUMNS["size"]].astype(int).tolist()
+        return planes_of(source.picture(sample), width, height)
     return decode(source.picture(sample), source.where(sample))
 
 
@@ -277,15 +278,9 @@ def bad_samples_named(source: Source, sample: int) -> Iterator[None]:
         raise BadSamplesError.of({sample: error.found}, where, error.found) from error
 
 
-def collate(items: Iterable[Item]) -> RawBatch:
-    """Stack the crops, affines, draws and records of people."""
-    images, matrices, draws, records = zip(*items, strict=True)
-    return RawBatch(
-        torch.from_numpy(np.stack(images)),
-        torch.from_numpy(np.stack(matrices)),
-        torch.from_numpy(draws_array(list(draws))),
-        torch.from_numpy(np.stack(records)),
-    )
+def collate(batches: Iterable[RawBatch]) -> RawBatch:
+    """One batch of several."""
+    return RawBatch(*map(torch.cat, zip(*batches, strict=True)))
 
 
 def jittered(raw: RawBatch) -> JitteredBatch:

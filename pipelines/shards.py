@@ -25,10 +25,8 @@ from common.errors import InputError
 from common.files import read_bytes
 from pipelines.annotations import People
 from pipelines.coco import object_array
-from pipelines.i420 import Planes, planes_of
 from pipelines.shard_cache import ORIGIN, Key, ReadAhead, ShardCache
 from pipelines.shard_format import (
-    COLUMNS,
     INDEX_VERSION,
     LARGEST,
     PACK_AGAIN,
@@ -90,11 +88,6 @@ class ShardSet:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": {}}
-
-    def planes(self, sample: int) -> Planes:
-        """The picture of one person in raw shards. Raises InputError."""
-        width, height = self.record(sample)[COLUMNS["size"]].astype(int).tolist()
-        return planes_of(self.picture(sample), width, height)
 
     def record(self, sample: int) -> npt.NDArray[np.float32]:
         """(record_length,) the record of one person. Raises InputError."""

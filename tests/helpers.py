@@ -27,7 +27,7 @@ from pipelines.augment import PRESETS, Draw, Preset
 from pipelines.codec import Codec
 from pipelines.geometry import transform
 from pipelines.loader import Batch, LoaderSpec, RawBatch, TrainLoader
-from pipelines.opencv_loader import Item, Source, collate, crop_person, stored_picture
+from pipelines.opencv_loader import Source, collate, crop_person, stored_picture
 from pipelines.shard_format import MANIFEST, PEOPLE, file_sha256, unpack_records
 from pipelines.shards import ShardSet
 from training import train_step
@@ -70,11 +70,19 @@ def sample_of_row(split: ShardSet, row: float) -> int:
     return int(np.flatnonzero(unpack_records(split.records()).row_N == float(row))[0])
 
 
-def crop_sample(source: Source, sample: int, drawn: Draw, preset: Preset, input_px: int) -> Item:
+def draws_array(draws: list[Draw]) -> np.ndarray:
+    """(N, 10) float32, one row per draw."""
+    return np.asarray(draws, dtype=np.float32)
+
+
+def crop_sample(
+    source: Source, sample: int, drawn: Draw, preset: Preset, input_px: int
+) -> RawBatch:
     """Read, decode and crop one person."""
-    record, image = source.record(sample), stored_picture(source, sample)
-    crop, matrix = crop_person(image, unpack_records(record[None]), drawn, preset, input_px)
-    return crop, matrix, drawn, record
+    record, image = source.record(sample)[None], stored_picture(source, sample)
+    crop, matrix = crop_person(image, unpack_records(record), drawn, preset, input_px)
+    parts = crop[None], matrix[None], draws_array([drawn]), record
+    return RawBatch(*map(torch.from_numpy, map(np.array, parts)))
 
 
 def repeat_draws(shards: ShardSet, raw: RawBatch, preset: Preset) -> RawBatch:

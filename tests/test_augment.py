@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from helpers import draws_array
 
 from configs.schema import PresetName
 from pipelines import augment
@@ -21,7 +22,6 @@ from pipelines.augment import (
     draw,
     draw_batch,
     draw_rng,
-    draws_array,
     jitter,
     preset_of,
 )

@@ -70,7 +70,7 @@ def write_page(
     result = evaluator.summary(found, people, skeleton)
     facts, reference = {"checkpoint": text, "remarks": [text]}, ReferenceRun(text, result)
     data = html_report.PredictedPeople(people, found, skeleton, None, np.arange(people.count))
-    page = html_report.html_report(facts, {text: result}, reference, data, 24)
+    page = html_report.html_report(facts, {text: result}, reference, data, 24, {})
     (folder / "page.html").write_text(page, "utf-8")
     return folder / "page.html"
 

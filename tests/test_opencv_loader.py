@@ -13,6 +13,7 @@ from helpers import (
     assert_loaders_agree,
     crop_sample,
     damage_picture,
+    draws_array,
     make_codec,
     make_spec,
 )
@@ -22,7 +23,7 @@ from configs.schema import WorkerKind
 from configs.skeleton import MPII
 from pipelines import geometry, princeton
 from pipelines.annotations import read_annotations
-from pipelines.augment import PRESETS, Draw, draw, draw_rng, draws_array
+from pipelines.augment import PRESETS, Draw, draw, draw_rng
 from pipelines.loader import TrainLoader, choose_loader, make_batch
 from pipelines.opencv_loader import (
     CropDataset,

@@ -266,7 +266,7 @@ def test_folders_show_gif_and_avif(run, tmp_path):
 
 def joints_on_a_grid(self, crops) -> Poses:
     """16 joints about the middle of each square, 8 px apart, so that no dot lies over another."""
-    middles = np.stack([record[1:3] for _, _, _, record in crops])
+    middles = np.concatenate([crop.records_NR[:, 1:3] for crop in crops])
     grid = np.stack(np.meshgrid(np.arange(-16, 16, 8), np.arange(-16, 16, 8)), -1).reshape(-1, 2)
     ones = np.ones((len(crops), 16))
     return Poses(middles[:, None] + grid, ones, ones)

@@ -31,7 +31,7 @@ from evaluation.video import CODECS, frame_rate, open_video, read_frames, write_
 from evaluation.visualize import draw_skeleton
 from pipelines.annotations import stays_inside
 from pipelines.boxes import MARGIN, Person, Square, read_people, square_about, whole_picture
-from pipelines.opencv_loader import Item
+from pipelines.opencv_loader import RawBatch
 from pipelines.workers import in_threads
 
 PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -49,7 +49,7 @@ Image = npt.NDArray[np.uint8]
 Options = argparse.Namespace
 Result = dict[str, Any]
 """One person as written to JSON; `evaluate.py --predictions` reads it too."""
-Subject = tuple[Result, Item]
+Subject = tuple[Result, RawBatch]
 """One person to find: the result without joints, and the crop."""
 
 
