@@ -248,10 +248,10 @@ def find_the_spot(self: PoseEstimator, crops: list) -> Poses:
     """A grid of 16 joints about the spot, 6 px apart; scores of 0 if it is not in the crop."""
     grid = 6.0 * np.stack(np.meshgrid(range(4), range(4)), -1).reshape(-1, 2) - 9
     joints, scores = [], []
-    for crop, input_from_image, _, _ in crops:
-        y, x = np.nonzero(np.asarray(crop).max(axis=-1) > 128)
+    for crop in crops:
+        y, x = np.nonzero(crop.images_NHW3[0].numpy().max(axis=-1) > 128)
         middle = np.array([x.mean(), y.mean()]) if len(x) else np.zeros(2)
-        place = np.linalg.inv(np.vstack([input_from_image[:2], [0, 0, 1]])) @ [*middle, 1]
+        place = np.linalg.inv(np.vstack([crop.input_from_image_N23[0], [0, 0, 1]])) @ [*middle, 1]
         joints.append(place[:2] + grid)
         scores.append(np.full(16, float(len(x) > 0)))
     count = len(crops)
