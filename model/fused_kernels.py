@@ -29,10 +29,11 @@ from model.hourglass import BatchNorm, Hourglass
 Map = tuple[Tensor, Tensor | None]
 """A feature map, and its statistics if they are known."""
 Weights = dict[nn.Conv2d, Tensor]
+"""The weight of each convolution, in the type in which it computes."""
 MULTIPROCESSORS = constexpr(132)
 """Of an H100 or H200. Each runs 8 warps: one program of 8, or two of 4."""
 LEAST_ROWS = 128
-"""Minimum rows of a program that sums gradients; below, adding up these sums would take longer."""
+"""Minimum rows of a program that sums gradients; below, adding up these sums should take longer."""
 
 
 @triton.constexpr_function
@@ -171,9 +172,11 @@ def _norm_relu_conv(
     dtype: constexpr = x_MI.dtype.element_ty
     if weight_OI is not None:
         inputs = tl.arange(0, _block(IN))
-        weight = _load(weight_OI, outputs, inputs, OUT, IN).to(dtype)
+        weight = _load(weight_OI, outputs, inputs, OUT, IN)
     if norm_4I is not None:
         scale, shift = _load_line(norm_4I, 2, inputs, IN), _load_line(norm_4I, 3, inputs, IN)
+    if bias_O is not None:
+        bias = _load_line(bias_O, 0, outputs, OUT)
     # Statistics of each element of the tile; sums over its rows in each step would cost more.
     means = tl.zeros([BLOCK_M, BLOCK_OUT], tl.float32)
     squares, number = tl.zeros_like(means), 0.0
@@ -187,10 +190,10 @@ def _norm_relu_conv(
         if norm_4I is not None:
             y = _maximum(y * scale + shift, 0.0)
         if weight_OI is not None:
-            # As y @ weight.T, every warp would normalise all rows of x for its own channels.
+            # As y @ weight.T, several warps would normalise the same rows for their own channels.
             y = tl.trans(tl.dot(weight, tl.trans(y.to(dtype))))
         if bias_O is not None:
-            y += _load_line(bias_O, 0, outputs, OUT)
+            y += bias
         if skip_MO is not None:
             y += _load(skip_MO, rows, outputs, M, OUT).to(tl.float32)
         if low_QO is not None:
@@ -224,7 +227,7 @@ def _gradient_sums(
     (I,), and the gradients of bias (O,) and weight (O, I), in this order.
 
     With a convolution, dz = dy @ weight where z > 0. So the sums of dz and dz * x, and the weight's
-    gradient, follow from dy.T @ x and dy.T @ 1 where z > 0; no product is needed for each row.
+    gradient, follow from dy.T @ x and dy.T @ 1 where z > 0, without dy @ weight for each row.
     """
     dy_MO, weight_OI, bias_O, x_MI, norm_4I = tensors
     inputs = tl.program_id(0) * BLOCK_IN + tl.arange(0, BLOCK_IN)
@@ -261,7 +264,7 @@ def _gradient_sums(
         sum_1, sum_x = tl.split(tl.reshape(pairs, [_block(OUT), BLOCK_IN, 2]))
         dweight = scale * sum_x + shift * sum_1
         _store(sums + S - OUT * IN, dweight, outputs, inputs, OUT, IN)
-        weight = _load(weight_OI, outputs, inputs, OUT, IN).to(x_MI.dtype.element_ty)
+        weight = _load(weight_OI, outputs, inputs, OUT, IN)
         sum_1, sum_x = sum_1 * weight, sum_x * weight
     mean, inverse_std = _load_line(norm_4I, 0, inputs, IN), _load_line(norm_4I, 1, inputs, IN)
     dbeta, dgamma = tl.sum(sum_1, 0), tl.sum((sum_x - mean * sum_1) * inverse_std, 0)
@@ -291,7 +294,7 @@ def _input_gradient(
     product_mean = _load_line(sums_S, 1, inputs, IN) / M
     if weight_OI is not None:
         outputs = tl.arange(0, _block(OUT))
-        weight = _load(weight_OI, outputs, inputs, OUT, IN).to(x_MI.dtype.element_ty)
+        weight = _load(weight_OI, outputs, inputs, OUT, IN)
     first, step = tl.program_id(1) * BLOCK_M, tl.num_programs(1) * BLOCK_M
     for row in tl.range(first, M, step, num_stages=3):
         rows = row + tl.arange(0, BLOCK_M)
@@ -419,12 +422,13 @@ class _NormReluConv(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, pool: bool, norm_4I: Tensor, x: Tensor, gamma: Tensor, beta: Tensor, *others: Any
+        ctx: Any, pool: bool, norm_4I: Tensor, weight: Tensor | None, x: Tensor, *others: Any
     ) -> tuple[Tensor | None, ...]:
-        """others: weight, bias, skip, low. Returns y and its statistics, x, and if `pool`,
+        """weight: in x's type, without a gradient. others: gamma, beta, the weight that has the
+        gradient, bias, skip, low. Returns y and its statistics, x, and if `pool`,
         max_pool2d(x, 2) and its statistics. The gradients of all of them are added in one pass.
         """
-        x_MI, (weight, bias, skip, low) = _matrix(x), (*others, None, None, None, None)[:4]
+        x_MI, (bias, skip, low) = _matrix(x), (*others, *[None] * 4)[3:6]
         people, inputs, height, width = x.shape
         outputs, rows = inputs if weight is None else len(weight), len(x_MI)
         y_NHWO = x_MI.new_empty(people, height, width, outputs)
@@ -460,13 +464,13 @@ class _NormReluConv(torch.autograd.Function):
         # DDP expects the weight's strides, even for dimensions of size 1.
         dweight = None if weight is None else dweight.as_strided(weight.shape, weight.stride())
         dlow = None
-        if any(ctx.needs_input_grad[8:]):
+        if any(ctx.needs_input_grad[9:]):
             dlow = dy.new_empty(len(dy), dy.shape[2] // 2, dy.shape[3] // 2, outputs)
             grid = (triton.cdiv(rows // 4, 32),)
             _upsampling_gradient[grid](dy_MO, dlow, rows // 4, dlow.shape[2], outputs)
             dlow = dlow.permute(0, 3, 1, 2)
         gradients = dx_NHWI.permute(0, 3, 1, 2), dgamma, dbeta, dweight, dbias, dy, dlow
-        pairs = zip((None, None, *gradients), ctx.needs_input_grad, strict=False)
+        pairs = zip((None, None, None, *gradients), ctx.needs_input_grad, strict=False)
         return tuple(gradient if is_needed else None for gradient, is_needed in pairs)
 
 
@@ -493,20 +497,20 @@ class _MaxPool(torch.autograd.Function):
 
 
 class _Cast(torch.autograd.Function):
-    """Tensors in another type, by one kernel for all of them, and so their gradients."""
+    """Tensors in another type, as many as possible by one kernel, and so their gradients."""
 
     @staticmethod
     def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.dtype = tensors[0].dtype
-        return _cast(dtype, tensors)
+        return _cast(dtype, *tensors)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *_cast(ctx.dtype, gradients)
+        return None, *_cast(ctx.dtype, *gradients)
 
 
-def _cast(dtype: torch.dtype, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _cast(dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
     copies = tuple(torch.empty_like(each, dtype=dtype) for each in tensors)
     torch._foreach_copy_(copies, tensors)
     return copies
@@ -515,34 +519,42 @@ def _cast(dtype: torch.dtype, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]
 # The network
 
 
-def cast_weights(network: nn.Module, device: torch.device) -> Weights:
-    """The weights of all convolutions that are not 1x1, in the type in which they compute."""
-    convs = [each for each in network.modules() if isinstance(each, nn.Conv2d)]
-    convs = [each for each in convs if each.kernel_size != (1, 1)]
-    weights = [each.weight for each in convs]
-    if torch.is_autocast_enabled(device.type):
-        weights = _Cast.apply(torch.get_autocast_dtype(device.type), *weights)
-    return dict(zip(convs, weights, strict=True))
+def cast_weights(device: torch.device, *modules: nn.Module) -> Weights:
+    """Of all convolutions. Those of 1x1 have no gradient: the kernels' is that of the parameter."""
+    convs = [c for module in modules for c in module.modules() if isinstance(c, nn.Conv2d)]
+    large = [each for each in convs if each.kernel_size != (1, 1)]
+    small = [each for each in convs if each.kernel_size == (1, 1)]
+    is_cast = torch.is_autocast_enabled(device.type)
+    dtype = torch.get_autocast_dtype(device.type) if is_cast else convs[0].weight.dtype
+    weights = _Cast.apply(dtype, *(each.weight for each in large))
+    weights += _cast(dtype, *(each.weight.detach() for each in small))
+    return dict(zip(large + small, weights, strict=True))
 
 
-def _norm_relu(norm: BatchNorm, x: Map, *others: Tensor | None, pool: bool = False) -> Any:
+def _norm_relu(
+    norm: BatchNorm, x: Map, weight: Tensor | None, *others: Tensor | None, pool: bool = False
+) -> Any:
     """`_NormReluConv` of a norm."""
-    return _NormReluConv.apply(pool, _norm_table(norm, *x), x[0], norm.weight, norm.bias, *others)
+    table = _norm_table(norm, *x)
+    return _NormReluConv.apply(pool, table, weight, x[0], norm.weight, norm.bias, *others)
 
 
 def fused_residual(
     residual: Any, weights: Weights, x: Map, low_from: Callable[[Map], Map] | None = None
 ) -> Map:
     """`residual(x)`. low_from: computes, from x pooled, a map that is added upsampled."""
-    norm1, weight = residual.norm1, residual.conv1.weight
-    y, statistics, skip, *pooled = _norm_relu(norm1, x, weight, pool=low_from is not None)
+    conv1, conv3 = residual.conv1, residual.conv3
+    y, statistics, skip, *pooled = _norm_relu(
+        residual.norm1, x, weights[conv1], conv1.weight, pool=low_from is not None
+    )
     low = low_from(pooled)[0] if low_from else None
-    z = _norm_relu(residual.norm2, (y, statistics))[0]
+    z = _norm_relu(residual.norm2, (y, statistics), None)[0]
     y = functional.conv2d(z, weights[residual.conv2], padding=1)
-    bias = residual.conv3.bias
+    bias = conv3.bias
     if isinstance(residual.skip, nn.Conv2d):  # the sum of both biases is added once
         bias, skip = bias + residual.skip.bias, functional.conv2d(skip, residual.skip.weight)
-    return _norm_relu(residual.norm3, (y, None), residual.conv3.weight, bias, skip, low)[:2]
+    others = weights[conv3], conv3.weight, bias, skip, low
+    return _norm_relu(residual.norm3, (y, None), *others)[:2]
 
 
 def _hourglass(hourglass: Any, weights: Weights, x: Map) -> Map:
@@ -577,23 +589,27 @@ def _features(network: Any, weights: Weights, stack: int, x: Map) -> Tensor:
 def fused_network(network: Any, images_N3HW: Tensor) -> list[Tensor]:
     """The heatmaps of every stack of a StackedHourglass in training."""
     (conv, norm, _), residual1, _, residual2, residual3 = network.stem
-    weights = cast_weights(network, images_N3HW.device)
-    x = _norm_relu(norm, (_stem(weights[conv], images_N3HW), None))[:2]
+    cast = partial(cast_weights, images_N3HW.device)
+    weights = cast(network.stem)
+    x = _norm_relu(norm, (_stem(weights[conv], images_N3HW), None), None)[:2]
     x = _MaxPool.apply(fused_residual(residual1, weights, x)[0])
     x = fused_residual(residual3, weights, fused_residual(residual2, weights, x))
     heatmaps = []
     for stack, head in enumerate(network.heads):
+        # For each stack, so that DDP can reduce their gradients while earlier ones are computed.
+        weights = cast(network.hourglasses[stack], network.features[stack], head)
         features = network.recomputed(partial(_features, network, weights), stack, x)
         norm = network.features[stack][1][1]
         apply = partial(_NormReluConv.apply, False, _norm_table(norm, features, None))
         affine = norm.weight, norm.bias
-        heat, _, features = apply(features, *affine, head.weight, head.bias)
+        heat, _, features = apply(weights[head], features, *affine, head.weight, head.bias)
         heatmaps.append(heat)
         if stack < network.stacks - 1:
             # merge_features(f) + merge_heatmaps(head(f)) is one convolution of f.
             merge, from_heat = network.merge_features[stack], network.merge_heatmaps[stack]
-            through_heat = functional.conv2d(head.weight.transpose(0, 1), from_heat.weight)
-            weight = merge.weight + through_heat.transpose(0, 1).contiguous()
+            through_heat = functional.conv2d(from_heat.weight, head.weight.transpose(0, 1))
+            weight = merge.weight.clone().add_(through_heat)  # with its strides, as DDP expects
             bias = merge.bias + from_heat(head.bias[None, :, None, None]).flatten()
-            x = apply(features, *affine, weight, bias, x[0])[:2]
+            low_precision = weight.detach().to(features.dtype)
+            x = apply(low_precision, features, *affine, weight, bias, x[0])[:2]
     return heatmaps

@@ -16,7 +16,6 @@ def stack_losses(
     error of a pixel is multiplied by 1 + foreground x its target (the idea of the weighted loss map
     of Wang, Bo, Li, Adaptive Wing Loss, ICCV 2019).
     """
-    # autocast would otherwise square in float32 but subtract in the network's type.
     target_N1JHW = target_NJHW[:, None].float()
     target_NSJHW = target_N1JHW.expand_as(heat_NSJHW)
     error_NSJHW = functional.mse_loss(heat_NSJHW.float(), target_NSJHW, reduction="none")

@@ -92,7 +92,7 @@ def results(residual: Residual, x: Tensor, grad: Tensor, fused: bool) -> dict[st
     x = x.clone().requires_grad_()
     with torch.autocast(DEVICE.type, BF16, enabled=x.dtype == BF16):
         if fused:
-            weights = kernels.cast_weights(residual, DEVICE)
+            weights = kernels.cast_weights(DEVICE, residual)
             y = kernels.fused_residual(residual, weights, (x, None))[0]
         else:
             y = residual(x)
@@ -253,6 +253,8 @@ def test_a_network_in_bf16_is_as_exact_as_without_the_kernels():
     exact = step_of(network.double(), images.double(), fused=False)
     plain, fused = (step_of(network.float(), images, fused) for fused in (False, True))
     errors = [{n: relative_error(s[n], exact[n]) for n in exact} for s in (plain, fused)]
+    for name, parameter in network.named_parameters():  # DDP would copy and warn
+        assert fused[name].stride() == parameter.stride(), name
     assert errors[1]["heat"] <= 1.1 * errors[0]["heat"]
     names = [n for n, p in network.named_parameters() if exact[n].norm() > 1e-4]
     assert len(names) > 100
