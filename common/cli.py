@@ -4,8 +4,8 @@ import argparse
 import difflib
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NoReturn, TypeVar
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn
 
 from tqdm import tqdm
 
@@ -73,25 +73,19 @@ def add_device_options(group: argparse._ArgumentGroup) -> None:
 SECONDS_BETWEEN_LINES = 15.0
 """Interval of progress in a log file; shorter work shows none there."""
 
-T = TypeVar("T")
-
 
 def progress(
-    items: Iterable[T], what: str, unit: str, total: int | None = None, shown: bool = True
-) -> Iterator[T]:
-    """Yield the items and show progress. total: by default len(items). shown: False hides it."""
-    return iter(progress_bar(what, total, unit, items, disable=not shown))
-
-
-def progress_bar(
-    what: str, total: int | None, unit: str, items: Any = None, disable: bool = False
+    items: Iterable | None, what: str, unit: str, total: int | None = None, shown: bool = True
 ) -> tqdm:
-    """A bar that counts items, or calls of its `update`. total: None if unknown. unit: a plural."""
+    """The items, with a bar that counts them; without items it counts calls of its `update`.
+
+    unit: a plural. total: by default len(items); None if unknown. shown: False hides the bar.
+    """
     # Leave room for the ^C that a terminal echoes: it must not wrap the bar into a second line.
     columns = shutil.get_terminal_size().columns - 3
     times = () if sys.stderr.isatty() else ("mininterval", "maxinterval", "delay")
     how: dict[str, Any] = dict.fromkeys(times, SECONDS_BETWEEN_LINES)
-    return tqdm(items, what, total, unit=f" {unit}", ncols=columns, disable=disable, **how)
+    return tqdm(items, what, total, unit=f" {unit}", ncols=columns, disable=not shown, **how)
 
 
 def info(text: str) -> None:

@@ -220,8 +220,6 @@ class Config:
 
 
 _SECTIONS = [section.name for section in dataclasses.fields(Config)]
-
-
 _FIXED = (
     "data.batch_size data.shard_window data.input_px data.preset data.mirror heatmaps.rule "
     "heatmaps.sigma loss.unmarked loss.foreground model.stacks model.width model.depth "

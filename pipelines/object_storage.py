@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import urlsplit
 
 import fsspec
@@ -25,8 +25,6 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 15.0
 CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 5, 20
 PARTS, SMALLEST_PART, LARGEST_PART = 4, 512 << 10, 16 << 20
 """Parts of an object that are requested at the same time, and their bytes."""
-
-T = TypeVar("T")
 
 
 class StorageError(InputError):
@@ -67,11 +65,12 @@ def fetch(url: str, path: Path, size: int = 0) -> None:
 
     size: bytes of the object, if known; a large one is fetched from S3 in parts.
     """
-    if url.startswith("s3:") and size >= PARTS * SMALLEST_PART:
-        return _repeat(url, lambda files: _fetch_parts(files, url, path, size))
     # gcsfs would need permission to list, and repeat each of its six attempts six times.
     one_request = {"concurrency": 1} if url.startswith("gs:") else {}
-    _repeat(url, lambda files: files.get_file(url, str(path), **one_request))
+    if url.startswith("s3:") and size >= PARTS * SMALLEST_PART:
+        _repeat(url, lambda files: _fetch_parts(files, url, path, size))
+    else:
+        _repeat(url, lambda files: files.get_file(url, str(path), **one_request))
 
 
 def _fetch_parts(files: Any, url: str, path: Path, size: int) -> None:
@@ -97,13 +96,14 @@ def remove(url: str) -> None:
         _repeat(url, lambda files: files.rm_file(url))
 
 
-def _repeat(url: str, action: Callable[[Any], T]) -> T:
-    """The result of an action on a file system; repeats it after errors that may be temporary."""
+def _repeat(url: str, action: Callable[[Any], object]) -> None:
+    """Run an action on a file system; repeat it after errors that may be temporary."""
     files = _file_system(url)
     attempts = 2 if url.startswith("gs:") else ATTEMPTS  # gcsfs itself tries six times
     for attempt in itertools.count(1):
         try:
-            return action(files)
+            action(files)
+            return
         except Exception as error:  # from fsspec, aiohttp, botocore, google.auth or the disk
             if isinstance(error, OSError) and error.errno in NO_SPACE:
                 raise
@@ -117,7 +117,6 @@ def _repeat(url: str, action: Callable[[Any], T]) -> T:
                 ) from error
         pause = min(FIRST_PAUSE_S * 2 ** (attempt - 1), LONGEST_PAUSE_S)
         time.sleep(pause * random.uniform(0.8, 1.2))
-    raise AssertionError
 
 
 def _describe(error: Exception) -> tuple[type[StorageError], str, bool]:

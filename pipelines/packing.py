@@ -30,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 import webdataset
 
-from common.cli import progress, progress_bar
+from common.cli import progress
 from common.errors import InputError
 from common.files import write_atomic
 from common.system import keep_freed_memory
@@ -395,7 +395,7 @@ def pack_split(
     if options.url:
         packed = upload_each(options, job.split, folder, packed)
     shards = []
-    with progress_bar(f"packing {job.split}", len(samples), "people") as bar:
+    with progress(None, f"packing {job.split}", "people", len(samples)) as bar:
         for shard in packed:
             shards.append(shard)
             bar.update(shard.people)

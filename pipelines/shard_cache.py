@@ -290,7 +290,7 @@ def _lock_of(part: Path) -> Path:
     return part.with_name(f"{part.name.split('.')[0]}.lock")
 
 
-class ReadAhead:
+class ReadAhead(Iterator[list[Key]]):
     """Yields batches of keys unchanged, and fetches the tars of later ones in the background.
 
     It fetches as many tars as the cache may hold, in the order of their first use, and releases
@@ -322,9 +322,6 @@ class ReadAhead:
             # Daemons, so that the program can end without waiting for a server.
             arguments = [self._queue, cache, self._uses, first]
             threading.Thread(target=_fetch_tars, args=arguments, daemon=True).start()
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        return self
 
     def __next__(self) -> list[Key]:
         if len(self._in_use) > self._behind:

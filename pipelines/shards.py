@@ -74,7 +74,6 @@ class ShardSet:
         self._columns: dict[str, list[Any]] = {}
         """Of people.json: image, index, person and, from COCO's files, area and ignored."""
         self._files: dict[int, io.FileIO] = {}
-
         self.samples_of_set = {self.location: range(len(self))}
         """The samples of each data set; JoinedShards have several."""
 

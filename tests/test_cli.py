@@ -6,7 +6,7 @@ import pytest
 import tqdm
 from conftest import Stream
 
-from common.cli import info, progress, progress_bar
+from common.cli import info, progress
 
 COLUMNS = 60
 
@@ -40,7 +40,7 @@ def test_a_file_gets_the_progress_every_fifteen_seconds_and_at_the_end(watch, cl
 
 def test_without_a_total_the_count_is_shown(watch, clock):
     stderr = watch(terminal=False)
-    with progress_bar("predict", None, "frames") as bar:
+    with progress(None, "predict", "frames") as bar:
         clock[0] += 20
         bar.update(1300)
     assert stderr.getvalue().startswith("\rpredict: 1300 frames [00:20, 65.00 frames/s]")

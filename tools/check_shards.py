@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from common.cli import Parser, at_least, progress_bar
+from common.cli import Parser, at_least, progress
 from common.errors import InputError, run_main
 from common.system import usable_cores
 from pipelines.jpeg import PictureError, check_jpeg
@@ -109,7 +109,7 @@ def split_faults(
     except InputError as error:
         faults.append(f"{error.where}: {error.found}")
     check_one = partial(shard_faults, folder, manifest, pictures)
-    with progress_bar(f"checking {folder.name}", manifest.people, "people") as bar:
+    with progress(None, f"checking {folder.name}", "people", manifest.people) as bar:
         for number, found in enumerate(map_tasks(check_one, range(len(manifest.shards)))):
             faults += found
             bar.update(manifest.shards[number].people)

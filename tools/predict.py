@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from common.cli import Parser, add_device_options, at_least, info, progress_bar
+from common.cli import Parser, add_device_options, at_least, info, progress
 from common.errors import InputError, run_main
 from common.files import write_atomic
 from common.system import usable_cores
@@ -285,7 +285,7 @@ def predict_pictures(
     """Append the people of each picture to the results, and write overlays. Raises InputError."""
     bad: list[Path] = []
     total = sum(len(picture.people) for picture in pictures)
-    with progress_bar("predict", total, "people") as bar:
+    with progress(None, "predict", "people", total) as bar:
         read = functools.partial(read_frame, options, estimator)
         frames = in_threads(read, pictures, options.workers, pin=False)
         for (picture, subjects, _), found in find_people(estimator, frames, estimator.batch_size):
@@ -386,7 +386,7 @@ def predict_video(
     batch_size = 1 if options.track else min(estimator.batch_size, MAX_FRAMES)
     count = max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))
     overlay = write_video(options.overlay, capture) if options.overlay else nullcontext()
-    with overlay as writer, progress_bar("predict", count or None, "frames") as bar:
+    with overlay as writer, progress(None, "predict", "frames", count or None) as bar:
         # With tracking, a frame is read when the joints of the frame before it are known.
         for (image, _, tracks), found in find_people(estimator, frames, batch_size):
             assert isinstance(image, np.ndarray)
