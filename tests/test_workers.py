@@ -33,7 +33,7 @@ def test_threads_that_open_a_tar_at_once_share_one_file(tiny_shards, monkeypatch
 
     monkeypatch.setattr(Path, "open", slow_open)
     with ThreadPoolExecutor(4) as pool:
-        pictures = list(pool.map(split.jpeg, [0] * 16))
+        pictures = list(pool.map(split.picture, [0] * 16))
     assert len(opened) == 4 and pictures == [expected] * 16
 
 
