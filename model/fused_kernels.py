@@ -497,7 +497,7 @@ class _MaxPool(torch.autograd.Function):
 
 
 class _Cast(torch.autograd.Function):
-    """Tensors in another type, as many as possible by one kernel, and so their gradients."""
+    """Casts many tensors in a few kernels, and their gradients too."""
 
     @staticmethod
     def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -520,7 +520,10 @@ def _cast(dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def cast_weights(device: torch.device, *modules: nn.Module) -> Weights:
-    """Of all convolutions. Those of 1x1 have no gradient: the kernels' is that of the parameter."""
+    """The weights of all convolutions, cast to autocast's type.
+
+    Those of 1x1 convolutions have no gradient: the kernels return that of the parameter.
+    """
     convs = [c for module in modules for c in module.modules() if isinstance(c, nn.Conv2d)]
     large = [each for each in convs if each.kernel_size != (1, 1)]
     small = [each for each in convs if each.kernel_size == (1, 1)]
