@@ -214,6 +214,20 @@ def sum_over_ranks(tensor: torch.Tensor, dist: DistributedContext) -> torch.Tens
     return tensor
 
 
+def average_gradients(network: torch.nn.Module, dist: DistributedContext) -> None:
+    """Average the gradients over all ranks in one message."""
+    gradients = [gradient for p in network.parameters() if (gradient := p.grad) is not None]
+    sizes = [gradient.numel() for gradient in gradients]
+    message = gradients[0].new_empty(sum(sizes))
+    parts = [
+        part.as_strided(gradient.shape, gradient.stride())
+        for part, gradient in zip(message.split(sizes), gradients, strict=True)
+    ]
+    torch._foreach_copy_(parts, gradients)
+    sum_over_ranks(message, dist).div_(dist.world_size)
+    torch._foreach_copy_(gradients, parts)
+
+
 def max_over_ranks(number: int, dist: DistributedContext) -> int:
     """The largest number of all ranks; the same result on every rank."""
     if dist.world_size == 1:

@@ -175,7 +175,7 @@ class TrainConfig:
     compile: bool = False
     """Compile the residual blocks with torch.compile."""
     cuda_graph: bool | Literal["auto"] = "auto"
-    """Record the step as one CUDA graph; needs one GPU, bf16 or fp32, Adam, no accumulation."""
+    """Record the step as one CUDA graph (bf16 or fp32, Adam, no accumulation); auto: on one GPU."""
     fused_kernels: bool | Literal["auto"] = "auto"
     """Train networks of up to 256 channels with Triton kernels; auto: in a CUDA graph."""
     profile_steps: int = _number(0, least=0)

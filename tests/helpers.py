@@ -30,7 +30,7 @@ from pipelines.loader import Batch, LoaderSpec, RawBatch, TrainLoader
 from pipelines.opencv_loader import Source, collate, crop_person, stored_picture
 from pipelines.shard_format import MANIFEST, PEOPLE, file_sha256, unpack_records
 from pipelines.shards import ShardSet
-from training import train_step
+from training import step_graph, train_step
 from training.metrics import Totals
 from training.trainer import Trainer
 
@@ -265,6 +265,17 @@ def step(trainer: Trainer) -> Totals:
 def steps(trainer: Trainer, count: int) -> list[float]:
     """Train so many steps of one batch each; returns their losses."""
     return [step(trainer).sums[0].item() for _ in range(count)]
+
+
+def call_instead_of_replay(monkeypatch: Any) -> None:
+    """Three warm-up steps, then the recorded function called where a GPU would replay it."""
+
+    def record(function: Callable[[], object]) -> Callable[[], object]:
+        for _ in range(step_graph.WARM_UP_STEPS):
+            function()
+        return function
+
+    monkeypatch.setattr(step_graph, "record_cuda_graph", record)
 
 
 def metrics(folder: Path, kind: str) -> list[dict]:

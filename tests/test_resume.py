@@ -15,7 +15,7 @@ from two_ranks import differences, rows_of
 
 from common.distributed import from_first_rank, init_distributed
 from common.errors import InputError
-from configs.schema import Config
+from configs.schema import Config, save_yaml
 from configs.skeleton import MPII
 from model.checkpoint import Checkpoint, RunState, load_checkpoint
 from pipelines.shard_format import HEADER_LENGTH, people_sha256
@@ -119,6 +119,29 @@ def test_a_loss_that_is_not_finite_on_one_rank_skips_the_step_on_both(two_ranks)
         (1, 0, True),
         (1, 1, False),
     ]
+
+
+@pytest.mark.slow
+def test_two_ranks_train_in_a_graph_as_with_ddp(two_ranks):
+    first, second = (rank["graph"] for rank in reports(two_ranks))
+    assert first["differing"] == second["differing"] == []
+    assert first["losses"][0] == first["losses"][1] != second["losses"][0] == second["losses"][1]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_train_in_a_graph_as_with_ddp(tiny_shards, tmp_path):
+    """Six steps; kernels of the gradient add in another order."""
+    losses = []
+    for name, graphed in (("ddp", False), ("graph", True)):
+        train = {"cuda_graph": graphed, "log_every": 1, "out": str(tmp_path), "name": name}
+        save_yaml(tiny_config(tiny_shards, train=train), tmp_path / "config.yaml")
+        command = "-m torch.distributed.run --standalone --nproc-per-node 2 train.py --config"
+        words = [sys.executable, *command.split(), str(tmp_path / "config.yaml")]
+        subprocess.run(words, check=True, cwd=ROOT, env=ENVIRONMENT)
+        losses.append([line["loss"] for line in metrics(tmp_path / name, "train")])
+    assert len(losses[0]) == 6
+    np.testing.assert_allclose(losses[0], losses[1], rtol=2e-2)
 
 
 @pytest.mark.slow

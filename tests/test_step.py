@@ -10,12 +10,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import CPU, make_codec, make_trainer, new_network, step, steps, tiny_config
+from helpers import (
+    CPU,
+    call_instead_of_replay,
+    make_codec,
+    make_trainer,
+    new_network,
+    step,
+    steps,
+    tiny_config,
+)
 from torch._dynamo.utils import counters
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from common.distributed import DistributedContext, choose_dtype
+from common.distributed import DistributedContext, average_gradients, choose_dtype
 from common.errors import InputError
 from configs.skeleton import MPII
 from model import hourglass
@@ -227,11 +236,11 @@ def test_two_and_eight_stacks_compile_the_same_graphs(checkpointed):
 
 
 @pytest.fixture
-def one_rank() -> Iterator[None]:
-    """A process group of this process alone."""
-    torch.distributed.init_process_group(
-        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
-    )
+def one_rank(request) -> Iterator[None]:
+    """A process group of this process alone; nccl in tests that need a GPU."""
+    backend = "nccl" if request.node.get_closest_marker("gpu") else "gloo"
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
 
@@ -289,14 +298,7 @@ def graph_and_eager_runs(
 def test_a_step_on_fixed_buffers_gives_the_same_losses_and_weights(
     tiny_shards, tmp_path, monkeypatch
 ):
-    """Three warm-up steps, then the recorded function called where a GPU would replay it."""
-
-    def record(function):
-        for _ in range(step_graph.WARM_UP_STEPS):
-            function()
-        return function
-
-    monkeypatch.setattr(step_graph, "record_cuda_graph", record)
+    call_instead_of_replay(monkeypatch)
     losses, networks = graph_and_eager_runs(CPU, tiny_shards, tmp_path)
     assert losses[0] == losses[1] and len(set(losses[0])) == 5
     for plain, graphed in (networks[::2], networks[1::2]):
@@ -316,11 +318,26 @@ def test_a_cuda_graph_gives_the_losses_of_separate_kernels(compiled, tiny_shards
     assert all(torch.isfinite(t).all() for n in networks for t in n.state_dict().values())
 
 
+@pytest.mark.gpu
+def test_a_cuda_graph_averages_gradients_over_ranks(one_rank):
+    """A sum over one rank, divided by two."""
+    dist = DistributedContext(0, 2, torch.device("cuda", 0), torch.float32)
+    conv = torch.nn.Conv2d(2, 3, 3).to(dist.device, memory_format=torch.channels_last)
+    for parameter in conv.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    gradients = [conv.weight.grad, conv.bias.grad]
+    replay = step_graph.record_cuda_graph(lambda: average_gradients(conv, dist))
+    for value in (4.0, 6.0):
+        for gradient in gradients:
+            gradient.fill_(value)
+        replay()
+        assert all((gradient == value / 2).all() for gradient in gradients)
+
+
 @pytest.mark.parametrize(
     ("sections", "dist", "found"),
     [
         ({}, CPU, "a CPU"),
-        ({}, CPU._replace(device=torch.device("cuda", 0), world_size=2), "2 ranks"),
         ({}, CPU._replace(device=torch.device("cuda", 0), dtype=torch.float16), "fp16"),
         ({"optim": {"name": "rmsprop", "accumulate": 2}}, CPU._replace(device=torch.device("cuda")),
          "optim.name rmsprop, optim.accumulate 2"),
@@ -345,6 +362,7 @@ def test_a_cuda_graph_is_refused_where_it_does_not_work(sections, dist, found, t
         ("cuda", 1, {"compile": True}, (True, False)),
         ("cuda", 2, {}, (False, False)),
         ("cuda", 2, {"fused_kernels": True}, (False, True)),
+        ("cuda", 2, {"cuda_graph": True}, (True, True)),
         ("cpu", 1, {}, (False, False)),
     ],
 )

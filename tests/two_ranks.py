@@ -11,7 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import leaves, make_trainer, poison, step, tiny_config
+from helpers import (
+    call_instead_of_replay,
+    leaves,
+    make_trainer,
+    poison,
+    step,
+    steps,
+    tiny_config,
+)
+from torch.nn.parallel import DistributedDataParallel
 
 from common.distributed import (
     DistributedContext,
@@ -20,6 +29,7 @@ from common.distributed import (
     shutdown_distributed,
 )
 from pipelines.opencv_loader import RawBatch
+from training import train_step
 from training.metrics import Totals
 from training.trainer import Trainer
 
@@ -36,6 +46,7 @@ def main() -> None:
     for loader in ("opencv", "dali"):
         found[f"{loader} goes on"] = on_two_ranks(loader, shards, folder / f"{loader}2", plain)
     found["poisoned"] = poisoned_on_the_second(shards, folder / "poisoned", plain)
+    found["graph"] = graph_beside_ddp(shards, folder / "graph", plain)
     (folder / f"rank{dist.rank}.json").write_text(json.dumps(found))
     shutdown_distributed()
 
@@ -143,6 +154,27 @@ def poisoned_on_the_second(shards: Path, folder: Path, dist: DistributedContext)
         "weights stay": all(torch.equal(tensor, after[name]) for name, tensor in before.items()),
         "statistics are finite": all(b.isfinite().all().item() for b in trainer.network.buffers()),
     }
+
+
+def graph_beside_ddp(shards: Path, folder: Path, dist: DistributedContext) -> dict[str, Any]:
+    """Three steps as train.cuda_graph makes them, and three with DDP.
+
+    Returns the losses of both, and the names of weights, statistics and moments that differ.
+    """
+    config = tiny_config(shards, data={"worker_kind": "processes"}, optim={"clip_norm": 0.1})
+    losses, states = [], []
+    for graphed in (False, True):
+        with pytest.MonkeyPatch.context() as patch:
+            call_instead_of_replay(patch)
+            patch.setattr(train_step, "choose_fast_step", lambda *_, used=graphed: (used, False))
+            trainer = make_trainer(config, folder / str(graphed), dist=dist)
+            losses.append(steps(trainer, 3))
+        optimizer = leaves(trainer.train_step.optimizer.state_dict()["state"])
+        states.append(leaves(trainer.evaluation_network().state_dict()) | optimizer)
+        uses_ddp = isinstance(trainer.train_step.forward, DistributedDataParallel)
+        assert uses_ddp is not graphed and len(states[-1]) > 100
+    differing = [name for name, value in states[0].items() if value != states[1][name]]
+    return {"losses": losses, "differing": differing}
 
 
 def rows_of(totals: Totals) -> list[int]:

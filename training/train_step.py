@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import swa_utils
 
-from common.distributed import DistributedContext, sum_over_ranks
+from common.distributed import DistributedContext, average_gradients, sum_over_ranks
 from common.errors import InputError
 from configs.schema import Config, OptimConfig
 from model.checkpoint import Checkpoint, load_weights, require_fit
@@ -72,11 +72,12 @@ def choose_fast_step(
 ) -> tuple[bool, bool]:
     """Whether to use train.cuda_graph and train.fused_kernels. Raises InputError.
 
-    "auto": where they work; kernels only in a graph, because their launches take the host longer.
+    "auto": on one GPU, where they work; kernels only in a graph, because their launches take the
+    host longer.
     """
     train = config.train
     expected = {
-        "cuda_graph": "one GPU, bf16 or fp32, Adam, one batch a step, no verification",
+        "cuda_graph": "a GPU, bf16 or fp32, Adam, one batch a step, no verification",
         "fused_kernels": "a GPU with the shared memory of an H100, bf16 or fp16, at most 256 "
         "channels, Triton and a C compiler with Python.h",
     }
@@ -88,7 +89,8 @@ def choose_fast_step(
         if getattr(train, name) is True and found:
             where, advice = f"train.{name}: true", "set it to auto"
             raise InputError(where, ", ".join(found), expected[name], advice)
-    graph = train.cuda_graph is True or (train.cuda_graph == "auto" and not obstacles["cuda_graph"])
+    is_tried = dist.world_size == 1 and not obstacles["cuda_graph"]
+    graph = train.cuda_graph is True or (train.cuda_graph == "auto" and is_tried)
     works = graph and not train.compile and not obstacles["fused_kernels"]
     return graph, train.fused_kernels is True or (train.fused_kernels == "auto" and works)
 
@@ -128,12 +130,12 @@ class TrainStep:
         self.optimizer = make_optimizer(network, optim)
         self.scaler = torch.amp.GradScaler(dist.device.type, enabled=dist.dtype == torch.float16)
         self.averaged = AveragedModel(network, optim.ema_decay) if optim.ema_decay else None
+        self.uses_graph, self.uses_kernels = choose_fast_step(network, config, dist)
         self.forward = network
-        """The network, in DDP if there are several ranks."""
-        if dist.world_size > 1:
+        """The network, in DDP if there are several ranks and no graph."""
+        if dist.world_size > 1 and not self.uses_graph:
             ids = [dist.device.index] if dist.device.type == "cuda" else None
             self.forward = DistributedDataParallel(network, ids, gradient_as_bucket_view=True)
-        self.uses_graph, self.uses_kernels = choose_fast_step(network, config, dist)
         if self.uses_kernels:
             fuse_network(network)
         if config.train.compile:
@@ -200,22 +202,20 @@ class TrainStep:
             totals.add(losses_S, heat_NSJHW[:, -1], batch, self.codec)
         if checked_step is not None:
             self._check_gradients(batches, checked_step)
+        if self.dist.world_size > 1 and (self.uses_graph or checked_step is not None):
+            average_gradients(self.network, self.dist)  # DDP did not
         losses_are_finite = torch.stack(totals.finite[-accumulate:]).all()
         totals.skipped.append(self._apply_gradients(losses_are_finite))
         self.optimizer.zero_grad(set_to_none=True)
 
     def _check_gradients(self, batches: list[Batch], step: int) -> None:
-        """Check this rank's own gradients, then average them over ranks as DDP does. Raises
-        InputError."""
+        """Check this rank's own gradients. Raises InputError."""
 
         def backward() -> None:
             for batch in batches:
                 self._backward(batch, reduce=False)
 
         check_gradients(self.network, backward, step, self.dist)
-        for parameter in self.network.parameters():
-            if parameter.grad is not None:
-                sum_over_ranks(parameter.grad, self.dist).div_(self.dist.world_size)
 
     def _backward(self, batch: Batch, reduce: bool) -> tuple[Tensor, Tensor]:
         """Forward and backward pass. Returns losses (S,) and heatmaps (N, S, J, H, W).
