@@ -5,6 +5,7 @@ Keypoints are in px of the original pictures. Picture names and numbers are the 
 
 import csv
 import io
+import os
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -194,6 +195,14 @@ def open_mat(path: Path, names: list[str], expected: str) -> dict[str, Any]:
     try:
         if path.stat().st_size > LARGEST_JSON:
             raise ValueError(f"more than {LARGEST_JSON >> 20} MiB")
+        pid = os.fork()  # SciPy's parser crashes on some damaged elements (scipy/scipy#25829)
+        if pid == 0:
+            try:
+                scipy_io.loadmat(path, variable_names=names)
+            finally:
+                os._exit(0)
+        if os.WIFSIGNALED(os.waitpid(pid, 0)[1]):
+            raise ValueError("SciPy crashes on it")
         return scipy_io.loadmat(path, variable_names=names)
     except FileNotFoundError as error:
         raise InputError(path, "no such file", expected, "give its path") from error

@@ -4,19 +4,23 @@
 """
 
 import contextlib
+import functools
 import io
 import json
+import multiprocessing
 import os
 import random
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 from helpers import make_trainer, tiny_config
 from jsonargparse import ArgumentParser
@@ -43,6 +47,7 @@ ODD_VALUES = [0, -1, 2**31, 2**64, 10**30, 0.5, 1e308, float("nan"), float("inf"
               "x", "../x", "a\0b", [], {}, [[]], [None], {"": 0}, [1, 2, 3]]  # fmt: skip
 ODD_BYTES = [b"\0", b"\xff", b"\n", b"[", b"{", b'"', b",", b"9" * 30, b"NaN", b"1e999", b"null",
              b"../", b"&a", b"*a", b"!!python/name:os.system", b": ", b"\xff\xd8"]  # fmt: skip
+COCO = ROOT / "configs" / "skeletons" / "coco.yaml"
 Reader = Callable[[Path], object]
 
 
@@ -82,60 +87,9 @@ def change_value(value: Any, rng: random.Random, depth: int = 0) -> Any:
     return changed
 
 
-def make_readers(tiny: Path, packed: Path, folder: Path) -> dict[str, Reader]:
-    """Write a good file for every reader into the folder; returns the readers by file."""
-    people = read_annotations(tiny / "annot", "valid")[0]
-    coco = load_skeleton(ROOT / "configs" / "skeletons" / "coco.yaml")
-    shutil.copy(tiny / "annot" / "valid.h5", folder)
-    shutil.copytree(packed / "valid", folder / "split")
-    shutil.copy(ROOT / "configs" / "2hg.yaml", folder / "config.yaml")
-    shutil.copy(ROOT / "configs" / "skeletons" / "coco.yaml", folder / "skeleton.yaml")
-    write_json(people, folder)
-    write_mat(folder / "predictions.mat", {"preds": people.joints})
-    (folder / "people.csv").write_text("image,x,y,width,height\na.jpg,1,2,30,40\nb.jpg,,,,\n")
-    picture = np.random.default_rng(0).integers(0, 256, (40, 36, 3), dtype=np.uint8)
-    for suffix in PICTURES:
-        assert cv2.imwrite(str(folder / f"picture{suffix}"), picture)
-    make_trainer(tiny_config(packed), folder).save(["last.pt"])
-    return {
-        "valid.h5": lambda path: read_annotations(path, "valid"),
-        "mpii.json": lambda path: read_annotations(path, "valid"),
-        "coco.json": lambda path: read_annotations(path, "valid", coco),
-        "predictions.mat": lambda path: read_predictions(path, people),
-        "found.json": lambda path: read_predictions(path, people),
-        "results.json": lambda path: read_predictions(path, people),
-        "split/00000.tar": read_split,
-        "split/00000.idx": read_split,
-        "split/manifest.json": read_split,
-        "split/people.json": read_split,
-        "config.yaml": read_config,
-        "skeleton.yaml": load_skeleton,
-        "last.pt": lambda path: trained_network(load_checkpoint(path)),
-        "people.csv": read_people,
-        "people.json": read_people,
-        **{f"picture{suffix}": read_as_all_do for suffix in PICTURES},
-    }
-
-
-def write_json(people: People, folder: Path) -> None:
-    mpii = [
-        {"img_paths": people.images[i], "isValidation": 1.0, "objpos": people.center[i].tolist(),
-         "scale_provided": people.scale[i], "annolist_index": i, "people_index": 1,
-         "joint_self": np.c_[people.joints[i], people.visible[i]].tolist()}
-        for i in range(people.count)
-    ]  # fmt: skip
-    images = [{"id": i, "file_name": name} for i, name in enumerate(people.images)]
-    person = {"image_id": 1, "category_id": 1, "bbox": [1, 2, 30, 40], "keypoints": [5, 6, 2] * 17}
-    scores = people.visible.astype(float)
-    contents = {
-        "mpii.json": mpii,
-        "coco.json": {"images": images, "annotations": [{"id": i, **person} for i in range(5)]},
-        "people.json": [{"image": "a", "box": [1, 2, 3, 4]}, {"image": "b", "image_id": 1}],
-        "found.json": as_entries(people, people.joints, scores),
-        "results.json": as_coco(people, people.joints, scores),
-    }
-    for name, value in contents.items():
-        (folder / name).write_text(json.dumps(value))
+@functools.cache
+def people_of(folder: Path) -> People:
+    return read_annotations(folder / "people.h5", "valid")[0]
 
 
 def read_split(path: Path) -> None:
@@ -162,6 +116,72 @@ def read_as_all_do(path: Path) -> None:
     read_picture(path)
 
 
+def read_as_predictions(path: Path) -> None:
+    read_predictions(path, people_of(path.parent))
+
+
+READERS: dict[str, Reader] = {
+    "valid.h5": lambda path: read_annotations(path, "valid"),
+    "mpii.json": lambda path: read_annotations(path, "valid"),
+    "coco.json": lambda path: read_annotations(path, "valid", load_skeleton(COCO)),
+    "predictions.mat": read_as_predictions,
+    "found.json": read_as_predictions,
+    "results.json": read_as_predictions,
+    "split/00000.tar": read_split,
+    "split/00000.idx": read_split,
+    "split/manifest.json": read_split,
+    "split/people.json": read_split,
+    "config.yaml": read_config,
+    "skeleton.yaml": load_skeleton,
+    "last.pt": lambda path: trained_network(load_checkpoint(path)),
+    "people.csv": read_people,
+    "people.json": read_people,
+    **{f"picture{suffix}": read_as_all_do for suffix in PICTURES},
+}
+
+
+@pytest.fixture(scope="module")
+def good_files(tiny_set, tiny_shards, tmp_path_factory):
+    """A folder with a good file for every reader."""
+    pytest.importorskip("scipy")
+    folder = tmp_path_factory.mktemp("files")
+    for name in ("valid.h5", "people.h5"):
+        shutil.copy(tiny_set / "annot" / "valid.h5", folder / name)
+    shutil.copytree(tiny_shards / "valid", folder / "split")
+    shutil.copy(ROOT / "configs" / "2hg.yaml", folder / "config.yaml")
+    shutil.copy(COCO, folder / "skeleton.yaml")
+    people = people_of(folder)
+    write_json(people, folder)
+    write_mat(folder / "predictions.mat", {"preds": people.joints})
+    (folder / "people.csv").write_text("image,x,y,width,height\na.jpg,1,2,30,40\nb.jpg,,,,\n")
+    picture = np.random.default_rng(0).integers(0, 256, (40, 36, 3), dtype=np.uint8)
+    for suffix in PICTURES:
+        assert cv2.imwrite(str(folder / f"picture{suffix}"), picture)
+    make_trainer(tiny_config(tiny_shards), folder).save(["last.pt"])
+    return folder
+
+
+def write_json(people: People, folder: Path) -> None:
+    mpii = [
+        {"img_paths": people.images[i], "isValidation": 1.0, "objpos": people.center[i].tolist(),
+         "scale_provided": people.scale[i], "annolist_index": i, "people_index": 1,
+         "joint_self": np.c_[people.joints[i], people.visible[i]].tolist()}
+        for i in range(people.count)
+    ]  # fmt: skip
+    images = [{"id": i, "file_name": name} for i, name in enumerate(people.images)]
+    person = {"image_id": 1, "category_id": 1, "bbox": [1, 2, 30, 40], "keypoints": [5, 6, 2] * 17}
+    scores = people.visible.astype(float)
+    contents = {
+        "mpii.json": mpii,
+        "coco.json": {"images": images, "annotations": [{"id": i, **person} for i in range(5)]},
+        "people.json": [{"image": "a", "box": [1, 2, 3, 4]}, {"image": "b", "image_id": 1}],
+        "found.json": as_entries(people, people.joints, scores),
+        "results.json": as_coco(people, people.joints, scores),
+    }
+    for name, value in contents.items():
+        (folder / name).write_text(json.dumps(value))
+
+
 @contextlib.contextmanager
 def time_limit() -> Iterator[None]:
     def late(number: int, frame: object) -> None:
@@ -175,26 +195,58 @@ def time_limit() -> Iterator[None]:
         signal.alarm(0)
 
 
-def fuzz(path: Path, read: Reader, inputs: int, keep: Path) -> list[str]:
-    """Faults, one line each; their inputs are copied to `keep`. Two calls make the same inputs."""
-    good, faults = path.read_bytes(), list[str]()
-    for number in range(inputs):
-        rng = random.Random(f"{path.name} {number}")
-        is_foreign_json = path.suffix == ".json" and path.name != MANIFEST
-        if is_foreign_json and rng.random() < 0.5:
-            path.write_text(json.dumps(change_value(json.loads(good), rng)))
-        else:
-            path.write_bytes(mutate(good, rng))
-        quiet = contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO())
+def damaged(path: Path, good: bytes, number: int) -> bytes:
+    """A file's bytes after damage `number`, which is the same at each call."""
+    rng = random.Random(f"{path.name} {number}")
+    is_foreign_json = path.suffix == ".json" and path.name != MANIFEST
+    if is_foreign_json and rng.random() < 0.5:
+        return json.dumps(change_value(json.loads(good), rng)).encode()
+    return mutate(good, rng)
+
+
+def read_all(path: Path, good: bytes, read: Reader, numbers: range, results: Connection) -> None:
+    """Send the fault's text for each input; "" without a fault."""
+    torch.set_num_threads(1)  # a forked process lacks the threads of its parent
+    cv2.setNumThreads(0)
+    for number in numbers:
+        path.write_bytes(damaged(path, good, number))
+        fault, text = "", io.StringIO()
         try:
-            with time_limit(), quiet[0], quiet[1]:
+            with time_limit(), contextlib.redirect_stderr(text), contextlib.redirect_stdout(text):
                 read(path)
         except InputError:
             pass
         except Exception as error:
-            faults.append(f"{path.name} {number}: {type(error).__name__}: {str(error)[:200]}")
+            fault = f"{type(error).__name__}: {str(error)[:200]}"
+        results.send(fault)
+
+
+def outcomes(path: Path, good: bytes, read: Reader, inputs: int) -> Iterator[str]:
+    """As `read_all` sends them. A crash of the process is a fault; another process reads on."""
+    fork, done = multiprocessing.get_context("fork"), 0
+    while done < inputs:
+        results, send = fork.Pipe(duplex=False)
+        process = fork.Process(target=read_all, args=(path, good, read, range(done, inputs), send))
+        process.start()
+        send.close()
+        with contextlib.suppress(EOFError):
+            while True:
+                yield results.recv()
+                done += 1
+        process.join()
+        if done < inputs:
+            yield f"crash, exit code {process.exitcode}"
+            done += 1
+
+
+def fuzz(path: Path, read: Reader, inputs: int, keep: Path) -> list[str]:
+    """Faults, one line each; their inputs are written to `keep`. Two calls make the same inputs."""
+    good, faults = path.read_bytes(), list[str]()
+    for number, fault in enumerate(outcomes(path, good, read, inputs)):
+        if fault:
+            faults.append(f"{path.name} {number}: {fault}")
             keep.mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, keep / f"{number}-{path.name}")
+            (keep / f"{number}-{path.name}").write_bytes(damaged(path, good, number))
     path.write_bytes(good)
     read(path)  # the good file is read
     return faults
@@ -202,12 +254,9 @@ def fuzz(path: Path, read: Reader, inputs: int, keep: Path) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_damaged_files_are_read_or_refused(tiny_set, tiny_shards, tmp_path):
-    pytest.importorskip("scipy")
-    readers = make_readers(tiny_set, tiny_shards, tmp_path)
-    keep = ROOT / "runs" / "fuzz"
-    faults = [fuzz(tmp_path / name, read, INPUTS, keep) for name, read in readers.items()]
-    assert len(faults) == 21 and not [*filter(None, faults)]
+@pytest.mark.parametrize("name", READERS)
+def test_damaged_files_are_read_or_refused(good_files, name):
+    assert fuzz(good_files / name, READERS[name], INPUTS, ROOT / "runs" / "fuzz") == []
 
 
 def test_the_fuzzer_finds_a_fault_of_a_reader(tmp_path):
@@ -216,3 +265,12 @@ def test_the_fuzzer_finds_a_fault_of_a_reader(tmp_path):
     reader = lambda path: [1 // byte for byte in path.read_bytes()]  # noqa: E731
     faults = fuzz(tmp_path / "file", reader, 200, tmp_path)
     assert 5 < len(faults) < 195 and "ZeroDivisionError" in faults[0]
+
+
+def test_a_crash_of_a_reader_is_one_fault_and_the_next_inputs_are_read(tmp_path):
+    """A reader whose process is killed by a signal if the first byte is odd."""
+    (tmp_path / "file").write_bytes(bytes(60))
+    reader = lambda path: path.read_bytes()[:1] < b"\1" or os.kill(os.getpid(), 9)  # noqa: E731
+    faults = fuzz(tmp_path / "file", reader, 50, tmp_path / "kept")
+    assert 0 < len(faults) < 50 and "exit code -9" in faults[0]
+    assert len(faults) == len([*(tmp_path / "kept").iterdir()])

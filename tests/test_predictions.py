@@ -96,6 +96,11 @@ def bad_files(people, folder: Path) -> dict[str, Path]:
     (folder / "noise.json").write_bytes(b"\xff\xfe{")
     write_mat(folder / "sparse.mat", {"preds": scipy_sparse.eye(3)})
     write_mat(folder / "text.mat", {"pos_pred_src": "text"})
+    scipy_io.savemat(folder / "type.mat", {"preds": people.joints})
+    data = bytearray((folder / "type.mat").read_bytes())
+    assert data[192:196] == b"\x09\0\0\0"  # the type of the numbers: miDOUBLE
+    data[192] = 8  # no type; SciPy 1.17 ends with a segmentation fault
+    (folder / "type.mat").write_bytes(data)
     return {
         "another picture": write(folder / "swapped.json", swapped),
         "too few people": write(folder / "few.json", good[:2]),
@@ -109,6 +114,7 @@ def bad_files(people, folder: Path) -> dict[str, Path]:
         "no .mat": folder / "noise.mat",
         "sparse": folder / "sparse.mat",
         "text": folder / "text.mat",
+        "unknown type": folder / "type.mat",
         "missing": folder / "nowhere.json",
     }
 
