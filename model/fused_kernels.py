@@ -26,7 +26,7 @@ from triton.language import constexpr
 
 from model.hourglass import BatchNorm, Hourglass
 
-Map = tuple[Tensor, Tensor | None]
+FeatureMap = tuple[Tensor, Tensor | None]
 """A feature map, and its statistics if they are known."""
 Weights = dict[nn.Conv2d, Tensor]
 """The weight of each convolution, in the type in which it computes."""
@@ -96,27 +96,27 @@ def _maximum(a, b):
 
 
 @triton.jit
-def _pool(x_MC, which_QC, rows, channels, Q, W, C: constexpr):
+def _pool(x_MC, argmax_QC, rows, channels, Q, W, C: constexpr):
     """Maximum of 2 x 2 pixels; stores which of them it is (0 to 3). W: width of the result."""
     corner = _corner(rows, W)
     largest = _load(x_MC, corner, channels, 4 * Q, C).to(tl.float32)
-    which = tl.zeros_like(largest)
+    argmax = tl.zeros_like(largest)
     for pixel in tl.static_range(1, 4):
         other = corner + pixel // 2 * 2 * W + pixel % 2
         x = _load(x_MC, other, channels, 4 * Q, C).to(tl.float32)
-        which = tl.where(x > largest, pixel, which)
+        argmax = tl.where(x > largest, pixel, argmax)
         largest = _maximum(x, largest)
-    _store(which_QC, which, rows, channels, Q, C)
+    _store(argmax_QC, argmax, rows, channels, Q, C)
     return largest
 
 
 @triton.jit
-def _pool_gradient(dpooled_QC, which_QC, rows, channels, M, W, C: constexpr):
+def _pool_gradient(dpooled_QC, argmax_QC, rows, channels, M, W, C: constexpr):
     """Gradient of the input of `_pool`: 0 but for the largest pixels. W: width of that input."""
     dpooled = _load(dpooled_QC, _half(rows, W), channels, M // 4, C).to(tl.float32)
-    which = _load(which_QC, _half(rows, W), channels, M // 4, C)
+    argmax = _load(argmax_QC, _half(rows, W), channels, M // 4, C)
     pixel = rows // W % 2 * 2 + rows % 2
-    return tl.where(which == pixel[:, None], dpooled, 0.0)
+    return tl.where(argmax == pixel[:, None], dpooled, 0.0)
 
 
 @triton.jit
@@ -163,10 +163,10 @@ def _norm_relu_conv(
 ):
     """y = conv(relu(norm(x))) + skip + upsampled low, and its statistics. W: width of y.
 
-    Parts that are None are left out; without y, only the statistics are stored. If `which` is
+    Parts that are None are left out; without y, only the statistics are stored. If `argmax` is
     given, x is max-pooled first (`_pool`).
     """
-    x_MI, norm_4I, weight_OI, bias_O, skip_MO, low_QO, which_MI, y_MO, stats_P3O = tensors
+    x_MI, norm_4I, weight_OI, bias_O, skip_MO, low_QO, argmax_MI, y_MO, stats_P3O = tensors
     outputs = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     inputs = outputs
     dtype: constexpr = x_MI.dtype.element_ty
@@ -183,10 +183,10 @@ def _norm_relu_conv(
     first, step = tl.program_id(1) * BLOCK_M, tl.num_programs(1) * BLOCK_M
     for row in tl.range(first, M, step, num_stages=3):
         rows = row + tl.arange(0, BLOCK_M)
-        if which_MI is None:
+        if argmax_MI is None:
             y = _load(x_MI, rows, inputs, M, IN).to(tl.float32)
         else:
-            y = _pool(x_MI, which_MI, rows, inputs, M, W, IN)
+            y = _pool(x_MI, argmax_MI, rows, inputs, M, W, IN)
         if norm_4I is not None:
             y = _maximum(y * scale + shift, 0.0)
         if weight_OI is not None:
@@ -285,7 +285,7 @@ def _input_gradient(
 ):
     """dx, given the sums of `_gradient_sums` over all rows. W: width of x."""
     dy_MO, weight_OI, _, x_MI, norm_4I = tensors
-    dskip_MI, dpooled_QI, which_QI, dx_MI = results
+    dskip_MI, dpooled_QI, argmax_QI, dx_MI = results
     inputs = tl.program_id(0) * BLOCK_IN + tl.arange(0, BLOCK_IN)
     outputs = inputs
     mean, inverse_std = _load_line(norm_4I, 0, inputs, IN), _load_line(norm_4I, 1, inputs, IN)
@@ -306,7 +306,7 @@ def _input_gradient(
         if dskip_MI is not None:
             dx += _load(dskip_MI, rows, inputs, M, IN).to(tl.float32)
         if dpooled_QI is not None:
-            dx += _pool_gradient(dpooled_QI, which_QI, rows, inputs, M, W, IN)
+            dx += _pool_gradient(dpooled_QI, argmax_QI, rows, inputs, M, W, IN)
         _store(dx_MI, dx, rows, inputs, M, IN)
 
 
@@ -322,10 +322,10 @@ def _upsampling_gradient(dy_MC, dlow_QC, Q, W, C: constexpr):
 
 
 @triton.jit
-def _max_pool_gradient(dpooled_QC, which_QC, dx_MC, M, W, C: constexpr):
+def _max_pool_gradient(dpooled_QC, argmax_QC, dx_MC, M, W, C: constexpr):
     """W: width of dx."""
     rows, channels = tl.program_id(0) * 64 + tl.arange(0, 64), tl.arange(0, _block(C))
-    dx = _pool_gradient(dpooled_QC, which_QC, rows, channels, M, W, C)
+    dx = _pool_gradient(dpooled_QC, argmax_QC, rows, channels, M, W, C)
     _store(dx_MC, dx, rows, channels, M, C)
 
 
@@ -398,10 +398,10 @@ def _sum_gradients(tensors: tuple, rows: int, inputs: int, outputs: int, size: i
 def _max_pool(x_MI: Tensor, people: int, height: int, width: int) -> tuple[Tensor, ...]:
     """max_pool2d(x, 2), its statistics, and which of the 2 x 2 pixels it is. x: (N, H, W, I)."""
     pooled_NHWI = x_MI.new_empty(people, height // 2, width // 2, x_MI.shape[1])
-    which = torch.empty_like(pooled_NHWI, dtype=torch.uint8)
+    argmax = torch.empty_like(pooled_NHWI, dtype=torch.uint8)
     sizes = len(x_MI) // 4, width // 2, x_MI.shape[1]
-    statistics = _launch(x_MI, *sizes, *[None] * 5, which, pooled_NHWI)
-    return pooled_NHWI.permute(0, 3, 1, 2), statistics, which
+    statistics = _launch(x_MI, *sizes, *[None] * 5, argmax, pooled_NHWI)
+    return pooled_NHWI.permute(0, 3, 1, 2), statistics, argmax
 
 
 def _norm_table(norm: BatchNorm, x: Tensor, statistics_P3C: Tensor | None) -> Tensor:
@@ -434,11 +434,11 @@ class _NormReluConv(torch.autograd.Function):
         y_NHWO = x_MI.new_empty(people, height, width, outputs)
         tensors = norm_4I, weight, bias, _matrix(skip), _matrix(low), None, y_NHWO
         statistics = _launch(x_MI, rows, width, outputs, *tensors)
-        pooled, which = list[Tensor](), None
+        pooled, argmax = list[Tensor](), None
         if pool:
-            *pooled, which = _max_pool(x_MI, people, height, width)
+            *pooled, argmax = _max_pool(x_MI, people, height, width)
         ctx.mark_non_differentiable(statistics, *pooled[1:])
-        ctx.save_for_backward(x, norm_4I, weight, bias, which)
+        ctx.save_for_backward(x, norm_4I, weight, bias, argmax)
         ctx.set_materialize_grads(False)
         return y_NHWO.permute(0, 3, 1, 2), statistics, x, *pooled
 
@@ -446,7 +446,7 @@ class _NormReluConv(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, _: None, *added: Tensor | None) -> tuple[Any, ...]:
         """One gradient for each argument of `forward`. added: of x and what follows it."""
-        x, norm_4I, weight, bias, which = ctx.saved_tensors
+        x, norm_4I, weight, bias, argmax = ctx.saved_tensors
         dskip, dpooled = map(_matrix, (*added, None)[:2])
         dy_MO, x_MI = _matrix(dy), _matrix(x)
         rows, inputs, outputs = len(x_MI), x.shape[1], dy.shape[1]
@@ -457,7 +457,7 @@ class _NormReluConv(torch.autograd.Function):
         tile = _input_tile(inputs, 1 if weight is None else outputs, dskip is not None)
         blocks = triton.cdiv(inputs, tile.channels)
         programs = tile.programs(rows, tile.rows, blocks)
-        results, sizes = (dskip, dpooled, which, dx_NHWI), (rows, x.shape[3], inputs, outputs)
+        results, sizes = (dskip, dpooled, argmax, dx_NHWI), (rows, x.shape[3], inputs, outputs)
         arguments = tensors, sums_S, results, *sizes, *tile[:2]
         _input_gradient[blocks, programs](*arguments, num_warps=tile.warps)
         dbeta, dgamma, dbias, dweight = sums_S.split(parts)
@@ -479,19 +479,19 @@ class _MaxPool(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-        pooled, statistics, which = _max_pool(_matrix(x), len(x), *x.shape[2:])
+        pooled, statistics, argmax = _max_pool(_matrix(x), len(x), *x.shape[2:])
         ctx.mark_non_differentiable(statistics)
-        ctx.save_for_backward(which)
+        ctx.save_for_backward(argmax)
         return pooled, statistics
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dpooled: Tensor, _: None) -> Tensor:
-        (which,) = ctx.saved_tensors
-        people, height, width, channels = which.shape
+        (argmax,) = ctx.saved_tensors
+        people, height, width, channels = argmax.shape
         dx = dpooled.new_empty(people, 2 * height, 2 * width, channels)
         rows = 4 * people * height * width
-        arguments = _matrix(dpooled), which, dx, rows, 2 * width, channels
+        arguments = _matrix(dpooled), argmax, dx, rows, 2 * width, channels
         _max_pool_gradient[(triton.cdiv(rows, 64),)](*arguments)
         return dx.permute(0, 3, 1, 2)
 
@@ -535,7 +535,11 @@ def cast_weights(device: torch.device, *modules: nn.Module) -> Weights:
 
 
 def _norm_relu(
-    norm: BatchNorm, x: Map, weight: Tensor | None, *others: Tensor | None, pool: bool = False
+    norm: BatchNorm,
+    x: FeatureMap,
+    weight: Tensor | None,
+    *others: Tensor | None,
+    pool: bool = False,
 ) -> Any:
     """`_NormReluConv` of a norm."""
     table = _norm_table(norm, *x)
@@ -543,8 +547,11 @@ def _norm_relu(
 
 
 def fused_residual(
-    residual: Any, weights: Weights, x: Map, low_from: Callable[[Map], Map] | None = None
-) -> Map:
+    residual: Any,
+    weights: Weights,
+    x: FeatureMap,
+    low_from: Callable[[FeatureMap], FeatureMap] | None = None,
+) -> FeatureMap:
     """`residual(x)`. low_from: computes, from x pooled, a map that is added upsampled."""
     conv1, conv3 = residual.conv1, residual.conv3
     y, statistics, skip, *pooled = _norm_relu(
@@ -560,10 +567,10 @@ def fused_residual(
     return _norm_relu(residual.norm3, (y, None), *others)[:2]
 
 
-def _hourglass(hourglass: Any, weights: Weights, x: Map) -> Map:
+def _hourglass(hourglass: Any, weights: Weights, x: FeatureMap) -> FeatureMap:
     inside = _hourglass if isinstance(hourglass.inner, Hourglass) else fused_residual
 
-    def low_from(pooled: Map) -> Map:
+    def low_from(pooled: FeatureMap) -> FeatureMap:
         inner = inside(hourglass.inner, weights, fused_residual(hourglass.down, weights, pooled))
         return fused_residual(hourglass.up, weights, inner)
 
@@ -582,7 +589,7 @@ def _stem(weight: Tensor, images_N3HW: Tensor) -> Tensor:
     return functional.conv2d(pixels_NHWC.permute(0, 3, 1, 2), weight.permute(0, 3, 1, 2))
 
 
-def _features(network: Any, weights: Weights, stack: int, x: Map) -> Tensor:
+def _features(network: Any, weights: Weights, stack: int, x: FeatureMap) -> Tensor:
     """A stack's features before their batch norm."""
     residual, (conv, _, _) = network.features[stack]
     x = _hourglass(network.hourglasses[stack], weights, x)
