@@ -41,6 +41,8 @@ Exif = Literal["auto", "turned", "stored"]
 
 _SUFFIXES = (".h5", ".json", ".json.gz")
 _FROM_PRINCETON = "an annotation file of princeton-vl/pytorch_stacked_hourglass (data/MPII/annot)"
+_TOO_FAR_PX = 131_072
+"""A coordinate or length that no picture has."""
 _REQUIRED, _OPTIONAL = ("center", "scale", "part", "visible"), ("normalize", "index", "person")
 
 
@@ -420,12 +422,13 @@ def _check(people: People, path: Path) -> None:
     if people.count == 0:
         raise InputError(path, "no people in this split", "at least one", "check the file")
     unsafe = np.array([not safe_name(name) for name in people.images])
+    side_px = PIXELS_PER_SCALE * people.scale
     checks = {
         f"file name that leaves the folder ({people.images[unsafe.argmax()]!r})": unsafe,
-        "center not a number": ~np.isfinite(people.center).all(axis=1),
-        "scale not a number above 0": ~(np.isfinite(people.scale) & (people.scale > 0)),
-        "normalize not a length": ~(np.isfinite(people.normalize) & (people.normalize >= 0)),
-        "joints not a number": ~np.isfinite(people.joints).all(axis=(1, 2)),
+        "center out of range": ~(np.abs(people.center) < _TOO_FAR_PX).all(axis=1),
+        "scale out of range": ~((side_px > 0) & (side_px < _TOO_FAR_PX)),
+        "normalize not a length": ~((people.normalize >= 0) & (people.normalize < _TOO_FAR_PX)),
+        "joints out of range": ~(np.abs(people.joints) < _TOO_FAR_PX).all(axis=(1, 2)),
     }
     faults = [
         f"{text} in {rows.sum()} row(s), the first {rows.argmax()}"
@@ -433,7 +436,7 @@ def _check(people: People, path: Path) -> None:
         if rows.any()
     ]
     if faults:
-        expected = "finite numbers, scale above 0, names inside the folder of pictures"
+        expected = f"px below {_TOO_FAR_PX:,}, scale above 0, names inside the folder of pictures"
         raise InputError(path, "; ".join(faults), expected, "correct them (rows count from 0)")
 
 

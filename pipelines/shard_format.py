@@ -19,9 +19,8 @@ import numpy.typing as npt
 
 from common.errors import InputError
 from common.files import LARGEST_JSON, parse_json, read_bytes, read_json, write_atomic
-from configs.skeleton import PIXELS_PER_SCALE, Skeleton, skeleton_from_dict
+from configs.skeleton import Skeleton, skeleton_from_dict
 from pipelines.annotations import People, safe_name
-from pipelines.i420 import byte_count
 
 COLUMNS: dict[str, Any] = {
     "row": 0,  # in the annotation file's split, from 0
@@ -36,8 +35,6 @@ HEADER_LENGTH = 13
 IDENTITY_AFFINE: tuple[float, ...] = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
 IGNORED = (0.0, 0.0, 0.0, 1.0)
 """x, y, marked, visible of a joint that is neither trained nor scored."""
-_MAX_COORDINATE = 131_072.0
-"""px; larger than any picture."""
 
 PICTURE_EXTENSIONS = {"original": "jpg", "crop": "jpg", "raw": "i420"}
 """`packing` of the manifest -> extension of the stored picture (raw: pipelines/i420.py)."""
@@ -162,41 +159,6 @@ def person_json(
     return json.dumps(facts, indent=1).encode()
 
 
-def record_faults(
-    records_NR: npt.NDArray[np.float32], manifest: "Manifest", picture_bytes_N: npt.ArrayLike
-) -> dict[str, npt.NDArray[np.bool_]]:
-    """Description of a fault -> (N,) mask of the records that have it.
-
-    picture_bytes_N: sizes of the stored pictures.
-    """
-    largest = (manifest.max_width, manifest.max_height)
-    with np.errstate(invalid="ignore", over="ignore"):
-        values = unpack_records(records_NR.astype(np.float64))
-        affine = values.image_from_stored_N23
-        rows, first = np.unique(values.row_N, return_index=True)
-        is_new_row = np.zeros(len(records_NR), dtype=bool)
-        is_new_row[first[(rows >= 0) & (rows == np.floor(rows))]] = True
-        points = np.concatenate([values.joints_NJ2, values.center_N2[:, None]], axis=1)
-        marks = records_NR[:, HEADER_LENGTH:].reshape(len(records_NR), -1, 4)[..., 2:]
-        determinant = affine[:, 0, 0] * affine[:, 1, 1] - affine[:, 0, 1] * affine[:, 1, 0]
-        is_size = (values.size_N2 >= 1) & (values.size_N2 <= largest)
-        scale_px, normalize_px = PIXELS_PER_SCALE * values.scale_N, values.normalize_N
-        valid = {
-            "values that are not finite": np.isfinite(records_NR).all(axis=1),
-            "a scale out of range": (scale_px > 0) & (scale_px < _MAX_COORDINATE),
-            "a joint or centre out of range": (np.abs(points) < _MAX_COORDINATE).all(axis=(1, 2)),
-            "a normalize out of range": (normalize_px >= 0) & (normalize_px < _MAX_COORDINATE),
-            "an affine without an inverse": np.abs(determinant) > 1e-9,
-            "a size that the manifest excludes": is_size.all(axis=1),
-            "marks other than 0 and 1": np.isin(marks, (0, 1)).all(axis=(1, 2)),
-            "a repeated or impossible row": is_new_row,
-        }
-        if manifest.packing == "raw":
-            is_picture_size = byte_count(*values.size_N2.T) == picture_bytes_N
-            valid["a size that is not the raw picture's"] = is_picture_size
-    return {fault: ~is_valid for fault, is_valid in valid.items()}
-
-
 @dataclass(frozen=True, kw_only=True)
 class Shard:
     """One tar of a split."""
@@ -276,36 +238,19 @@ def write_people_file(folder: Path, records_NR: npt.NDArray[np.float32], people:
 def read_people_file(
     folder: Path, manifest: "Manifest"
 ) -> tuple[npt.NDArray[np.float32], dict[str, list[Any]]]:
-    """(N, record_length) records, and the other columns by name. Raises InputError."""
+    """(N, record_length) records, read-only, and the other columns by name. Raises InputError."""
     path = folder / PEOPLE
     try:
         data = read_bytes(path, LARGEST_JSON)
         if hashlib.sha256(data).hexdigest() != manifest.people_file_sha256:
             raise ValueError("its SHA-256 is not the one in the manifest")
         columns = parse_json(data)
-        if not _are_columns(columns, manifest.people):
-            raise ValueError("its people do not match the manifest")
         values = np.frombuffer(base64.b64decode(columns.pop("records")), dtype="<f4")
         records_NR = values.reshape(manifest.people, record_length(manifest.joints))
     except (OSError, ValueError) as error:
         found = f"damaged ({error})"
         raise InputError(path, found, f"{manifest.people:,} people", PACK_AGAIN) from error
     return records_NR, columns
-
-
-def _are_columns(raw: Any, people: int) -> bool:
-    """Whether a JSON value is what `write_people_file` writes for so many people."""
-    types = {"image": str, "index": int, "person": int, "area": float, "ignored": list}
-    if not isinstance(raw, dict) or not isinstance(raw.get("records"), str):
-        return False
-    columns = {name: values for name, values in raw.items() if name != "records"}
-    return columns.keys() in (types.keys(), types.keys() - {"area", "ignored"}) and all(
-        isinstance(values, list)
-        and len(values) == people
-        and all(type(value) is types[name] for value in values)
-        and (name != "image" or all(map(safe_name, values)))
-        for name, values in columns.items()
-    )
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

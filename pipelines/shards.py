@@ -34,7 +34,6 @@ from pipelines.shard_format import (
     components,
     read_manifest,
     read_people_file,
-    record_faults,
     record_length,
     unpack_records,
 )
@@ -93,23 +92,13 @@ class ShardSet:
         return self.records()[sample]
 
     def records(self) -> npt.NDArray[np.float32]:
-        """(N, record_length) all records, in the order of the samples; checked, read-only.
+        """(N, record_length) all records, in the order of the samples; read-only.
 
-        Reads people.json once. Raises InputError for impossible values, and for raw pictures of
-        another size.
+        Reads people.json once. Raises InputError if it is damaged.
         """
-        if self._records is not None:
-            return self._records
-        records, self._columns = read_people_file(self.folder, self.manifest)
-        faults = record_faults(records, self.manifest, picture_bytes_N=self._ranges_NC2[:, 1, 1])
-        for fault, is_bad in faults.items():
-            if is_bad.any():
-                found = f"{is_bad.sum()} record(s) with {fault}"
-                expected = "numbers in the ranges of docs/conventions.md, each person once"
-                raise InputError(self.where(int(is_bad.argmax())), found, expected, PACK_AGAIN)
-        records.setflags(write=False)
-        self._records = records
-        return records
+        if self._records is None:
+            self._records, self._columns = read_people_file(self.folder, self.manifest)
+        return self._records
 
     def image_name(self, sample: int) -> str:
         """The name of one person's picture in the annotation file. Raises InputError."""

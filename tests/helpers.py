@@ -1,6 +1,5 @@
 """Functions that several test files share; fixtures are in conftest.py."""
 
-import base64
 import dataclasses
 import itertools
 import json
@@ -28,7 +27,7 @@ from pipelines.codec import Codec
 from pipelines.geometry import transform
 from pipelines.loader import Batch, LoaderSpec, RawBatch, TrainLoader
 from pipelines.opencv_loader import Source, collate, crop_person, stored_picture
-from pipelines.shard_format import MANIFEST, PEOPLE, file_sha256, unpack_records
+from pipelines.shard_format import MANIFEST, file_sha256, unpack_records
 from pipelines.shards import ShardSet
 from training import step_graph, train_step
 from training.metrics import Totals
@@ -138,26 +137,6 @@ def overwrite(split: Path, sample: int, component: str, data: bytes) -> None:
     with place.tar.open("r+b", buffering=0) as file:
         file.seek(place.offset)
         file.write(data)
-
-
-def change_record(split: Path, sample: int, field: int | slice, value: Any) -> None:
-    """Change numbers of a packed person's record."""
-
-    def change(facts: dict[str, Any]) -> None:
-        records = np.frombuffer(base64.b64decode(facts["records"]), "<f4").copy()
-        records.reshape(len(facts["image"]), -1)[sample, field] = value
-        facts["records"] = base64.b64encode(records.tobytes()).decode()
-
-    change_people(split, change)
-
-
-def change_people(split: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """Change people.json, and its checksum in the manifest."""
-    facts = json.loads((split / PEOPLE).read_text())
-    change(facts)
-    (split / PEOPLE).write_text(json.dumps(facts))
-    digest = {"people_file_sha256": file_sha256(split / PEOPLE)}
-    change_manifest(split, lambda raw: raw.update(digest))
 
 
 def update_sha256(split: Path) -> None:

@@ -207,9 +207,11 @@ def test_a_missing_dataset_or_another_shape_or_type_is_named(
 @pytest.mark.parametrize(
     ("name", "row", "value", "text"),
     [
-        ("center", (1, 1), np.inf, "center not a number"),
-        ("scale", 1, 0.0, "scale not a number above 0"),
-        ("part", (1, 5, 0), np.nan, "joints not a number"),
+        ("center", (1, 1), np.inf, "center out of range"),
+        ("scale", 1, 0.0, "scale out of range"),
+        ("scale", 1, 1e9, "scale out of range"),
+        ("part", (1, 5, 0), np.nan, "joints out of range"),
+        ("part", (1, 5, 0), -1e9, "joints out of range"),
         ("normalize", 1, -1.0, "normalize not a length"),
         ("index", 1, np.nan, "dataset index"),
         ("person", 1, np.inf, "dataset person"),

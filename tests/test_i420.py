@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import noise_picture, pack_arguments
-from helpers import change_record, crop_sample, make_spec, place_of
+from helpers import crop_sample, make_spec, place_of
 from PIL import Image
 
 from common.errors import InputError
@@ -19,7 +19,6 @@ from pipelines import geometry, i420
 from pipelines.augment import PRESETS, draw, draw_rng
 from pipelines.jpeg import BadSamplesError, decode
 from pipelines.loader import TrainLoader
-from pipelines.shard_format import COLUMNS
 from pipelines.shards import ShardSet
 from tools import check_shards
 from tools.make_shards import main
@@ -156,17 +155,6 @@ def test_whole_raw_shards_are_intact(raw_shards, capsys):
 def damaged(raw_shards, tmp_path):
     """A copy of the training split for a test to damage: 12 people in 3 shards."""
     return Path(shutil.copytree(raw_shards / "train", tmp_path / "train"))
-
-
-def test_a_record_of_another_size_than_its_picture_is_damaged(damaged, capsys):
-    width, height = ShardSet(damaged).record(6)[COLUMNS["size"]]
-    change_record(damaged, 6, COLUMNS["size"], (width, height - 1))
-    with pytest.raises(InputError, match=r"1 record.* not the raw picture's") as caught:
-        ShardSet(damaged).records()
-    assert "key 000000006" in caught.value.where
-    assert check_shards.main([str(damaged), "--workers", "0"]) == 1
-    expected = "(key 000000006): 1 record(s) with a size that is not the raw"
-    assert expected in capsys.readouterr().out
 
 
 def test_training_names_the_person_at_a_cut_and_replaces_it_by_a_neighbour(damaged):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import webdataset
-from helpers import change_manifest, change_people, change_record
+from helpers import change_manifest
 
 from common.errors import InputError
 from configs.skeleton import MPII
@@ -242,51 +242,7 @@ def test_a_repeated_key_of_60000_people_is_found_at_once(packed: Path) -> None:
     assert time.process_time() - start < 5  # a quadratic search takes 40 s
 
 
-# Records and JSON
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "found"),
-    [
-        (0, 3, "repeated or impossible row"),
-        (0, 0.5, "repeated or impossible row"),
-        (1, np.inf, "not finite"),
-        (3, 0, "scale out of range"),
-        (4, -1, "normalize"),
-        (5, 0, "size that the manifest"),
-        (6, 311, "size that the manifest"),
-        (7, 0, "affine without an inverse"),
-        (13, 1e9, "joint or centre out of range"),
-        (16, 0.5, "marks other than 0 and 1"),
-    ],
-)
-def test_record_out_of_range_is_named_by_shard_and_key(packed, field, value, found) -> None:
-    change_record(packed, 6, field, value)
-    with pytest.raises(InputError, match=found) as caught:
-        ShardSet(packed).records()
-    if field:  # of two people with one row, either may be the wrong one
-        assert caught.value.where == f"{packed / '00001.tar'}: sample 6 (key 000000006)"
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda facts: facts.pop("records"),
-        lambda facts: facts.pop("index"),
-        lambda facts: facts["person"].pop(),
-        lambda facts: facts["image"].__setitem__(3, "../a.jpg"),
-        lambda facts: facts.update(records="AAAA"),
-        lambda facts: facts.update(records=4),
-        lambda facts: facts["image"].__setitem__(0, 5),
-        lambda facts: facts.update(image="a" * len(facts["image"])),
-        lambda facts: facts.update(index=3),
-        lambda facts: facts["person"].__setitem__(0, "x"),
-    ],
-)
-def test_impossible_people_file_is_refused(packed: Path, change: Callable[[dict], Any]) -> None:
-    change_people(packed, change)
-    error = error_of(packed)
-    assert error.where == str(packed / PEOPLE) and error.found.startswith("damaged")
+# Records
 
 
 def test_a_changed_byte_of_the_people_file_is_found(packed: Path) -> None:
