@@ -305,7 +305,7 @@ def run_job(
             batch_size=size,
             workers=workers,
             flip=job.flip,
-            progress=partial(bar, what=f"evaluate ({loader})"),
+            watch=partial(bar, what=f"evaluate ({loader})"),
         )
         for loader in job.loaders
     }

@@ -1,8 +1,7 @@
 """A network's predictions for people: flip test, decoding, and joints in the original picture."""
 
-import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from common.distributed import DistributedContext, any_rank, sum_over_ranks
+from common.distributed import DistributedContext, sum_over_ranks
 from configs.schema import LoaderName, RuleName
 from configs.skeleton import Skeleton
 from pipelines import heatmaps
@@ -29,10 +28,6 @@ class Predictions(NamedTuple):
     """Image px."""
     scores_NJ: npt.NDArray[np.float64]
     """Heights of the heatmaps' peaks."""
-
-
-class StoppedError(Exception):
-    """should_stop has ended a prediction, on all ranks before the same batch."""
 
 
 @torch.no_grad()
@@ -88,13 +83,11 @@ def predict_distributed(
     batch_size: int,
     workers: int,
     flip: bool,
-    progress: Callable[[Iterable[RawBatch]], Iterable[RawBatch]] = iter,
-    should_stop: Callable[[], bool] | None = None,
+    watch: Callable[[Iterable[RawBatch]], Iterable[RawBatch]] = iter,
 ) -> Predictions:
     """Joints of these samples, in their order, on every rank; each rank predicts a share.
 
-    network: in eval mode, on the device. progress: wraps the batches, to show how many are done.
-    should_stop: called before each batch; if it is true on any rank, all ranks raise StoppedError.
+    network: in eval mode, on the device. watch: wraps the batches, to show how many are done.
     """
     mine = slice(dist.rank, None, dist.world_size)
     batches: Iterable[RawBatch] = ()
@@ -108,32 +101,13 @@ def predict_distributed(
             batch_size=batch_size,
             workers=workers,
         )
-    if should_stop:
-        max_batches = math.ceil(len(samples) / (dist.world_size * batch_size))
-        batches = _stoppable(batches, should_stop, max_batches, dist)
-    found = predict(
-        network, progress(batches), codec, flip=flip, device=dist.device, dtype=dist.dtype
-    )
+    found = predict(network, watch(batches), codec, flip=flip, device=dist.device, dtype=dist.dtype)
     merged = torch.zeros(len(samples), codec.skeleton.joint_count, 3, dtype=torch.float64)
     merged[mine, :, :2] = torch.from_numpy(found.keypoints_NJ2)
     merged[mine, :, 2] = torch.from_numpy(found.scores_NJ)
     # Each row is zero on all ranks but one, so the sum is exact.
     merged = sum_over_ranks(merged.to(dist.device), dist).cpu()
     return Predictions(merged[..., :2].numpy(), merged[..., 2].numpy())
-
-
-def _stoppable(
-    batches: Iterable[RawBatch],
-    should_stop: Callable[[], bool],
-    max_batches: int,
-    dist: DistributedContext,
-) -> Iterator[RawBatch]:
-    """The batches. Before each, all ranks call should_stop; max_batches is the same on all."""
-    iterator = iter(batches)
-    for _ in range(max_batches):
-        if any_rank(should_stop(), dist):
-            raise StoppedError
-        yield from itertools.islice(iterator, 1)
 
 
 def oracle_keypoints(

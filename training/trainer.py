@@ -5,11 +5,12 @@ A step is `optim.accumulate` batches. Results are computed on the device and rea
 """
 
 import copy
+import itertools
 import math
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -35,7 +36,6 @@ from common.errors import InputError
 from common.files import write_atomic
 from configs.schema import Config, save_yaml
 from configs.skeleton import require_same_joints
-from evaluation.inference import StoppedError
 from model.checkpoint import (
     Checkpoint,
     RunState,
@@ -50,7 +50,7 @@ from pipelines.bad_samples import BadSamples, SkippingLoader
 from pipelines.codec import codec_of
 from pipelines.crop_packing import require_preset_fits
 from pipelines.joined_shards import JoinedShards, union_skeleton
-from pipelines.loader import Loader, LoaderSpec, TrainLoader, choose_loader
+from pipelines.loader import Loader, LoaderSpec, RawBatch, TrainLoader, choose_loader
 from pipelines.shard_cache import local_folder
 from pipelines.shard_format import people_sha256
 from pipelines.shards import ShardSet
@@ -83,6 +83,10 @@ class Progress:
     """Time spent in training."""
     validation_due: bool = False
     """The validation at the end of an epoch is not finished."""
+
+
+class StoppedError(Exception):
+    """A signal has ended a validation, on all ranks before the same batch."""
 
 
 class Trainer:
@@ -328,10 +332,6 @@ class Trainer:
         is_orphan = launched_by_torchrun() and os.getppid() != self._parent
         return bool(self.received_signals) or is_orphan
 
-    def _should_stop_validation(self) -> bool:
-        self.watchdog.progress(f"the validation after step {self.progress.step}")
-        return self._should_stop()
-
     def report(self, totals: Totals) -> None:
         """Read and log the sums, and handle non-finite steps and damaged pictures."""
         dist, step = self.dist, self.progress.step
@@ -395,14 +395,9 @@ class Trainer:
         The checkpoint says that the validation is due; the log says that it is done. If a signal or
         an error ends the validation, a resumed run begins with it.
         """
-        people = len(self.validator.samples)
         try:
             with self.time.measure("validation_share"):
-                result = self.validator.run(
-                    self.evaluation_network(),
-                    lambda batches: self.log.validation_progress(batches, people),
-                    self._should_stop_validation,
-                )
+                result = self.validator.run(self.evaluation_network(), self._until_stopped)
         except StoppedError:
             self.interrupted = True
             return {}
@@ -434,6 +429,17 @@ class Trainer:
             with self.time.measure("validation_share"):
                 self.log.log_pictures(step, self.validator.picture())
         return result
+
+    def _until_stopped(self, batches: Iterable[RawBatch]) -> Iterator[RawBatch]:
+        """This rank's batches of a validation; before each, all ranks agree whether to go on."""
+        people = len(self.validator.samples)
+        shown = self.log.validation_progress(batches, people)
+        # Some ranks may have one batch less than others.
+        for _ in range(math.ceil(people / (self.dist.world_size * self.config.eval.batch_size))):
+            self.watchdog.progress(f"the validation after step {self.progress.step}")
+            if any_rank(self._should_stop(), self.dist):
+                raise StoppedError
+            yield from itertools.islice(shown, 1)
 
     def _complete_checkpoint(self, is_best: bool) -> None:
         """Wait for the epoch's checkpoint, write it again if that failed, and name the best one."""

@@ -37,13 +37,10 @@ class Validator:
     def run(
         self,
         network: nn.Module,
-        progress: Callable[[Iterable[RawBatch]], Iterable[RawBatch]] = iter,
-        should_stop: Callable[[], bool] | None = None,
+        watch: Callable[[Iterable[RawBatch]], Iterable[RawBatch]] = iter,
     ) -> dict[str, Any]:
         """Returns pckh.summary; `sets`, the pooled PCK@0.5 of each of several data sets; and
-        `peak`, the mean height of the heatmaps' peaks.
-
-        Arguments and StoppedError as for predict_distributed.
+        `peak`, the mean height of the heatmaps' peaks. Arguments as for predict_distributed.
         """
         self.found = predict_distributed(
             network,
@@ -55,8 +52,7 @@ class Validator:
             batch_size=self.config.eval.batch_size,
             workers=loader_workers(self.config.data.workers, self.dist.device),
             flip=self.config.eval.flip,
-            progress=progress,
-            should_stop=should_stop,
+            watch=watch,
         )
         result = pckh.summary(self.found.keypoints_NJ2, self.people, self.codec.skeleton)
         errors_NJ = pckh.normalized_errors(self.found.keypoints_NJ2, self.people)
