@@ -46,11 +46,11 @@ from pipelines.shard_format import (
     INDEX_VERSION,
     MANIFEST,
     PEOPLE,
+    PICTURE_EXTENSIONS,
     SPLITS,
     CropRule,
     Manifest,
     Shard,
-    components,
     file_sha256,
     person_json,
     read_manifest,
@@ -474,12 +474,13 @@ def pack_shard(options: PackingOptions, folder: Path, number: int, samples: list
     """Write a tar and its index, unless an earlier run did. Deterministic."""
     tar = folder / f"{number:05d}.tar"
     index, temporary = tar.with_suffix(".idx"), tar.with_suffix(".tar.tmp")
+    extension = PICTURE_EXTENSIONS[options.packing]
     if not tar.exists():
         with temporary.open("wb") as stream:
             with webdataset.TarWriter(stream, encoder=False, mtime=0) as writer:
                 for sample in samples:
-                    parts = (sample.record, load_picture(sample, options), sample.text)
-                    files = dict(zip(components(options.packing), parts, strict=True))
+                    picture = {extension: load_picture(sample, options)}
+                    files = {"f32": sample.record, **picture, "json": sample.text}
                     writer.write({"__key__": sample.key, **files})
             stream.flush()
             os.fsync(stream.fileno())

@@ -38,8 +38,6 @@ IGNORED = (0.0, 0.0, 0.0, 1.0)
 
 PICTURE_EXTENSIONS = {"original": "jpg", "crop": "jpg", "raw": "i420"}
 """`packing` of the manifest -> extension of the stored picture (raw: pipelines/i420.py)."""
-LARGEST = {"f32": 1 << 20, "jpg": 256 << 20, "i420": 256 << 20, "json": 4 << 20}
-"""Maximum bytes of each."""
 INDEX_VERSION = "v1.2"
 FORMAT = "stacked-hourglass-shards"
 FORMAT_VERSION = 2
@@ -51,11 +49,6 @@ PACK_AGAIN = "pack the data again with tools/make_shards.py into a new folder"
 _MAX_MANIFEST = 64 << 20
 _MIN_PERSON = 6 * 512
 """Minimum bytes in a tar: three files, each of a header and one block."""
-
-
-def components(packing: str) -> tuple[str, str, str]:
-    """Extensions of the files of a sample in a tar, in their order."""
-    return ("f32", PICTURE_EXTENSIONS[packing], "json")
 
 
 class Records(NamedTuple):

@@ -1,6 +1,6 @@
 """Verifies packed shards, byte by byte: python tools/check_shards.py data/shards/mpii --decode
 
-Checks the SHA-256 of every file, and indices and records as at the start of a run. Exit codes:
+Checks the SHA-256 of every file. Exit codes:
 0 intact, 1 damaged, 2 bad options.
 """
 
