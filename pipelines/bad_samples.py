@@ -24,7 +24,7 @@ class BadSamples:
     """The damaged people that one rank knows: sample number -> fault."""
 
     def __init__(self, shards: ShardSet, folder: Path, limit: int, rank: int = 0):
-        """Read the file of earlier starts of the run. Raises InputError.
+        """Read the file of earlier starts of the run.
 
         folder: of the run. limit: data.max_bad_samples.
         """
@@ -79,22 +79,14 @@ class BadSamples:
             self._written = set(faults)
 
     def _read(self) -> dict[int, str]:
-        """The faults in the file; entries that do not fit these shards are ignored.
-
-        Raises InputError for a damaged file.
-        """
+        """The faults in the file; entries that do not fit these shards are ignored."""
         lines = self.path.read_text().splitlines() if self.path.is_file() else []
         keys = dict(enumerate(self.shards.keys))
-        try:
-            return {
-                entry["sample"]: entry["fault"]
-                for entry in map(json.loads, lines)
-                if keys.get(entry["sample"]) == entry["key"]
-            }
-        except (ValueError, KeyError, TypeError) as error:
-            expected = "a JSON object in each line, for a person that is left out"
-            advice = "remove the file; training will find the people again"
-            raise InputError(self.path, f"damaged ({error})", expected, advice) from error
+        return {
+            entry["sample"]: entry["fault"]
+            for entry in map(json.loads, lines)
+            if keys.get(entry["sample"]) == entry["key"]
+        }
 
 
 class SkippingLoader:

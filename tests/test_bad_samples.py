@@ -304,13 +304,6 @@ def test_what_another_rank_found_is_reported_once_and_written(tiny_shards, tmp_p
             rank.merge(reports)
 
 
-@pytest.mark.parametrize("line", ["{", "[]", "{}", '{"sample": 0}', '{"sample": []}'])
-def test_a_damaged_list_is_one_error(line, tiny_shards, tmp_path):
-    (tmp_path / FILE_NAME).write_text(line)
-    with pytest.raises(InputError, match="remove the file"):
-        BadSamples(ShardSet(tiny_shards / "train"), tmp_path, 9, 0)
-
-
 def test_people_of_other_shards_in_the_list_are_ignored(tiny_shards, tmp_path):
     data = ShardSet(tiny_shards / "train")
     people = [(3, "000000003"), (4, "another"), (99, "000000099")]

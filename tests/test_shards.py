@@ -187,21 +187,13 @@ def test_manifest_of_another_version_is_named(packed: Path) -> None:
     assert "format version 1" in error.found and error.expected.endswith(" 2")
 
 
-def test_manifest_of_a_billion_people_is_one_clear_error(packed: Path) -> None:
-    change_manifest(packed, lambda raw: raw.update(people=10**9 + 7))
-    change_manifest(packed, lambda raw: raw["shards"][1].update(people=10**9))
-    assert "1000000000 people in" in error_of(packed).found
-
-
 @pytest.mark.parametrize(
     "change",
     [
         lambda raw: raw.update(people=13),
-        lambda raw: raw.update(joints=17),
         lambda raw: raw.update(people=0, shards=[]),
         lambda raw: raw.update(shards=None),
         lambda raw: raw["shards"][0].pop("people"),
-        lambda raw: raw["shards"][0].update(people=-5, bytes=-1),
         lambda raw: raw["shards"][0].update(surprise=1),
         lambda raw: raw["shards"].append({**raw["shards"].pop(), "tar": raw["shards"][0]["tar"]}),
         lambda raw: raw.update(max_width="400"),

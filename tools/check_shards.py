@@ -1,7 +1,6 @@
 """Verifies packed shards, byte by byte: python tools/check_shards.py data/shards/mpii --decode
 
-Checks the SHA-256 of every file. Exit codes:
-0 intact, 1 damaged, 2 bad options.
+Checks the SHA-256 of every file. Exit codes: 0 intact, 1 damaged, 2 bad options.
 """
 
 import sys
