@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import InputError
-from common.files import LARGEST_JSON, read_json, write_atomic
+from common.files import LARGEST_JSON, read_bytes, read_json, write_atomic
 from common.system import optional_module
 from evaluation.pckh import Floats
 from pipelines.annotations import People
@@ -193,19 +193,16 @@ def open_mat(path: Path, names: list[str], expected: str) -> dict[str, Any]:
     """The named variables of a .mat file. Raises InputError; expected: for its message."""
     scipy_io = optional_module("scipy.io", path)
     try:
-        if path.stat().st_size > LARGEST_JSON:
-            raise ValueError(f"more than {LARGEST_JSON >> 20} MiB")
+        data = io.BytesIO(read_bytes(path, LARGEST_JSON))
         pid = os.fork()  # SciPy's parser crashes on some damaged elements (scipy/scipy#25829)
         if pid == 0:
             try:
-                scipy_io.loadmat(path, variable_names=names)
+                scipy_io.loadmat(data, variable_names=names)
             finally:
                 os._exit(0)
         if os.WIFSIGNALED(os.waitpid(pid, 0)[1]):
             raise ValueError("SciPy crashes on it")
-        return scipy_io.loadmat(path, variable_names=names)
-    except FileNotFoundError as error:
-        raise InputError(path, "no such file", expected, "give its path") from error
+        return scipy_io.loadmat(data, variable_names=names)
     except (scipy_io.matlab.MatReadError, zlib.error, ArithmeticError, LookupError, MemoryError,
             NameError, OSError, RuntimeError, TypeError, ValueError) as error:  # fmt: skip
         found = f"not readable as .mat ({str(error)[:120]})"

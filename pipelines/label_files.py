@@ -8,8 +8,11 @@ the same as .h5; Lightning Pose one such file for all. YOLO-pose has one text fi
 import csv
 import io
 import math
+import os
 import pickletools
+import re
 from collections.abc import Iterable, Mapping
+from itertools import permutations
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,8 +25,7 @@ from configs.skeleton import Length, Pairs, Skeleton, default_groups
 from pipelines.coco import Floats
 
 _LARGEST = 256 << 20
-"""Maximum bytes of a table or a dataset: a table of 100,000 pictures and 20 joints has 60 million,
-MPII's largest dataset, of 25,000 people, 6 million."""
+"""Maximum bytes of a table or a dataset. A table of 100,000 pictures, 20 joints has 60 million."""
 _HEADER = ("scorer", "individuals", "bodyparts", "coords")
 _TABLE = "a table with the rows scorer, bodyparts, coords and one row for each picture"
 PROJECT = "config.yaml"
@@ -66,7 +68,7 @@ def read_table(path: Path, *_: object) -> Labels:
         else:
             rows = list(csv.reader(io.StringIO(data.decode("utf-8-sig"), newline="")))
         images, joints, keypoints_NJ3 = _parse_table(rows)
-    except (OSError, LookupError, ValueError, csv.Error) as error:
+    except (OSError, RuntimeError, ArithmeticError, LookupError, ValueError, csv.Error) as error:
         raise InputError(path, f"not readable ({error})", _TABLE, _FIX) from error
     no_box = np.full((len(images), 4), np.nan)
     return Labels(images, no_box, keypoints_NJ3, skeleton_of_names(path.stem, joints, limbs=()))
@@ -177,7 +179,9 @@ def read_deeplabcut(file: Path, *_: object) -> Labels:
         if part.skeleton.names != joints:
             found = f"the body parts {', '.join(part.skeleton.names)}"
             raise InputError(table, found, f"those of {tables[0]}: {', '.join(joints)}", _FIX)
-    limbs = [pair for pair in config.get("skeleton") or [] if len({*pair} & {*joints}) == 2]
+    drawn, possible = config.get("skeleton") or [], [*permutations(range(len(joints)), 2)]
+    if not isinstance(drawn, list):
+        raise InputError(file, f"skeleton: {drawn}", "a list of pairs of body parts", _FIX)
     return Labels(
         images=tuple(image for part in parts for image in part.images),
         box_N4=np.concatenate([part.box_N4 for part in parts]),
@@ -185,7 +189,7 @@ def read_deeplabcut(file: Path, *_: object) -> Labels:
         skeleton=skeleton_of_names(
             str(config.get("Task", project.name)),
             joints,
-            tuple((joints.index(a), joints.index(b)) for a, b in limbs),
+            tuple((a, b) for a, b in possible if [joints[a], joints[b]] in drawn),
         ),
     )
 
@@ -204,12 +208,12 @@ def read_yolo(data_yaml: Path, split: str, *_: object) -> Labels:
     """
     config, root = read_yaml(data_yaml, _YOLO_KEYS), yolo_root(data_yaml)
     shape, pictures = config.get("kpt_shape"), config.get("train" if split == "train" else "val")
-    if not isinstance(shape, list) or len(shape) != 2 or shape[1] not in (2, 3) or not pictures:
+    if not re.fullmatch(r"\[[1-9]\d{0,3}, [23]\]", repr(shape)) or not pictures:
         raise InputError(data_yaml, f"kpt_shape {shape!r}, {split}: {pictures!r}", _YOLO_KEYS, _FIX)
     images, boxes, keypoints = [], [], []
     for picture in _yolo_pictures(root, pictures):
         for box_4, keypoints_J3 in _yolo_rows(_yolo_label_file(picture), *shape):
-            images.append(picture.relative_to(root).as_posix())
+            images.append(os.path.relpath(picture, root))
             boxes.append([*(box_4[:2] - box_4[2:] / 2), *box_4[2:]])
             keypoints.append(keypoints_J3)
     return Labels(
@@ -244,15 +248,15 @@ def _yolo_pictures(root: Path, given: Any) -> Iterable[Path]:
         if source.is_dir():
             yield from sorted(path for path in source.rglob("*") if path.suffix not in ("", ".txt"))
         elif source.is_file():
-            yield from (root / line for line in source.read_text().split("\n") if line.strip())
+            names = source.read_bytes().splitlines()
+            yield from (root / os.fsdecode(name) for name in names if name.strip())
         else:
             raise InputError(source, "no such file or folder", "pictures", "correct `path`")
 
 
 def _yolo_label_file(picture: Path) -> Path:
     """.../images/a.jpg has the labels .../labels/a.txt; the last folder `images` is replaced."""
-    before, found, after = picture.as_posix().rpartition("/images/")
-    name = f"{before}/labels/{after}" if found else picture.as_posix()
+    name = re.sub("(.*)/images/", r"\1/labels/", picture.as_posix())
     return Path(name).with_suffix(".txt")
 
 
@@ -261,7 +265,7 @@ def _yolo_rows(path: Path, joints: int, dimensions: int) -> list[tuple[Floats, F
     if not path.is_file():
         return []
     rows = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
         try:
             values = np.array(line.split(), dtype=np.float64)[1:]  # without the class
         except ValueError:
@@ -278,15 +282,16 @@ def _yolo_rows(path: Path, joints: int, dimensions: int) -> list[tuple[Floats, F
 
 
 def _yolo_skeleton(path: Path, config: dict[str, Any], joints: int) -> Skeleton:
-    named = config.get("kpt_names") or {}
+    named, order = config.get("kpt_names"), config.get("flip_idx") or []
     names = next(iter(named.values()), None) if isinstance(named, dict) else named
-    names = tuple(map(str, names or [f"joint{number}" for number in range(joints)]))
-    order = config.get("flip_idx")
-    if len(names) != joints or (order and sorted(order) != list(range(joints))):
-        found = f"{len(names)} kpt_names, flip_idx {order}"
+    names = names or [f"joint{number}" for number in range(joints)]
+    indices = sorted(map(str, range(joints)))
+    is_order = isinstance(order, list) and sorted(map(repr, order)) in ([], indices)
+    if not (isinstance(names, list) and len(names) == joints and is_order):
+        found = f"kpt_names {names}, flip_idx {order}"
         raise InputError(path, found, f"a name and a partner for each of {joints} joints", _FIX)
     pairs = tuple((a, b) for a, b in enumerate(order) if a < b) if order else None
-    return skeleton_of_names(path.stem, names, (), BOX_LENGTH, pairs)
+    return skeleton_of_names(path.stem, tuple(map(str, names)), (), BOX_LENGTH, pairs)
 
 
 def skeleton_of_names(

@@ -9,6 +9,7 @@ import io
 import json
 import multiprocessing
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -21,9 +22,11 @@ import cv2
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import ROOT
 from helpers import make_trainer, tiny_config
 from jsonargparse import ArgumentParser
+from test_label_files import ONE_ANIMAL, write_fixed_layout, write_older_layout
 
 from common.errors import InputError
 from configs.schema import add_config_options, parse_config
@@ -34,6 +37,7 @@ from model.checkpoint import load_checkpoint, trained_network
 from pipelines.annotations import People, read_annotations
 from pipelines.boxes import read_people
 from pipelines.jpeg import PictureError, check_jpeg, decode
+from pipelines.label_files import read_table
 from pipelines.shard_format import MANIFEST
 from pipelines.shards import ShardSet
 from tools import check_shards
@@ -136,6 +140,13 @@ READERS: dict[str, Reader] = {
     "last.pt": lambda path: trained_network(load_checkpoint(path)),
     "people.csv": read_people,
     "people.json": read_people,
+    "CollectedData.csv": read_table,
+    "fixed.h5": read_table,
+    "older.h5": read_table,
+    "deeplabcut/config.yaml": lambda path: read_annotations(path, "train"),
+    "yolo/data.yaml": lambda path: read_annotations(path, "train"),
+    "yolo/pictures.txt": lambda path: read_annotations(path.with_name("data.yaml"), "train"),
+    "yolo/a.txt": lambda path: read_annotations(path.with_name("data.yaml"), "train"),
     **{f"picture{suffix}": read_as_all_do for suffix in PICTURES},
 }
 
@@ -157,6 +168,7 @@ def good_files(tiny_set, tiny_shards, tmp_path_factory):
     picture = np.random.default_rng(0).integers(0, 256, (40, 36, 3), dtype=np.uint8)
     for suffix in PICTURES:
         assert cv2.imwrite(str(folder / f"picture{suffix}"), picture)
+    write_labels(folder)
     make_trainer(tiny_config(tiny_shards), folder).save(["last.pt"])
     return folder
 
@@ -180,6 +192,29 @@ def write_json(people: People, folder: Path) -> None:
     }
     for name, value in contents.items():
         (folder / name).write_text(json.dumps(value))
+
+
+def write_labels(folder: Path) -> None:
+    """Tables and a project of DeepLabCut; a YOLO-pose data set with all files in one folder."""
+    video = folder / "deeplabcut" / "labeled-data" / "v1"
+    video.mkdir(parents=True)
+    for name in ("a.jpg", "b.jpg"):
+        shutil.copy(folder / "picture.jpg", video / name)
+    for place in (folder, video):
+        (place / "CollectedData.csv").write_text(ONE_ANIMAL)
+    (video / "CollectedData.csv").rename(video / "CollectedData_Ann.csv")
+    (folder / "deeplabcut" / "config.yaml").write_text("Task: a\nskeleton:\n- [snout, tail]\n")
+    write_fixed_layout(folder / "fixed.h5")
+    names = [("Ann", joint, xy) for joint in ("snout", "tail") for xy in "xy"]
+    write_older_layout(folder / "older.h5", pickle.dumps(names, 0))
+    yolo = folder / "yolo"
+    yolo.mkdir()
+    shutil.copy(folder / "picture.jpg", yolo / "a.jpg")
+    (yolo / "a.txt").write_text("0 0.5 0.5 0.4 0.8 0.25 0.5 2 0.75 0.5 1\n")
+    (yolo / "pictures.txt").write_text("a.jpg\n")
+    facts = {"path": ".", "train": "pictures.txt", "kpt_shape": [2, 3], "flip_idx": [1, 0]}
+    facts["kpt_names"] = {0: ["snout", "tail"]}
+    (yolo / "data.yaml").write_text(yaml.safe_dump(facts))
 
 
 @contextlib.contextmanager

@@ -90,24 +90,55 @@ def test_an_h5_file_without_its_csv_has_the_same_labels(shared, tmp_path):
     assert len(read_deeplabcut(tmp_path / "config.yaml").images) == 116  # not twice
 
 
-def test_the_fixed_layout_of_pandas_is_read(tmp_path):
-    """As pandas 3.1 writes a table with path and columns in several levels."""
+def write_fixed_layout(path: Path) -> None:
+    """TWO_ANIMALS as pandas 3.1 writes a table with path and columns in several levels."""
     levels = {
         "axis1": [(["labeled-data"], [0]), (["v1"], [0]), (["a.jpg"], [0])],
         "block0_items": [(["Ann"], [0] * 6), (["left", "right"], [0, 0, 0, 0, 1, 1]),
                          (["snout", "tail"], [0, 0, 1, 1, 0, 0]), (["x", "y"], [0, 1] * 3)],
     }  # fmt: skip
-    with h5py.File(tmp_path / "CollectedData_Ann.h5", "w") as file:
+    with h5py.File(path, "w") as file:
         for index, parts in levels.items():
             for number, (names, rows) in enumerate(parts):
                 file[f"keypoints/{index}_level{number}"] = np.array([n.encode() for n in names])
                 file[f"keypoints/{index}_label{number}"] = np.array(rows, dtype=np.int8)
         file["keypoints/block0_values"] = np.array([[1.0, 2, 3, 4, 5, 6]])
+
+
+def write_older_layout(path: Path, columns: bytes) -> None:
+    """One picture and two joints; columns: a pickle of the columns' names."""
+    records = np.array([("a.jpg", (1, 2, 3, 4))], [("index", "S9"), ("values_block_0", "f8", (4,))])
+    with h5py.File(path, "w") as file:
+        file["df_with_missing/table"] = records
+        file["df_with_missing/table"].attrs["values_block_0_kind"] = np.bytes_(columns)
+
+
+def test_the_fixed_layout_of_pandas_is_read(tmp_path):
+    write_fixed_layout(tmp_path / "CollectedData_Ann.h5")
     (tmp_path / "csv").mkdir()
     expected = read_table(table(tmp_path / "csv", TWO_ANIMALS, "CollectedData_Ann.csv"))
     found = read_table(tmp_path / "CollectedData_Ann.h5")
     assert_same_labels(found, expected)
     assert {type(name) for name in found.skeleton.names} == {str}  # YAML cannot hold numpy's
+
+
+def test_a_damaged_h5_table_is_refused(tmp_path):
+    path = tmp_path / "CollectedData_Ann.h5"
+    write_fixed_layout(path)
+    path.write_bytes(path.read_bytes().replace(b"SNOD", b"SNOX"))
+    with pytest.raises(InputError, match="not readable"):
+        read_table(path)
+
+
+def test_limbs_of_a_project_are_pairs_of_its_body_parts(tmp_path):
+    (tmp_path / "labeled-data" / "v1").mkdir(parents=True)
+    table(tmp_path / "labeled-data" / "v1", ONE_ANIMAL, "CollectedData_Ann.csv")
+    text = "skeleton:\n- [tail, snout]\n- [tail, ear]\n-\n- [a: 1]\n"
+    config = table(tmp_path, text, "config.yaml")
+    assert read_deeplabcut(config).skeleton.limbs == ((1, 0),)
+    config.write_text("skeleton: 5")
+    with pytest.raises(InputError, match="pairs of body parts"):
+        read_deeplabcut(config)
 
 
 class _Runs:
@@ -118,10 +149,7 @@ class _Runs:
 @pytest.mark.parametrize("columns", [b"noise", pickle.dumps([_Runs()], 0), pickle.dumps(["x"], 0)])
 def test_a_bad_h5_table_is_refused_and_runs_nothing(columns, tmp_path):
     path = tmp_path / "CollectedData_Ann.h5"
-    records = np.zeros(1, dtype=[("index", "S9"), ("values_block_0", "f8", (4,))])
-    with h5py.File(path, "w") as file:
-        file["df_with_missing/table"] = records
-        file["df_with_missing/table"].attrs["values_block_0_kind"] = np.bytes_(columns)
+    write_older_layout(path, columns)
     with pytest.raises(InputError, match="not readable"):
         read_annotations(path, "train")
     path.write_bytes(b"noise")
@@ -168,6 +196,33 @@ def test_a_yolo_row_of_another_length_is_named(yolo):
     (yolo / "labels" / "train" / "a.txt").write_text("0 0.5 0.5 1 1\n")
     with pytest.raises(InputError, match=r"a\.txt: line 1"):
         read_yolo(yolo / "data.yaml", "train")
+    (yolo / "labels" / "train" / "a.txt").write_bytes(b"0 0.5 0.5 0.4 0.8 0.25 0.5 2 \xff 0.5 1\n")
+    with pytest.raises(InputError, match=r"a\.txt: line 1"):
+        read_yolo(yolo / "data.yaml", "train")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"flip_idx": [0, "a"]}, {"flip_idx": 1}, {"flip_idx": [0, 0]}, {"kpt_names": 2},
+     {"kpt_names": {0: 2}}, {"kpt_shape": ["2", 3]}, {"kpt_shape": [2.0, 3]},
+     {"kpt_shape": [0, 3]}, {"kpt_shape": [10**9, 3]}],
+)  # fmt: skip
+def test_a_yolo_description_with_other_values_is_refused(yolo, change):
+    facts = yaml.safe_load((yolo / "data.yaml").read_text())
+    (yolo / "data.yaml").write_text(yaml.safe_dump({**facts, **change}))
+    with pytest.raises(InputError, match="kpt_"):
+        read_yolo(yolo / "data.yaml", "train")
+
+
+def test_a_list_of_pictures_may_have_names_in_any_encoding_but_none_outside(yolo):
+    facts = yaml.safe_load((yolo / "data.yaml").read_text())
+    (yolo / "data.yaml").write_text(yaml.safe_dump({**facts, "train": "list.txt"}))
+    (yolo / "list.txt").write_bytes(b"images/train/a.jpg\r\n\nimages/train/\xe9.jpg\n")
+    assert read_annotations(yolo / "data.yaml", "train")[0].images == ("images/train/a.jpg",)
+    (yolo.parent / "b.txt").write_text("0 0.5 0.5 0.4 0.8 0.25 0.5 2 0.75 0.5 1\n")
+    (yolo / "list.txt").write_text(f"{yolo.parent}/b.jpg\n")
+    with pytest.raises(InputError, match="leaves the folder"):
+        read_annotations(yolo / "data.yaml", "train")
 
 
 def test_boxes_are_the_picture_the_keypoints_or_a_file(tmp_path):
