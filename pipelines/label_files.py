@@ -207,7 +207,8 @@ def read_yolo(data_yaml: Path, split: str, *_: object) -> Labels:
     data_yaml: the data set's description, with kpt_shape. Names are relative to its `path`.
     """
     config, root = read_yaml(data_yaml, _YOLO_KEYS), yolo_root(data_yaml)
-    shape, pictures = config.get("kpt_shape"), config.get("train" if split == "train" else "val")
+    shape: Any = config.get("kpt_shape")
+    pictures = config.get("train" if split == "train" else "val")
     if not re.fullmatch(r"\[[1-9]\d{0,3}, [23]\]", repr(shape)) or not pictures:
         raise InputError(data_yaml, f"kpt_shape {shape!r}, {split}: {pictures!r}", _YOLO_KEYS, _FIX)
     images, boxes, keypoints = [], [], []
@@ -248,16 +249,14 @@ def _yolo_pictures(root: Path, given: Any) -> Iterable[Path]:
         if source.is_dir():
             yield from sorted(path for path in source.rglob("*") if path.suffix not in ("", ".txt"))
         elif source.is_file():
-            names = source.read_bytes().splitlines()
-            yield from (root / os.fsdecode(name) for name in names if name.strip())
+            yield from (root / os.fsdecode(row) for row in source.read_bytes().splitlines() if row)
         else:
             raise InputError(source, "no such file or folder", "pictures", "correct `path`")
 
 
 def _yolo_label_file(picture: Path) -> Path:
     """.../images/a.jpg has the labels .../labels/a.txt; the last folder `images` is replaced."""
-    name = re.sub("(.*)/images/", r"\1/labels/", picture.as_posix())
-    return Path(name).with_suffix(".txt")
+    return Path(re.sub("(.*)/images/", r"\1/labels/", picture.as_posix())).with_suffix(".txt")
 
 
 def _yolo_rows(path: Path, joints: int, dimensions: int) -> list[tuple[Floats, Floats]]:
