@@ -50,11 +50,6 @@ def rotation(degrees: Number) -> Matrix:
     return matrix
 
 
-def mirror(width_px: int) -> Matrix:
-    """(3, 3) matrix that mirrors a picture of that width left to right: x -> W - 1 - x."""
-    return translation(width_px - 1.0, 0.0) @ scaling(-1.0, 1.0)
-
-
 def input_from_image(
     center: npt.ArrayLike,
     scale: Number,
@@ -82,10 +77,10 @@ def input_from_image(
 
 
 def mirrored(input_from_image: Matrix, flip: npt.ArrayLike, input_px: int) -> Matrix:
-    """The affines, followed by `mirror` where flip is not 0."""
-    return np.where(
-        np.asarray(flip)[..., None, None], mirror(input_px) @ input_from_image, input_from_image
-    )
+    """The affines, mirrored left to right where flip is not 0: x -> input_px - 1 - x."""
+    mirror = translation(input_px - 1.0, 0.0) @ scaling(-1.0, 1.0)
+    is_flipped = np.asarray(flip)[..., None, None]
+    return np.where(is_flipped, mirror @ input_from_image, input_from_image)
 
 
 def halvings(target_from_source: Matrix) -> npt.NDArray[np.int64]:

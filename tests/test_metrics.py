@@ -65,8 +65,8 @@ def test_a_long_validation_tells_a_file_how_far_it_is(tiny_shards, tmp_path, mon
     clock = [100.0]
     monkeypatch.setattr(log.time, "monotonic", lambda: clock[0])
     logger = MetricsLogger(tmp_path, tiny_config(tiny_shards), CPU, 3, "PCKh")
-    batch = types.SimpleNamespace(records_NR=np.zeros((4, 1)))
-    for _ in logger.validation_progress([batch] * 6, 22):
+    for done in range(0, 22, 4):
+        logger.show_validation(done, 22)
         clock[0] += 8
     logger.close()
     assert capsys.readouterr().err.splitlines() == [

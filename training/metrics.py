@@ -7,7 +7,7 @@ import shutil
 import sys
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,6 @@ from configs.schema import Config, as_dict
 from model.loss import pck, peak_height
 from pipelines.codec import Codec
 from pipelines.loader import Batch
-from pipelines.opencv_loader import RawBatch
 
 METRICS, TENSORBOARD = "metrics.jsonl", "tensorboard"
 PEOPLE, CURVES = "validation.jpg", "curves.png"
@@ -149,7 +148,7 @@ class MetricsLogger:
         metric: str,
     ):
         """folder: of the run. first_step: where this start begins. metric: PCKh or PCK."""
-        self.enabled, self._world_size = dist.is_first, dist.world_size
+        self.enabled = dist.is_first
         if not self.enabled:
             return
         self._folder, self._train, self._device = folder, config.train, dist.device
@@ -183,15 +182,11 @@ class MetricsLogger:
             self._write("train", step, self._values)
             self._console.show(self._parts())
 
-    def validation_progress(self, batches: Iterable[RawBatch], people: int) -> Iterator[RawBatch]:
-        """Yield the batches and show progress. people: on all ranks together."""
-        done = 0
-        for batch in batches:
-            if self.enabled and done:
-                part = f"validating: {done:,} of {people:,} people"
-                self._console.show([f"step {self._step:,}", part])
-            yield batch
-            done = min(people, done + len(batch.records_NR) * self._world_size)
+    def show_validation(self, done: int, people: int) -> None:
+        """Show how many people a validation has predicted, on all ranks together."""
+        if self.enabled and done:
+            part = f"validating: {done:,} of {people:,} people"
+            self._console.show([f"step {self._step:,}", part])
 
     def log_validation(self, step: int, values: dict[str, float]) -> None:
         """Log the numbers of a validation."""

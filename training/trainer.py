@@ -432,14 +432,14 @@ class Trainer:
 
     def _until_stopped(self, batches: Iterable[RawBatch]) -> Iterator[RawBatch]:
         """This rank's batches of a validation; before each, all ranks agree whether to go on."""
-        people = len(self.validator.samples)
-        shown = self.log.validation_progress(batches, people)
+        own, people = iter(batches), len(self.validator.samples)
         # Some ranks may have one batch less than others.
-        for _ in range(math.ceil(people / (self.dist.world_size * self.config.eval.batch_size))):
+        for done in range(0, people, self.dist.world_size * self.config.eval.batch_size):
             self.watchdog.progress(f"the validation after step {self.progress.step}")
+            self.log.show_validation(done, people)
             if any_rank(self._should_stop(), self.dist):
                 raise StoppedError
-            yield from itertools.islice(shown, 1)
+            yield from itertools.islice(own, 1)
 
     def _complete_checkpoint(self, is_best: bool) -> None:
         """Wait for the epoch's checkpoint, write it again if that failed, and name the best one."""
