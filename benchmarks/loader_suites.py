@@ -21,13 +21,7 @@ from pipelines import synthetic
 from pipelines.augment import PRESETS, Preset
 from pipelines.codec import Codec
 from pipelines.crop_packing import crop_rule
-from pipelines.loader import (
-    Batch,
-    LoaderSpec,
-    TrainLoader,
-    dali_is_installed,
-    make_batch,
-)
+from pipelines.loader import Batch, LoaderSpec, TrainLoader, dali_is_installed, make_batch
 from pipelines.packing import PackingOptions, pack
 from pipelines.shard_format import PICTURE_EXTENSIONS
 from pipelines.shards import ShardSet
