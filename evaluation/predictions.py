@@ -32,7 +32,6 @@ class FilePredictions(NamedTuple):
     """Predictions from a file, and the ground truth if the file contains one."""
 
     keypoints_NJ2: Floats
-    """Image px."""
     scores_N: Floats | None
     """Of the people; None if the file has none."""
     truth: People | None
@@ -87,11 +86,10 @@ def _rows(entries: Entries, people: People) -> list[int]:
     Uses the first fields that identify all people: those of our files, of COCO results as `as_coco`
     writes them, image_id of pictures with one person each, or image_id as the row.
     """
-    pictures, persons = people.index.tolist(), people.person.tolist()
     candidates: list[tuple[tuple[str, ...], Iterable[tuple[Any, ...]]]] = [
         (("row", "image"), enumerate(people.images)),
-        (("image_id", "annotation_id"), zip(pictures, persons, strict=True)),
-        (("image_id",), zip(pictures, strict=True)),
+        (("image_id", "annotation_id"), _person_keys(people)),
+        (("image_id",), zip(people.index.tolist(), strict=True)),
         (("image_id",), zip(range(people.count), strict=True)),
     ]
     for fields, known in candidates:
@@ -155,7 +153,7 @@ def as_coco(people: People, keypoints_NJ2: Floats, scores_NJ: Floats) -> Entries
     image_id is the picture's number in the annotation file (in COCO's files its id), annotation_id
     the person's. If the annotation has no such numbers, image_id is the row.
     """
-    ids = list(zip(people.index.tolist(), people.person.tolist(), strict=True))
+    ids = _person_keys(people)
     has_ids = min(map(min, ids)) >= 0 and len(set(ids)) == people.count
     joined = np.concatenate([keypoints_NJ2, scores_NJ[..., None]], axis=-1)
     return [
@@ -274,8 +272,7 @@ def _read_release(path: Path) -> MpiiRelease:
         if not len(annolist) == len(single) == len(is_train):
             raise ValueError("fields of different lengths")
         pictures = np.flatnonzero(is_train == 0).tolist()
-        numbers = [(i, number) for i in pictures for number in array(single[i], "biuf")]
-        single_people = {(i, int(number) - 1) for i, number in numbers}
+        single_people = {(i, int(k) - 1) for i in pictures for k in array(single[i], "biuf")}
         sizes = {i: array(annolist[i]["annorect"], "Vbiuf").size for i in pictures}
     except (LookupError, ValueError, OverflowError) as error:  # int(inf)
         advice = "give mpii_human_pose_v1_u12_1.mat from MPII's web site"
@@ -293,8 +290,8 @@ def write_submission(
     each person of RELEASE.single_person (instructions on human-pose.mpi-inf.mpg.de).
     keypoints_NJ2: image px. Other people of the test set are left out.
     """
-    rows = {key: row for row, key in enumerate(_person_keys(people))}
-    rows = {key: row for key, row in rows.items() if key in release.single_people}
+    single = release.single_people
+    rows = {key: row for row, key in enumerate(_person_keys(people)) if key in single}
     pictures = release.annolist[release.test_pictures].copy()
     for entry, number in zip(pictures, release.test_pictures, strict=True):
         rects = entry["annorect"]

@@ -102,8 +102,12 @@ def own_dataset(file: h5py.File, name: str) -> h5py.Dataset:
     data = file.get(name) if isinstance(file.get(name, getlink=True), h5py.HardLink) else None
     if not isinstance(data, h5py.Dataset) or data.is_virtual or data.external:
         raise ValueError(f"no dataset {name} in the file itself")
-    if data.nbytes > _LARGEST:
-        raise ValueError(f"{name} claims {data.nbytes:,} bytes")
+    try:
+        size = data.nbytes
+    except TypeError as error:  # h5py's, of a damaged type
+        raise ValueError(f"{name}: {error}") from error
+    if size > _LARGEST:
+        raise ValueError(f"{name} claims {size:,} bytes")
     return data
 
 
@@ -213,7 +217,9 @@ def read_yolo(data_yaml: Path, split: str, *_: object) -> Labels:
         raise InputError(data_yaml, f"kpt_shape {shape!r}, {split}: {pictures!r}", _YOLO_KEYS, _FIX)
     images, boxes, keypoints = [], [], []
     for picture in _yolo_pictures(root, pictures):
-        for box_4, keypoints_J3 in _yolo_rows(_yolo_label_file(picture), *shape):
+        # .../images/a.jpg has the labels .../labels/a.txt; the last folder `images` is replaced.
+        labels = re.sub("(.*)/images/", r"\1/labels/", picture.as_posix())
+        for box_4, keypoints_J3 in _yolo_rows(Path(labels).with_suffix(".txt"), *shape):
             images.append(os.path.relpath(picture, root))
             boxes.append([*(box_4[:2] - box_4[2:] / 2), *box_4[2:]])
             keypoints.append(keypoints_J3)
@@ -254,11 +260,6 @@ def _yolo_pictures(root: Path, given: Any) -> Iterable[Path]:
             raise InputError(source, "no such file or folder", "pictures", "correct `path`")
 
 
-def _yolo_label_file(picture: Path) -> Path:
-    """.../images/a.jpg has the labels .../labels/a.txt; the last folder `images` is replaced."""
-    return Path(re.sub("(.*)/images/", r"\1/labels/", picture.as_posix())).with_suffix(".txt")
-
-
 def _yolo_rows(path: Path, joints: int, dimensions: int) -> list[tuple[Floats, Floats]]:
     """Box (4,) and keypoints (J, 3) of each row, as shares of the picture; none without a file."""
     if not path.is_file():
@@ -281,10 +282,9 @@ def _yolo_rows(path: Path, joints: int, dimensions: int) -> list[tuple[Floats, F
 
 
 def _yolo_skeleton(path: Path, config: dict[str, Any], joints: int) -> Skeleton:
-    named, order = config.get("kpt_names"), config.get("flip_idx") or []
-    names = next(iter(named.values()), None) if isinstance(named, dict) else named
-    names = names or [f"joint{number}" for number in range(joints)]
-    indices = sorted(map(str, range(joints)))
+    named = config.get("kpt_names") or [f"joint{number}" for number in range(joints)]
+    names = next(iter(named.values())) if isinstance(named, dict) else named
+    order, indices = config.get("flip_idx") or [], sorted(map(str, range(joints)))
     is_order = isinstance(order, list) and sorted(map(repr, order)) in ([], indices)
     if not (isinstance(names, list) and len(names) == joints and is_order):
         found = f"kpt_names {names}, flip_idx {order}"

@@ -415,8 +415,13 @@ def test_a_signal_in_the_last_step_of_an_epoch_leaves_the_validation_for_later(
     assert [line["step"] for line in metrics(tmp_path, "valid")] == [2]
 
 
-def test_a_signal_in_a_validation_leaves_it_for_later(tiny_shards, tmp_path, monkeypatch):
-    """It has three batches, of which one is predicted."""
+@pytest.mark.parametrize("first_write", ["succeeds", pytest.param("fails", marks=FULL_DISK)])
+def test_a_signal_in_a_validation_leaves_it_for_later(
+    tiny_shards, tmp_path, monkeypatch, first_write
+):
+    """It has three batches, of which one is predicted. Then a full disk has room again."""
+    if first_write == "fails":
+        (tmp_path / "step_00000002.pt.tmp").symlink_to("/dev/full")
     options = {"steps": 2, "steps_per_epoch": 2}
     config = tiny_config(tiny_shards, train=options, eval={"batch_size": 2, "flip": False})
     trainer, predicted = make_trainer(config, tmp_path), []

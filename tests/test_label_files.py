@@ -125,8 +125,12 @@ def test_the_fixed_layout_of_pandas_is_read(tmp_path):
 def test_a_damaged_h5_table_is_refused(tmp_path):
     path = tmp_path / "CollectedData_Ann.h5"
     write_fixed_layout(path)
-    path.write_bytes(path.read_bytes().replace(b"SNOD", b"SNOX"))
+    good = path.read_bytes()
+    path.write_bytes(good.replace(b"SNOD", b"SNOX"))  # a node of a group
     with pytest.raises(InputError, match="not readable"):
+        read_table(path)
+    path.write_bytes(good.replace(b"\x13\x01\0\0", b"\x13\xe1\0\0"))  # a type of text
+    with pytest.raises(InputError, match="encoding"):
         read_table(path)
 
 

@@ -400,6 +400,7 @@ class Trainer:
                 result = self.validator.run(self.evaluation_network(), self._until_stopped)
         except StoppedError:
             self.interrupted = True
+            self._complete_checkpoint(is_best=False)
             return {}
         step, pooled = self.progress.step, result["pckh"]["0.5"]["pooled"] or 0.0
         is_best = pooled >= self.progress.best  # of equal ones the newer
