@@ -22,7 +22,7 @@ from configs import skeleton
 from pipelines.packing import worker_pool
 
 Array = np.ndarray
-Colour = tuple[float, float, float]
+Color = tuple[float, float, float]
 """BGR, 0 to 255."""
 Person = dict[str, Any]
 """One row of MPII's h5 files by their keys. Pixels count from 0."""
@@ -47,17 +47,17 @@ class Canvas(NamedTuple):
     image_HW3: Array
     joints_HW: Array
 
-    def hull(self, centers_K2: Array, radii_K: Array, colour: Colour, joint: int = 0) -> None:
+    def hull(self, centers_K2: Array, radii_K: Array, color: Color, joint: int = 0) -> None:
         """Fill the convex hull of discs: two make a limb, one is a disc. joint: 0 for no joint."""
         turn = np.linspace(0, 2 * np.pi, 24, endpoint=False)
         circle = np.stack([np.cos(turn), np.sin(turn)], axis=1)
         points = centers_K2[:, None] + radii_K[:, None, None] * circle
         fixed = np.round(16 * cv2.convexHull(points.reshape(-1, 2).astype(np.float32)))
-        cv2.fillPoly(self.image_HW3, [fixed.astype(np.int32)], colour, cv2.LINE_AA, 4)
+        cv2.fillPoly(self.image_HW3, [fixed.astype(np.int32)], color, cv2.LINE_AA, 4)
         cv2.fillPoly(self.joints_HW, [fixed.astype(np.int32)], (float(joint),), cv2.LINE_8, 4)
 
 
-def colour_of(hue_deg: float, saturation: float, value: float) -> Colour:
+def color_of(hue_deg: float, saturation: float, value: float) -> Color:
     """A colour from a hue in degrees and two fractions."""
     r, g, b = colorsys.hsv_to_rgb(hue_deg / 360 % 1, saturation, value)
     return 255 * b, 255 * g, 255 * r
@@ -115,29 +115,29 @@ def height_of(points_P3: Array) -> float:
 def draw_body(rng: Generator, canvas: Canvas, points_P3: Array, first: int) -> None:
     """Draw a body in pixels, its farthest part first. first: number of its joint 0 in the map."""
     height = height_of(points_P3)
-    skin = colour_of(rng.uniform(16, 32), rng.uniform(0.25, 0.5), rng.uniform(0.35, 0.95))
-    shirt = colour_of(rng.uniform(45, 140), rng.uniform(0, 0.6), rng.uniform(0.25, 1.0))
-    hair = colour_of(rng.uniform(20, 50), 0.5, rng.uniform(0.05, 0.7))
-    marks: dict[int, Colour] = {
+    skin = color_of(rng.uniform(16, 32), rng.uniform(0.25, 0.5), rng.uniform(0.35, 0.95))
+    shirt = color_of(rng.uniform(45, 140), rng.uniform(0, 0.6), rng.uniform(0.25, 1.0))
+    hair = color_of(rng.uniform(20, 50), 0.5, rng.uniform(0.05, 0.7))
+    marks: dict[int, Color] = {
         THORAX: (40, 40, 40), PELVIS: (70, 225, 245), NECK: (230, 240, 230), HEAD_TOP: (60, 200, 90)
     }  # fmt: skip
     # Hulls of discs: points, radii, bias of the depth / height (arms are in front of the chest).
-    shapes: list[tuple[Any, tuple[float, ...], float, Colour]] = [
+    shapes: list[tuple[Any, tuple[float, ...], float, Color]] = [
         ([NECK, SKULL, HEAD_TOP], (0.036, 0.07, 0.034), -0.02, hair),
         ([FACE], (0.045,), -0.03, skin),
         ([*LIMBS[:, 0], THORAX, PELVIS], (0.042,) * 6, 0.0, shirt),
     ]
     for limb, hue in enumerate(rng.normal(LIMB_HUES_DEG, 5)):
         for row, saturation in enumerate((0.6, 0.25, 0.95)):
-            marks[LIMBS[limb, row]] = colour_of(hue, saturation, 1.0)
-            colour = colour_of(hue, rng.uniform(0.65, 0.95), rng.uniform(0.4, 0.8))
+            marks[LIMBS[limb, row]] = color_of(hue, saturation, 1.0)
+            color = color_of(hue, rng.uniform(0.65, 0.95), rng.uniform(0.4, 0.8))
             ends, bias = slice(row, row + 2), (-0.03, 0.02)[limb // 2] - 0.01 * row
-            shapes.append((LIMBS[limb, ends], LIMB_RADII[limb // 2][ends], bias, colour))
+            shapes.append((LIMBS[limb, ends], LIMB_RADII[limb // 2][ends], bias, color))
     shapes.sort(key=lambda shape: -points_P3[shape[0], 2].mean() / height - shape[2])
-    for points, radii, _, colour in shapes:
+    for points, radii, _, color in shapes:
         centers, px = points_P3[points, :2], height * np.array(radii)
-        canvas.hull(centers, px, (0.7 * colour[0], 0.7 * colour[1], 0.7 * colour[2]))
-        canvas.hull(centers - px[:, None] * [0.1, 0.2], 0.72 * px, colour)
+        canvas.hull(centers, px, (0.7 * color[0], 0.7 * color[1], 0.7 * color[2]))
+        canvas.hull(centers - px[:, None] * [0.1, 0.2], 0.72 * px, color)
         for row in np.argsort(-points_P3[points, 2]):
             if points[row] in marks:
                 at, radius, joint = centers[[row]], px[[row]], first + points[row]
@@ -149,8 +149,8 @@ def draw_scene(
     rng: Generator, annotated: int, size_wh: tuple[int, int]
 ) -> tuple[Array, list[Person]]:
     """A (H, W, 3) uint8 BGR picture and its annotated people; up to two more are not annotated."""
-    colours = rng.uniform(30, 220, (3, 3, 1)) + rng.normal(0, 18, (3, 3, 3))
-    background = cv2.resize(colours.clip(0, 255).astype(np.uint8), size_wh)
+    colors = rng.uniform(30, 220, (3, 3, 1)) + rng.normal(0, 18, (3, 3, 3))
+    background = cv2.resize(colors.clip(0, 255).astype(np.uint8), size_wh)
     canvas = Canvas(background, np.zeros(size_wh[::-1], np.uint8))
     for _ in range(rng.integers(8, 40)):
         draw_clutter(rng, canvas, rng.uniform(-0.05, 1.05, 2) * size_wh, 0.4)
@@ -220,8 +220,8 @@ def draw_clutter(rng: Generator, canvas: Canvas, at_2: Array, largest: float) ->
     corners = at_2 + size * rng.uniform(-1, 1, (rng.choice([1, 2, 3, 5]), 2))
     radii = size * rng.uniform(0.03, 0.2) * rng.uniform(0.7, 1, len(corners))
     saturation = rng.uniform(0, 0.35) if rng.random() < 0.93 else rng.uniform(0.35, 0.7)
-    colour = colour_of(rng.uniform(0, 360), saturation, rng.uniform(0.1, 0.95))
-    canvas.hull(corners, radii, colour)
+    color = color_of(rng.uniform(0, 360), saturation, rng.uniform(0.1, 0.95))
+    canvas.hull(corners, radii, color)
 
 
 def add_light_and_noise(rng: Generator, image_HW3: Array) -> Array:

@@ -31,11 +31,11 @@ from evaluation.video import CODECS, frame_rate, open_video, read_frames, write_
 from evaluation.visualize import draw_skeleton
 from pipelines.annotations import stays_inside
 from pipelines.boxes import MARGIN, Person, Square, read_people, square_about, whole_picture
+from pipelines.jpeg import ENDINGS
 from pipelines.opencv_loader import RawBatch
 from pipelines.workers import in_threads
 
-PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
-PICTURES |= {".gif", ".avif"}
+PICTURES = {*ENDINGS, ".ppm", ".pgm", ".gif", ".avif"}
 """Extensions of the pictures in a folder; a file given by its name may have another."""
 VIDEOS = {".avi", ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv"}
 MAX_FRAMES = 8
