@@ -91,13 +91,11 @@ def training_step(variant: Variant, stacks: int, options: Options) -> Callable[.
 def build_step(
     variant: Variant, stacks: int, options: Options, batch_size: int
 ) -> Callable[..., object]:
-    """`training_step`, recorded as a CUDA graph if the variant says so."""
+    """`training_step`, or a CUDA graph of it on buffers, into which each batch is copied."""
     step = training_step(variant, stacks, options)
-    return recorded(step, random_batch(batch_size, options)) if variant.graphed else step
-
-
-def recorded(step: Callable[..., object], buffers: tuple[Tensor, ...]) -> Callable[..., object]:
-    """The step as a CUDA graph on buffers, into which each batch is copied."""
+    if not variant.graphed:
+        return step
+    buffers = random_batch(batch_size, options)
     replay = record_cuda_graph(lambda: step(*buffers))
 
     def run(*batch: Tensor) -> None:
@@ -125,10 +123,8 @@ def random_batch(people: int, options: Options) -> tuple[Tensor, Tensor, Tensor]
     return images, heat, torch.ones(people, MPII.joint_count, dtype=torch.bool, device=device)
 
 
-def step_group(
-    options: Options, stacks: int, batch_size: int, variants: list[Variant] | None = None
-) -> list[Case]:
-    """Variants of the step on a fixed batch; by default all that suit the device."""
+def step_group(options: Options, stacks: int, batch_size: int) -> list[Case]:
+    """The variants of the step that suit the device, on a fixed batch."""
     act_as_training(options)
     tflop = flop_of_a_person(stacks, options) / 1e12
     repeats = 10 if options.device.type == "cuda" else 1
@@ -154,7 +150,7 @@ def step_group(
 
         return Case(variant.name, run, prepare, finish, tflop)
 
-    return [case(variant) for variant in variants or variants_of(options)]
+    return [case(variant) for variant in variants_of(options)]
 
 
 def flop_of_a_person(stacks: int, options: Options) -> int:

@@ -92,8 +92,8 @@ def _fetch_small_files(folder: Path, url: str, manifest: bytes) -> None:
     try:
         facts = read_manifest(folder)
     except InputError as error:
-        where = f"{url}/{MANIFEST}"
-        raise InputError(where, error.found, error.expected, error.next_step) from error
+        error.where = f"{url}/{MANIFEST}"
+        raise
     digests = {shard.index: shard.index_sha256 for shard in facts.shards}
     digests[PEOPLE] = facts.people_file_sha256
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import sys
 import time
 from functools import partial
@@ -17,7 +16,6 @@ from benchmarks.loader_suites import Options
 from benchmarks.princeton_baseline import PrincetonPeople, princeton_step, render_by_loop
 from benchmarks.timing import Case, Turn, run_here, run_isolated, summarize, take_turns
 from configs.skeleton import MPII
-from model.hourglass import compile_residuals
 from model.loss import stack_losses
 from pipelines.augment import PRESETS
 from pipelines.codec import Codec
@@ -163,17 +161,6 @@ def test_the_floating_point_operations_of_a_person_are_those_of_the_documentatio
 ):
     counted = step_suites.flop_of_a_person(stacks, Options(device=CPU, folder=tmp_path))
     assert counted / 1e9 == pytest.approx(gigaflop, rel=0.005)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
-def test_a_compiled_step_is_timed_beside_the_plain_one_on_a_cpu(tmp_path):
-    options = Options(device=CPU, folder=tmp_path, input_px=128, width=16)
-    plain = step_suites.Variant("plain", torch.float32)
-    compiled = plain._replace(name="compiled", change=compile_residuals)
-    rows = run_here(partial(step_suites.step_group, options, 1, 2, [plain, compiled]), 1, CPU)
-    assert [row["name"] for row in rows] == ["plain", "compiled"]
-    assert all(row["median"] > 0 and row["share_of_790_tflops"] > 0 for row in rows)
 
 
 @pytest.mark.gpu
