@@ -1,4 +1,4 @@
-"""Benchmarks of the loaders."""
+"""Benchmarks of the data path: loaders, and DALI's operators."""
 
 import dataclasses
 import gc
@@ -7,6 +7,7 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import get_args
+from unittest import mock
 
 import cv2
 import numpy as np
@@ -21,21 +22,28 @@ from pipelines import synthetic
 from pipelines.augment import PRESETS, Preset
 from pipelines.codec import Codec
 from pipelines.crop_packing import crop_rule
-from pipelines.loader import Batch, LoaderSpec, TrainLoader, dali_is_installed, make_batch
+from pipelines.loader import (
+    Batch,
+    LoaderSpec,
+    RawBatch,
+    TrainLoader,
+    dali_is_installed,
+    make_batch,
+)
 from pipelines.packing import PackingOptions, pack
 from pipelines.shard_format import PICTURE_EXTENSIONS
 from pipelines.shards import ShardSet
 
 Start = Callable[[], Callable[[], object]]
 """Starts a loader; returns a function that makes its next batch, or does a step with it."""
-PICTURES, SIZE_WH = 32, (1280, 720)
+PICTURES, SIZE_WH, TINY_WH = 32, (1280, 720), (320, 180)
 """Synthetic pictures; with more people than pictures, people share them."""
 SMALL_WH = (240, 135)
 """Picture size with which people are as large as in Leeds Sports Pose Extended."""
 SCALE_PERCENTILES = ((5, 25, 50, 75, 95), (1.43, 2.38, 3.45, 5.06, 8.58))
 """Percentiles, and the scales of MPII's h5 files at them."""
 FAST_PEOPLE = 4096
-"""Minimum number of people in a timed run of a loader on a GPU."""
+"""Minimum number of people in a timed run of a loader on a GPU, or of `operators_group`."""
 HRNET, PRINCETON = PRESETS["hrnet"], PRESETS["princeton"]
 ONE_WARP = PRINCETON._replace(princeton_crop=False)
 TIMED = {"princeton preset": PRINCETON, "its draws, one warp": ONE_WARP, "hrnet": HRNET}
@@ -223,3 +231,32 @@ def _stream_case(name: str, start: Start, steps: int, batch_size: int, workers: 
         gc.collect()  # otherwise its processes would end during another case
 
     return Case(name, run, prepare, finish)
+
+
+def operators_group(options: Options, batch_size: int) -> list[Case]:
+    """DALI's pictures, draws and affines on the CPU: neither decoded nor warped."""
+    folder = options.folder / f"operators-{batch_size}"
+    make_shards(folder, options.people, TINY_WH)
+    options = dataclasses.replace(options, device=torch.device("cpu"), folder=folder)
+    starts: dict[str, Start] = {
+        name: partial(start_without_pictures, options, batch_size, PRESETS[name])
+        for name in ("hrnet", "princeton")
+    }
+    return stream_cases(starts, options, batch_size, FAST_PEOPLE)
+
+
+def start_without_pictures(
+    options: Options, batch_size: int, preset: Preset
+) -> Callable[[], RawBatch]:
+    """DALI's loader without decoding and warping: it returns the affines in place of crops."""
+    from pipelines import dali_loader
+
+    fn, types = dali_loader.fn, dali_loader.types
+    pixel = types.Constant(np.zeros((1, 1, 3), dtype=np.uint8))
+    with (
+        mock.patch.object(fn.decoders, "image", lambda jpeg, **_: pixel),
+        mock.patch.object(fn, "slice", lambda image, **_: image),
+        mock.patch.object(fn, "warp_affine", lambda image, *, matrix, **_: matrix),
+    ):
+        spec = options.loader_spec("dali", preset, batch_size)
+        return TrainLoader(options.shards("original"), spec).next

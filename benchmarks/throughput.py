@@ -26,9 +26,10 @@ from common.distributed import choose_device
 from common.errors import InputError, run_main
 from common.files import write_atomic
 from common.system import usable_cores
+from pipelines.loader import dali_is_installed
 from pipelines.shard_format import PICTURE_EXTENSIONS
 
-SUITES = ("loader", "workers", "step", "training")
+SUITES = ("operators", "loader", "workers", "step", "training")
 LIMIT_S = {"step": 240.0, "accuracy": 600.0}
 """Time limit of a group in a child process; 180 s for other suites."""
 
@@ -100,6 +101,9 @@ def groups_to_run(args: argparse.Namespace, options: Options) -> dict[str, Group
         groups[f"training, batch {n}"] = partial(step_suites.training_group, options, n)
         group = partial(loader_suites.loader_group, options, batch_size)
         groups[f"loader, batch {batch_size}"] = group
+        if dali_is_installed():
+            group = partial(loader_suites.operators_group, options, batch_size)
+            groups[f"operators, batch {batch_size}"] = group
     last = args.batch_sizes[-1]
     groups["workers"] = partial(loader_suites.workers_group, options, last)
     groups["workers, small"] = partial(loader_suites.small_pictures_group, options, last)

@@ -204,6 +204,7 @@ def test_every_suite_runs_on_a_cpu(tiny_set, tmp_path, monkeypatch):
     report = json.loads((tmp_path / "r.json").read_text())
     assert not report["failed"] and not report["not_measured"]
     expected = {"loader, batch 2": 11, "step, 2 stacks, batch 2": 2, "training, batch 2": 5}
+    expected["operators, batch 2"] = 2
     assert {name: len(report[name]) for name in expected} == expected
     assert all(case["median"] > 0 for name in expected for case in report[name])
     curves = [found for name, found in report.items() if name.startswith("accuracy, ")]
