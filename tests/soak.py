@@ -85,7 +85,7 @@ class Soak:
                 self.fill_the_disk(process)
             process.send_signal(signal.SIGTERM)
             process.wait(PATIENCE_S)
-        return saved_step(self.run)
+        return self.saved()
 
     @contextlib.contextmanager
     def started(self) -> Iterator[subprocess.Popen]:
@@ -117,6 +117,13 @@ class Soak:
             os.kill(process.pid if number == signal.SIGTERM else ranks[0], number)
         process.wait(PATIENCE_S)
         assert (self.run / "resume_me").exists(), self.log.read_text()[-4000:]
+        self.saved()
+
+    def saved(self) -> int:
+        """The step of the checkpoint; a run that a signal ended has lost no step."""
+        step = saved_step(self.run)
+        assert step >= last_step(self.run), f"saved at {step}: {self.log.read_text()[-4000:]}"
+        return step
 
     def fill_the_disk(self, process: subprocess.Popen) -> None:
         """Leave no byte until a checkpoint could not be written."""
