@@ -201,6 +201,8 @@ def open_mat(path: Path, names: list[str], expected: str) -> dict[str, Any]:
         if os.WIFSIGNALED(os.waitpid(pid, 0)[1]):
             raise ValueError("SciPy crashes on it")
         return scipy_io.loadmat(data, variable_names=names)
+    except FileNotFoundError as error:
+        raise InputError(path, "no such file", expected, "give its path") from error
     except (scipy_io.matlab.MatReadError, zlib.error, ArithmeticError, LookupError, MemoryError,
             NameError, OSError, RuntimeError, TypeError, ValueError) as error:  # fmt: skip
         found = f"not readable as .mat ({str(error)[:120]})"
