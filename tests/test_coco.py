@@ -232,7 +232,7 @@ NO_ID = {key: value for key, value in entry().items() if key != "id"}
         (coco(entry(keypoints=7)), "annotation 0"),
         (coco(entry(bbox=[1, 2, 3])), "annotation 0"),
         (coco(entry(bbox=[1, 2, "wide", 4])), "annotation 0"),
-        (coco(entry(bbox=[1, 2, float("inf"), 4])), "not a number"),
+        (coco(entry(bbox=[1, 2, float("inf"), 4])), "center out of range"),
         (coco(NO_ID), "id None"),
         (coco(entry(), entry()), "id 900 of 2 annotations"),
         (coco(entry(), images=[{"id": 77, "file_name": "a.jpg"}] * 2), "image 1"),
