@@ -7,7 +7,12 @@ from pathlib import Path
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from common.cli import Parser, add_device_options, at_least
-from common.distributed import init_distributed, report_error_once, shutdown_distributed
+from common.distributed import (
+    SummaryErrorHandler,
+    init_distributed,
+    report_error_once,
+    shutdown_distributed,
+)
 from common.errors import run_main
 from evaluation import evaluator
 
@@ -91,4 +96,4 @@ def make_parser() -> Parser:
 
 
 if __name__ == "__main__":
-    run_main(record(main), report_error_once)
+    run_main(record(main, SummaryErrorHandler()), report_error_once)

@@ -8,6 +8,7 @@ from jsonargparse import ArgumentParser
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from common.distributed import (
+    SummaryErrorHandler,
     from_first_rank,
     init_distributed,
     launched_by_torchrun,
@@ -27,6 +28,9 @@ from training.checkpoint_manager import BEST, LAST, RESUME_ME, lock_run_folder
 from training.resume import AUTO, find_start, global_batch_size, load_resumable
 from training.trainer import Trainer
 
+OUT_OF_MEMORY = (
+    "If memory is short: lower data.batch_size (and raise optim.accumulate), or eval.batch_size."
+)
 LOCK_WAIT_S = 60
 """Seconds that a resumed run waits for another process that still trains it."""
 
@@ -52,8 +56,9 @@ def main(arguments: list[str] | None = None) -> int:
         trainer = Trainer(config, dist, folder, load_resumable(Path(start)) if start else None)
         if options["init_from"] and not start:
             fresh = trainer.init_from(load_checkpoint(Path(options["init_from"])))
-            if fresh:
-                remarks.append(f"other joints: {len(fresh)} tensors start fresh ({fresh[0]}, ...)")
+            loaded = len(trainer.network.state_dict()) - len(fresh)
+            new = f", {len(fresh)} new for other joints ({fresh[0]}, ...)" if fresh else ""
+            remarks.append(f"weights from {options['init_from']}: {loaded} tensors loaded{new}")
         trainer.remarks = remarks + trainer.remarks
         from_first_rank(lambda: lock_run_folder(folder), dist)
         first_step = trainer.progress.step
@@ -65,6 +70,10 @@ def main(arguments: list[str] | None = None) -> int:
             print_results(trainer, first_step)
         # torchrun takes any other code for a failure, and starts the ranks again.
         return EXIT_RESUME if trainer.interrupted and not launched_by_torchrun() else 0
+    except RuntimeError as error:
+        if "allocate" in str(error):  # torch's errors for CPUs and GPUs have no common type
+            error.add_note(OUT_OF_MEMORY)
+        raise
     finally:
         shutdown_distributed()
 
@@ -155,11 +164,10 @@ def print_results(trainer: Trainer, first_step: int) -> None:
     if saved.failure:
         print(f"LOST: steps {saved.saved_step + 1:,} to {progress.step:,}: {saved.failure}")
     if trainer.interrupted:
-        print(f"Stopped by a signal; {folder / RESUME_ME} exists until the run is resumed")
         print(f"Next: python train.py --config {folder / 'config.yaml'} --resume")
     elif progress.best >= 0:
         print(f"Next: python evaluate.py --checkpoint {folder / BEST}")
 
 
 if __name__ == "__main__":
-    run_main(record(main), report_error_once)
+    run_main(record(main, SummaryErrorHandler()), report_error_once)

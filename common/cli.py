@@ -42,10 +42,23 @@ def check_options(words: Iterable[str], known: Iterable[str], help_command: str)
             raise InputError("command line", found, "an option of this program", advice)
 
 
+SYNONYMS = {"gpu": "cuda", "learning_rate": "lr"}
+"""Names in other programs, and the names here."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A question that suggests the most similar known name; empty if none is similar."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.7)
+    """A question that suggests the known name with the same last part (`optim.lr` for `lr`).
+
+    Else the most similar one; empty if none is similar.
+    """
+    known, last = list(known), _last_part(name)
+    near = [each for each in known if _last_part(each) == SYNONYMS.get(last, last)]
+    near = near or difflib.get_close_matches(name, known, n=1, cutoff=0.7)
     return f"did you mean {near[0]}?" if near else ""
+
+
+def _last_part(name: str) -> str:
+    return name.lstrip("-").rsplit(".", 1)[-1]
 
 
 def at_least(least: int) -> Callable[[str], int]:

@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import numpy as np
 import torch
 from torch.distributed import DistStoreError, PrefixStore, TCPStore
+from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
 
 from common.errors import InputError
 from common.system import keep_freed_memory, usable_cores
@@ -80,10 +81,11 @@ def choose_device(device: str, local_rank: int = 0) -> torch.device:
         return torch.device("cpu")
     count = torch.cuda.device_count()
     if local_rank >= count:
-        found = f"{count} CUDA device(s) that torch can use, and {local_rank + 1} or more processes"
+        found = f"{count} CUDA GPU(s) for {local_rank + 1} or more processes"
+        found = found if count else "no CUDA GPU that torch can use"
         expected = "an NVIDIA GPU for each process of this machine, and a CUDA build of torch"
         advice = "check nvidia-smi, start fewer processes (torchrun --nproc-per-node), or use cpu"
-        raise InputError("train.device or --device: cuda", found, expected, advice)
+        raise InputError("device cuda", found, expected, advice)
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 
@@ -288,6 +290,16 @@ def report_error_once(text: str) -> bool:
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT")
     digest = hashlib.sha256(text.encode()).hexdigest()
     return store is None or store.add(f"error/{start}/{digest}", 1) == 1
+
+
+class SummaryErrorHandler(ErrorHandler):
+    """For torch's `record`: torchrun's summary shows InputErrors without their traceback."""
+
+    def record_exception(self, e: BaseException) -> None:
+        """Write the file that torchrun reads."""
+        if isinstance(e, InputError):
+            e.__traceback__ = e.__cause__ = None
+        super().record_exception(e)
 
 
 def _store_of_this_start(store: TCPStore, rank: int, world_size: int) -> PrefixStore:

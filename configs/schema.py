@@ -268,8 +268,8 @@ def parse_config(parser: ArgumentParser, arguments: list[str]) -> tuple[Config, 
         if word.split("=")[0] == "--config":
             path = word.removeprefix("--config=") if "=" in word else following
             keys = "sections such as `optim:` (configs/ has examples)"
-            check_keys(read_yaml(Path(path), keys), path)
-    others = vars(_instantiate(parser, lambda: parser.parse_args(arguments), "settings"))
+            _parse_dict(read_yaml(Path(path), keys), path)
+    others = vars(_instantiate(parser, lambda: parser.parse_args(arguments), "command line"))
     others.pop("config", None)
     config = Config(**{section: others.pop(section) for section in _SECTIONS})
     check_values(config)
@@ -278,12 +278,16 @@ def parse_config(parser: ArgumentParser, arguments: list[str]) -> tuple[Config, 
 
 def config_from_dict(raw: dict[str, Any], where: str) -> Config:
     """The Config of the nested dicts that `as_dict` returns. Raises InputError."""
-    check_keys(raw, where)
-    parser = _sections_parser()
-    values = _instantiate(parser, lambda: parser.parse_object(raw), where)
+    values = _parse_dict(raw, where)
     config = Config(**{section: getattr(values, section) for section in _SECTIONS})
     check_values(config)
     return config
+
+
+def _parse_dict(raw: dict[str, Any], where: str) -> Namespace:
+    check_keys(raw, where)
+    parser = _sections_parser()
+    return _instantiate(parser, lambda: parser.parse_object(raw), where)
 
 
 def _instantiate(parser: ArgumentParser, parse: Callable[[], Namespace], where: str) -> Namespace:
@@ -293,7 +297,8 @@ def _instantiate(parser: ArgumentParser, parse: Callable[[], Namespace], where: 
         text = " ".join(str(error).split())
         match = re.match(r'Parser key "(\w+)\.(\w+)":.* (?:Got|Given) value: (.*)', text)
         if not match:
-            raise InputError(where, text[:400], "known settings", "correct it") from error
+            advice = "give files of settings with --config" if "unrecog" in text else "correct it"
+            raise InputError(where, text[:400], "known settings", advice) from error
         section, name, value = match.groups()
         kind = get_type_hints(get_type_hints(Config)[section])[name]
         choices = get_args(kind) if get_origin(kind) is Literal else ()
@@ -333,8 +338,8 @@ def check_keys(raw: dict[str, Any], where: str) -> None:
 
 
 def _unknown(where: str, name: object, known: list[str]) -> InputError:
-    advice = did_you_mean(str(name), known) or f"known are {', '.join(known)}"
-    return InputError(where, f"unknown setting {name}", "a setting of configs/schema.py", advice)
+    advice = did_you_mean(str(name), [*known, *flat(as_dict(Config()))]) or "correct the name"
+    return InputError(where, f"unknown setting {name}", f"one of {', '.join(known)}", advice)
 
 
 def check_values(config: Config) -> None:

@@ -69,7 +69,9 @@ def test_what_may_change_on_resume_are_settings_and_no_setting_is_both():
 @pytest.mark.parametrize(
     ("text", "key", "nearest"),
     [
-        ("optim:\n  learning_rat: 1\n", "optim.learning_rat", "known are optim.name, optim.lr"),
+        ("optim:\n  learning_rat: 1\n", "optim.learning_rat", "correct the name"),
+        ("optim:\n  learning_rate: 1\n", "optim.learning_rate", "did you mean optim.lr?"),
+        ("lr: 1\n", "lr", "did you mean optim.lr?"),
         ("optm:\n  lr: 1\n", "optm", "did you mean optim?"),
         ("model:\n  stack: 4\n", "model.stack", "did you mean model.stacks?"),
     ],
@@ -83,8 +85,11 @@ def test_an_unknown_key_in_yaml_is_an_error_that_suggests_the_nearest(tmp_path, 
 
 
 def test_an_unknown_option_is_an_error_that_suggests_the_nearest():
-    with pytest.raises(InputError, match=r"did you mean --train\.steps\?"):
-        parse("--train.stepz", 3)
+    for option, nearest in {"train.stepz": "train.steps", "lr": "optim.lr"}.items():
+        with pytest.raises(InputError, match=rf"did you mean --{nearest}\?"):
+            parse(f"--{option}", 3)
+    with pytest.raises(InputError, match="with --config"):
+        parse(CONFIGS[0])
 
 
 @pytest.mark.parametrize(
@@ -117,9 +122,9 @@ def test_a_wrong_value_is_an_error_with_the_setting_and_what_fits(name, value, e
 
 def test_a_wrong_value_in_a_file_is_an_error_with_the_setting(tmp_path):
     (tmp_path / "c.yaml").write_text("data:\n  preset: hrne\n")
-    with pytest.raises(InputError, match=r"data\.preset"):
+    with pytest.raises(InputError, match=r"c\.yaml: data\.preset"):
         parse("--config", tmp_path / "c.yaml")
-    with pytest.raises(InputError, match=r"here: train\.device"):
+    with pytest.raises(InputError, match=r"(?s)here: train\.device.*did you mean cuda"):
         config_from_dict({"train": {"device": "gpu"}}, "here")
 
 

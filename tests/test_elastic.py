@@ -361,7 +361,7 @@ def test_a_message_that_all_ranks_have_is_shown_once_and_in_torchruns_summary(tm
     run_to_end(log, *command, *words(tmp_path, tmp_path, "run", 0), code=1)
     text = log.read_text()
     assert text.count("error: train.steps\n  found:    0") == 1
-    assert "InputError: train.steps" in text.split("Root Cause", 1)[1]
+    assert "traceback : common.errors.InputError: train.steps\n" in text.split("Root Cause", 1)[1]
 
 
 @pytest.mark.skipif(not may_mount(), reason="no small disk can be mounted here")

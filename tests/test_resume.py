@@ -370,6 +370,8 @@ def test_a_start_finds_the_runs_checkpoint_and_protects_it(tiny_shards, tmp_path
     with pytest.raises(InputError, match="a run of this name") as caught:
         find_start(folder, None, False)
     assert "remove this folder" in caught.value.next_step
+    lock_run_folder(folder)  # as a run does that ends before its first checkpoint
+    assert find_start(folder, None, False) == ("", [])
     trainer.save(["last.pt"])
     last = str(folder / "last.pt")
     assert find_start(folder, "auto", False) == (last, [f"continuing from {last}"])
@@ -378,8 +380,11 @@ def test_a_start_finds_the_runs_checkpoint_and_protects_it(tiny_shards, tmp_path
     with pytest.raises(InputError, match="a run of this name") as caught:
         find_start(folder, None, False)
     assert caught.value.next_step.endswith("continue it with --resume")
+    elsewhere = tmp_path / "elsewhere.pt"
+    assert find_start(folder, str(elsewhere), False) == (str(elsewhere), [])  # fails when read
+    elsewhere.touch()
     with pytest.raises(InputError, match="of another run"):
-        find_start(folder, str(tmp_path / "elsewhere" / "last.pt"), False)
+        find_start(folder, str(elsewhere), False)
     (folder / "last.pt").unlink()
     assert Path(find_start(folder, "", False)[0]).name == "step_00000000.pt"
 

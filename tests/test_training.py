@@ -509,7 +509,7 @@ def test_train_then_resume_from_the_command_line(tiny_shards, tmp_path, capfd):
     assert [m["step"] for m in metrics(tmp_path / "r", "train")] == list(range(1, 7))
 
 
-def test_a_new_run_may_start_from_the_weights_of_another(tiny_shards, tmp_path):
+def test_a_new_run_may_start_from_the_weights_of_another(tiny_shards, tmp_path, capsys):
     words = train_options(tiny_shards, tmp_path, "second")
     first = make_trainer(tiny_config(tiny_shards), tmp_path / "first")
     steps(first, 2)
@@ -517,6 +517,8 @@ def test_a_new_run_may_start_from_the_weights_of_another(tiny_shards, tmp_path):
     source = tmp_path / "first" / "last.pt"
     more = ["--init_from", str(source), "--optim.lr", "1e-30"]
     assert train.main([*words, *more]) == 0
+    count = len(first.network.state_dict())
+    assert f"weights from {source}: {count} tensors loaded\n" in capsys.readouterr().err
     mine = load_checkpoint(tmp_path / "second" / "last.pt")
     theirs = load_checkpoint(source)
     assert mine.step == 4 and torch.equal(
@@ -524,6 +526,18 @@ def test_a_new_run_may_start_from_the_weights_of_another(tiny_shards, tmp_path):
     )
     with pytest.raises(InputError, match="one of them"):
         train.main([*words, "--init_from", str(source), "--resume", str(source)])
+
+
+def test_short_memory_keeps_its_traceback_and_adds_what_to_change(
+    tiny_shards, tmp_path, monkeypatch
+):
+    def allocate_too_much(*arguments):
+        torch.empty(1 << 55, dtype=torch.uint8)
+
+    monkeypatch.setattr(train.Trainer, "train", allocate_too_much)
+    with pytest.raises(RuntimeError, match="allocate") as caught:
+        train.main(train_options(tiny_shards, tmp_path, "run"))
+    assert caught.value.__notes__ == [train.OUT_OF_MEMORY]
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ from pathlib import Path
 from common.errors import InputError
 from configs.schema import Config
 from model.checkpoint import Checkpoint, compare_settings, load_checkpoint
-from training.checkpoint_manager import LAST, has_checkpoint, newest_undamaged
+from training.checkpoint_manager import LAST, LOCK, has_checkpoint, newest_undamaged
 
 AUTO = "auto"
 
@@ -20,13 +20,15 @@ def find_start(folder: Path, resume: str | None, restarted: bool) -> tuple[str, 
     """
     given = resume if resume not in (None, "", AUTO) else ""
     if given and not restarted:
-        if has_checkpoint(folder) and Path(given).resolve().parent != folder.resolve():
+        is_own = Path(given).resolve().parent == folder.resolve()
+        if Path(given).is_file() and has_checkpoint(folder) and not is_own:
             found = f"a run of this name, and --resume {given} of another run"
             advice = "use --resume without a path, or another --train.name"
             raise InputError(folder, found, "a new folder, or a checkpoint of this run", advice)
         return given, []
     if resume is None and not restarted:
-        if folder.exists():
+        is_empty_run = (folder / LOCK).exists() and not has_checkpoint(folder)
+        if folder.exists() and not is_empty_run:
             other = "continue it with --resume" if has_checkpoint(folder) else "remove this folder"
             advice = f"choose another --train.name, or {other}"
             raise InputError(folder, "a run of this name", "a new folder", advice)
