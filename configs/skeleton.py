@@ -29,9 +29,8 @@ _OPTIONAL_KEYS = ("groups", "normalize", "mirror", "sigmas", *_CHOICES)
 _KEYS = ("name", "joints", "flip_pairs", "limbs", *_OPTIONAL_KEYS)
 # The side is a separate word, or written in full before a capital: l_knee, knee-right, leftKnee.
 _SIDE_FIRST = re.compile(r"(?:(?i:(left|right|l|r)[ _.-]+)|(left|right|Left|Right)(?=[A-Z]))(.+)")
-_OPPOSITE = {"left": "right", "Left": "Right", "right": "left", "Right": "Left"}
-_OTHER_SIDE = re.compile("|".join(_OPPOSITE))
 _SIDE_LAST = re.compile(r"(.+?)[ _.-]+(left|right|l|r)", re.IGNORECASE)
+_HAS_SIDE = re.compile(r"left|right|(?<![a-z])[lr](?![a-z])", re.IGNORECASE)
 
 
 class Length(NamedTuple):
@@ -161,6 +160,26 @@ def side_of(name: str) -> tuple[Side, str]:
     return ("left" if word[0] in "lL" else "right"), rest
 
 
+def named_pairs(names: tuple[str, ...]) -> Pairs:
+    """All pairs of a left joint and a right joint whose names differ in the side only."""
+    sides = [side_of(name) for name in names]
+    return tuple(
+        (a, b)
+        for a, b in itertools.permutations(range(len(names)), 2)
+        if (sides[a], sides[b]) == (("left", sides[b][1]), ("right", sides[a][1]))
+        or names[a].replace("left", "right").replace("Left", "Right") == names[b]
+    )
+
+
+def with_named_pairs(skeleton: Skeleton) -> Skeleton:
+    """The skeleton with the pairs in its names, if each joint with a side is in exactly one."""
+    names, pairs = skeleton.names, named_pairs(skeleton.names)
+    with_side = [joint for joint, name in enumerate(names) if _HAS_SIDE.search(name)]
+    if not pairs or sorted(itertools.chain(*pairs)) != with_side:
+        return skeleton
+    return skeleton._replace(flip_pairs=pairs, groups=default_groups(names, pairs), mirror=True)
+
+
 def default_groups(names: tuple[str, ...], flip_pairs: Pairs) -> Groups:
     """One group for each flip pair and for each other joint, in the order of the joints.
 
@@ -185,7 +204,7 @@ def load_skeleton(path: Path) -> Skeleton:
     try:
         return parse_skeleton(raw)
     except ValueError as error:
-        expected, advice = "joints as in configs/skeletons/coco.yaml", "correct it"
+        expected, advice = "joints and pairs as docs/custom-data.md describes", "correct the file"
         raise InputError(path, str(error), expected, advice) from error
 
 
@@ -293,11 +312,10 @@ def _check_sides(names: tuple[str, ...], pairs: Pairs) -> None:
     for a, b in pairs:
         if sides[a][0] == sides[b][0] != "middle":
             raise ValueError(f"flip_pairs: {names[a]} and {names[b]} are both {sides[a][0]}")
-    for a, b in itertools.combinations(range(len(names)), 2):
-        opposite = {sides[a][0], sides[b][0]} == {"left", "right"} and sides[a][1] == sides[b][1]
-        opposite |= _OTHER_SIDE.sub(lambda word: _OPPOSITE[word[0]], names[a]) == names[b]
-        if opposite and not {(a, b), (b, a)} & set(pairs):
-            raise ValueError(f"flip_pairs: no pair of {names[a]} and {names[b]}; add it")
+    missing = [(a, b) for a, b in named_pairs(names) if not {(a, b), (b, a)} & set(pairs)]
+    if missing:
+        words = ", ".join(f"{names[a]} and {names[b]}" for a, b in missing)
+        raise ValueError(f"flip_pairs: no pair of {words}")
 
 
 def _groups(raw: Any, names: tuple[str, ...]) -> Groups:

@@ -43,6 +43,7 @@ _SUFFIXES = (".h5", ".json", ".json.gz")
 _FROM_PRINCETON = "an annotation file of princeton-vl/pytorch_stacked_hourglass (data/MPII/annot)"
 _TOO_FAR_PX = 131_072
 """A coordinate or length that no picture has."""
+_LEAST_INSIDE = 0.5
 _REQUIRED, _OPTIONAL = ("center", "scale", "part", "visible"), ("normalize", "index", "person")
 
 
@@ -85,6 +86,18 @@ class People(NamedTuple):
     def scored(self) -> npt.NDArray[np.bool_]:
         """(N,) whether a person counts in PCK: it has a length to divide by and a marked joint."""
         return (self.normalize > 0) & self.marked.any(axis=1)
+
+    @property
+    def box_warning(self) -> str:
+        """A warning if less than half of the marked joints are inside of their person's square."""
+        offset_NJ = np.abs(self.joints - self.center[:, None]).max(axis=2)
+        inside_NJ = (offset_NJ <= PIXELS_PER_SCALE * self.scale[:, None] / 2) & self.marked
+        share = inside_NJ.sum() / max(1, self.marked.sum())
+        text = (
+            f"only {100 * share:.0f} % of the joints are inside of their person's box; check that "
+            "keypoints and bbox (or center and scale) are in px, then tools/show_batch.py"
+        )
+        return text if share < _LEAST_INSIDE else ""
 
     def select(self, rows: npt.ArrayLike) -> "People":
         """The people of these rows, in this order."""

@@ -11,11 +11,12 @@ import numpy.typing as npt
 
 from common.errors import InputError
 from common.files import json_numbers, read_json
-from configs.skeleton import Skeleton, parse_skeleton, shipped_skeleton
+from configs.skeleton import Skeleton, parse_skeleton, shipped_skeleton, with_named_pairs
 
 Floats = npt.NDArray[np.float64]
 
 _FIX = "correct it in the program that wrote the file"
+_KEYPOINT_FILE = "give a file with keypoints, such as COCO's person_keypoints_*.json"
 _CROWD, _NO_JOINT = "crowds", "without a marked joint"
 Region = list[float]
 """x, y, width, height, area (0 if unknown), iscrowd of an annotation that COCO's metric ignores."""
@@ -27,16 +28,20 @@ def parse_coco(
     """N people with the skeleton's joints, in the order of the file.
 
     Returns N file names, (N, 4) boxes x, y, width, height (image px, from the corner of the
-    picture), (N, J, 3) keypoints x, y, v (v is 0 for not marked, where x and y become 0, 1
-    occluded, 2 visible), and the columns index, person, size, area and ignored of People. Prints
-    how many annotations were left out. Raises InputError.
+    picture; NaN for none with an area), (N, J, 3) keypoints x, y, v (v is 0 for not marked, where
+    x and y become 0, 1 occluded, 2 visible), and the columns index, person, size, area and ignored
+    of People. Prints how many annotations were left out. Raises InputError.
     """
     names = _image_names(data["images"], path)
     categories = _categories(data.get("categories", []), path, skeleton)
     left_out, kept, regions = Counter[str](), [], defaultdict[Any, list[Region]](list)
-    for number, entry in enumerate(_dicts(data["annotations"], f"{path}: annotations")):
+    entries = _dicts(data["annotations"], f"{path}: annotations")
+    if entries and not any(entry.get("keypoints") for entry in entries):
+        found, advice = "no annotation has `keypoints` (a file for detection?)", _KEYPOINT_FILE
+        raise InputError(path, found, "keypoints of each person", advice)
+    for number, entry in enumerate(entries):
         where = f"{path}: annotation {number}"
-        reason = _why_left_out(entry, categories, where)
+        reason = _why_left_out(entry, categories)
         if reason:
             left_out[reason] += 1
             if reason in (_CROWD, _NO_JOINT) and entry.get("bbox"):
@@ -129,8 +134,8 @@ def _categories(raw: Any, path: Path, skeleton: Skeleton) -> list[Any] | None:
 def skeleton_of(data: dict[str, Any], path: Path) -> Skeleton:
     """The joints that the file names, as in configs/skeletons if they are there.
 
-    Otherwise with the file's limbs if all are pairs of its joints, without flip pairs and with a
-    length of 0.4 x the box. Raises InputError.
+    Otherwise with the file's limbs if all are pairs of its joints, the flip pairs that the names
+    give, and a length of 0.4 x the box. Raises InputError.
     """
     where, advice = f"{path}: categories", "give --skeleton FILE.yaml (docs/custom-data.md)"
     named = [each for each in _dicts(data.get("categories", []), where) if each.get("keypoints")]
@@ -144,12 +149,13 @@ def skeleton_of(data: dict[str, Any], path: Path) -> Skeleton:
     # Limbs are only drawn. Those of CrowdPose are COCO's, not of its own joints.
     raw["limbs"] = limbs if all(joint in names for limb in limbs for joint in limb) else []
     try:
-        return shipped_skeleton(names) or parse_skeleton({**raw, "normalize": {"box": 0.4}})
+        shipped = shipped_skeleton(names)
+        return shipped or with_named_pairs(parse_skeleton({**raw, "normalize": {"box": 0.4}}))
     except ValueError as error:
         raise InputError(where, str(error), "names and limbs of joints", advice) from error
 
 
-def _why_left_out(entry: dict[str, Any], categories: list[Any] | None, where: str) -> str:
+def _why_left_out(entry: dict[str, Any], categories: list[Any] | None) -> str:
     """Why an annotation is not a person to train or evaluate on; empty for a person."""
     if categories is not None and entry.get("category_id") not in categories:
         return "of other categories"
@@ -158,8 +164,6 @@ def _why_left_out(entry: dict[str, Any], categories: list[Any] | None, where: st
     keypoints = entry.get("keypoints") or []
     if isinstance(keypoints, list) and not any(keypoints[2::3]):
         return _NO_JOINT
-    if not entry.get("bbox") or not (json_numbers(entry, "bbox", (4,), where)[2:] > 0).all():
-        return "without a box"
     return ""
 
 
@@ -171,7 +175,10 @@ def object_array(values: Collection[Any]) -> npt.NDArray[np.object_]:
 def _row(
     entry: dict[str, Any], images: dict[int, str], joints: int, where: str
 ) -> tuple[list[int], Floats, Floats, Floats | None]:
-    """Ids of image and annotation, box (4,), keypoints (J, 3), area or None. Raises InputError."""
+    """Ids of image and annotation, box (4,), keypoints (J, 3), area or None. Raises InputError.
+
+    The box is NaN if the annotation has none with an area.
+    """
     image, number = entry.get("image_id"), entry.get("id")
     if not _is_id(image) or image not in images or not _is_id(number):
         found = f"image_id {image!r}, id {number!r}"
@@ -181,6 +188,7 @@ def _row(
         found = f"visibilities {sorted(set(keypoints[:, 2].tolist()))}"
         raise InputError(where, found, "0, 1 and 2", _FIX)
     keypoints[keypoints[:, 2] == 0] = 0.0  # x and y are undefined there
-    box = json_numbers(entry, "bbox", (4,), where)
+    box = json_numbers({**entry, "bbox": entry.get("bbox") or [0] * 4}, "bbox", (4,), where)
+    box = np.where((box[2:] > 0).all(), box, np.nan)
     area = json_numbers(entry, "area", (), where) if "area" in entry else None
     return [image, number], box, keypoints, area

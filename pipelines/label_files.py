@@ -21,7 +21,7 @@ import numpy as np
 
 from common.errors import InputError
 from common.files import read_bytes, read_yaml
-from configs.skeleton import Length, Pairs, Skeleton, default_groups
+from configs.skeleton import Length, Pairs, Skeleton, default_groups, with_named_pairs
 from pipelines.coco import Floats
 
 _LARGEST = 256 << 20
@@ -300,9 +300,10 @@ def skeleton_of_names(
     length: Length = PICTURE_LENGTH,
     flip_pairs: Pairs | None = None,
 ) -> Skeleton:
-    """A skeleton whose length is of the box. flip_pairs: None if they are not known.
+    """A skeleton whose length is of the box. flip_pairs: None for those that the names give.
 
     length: for labels with boxes, or for whole pictures.
     """
     groups, mirror = default_groups(joints, flip_pairs or ()), flip_pairs is not None
-    return Skeleton(name, joints, flip_pairs or (), limbs, groups, length, mirror)
+    skeleton = Skeleton(name, joints, flip_pairs or (), limbs, groups, length, mirror)
+    return skeleton if mirror else with_named_pairs(skeleton)

@@ -174,6 +174,8 @@ def read_jobs(options: PackingOptions) -> list[SplitJob]:
             people = people.select(
                 rows_of_split(groups, split, options.valid_fraction, options.seed)
             )
+        if people.box_warning:
+            print(f"warning: in {split} {people.box_warning}", file=sys.stderr)
         files = kind.files(file)
         digest = file_sha256(files[0])
         if len(files) > 1:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -137,8 +138,33 @@ def test_people_left_out_are_counted_on_stderr(tmp_path: Path, capsys: Any) -> N
     )  # fmt: skip
     assert read(tmp_path, data).person.tolist() == [1, 7]
     printed = capsys.readouterr().err
-    for part in ("1 crowds", "1 of other categories", "2 without a box", "1 without a marked"):
+    for part in ("1 crowds", "1 of other categories", "1 without a marked", "used: 2 without"):
         assert part in printed
+
+
+def test_without_a_box_the_picture_or_the_keypoints_are_taken(tmp_path: Path) -> None:
+    sizes = [{"id": 77, "file_name": "a.jpg", "width": 200, "height": 150}]
+    (tmp_path / "a.json").write_text(json.dumps(coco(entry(bbox=None), images=sizes)))
+    for boxes, center, side in (
+        ("auto", (99.5, 74.5), 200),
+        ("picture", (99.5, 74.5), 200),
+        ("keypoints", (60.5, 70), 1.25 * 80),
+    ):
+        people, _ = read_annotations(tmp_path / "a.json", "valid", FIGURE, boxes=boxes)
+        np.testing.assert_allclose(people.center, [center])
+        np.testing.assert_allclose(200 * people.scale, side)
+
+
+def test_joints_outside_of_their_boxes_are_told_while_packing(figures: Path, capsys: Any) -> None:
+    for name in ("train", "valid"):
+        shares = [n if i % 3 == 2 else n / 200 for i, n in enumerate(KEYPOINTS)]
+        data = coco(entry(keypoints=shares, bbox=[60, 30, 81, 41]))
+        (figures / "set" / "annot" / f"{name}.json").write_text(json.dumps(data))
+    (figures / "set" / "annot" / "valid.json.gz").unlink()
+    pack(figures)
+    printed = capsys.readouterr().err
+    for split in ("train", "valid"):
+        assert f"warning: in {split} only 0 % of the joints are inside" in printed
 
 
 @pytest.fixture
@@ -179,8 +205,12 @@ def test_packing_writes_the_joints_that_a_file_names(figures: Path, capsys: Any)
     make_shards.main(pack_arguments(figures / "set", figures / "named"))
     skeleton = ShardSet(figures / "named" / "valid").manifest.skeleton
     assert load_skeleton(figures / "named" / "skeleton.yaml") == skeleton
-    assert skeleton.names == NAMES and not skeleton.mirror
-    assert "do not say which joints are left-right pairs" in capsys.readouterr().out
+    assert skeleton.names == NAMES and skeleton.mirror and skeleton.flip_pairs == PAIRS
+    printed = capsys.readouterr().out
+    assert "left-right pairs: left_hand and right_hand, left_foot and right_foot" in printed
+    assert "--data.preset hrnet --heatmaps.rule exact" in printed
+    again = next(line for line in printed.splitlines() if line.endswith("--overwrite"))
+    assert make_shards.main(shlex.split(again)[2:]) == 0
 
 
 def test_one_file_needs_its_split(figures: Path) -> None:
@@ -241,6 +271,7 @@ NO_ID = {key: value for key, value in entry().items() if key != "id"}
         (coco(entry(), categories=OTHER_ORDER), "in its order"),
         (coco(annotations=[3]), "a list of dicts"),
         (coco(entry(iscrowd=1)), "no people in this split"),
+        (coco(entry(keypoints=None)), "no annotation has `keypoints`"),
         (coco(entry(image_id=[])), "image_id []"),
         (coco(entry(category_id=[])), "no people in this split"),
     ],
@@ -256,8 +287,7 @@ def test_joints_and_limbs_come_from_the_file_without_a_skeleton(tmp_path: Path) 
     named = {"id": 3, "name": "figure", "keypoints": list(NAMES), "skeleton": [[1, 2], [2, 5]]}
     (tmp_path / "a.json").write_text(json.dumps(coco(entry(), categories=[named])))
     people, skeleton = read_annotations(tmp_path / "a.json", "valid")
-    groups = tuple((name, (j,)) for j, name in enumerate(NAMES))
-    expected = Skeleton("figure", NAMES, (), ((0, 1), (1, 4)), groups, Length((), 0.4), False)
+    expected = FIGURE._replace(limbs=((0, 1), (1, 4)))
     assert skeleton == expected and people.normalize[0] == pytest.approx(0.4 * 81)
     for limbs in ([[1, 2], [6, 1]], [[0, 1]], [[1, []]]):  # joints that the file does not name
         (tmp_path / "a.json").write_text(
@@ -334,7 +364,7 @@ def test_evaluate_takes_the_joints_of_its_checkpoint_or_of_the_yaml(
     with_names = evaluated(named)
     assert "hand" in with_names and "pooled 4 (<)" in with_names
     assert [r["image_id"] for r in json.loads((tmp_path / "r.json").read_text())] == [77, 5, 77]
-    without = evaluated(nameless)  # the file has names, but no pairs to swap in a flip test
-    assert "no flip test" in without and "left_hand" in without
+    without = evaluated(nameless)  # the file's names give the pairs for a flip test
+    assert "no flip test" not in without and "hand" in without
     given = evaluated(nameless, "--skeleton", figures / "figure.yaml")
     assert given.splitlines()[2:] == with_names.splitlines()[2:]  # all but the checkpoint's name

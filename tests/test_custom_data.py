@@ -28,6 +28,7 @@ def bash(command: str, folder: Path, seconds: int = 240) -> str:
         env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert "warning: " not in done.stderr
     return done.stdout
 
 
@@ -47,6 +48,11 @@ def followed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]
     """The folder in which the page was followed, and what each of its commands printed."""
     folder = tmp_path_factory.mktemp("figures")
     return folder, [bash(command, folder) for command in prepare(PAGE, folder)]
+
+
+def test_the_pages_figures_are_packed_without_a_warning(tmp_path):
+    for command in prepare(PAGE, tmp_path)[:2]:
+        bash(command, tmp_path)
 
 
 @pytest.mark.slow

@@ -67,7 +67,7 @@ def test_a_table_with_an_unknown_layout_is_refused(tmp_path, text):
 def test_deeplabcuts_own_example_is_read(shared):
     labels = read_deeplabcut(shared / "data" / "dlc_openfield" / "config.yaml")
     assert labels.skeleton.names == ("snout", "leftear", "rightear", "tailbase")
-    assert len(labels.images) == 116 and not labels.skeleton.mirror
+    assert len(labels.images) == 116 and labels.skeleton.flip_pairs == ((1, 2),)
     np.testing.assert_allclose(labels.keypoints_NJ3[0, 3], [87.11, 152.698, 2])
 
 

@@ -16,6 +16,7 @@ from configs.skeleton import (
     side_of,
     skeleton_from_dict,
     unnamed,
+    with_named_pairs,
 )
 
 GOOD = {
@@ -99,6 +100,7 @@ def test_joints_are_compared_by_name_or_where_there_are_none_by_number(tmp_path:
         ({"flip_pair": []}, "did you mean flip_pairs?"),
         ({"flip_pairs": [["left_paw", "left_ear"]]}, "are both left"),
         ({"flip_pairs": [["left_paw", "right_paw"]]}, "no pair of left_ear and right_ear"),
+        ({"flip_pairs": []}, "left_paw and right_paw, left_ear and right_ear"),
         (
             {"joints": ["leftear", "rightear"], "flip_pairs": [], "limbs": [], "normalize": None},
             "no pair of leftear and rightear",
@@ -132,6 +134,23 @@ def test_a_file_that_is_no_skeleton_is_one_error(text: str, tmp_path: Path) -> N
         with pytest.raises(InputError) as caught:
             load_skeleton(path)
         assert caught.value.where == str(path)
+
+
+@pytest.mark.parametrize(
+    ("names", "pairs"),
+    [
+        ("nose left_ear right_ear", ((1, 2),)),
+        ("r_eye l_eye", ((1, 0),)),
+        ("rightear leftear tail", ((1, 0),)),
+        ("left_ear right_ear left_paw", ()),
+        ("l_eye left_eye r_eye right_eye thumb_l_1", ()),
+        ("LeftEar leftEar RightEar", ()),
+        ("snout tail", ()),
+    ],
+)
+def test_pairs_come_from_names_only_if_each_joint_with_a_side_has_a_partner(names, pairs):
+    named = with_named_pairs(unnamed(1)._replace(names=tuple(names.split()), mirror=False))
+    assert named.flip_pairs == pairs and named.mirror == bool(pairs)
 
 
 def test_the_first_joint_of_a_pair_is_left_if_names_do_not_say(tmp_path):

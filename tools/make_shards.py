@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     manifests = pack(options)
     if manifests and manifests[0].skeleton != MPII and not options.skeleton:
         folder = Path() if options.url else options.output
-        write_skeleton(folder / "skeleton.yaml", manifests[0].skeleton)
+        write_skeleton(folder / "skeleton.yaml", manifests[0].skeleton, options.command)
     if manifests:
         print_summary(options, manifests, time.monotonic() - start)
     if options.url:
@@ -151,16 +151,23 @@ def fraction(text: str) -> float:
     return value
 
 
+fraction.__name__ = "share (above 0, below 1)"  # argparse puts it into its message
+
+
 def boxes(text: str) -> Boxes:
     """An argparse type: a word, or the path of a file."""
     words: dict[str, Boxes] = {word: word for word in ("auto", "keypoints", "picture")}
     return words.get(text, Path(text))
 
 
-def write_skeleton(path: Path, skeleton: Skeleton) -> None:
+def write_skeleton(path: Path, skeleton: Skeleton, command: str) -> None:
     """Write the labels' joints to a YAML file that the user can change."""
     write_atomic(path, skeleton_yaml(skeleton).encode())
-    print(f"{path} describes the joints; after a change, pack again with --skeleton {path}")
+    print(f"{path} describes the joints; after a change, pack again:")
+    print(f"  {command} --skeleton {shlex.quote(str(path))} --overwrite")
+    pairs = [f"{skeleton.names[a]} and {skeleton.names[b]}" for a, b in skeleton.flip_pairs]
+    if pairs:
+        print(f"  left-right pairs: {', '.join(pairs)}")
     if not skeleton.mirror:
         print("  The labels do not say which joints are left-right pairs, so training does not")
         print("  mirror pictures. To mirror them, fill in flip_pairs and set mirror: true")
@@ -172,17 +179,18 @@ def print_summary(options: PackingOptions, manifests: list[Manifest], seconds: f
     for manifest in manifests:
         text = summary(options.output / manifest.split)
         print(f"{options.location}/{manifest.split}: {text}", end="\n\n")
-    rate = sum(manifest.people for manifest in manifests) / seconds
-    print(f"{seconds:.1f} s, {rate:,.0f} people/s with {options.workers} worker(s)")
+    print(f"{seconds:.1f} s with {options.workers} worker(s)")
     location = shlex.quote(options.location)
     if not all((options.output / split).is_dir() for split in SPLITS) and "train" in options.splits:
         print("next: pack the split valid too (--splits valid), or share one file with both splits")
         print("      (--valid-fraction 0.1 into another --output)")
     elif "train" in options.splits:
         print(f"next: python train.py --config configs/2hg.yaml --data.shards {location}", end="")
-        crop = options.crop
-        print(f" --data.preset {crop.preset} --heatmaps.rule exact" if crop else "")
-        print("      (the recipe for MPII on a GPU; configs/ has smaller ones)")
+        is_mpii = manifests[0].skeleton == MPII
+        preset = options.crop.preset if options.crop else None if is_mpii else "hrnet"
+        print(f" --data.preset {preset} --heatmaps.rule exact" if preset else "")
+        whose = "MPII" if is_mpii else "MPII with hrnet's encoding"
+        print(f"      (the recipe for {whose} on a GPU; configs/ has smaller ones)")
     else:
         print(f"next: python evaluate.py --checkpoint PATH --shards {location}")
 
@@ -193,14 +201,15 @@ def summary(folder: Path) -> str:
     people, _ = shards.people()
     size = sum(shard.bytes for shard in shards.manifest.shards)
     lines = [
-        f"{people.count:,} people in {len(shards.tars)} shards, {size / 1e6:,.1f} MB",
+        f"{people.count:,} people in {len(shards.tars)} shard(s), {size / 1e6:,.1f} MB",
         f"  scored     {scored_text(people.scored.sum(), people.count)}"
         " (with a length to divide errors by, and a marked joint)",
         f"  pictures   {len(set(people.images)):,}",
     ]
     left_out = shards.manifest.left_out  # lines of `row N: picture: fault`
     reasons = Counter(line.split(": ", 2)[-1] for line in left_out).most_common(5)
-    lines.append(f"  left out   {len(left_out):,} people for their pictures (in the manifest)")
+    if left_out:
+        lines.append(f"  left out   {len(left_out):,} people for their pictures (in the manifest)")
     lines += [f"             {count:,} x {reason}" for reason, count in reasons]
     if assumed := shards.manifest.skeleton.assumed_left:
         lines.append(f"  left       {', '.join(assumed)} (assumed: the first of each flip pair)")

@@ -6,7 +6,6 @@ on a plateau of zeros (docs/experiments.md).
 
 import numpy as np
 
-from configs.skeleton import PIXELS_PER_SCALE
 from evaluation import pckh
 from pipelines.annotations import People
 
@@ -15,7 +14,6 @@ FROM_STEP = 1_000
 _ZEROS_PEAK = 0.05
 """Mean peak of the heatmaps below which the network predicts only zeros."""
 _LEAST_GROWTH = 1.1
-_LEAST_INSIDE = 0.5
 
 
 class LearningCheck:
@@ -27,20 +25,13 @@ class LearningCheck:
         counts = max(1, np.isfinite(errors_NJ).sum())
         self.mean_pose_pck = float((errors_NJ < 0.5).sum() / counts)
         """PCK@0.5 of the mean pose, which needs no picture."""
-        offset_NJ = np.abs(people.joints - people.center[:, None]).max(axis=2)
-        is_inside_NJ = offset_NJ <= PIXELS_PER_SCALE * people.scale[:, None] / 2
-        self.inside = float(is_inside_NJ[people.marked].mean())
-        """Share of the marked joints that are inside of their person's box."""
+        self._box_warning = people.box_warning
         self._from_step = min(FROM_STEP, steps // 2)
         self._last_pck = 0.0
 
     def check_labels(self) -> list[str]:
         """A warning before the first step, if there is one."""
-        text = (
-            f"WARNING: only {100 * self.inside:.0f} % of the validation's joints are inside of "
-            "their person's box; check the units of center and scale, and tools/show_batch.py"
-        )
-        return [text] if self.inside < _LEAST_INSIDE else []
+        return [f"WARNING: in valid {self._box_warning}"] if self._box_warning else []
 
     def check_validation(self, step: int, pck: float, peak: float) -> str:
         """A warning after a validation, or "". pck: pooled, at 0.5. peak: mean of the heatmaps'."""
