@@ -30,6 +30,7 @@ class Codec:
 
     @property
     def heat_px(self) -> int:
+        """Side of a heatmap, px."""
         return self.input_px // STRIDE
 
     @property

@@ -48,7 +48,8 @@ class Batch(NamedTuple):
 class Loader(Protocol):
     """An endless sequence of RawBatches."""
 
-    def next(self) -> RawBatch: ...
+    def next(self) -> RawBatch:
+        """The next batch of this rank."""
 
 
 class TrainLoader:

@@ -108,6 +108,7 @@ class LooseImages:
             raise InputError(self.folder, found, expected, "give their folder with --images")
 
     def picture(self, sample: int) -> bytes:
+        """The bytes of one person's picture file. Raises InputError."""
         path = self.folder / self.people.images[sample]
         try:
             return path.read_bytes()
@@ -120,6 +121,7 @@ class LooseImages:
         return record_of(self.people, sample, 0, 0)
 
     def where(self, sample: int) -> str:
+        """The path of one person's picture, for messages."""
         return str(self.folder / self.people.images[sample])
 
 

@@ -52,7 +52,7 @@ def test_a_file_gets_whole_lines_without_control_codes_at_most_one_in_fifteen_se
 
 @pytest.mark.parametrize(
     ("columns", "line"),
-    [(100, "step 1/9  0:07 left  loss 0.1"), (21, "step 1/9  0:07 left"), (19, "step 1/9")],
+    [(100, "step 1/9  0:07 left  loss 0.1"), (22, "step 1/9  0:07 left"), (21, "step 1/9")],
 )
 def test_a_narrow_terminal_keeps_the_most_important_parts(columns, line, monkeypatch):
     monkeypatch.setattr(sys, "stderr", Stream(terminal=True))

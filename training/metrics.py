@@ -318,7 +318,8 @@ class Console:
         if not self.is_live:
             print("  ".join(parts), file=self._stream, flush=True)
             return
-        while len("  ".join(parts)) >= shutil.get_terminal_size().columns and len(parts) > 1:
+        room = shutil.get_terminal_size().columns - 3  # an echoed ^C must not wrap the line
+        while len("  ".join(parts)) > room and len(parts) > 1:
             parts = parts[:-1]
         self._line = "  ".join(parts)
         print(f"\r{self._line}\x1b[K", end="", file=self._stream, flush=True)

@@ -382,7 +382,7 @@ class Trainer:
         if self.received_signals:
             why = signal.Signals(self.received_signals[0]).name
         text = f"STOPPED EARLY at step {step} of {train.steps}: {why}."
-        self.log.info(f"{text} --resume, without a path, continues.")
+        self.log.info(text + " --resume continues." * (not self.interrupted))
         if self.interrupted and self.dist.is_first:
             with suppress(OSError):  # on a full disk only the exit code asks for a restart
                 write_atomic(self.folder / RESUME_ME, f"{text}\n".encode())
