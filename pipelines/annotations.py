@@ -97,7 +97,7 @@ class People(NamedTuple):
             f"only {100 * share:.0f} % of the joints are inside of their person's box; check that "
             "keypoints and bbox (or center and scale) are in px, then tools/show_batch.py"
         )
-        return text if share < _LEAST_INSIDE else ""
+        return text if inside_NJ.sum() < _LEAST_INSIDE * self.marked.sum() else ""
 
     def select(self, rows: npt.ArrayLike) -> "People":
         """The people of these rows, in this order."""

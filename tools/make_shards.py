@@ -147,11 +147,8 @@ def fraction(text: str) -> float:
     """An argparse type: a number above 0 and below 1."""
     value = float(text)
     if not 0 < value < 1:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and below 1")
     return value
-
-
-fraction.__name__ = "share (above 0, below 1)"  # argparse puts it into its message
 
 
 def boxes(text: str) -> Boxes:
