@@ -186,8 +186,7 @@ def print_summary(options: PackingOptions, manifests: list[Manifest], seconds: f
         is_mpii = manifests[0].skeleton == MPII
         preset = options.crop.preset if options.crop else None if is_mpii else "hrnet"
         print(f" --data.preset {preset} --heatmaps.rule exact" if preset else "")
-        whose = "MPII" if is_mpii else "MPII with hrnet's encoding"
-        print(f"      (the recipe for {whose} on a GPU; configs/ has smaller ones)")
+        print("      (sizes and steps for MPII on a GPU; configs/ has smaller ones)")
     else:
         print(f"next: python evaluate.py --checkpoint PATH --shards {location}")
 
