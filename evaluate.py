@@ -20,7 +20,7 @@ INPUTS = {
     "--checkpoint": "a checkpoint, also princeton-vl's, or a run's folder; default: newest in runs",
     "--shards": "a split, or the folder of splits, or the URL of either; default: as in training",
     "--annotations": "MPII's .h5 or .json(.gz), or COCO's, with pictures in a folder",
-    "--skeleton": "YAML of its joints; default: the checkpoint's, or MPII's",
+    "--skeleton": "YAML of its joints; default: a checkpoint's, or the annotation file's or MPII's",
     "--images": "the folder of its pictures; with --predictions only used by --report",
     "--predictions": "score a file of predictions (JSON, COCO results, .mat) with --annotations",
 }
@@ -32,7 +32,7 @@ OUTPUTS = {
     "--save-coco": "the same as COCO keypoint results",
     "--save-mat": "the same as .mat with `preds`, as HRNet's",
     "--save-submission": "pred_keypoints_mpii.mat of MPII's test set, with --release",
-    "--picture": "PNG or JPEG of predictions",
+    "--picture": "PNG or JPEG of predictions over white annotations",
 }
 
 

@@ -37,6 +37,12 @@ from pipelines.shard_cache import local_folder
 from pipelines.shard_format import MANIFEST, read_manifest
 from pipelines.shards import ShardSet
 
+NETWORK_OPTIONS = (
+    "checkpoint", "shards", "calibrate", "picture", "save_predictions", "save_coco", "save_mat",
+    "save_submission",
+)  # fmt: skip
+"""Options that are used only where a network predicts."""
+
 
 class EvaluationDataset(NamedTuple):
     """People with pictures, in the annotation's order."""
@@ -89,8 +95,10 @@ def check_options(options: Namespace) -> None:
         raise _wrong("--oracle with --report or --compare", "these with a network or predictions")
     if (options.oracle or options.predictions) and not options.annotations:
         raise _wrong("--oracle or --predictions", "--annotations FILE with it")
-    if options.calibrate and (options.oracle or options.predictions):
-        raise _wrong("--calibrate without a network", "it with --checkpoint")
+    given = [name for name in NETWORK_OPTIONS if getattr(options, name)]
+    if given and (options.oracle or options.predictions):
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise _wrong(f"{names} with --oracle or --predictions", "these only with a network")
     if options.skeleton and not options.annotations:
         raise _wrong("--skeleton without --annotations", "both; shards contain their joints")
     if bool(options.save_submission) != bool(options.release):
@@ -312,12 +320,13 @@ def run_job(
 
 
 def _write_predictions(options: Namespace, data: PredictedPeople, scores_NJ: Floats) -> None:
-    for path, entries in (
-        (options.save_predictions, predictions.as_entries),
-        (options.save_coco, predictions.as_coco),
-    ):
-        if path:
-            _write(path, json.dumps(entries(data.people, data.keypoints_NJ2, scores_NJ)))
+    found = data.people, data.keypoints_NJ2, scores_NJ
+    if options.save_predictions:
+        names = {"joints": data.skeleton.names}
+        entries = [{**entry, **names} for entry in predictions.as_entries(*found)]
+        _write(options.save_predictions, json.dumps(entries))
+    if options.save_coco:
+        _write(options.save_coco, json.dumps(predictions.as_coco(*found)))
     if options.save_mat:
         predictions.write_mat(options.save_mat, {"preds": data.keypoints_NJ2})
         info(f"wrote {options.save_mat}")

@@ -6,7 +6,7 @@ const { facts, results, other, skeleton, galleries, people, first_galleries: giv
 const names = Object.keys(results);
 const own = results[names[0]];
 const metric = own.metric;
-const length = own.length ? "of the length" : "of the head’s length";
+const length = own.length ? "of the reference length" : "of the head’s length";
 const state = { joints: null, label: "", gallery: given[0] ?? "worst", level: "0.5" };
 let closeup = -1; // index in the gallery of the enlarged person
 
@@ -48,12 +48,12 @@ function drawResult() {
   $("headline").textContent = percent(half.pooled);
   $("definition").textContent =
     `of ${count(own.joints_counted)} annotated joints of ${data.scored} were found: ` +
-    `the prediction is less than half ${own.length ? "the length" : "the head’s length"} from ` +
-    `the annotation.` + (own.length ? ` The length is ${own.length}.` : "") +
+    `the prediction is within half of ${own.length ? "the reference length" : "the head’s length"} of ` +
+    `the annotation.` + (own.length ? ` The reference length is ${own.length}.` : "") +
     (own.joints_counted ? ` The mean distance is ${own.pixels.mean.toFixed(2)} px of the picture, the median ${own.pixels.median.toFixed(2)} px.` : "") +
     (own.people_scored < own.people ? " The others have no known length or no annotated joint." : "");
   stat("at 0.1", own.pckh["0.1"].pooled, "a fifth of that distance");
-  stat("AUC", own.auc, "mean over 0 to 0.5");
+  stat("AUC", own.auc, "mean over thresholds 0 to 0.5");
   stat("visible", own.visible.pooled, `${count(own.visible.joints_counted)} joints, at 0.5`);
   stat("occluded", own.occluded.pooled, `${count(own.occluded.joints_counted)} joints, at 0.5`);
   for (const name of names.slice(1))
@@ -119,7 +119,7 @@ function drawMeans() {
     "each joint’s rate counts the same (bearpaw, anibali)", columns, (score) => score.unweighted);
   meansRow(summary, `Weighted mean of ${grouped} joints, ≤`,
     "by how often each joint is annotated (HRNet, mmpose)", columns, (score) => score.weighted);
-  meansRow(summary, "AUC", "area under the pooled curve, thresholds 0 to 0.5", columns,
+  meansRow(summary, "AUC", "mean of the pooled rate over thresholds 0 to 0.5", columns,
     (score, result, threshold) => (threshold === "0.5" ? result.auc : undefined));
   for (const key of Object.keys(own.oks ?? {}))
     meansRow(summary, key, "COCO’s, of object keypoint similarity", columns,

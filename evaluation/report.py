@@ -1,17 +1,20 @@
 """Results as text: tables, and the comparison with a reference run."""
 
 from collections.abc import Iterable
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.errors import InputError
 from common.files import read_json
-from configs.skeleton import Skeleton
+from configs.skeleton import MPII, Skeleton
 from evaluation import oks
 from pipelines.annotations import scored_text
 
 _MOST_COLUMNS = 16
-"""Maximum number of groups in the table; more do not fit on a line."""
+"""Maximum number of groups in the table."""
+_LINE = 100
+"""Maximum length of a table's line in characters."""
 
 _NEEDED = {"joint_names", "people_scored", "joints_counted", "truth_sha256", "pckh", "curves"}
 """Keys of a result to compare with."""
@@ -21,14 +24,29 @@ Summary = dict[str, Any]
 
 
 def _table(columns: Iterable[str], rows: list[tuple[str, list[str]]]) -> str:
-    """Lines of a name and right-aligned cells; rows without cells are headings."""
+    """Lines of a name and right-aligned cells; rows without cells are headings.
+
+    Columns that do not fit on a line follow in another table below.
+    """
     columns, name_width = list(columns), max(len(name) for name, cells in rows if cells) + 2
+    ends = accumulate((max(8, len(column)) + 2 for column in columns), initial=name_width - 2)
+    fitting = max(1, sum(end <= _LINE for end in ends) - 1)
+    columns, rest = columns[:fitting], columns[fitting:]
     lines = []
     for name, cells in [("", columns), *rows]:
         pairs = zip(cells, columns, strict=False)
         line = [f"{cell:>{max(8, len(column))}}" for cell, column in pairs]
         lines.append((name.ljust(name_width) + "  ".join(line)).rstrip())
+    if rest:
+        others = [(name, cells[fitting:]) for name, cells in rows if cells]
+        lines += ["", _table(rest, others)]
     return "\n".join(lines)
+
+
+def _mean_names(result: Summary) -> dict[str, str]:
+    """The means to print, by key. The second and third are published only for MPII's joints."""
+    names = {"pooled": "pooled", "unweighted": "mean", "weighted": "weighted"}
+    return names if result["joint_names"] == list(MPII.names) else {"pooled": "pooled"}
 
 
 def results_table(results: dict[str, Summary], skeleton: Skeleton) -> str:
@@ -39,19 +57,20 @@ def results_table(results: dict[str, Summary], skeleton: Skeleton) -> str:
     first = next(iter(results.values()))
     counted = {joint for joint, count in enumerate(first["joint_counts"]) if count}
     grouped = len({joint for _, joints in skeleton.groups for joint in joints} & counted)
-    columns = [*groups, f"pooled {len(counted)} (<)", f"mean {grouped} (<)"]
-    columns += [f"weighted {grouped} (<=)", "AUC"]
+    means, titles = _mean_names(first), [f"pooled {len(counted)} (<)"]
+    if len(means) > 1:
+        titles += [f"mean {grouped} (<)", f"weighted {grouped} (<=)"]
     rows = []
     for name, result in results.items():
         for threshold, score in result["pckh"].items():
-            values = [score["groups"][group] for group in groups]
-            values += [score["pooled"], score["unweighted"], score["weighted"]]
+            values = [score[mean] for mean in means]
             values.append(result["auc"] if threshold == "0.5" else None)
+            values += [score["groups"][group] for group in groups]
             rows.append((f"{name} @{threshold}", list(map(_percent, values))))
     if not groups:
         text = f"The {len(skeleton.groups)} groups of joints are listed with --per-joint."
         rows.append((text, []))
-    return _table(columns, rows)
+    return _table([*titles, "AUC", *groups], rows)
 
 
 def oks_table(results: dict[str, Summary]) -> str:
@@ -70,11 +89,11 @@ def counts_text(result: Summary) -> str:
     )
     text = (
         f"{scored_text(result['people_scored'], result['people'])}, "
-        f"{result['joints_counted']:,} marked joints. "
+        f"{result['joints_counted']:,} annotated joints. "
         f"Visible ones {visible}, occluded ones {occluded}, pooled @0.5."
     )
     if result["people_scored"] < result["people"]:
-        text += "\nThe others have no known length to divide by, or no marked joint."
+        text += "\nThe others have no known length to divide by, or no annotated joint."
     if result["length"]:
         text += f"\nErrors are divided by {result['length']}."
     mean, median = result["pixels"]["mean"], result["pixels"]["median"]
@@ -108,9 +127,9 @@ def gap_text(first: tuple[str, Summary], second: tuple[str, Summary]) -> str:
     lines = [f"gap, {second[0]} minus {first[0]}, percentage points:"]
     for threshold, before in first[1]["pckh"].items():
         parts = []
-        for mean in ("pooled", "unweighted", "weighted"):
+        for mean, label in _mean_names(first[1]).items():
             a, b = before[mean], second[1]["pckh"][threshold][mean]
-            parts.append(f"{mean} {'-' if a is None or b is None else f'{100 * (b - a):+.3f}'}")
+            parts.append(f"{label} {'-' if a is None or b is None else f'{100 * (b - a):+.3f}'}")
         lines.append(f"  @{threshold}  " + ", ".join(parts))
     return "\n".join(lines)
 

@@ -14,7 +14,8 @@ from pipelines.opencv_loader import Source, crop_person, stored_picture
 from pipelines.shard_format import unpack_records
 
 RIGHT_BGR, LEFT_BGR, MIDDLE_BGR = (70, 70, 255), (255, 160, 40), (80, 220, 80)
-TRUTH_BGR = (255, 255, 255)
+TRUTH_BGR, EDGE_BGR = (255, 255, 255), (0, 0, 0)
+LEGEND = "white: annotation    red, blue, green: prediction, the person's right, left, middle"
 TILE_PX, COLUMNS = 256, 6
 
 
@@ -33,7 +34,7 @@ class PredictedPeople(NamedTuple):
 
 def draw_people(data: PredictedPeople, count: int) -> npt.NDArray[np.uint8]:
     """A contact sheet (H, W, 3) BGR: a tile for each of `count` people, evenly spaced in their
-    order; predictions over white annotations."""
+    order; predictions over white annotations; a legend above."""
     people, skeleton = data.people, data.skeleton
     all_joints = np.ones(skeleton.joint_count, dtype=bool)
     tiles: list[npt.NDArray] = []
@@ -47,7 +48,10 @@ def draw_people(data: PredictedPeople, count: int) -> npt.NDArray[np.uint8]:
         draw_skeleton(tile, found, all_joints, skeleton, 2)
         tiles.append(np.pad(tile, ((1, 1), (1, 1), (0, 0)), constant_values=255))
     tiles += [np.full_like(tiles[0], 255)] * (-len(tiles) % COLUMNS)
-    return np.vstack([np.hstack(tiles[i : i + COLUMNS]) for i in range(0, len(tiles), COLUMNS)])
+    legend = np.full((24, COLUMNS * tiles[0].shape[1], 3), 255, dtype=np.uint8)
+    cv2.putText(legend, LEGEND, (8, 17), cv2.FONT_HERSHEY_SIMPLEX, 0.5, EDGE_BGR, 1, cv2.LINE_AA)
+    rows = [np.hstack(tiles[i : i + COLUMNS]) for i in range(0, len(tiles), COLUMNS)]
+    return np.vstack([legend, *rows])
 
 
 def person_tile(source: Source, sample: int) -> npt.NDArray[np.uint8]:
@@ -67,19 +71,22 @@ def draw_skeleton(
 ) -> None:
     """Draw one person onto a BGR picture. joints: px. drawn: bool, the joints to draw.
 
-    is_truth: an annotation: white limbs of twice the width, without joints.
+    Limbs and joints have a black edge, to be seen on any picture. is_truth: an annotation: white,
+    and wide enough to be seen around a prediction at the same place.
     """
     shift, far = 4, 2**15 - 1  # fractional bits of OpenCV's coordinates; beyond far they overflow
     points = np.round(np.clip(joints_J2, -far, far) * 2**shift).astype(int).tolist()
-    for a, b in skeleton.limbs:
-        if drawn_J[a] and drawn_J[b]:
-            color = TRUTH_BGR if is_truth else color_of(skeleton.sides[a], skeleton.sides[b])
-            width = 2 * line_px if is_truth else line_px
+    limbs = [(a, b) for a, b in skeleton.limbs if drawn_J[a] and drawn_J[b]]
+    edge = max(1, line_px // 2)
+    for wider, only in [(2 * edge, TRUTH_BGR)] if is_truth else [(edge, EDGE_BGR), (0, None)]:
+        for a, b in limbs:
+            color = only or color_of(skeleton.sides[a], skeleton.sides[b])
+            width = line_px + 2 * wider
             cv2.line(image_HW3, points[a], points[b], color, width, cv2.LINE_AA, shift)
-    radius = round(1.5 * line_px * 2**shift)
-    for j in () if is_truth else np.flatnonzero(drawn_J):
-        color = color_of(skeleton.sides[j])
-        cv2.circle(image_HW3, points[j], radius, color, -1, cv2.LINE_AA, shift)
+        radius = round((1.5 * line_px + wider) * 2**shift)
+        for j in np.flatnonzero(drawn_J):
+            color = only or color_of(skeleton.sides[j])
+            cv2.circle(image_HW3, points[j], radius, color, -1, cv2.LINE_AA, shift)
 
 
 def color_of(*sides: Side) -> tuple[int, int, int]:

@@ -189,7 +189,10 @@ def find_damage(path: Path) -> str:
     """
     if not zipfile.is_zipfile(path):
         with path.open("rb") as file:
-            return "it is cut off" if file.read(4) == b"PK\x03\x04" else ""
+            start = file.read(4)
+        if start[:1] == b"\x80":  # a pickle, torch's format before version 1.6
+            return ""
+        return "it is cut off" if start == b"PK\x03\x04" else "not a checkpoint"
     try:
         with zipfile.ZipFile(path) as archive:
             records, checksum = archive.infolist(), archive.comment

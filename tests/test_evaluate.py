@@ -298,7 +298,7 @@ def test_packing_training_and_evaluation_print_how_many_people_are_scored(
     assert "joints of 3 of 5 people (best" in printed.err
     run("--checkpoint", tmp_path / "run", "--json", tmp_path / "n.json", "--report",
         tmp_path / "report.html")  # fmt: skip
-    assert "3 of 5 people, 42 marked joints" in capsys.readouterr().out
+    assert "3 of 5 people, 42 annotated joints" in capsys.readouterr().out
     assert json.loads((tmp_path / "n.json").read_text())["network"]["people_scored"] == 3
     assert '"scored":"3 of 5 people"' in (tmp_path / "report.html").read_text()
 
@@ -310,6 +310,21 @@ def test_the_table_of_98_joints_fits_on_a_line():
     table = report.results_table({"network": pckh.summary(joints, people_at(joints), face)}, face)
     assert max(map(len, table.splitlines())) <= 100
     assert "98 groups of joints are listed with --per-joint" in table
+
+
+def test_tables_of_mpii_have_three_means_in_short_lines_and_others_only_the_pooled_one():
+    joints = np.zeros((2, 16, 2))
+    table = report.results_table({"network": pckh.summary(joints, people_at(joints), MPII)}, MPII)
+    assert max(map(len, table.splitlines())) <= 100
+    titles = ["pooled 16 (<)", "mean 14 (<)", "weighted 14 (<=)", "AUC", "head", "ankle"]
+    places = [table.index(title) for title in titles]
+    assert places == sorted(places) and table.count("network @0.5") == 2
+    own = MPII._replace(names=tuple(f"{name}_" for name in MPII.names))
+    result = pckh.summary(joints, people_at(joints), own)
+    table = report.results_table({"network": result}, own)
+    assert "pooled 16 (<)" in table and "mean" not in table and "weighted" not in table
+    gap = report.gap_text(("a", result), ("b", result)).splitlines()
+    assert gap[1:] == ["  @0.5  pooled +0.000", "  @0.1  pooled +0.000"]
 
 
 def documented(heading: str) -> set[str]:
@@ -349,6 +364,7 @@ def bad_inputs(trained: Path, tiny_shards: Path, tiny_set: Path, tmp_path: Path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "noise.pt").write_bytes(b"noise")
     (tmp_path / "noise.h5").write_bytes(b"noise")
+    (tmp_path / "config.yaml").write_text("model:\n  stacks: 2\n")
     (tmp_path / "empty.json").write_text("{}")
     nose = Skeleton("nose", ("nose",), (), (), (("nose", (0,)),))
     result = pckh.summary(np.zeros((1, 1, 2)), people_at(np.zeros((1, 1, 2))), nose)
@@ -369,7 +385,11 @@ def bad_inputs(trained: Path, tiny_shards: Path, tiny_set: Path, tmp_path: Path)
         "oracle on a page": (["--oracle", "--annotations", annotations, "--report",
                               tmp_path / "out"], "--oracle with --report"),
         "nothing to calibrate": (["--oracle", "--annotations", annotations, "--calibrate",
-                                  tmp_path / "c.pt"], "--calibrate without a network"),
+                                  tmp_path / "c.pt"], "--calibrate with --oracle or --predictions"),
+        "a checkpoint that is not used": ([*best, "--predictions", tmp_path / "p.json", "--picture",
+                                           tmp_path / "s.png", "--annotations", annotations],
+                                          "--checkpoint, --picture with --oracle or"),
+        "a configuration": (["--checkpoint", tmp_path / "config.yaml"], "not a checkpoint"),
         "predictions alone": (["--predictions", tmp_path / "p.json"], "--annotations FILE"),
     }  # fmt: skip
 

@@ -18,6 +18,7 @@ from PIL import Image
 import evaluate
 from common import distributed
 from common.errors import InputError, run_main
+from configs.skeleton import MPII, Skeleton
 from evaluation import visualize
 from evaluation.estimator import PoseEstimator, Poses, read_picture
 from evaluation.video import read_frames
@@ -84,6 +85,7 @@ def test_evaluate_and_predict_find_the_same_joints(flip, run, trained, tiny_set,
     run("--people", people, tiny_set / "images", "--save-predictions", tmp_path / "p.json", *same)
     (expected, theirs), (entries, mine) = (read_json(tmp_path / f"{n}.json") for n in "ep")
     assert mine.shape == (5, 16, 3)
+    assert all(e["joints"] == [*MPII.names] for e in (*entries, *expected))
     np.testing.assert_array_equal(mine, theirs)
     assert [e["image"] for e in entries] == [e["image"] for e in expected]
     words = ["--predictions", tmp_path / "p.json", "--annotations", annotation]
@@ -300,6 +302,26 @@ def test_overlays_show_everybody_where_they_are_found(run, tiny_set, tmp_path, m
         x, y = np.round(keypoints[list(rows), :, :2]).astype(int).reshape(-1, 2).T
         far = np.abs(image[y, x][:, None] - colours).max(axis=-1).min(axis=-1)
         assert len(far) == 16 * len(rows) and far.max() == 0, name
+
+
+def test_the_number_of_sure_joints_is_printed_and_a_warning_if_there_are_nearly_none():
+    """Three frames: two joints of ten are sure, then none is, then nobody is there."""
+    person = {"keypoints": [[1.0, 2.0, 0.5]] * 2 + [[1.0, 2.0, 0.1]] * 8}
+    unsure = {"keypoints": [[1.0, 2.0, 0.1]] * 10}
+    text = predict.scores_text([[person], [unsure], []], 0.2)
+    assert text.startswith("2 of 20 joints score 0.2") and "in 2 of 3 pictures or frames" in text
+    assert "warning: nearly nothing was found" in text
+    assert "warning" not in predict.scores_text([[person]], 0.2)
+
+
+def test_an_annotation_without_limbs_is_seen_around_the_prediction():
+    """A white ring around a black one around the joint's own colour, on a grey picture."""
+    dots, image = Skeleton("dots", ("a",), (), (), ()), np.full((40, 40, 3), 128, np.uint8)
+    for is_truth in (True, False):
+        visualize.draw_skeleton(image, np.array([[20, 20]]), np.ones(1, bool), dots, 2, is_truth)
+    line = image[20, 20:28].tolist()
+    assert line[0] == [*visualize.MIDDLE_BGR] and line[7] == [128] * 3
+    assert line[4][0] < 64 and min(line[5]) > 192
 
 
 def test_unsure_joints_are_not_drawn(estimator):

@@ -490,21 +490,38 @@ def write_results(options: Options, skeleton: Skeleton, results: list[list[Resul
     people = sorted(itertools.chain(*results), key=lambda person: person["row"])
     if not results:  # an error came first
         return
-    if not people:
-        print(f"nobody was found in {len(results)} frames", file=sys.stderr)
+    nobody = f"nobody was found in {len(results)} frames"
+    print(scores_text(results, options.min_score) if people else nobody, file=sys.stderr)
     coco = [as_coco(person) for person in people]
-    for path, entries in ((options.save_predictions, people), (options.save_coco, coco)):
+    named = [{**person, "joints": skeleton.names} for person in people]
+    for path, entries in ((options.save_predictions, named), (options.save_coco, coco)):
         if path:
             write_atomic(path, (json.dumps(entries) + "\n").encode())
     if path := options.save_csv:
-        scorer = str(options.checkpoint)
+        scorer = "/".join(Path(options.checkpoint).resolve().parts[-2:])
         table = deeplabcut_table(people, skeleton.names, scorer, frames=len(results))
         write_atomic(path, table.encode())
     for path in outputs(options):
         print(f"wrote {path}", file=sys.stderr)
     if not outputs(options):
-        print(json.dumps(people))
+        print(json.dumps(named))
     print(f"joints: {', '.join(skeleton.names)}", file=sys.stderr)
+
+
+def scores_text(results: list[list[Result]], min_score: float) -> str:
+    """How many joints score `min_score`, and how many pictures or frames have no such joint."""
+    frames = [[xys[2] for person in people for xys in person["keypoints"]] for people in results]
+    found, total = (
+        sum(score >= min_score for each in frames for score in each),
+        sum(map(len, frames)),
+    )
+    empty = sum(max(each, default=-np.inf) < min_score for each in frames)
+    text = f"{found:,} of {total:,} joints score {min_score} or more (--min-score); "
+    text += f"no joint does in {empty:,} of {len(results):,} pictures or frames"
+    if found > 0.1 * total:
+        return text
+    advice = "train longer, or say where the person is (--box, --people)"
+    return f"{text}\nwarning: nearly nothing was found; {advice}"
 
 
 def as_coco(person: Result) -> Result:
