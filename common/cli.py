@@ -51,10 +51,10 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
     Else the most similar one; empty if none is similar.
     """
-    known, last = list(known), _last_part(name)
+    known, last = list(dict.fromkeys(known)), _last_part(name)
     near = [each for each in known if _last_part(each) == SYNONYMS.get(last, last)]
     near = near or difflib.get_close_matches(name, known, n=1, cutoff=0.7)
-    return f"did you mean {near[0]}?" if near else ""
+    return f"did you mean {' or '.join(near)}?" if near else ""
 
 
 def _last_part(name: str) -> str:

@@ -172,10 +172,13 @@ def named_pairs(names: tuple[str, ...]) -> Pairs:
 
 
 def with_named_pairs(skeleton: Skeleton) -> Skeleton:
-    """The skeleton with the pairs in its names, if each joint with a side is in exactly one."""
+    """The skeleton with the pairs in its names, if each joint with a side is in exactly one
+    and no other names differ only in the letters l and r."""
     names, pairs = skeleton.names, named_pairs(skeleton.names)
     with_side = [joint for joint, name in enumerate(names) if _HAS_SIDE.search(name)]
-    if not pairs or sorted(itertools.chain(*pairs)) != with_side:
+    others = [name.lower() for joint, name in enumerate(names) if joint not in with_side]
+    are_alike = len({name.replace("r", "l") for name in others}) < len(others)  # eyeL, eyeR
+    if not pairs or sorted(itertools.chain(*pairs)) != with_side or are_alike:
         return skeleton
     return skeleton._replace(flip_pairs=pairs, groups=default_groups(names, pairs), mirror=True)
 

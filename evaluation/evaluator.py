@@ -39,7 +39,7 @@ from pipelines.shards import ShardSet
 
 NETWORK_OPTIONS = (
     "checkpoint", "shards", "calibrate", "picture", "save_predictions", "save_coco", "save_mat",
-    "save_submission",
+    "save_submission", "compare_loaders",
 )  # fmt: skip
 """Options that are used only where a network predicts."""
 

@@ -4,6 +4,7 @@ Keypoints are in px of the original pictures. Picture names and numbers are the 
 """
 
 import csv
+import faulthandler
 import io
 import os
 import zlib
@@ -194,6 +195,7 @@ def open_mat(path: Path, names: list[str], expected: str) -> dict[str, Any]:
         data = io.BytesIO(read_bytes(path, LARGEST_JSON))
         pid = os.fork()  # SciPy's parser crashes on some damaged elements (scipy/scipy#25829)
         if pid == 0:
+            faulthandler.disable()  # the parent reports a crash
             try:
                 scipy_io.loadmat(data, variable_names=names)
             finally:

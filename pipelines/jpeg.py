@@ -78,7 +78,7 @@ class BadSamplesError(InputError):
     @classmethod
     def of(cls, faults: dict[int, str], where: object, found: str) -> "BadSamplesError":
         """where, found: of the first sample, for the message."""
-        advice = "restore it, or add --data.on_bad_sample skip; then --resume auto continues"
+        advice = "restore it, pack again with --skip-bad, or train with --data.on_bad_sample skip"
         error = cls(where, found, "a complete picture", advice)
         error.faults = faults
         return error

@@ -280,6 +280,8 @@ def _manifest(raw: Any) -> Manifest:
     manifest = _parse(Manifest, {**raw, "shards": shards, "skeleton": skeleton, "crop": crop})
     if sum(shard.people for shard in shards) != manifest.people:
         raise ValueError("the shards' people do not add up to the total")
+    if skeleton.joint_count != manifest.joints:
+        raise ValueError("the number of joints is not the skeleton's")
     for shard in shards:
         for name in (shard.tar, shard.index):
             if not safe_name(name) or Path(name).name != name:

@@ -309,7 +309,7 @@ def test_the_number_of_sure_joints_is_printed_and_a_warning_if_there_are_nearly_
     person = {"keypoints": [[1.0, 2.0, 0.5]] * 2 + [[1.0, 2.0, 0.1]] * 8}
     unsure = {"keypoints": [[1.0, 2.0, 0.1]] * 10}
     text = predict.scores_text([[person], [unsure], []], 0.2)
-    assert text.startswith("2 of 20 joints score 0.2") and "in 2 of 3 pictures or frames" in text
+    assert text.startswith("2 of 20 joints score 0.2") and "2 of 3 pictures" in text
     assert "warning: nearly nothing was found" in text
     assert "warning" not in predict.scores_text([[person]], 0.2)
 

@@ -1,8 +1,6 @@
 """Prediction files, MPII's submission, and the comparison with a reference run."""
 
-import faulthandler
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -31,10 +29,6 @@ IS_TRAIN = [1, 0, 1, 0]
 PEOPLE_IN = [1, 3, 2, 1]
 SINGLE = [[1], [1, 3], [1, 2], [1]]  # counted from 1, as MATLAB does
 WANTED = [(1, 0), (1, 2), (3, 0)]
-
-
-# A crash that is expected prints nothing.
-os.register_at_fork(after_in_child=faulthandler.disable)
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from pipelines.shard_format import HEADER_LENGTH, people_sha256
 from pipelines.shards import ShardSet
 from tools import make_shards
 from training.checkpoint_manager import RESUME_ME, lock_run_folder
-from training.metrics import MetricsLogger
+from training.metrics import METRICS, MetricsLogger
 from training.resume import find_start, fit_to_ranks, global_batch_size, load_resumable
 
 LAST = Path("last.pt")
@@ -372,6 +372,9 @@ def test_a_start_finds_the_runs_checkpoint_and_protects_it(tiny_shards, tmp_path
     assert "remove this folder" in caught.value.next_step
     lock_run_folder(folder)  # as a run does that ends before its first checkpoint
     assert find_start(folder, None, False) == ("", [])
+    (folder / METRICS).write_text("{}")  # the log of a run whose checkpoints were removed
+    with pytest.raises(InputError, match="a run of this name"):
+        find_start(folder, None, False)
     trainer.save(["last.pt"])
     last = str(folder / "last.pt")
     assert find_start(folder, "auto", False) == (last, [f"continuing from {last}"])

@@ -146,6 +146,8 @@ def test_a_file_that_is_no_skeleton_is_one_error(text: str, tmp_path: Path) -> N
         ("l_eye left_eye r_eye right_eye thumb_l_1", ()),
         ("LeftEar leftEar RightEar", ()),
         ("snout tail", ()),
+        ("l_ear r_ear eyeL eyeR", ()),
+        ("left_hip right_hip lear rear", ()),
     ],
 )
 def test_pairs_come_from_names_only_if_each_joint_with_a_side_has_a_partner(names, pairs):

@@ -516,8 +516,9 @@ def scores_text(results: list[list[Result]], min_score: float) -> str:
         sum(map(len, frames)),
     )
     empty = sum(max(each, default=-np.inf) < min_score for each in frames)
-    text = f"{found:,} of {total:,} joints score {min_score} or more (--min-score); "
-    text += f"no joint does in {empty:,} of {len(results):,} pictures or frames"
+    text = f"{found:,} of {total:,} joints score {min_score} or more (--min-score)"
+    if empty:
+        text += f"; {empty:,} of {len(results):,} pictures or frames have no such joint"
     if found > 0.1 * total:
         return text
     advice = "train longer, or say where the person is (--box, --people)"

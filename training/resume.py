@@ -7,6 +7,7 @@ from common.errors import InputError
 from configs.schema import Config
 from model.checkpoint import Checkpoint, compare_settings, load_checkpoint
 from training.checkpoint_manager import LAST, LOCK, has_checkpoint, newest_undamaged
+from training.metrics import METRICS
 
 AUTO = "auto"
 
@@ -27,7 +28,9 @@ def find_start(folder: Path, resume: str | None, restarted: bool) -> tuple[str, 
             raise InputError(folder, found, "a new folder, or a checkpoint of this run", advice)
         return given, []
     if resume is None and not restarted:
-        is_empty_run = (folder / LOCK).exists() and not has_checkpoint(folder)
+        log = folder / METRICS
+        has_results = has_checkpoint(folder) or (log.exists() and log.stat().st_size > 0)
+        is_empty_run = (folder / LOCK).exists() and not has_results
         if folder.exists() and not is_empty_run:
             other = "continue it with --resume" if has_checkpoint(folder) else "remove this folder"
             advice = f"choose another --train.name, or {other}"
